@@ -1,0 +1,1 @@
+"""How text is generated: jitted decoding loops, their components, and the notebook API."""

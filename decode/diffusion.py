@@ -1,0 +1,521 @@
+"""The masked-diffusion loop: propose at every undecided position, judge with one forward, commit.
+
+A method is one pytree of components, one per axis:
+
+    scheduler   which positions are eligible now?      decode/rules/fixed_blocks.py
+    cache       which positions are recomputed?        decode/rules/caches.py
+    confidence  how sure is each proposal?             decode/rules/confidences.py
+    rule        which proposals stay?                  decode/rules/{quota,threshold,...}.py
+    reviser     may something be taken back?           decode/rules/revisers.py
+    stopper     when is a row done?                    decode/rules/stoppers.py
+    constraint  what is allowed at all?                decode/rules/constraints.py
+
+Its structure picks the program; its leaves are data. `step` is one round. `decode` runs it in a
+`while_loop`; `stream` drives the same `step` from Python.
+
+Rows are left-padded to a common prompt length, so every completion starts at the same position, and
+proceed on their own: each has its own block, its own counters, its own end. Row i of a batch gives
+exactly what it gives alone.
+
+Letters: B rows, P padded prompt length, G completion positions, S = P + G, W window positions, D
+model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from decode.rules.caches import CachePolicy, Canvas, NoCache
+from decode.rules.confidences import Probability
+from decode.rules.constraints import TokenBan
+from decode.rules.contracts import (
+    CommitRule,
+    Component,
+    Confidence,
+    Constraint,
+    Reviser,
+    Round,
+    Scheduler,
+    Stopper,
+    surest,
+)
+from decode.rules.fixed_blocks import FixedBlocks
+from decode.rules.revisers import Keep
+from decode.rules.stoppers import Filled
+from decode.rules.threshold import Threshold
+from dlm.config import ModelConfig
+from dlm.params import Params
+from dlm.sharding import constrain
+from dlm.transformer import output_head
+from kernels_pallas.unembed_stats import (
+    Noise,
+    logits_stats,
+    unembed_logits,
+    unembed_stats,
+)
+
+
+class DiffusionMethod(struct.PyTreeNode):
+    """A decoding method: one component per axis, and how tokens are drawn.
+
+    Attributes:
+      scheduler: which positions are eligible now.
+      cache: which positions are recomputed.
+      confidence: how sure each proposal is.
+      rule: which proposals are committed.
+      reviser: whether decided tokens may change.
+      stopper: when a row is done before it is full.
+      constraint: which tokens are allowed.
+      temperature: > 0; proposals are drawn from softmax(z / temperature), while confidences are
+        those of softmax(z). None: the arg-max.
+      guidance: classifier-free guidance scale w >= 0: z_u + (w + 1) (z_c - z_u), where z_u sees
+        MASK in place of the prompt. Twice the forwards. None: off.
+    """
+
+    scheduler: Scheduler = FixedBlocks()
+    cache: CachePolicy = NoCache()
+    confidence: Confidence = Probability()
+    rule: CommitRule = Threshold()
+    reviser: Reviser = Keep()
+    stopper: Stopper = Filled()
+    constraint: Constraint = TokenBan()
+    temperature: jax.Array | float | None = None
+    guidance: jax.Array | float | None = None
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (
+            self.scheduler,
+            self.cache,
+            self.confidence,
+            self.rule,
+            self.reviser,
+            self.stopper,
+            self.constraint,
+        )
+
+    def validate(self, cfg: ModelConfig) -> None:
+        """Raises ValueError, in one sentence, if the method makes no sense for the model."""
+        for component in self.components:
+            component.validate(cfg)
+        if self.temperature is not None and not float(self.temperature) > 0:
+            raise ValueError(
+                f"temperature={float(self.temperature):g} must be positive, or None for greedy"
+            )
+        if self.guidance is not None and not float(self.guidance) >= 0:
+            raise ValueError(f"guidance={float(self.guidance):g} must be at least 0, or None")
+        _mask_id(cfg)
+
+
+class DiffusionState(struct.PyTreeNode):
+    """Everything the loop carries, and everything that is reported afterwards.
+
+    Attributes:
+      tokens: [B, S] int32. Prompts, left-padded to P, and completions; MASK where undecided.
+      start: [B] int32. First real prompt position.
+      end: [B] int32. Past the row's last completion position.
+      block_start: [B] int32. The open block.
+      block_end: [B] int32. Its end.
+      block_step: [B] int32. Rounds since it was opened; 0: no forward has seen it.
+      num_open: [B] int32. Undecided positions when it was opened.
+      step_map: [B, G] int32. The row's 0-based round that decided a position; -1: undecided.
+      log_prob: [B, G] float32. Log-probability of the token when it was committed.
+      confidence: [B, G] float32 in [0, 1]. Confidence when it was committed.
+      row_step: [B] int32. Rounds the row took part in.
+      num_forwards: [B] int32. Forwards made for the row: its rounds, twice that with guidance.
+      has_stopped: [B] bool.
+      stopped_early: [B] bool. Ended by the stopper rather than by being full.
+      key: [B, 2] uint32. One random stream per row.
+      cache: the cache policy's state.
+      components: the states of confidence, rule and reviser.
+      num_steps: scalar int32. Rounds of the loop, for the whole batch.
+      prompt_len: P. Static.
+    """
+
+    tokens: jax.Array
+    start: jax.Array
+    end: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
+    block_step: jax.Array
+    num_open: jax.Array
+    step_map: jax.Array
+    log_prob: jax.Array
+    confidence: jax.Array
+    row_step: jax.Array
+    num_forwards: jax.Array
+    has_stopped: jax.Array
+    stopped_early: jax.Array
+    key: jax.Array
+    cache: Any
+    components: tuple[Any, Any, Any]
+    num_steps: jax.Array
+    prompt_len: int = struct.field(pytree_node=False)
+
+
+def init_state(
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    prompts: Sequence[Sequence[int]],
+    *,
+    gen_len: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    prompt_len: int | None = None,
+    canvas_len: int | None = None,
+    batch_size: int | None = None,
+) -> DiffusionState:
+    """The state before the first round.
+
+    Args:
+      cfg: the model.
+      method: how to decode; checked here.
+      prompts: token ids per row, of any lengths.
+      gen_len: completion length, one for all rows or one per row.
+      seeds: random seed, one for all rows (row i then uses seed + i) or one per row.
+      prompt_len: P >= the longest prompt; default: just that. Buckets of it save compilations.
+      canvas_len: G >= the longest `gen_len`; default: just that.
+      batch_size: B >= the number of prompts; the rows added are done from the start.
+
+    Raises:
+      ValueError: on an empty list, a prompt that holds MASK or ids the model does not have, lengths
+        the model does not allow, or a method that makes no sense.
+    """
+    method.validate(cfg)
+    num = len(prompts)
+    if num == 0:
+        raise ValueError("prompts is an empty list: give at least one prompt")
+    gen_lens = [gen_len] * num if isinstance(gen_len, int) else list(gen_len)
+    seed_list = [seeds + i for i in range(num)] if isinstance(seeds, int) else list(seeds)
+    for name, values in (("gen_len", gen_lens), ("seeds", seed_list)):
+        if len(values) != num:
+            raise ValueError(
+                f"{name} has {len(values)} entries for {num} prompts: give one or {num}"
+            )
+    _check_prompts(cfg, prompts, gen_lens)
+    P = max(map(len, prompts)) if prompt_len is None else prompt_len
+    G = max(gen_lens) if canvas_len is None else canvas_len
+    B = num if batch_size is None else batch_size
+    if max(map(len, prompts)) > P or max(gen_lens) > G or num > B:
+        raise ValueError(
+            f"prompt_len={P}, canvas_len={G} and batch_size={B} must be at least the longest "
+            f"prompt {max(map(len, prompts))}, the longest gen_len {max(gen_lens)} and the number "
+            f"of prompts {num}"
+        )
+
+    tokens = np.full((B, P + G), cfg.pad_token_id, np.int32)
+    start = np.full(B, P, np.int32)
+    end = np.full(B, P, np.int32)
+    key = np.zeros((B, 2), np.uint32)
+    for b, (prompt, length, seed) in enumerate(zip(prompts, gen_lens, seed_list, strict=True)):
+        start[b], end[b] = P - len(prompt), P + length
+        tokens[b, start[b] : P] = prompt
+        tokens[b, P : end[b]] = _mask_id(cfg)
+        key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+    num_rows = 2 * B if method.guidance is not None else B
+    first = jnp.full(B, P, jnp.int32)
+    block_end = method.scheduler.open_block(first, jnp.asarray(end))
+    window_len = method.scheduler.window_len(G)
+    zeros = functools.partial(jnp.zeros, B, jnp.int32)
+    return DiffusionState(
+        tokens=jnp.asarray(tokens),
+        start=jnp.asarray(start),
+        end=jnp.asarray(end),
+        block_start=first,
+        block_end=block_end,
+        block_step=zeros(),
+        num_open=block_end - first,
+        step_map=jnp.full((B, G), -1, jnp.int32),
+        log_prob=jnp.zeros((B, G), jnp.float32),
+        confidence=jnp.zeros((B, G), jnp.float32),
+        row_step=zeros(),
+        num_forwards=zeros(),
+        has_stopped=jnp.asarray(end == P),
+        stopped_early=jnp.zeros(B, bool),
+        key=jnp.asarray(key),
+        cache=method.cache.allocate(cfg, num_rows, P + G),
+        components=(
+            method.confidence.init(B, window_len),
+            method.rule.init(B, window_len),
+            method.reviser.init(B, window_len),
+        ),
+        num_steps=jnp.zeros((), jnp.int32),
+        prompt_len=P,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def decode(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> DiffusionState:
+    """Runs rounds until every row is done: one device program, no host in between.
+
+    Compiles once per model, method structure and shapes. The state is donated.
+    """
+    return jax.lax.while_loop(
+        lambda state: ~state.has_stopped.all(),
+        lambda state: step(params, cfg, method, state),
+        state,
+    )
+
+
+def stream(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> Iterator[DiffusionState]:
+    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
+
+    A yielded state must be read before the next one is asked for: its buffers are donated.
+    """
+    while not bool(state.has_stopped.all()):
+        state = _step_jitted(params, cfg, method, state)
+        yield state
+
+
+def step(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> DiffusionState:
+    """One round. Pure; rows that are done, or wait for their cache, stay as they are."""
+    P, G = state.prompt_len, state.step_map.shape[1]
+    window_len = method.scheduler.window_len(G)
+    with jax.named_scope("judge"):
+        hidden, cache, served = _forward(params, cfg, method, state, window_len)
+        view = _propose(params, cfg, method, state, hidden)
+    with jax.named_scope("commit"):
+        commit, take_back, confidence, components = _choose(method, view, state)
+        window = _Window(state.block_start - P, window_len, G)
+        commit &= served[:, None]
+        tokens = window.put(state.tokens[:, P:], commit, view.proposal)
+        step_map = window.put(state.step_map, commit, state.row_step[:, None])
+        log_prob = window.put(state.log_prob, commit, view.log_prob)
+        confidence = window.put(state.confidence, commit, jnp.exp(confidence))
+        if take_back is not None:
+            take_back &= served[:, None] & (commit | ~view.undecided)
+            tokens = window.put(tokens, take_back, _mask_id(cfg))
+            step_map = window.put(step_map, take_back, -1)
+
+    took_part = served.astype(jnp.int32)
+    new = state.replace(
+        tokens=jax.lax.dynamic_update_slice(state.tokens, tokens, (0, P)),
+        step_map=step_map,
+        log_prob=log_prob,
+        confidence=confidence,
+        row_step=state.row_step + took_part,
+        block_step=state.block_step + took_part,
+        num_forwards=state.num_forwards + took_part * (1 if method.guidance is None else 2),
+        cache=cache,
+        components=_where(served, components, state.components),
+        num_steps=state.num_steps + 1,
+    )
+    return _advance(cfg, method, new)
+
+
+_step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
+    step
+)
+
+
+def _forward(
+    params: Params,
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    state: DiffusionState,
+    window_len: int,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Hidden states [B, W, D] that predict the open block, the cache, and the rows served.
+
+    Guidance doubles the rows: the second half sees MASK in place of its prompt. Logits are linear
+    in hidden states, so the two are mixed here, in float32, and nothing else knows of it.
+    """
+    canvas = Canvas(
+        tokens=constrain(state.tokens, "batch", None),
+        start=state.start,
+        end=state.end,
+        block_start=state.block_start,
+        block_end=state.block_end,
+        is_active=~state.has_stopped,
+        block_is_new=state.block_step == 0,
+        prompt_len=state.prompt_len,
+    )
+    if method.guidance is None:
+        return method.cache.judge(params, cfg, canvas, window_len, state.cache)
+    B = state.tokens.shape[0]
+    in_prompt = (jnp.arange(state.tokens.shape[1]) < state.prompt_len)[None]
+    blind = canvas.replace(tokens=jnp.where(in_prompt, _mask_id(cfg), state.tokens))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), canvas, blind)
+    hidden, cache, served = method.cache.judge(params, cfg, both, window_len, state.cache)
+    sighted, blinded = hidden[:B].astype(jnp.float32), hidden[B:].astype(jnp.float32)
+    return blinded + (method.guidance + 1) * (sighted - blinded), cache, served[:B]
+
+
+def _propose(
+    params: Params,
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    state: DiffusionState,
+    hidden: jax.Array,
+) -> Round:
+    """What the model says about the W positions from each row's block start on."""
+    B, W, D = hidden.shape
+    G = state.step_map.shape[1]
+    offset = state.block_start - state.prompt_len
+    window = _Window(offset, W, G)
+    undecided = window.get(state.step_map) < 0
+    in_block = window.index < (state.block_end - state.prompt_len)[:, None]
+    noise_key = _noise_key(state.key, state.row_step, window.index)
+    view = Round(
+        tokens=window.get(state.tokens[:, state.prompt_len :]),
+        proposal=jnp.zeros((B, W), jnp.int32),
+        log_prob=jnp.zeros((B, W), jnp.float32),
+        confidence=jnp.zeros((B, W), jnp.float32),
+        eligible=undecided & in_block,
+        undecided=undecided & window.inside,
+        stats=None,  # type: ignore[arg-type]
+        logits=None,
+        noise_key=noise_key,
+        index=window.index,
+        block_step=state.block_step,
+        row_step=state.row_step,
+        num_open=state.num_open,
+        gen_len=state.end - state.prompt_len,
+    )
+    noise = None
+    if method.temperature is not None:
+        temperature = jnp.asarray(method.temperature, jnp.float32)
+        noise = Noise(key=noise_key.reshape(B * W, 2), temperature=temperature)
+    banned = method.constraint.banned_ids(cfg)
+    head, rows = output_head(params), hidden.reshape(B * W, D)
+    if any(component.needs_logits for component in method.components):
+        logits = unembed_logits(rows, head, banned).reshape(B, W, -1)
+        if method.constraint.needs_logits:
+            logits = method.constraint.mask_logits(view, logits)
+        view = view.replace(logits=logits)
+        stats = logits_stats(logits.reshape(B * W, -1), noise=noise)
+    else:
+        stats = unembed_stats(rows, head, banned_ids=banned, noise=noise)
+    stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
+    proposal = stats.token if stats.sample is None else stats.sample
+    log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
+    return view.replace(stats=stats, proposal=proposal, log_prob=log_prob, confidence=log_prob)
+
+
+def _choose(
+    method: DiffusionMethod, view: Round, state: DiffusionState
+) -> tuple[jax.Array, jax.Array | None, jax.Array, tuple[Any, Any, Any]]:
+    """Runs confidence, rule and reviser: what to commit [B, W], what to take back, confidences."""
+    confidence_state, rule_state, reviser_state = state.components
+    confidence, confidence_state = method.confidence.measure(view, confidence_state)
+    view = view.replace(confidence=confidence)
+    commit, rule_state = method.rule.commit(view, rule_state)
+    commit &= view.eligible
+    if not method.rule.may_idle:
+        idle = ~commit.any(axis=-1, keepdims=True)
+        commit |= idle & surest(confidence, view.eligible)
+    commit, take_back, reviser_state = method.reviser.revise(view, commit, reviser_state)
+    return commit, take_back, confidence, (confidence_state, rule_state, reviser_state)
+
+
+def _advance(cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState) -> DiffusionState:
+    """Opens the next block of rows whose block is full, and ends rows that are done."""
+    P, G = state.prompt_len, state.step_map.shape[1]
+    position = P + jnp.arange(G)[None]
+    decided = state.step_map >= 0
+    undecided = ~decided & (position >= state.block_start[:, None])
+    in_block = position < state.block_end[:, None]
+    is_full = ~(undecided & in_block).any(axis=-1) & (state.block_step > 0)
+    if method.cache.follow_up:
+        is_full &= state.block_step > 1
+
+    start = jnp.where(is_full, state.block_end, state.block_start)
+    end = jnp.where(is_full, method.scheduler.open_block(start, state.end), state.block_end)
+    in_next = (position >= start[:, None]) & (position < end[:, None])
+    filled = start >= state.end
+    early = method.stopper.should_stop(state.tokens[:, P:], decided, cfg.eos_token_id)
+    early &= ~filled & ~state.has_stopped
+    return state.replace(
+        block_start=start,
+        block_end=end,
+        block_step=jnp.where(is_full, 0, state.block_step),
+        num_open=jnp.where(is_full, (~decided & in_next).sum(axis=-1), state.num_open),
+        has_stopped=state.has_stopped | filled | early,
+        stopped_early=state.stopped_early | early,
+    )
+
+
+class _Window:
+    """Reads and writes W consecutive completion positions per row of [B, G] arrays.
+
+    Positions past the end (of the last, shorter block) read the last entry and write nothing.
+    """
+
+    def __init__(self, start: jax.Array, length: int, total: int):
+        self.index = start[:, None] + jnp.arange(length)[None]  # [B, W]
+        self.inside = self.index < total
+        self.total = total
+
+    def get(self, x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.minimum(self.index, self.total - 1), axis=1)
+
+    def put(self, x: jax.Array, where: jax.Array, value: jax.Array | int) -> jax.Array:
+        index = jnp.where(where & self.inside, self.index, self.total)  # out of bounds: dropped
+        value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
+        rows = jnp.arange(x.shape[0])[:, None]
+        return x.at[rows, index].set(value, mode="drop")
+
+
+def _noise_key(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:
+    """[B, W, 2] uint32: a stream per row's key, round and completion position."""
+
+    def fold(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:
+        row = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), row_step)
+        return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(row, i)))(index)
+
+    return jax.vmap(fold)(key, row_step, index)
+
+
+def _where(rows: jax.Array, new: Any, old: Any) -> Any:
+    """Per-row selection over a pytree of arrays with a leading batch axis."""
+    return jax.tree.map(
+        lambda n, o: jnp.where(rows.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old
+    )
+
+
+def _mask_id(cfg: ModelConfig) -> int:
+    if cfg.mask_token_id is None:
+        raise ValueError("mask_token_id=None: masked diffusion needs a model with a MASK token")
+    return cfg.mask_token_id
+
+
+def _check_prompts(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_lens: Sequence[int]
+) -> None:
+    for i, (prompt, gen_len) in enumerate(zip(prompts, gen_lens, strict=True)):
+        if gen_len < 1:
+            raise ValueError(f"gen_len={gen_len} of prompt {i} must be at least 1")
+        if len(prompt) + gen_len > cfg.max_seq_len:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, which with gen_len={gen_len} is more than "
+                f"the model's max_seq_len={cfg.max_seq_len}"
+            )
+        if cfg.shifted_logits and len(prompt) == 0:
+            raise ValueError(
+                f"prompt {i} is empty, but this model predicts each token from the one before: "
+                "give at least one token"
+            )
+        for token in prompt:
+            if token == cfg.mask_token_id:
+                raise ValueError(
+                    f"prompt {i} contains the mask token {token}, which would be decoded as well: "
+                    "remove it"
+                )
+            if not 0 <= token < cfg.vocab_size:
+                raise ValueError(
+                    f"prompt {i} contains token {token}, which must be in "
+                    f"[0, vocab_size={cfg.vocab_size})"
+                )

@@ -1,0 +1,48 @@
+"""The components of the diffusion loop, and the short names under which users may ask for them.
+
+To add a method: one file beside these, and one line here if it should have a short name.
+"""
+
+from decode.rules.caches import DualCache, NoCache, PrefixCache
+from decode.rules.confidences import Margin, NegEntropy, Probability, Random
+from decode.rules.constraints import TokenBan
+from decode.rules.dream_quota import DreamQuota
+from decode.rules.entropy_threshold import EntropyThreshold
+from decode.rules.factor import Factor
+from decode.rules.fixed_blocks import FixedBlocks
+from decode.rules.quota import Quota
+from decode.rules.revisers import Keep
+from decode.rules.stoppers import Eos, Filled
+from decode.rules.threshold import Threshold
+
+CACHES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}
+CONFIDENCES = {
+    "probability": Probability,
+    "margin": Margin,
+    "neg_entropy": NegEntropy,
+    "random": Random,
+}
+STOPPERS = {"filled": Filled, "eos": Eos}
+
+__all__ = [
+    "CACHES",
+    "CONFIDENCES",
+    "STOPPERS",
+    "DreamQuota",
+    "DualCache",
+    "EntropyThreshold",
+    "Eos",
+    "Factor",
+    "Filled",
+    "FixedBlocks",
+    "Keep",
+    "Margin",
+    "NegEntropy",
+    "NoCache",
+    "PrefixCache",
+    "Probability",
+    "Quota",
+    "Random",
+    "Threshold",
+    "TokenBan",
+]

@@ -1,0 +1,285 @@
+"""Which positions a forward recomputes: none cached, prefix cache, dual cache.
+
+With bidirectional attention every key and value depends on every token, so reusing them is an
+approximation. Fast-dLLM's observation is that they change little while one block is decoded: one
+full forward refreshes the cache when a block opens (and decodes the block's first step), later
+steps run on a window only.
+
+Reference: Wu et al., "Fast-dLLM", arXiv:2505.22618, §3.2.
+
+    tokens      pad | prompt ........ | decided | block .... | masked suffix ....
+    no cache          recomputed        recomp.   recomputed   recomputed
+    prefix cache      cached            cached    recomputed   recomputed
+    dual cache        cached            cached    recomputed   cached
+
+Letters: B rows, S canvas positions, W window positions judged, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.rules.contracts import Component, check_range
+from dlm.cache import KVCache, init_cache
+from dlm.config import ModelConfig
+from dlm.params import Params
+from dlm.transformer import ForwardOutput, forward
+
+
+class Canvas(struct.PyTreeNode):
+    """What a cache policy is given: the canvas and where each row works on it.
+
+    Attributes:
+      tokens: [B, S] int32. Left-padded prompts, then completions.
+      start: [B] int32. First real position.
+      end: [B] int32. Past the last real position.
+      block_start: [B] int32. First position of the row's open block.
+      block_end: [B] int32. Past its last position.
+      is_active: [B] bool. Rows that are not done.
+      block_is_new: [B] bool. Rows whose block was opened and not seen by a forward yet.
+      prompt_len: P, the position at which every row's completion starts. Static.
+    """
+
+    tokens: jax.Array
+    start: jax.Array
+    end: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
+    is_active: jax.Array
+    block_is_new: jax.Array
+    prompt_len: int = struct.field(pytree_node=False)
+
+
+class CachePolicy(Component):
+    """Runs the model for one round.
+
+    Attributes:
+      follow_up: bit-faithful to the first public Fast-dLLM, which made a cached forward in every
+        block even when the refresh had already filled it.
+    """
+
+    follow_up: bool = False
+
+    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
+        """The state the policy carries: a pytree, allocated once and donated."""
+        raise NotImplementedError
+
+    def judge(
+        self, params: Params, cfg: ModelConfig, canvas: Canvas, window_len: int, state: Any
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        """One forward.
+
+        Returns hidden [B, W, D], the states that predict the W positions from `block_start` on;
+        the next state; and served [B] bool, the rows this forward was for.
+        """
+        raise NotImplementedError
+
+
+@struct.dataclass
+class NoCache(CachePolicy):
+    """Every forward runs over the whole canvas. Exact."""
+
+    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
+        return ()
+
+    def judge(
+        self, params: Params, cfg: ModelConfig, canvas: Canvas, window_len: int, state: Any
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        hidden = _forward_canvas(params, cfg, canvas).hidden
+        return _predictions(hidden, cfg, canvas, window_len), state, canvas.is_active
+
+
+@struct.dataclass
+class BlockCacheState:
+    """State of the approximate block caches.
+
+    Attributes:
+      kv: keys and values of the whole canvas, as of each row's last refresh.
+      boundary: [B, D]. Hidden state of the position before the open block at that refresh; None
+        unless the model's logits are shifted, when it predicts the block's first token.
+    """
+
+    kv: KVCache
+    boundary: jax.Array | None
+
+
+@struct.dataclass
+class PrefixCache(CachePolicy):
+    """Approximate: what stands before the open block is cached; block and suffix are recomputed.
+
+    Attributes:
+      quorum: in [0, 1]. Rows that need a refresh wait until this share of the active rows does, so
+        that one full forward serves them together. Changes no row's tokens or forward count, only
+        how many forwards the batch takes: 1 is best where full forwards cost much more than window
+        forwards, 0 where they cost the same.
+      follow_up: see `CachePolicy`.
+    """
+
+    quorum: jax.Array | float = 1.0
+    follow_up: bool = struct.field(pytree_node=False, default=False)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        check_range("quorum", self.quorum, 0, 1)
+
+    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCacheState:
+        return _allocate(cfg, batch_size, num_slots)
+
+    def judge(
+        self,
+        params: Params,
+        cfg: ModelConfig,
+        canvas: Canvas,
+        window_len: int,
+        state: BlockCacheState,
+    ) -> tuple[jax.Array, BlockCacheState, jax.Array]:
+        def forward_window(kv: KVCache) -> jax.Array:
+            prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)[:, None]
+            length = canvas.tokens.shape[1] - canvas.prompt_len  # the longest suffix
+            return _forward_slice(params, cfg, canvas, length, canvas.end, kv, prefix)
+
+        return _refresh_or_reuse(
+            params, cfg, canvas, window_len, state, self.quorum, forward_window
+        )
+
+
+@struct.dataclass
+class DualCache(CachePolicy):
+    """Approximate: everything but the open block is cached, the masked suffix too.
+
+    Attributes:
+      quorum: see `PrefixCache`.
+      follow_up: see `CachePolicy`.
+    """
+
+    quorum: jax.Array | float = 1.0
+    follow_up: bool = struct.field(pytree_node=False, default=False)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        check_range("quorum", self.quorum, 0, 1)
+
+    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCacheState:
+        return _allocate(cfg, batch_size, num_slots)
+
+    def judge(
+        self,
+        params: Params,
+        cfg: ModelConfig,
+        canvas: Canvas,
+        window_len: int,
+        state: BlockCacheState,
+    ) -> tuple[jax.Array, BlockCacheState, jax.Array]:
+        def forward_window(kv: KVCache) -> jax.Array:
+            prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
+            suffix = jnp.stack([canvas.block_end, canvas.end], axis=-1)
+            ranges = jnp.stack([prefix, suffix], axis=1)
+            return _forward_slice(params, cfg, canvas, window_len, canvas.block_end, kv, ranges)
+
+        return _refresh_or_reuse(
+            params, cfg, canvas, window_len, state, self.quorum, forward_window
+        )
+
+
+def _allocate(cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCacheState:
+    boundary = jnp.zeros((batch_size, cfg.d_model), cfg.jnp_dtype) if cfg.shifted_logits else None
+    return BlockCacheState(kv=init_cache(cfg, batch_size, num_slots), boundary=boundary)
+
+
+def _refresh_or_reuse(
+    params: Params,
+    cfg: ModelConfig,
+    canvas: Canvas,
+    window_len: int,
+    state: BlockCacheState,
+    quorum: jax.Array | float,
+    forward_window: Callable[[KVCache], jax.Array],
+) -> tuple[jax.Array, BlockCacheState, jax.Array]:
+    """A full forward for rows whose block is new, if enough of them wait; else a window forward.
+
+    Either way rows it is not for stand still, which is why they get what they would get alone.
+    """
+    waiting = canvas.is_active & canvas.block_is_new
+    ready = canvas.is_active & ~canvas.block_is_new
+    enough = waiting.sum() >= quorum * canvas.is_active.sum()
+    refresh_now = waiting.any() & (enough | ~ready.any())
+
+    def refresh(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
+        out = _forward_canvas(params, cfg, canvas, state.kv, waiting)
+        assert out.cache is not None
+        boundary = state.boundary
+        if boundary is not None:
+            before = _gather(out.hidden, canvas.block_start - 1, 1)[:, 0]
+            boundary = jnp.where(waiting[:, None], before, boundary)
+        hidden = _predictions(out.hidden, cfg, canvas, window_len)
+        return hidden, BlockCacheState(kv=out.cache, boundary=boundary)
+
+    def reuse(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
+        hidden = forward_window(state.kv)[:, :window_len]
+        if state.boundary is not None:  # position i-1 predicts token i
+            hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
+        return hidden, state
+
+    hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
+    return hidden, state, jnp.where(refresh_now, waiting, ready)
+
+
+def _forward_canvas(
+    params: Params,
+    cfg: ModelConfig,
+    canvas: Canvas,
+    kv: KVCache | None = None,
+    write_rows: jax.Array | None = None,
+) -> ForwardOutput:
+    """A forward over all S positions; with a cache, `write_rows` of it are refreshed."""
+    B, S = canvas.tokens.shape
+    return forward(
+        params,
+        cfg,
+        canvas.tokens,
+        positions=jnp.arange(S)[None] - canvas.start[:, None],
+        window_range=jnp.stack([canvas.start, canvas.end], axis=-1),
+        cache=kv,
+        write_at=None if kv is None else jnp.zeros(B, jnp.int32),
+        write_rows=write_rows,
+    )
+
+
+def _forward_slice(
+    params: Params,
+    cfg: ModelConfig,
+    canvas: Canvas,
+    length: int,
+    stop: jax.Array,
+    kv: KVCache,
+    cache_ranges: jax.Array,
+) -> jax.Array:
+    """[B, length, D]: a forward over `length` positions from each row's block start on.
+
+    Positions at or past `stop` [B] are not attended to; their hidden states mean nothing.
+    """
+    first = jnp.zeros_like(stop)
+    return forward(
+        params,
+        cfg,
+        _gather(canvas.tokens, canvas.block_start, length),
+        positions=(canvas.block_start - canvas.start)[:, None] + jnp.arange(length)[None],
+        window_range=jnp.stack([first, stop - canvas.block_start], axis=-1),
+        cache=kv,
+        cache_ranges=cache_ranges,
+    ).hidden
+
+
+def _predictions(hidden: jax.Array, cfg: ModelConfig, canvas: Canvas, window_len: int) -> jax.Array:
+    """[B, W, D]: of hidden states of the whole canvas, those that predict the open block."""
+    return _gather(hidden, canvas.block_start - int(cfg.shifted_logits), window_len)
+
+
+def _gather(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """[B, length, ...]: x[b, start[b] : start[b] + length]; past the end, the last entry."""
+    index = jnp.minimum(start[:, None] + jnp.arange(length)[None], x.shape[1] - 1)
+    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)

@@ -1,0 +1,191 @@
+"""What a decoding component sees in one round, and what each kind of component must do.
+
+A decoding method is a point in a product of small choices. Each choice is a frozen
+`flax.struct.dataclass`: numbers (thresholds, temperatures) are leaves and are traced, so changing
+them compiles nothing; sizes and options are static fields. Inherit from the class of the axis here
+and implement its one or two methods.
+
+Letters: B rows, W window positions judged per round, V vocabulary, G completion positions.
+
+Confidences live on a log scale, in (-inf, 0]: the log of a number in (0, 1]. Probabilities of
+trained models crowd so close to 1 that float32 cannot tell them apart, while their logarithms keep
+full resolution, and decoding depends on their order. `log_confidence` turns a threshold in [0, 1]
+into that scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dlm.config import ModelConfig
+from kernels_pallas.unembed_stats import VocabStats
+
+
+class Round(struct.PyTreeNode):
+    """One round as components see it: W positions of each row, judged by one forward.
+
+    Attributes:
+      tokens: [B, W] int32. What stands there now (MASK where undecided).
+      proposal: [B, W] int32. What the model proposes: its arg-max, or a sample.
+      log_prob: [B, W] float32. Log-probability of the proposal, without temperature.
+      confidence: [B, W] float32 on the log scale; set by the confidence component (before it
+        ran: `log_prob`).
+      eligible: [B, W] bool. Undecided positions that may be committed now.
+      undecided: [B, W] bool. Positions that hold no token yet; also those beyond the block.
+      stats: the model's statistics, each [B, W, ...]. Positions that hold a token have them too.
+      logits: [B, W, V] float32, or None unless a component has `needs_logits`.
+      noise_key: [B, W, 2] uint32. A random stream per row, step and position.
+      index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
+      block_step: [B] int32. Rounds since the row's block was opened, from 0.
+      row_step: [B] int32. The row's rounds so far, from 0.
+      num_open: [B] int32. Undecided positions of the block when it was opened.
+      gen_len: [B] int32. Completion positions of the row.
+    """
+
+    tokens: jax.Array
+    proposal: jax.Array
+    log_prob: jax.Array
+    confidence: jax.Array
+    eligible: jax.Array
+    undecided: jax.Array
+    stats: VocabStats
+    logits: jax.Array | None
+    noise_key: jax.Array
+    index: jax.Array
+    block_step: jax.Array
+    row_step: jax.Array
+    num_open: jax.Array
+    gen_len: jax.Array
+
+
+class Component:
+    """What all components share.
+
+    Attributes:
+      needs_logits: whether `Round.logits` must be there. The loop materialises [B, W, V] logits
+        only if some component asks for them.
+    """
+
+    needs_logits: ClassVar[bool] = False
+
+    def validate(self, cfg: ModelConfig) -> None:
+        """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
+
+    def init(self, batch_size: int, window_len: int) -> Any:
+        """State carried by the loop: a pytree with a leading batch axis. Default: none."""
+        return ()
+
+
+class Scheduler(Component):
+    """Which positions are eligible now: opens one block after the other."""
+
+    def window_len(self, gen_len: int) -> int:
+        """W: the most positions a block may have. Static."""
+        raise NotImplementedError
+
+    def open_block(self, start: jax.Array, end: jax.Array) -> jax.Array:
+        """Where the block that starts at `start` [B] stops, [B]; `end` [B] ends the row."""
+        raise NotImplementedError
+
+
+class Confidence(Component):
+    """How sure is each proposal?"""
+
+    def measure(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+        """Returns [B, W] float32 on the log scale (larger is surer) and the next state."""
+        raise NotImplementedError
+
+
+class CommitRule(Component):
+    """Which proposals stay?
+
+    Attributes:
+      may_idle: whether a round may commit nothing. Otherwise the loop adds the surest eligible
+        position to a round that would.
+    """
+
+    may_idle: bool = False
+
+    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+        """Returns [B, W] bool, positions whose proposal is committed, and the next state."""
+        raise NotImplementedError
+
+
+class Reviser(Component):
+    """May something be taken back, or overwritten?
+
+    A reviser that takes tokens back must bound how often it does, or the loop would not end.
+    """
+
+    def revise(
+        self, view: Round, commit: jax.Array, state: Any
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
+        """Returns commit [B, W] bool, take_back [B, W] bool or None, and the next state.
+
+        A committed position gets its proposal, also where a token stood; a taken back one becomes
+        undecided again.
+        """
+        raise NotImplementedError
+
+
+class Stopper(Component):
+    """When is a row done, before all its positions are decided?"""
+
+    def should_stop(self, completion: jax.Array, decided: jax.Array, eos_id: int) -> jax.Array:
+        """Returns [B] bool from completion [B, G] int32 and decided [B, G] bool."""
+        raise NotImplementedError
+
+
+class Constraint(Component):
+    """What is allowed at all?"""
+
+    def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
+        """[n] int32 ids that are never proposed and have no probability; None: all are allowed."""
+        raise NotImplementedError
+
+    def mask_logits(self, view: Round, logits: jax.Array) -> jax.Array:
+        """Changes [B, W, V] logits before anything is proposed. Called if `needs_logits`."""
+        return logits
+
+
+def log_confidence(threshold: jax.Array | float) -> jax.Array:
+    """log(threshold), computed as confidences are, so that equal values compare equal."""
+    threshold = jnp.asarray(threshold, jnp.float32)
+    return -jnp.log1p((1 - threshold) / threshold)
+
+
+def rank(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """[B, W] int32: 0 for a row's surest eligible position, then 1, ...; ties go to the left.
+
+    Positions that are not eligible come last.
+    """
+    order = jnp.argsort(_sortable(confidence, eligible), axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1)
+
+
+def sort_confidence(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """[B, W] float32: eligible confidences from surest down, then -inf."""
+    return -jnp.sort(_sortable(confidence, eligible), axis=-1)
+
+
+def surest(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """[B, W] bool: each row's surest eligible position (the leftmost on ties), if it has one."""
+    best = jnp.argmin(_sortable(confidence, eligible), axis=-1)
+    return (jnp.arange(confidence.shape[-1])[None] == best[:, None]) & eligible
+
+
+def _sortable(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """Smallest first; an eligible position with confidence -inf still precedes the others."""
+    floor = jnp.finfo(jnp.float32).min
+    return jnp.where(eligible, -jnp.maximum(confidence, floor), jnp.inf)
+
+
+def check_range(name: str, value: Any, low: float, high: float, note: str = "") -> None:
+    """Raises ValueError unless low <= value <= high, for a component's `validate`."""
+    if not low <= float(value) <= high:
+        bounds = f"in [{low:g}, {high:g}]" if high < float("inf") else f"at least {low:g}"
+        raise ValueError(f"{name}={float(value):g} must be {bounds}{note}")

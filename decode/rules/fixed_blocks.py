@@ -1,0 +1,36 @@
+"""Semi-autoregressive decoding in blocks of a fixed length.
+
+Reference: Nie et al., "Large Language Diffusion Models", arXiv:2502.09992, §2.4: blocks are decoded
+left to right, the positions of a block in any order. One block as long as the completion is pure
+diffusion.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.rules.contracts import Scheduler
+from dlm.config import ModelConfig
+
+
+@struct.dataclass
+class FixedBlocks(Scheduler):
+    """Blocks of `block_len` positions; the last one may be shorter.
+
+    Attributes:
+      block_len: positions per block; None: one block, the whole completion.
+    """
+
+    block_len: int | None = struct.field(pytree_node=False, default=32)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        if self.block_len is not None and self.block_len < 1:
+            raise ValueError(f"block_len={self.block_len} must be at least 1")
+
+    def window_len(self, gen_len: int) -> int:
+        return gen_len if self.block_len is None else min(self.block_len, gen_len)
+
+    def open_block(self, start: jax.Array, end: jax.Array) -> jax.Array:
+        return end if self.block_len is None else jnp.minimum(start + self.block_len, end)

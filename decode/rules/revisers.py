@@ -1,0 +1,20 @@
+"""Whether decided tokens may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from decode.rules.contracts import Reviser, Round
+
+
+@struct.dataclass
+class Keep(Reviser):
+    """A decided token stays."""
+
+    def revise(
+        self, view: Round, commit: jax.Array, state: Any
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
+        return commit, None, state

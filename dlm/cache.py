@@ -1,0 +1,43 @@
+"""The key/value cache: every layer's keys and values for every position of a canvas."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dlm.config import ModelConfig
+from dlm.sharding import constrain
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (already rotated) and values of all layers.
+
+    It has no length of its own: which slots hold something is said per call, as ranges, by whoever
+    reads it (`window_attention`'s `cache_ranges`), and writes go through the same call.
+
+    Attributes:
+      k: [L, B, S, K, H] in the model's dtype.
+      v: [L, B, S, K, H] likewise.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        """S, positions per row."""
+        return self.k.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
+    """An empty cache for `batch_size` rows of `num_slots` positions, in `cfg.dtype`."""
+    shape = (cfg.n_layers, batch_size, num_slots, cfg.n_kv_heads, cfg.head_dim)
+    axes = (None, "batch", None, "kv_heads", None)
+    zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
+    return KVCache(k=zeros(), v=zeros())

@@ -1,0 +1,129 @@
+"""Parameters: one specification per leaf, from which everything else is derived.
+
+`param_specs` is the single source of shapes, logical axes and initialisers. `init_params`,
+`abstract_params` and `param_shardings` follow from it, as do the Hugging Face loaders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from dlm.config import ModelConfig
+from dlm.sharding import RULES, Rules, logical_sharding
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter array.
+
+    Attributes:
+      shape: of the array.
+      axes: a logical axis name (or None) per dimension, resolved by `dlm.sharding.RULES`.
+      stddev: of the normal initialiser; None: filled with `fill`.
+      fill: constant used when `stddev` is None.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    stddev: float | None = None
+    fill: float = 0.0
+
+
+def param_specs(cfg: ModelConfig) -> Params:
+    """The specification of every parameter, as a nested dict.
+
+    Layers are stacked on a leading L axis. Linear weights are stored input-first, so that
+    activations multiply from the left.
+    """
+    L, D, F, V = cfg.n_layers, cfg.d_model, cfg.d_ff, cfg.vocab_size
+    N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+    # Residual branches start small, so that depth does not change the scale of the stream.
+    out = 1 / math.sqrt(2 * L)
+    attention: Params = {
+        "q": ParamSpec((L, D, N, H), ("layers", "embed", "heads", None), D**-0.5),
+        "k": ParamSpec((L, D, K, H), ("layers", "embed", "kv_heads", None), D**-0.5),
+        "v": ParamSpec((L, D, K, H), ("layers", "embed", "kv_heads", None), D**-0.5),
+        "o": ParamSpec((L, N, H, D), ("layers", "heads", None, "embed"), out * (N * H) ** -0.5),
+    }
+    if cfg.qkv_bias:
+        attention["q_bias"] = ParamSpec((L, N, H), ("layers", "heads", None))
+        attention["k_bias"] = ParamSpec((L, K, H), ("layers", "kv_heads", None))
+        attention["v_bias"] = ParamSpec((L, K, H), ("layers", "kv_heads", None))
+    if cfg.qk_norm:
+        attention["q_norm"] = ParamSpec((L, H), ("layers", None), fill=1.0)
+        attention["k_norm"] = ParamSpec((L, H), ("layers", None), fill=1.0)
+    specs: Params = {
+        "embed": ParamSpec((V, D), ("vocab", "embed"), D**-0.5),
+        "layers": {
+            "attention_norm": ParamSpec((L, D), ("layers", None), fill=1.0),
+            "attention": attention,
+            "mlp_norm": ParamSpec((L, D), ("layers", None), fill=1.0),
+            "mlp": {
+                "gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), D**-0.5),
+                "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), D**-0.5),
+                "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), out * F**-0.5),
+            },
+        },
+        "final_norm": ParamSpec((D,), (None,), fill=1.0),
+    }
+    if not cfg.tie_embeddings:
+        specs["unembed"] = ParamSpec((D, V), ("embed", "vocab"), D**-0.5)
+    return specs
+
+
+def num_params(cfg: ModelConfig) -> int:
+    """Number of parameters, embeddings included."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(cfg)))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
+    """Fresh parameters in `cfg.dtype`.
+
+    Each leaf draws from its own key, folded from its name, so adding a parameter changes no other.
+
+    Args:
+      key: a `jax.random.key`.
+      cfg: the model.
+    """
+
+    def init(path: Any, spec: ParamSpec) -> jax.Array:
+        if spec.stddev is None:
+            return jnp.full(spec.shape, spec.fill, cfg.jnp_dtype)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return (spec.stddev * jax.random.normal(leaf_key, spec.shape)).astype(cfg.jnp_dtype)
+
+    return jax.tree_util.tree_map_with_path(init, param_specs(cfg))
+
+
+def abstract_params(cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = RULES) -> Params:
+    """`jax.ShapeDtypeStruct` per parameter; with a mesh, each carries its sharding."""
+    shardings = param_shardings(cfg, mesh, rules) if mesh is not None else None
+
+    def abstract(spec: ParamSpec, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, cfg.jnp_dtype, sharding=sharding)
+
+    specs = param_specs(cfg)
+    return jax.tree.map(abstract, specs, *(() if shardings is None else (shardings,)))
+
+
+def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> Params:
+    """`NamedSharding` per parameter.
+
+    A dimension that its mesh axes do not divide is replicated instead (for example two key/value
+    heads on four tensor shards).
+    """
+    return jax.tree.map(
+        lambda spec: logical_sharding(spec.shape, spec.axes, mesh, rules), param_specs(cfg)
+    )

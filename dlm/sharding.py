@@ -1,0 +1,101 @@
+"""Meshes and logical axes: where arrays live, said once.
+
+Arrays name their dimensions with logical words ("batch", "heads", "vocab"); `RULES` maps those to
+the mesh axes `data`, `fsdp` and `tensor`. Without a mesh everything here does nothing, so the same
+model code runs on one CPU and on a pod.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("ffn", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+)
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes ("data", "fsdp", "tensor").
+
+    Args:
+      data: shards of the batch only.
+      fsdp: shards of batch and parameters.
+      tensor: shards of heads, MLP width and vocabulary.
+      devices: which devices; by default the first `data * fsdp * tensor` of `jax.devices()`.
+
+    Raises:
+      ValueError: if there are not that many devices.
+    """
+    size = data * fsdp * tensor
+    devices = jax.devices() if devices is None else devices
+    if size > len(devices) or size < 1:
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, "
+            f"but there are {len(devices)}: choose sizes whose product is at most that"
+        )
+    return jax.make_mesh(
+        (data, fsdp, tensor),
+        MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=devices[:size],
+    )
+
+
+def _partition_spec(
+    shape: Sequence[int], axes: Sequence[str | None], sizes: dict[str, int], rules: Rules
+) -> PartitionSpec:
+    """Resolves logical axes; drops mesh axes that do not divide the dimension, or are taken."""
+    table = dict(rules)
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for dim, axis in zip(shape, axes, strict=True):
+        if axis is not None and axis not in table:
+            raise ValueError(f"logical axis {axis!r} is not in the rules {sorted(table)}")
+        target = None if axis is None else table[axis]
+        names = (target,) if isinstance(target, str) else (target or ())
+        names = tuple(name for name in names if name in sizes and name not in used)
+        if not names or dim % math.prod(sizes[name] for name in names):
+            entries.append(None)
+            continue
+        used.update(names)
+        entries.append(names)
+    return PartitionSpec(*entries)
+
+
+def logical_sharding(
+    shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES
+) -> NamedSharding:
+    """The sharding of an array of `shape` whose dimensions are called `axes`."""
+    return NamedSharding(mesh, _partition_spec(shape, axes, dict(mesh.shape), rules))
+
+
+def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+    """Constrains the sharding of `x` inside `jax.jit`; does nothing when no mesh is set.
+
+    Args:
+      x: any array.
+      *axes: a logical axis name or None per dimension.
+      rules: logical axis to mesh axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, _partition_spec(x.shape, axes, dict(mesh.shape), rules)
+    )

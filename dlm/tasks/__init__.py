@@ -1,0 +1,62 @@
+"""What models are asked to do: prompts, right answers and exact scorers, one file per family.
+
+`Task` is the contract: a random-access collection that `grain.MapDataset.source` accepts, plus a
+scorer. Nothing here needs more than numpy; optional packages are imported by the call that uses
+them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question with one right answer.
+
+    Attributes:
+        prompt: text given to the model. It ends with its own separator (a newline or a marker), so
+            that `prompt + completion` is a well-formed text to train on.
+        completion: one right answer, the training target. Other answers may be right too.
+        metadata: what the scorer needs beyond that. Always has the key "operation", a name to
+            group tables by.
+    """
+
+    prompt: str
+    completion: str
+    metadata: Mapping[str, Any]
+
+
+Scorer = Callable[[Example, str], dict[str, float]]
+
+
+class Task(Protocol):
+    """A random-access collection of examples with an exact scorer."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`, a function of the task's fields and `index` only.
+
+        Raises:
+            IndexError: `index` is not in [0, len(self)).
+        """
+        ...
+
+    def score(self, example: Example, completion: str) -> dict[str, float]:
+        """Metrics of a model's answer; the key "score" is always there and lies in [0, 1]."""
+        ...
+
+
+class GeneratedTask(Task, Protocol):
+    """A task made by a program, whose texts come from a closed vocabulary."""
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """Texts into which longest match splits every prompt and completion without loss."""
+        ...
+
+
+def exact_match(example: Example, completion: str) -> dict[str, float]:
+    """1.0 where `completion` is the example's own, runs of white space counting as one space."""
+    return {"score": float(completion.split() == example.completion.split())}

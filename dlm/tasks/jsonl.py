@@ -1,0 +1,230 @@
+"""Tasks from JSON-lines files: templates over the fields of a record, and a scorer.
+
+`gsm8k` and `mbpp` read the published files of
+
+  * Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168;
+  * Austin et al., "Program Synthesis with Large Language Models", arXiv:2108.07732.
+"""
+
+import ast
+import builtins
+import dataclasses
+import decimal
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from dlm import tasks
+from dlm.tasks import splits
+
+# A sign counts unless it is a subtraction ("10-3"); commas count between groups of three digits.
+_NUMBER = re.compile(
+    r"(?:(?<![0-9])-)?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, JSON object) of every line of a file that is not empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object, or the file has none.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"path={str(path)!r} is not a file; give a JSON-lines file")
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number}: must hold a JSON object, got {type(record).__name__}"
+            )
+        records.append((number, record))
+    if not records:
+        raise ValueError(f"{path} holds no records; it must have one JSON object per line")
+    return records
+
+
+def render(template: str, record: Mapping[str, Any], where: str) -> str:
+    """`template` filled with the fields of `record`, with line ends made "\\n".
+
+    Args:
+        template: `str.format` syntax: "{field}", "{list[0]}", "{object[key]}".
+        record: the fields.
+        where: the record's origin, for the error.
+
+    Raises:
+        ValueError: the record lacks a field of the template.
+    """
+    try:
+        text = template.format_map(record)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        known = ", ".join(sorted(record))
+        raise ValueError(
+            f"{where}: the record lacks a field of the template ({error!r}); it has {known}"
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlTask:
+    """One example per line of a JSON-lines file.
+
+    Example:
+        >>> task = JsonlTask("data.jsonl", prompt="Q: {question}\\nA:", completion=" {answer}")
+        >>> task.score(task[0], task[0].completion)
+        {'score': 1.0}
+
+    Attributes:
+        path: the file.
+        prompt: template of the prompt, see `render`.
+        completion: template of the completion.
+        scorer: called with (example, completion); exact match, white space aside, by default.
+        examples: one per record, made when the task is created, so that a bad file fails at once.
+            Their metadata is the record and, unless the record has an "operation" of its own, the
+            file's name without its suffix under that key.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object or lacks a field of a template.
+    """
+
+    path: str | os.PathLike[str]
+    prompt: str
+    completion: str
+    scorer: tasks.Scorer = tasks.exact_match
+    examples: tuple[tasks.Example, ...] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        operation = pathlib.Path(self.path).stem
+        examples = []
+        for number, record in read_records(self.path):
+            where = f"{self.path}, line {number}"
+            examples.append(
+                tasks.Example(
+                    prompt=render(self.prompt, record, where),
+                    completion=render(self.completion, record, where),
+                    metadata={"operation": operation, **record},
+                )
+            )
+        object.__setattr__(self, "examples", tuple(examples))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tasks.Example:
+        return self.examples[splits.check_index(index, len(self))]
+
+    def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
+        """Whatever `scorer` gives."""
+        return self.scorer(example, completion)
+
+
+# ---- GSM8K ------------------------------------------------------------------------------------
+
+
+def final_number(text: str) -> decimal.Decimal | None:
+    """The answer of a worked solution, or None where it has no number.
+
+    This is the first number after the first "####" (a model may go on with another problem), and
+    without such a number the last one of the text. Thousands commas, a dollar sign and a full stop
+    after the number are dropped.
+    """
+    _, _, answer = text.partition("####")
+    if match := _NUMBER.search(answer):
+        number = match[0]
+    elif numbers := _NUMBER.findall(text):
+        number = numbers[-1]
+    else:
+        return None
+    return decimal.Decimal(number.replace(",", "").replace("$", ""))
+
+
+def score_final_number(example: tasks.Example, completion: str) -> dict[str, float]:
+    """1.0 where both texts end in the same number (18 and 18.00 are the same)."""
+    predicted = final_number(completion)
+    return {"score": float(predicted is not None and predicted == final_number(example.completion))}
+
+
+def gsm8k(path: str | os.PathLike[str]) -> JsonlTask:
+    """Grade-school maths (`question`, `answer`), scored by the final number."""
+    return JsonlTask(path, "Question: {question}\nAnswer:", " {answer}", score_final_number)
+
+
+# ---- MBPP -------------------------------------------------------------------------------------
+
+
+def extract_code(completion: str) -> str:
+    """The program in an answer: up to "[DONE]", inside the first code fence where there is one."""
+    code = completion.partition("[DONE]")[0]
+    if fence := re.search(r"```(?:python|py)?[ ]*\n(.*?)(?:```|\Z)", code, flags=re.DOTALL):
+        return fence[1]
+    return code
+
+
+def _parse(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model's odd escape sequences are not our concern
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _called_names(code: str) -> set[str]:
+    """Plain names that are called in `code`, without Python's built-in ones."""
+    tree = _parse(code)
+    calls = ast.walk(tree) if tree else ()
+    names = {
+        node.func.id
+        for node in calls
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return names - set(dir(builtins))
+
+
+def score_python_syntax(example: tasks.Example, completion: str) -> dict[str, float]:
+    """Whether the answer is Python that defines what the tests call. Nothing is executed.
+
+    This is a *syntax-level* score: it says that a program of the right name was written, not that
+    it is correct, and it is an upper bound of the usual pass rate.
+
+    Returns:
+        "parses": 1.0 where the code is valid Python. "score": 1.0 where it also defines, at its top
+        level, every name that all tests in `example.metadata["test_list"]` call.
+    """
+    tree = _parse(extract_code(completion))
+    if tree is None:
+        return {"score": 0.0, "parses": 0.0}
+    defined = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign):
+            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    wanted = set.intersection(*(_called_names(test) for test in example.metadata["test_list"]))
+    return {"score": float(wanted <= defined), "parses": 1.0}
+
+
+def mbpp(path: str | os.PathLike[str]) -> JsonlTask:
+    """Short Python programs from a sentence and three tests, in the format of arXiv:2108.07732.
+
+    Scored by syntax only, see `score_python_syntax`.
+    """
+    return JsonlTask(
+        path,
+        "You are an expert Python programmer, and here is your task: {text} Your code should pass "
+        "these tests:\n\n{test_list[0]}\n{test_list[1]}\n{test_list[2]}\n[BEGIN]\n",
+        "{code}\n[DONE]",
+        score_python_syntax,
+    )

@@ -1,0 +1,177 @@
+"""One transformer for every model here: a forward over a window of positions.
+
+Pre-norm RMSNorm, rotary embeddings in the rotate-half layout, grouped-query attention, gated SiLU
+MLP. Whether attention is causal, bidirectional or tree-shaped is an argument; so is the cache.
+
+Letters: B batch, T window positions, D model width, N query heads, K key/value heads, H head
+width, F MLP width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dlm.cache import KVCache
+from dlm.config import ModelConfig
+from dlm.params import Params
+from dlm.sharding import constrain
+from kernels_pallas.unembed_stats import unembed_logits
+from kernels_pallas.window_attention import Mask, window_attention
+
+
+@struct.dataclass
+class ForwardOutput:
+    """What a forward returns.
+
+    Attributes:
+      hidden: [B, T, D] in the model's dtype. Final hidden states, normalised: multiply by
+        `output_head` for logits.
+      cache: the written cache, or the one that was given.
+    """
+
+    hidden: jax.Array
+    cache: KVCache | None
+
+
+def forward(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array,
+    mask: Mask = "full",
+    window_range: jax.Array | None = None,
+    cache: KVCache | None = None,
+    cache_ranges: jax.Array | None = None,
+    write_at: jax.Array | None = None,
+    write_rows: jax.Array | None = None,
+    remat: bool = False,
+) -> ForwardOutput:
+    """Runs the model over a window of positions.
+
+    Args:
+      params: as `param_specs(cfg)`.
+      cfg: the model.
+      tokens: [B, T] int32. The window's tokens.
+      positions: [B, T] int32. Rotary positions; row b's first real token is at 0.
+      mask: attention inside the window: "full" (bidirectional), "causal", or ancestor bits as in
+        `window_attention`.
+      window_range: [B, 2] int32. Window positions that are real; None: all.
+      cache: keys and values of other positions.
+      cache_ranges: [B, R, 2] int32. Cache slots that are attended to; None: none.
+      write_at: [B] int32. Slot at which the window's keys and values are written; None: they are
+        not kept.
+      write_rows: [B] bool. Rows whose cache is written; None: all.
+      remat: whether to recompute each layer in the backward pass instead of keeping its
+        activations.
+
+    Returns:
+      Hidden states of the window and the cache.
+    """
+    angles = _rotary_angles(positions, cfg)
+    x = params["embed"].at[tokens].get(mode="clip")  # [B, T, D]
+    x = constrain(x, "batch", None, None)
+
+    def layer(
+        carry: tuple[jax.Array, KVCache | None], xs: tuple[Params, jax.Array]
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        x, written = carry
+        p, index = xs
+        with jax.named_scope("attention"):
+            source = written if written is not None else cache
+            q, k, v = _project_qkv(_rms_norm(x, p["attention_norm"], cfg.norm_eps), p, cfg, angles)
+            attended, new = window_attention(
+                q,
+                k,
+                v,
+                mask=mask,
+                window_range=window_range,
+                cache=None if source is None else (source.k, source.v),
+                cache_ranges=cache_ranges,
+                layer=index,
+                write_at=write_at,
+                write_rows=write_rows,
+            )
+            if new is not None:
+                written = KVCache(*new)
+            x = x + _linear(attended, p["attention"]["o"], num_in=2)
+        with jax.named_scope("mlp"):
+            h = _rms_norm(x, p["mlp_norm"], cfg.norm_eps)
+            gate, up = _linear(h, p["mlp"]["gate"]), _linear(h, p["mlp"]["up"])
+            x = x + _linear(jax.nn.silu(gate) * up, p["mlp"]["down"])
+        return (constrain(x, "batch", None, None), written), None
+
+    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    carried = cache if write_at is not None else None
+    (x, written), _ = jax.lax.scan(body, (x, carried), (params["layers"], jnp.arange(cfg.n_layers)))
+    hidden = _rms_norm(x, params["final_norm"], cfg.norm_eps)
+    return ForwardOutput(hidden=hidden, cache=cache if written is None else written)
+
+
+def output_head(params: Params) -> jax.Array:
+    """[D, V]. The matrix that turns hidden states into logits; tied models share the embedding."""
+    return params["unembed"] if "unembed" in params else params["embed"].T
+
+
+def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """[..., V] float32 logits of hidden states [..., D].
+
+    Output i is about token i, or about token i + 1 if `cfg.shifted_logits`.
+    """
+    flat = unembed_logits(hidden.reshape(-1, hidden.shape[-1]), output_head(params))
+    return flat.reshape(*hidden.shape[:-1], -1)
+
+
+def _project_qkv(
+    x: jax.Array, p: Params, cfg: ModelConfig, angles: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
+    a: dict[str, Any] = p["attention"]
+    q, k, v = _linear(x, a["q"]), _linear(x, a["k"]), _linear(x, a["v"])
+    if cfg.qkv_bias:
+        q, k, v = (
+            x + a[name][None, None] for x, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias"))
+        )
+    if cfg.qk_norm:
+        q = _rms_norm(q, a["q_norm"], cfg.norm_eps)
+        k = _rms_norm(k, a["k_norm"], cfg.norm_eps)
+    q = constrain(_rotate(q, angles), "batch", None, "heads", None)
+    k = constrain(_rotate(k, angles), "batch", None, "kv_heads", None)
+    return q, k, v
+
+
+def _linear(x: jax.Array, w: jax.Array, num_in: int = 1) -> jax.Array:
+    """x [B, T, *in] times w [*in, *out], as one two-dimensional product.
+
+    Products of more dimensions are several times slower in the backward pass on CPU.
+    """
+    B, T = x.shape[:2]
+    rows = x.reshape(B * T, -1)
+    return jnp.dot(rows, w.reshape(rows.shape[1], -1)).reshape(B, T, *w.shape[num_in:])
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalises in float32, casts back, then scales: the order published checkpoints expect."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * jax.lax.expand_dims(weight, range(x.ndim - 1))
+
+
+def _rotary_angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, [B, T, 1, H/2] float32."""
+    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    frequency = 1.0 / cfg.rope_theta**exponent
+    angles = positions[..., None].astype(jnp.float32) * frequency[None, None]
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the first half of the head width against the second, in float32."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

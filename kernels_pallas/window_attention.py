@@ -1,0 +1,247 @@
+"""Attention of a window of queries over a key/value cache and over the window itself.
+
+One operation serves every loop: a token (T = 1), a draft tree, a block, or a whole canvas.
+
+Letters: B batch, T window positions, S cache slots, N query heads, K key/value heads, G = N // K,
+H head width, L layers.
+
+Row b's query t attends to
+  - the cache slots inside any of row b's `cache_ranges` (a prefix; for the dual cache also a
+    suffix), and
+  - the window positions inside row b's `window_range`, as far as `mask` allows: all of them
+    ("full"), those up to t ("causal"), or those whose bit is set in packed ancestor words.
+A query that may attend to nothing gives zeros.
+
+The cache is passed stacked over layers together with a layer index, so that no implementation has
+to be handed a copied slice of it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["xla", "reference"]
+Cache = tuple[jax.Array, jax.Array]
+Mask = Literal["full", "causal"] | jax.Array
+
+
+def window_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask = "full",
+    window_range: jax.Array | None = None,
+    cache: Cache | None = None,
+    cache_ranges: jax.Array | None = None,
+    layer: jax.Array | int = 0,
+    write_at: jax.Array | None = None,
+    write_rows: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Attends from a window of positions to a cache and to the window's own keys.
+
+    Args:
+      q: [B, T, N, H]. Queries, rotated.
+      k: [B, T, K, H]. The window's own keys, rotated.
+      v: [B, T, K, H]. The window's own values.
+      mask: attention inside the window: "full", "causal", or packed ancestor bits
+        [B, T, ceil(T / 32)] uint32 (bit j % 32 of word j // 32 set: may attend to position j).
+      window_range: [B, 2] int32. First and past-the-last window position that may be attended to;
+        None: all T.
+      cache: keys and values of earlier calls, each [L, B, S, K, H].
+      cache_ranges: [B, R, 2] int32. Up to R ranges [first, past the last) of valid cache slots per
+        row; empty where first >= last. None: no slot is attended to.
+      layer: scalar int32 in [0, L). Which layer of the cache to use.
+      write_at: [B] int32. If given, the window's keys and values are written to slots
+        write_at .. write_at + T of `layer` after attention has read the old contents.
+      write_rows: [B] bool. Rows whose cache is written; None: all.
+      implementation: "xla" or "reference"; None: the best one here.
+
+    Returns:
+      The attended values [B, T, N, H] in q's dtype, and the written cache (None without
+      `write_at`).
+
+    Raises:
+      ValueError: on shapes that do not fit together.
+      NotImplementedError: if the named implementation does not exist here.
+    """
+    _check_shapes(q, k, v, mask, cache, write_at)
+    if implementation in (None, "xla"):
+        attend = _attend_xla
+    elif implementation == "reference":
+        attend = window_attention_reference
+    else:
+        raise NotImplementedError(
+            f"implementation={implementation!r} of window_attention does not exist; "
+            "use None, 'xla' or 'reference'"
+        )
+    slices = None
+    if cache is not None and cache_ranges is not None:
+        slices = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
+    out = attend(q, k, v, mask, window_range, slices, cache_ranges)
+    if cache is None or write_at is None:
+        return out, None
+    return out, tuple(  # type: ignore[return-value]
+        _write_window(c, new, layer, write_at, write_rows)
+        for c, new in zip(cache, (k, v), strict=True)
+    )
+
+
+def window_attention_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask = "full",
+    window_range: jax.Array | None = None,
+    cache: Cache | None = None,
+    cache_ranges: jax.Array | None = None,
+) -> jax.Array:
+    """The contract, spelled out in float32: heads repeated, one dense mask, one softmax.
+
+    Args: as `window_attention`, with the cache of one layer, [B, S, K, H] each.
+    """
+    allowed = _window_mask(q, mask, window_range)  # [B, T, T]
+    keys, values = k, v
+    if cache is not None and cache_ranges is not None:
+        in_cache = _in_ranges(cache_ranges, cache[0].shape[1])[:, None]  # [B, 1, S]
+        in_cache = jnp.broadcast_to(in_cache, (*q.shape[:2], in_cache.shape[-1]))
+        allowed = jnp.concatenate([in_cache, allowed], axis=-1)
+        keys = jnp.concatenate([cache[0], k], axis=1)
+        values = jnp.concatenate([cache[1], v], axis=1)
+    group = q.shape[2] // k.shape[2]
+    keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)
+    values = jnp.repeat(values.astype(jnp.float32), group, axis=2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), keys) * q.shape[-1] ** -0.5
+    allowed = allowed[:, None]
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(allowed, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("bnts,bsnh->btnh", weights, values).astype(q.dtype)
+
+
+def _attend_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    window_range: jax.Array | None,
+    cache: Cache | None,
+    cache_ranges: jax.Array | None,
+) -> jax.Array:
+    """Plain matrix products: heads of a group folded into rows, softmax merged over both parts.
+
+    Bound by the [B, N, T, S + T] float32 scores it stores.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    rows = (rows * (H**-0.5)).astype(q.dtype)  # [B, K, G*T, H]
+
+    def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
+        raw = jnp.einsum("bkrh,bskh->bkrs", rows, keys, preferred_element_type=jnp.float32).reshape(
+            B, K, N // K, T, -1
+        )
+        return jnp.where(allowed, raw, _LOWEST)
+
+    parts = [(scores(k, _window_mask(q, mask, window_range)[:, None, None]), v)]
+    if cache is not None and cache_ranges is not None:
+        in_cache = _in_ranges(cache_ranges, cache[0].shape[1])
+        parts.append((scores(cache[0], in_cache[:, None, None, None]), cache[1]))
+
+    top = parts[0][0].max(axis=-1, keepdims=True)
+    for part, _ in parts[1:]:
+        top = jnp.maximum(top, part.max(axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    total = jnp.zeros_like(top)
+    out = jnp.zeros((B, K, N // K * T, H), jnp.float32)
+    for part, values in parts:
+        weights = jnp.where(part > _LOWEST, jnp.exp(part - top), 0.0)
+        total = total + weights.sum(axis=-1, keepdims=True)
+        weights = weights.reshape(B, K, N // K * T, -1).astype(values.dtype)
+        out = out + jnp.einsum(
+            "bkrs,bskh->bkrh", weights, values, preferred_element_type=jnp.float32
+        )
+    out = out / jnp.where(total > 0, total, 1.0).reshape(B, K, -1, 1)
+    out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.astype(q.dtype)
+
+
+_LOWEST = -1e30  # a score no real query-key pair reaches; finite, so differences are never NaN
+
+
+def _window_mask(q: jax.Array, mask: Mask, window_range: jax.Array | None) -> jax.Array:
+    """[B or 1, T, T] bool: which window positions each query may attend to."""
+    T = q.shape[1]
+    position = jnp.arange(T)
+    if isinstance(mask, str):
+        allowed = jnp.ones((1, T, T), bool)
+        if mask == "causal":
+            allowed = (position[None, :] <= position[:, None])[None]
+    else:
+        words = mask[:, :, position // 32]  # [B, T, T]
+        allowed = (words >> (position % 32).astype(jnp.uint32)[None, None]) & 1 == 1
+    if window_range is not None:
+        allowed = allowed & _in_ranges(window_range[:, None], T)[:, None]
+    return jnp.broadcast_to(allowed, (q.shape[0], T, T))
+
+
+def _in_ranges(ranges: jax.Array, num_slots: int) -> jax.Array:
+    """[B, S] bool: whether a slot is in any of the row's ranges."""
+    slot = jnp.arange(num_slots)[None, None]
+    return ((slot >= ranges[..., :1]) & (slot < ranges[..., 1:])).any(axis=1)
+
+
+def _write_window(
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array | int,
+    write_at: jax.Array,
+    write_rows: jax.Array | None,
+) -> jax.Array:
+    """Writes `new` [B, T, K, H] into slots write_at .. write_at + T of one layer of the cache."""
+    old = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)  # [B, S, K, H]
+    new = new.astype(cache.dtype)
+    if new.shape == old.shape:  # a whole canvas: write_at can only be zero
+        written = new
+    else:
+        written = jax.vmap(lambda c, n, at: jax.lax.dynamic_update_slice(c, n, (at, 0, 0)))(
+            old, new, write_at
+        )
+    if write_rows is not None:
+        written = jnp.where(write_rows[:, None, None, None], written, old)
+    return jax.lax.dynamic_update_index_in_dim(cache, written, layer, axis=0)
+
+
+def _check_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    cache: Cache | None,
+    write_at: jax.Array | None,
+) -> None:
+    B, T, N, H = q.shape
+    if k.shape != v.shape or k.shape[:2] != (B, T) or k.shape[3] != H or N % k.shape[2]:
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must both be [B={B}, T={T}, K, H={H}] "
+            f"with K dividing N={N}, as q is {q.shape}"
+        )
+    if isinstance(mask, str):
+        if mask not in ("full", "causal"):
+            raise ValueError(f"mask={mask!r} must be 'full', 'causal' or an array of ancestor bits")
+    elif mask.shape != (B, T, -(-T // 32)) or mask.dtype != jnp.uint32:
+        raise ValueError(
+            f"mask {mask.dtype}{mask.shape} must be uint32 [B={B}, T={T}, ceil(T/32)={-(-T // 32)}]"
+        )
+    if cache is not None and cache[0].shape[1::2] != (B, k.shape[2]):
+        raise ValueError(
+            f"cache {cache[0].shape} must be [L, B={B}, S, K={k.shape[2]}, H={H}]: k is {k.shape}"
+        )
+    if write_at is not None and cache is None:
+        raise ValueError("write_at is given without a cache to write to")

@@ -1,0 +1,195 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from kernels_pallas.window_attention import window_attention
+
+
+def dense_attention(q, k, v, allowed):
+    """float64 attention of one row: q [T, N, H], k and v [S, K, H], allowed [T, S]."""
+    T, N, H = q.shape
+    out = np.zeros((T, N, H))
+    for t, n in itertools.product(range(T), range(N)):
+        head = n // (N // k.shape[1])
+        scores = (k[:, head] @ q[t, n]) / np.sqrt(H)
+        if not allowed[t].any():
+            continue
+        weights = np.where(allowed[t], np.exp(scores - scores[allowed[t]].max()), 0)
+        out[t, n] = weights @ v[:, head] / weights.sum()
+    return out
+
+
+def random_case(rng, B, T, S, N, K, H, dtype=np.float32):
+    make = lambda *shape: rng.normal(size=shape).astype(dtype)
+    return (
+        make(B, T, N, H),
+        make(B, T, K, H),
+        make(B, T, K, H),
+        make(3, B, S, K, H),
+        make(3, B, S, K, H),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("mask", ["full", "causal", "tree"])
+def test_equals_dense_float64_attention(implementation, group, mask):
+    rng = np.random.default_rng(group)
+    B, T, S, K, H = 3, 37, 11, 2, 8
+    q, k, v, ck, cv = random_case(rng, B, T, S, K * group, K, H)
+    window = {
+        "full": np.ones((B, T, T), bool),
+        "causal": np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T)),
+        "tree": rng.random((B, T, T)) < 0.3,
+    }[mask]
+    window_range = np.array([[0, T], [2, 30], [5, 5]])
+    ranges = np.array([[[0, 4], [7, 11]], [[3, 3], [0, 0]], [[0, 0], [0, 0]]])
+    got, cache = window_attention(
+        q,
+        k,
+        v,
+        mask=pack_bits(window) if mask == "tree" else mask,
+        window_range=window_range,
+        cache=(ck, cv),
+        cache_ranges=ranges,
+        layer=1,
+        implementation=implementation,
+    )
+    assert cache is None
+    for b in range(B):
+        slot, position = np.arange(S), np.arange(T)
+        in_cache = np.zeros(S, bool)
+        for first, last in ranges[b]:
+            in_cache |= (slot >= first) & (slot < last)
+        in_window = (position >= window_range[b, 0]) & (position < window_range[b, 1])
+        allowed = np.concatenate([np.broadcast_to(in_cache, (T, S)), window[b] & in_window], axis=1)
+        expected = dense_attention(
+            q[b],
+            np.concatenate([ck[1, b], k[b]]).astype(np.float64),
+            np.concatenate([cv[1, b], v[b]]).astype(np.float64),
+            allowed,
+        )
+        np.testing.assert_allclose(got[b], expected, atol=1e-5, rtol=1e-5)
+
+
+def pack_bits(allowed):
+    B, T, S = allowed.shape
+    words = np.zeros((B, T, -(-S // 32)), np.uint32)
+    for j in range(S):
+        words[:, :, j // 32] |= allowed[:, :, j].astype(np.uint32) << np.uint32(j % 32)
+    return jnp.asarray(words)
+
+
+def test_rows_that_may_see_nothing_are_zero():
+    q, k, v, ck, cv = random_case(np.random.default_rng(0), 2, 3, 4, 2, 2, 4)
+    none = np.zeros((2, 1, 2), np.int32)
+    out, _ = window_attention(
+        q, k, v, window_range=np.array([[0, 3], [2, 2]]), cache=(ck, cv), cache_ranges=none
+    )
+    assert np.abs(out[0]).min() > 0
+    np.testing.assert_array_equal(out[1], 0)
+
+
+def test_what_is_masked_has_no_influence_even_if_it_is_nan():
+    q, k, v, ck, cv = random_case(np.random.default_rng(0), 1, 4, 6, 2, 2, 4)
+    arguments = dict(window_range=np.array([[1, 3]]), cache_ranges=np.array([[[2, 4]]]), layer=0)
+    expected, _ = window_attention(q, k, v, cache=(ck, cv), **arguments)
+    k2, ck2 = k.copy(), ck.copy()
+    k2[:, [0, 3]], ck2[:, :, [0, 1, 4, 5]] = 1e9, np.nan
+    got, _ = window_attention(q, k2, v, cache=(ck2, cv), **arguments)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_writes_the_window_of_the_chosen_rows_only_and_reads_the_old_contents():
+    q, k, v, ck, cv = random_case(np.random.default_rng(1), 3, 2, 6, 2, 2, 4)
+    arguments = dict(
+        cache=(jnp.asarray(ck), jnp.asarray(cv)), cache_ranges=np.tile([[0, 6]], (3, 1, 1))
+    )
+    read_only, _ = window_attention(q, k, v, layer=2, **arguments)
+    out, (k_new, v_new) = window_attention(
+        q,
+        k,
+        v,
+        layer=2,
+        write_at=jnp.array([0, 3, 4]),
+        write_rows=jnp.array([True, False, True]),
+        **arguments,
+    )
+    np.testing.assert_array_equal(out, read_only)
+    expected = ck.copy()
+    expected[2, 0, 0:2], expected[2, 2, 4:6] = k[0], k[2]
+    np.testing.assert_array_equal(k_new, expected)
+    expected = cv.copy()
+    expected[2, 0, 0:2], expected[2, 2, 4:6] = v[0], v[2]
+    np.testing.assert_array_equal(v_new, expected)
+
+
+ATTEND = jax.jit(window_attention, static_argnames=("mask",))
+
+
+@settings(max_examples=8)
+@given(border=st.integers(0, 12), seed=st.integers(0, 99))
+def test_splitting_keys_between_cache_and_window_changes_nothing(border, seed):
+    """Attention over [prefix ; window] is the same wherever the border lies."""
+    q, k, v, _, _ = random_case(np.random.default_rng(seed), 1, 13, 1, 4, 2, 8)
+    whole, _ = ATTEND(q, k, v, mask="causal")
+    got, _ = ATTEND(
+        q[:, border:],
+        k[:, border:],
+        v[:, border:],
+        mask="causal",
+        cache=(k[None], v[None]),
+        cache_ranges=np.array([[[0, border]]]),
+    )
+    np.testing.assert_allclose(got, whole[:, border:], atol=1e-5)
+
+
+def test_gradients_match_finite_differences():
+    q, k, v, ck, cv = map(jnp.asarray, random_case(np.random.default_rng(2), 1, 3, 4, 4, 2, 4))
+    arguments = dict(mask="causal", cache=(ck, cv), cache_ranges=jnp.array([[[0, 2]]]))
+
+    def loss(q, k, v):
+        return (window_attention(q, k, v, **arguments)[0] ** 2).sum()
+
+    check_grads(loss, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_bfloat16_stays_close_to_float32():
+    q, k, v, ck, cv = random_case(np.random.default_rng(3), 2, 8, 16, 4, 2, 32)
+    ranges = np.tile([[0, 16]], (2, 1, 1))
+    exact, _ = window_attention(q, k, v, cache=(ck, cv), cache_ranges=ranges)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, ck, cv)]
+    got, _ = window_attention(*low[:3], cache=tuple(low[3:]), cache_ranges=ranges)
+    assert got.dtype == jnp.bfloat16
+    # Inputs, weights and output are each rounded to 8 bits: about 3 roundings of 2^-9 of |v| ~ 3.
+    np.testing.assert_allclose(got.astype(np.float32), exact, atol=4e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(mask="diagonal"), "mask='diagonal' must be"),
+        (dict(mask=jnp.zeros((1, 2, 2), jnp.uint32)), "must be uint32"),
+        (dict(write_at=jnp.zeros(1, jnp.int32)), "without a cache"),
+        (dict(cache=(jnp.zeros((1, 2, 4, 2, 4)),) * 2), "cache"),
+    ],
+)
+def test_bad_shapes_are_refused(change, message):
+    q = jnp.zeros((1, 2, 4, 4))
+    k = jnp.zeros((1, 2, 2, 4))
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, k, **change)
+    with pytest.raises(ValueError, match="must both be"):
+        window_attention(q, k[:, :1], k)
+
+
+def test_unknown_implementation_says_what_exists():
+    q = jnp.zeros((1, 2, 4, 4))
+    with pytest.raises(NotImplementedError, match="'xla' or 'reference'"):
+        window_attention(q, q, q, implementation="cuda")
