@@ -1,0 +1,145 @@
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import dlm
+from decode.diffusion import decode
+from decode.generate import Completion, generate
+from decode.rules import DualCache, Quota, Threshold
+from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
+from dlm.config import PRESETS
+from dlm.params import init_params
+from dlm.sharding import make_mesh
+from dlm.tokenizer import byte_tokenizer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return dlm.load(GOLDEN / "llada_small")
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    tokenizer = byte_tokenizer()
+    cfg = dataclasses.replace(
+        PRESETS["tiny"],
+        vocab_size=tokenizer.vocab_size,
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return dlm.LanguageModel(init_params(jax.random.key(0), cfg), cfg, tokenizer)
+
+
+PROMPT = [40, 50, 31, 23, 26, 26, 29, 11, 51]  # copy 31 23 26 26 29 11
+
+
+def test_one_prompt_gives_one_completion_and_a_list_a_list(lm):
+    one = generate(lm, PROMPT, gen_len=32, block_len=8)
+    assert isinstance(one, Completion)
+    several = generate(lm, [PROMPT, PROMPT[:5]], gen_len=32, block_len=8)
+    assert [type(c) for c in several] == [Completion] * 2
+    np.testing.assert_array_equal(several[0].tokens, one.tokens)
+    assert several[0].num_forwards == one.num_forwards
+
+
+def test_the_statistics_add_up(lm):
+    c = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual")
+    assert c.text is None  # the golden checkpoint has no tokenizer
+    assert c.finish_reason == "eos" and lm.cfg.eos_token_id not in c.tokens
+    assert c.canvas[len(c.tokens)] == lm.cfg.eos_token_id
+    assert c.tokens_per_forward == len(c.tokens) / c.num_forwards
+    decided = c.step_map >= 0
+    assert decided[: len(c.tokens) + 1].all() and not decided.all()  # stopped at end-of-text
+    assert c.step_map.max() == c.num_forwards - 1
+    assert (c.log_prob[decided] <= 0).all() and (c.confidence[decided] <= 1).all()
+    np.testing.assert_allclose(c.confidence[decided], np.exp(c.log_prob[decided]), rtol=1e-5)
+
+
+def test_a_full_canvas_ends_for_length(lm):
+    c = generate(lm, PROMPT, gen_len=3, block_len=3)
+    assert c.finish_reason == "length" and len(c.tokens) == 3
+
+
+def test_gen_len_need_not_be_a_multiple_of_the_block(lm):
+    full = generate(lm, PROMPT, gen_len=10, block_len=10, stopper="filled")
+    odd = generate(lm, PROMPT, gen_len=10, block_len=4, stopper="filled", cache="dual")
+    assert len(odd.canvas) == len(full.canvas) == 10
+    assert (odd.step_map >= 0).all() and (odd.canvas != lm.cfg.mask_token_id).all()
+
+
+def test_text_in_text_out(text_lm):
+    prompts = ["Grüße", "a longer prompt"]
+    completions = generate(text_lm, prompts, rule=Quota(4), gen_len=8, block_len=4)
+    for c in completions:
+        assert c.text == text_lm.tokenizer.decode([int(t) for t in c.tokens])
+
+
+def test_seeds_are_per_request(text_lm):
+    options = dict(gen_len=8, block_len=8, temperature=1.0, rule=Quota(8))
+    both = generate(text_lm, ["same", "same"], seed=[3, 4], **options)
+    assert both[0].tokens.tolist() != both[1].tokens.tolist()
+    again = generate(text_lm, "same", seed=4, **options)
+    assert again.tokens.tolist() == both[1].tokens.tolist()
+
+
+def test_buckets_share_one_compilation(lm):
+    decode.clear_cache()
+    for n, threshold in ((3, 0.9), (9, 0.5), (16, 0.7)):
+        generate(lm, [5] * n, rule=Threshold(threshold), gen_len=8, block_len=8)
+    for num in (3, 4):  # batches go up to a power of two
+        generate(lm, [[5] * 4] * num, gen_len=8, block_len=8)
+    assert decode._cache_size() == 2
+
+
+def test_sharded_model(lm):
+    mesh = make_mesh(data=2, tensor=2)
+    sharded = dlm.load(GOLDEN / "llada_small", mesh=mesh)
+    prompts = [PROMPT, PROMPT[:5], PROMPT[:7]]
+    options = dict(gen_len=16, block_len=8, cache=DualCache())
+    for a, b in zip(
+        generate(sharded, prompts, **options), generate(lm, prompts, **options), strict=True
+    ):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.step_map.tolist() == b.step_map.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "empty list"),
+        ("text", {}, ValueError, "the checkpoint has no tokenizer"),
+        (7, {}, TypeError, "prompts is a int"),
+        ([94], {}, ValueError, "contains the mask token 94"),
+        ([1] * 300, {}, ValueError, "max_seq_len=256"),
+        (PROMPT, dict(cache="duel"), ValueError, r"cache='duel' must be one of \['dual'"),
+        (PROMPT, dict(confidence="prob"), ValueError, "confidence='prob' must be one of"),
+        (PROMPT, dict(stopper="never"), ValueError, "stopper='never' must be one of"),
+        (PROMPT, dict(temperature=-1.0), ValueError, "temperature=-1 must be positive"),
+        (PROMPT, dict(gen_len=0), ValueError, "gen_len=0"),
+        (PROMPT, dict(block_len=0), ValueError, "block_len=0"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(lm, prompts, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        generate(lm, prompts, **{"gen_len": 8, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_are_written(text_lm, tmp_path):
+    completion = generate(text_lm, "<b>&", rule=Quota(4), gen_len=8, block_len=4)
+    page = tmp_path / "order.html"
+    write_commit_order(
+        page, [Answer("<b>&", "quota", completion, True)], text_lm.tokenizer, "A & B"
+    )
+    text = page.read_text()
+    assert "A &amp; B" in text and "&lt;b&gt;&amp;" in text and "http" not in text
+    assert text.count('class="t"') == (completion.step_map >= 0).sum()
+    points = [OperatingPoint("quota", "none", 1.0, 0.9), OperatingPoint("quota", "dual", 2.0, 0.8)]
+    plot_speed_quality(tmp_path / "plot.png", {"one": points, "two": points}, "title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,41 @@
+"""What a machine without the training libraries can still do, and which way imports point."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAINING_ONLY = ("grain", "tensorflow_datasets", "ml_collections", "tensorflow", "torch", "orbax")
+LAYERS = {  # package: what it may import of this project
+    "kernels_pallas": {"kernels_pallas"},
+    "dlm": {"dlm", "kernels_pallas"},
+    "decode": {"decode", "dlm", "kernels_pallas"},
+    "train": {"train", "decode", "dlm", "kernels_pallas"},
+    "configs": set(),
+}
+
+
+def test_models_and_decoding_need_no_training_libraries():
+    code = (
+        "import sys\n"
+        f"for name in {TRAINING_ONLY}: sys.modules[name] = None\n"
+        "import dlm, decode, kernels_pallas\n"
+        "import decode.generate, decode.view, dlm.hf, dlm.tasks.waiting_line, dlm.tasks.tfds_source\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_imports_point_one_way():
+    packages = {*LAYERS, "scripts"}
+    for package, allowed in LAYERS.items():
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    names = [node.module]
+                for name in names:
+                    top = name.split(".")[0]
+                    assert top not in packages - allowed, f"{file.relative_to(ROOT)} imports {name}"
