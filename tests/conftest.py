@@ -28,9 +28,15 @@ def toy_cfg() -> ModelConfig:
     )  # fmt: skip
 
 
+def spread(params: Params) -> Params:
+    """Makes random weights opinionated: layers that matter, and confidences that differ."""
+    layers = dict(params["layers"])
+    layers["attention"] = layers["attention"] | {"o": layers["attention"]["o"] * 4.0}
+    layers["mlp"] = layers["mlp"] | {"down": layers["mlp"]["down"] * 4.0}
+    return params | {"layers": layers, "unembed": params["unembed"] * 6.0}
+
+
 @pytest.fixture(scope="session")
 def toy_params(toy_cfg: ModelConfig) -> Params:
-    """Random weights with spread logits, so that confidences differ and thresholds matter."""
-    params = init_params(jax.random.key(0), toy_cfg)
-    params["unembed"] = params["unembed"] * 6.0
-    return params
+    """Weights of a toy model that is worth decoding; see `spread`."""
+    return spread(init_params(jax.random.key(0), toy_cfg))

@@ -17,7 +17,6 @@ Letters: B rows, S canvas positions, W window positions judged, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,8 +108,8 @@ class BlockCacheState:
 
 
 @struct.dataclass
-class PrefixCache(CachePolicy):
-    """Approximate: what stands before the open block is cached; block and suffix are recomputed.
+class BlockCache(CachePolicy):
+    """What the two approximate block caches share: a refresh per block, windows in between.
 
     Attributes:
       quorum: in [0, 1]. Rows that need a refresh wait until this share of the active rows does, so
@@ -127,7 +126,9 @@ class PrefixCache(CachePolicy):
         check_range("quorum", self.quorum, 0, 1)
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCacheState:
-        return _allocate(cfg, batch_size, num_slots)
+        shape = (batch_size, cfg.d_model)
+        boundary = jnp.zeros(shape, cfg.jnp_dtype) if cfg.shifted_logits else None
+        return BlockCacheState(kv=init_cache(cfg, batch_size, num_slots), boundary=boundary)
 
     def judge(
         self,
@@ -137,94 +138,63 @@ class PrefixCache(CachePolicy):
         window_len: int,
         state: BlockCacheState,
     ) -> tuple[jax.Array, BlockCacheState, jax.Array]:
-        def forward_window(kv: KVCache) -> jax.Array:
-            prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)[:, None]
-            length = canvas.tokens.shape[1] - canvas.prompt_len  # the longest suffix
-            return _forward_slice(params, cfg, canvas, length, canvas.end, kv, prefix)
+        """A full forward for rows whose block is new, if enough of them wait; else a window's.
 
-        return _refresh_or_reuse(
-            params, cfg, canvas, window_len, state, self.quorum, forward_window
-        )
+        Either way rows it is not for stand still, which is why they get what they would get alone.
+        """
+        waiting = canvas.is_active & canvas.block_is_new
+        ready = canvas.is_active & ~canvas.block_is_new
+        enough = waiting.sum() >= self.quorum * canvas.is_active.sum()
+        refresh_now = waiting.any() & (enough | ~ready.any())
+
+        def refresh(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
+            out = _forward_canvas(params, cfg, canvas, state.kv, waiting)
+            assert out.cache is not None
+            boundary = state.boundary
+            if boundary is not None:
+                before = _gather(out.hidden, canvas.block_start - 1, 1)[:, 0]
+                boundary = jnp.where(waiting[:, None], before, boundary)
+            hidden = _predictions(out.hidden, cfg, canvas, window_len)
+            return hidden, BlockCacheState(kv=out.cache, boundary=boundary)
+
+        def reuse(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
+            length, stop, ranges = self.window(canvas, window_len)
+            hidden = _forward_slice(params, cfg, canvas, length, stop, state.kv, ranges)
+            hidden = hidden[:, :window_len]
+            if state.boundary is not None:  # position i-1 predicts token i
+                hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
+            return hidden, state
+
+        hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
+        return hidden, state, jnp.where(refresh_now, waiting, ready)
+
+    def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
+        """What is recomputed from each row's block start on, and what is read from the cache.
+
+        Returns the static length of the window; stop [B], where its real positions end; and the
+        cached ranges [B, R, 2].
+        """
+        raise NotImplementedError
 
 
 @struct.dataclass
-class DualCache(CachePolicy):
-    """Approximate: everything but the open block is cached, the masked suffix too.
+class PrefixCache(BlockCache):
+    """Approximate: what stands before the open block is cached; block and suffix are recomputed."""
 
-    Attributes:
-      quorum: see `PrefixCache`.
-      follow_up: see `CachePolicy`.
-    """
-
-    quorum: jax.Array | float = 1.0
-    follow_up: bool = struct.field(pytree_node=False, default=False)
-
-    def validate(self, cfg: ModelConfig) -> None:
-        check_range("quorum", self.quorum, 0, 1)
-
-    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCacheState:
-        return _allocate(cfg, batch_size, num_slots)
-
-    def judge(
-        self,
-        params: Params,
-        cfg: ModelConfig,
-        canvas: Canvas,
-        window_len: int,
-        state: BlockCacheState,
-    ) -> tuple[jax.Array, BlockCacheState, jax.Array]:
-        def forward_window(kv: KVCache) -> jax.Array:
-            prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
-            suffix = jnp.stack([canvas.block_end, canvas.end], axis=-1)
-            ranges = jnp.stack([prefix, suffix], axis=1)
-            return _forward_slice(params, cfg, canvas, window_len, canvas.block_end, kv, ranges)
-
-        return _refresh_or_reuse(
-            params, cfg, canvas, window_len, state, self.quorum, forward_window
-        )
+    def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
+        prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
+        longest = canvas.tokens.shape[1] - canvas.prompt_len  # suffix: one whole completion
+        return longest, canvas.end, prefix[:, None]
 
 
-def _allocate(cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCacheState:
-    boundary = jnp.zeros((batch_size, cfg.d_model), cfg.jnp_dtype) if cfg.shifted_logits else None
-    return BlockCacheState(kv=init_cache(cfg, batch_size, num_slots), boundary=boundary)
+@struct.dataclass
+class DualCache(BlockCache):
+    """Approximate: everything but the open block is cached, the masked suffix too."""
 
-
-def _refresh_or_reuse(
-    params: Params,
-    cfg: ModelConfig,
-    canvas: Canvas,
-    window_len: int,
-    state: BlockCacheState,
-    quorum: jax.Array | float,
-    forward_window: Callable[[KVCache], jax.Array],
-) -> tuple[jax.Array, BlockCacheState, jax.Array]:
-    """A full forward for rows whose block is new, if enough of them wait; else a window forward.
-
-    Either way rows it is not for stand still, which is why they get what they would get alone.
-    """
-    waiting = canvas.is_active & canvas.block_is_new
-    ready = canvas.is_active & ~canvas.block_is_new
-    enough = waiting.sum() >= quorum * canvas.is_active.sum()
-    refresh_now = waiting.any() & (enough | ~ready.any())
-
-    def refresh(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
-        out = _forward_canvas(params, cfg, canvas, state.kv, waiting)
-        assert out.cache is not None
-        boundary = state.boundary
-        if boundary is not None:
-            before = _gather(out.hidden, canvas.block_start - 1, 1)[:, 0]
-            boundary = jnp.where(waiting[:, None], before, boundary)
-        hidden = _predictions(out.hidden, cfg, canvas, window_len)
-        return hidden, BlockCacheState(kv=out.cache, boundary=boundary)
-
-    def reuse(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
-        hidden = forward_window(state.kv)[:, :window_len]
-        if state.boundary is not None:  # position i-1 predicts token i
-            hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
-        return hidden, state
-
-    hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
-    return hidden, state, jnp.where(refresh_now, waiting, ready)
+    def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
+        prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
+        suffix = jnp.stack([canvas.block_end, canvas.end], axis=-1)
+        return window_len, canvas.block_end, jnp.stack([prefix, suffix], axis=1)
 
 
 def _forward_canvas(

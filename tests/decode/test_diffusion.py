@@ -31,6 +31,7 @@ from decode.rules import (
 from decode.rules.contracts import CommitRule, Confidence, Constraint, Reviser
 from dlm.params import init_params
 from dlm.sharding import make_mesh
+from tests.conftest import spread
 from tests.decode import oracle
 
 RULES = {
@@ -73,9 +74,7 @@ def assert_same(got, expected, reports=True):
 @pytest.fixture(scope="module")
 def dream(toy_cfg):
     cfg = dataclasses.replace(toy_cfg, qkv_bias=True, shifted_logits=True)
-    params = init_params(jax.random.key(5), cfg)
-    params["unembed"] = params["unembed"] * 6.0
-    return cfg, params
+    return cfg, spread(init_params(jax.random.key(5), cfg))
 
 
 values = {

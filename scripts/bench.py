@@ -1,0 +1,277 @@
+"""Timings, one JSON line per case, and a table.
+
+    python -m scripts.bench decode                        # CPU sizes
+    python -m scripts.bench decode --preset=llada_8b      # on an accelerator: random weights
+
+`decode` times one decode step of each cache against a bare jitted forward of the same window, and
+whole decodes. Ceilings (a large matrix product, a large copy) are measured in the same run, and the
+bytes and operations a forward needs are counted from the shapes, so `roofline_share` says how much
+of the time is unavoidable on this device. Random weights: speed only, no quality.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state, step
+from decode.rules import CACHES, FixedBlocks, Quota, Threshold
+from dlm.config import PRESETS, ModelConfig
+from dlm.params import Params, init_params, num_params
+from dlm.transformer import forward, output_head
+from kernels_pallas.unembed_stats import unembed_stats
+
+_PRESET = flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
+_BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
+_PROMPT_LEN = flags.DEFINE_integer("prompt_len", 64, "Prompt tokens.")
+_GEN_LEN = flags.DEFINE_integer("gen_len", 128, "Completion tokens.")
+_BLOCK_LEN = flags.DEFINE_integer("block_len", 32, "Block tokens.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs; the median is reported.", lower_bound=5)
+
+# About 20 M parameters: large enough that matrix products and not dispatch decide on a CPU.
+BENCH = ModelConfig(
+    d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64, d_ff=1024, vocab_size=16384,
+    max_seq_len=1024, mask_token_id=16383, eos_token_id=16382, pad_token_id=16382, dtype="float32",
+)  # fmt: skip
+
+
+STEPS_PER_CALL = 4  # the loop's own overhead is part of a step; dispatch from Python is not
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device can do at best, measured in this run."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def median_s(run: Callable[[], Any], repeats: int) -> float:
+    """Median wall time of `run`, which returns arrays; one warm-up first."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def paired_medians_s(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Medians of several runs timed in turn, so that a drifting machine drifts for all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run())
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def measure_ceilings(dtype: str, repeats: int) -> Ceilings:
+    """A square matrix product and a copy, both too large for caches."""
+    on_cpu = jax.default_backend() == "cpu"
+    n, num_bytes = (1536, 2**28) if on_cpu else (8192, 2**31)
+    a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+    product = jax.jit(jnp.dot)
+    seconds = median_s(lambda: product(a, a), repeats)
+    flops = 2 * n**3 / seconds
+    x = jnp.ones(num_bytes // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return Ceilings(flops, 2 * num_bytes / median_s(lambda: copy(x), repeats))
+
+
+def forward_cost(
+    cfg: ModelConfig, batch: int, window: int, cached: int, judged: int
+) -> tuple[float, float]:
+    """Operations and bytes that one forward over `window` positions cannot avoid.
+
+    Bytes: every weight once, the cached keys and values once. Operations: two per weight and
+    position (the head for `judged` positions), plus attention.
+    """
+    head = cfg.vocab_size * cfg.d_model
+    embeddings = head if cfg.tie_embeddings else 2 * head
+    body = num_params(cfg) - embeddings
+    width = cfg.n_heads * cfg.head_dim
+    attention = 4 * batch * window * (window + cached) * width * cfg.n_layers
+    flops = 2.0 * batch * (window * body + judged * head) + attention
+    item = jnp.dtype(cfg.dtype).itemsize
+    cache = 2 * batch * cached * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers
+    return flops, float(item * (body + head + cache))
+
+
+def bench_decode(
+    cfg: ModelConfig,
+    batch: int,
+    prompt_len: int,
+    gen_len: int,
+    block_len: int,
+    repeats: int,
+    ceilings: Ceilings,
+) -> list[dict[str, Any]]:
+    """One step of every cache against a bare forward of the same window, and whole decodes."""
+    params = jax.block_until_ready(init_params(jax.random.key(0), cfg))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, cfg.vocab_size - 2, (batch, prompt_len)).tolist()
+    canvas = prompt_len + gen_len
+    about = {
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": cfg.dtype,
+        "params_m": round(num_params(cfg) / 1e6, 1), "batch": batch, "prompt_len": prompt_len,
+        "gen_len": gen_len, "block_len": block_len,
+        "ceiling_gflops": round(ceilings.flops_per_s / 1e9, 1),
+        "ceiling_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
+    }  # fmt: skip
+    results = []
+    windows = {"none": (canvas, 0), "prefix": (gen_len, prompt_len),
+               "dual": (block_len, canvas - block_len)}  # fmt: skip
+    for cache, (window, cached) in windows.items():
+        method = DiffusionMethod(
+            scheduler=FixedBlocks(block_len), cache=CACHES[cache](), rule=Threshold(0.9)
+        )
+        state = init_state(cfg, method, prompts, gen_len=gen_len)
+        if cache != "none":  # past the refresh, so that the timed step is a window forward
+            state = jax.jit(step, static_argnames=("cfg",))(params, cfg, method, state)
+        one_step = functools.partial(
+            jax.jit(_repeat_step, static_argnames=("cfg",)), params, cfg, method, state
+        )
+        bare = functools.partial(
+            jax.jit(_repeat_bare, static_argnames=("cfg", "window", "judged")),
+            params, cfg, state, window=window, judged=block_len,
+        )  # fmt: skip
+        medians = paired_medians_s({"step": one_step, "bare": bare}, repeats)
+        medians = {name: seconds / STEPS_PER_CALL for name, seconds in medians.items()}
+        flops, num_bytes = forward_cost(cfg, batch, window, cached, block_len)
+        floor_s = max(flops / ceilings.flops_per_s, num_bytes / ceilings.bytes_per_s)
+        results.append(about | {
+            "case": "step", "cache": cache, "window": window,
+            "step_ms": round(1e3 * medians["step"], 3),
+            "bare_forward_ms": round(1e3 * medians["bare"], 3),
+            "step_over_bare": round(medians["step"] / medians["bare"], 3),
+            "bound": "compute" if flops / ceilings.flops_per_s == floor_s else "bandwidth",
+            "roofline_share": round(floor_s / medians["step"], 3),
+        })  # fmt: skip
+        # Random weights are never sure: a quota fixes the number of forwards instead.
+        quota = method.replace(rule=Quota(block_len // 4))
+        results.append(about | _bench_whole(params, cfg, quota, prompts, gen_len, cache, repeats))
+    return results
+
+
+def _repeat_step(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> jax.Array:
+    """Decode steps; each starts from the same state, so all of them are window forwards."""
+
+    def body(_: int, tokens: jax.Array) -> jax.Array:
+        return step(params, cfg, method, state.replace(tokens=tokens)).tokens
+
+    return jax.lax.fori_loop(0, STEPS_PER_CALL, body, state.tokens)
+
+
+def _repeat_bare(
+    params: Params, cfg: ModelConfig, state: DiffusionState, window: int, judged: int
+) -> jax.Array:
+    """Forwards over a window of that size, with the arg-max of `judged` positions each."""
+    P = state.prompt_len
+    start = state.tokens.shape[1] - window if window != judged else P
+    cache = getattr(state.cache, "kv", None)
+    batch, canvas = state.tokens.shape
+    ranges = None
+    if cache is not None:
+        one = [[0, start]] if window != judged else [[0, start], [start + window, canvas]]
+        ranges = jnp.array([one] * batch)
+    positions = start + jnp.broadcast_to(jnp.arange(window)[None], (batch, window))
+
+    def body(_: int, tokens: jax.Array) -> jax.Array:
+        hidden = forward(
+            params, cfg, tokens[:, start : start + window], positions=positions, cache=cache,
+            cache_ranges=ranges,
+        ).hidden[:, -judged:]  # fmt: skip
+        stats = unembed_stats(hidden.reshape(-1, cfg.d_model), output_head(params))
+        return tokens.at[:, start : start + judged].set(stats.token.reshape(batch, judged))
+
+    return jax.lax.fori_loop(0, STEPS_PER_CALL, body, state.tokens)
+
+
+def _bench_whole(
+    params: Params,
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    prompts: list[list[int]],
+    gen_len: int,
+    cache: str,
+    repeats: int,
+) -> dict[str, Any]:
+    def fresh() -> DiffusionState:
+        return jax.block_until_ready(init_state(cfg, method, prompts, gen_len=gen_len))
+
+    start = time.perf_counter()
+    compiled = decode.lower(params, cfg, method, fresh()).compile()
+    compile_s = time.perf_counter() - start
+    times, out = [], fresh()
+    for _ in range(repeats + 1):
+        state = fresh()  # donated, so made anew; not timed
+        start = time.perf_counter()
+        out = jax.block_until_ready(compiled(params, method, state))
+        times.append(time.perf_counter() - start)
+    seconds = float(np.median(times[1:]))
+    forwards = np.asarray(out.num_forwards)
+    return {
+        "case": "decode", "cache": cache, "rule": type(method.rule).__name__.lower(),
+        "compile_s": round(compile_s, 2), "seconds": round(seconds, 4),
+        "tokens_per_s": round(len(prompts) * gen_len / seconds, 1),
+        "forwards_per_row": round(float(forwards.mean()), 2),
+        "peak_memory_mb": round(_peak_bytes() / 2**20, 1),
+    }  # fmt: skip
+
+
+def _peak_bytes() -> float:
+    """Of the device where it says so, else of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(results: list[dict[str, Any]], case: str, columns: list[str]) -> str:
+    """One case's results as a Markdown table."""
+    rows = [[str(r[c]) for c in columns] for r in results if r["case"] == case]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:] != ["decode"]:
+        raise app.UsageError(f"the only benchmark is `decode`, got {argv[1:]}")
+    cfg = BENCH if _PRESET.value == "bench" else PRESETS[_PRESET.value]
+    ceilings = measure_ceilings(cfg.dtype, _REPEATS.value)
+    results = []
+    for batch in tqdm([int(b) for b in _BATCH.value], desc="batch sizes"):
+        for result in bench_decode(
+            cfg, batch, _PROMPT_LEN.value, _GEN_LEN.value, _BLOCK_LEN.value, _REPEATS.value,
+            ceilings,
+        ):  # fmt: skip
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    step_columns = ["batch", "cache", "window", "step_ms", "bare_forward_ms", "step_over_bare",
+                    "bound", "roofline_share"]  # fmt: skip
+    decode_columns = ["batch", "cache", "rule", "compile_s", "seconds", "tokens_per_s",
+                      "forwards_per_row", "peak_memory_mb"]  # fmt: skip
+    print("\n" + table(results, "step", step_columns))
+    print("\n" + table(results, "decode", decode_columns))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,67 @@
+"""The commands a newcomer types, shrunk to seconds, as subprocesses."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments: str, ok: bool = True) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + (done.stderr if not ok else "")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> pathlib.Path:
+    """A smoke run of the quickstart."""
+    path = tmp_path_factory.mktemp("quickstart")
+    out = run("scripts.quickstart", f"--workdir={path}", "--smoke")
+    (path / "stdout.txt").write_text(out)
+    return path
+
+
+@pytest.mark.slow
+def test_quickstart_writes_what_it_says(workdir):
+    out = (workdir / "stdout.txt").read_text()
+    assert "| one per step" in out and "speed-up" in out
+    results = json.loads((workdir / "results.json").read_text())
+    assert len(results["rows"]) == 18
+    assert all(0 <= a <= 1 for row in results["rows"] for a in row["accuracy"].values())
+    for row in results["rows"]:
+        assert row["forwards_per_answer"] > 0 and row["tokens_per_s"] > 0
+    assert (workdir / "speed_quality.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "commit_order.html").stat().st_size > 1000
+    assert (workdir / "results.csv").read_text().count("\n") == 19
+
+
+@pytest.mark.slow
+def test_ask_decodes_your_own_line(workdir):
+    flags = [f"--checkpoint={workdir / 'train/model'}", "--operation=insert_index"]
+    people = "--people=Alice Young, Zoe Parker, Liam Davis"
+    out = run("scripts.ask", *flags, people, "--person=Nora Evans", "--index=1", "--cache=dual")
+    assert "forwards" in out and "step  0" in out
+    out = run("scripts.ask", *flags, people, "--person=Nora Evans", "--index=9", ok=False)
+    assert "index=9 must be in [0, 3]" in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_bench_prints_one_json_line_per_case():
+    out = run(
+        "scripts.bench", "decode", "--preset=tiny", "--batch=2", "--prompt_len=8",
+        "--gen_len=16", "--block_len=8", "--repeats=5",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [(r["case"], r["cache"]) for r in rows] == [
+        (case, cache) for cache in ("none", "prefix", "dual") for case in ("step", "decode")
+    ]
+    for row in rows:
+        assert {"device", "dtype", "batch", "ceiling_gflops", "ceiling_gb_per_s"} <= row.keys()
+    assert run("scripts.bench", "train", ok=False).count("the only benchmark is `decode`") == 1

@@ -1,0 +1,118 @@
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from dlm.config import ModelConfig
+from dlm.tokenizer import word_tokenizer
+from tests.train import toy
+from train import checkpoint
+from train.config import ConfigError, from_config_dict
+
+
+def write(folder, config):
+    settings = from_config_dict(config)
+    cfg = ModelConfig(
+        **settings.model, vocab_size=9, mask_token_id=8, eos_token_id=7, pad_token_id=7
+    )
+    checkpoint.write_settings(folder, settings, cfg, word_tokenizer("abcdef>"))
+    return cfg
+
+
+def test_folder_says_what_the_run_was(tmp_path):
+    cfg = write(tmp_path, toy.get_config())
+    read_cfg, tokenizer = checkpoint.read_model(tmp_path)
+    assert read_cfg == cfg
+    assert tokenizer.encode("fa>") == [5, 0, 6] and tokenizer.mask_token_id == 8
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__ and "git_revision" in versions
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["optim"]["learning_rate"] == 0.01 and settings["optim"]["beta1"] == 0.9
+
+
+def test_other_configs_are_refused_with_all_differences(tmp_path):
+    write(tmp_path, toy.get_config())
+    config = toy.get_config()
+    config.optim.learning_rate = 0.5
+    config.data.task.length = 4
+    with pytest.raises(ConfigError) as error:
+        checkpoint.check_same_run(tmp_path, from_config_dict(config), 3)
+    assert "data.task.length was 3 and is 4; optim.learning_rate was 0.01 and is 0.5" in str(
+        error.value
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_what_may_change(tmp_path):
+    write(tmp_path, toy.get_config())
+    config = toy.get_config()
+    config.train.num_steps = 100
+    config.train.eval_every = 7
+    config.log.every = 9
+    config.checkpoint.keep = 5
+    config.mesh.data = 2
+    checkpoint.check_same_run(tmp_path, from_config_dict(config), 3)
+    config.train.num_steps = 2
+    with pytest.raises(ConfigError, match=r"num_steps=2 must be at least 3"):
+        checkpoint.check_same_run(tmp_path, from_config_dict(config), 3)
+
+
+def test_checkpoints_without_config_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        checkpoint.check_same_run(tmp_path, from_config_dict(toy.get_config()), 3)
+
+
+def test_unwritable_workdir_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/nowhere")):
+        with pytest.raises(ConfigError, match="cannot be written to") as error:
+            checkpoint.check_writable(bad)
+        assert "\n" not in str(error.value)
+    checkpoint.check_writable(tmp_path / "new" / "folder")
+    assert not any((tmp_path / "new" / "folder").iterdir())
+
+
+def test_without_git_there_is_no_revision(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert checkpoint._git_revision() is None
+
+
+class FakeIterator:
+    """Counts, and has a state to be saved."""
+
+    def __init__(self):
+        self.count = 0
+
+    def get_state(self):
+        return json.dumps(self.count).encode()
+
+    def set_state(self, state):
+        self.count = json.loads(state)
+
+    def start_prefetch(self):
+        pass
+
+
+def test_save_and_restore(tmp_path):
+    state = {"x": jax.numpy.arange(3.0), "step": jax.numpy.int32(7)}
+    config = from_config_dict(toy.get_config()).checkpoint
+    iterator = FakeIterator()
+    with checkpoint.open_manager(tmp_path, dataclasses.replace(config, keep=2)) as manager:
+        assert manager.latest_step() is None
+        for step in (1, 2, 3):
+            iterator.count = 10 * step
+            checkpoint.save(manager, step, {**state, "x": state["x"] + step}, iterator)
+        manager.wait_until_finished()
+        assert sorted(manager.all_steps()) == [2, 3]
+    # Half a checkpoint, as a killed process leaves it, is neither used nor kept.
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    fresh = FakeIterator()
+    with checkpoint.open_manager(tmp_path, config) as manager:
+        assert manager.latest_step() == 3
+        restored = checkpoint.restore(manager, 3, jax.eval_shape(lambda: state), fresh)
+    assert fresh.count == 30
+    np.testing.assert_array_equal(restored["x"], np.arange(3.0) + 3)
+    assert not (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").exists()

@@ -1,0 +1,122 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dlm.sharding import make_mesh
+from dlm.tasks import Example
+from dlm.tokenizer import word_tokenizer
+from tests.train import toy
+from train import data
+from train.config import ConfigError, DataConfig
+
+TOKENIZER = word_tokenizer("abcdef>")  # a = 0, ..., > = 6, EOS = PAD = 7, MASK = 8
+CONFIG = DataConfig(task={}, prompt_len=5, completion_len=5, batch_size=4, num_threads=0)
+
+
+def take(iterator, num):
+    return [next(iterator) for _ in range(num)]
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_rows_are_padded_left_and_filled_with_eos_right():
+    row = data.encode_example(Example("abc>", "cb", {}), TOKENIZER, 5, 5)
+    assert {name: value.dtype for name, value in row.items()} == dict.fromkeys(row, np.int32)
+    assert row["prompt"].tolist() == [7, 0, 1, 2, 6] and row["prompt_start"] == 1
+    assert row["completion"].tolist() == [2, 1, 7, 7, 7] and row["completion_len"] == 3
+
+
+def test_edges():
+    row = data.encode_example(Example("", "abcd", {}), TOKENIZER, 2, 5)
+    assert row["prompt"].tolist() == [7, 7] and row["prompt_start"] == 2
+    assert row["completion"].tolist() == [0, 1, 2, 3, 7] and row["completion_len"] == 5
+    assert data.encode_example(Example("", "a", {}), TOKENIZER, 0, 2)["prompt"].shape == (0,)
+
+
+def test_too_long_and_uncovered_texts_say_so():
+    with pytest.raises(ConfigError, match=r"prompt has 4 tokens, more than data\.prompt_len=3: 'a"):
+        data.encode_example(Example("abc>", "a", {}), TOKENIZER, 3, 5)
+    with pytest.raises(ConfigError, match=r"completion has 5 tokens and its end, .*len=5"):
+        data.encode_example(Example("a", "abcde", {}), TOKENIZER, 3, 5)
+    with pytest.raises(ConfigError, match=r"tokenizer does not fit the task: .*'xyz'"):
+        data.encode_example(Example("axyz", "a", {}), TOKENIZER, 8, 5)
+
+
+def test_errors_reach_the_loop_from_reading_threads():
+    config = dataclasses.replace(CONFIG, prompt_len=2, num_threads=1)
+    with pytest.raises(ConfigError, match=r"data\.prompt_len=2"):
+        next(data.train_iterator(toy.Copy(), TOKENIZER, config))
+
+
+def test_every_example_once_per_epoch_in_another_order():
+    task = toy.Copy(num_examples=16, length=4)
+    batches = take(data.train_iterator(task, TOKENIZER, CONFIG), 8)
+    rows = np.concatenate([batch["completion"] for batch in batches])
+    expected = sorted(
+        data.encode_example(task[i], TOKENIZER, 5, 5)["completion"].tolist() for i in range(16)
+    )
+    assert sorted(rows[:16].tolist()) == sorted(rows[16:].tolist()) == expected
+    assert rows[:16].tolist() != rows[16:].tolist()
+
+
+def test_seed_and_threads():
+    task = toy.Copy()
+    first = take(data.train_iterator(task, TOKENIZER, CONFIG), 3)
+    threaded = dataclasses.replace(CONFIG, num_threads=2, prefetch=3)
+    assert_equal(first, take(data.train_iterator(task, TOKENIZER, threaded), 3))
+    other = dataclasses.replace(CONFIG, seed=1)
+    assert not np.array_equal(
+        first[0]["prompt"], next(data.train_iterator(task, TOKENIZER, other))["prompt"]
+    )
+
+
+def test_iterator_state_can_be_restored():
+    task = toy.Copy()
+    iterator = data.train_iterator(task, TOKENIZER, dataclasses.replace(CONFIG, num_threads=1))
+    take(iterator, 5)
+    state = iterator.get_state()
+    following = take(iterator, 3)
+    fresh = data.train_iterator(task, TOKENIZER, CONFIG)
+    fresh.set_state(state)
+    assert_equal(take(fresh, 3), following)
+
+
+def test_processes_share_out_the_examples(monkeypatch):
+    task = toy.Copy(num_examples=32, length=4)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    seen, valid = [], []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        batches = take(data.train_iterator(task, TOKENIZER, CONFIG), 8)
+        assert all(batch["prompt"].shape == (2, 5) for batch in batches)
+        seen += [row.tolist() for batch in batches for row in batch["completion"]]
+        valid.append(data.valid_batches(task, TOKENIZER, CONFIG, 2))
+    all_rows = [data.encode_example(task[i], TOKENIZER, 5, 5) for i in range(32)]
+    assert sorted(seen) == sorted(row["completion"].tolist() for row in all_rows)
+    both = [
+        np.stack([a["prompt"], b["prompt"]], axis=1).reshape(4, 5)
+        for a, b in zip(*valid, strict=True)
+    ]
+    np.testing.assert_array_equal(np.concatenate(both), [row["prompt"] for row in all_rows[:8]])
+    with pytest.raises(ConfigError, match="batch_size=3 must be a multiple of 2 processes"):
+        data.train_iterator(task, TOKENIZER, dataclasses.replace(CONFIG, batch_size=3))
+
+
+def test_validation_batches():
+    batches = data.valid_batches(toy.Copy(), TOKENIZER, CONFIG, 2)
+    assert len(batches) == 2 and batches[0]["completion"].shape == (4, 5)
+    assert data.valid_batches(None, TOKENIZER, CONFIG, 2) == []
+    with pytest.raises(ConfigError, match=r"has 7 examples; .* need 8"):
+        data.valid_batches(toy.Copy(num_examples=7), TOKENIZER, CONFIG, 2)
+
+
+def test_global_batches_are_sharded_by_rows():
+    batch = data.valid_batches(toy.Copy(), TOKENIZER, CONFIG, 1)[0]
+    placed = data.to_global(batch, make_mesh(data=2, fsdp=2, tensor=2))
+    assert_equal(jax.device_get(placed), batch)
+    assert placed["prompt"].sharding.shard_shape((4, 5)) == (1, 5)
+    assert placed["prompt_start"].sharding.shard_shape((4,)) == (1,)

@@ -1,0 +1,355 @@
+import dataclasses
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm
+from dlm.params import init_params
+from dlm.sharding import make_mesh
+from tests.train import toy
+from tests.train.test_masked_diffusion import make_batch
+from train import checkpoint, data, loop
+from train.config import ConfigError, OptimConfig, from_config_dict
+from train.metrics import NonFiniteError, read_metrics
+from train.objectives.masked_diffusion import MaskedDiffusion
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG_FILE = "tests/train/toy.py"
+
+
+def toy_config(**changes):
+    config = toy.get_config()
+    for name, value in changes.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+
+def without_times(workdir):
+    return [
+        {name: value for name, value in line.items() if name != "tokens_per_s"}
+        for line in read_metrics(workdir)
+    ]
+
+
+def assert_same(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of eight steps, and its result. Not to be written to."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, loop.run(toy_config(), workdir)
+
+
+# ---- What a run leaves behind -----------------------------------------------------------------
+
+
+def test_every_step_has_one_line(finished):
+    workdir, result = finished
+    lines = read_metrics(workdir)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if "valid/loss" in line] == [4, 8]
+    assert {"loss", "masked_accuracy", "grad_norm", "learning_rate"} <= lines[0].keys()
+    assert lines[0]["learning_rate"] == 0  # the warm-up starts there
+    assert result.step == 8 and result.metrics == lines[-1]
+
+
+def test_exported_model_is_the_one_validated(finished):
+    _, result = finished
+    model = dlm.load(result.model_path)
+    settings = from_config_dict(toy_config())
+    batches = data.valid_batches(toy.Copy(split="test"), model.tokenizer, settings.data, 2)
+    key = jax.random.fold_in(jax.random.key(0), 2)
+    losses = [
+        MaskedDiffusion().loss(model.params, model.cfg, batch, jax.random.fold_in(key, i))[0]
+        for i, batch in enumerate(batches)
+    ]
+    np.testing.assert_allclose(np.mean(losses), result.metrics["valid/loss"], rtol=1e-5)
+    assert model.tokenizer.encode("abc>") == [0, 1, 2, 6]
+
+
+def test_running_a_finished_run_again_changes_nothing(finished, tmp_path):
+    workdir, result = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    again = loop.run(toy_config(), copy)
+    assert again.metrics == result.metrics and again.step == 8
+    weights = "model/model.safetensors"
+    assert (copy / weights).read_bytes() == (workdir / weights).read_bytes()
+    assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_another_config_is_refused(finished):
+    workdir, _ = finished
+    before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+    with pytest.raises(ConfigError, match=r"optim\.beta1 was 0\.9 and is 0\.5"):
+        loop.run(toy_config(optim={**toy_config().optim, "beta1": 0.5}), workdir)
+    with pytest.raises(ConfigError, match=r"num_steps=4 must be at least 8"):
+        loop.run(toy_config(train__num_steps=4), workdir)
+    files = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*") if path.is_file())
+    assert files == [entry for entry in before if entry[0].is_file()]
+
+
+def test_unwritable_workdir_comes_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(loop, "_build_tasks", lambda _: pytest.fail("worked"))
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        loop.run(toy_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__tensor": 64}, "needs 64 devices"),
+        ({"model__max_seq_len": 8}, "max_seq_len=8 must be at least .* = 9"),
+        ({"model__n_kv_heads": 3}, "model: n_heads=2 must be a multiple"),
+        ({"data__tokenizer": "nowhere"}, "data.tokenizer='nowhere': .* not a directory"),
+        ({"data__tokenizer": "word", "data__prompt_len": 2}, r"data\.prompt_len=2"),
+        ({"train__init_from": "nowhere"}, "train.init_from='nowhere'"),
+        ({"train__num_eval_batches": 100}, r"data\.valid has 512 examples"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.run(toy_config(**changes), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+# ---- Learning ---------------------------------------------------------------------------------
+
+
+def test_loss_falls_and_the_task_is_learned(tmp_path):
+    config = toy_config(
+        train__num_steps=120, train__eval_every=0, checkpoint__every=0, data__batch_size=32
+    )
+    metrics = loop.run(config, tmp_path).metrics
+    lines = read_metrics(tmp_path)
+    assert lines[0]["loss"] > 1.5
+    assert metrics["valid/loss"] < 0.1 and metrics["valid/masked_accuracy"] > 0.95
+
+
+def test_init_from_keeps_the_model(finished, tmp_path):
+    """A learning rate of zero: what comes out is what went in."""
+    _, result = finished
+    config = toy_config(
+        train__init_from=str(result.model_path),
+        train__num_steps=1,
+        optim__learning_rate=0.0,
+        model__d_model=64,
+    )
+    started = loop.run(config, tmp_path)
+    ours, theirs = dlm.load(started.model_path), dlm.load(result.model_path)
+    assert ours.cfg == theirs.cfg and ours.cfg.d_model == 16
+    assert_same(ours.params, theirs.params)
+
+
+def test_bfloat16_products_with_float32_parameters(toy_cfg):
+    cfg = dataclasses.replace(toy_cfg, dtype="bfloat16")
+    optim = OptimConfig(learning_rate=1e-4, decay_steps=4, end_factor=1.0)
+    state = loop.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    step = jax.jit(loop.train_step, static_argnames=("cfg", "objective", "optim"))
+    new, metrics = step(
+        state, make_batch(cfg), jax.random.key(0), cfg=cfg, objective=MaskedDiffusion(), optim=optim
+    )
+    assert metrics["loss"].dtype == jnp.float32 and jnp.isfinite(metrics["loss"])
+    assert new.params["embed"].dtype == jnp.float32
+    # Updates far below the resolution of bfloat16 are not lost.
+    moved = jnp.abs(new.params["embed"] - state.params["embed"]).max()
+    assert 0 < moved < 2e-4
+
+
+# ---- Devices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sharded_steps_equal_unsharded(toy_cfg, accumulate):
+    optim = OptimConfig(
+        learning_rate=1e-2, decay_steps=9, accumulate=accumulate, ema_decay=0.9, weight_decay=0.1
+    )
+    batch = jax.device_get(make_batch(toy_cfg, rows=8))
+    results = []
+    for mesh in (make_mesh(), make_mesh(data=2, fsdp=2, tensor=2)):
+        with jax.set_mesh(mesh):
+            shardings = loop.state_shardings(toy_cfg, optim, mesh)
+            state = loop.first_state(jax.random.key(0), None, toy_cfg, optim, shardings)
+            step = jax.jit(
+                loop.train_step,
+                static_argnames=("cfg", "objective", "optim"),
+                donate_argnames="state",
+                out_shardings=(shardings, None),
+            )
+            for _ in range(2):
+                state, metrics = step(
+                    state,
+                    data.to_global(batch, mesh),
+                    jax.random.key(1),
+                    cfg=toy_cfg,
+                    objective=MaskedDiffusion(),
+                    optim=optim,
+                )
+        results.append(jax.device_get((state.params, state.ema, metrics)))
+    q = state.params["layers"]["attention"]["q"]  # [L, D, N, H]: D over fsdp, N over tensor
+    assert q.sharding.shard_shape(q.shape) == (2, 8, 2, 4)
+    sharded = [
+        leaf.sharding.shard_shape(leaf.shape) == (2, 8, 2, 4)
+        for leaf in jax.tree.leaves(state.opt_state)
+        if leaf.shape == q.shape
+    ]
+    assert len(sharded) == 2 + (accumulate > 1) and all(sharded)
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_state_is_donated(toy_cfg):
+    optim = OptimConfig(learning_rate=1e-2, decay_steps=9)
+    state = loop.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    compiled = (
+        jax.jit(
+            loop.train_step,
+            static_argnames=("cfg", "objective", "optim"),
+            donate_argnames="state",
+        )
+        .lower(
+            state,
+            make_batch(toy_cfg),
+            jax.random.key(0),
+            cfg=toy_cfg,
+            objective=MaskedDiffusion(),
+            optim=optim,
+        )
+        .compile()
+    )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.9 * size
+
+
+# ---- Stopping and going on --------------------------------------------------------------------
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, monkeypatch):
+    """Three steps, SIGTERM, the other five: parameters, numbers and data as if never stopped."""
+    workdir, _ = finished
+    calls = []
+
+    def to_global(batch, mesh):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, mesh)
+
+    original = data.to_global
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(data, "to_global", to_global)
+    stopped = loop.run(toy_config(), tmp_path)
+    assert stopped.step == 3 and stopped.model_path is None
+    assert not (tmp_path / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    continued = loop.run(toy_config(), tmp_path)
+    assert continued.step == 8
+    assert without_times(tmp_path) == without_times(workdir)
+    weights = "model/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (workdir / weights).read_bytes()
+
+
+def test_resuming_on_another_mesh(finished, tmp_path):
+    workdir, _ = finished
+    loop.run(toy_config(train__num_steps=4, optim__decay_steps=8), tmp_path)
+    config = toy_config(optim__decay_steps=8, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    loop.run(config, tmp_path)
+    ours, theirs = without_times(tmp_path), without_times(workdir)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    np.testing.assert_allclose(ours[-1]["loss"], theirs[-1]["loss"], rtol=1e-3)
+
+
+def test_other_threads_cannot_and_need_not_handle_signals():
+    def check():
+        with loop._stop_on_sigterm(None) as is_stopping:
+            results.append(is_stopping(1))
+
+    results = []
+    thread = threading.Thread(target=check)
+    thread.start()
+    thread.join()
+    assert results == [False]
+
+
+def test_divergence_stops_and_touches_nothing(tmp_path):
+    config = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
+    config.checkpoint.every = 1
+    config.train.num_steps = 60
+    config.train.seed = 2  # the seventh step is the first bad one
+    with pytest.raises(NonFiniteError, match=r"loss is nan at step \d+: stopped .*") as error:
+        loop.run(config, tmp_path)
+    step = int(str(error.value).split(" at step ")[1].split(":")[0])
+    assert step == 7
+    assert f"the last good one is step {step - 1} in {tmp_path / 'checkpoints'}" in str(error.value)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step))
+    assert not (tmp_path / "model").exists()
+    with checkpoint.open_manager(tmp_path, from_config_dict(config).checkpoint) as manager:
+        assert sorted(manager.all_steps()) == [step - 2, step - 1]
+    # It goes on from there, and comes to the same end.
+    with pytest.raises(NonFiniteError, match=f"at step {step}:"):
+        loop.run(config, tmp_path)
+
+
+def test_divergence_without_any_checkpoint(tmp_path):
+    config = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
+    config.checkpoint.every = 0
+    config.train.num_steps = 60
+    with pytest.raises(NonFiniteError, match="there is none before it"):
+        loop.run(config, tmp_path)
+
+
+def command(workdir, num_steps):
+    return [
+        sys.executable, "-m", "train", f"--config={CONFIG_FILE}", f"--workdir={workdir}",
+        f"--config.train.num_steps={num_steps}", "--config.train.eval_every=50",
+        "--config.checkpoint.every=25",
+    ]  # fmt: skip
+
+
+def test_kill_9_and_the_same_command_is_as_if_nothing_had_happened(tmp_path):
+    num_steps = 300
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+    def start(name):
+        log = (tmp_path / f"{name}.log").open("a")
+        return subprocess.Popen(
+            command(tmp_path / name, num_steps), cwd=ROOT, env=environment, stderr=log
+        )
+
+    killed, whole = start("killed"), start("whole")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 60:
+        assert killed.poll() is None, (tmp_path / "killed.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    num_lines = metrics.read_bytes().count(b"\n")
+    assert 60 <= num_lines < num_steps
+    assert not (tmp_path / "killed" / "checkpoints" / str(num_steps)).exists()
+
+    assert start("killed").wait(timeout=240) == 0, (tmp_path / "killed.log").read_text()
+    assert whole.wait(timeout=240) == 0, (tmp_path / "whole.log").read_text()
+    assert "Resuming" in (tmp_path / "killed.log").read_text()
+    lines = without_times(tmp_path / "killed")
+    assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
+    assert lines == without_times(tmp_path / "whole")
+    weights = "model/model.safetensors"
+    assert (tmp_path / "killed" / weights).read_bytes() == (
+        tmp_path / "whole" / weights
+    ).read_bytes()

@@ -1,0 +1,263 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm import transformer
+from dlm.params import init_params
+from train.objectives import masked_diffusion
+from train.objectives.masked_diffusion import MaskedDiffusion, weighted_loss
+
+
+def make_batch(cfg, *, rows=4, prompt_len=5, completion_len=6, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = cfg.vocab_size - 3  # no MASK, EOS or PAD
+    start = rng.integers(0, prompt_len + 1, rows).astype(np.int32)
+    prompt = rng.integers(0, ids, (rows, prompt_len)).astype(np.int32)
+    prompt[np.arange(prompt_len) < start[:, None]] = cfg.pad_token_id
+    completion = rng.integers(0, ids, (rows, completion_len)).astype(np.int32)
+    length = rng.integers(1, completion_len + 1, rows).astype(np.int32)
+    completion[np.arange(completion_len) >= length[:, None] - 1] = cfg.eos_token_id
+    return {
+        "prompt": jnp.asarray(prompt),
+        "prompt_start": jnp.asarray(start),
+        "completion": jnp.asarray(completion),
+        "completion_len": jnp.asarray(length),
+    }
+
+
+class Recorder:
+    """Stands in for the forward and keeps what it was given."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self._forward = transformer.forward
+        monkeypatch.setattr(transformer, "forward", self)
+
+    def __call__(self, params, cfg, tokens, **kwargs):
+        self.calls.append((tokens, kwargs))
+        return self._forward(params, cfg, tokens, **kwargs)
+
+
+def test_loss_by_hand():
+    # Two rows of two tokens, V = 2. Logits (0, ln 3) give probabilities 1/4 and 3/4.
+    z = jnp.array([0.0, np.log(3.0)])
+    logits = jnp.stack([jnp.stack([z, z]), jnp.stack([z, z])])
+    completion = jnp.array([[0, 1], [1, 1]])
+    is_masked = jnp.array([[True, True], [False, True]])
+    p = jnp.array([0.5, 0.25])
+    loss, metrics = weighted_loss(logits, completion, is_masked, p)
+    row0 = (np.log(4) + np.log(4 / 3)) / 0.5 / 2
+    row1 = np.log(4 / 3) / 0.25 / 2
+    np.testing.assert_allclose(loss, (row0 + row1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["masked_accuracy"], 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["mask_fraction"], 3 / 4)
+
+
+def test_no_masked_token_gives_zero():
+    loss, metrics = weighted_loss(
+        jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int), jnp.zeros((2, 3), bool), jnp.ones(2)
+    )
+    assert loss == 0 and metrics["masked_accuracy"] == 0
+
+
+def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
+    """The whole loss against a plain loop over the tokens that the model was shown."""
+    recorder = Recorder(monkeypatch)
+    batch = make_batch(toy_cfg)
+    objective = MaskedDiffusion(eps=0.1)
+    loss, metrics = objective.loss(toy_params, toy_cfg, batch, jax.random.key(3))
+    ((tokens, kwargs),) = recorder.calls
+    assert kwargs["mask"] == "full"
+    hidden = transformer.forward(
+        toy_params,
+        toy_cfg,
+        tokens,
+        positions=kwargs["positions"],
+        window_range=kwargs["window_range"],
+    ).hidden
+    log_probs = jax.nn.log_softmax(transformer.logits(toy_params, hidden))
+    t_key, _ = jax.random.split(jax.random.key(3))
+    p = 0.9 * masked_diffusion._draw_t(t_key, 4, True) + 0.1
+    total = 0.0
+    for row in range(4):
+        for i in range(6):
+            if tokens[row, 5 + i] == toy_cfg.mask_token_id:
+                right = batch["completion"][row, i]
+                total -= float(log_probs[row, 5 + i, right]) / float(p[row]) / 6 / 4
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    assert metrics["loss"] == loss
+    assert loss.dtype == jnp.float32
+
+
+def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    batch = make_batch(toy_cfg, rows=16)
+    for seed in range(4):
+        MaskedDiffusion().loss(toy_params, toy_cfg, batch, jax.random.key(seed))
+    num_masked = 0
+    for tokens, kwargs in recorder.calls:
+        np.testing.assert_array_equal(tokens[:, :5], batch["prompt"])
+        is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
+        unmasked = jnp.where(is_masked, batch["completion"], tokens[:, 5:])
+        np.testing.assert_array_equal(unmasked, batch["completion"])
+        num_masked += int(is_masked.sum())
+        # EOS padding is masked like any other token.
+        assert is_masked[batch["completion"] == toy_cfg.eos_token_id].any()
+        np.testing.assert_array_equal(kwargs["window_range"][:, 0], batch["prompt_start"])
+        first = np.asarray(batch["prompt_start"])
+        np.testing.assert_array_equal(kwargs["positions"][np.arange(16), first], 0)
+    assert 0.3 < num_masked / (4 * 16 * 6) < 0.7
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_weights_are_unbiased(stratified):
+    """With a loss of 1 per token, masked or not, the expected loss is 1."""
+
+    def one(key):
+        t_key, mask_key = jax.random.split(key)
+        p = 0.9 * masked_diffusion._draw_t(t_key, 8, stratified) + 0.1
+        is_masked = jax.random.uniform(mask_key, (8, 4)) < p[:, None]
+        # Two equal logits: every token costs ln 2.
+        zeros = jnp.zeros((8, 4), int)
+        return weighted_loss(jnp.zeros((8, 4, 2)), zeros, is_masked, p)[0]
+
+    losses = jax.vmap(one)(jax.random.split(jax.random.key(0), 4096)) / np.log(2)
+    error = losses.std() / np.sqrt(4096)
+    assert abs(losses.mean() - 1) < 4 * error
+    assert error < 0.01
+
+
+def test_stratified_levels_are_uniform_and_spread():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    t = jax.vmap(lambda key: masked_diffusion._draw_t(key, 8, True))(keys)
+    assert ((t >= 0) & (t < 1)).all()
+    np.testing.assert_allclose(jnp.diff(jnp.sort(t, axis=1), axis=1), 1 / 8, atol=1e-6)
+    for row in (0, 5):
+        counts = np.histogram(t[:, row], bins=10, range=(0, 1))[0]
+        chi_square = ((counts - 200) ** 2 / 200).sum()
+        assert chi_square < 27.9  # 99.9 % of chi-square with 9 degrees of freedom
+
+
+def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
+    """Without a prompt every token may be masked, and the divisor is all tokens (card, Sec. 2)."""
+    recorder = Recorder(monkeypatch)
+    batch = make_batch(toy_cfg, prompt_len=0, completion_len=8)
+    loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, jax.random.key(1))
+    ((tokens, kwargs),) = recorder.calls
+    assert tokens.shape == (4, 8)
+    y = batch["completion"]
+    z = transformer.logits(
+        toy_params, transformer.forward(toy_params, toy_cfg, tokens, **kwargs).hidden
+    )
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
+    t_key, _ = jax.random.split(jax.random.key(1))
+    p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
+    is_masked = tokens == toy_cfg.mask_token_id
+    expected = (jnp.where(is_masked, nll, 0) / p[:, None]).sum() / (4 * 8)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_padding_does_not_matter(toy_cfg, toy_params):
+    """Two more pads on the left: the same masks are drawn, so the same loss."""
+    batch = make_batch(toy_cfg)
+    wider = dict(batch)
+    pads = jnp.full((4, 2), toy_cfg.pad_token_id, jnp.int32)
+    wider["prompt"] = jnp.concatenate([pads, batch["prompt"]], axis=1)
+    wider["prompt_start"] = batch["prompt_start"] + 2
+    key = jax.random.key(0)
+    losses = [MaskedDiffusion().loss(toy_params, toy_cfg, b, key)[0] for b in (batch, wider)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    batch = make_batch(toy_cfg)
+    shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
+    loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, jax.random.key(0))
+    ((tokens, kwargs),) = recorder.calls
+    hidden = transformer.forward(toy_params, toy_cfg, tokens, **kwargs).hidden[:, 4:-1]
+    t_key, _ = jax.random.split(jax.random.key(0))
+    p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
+    is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
+    logits = transformer.logits(toy_params, hidden)
+    expected, _ = weighted_loss(logits, batch["completion"], is_masked, p)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_refusals(toy_cfg, toy_params):
+    batch = make_batch(toy_cfg)
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="mask_token_id=None"):
+        cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
+        MaskedDiffusion().loss(toy_params, cfg, batch, key)
+    with pytest.raises(ValueError, match="prompt_len=0"):
+        cfg = dataclasses.replace(toy_cfg, shifted_logits=True)
+        MaskedDiffusion().loss(toy_params, cfg, make_batch(toy_cfg, prompt_len=0), key)
+    with pytest.raises(ValueError, match="eps=0"):
+        MaskedDiffusion(eps=0.0)
+
+
+def test_loss_gradient_against_finite_differences_in_float64():
+    with jax.enable_x64(True):
+        logits = jax.random.normal(jax.random.key(0), (2, 3, 5), jnp.float64)
+        completion = jnp.array([[0, 4, 2], [1, 1, 3]])
+        is_masked = jnp.array([[True, False, True], [False, True, True]])
+        p = jnp.array([0.3, 0.8])
+
+        def loss(z):
+            return weighted_loss(z, completion, is_masked, p)[0]
+
+        gradient = np.asarray(jax.grad(loss)(logits))
+        steps = 1e-6 * jnp.eye(logits.size).reshape(-1, *logits.shape)
+        differences = jax.vmap(lambda step: loss(logits + step) - loss(logits - step))(steps)
+        np.testing.assert_allclose(gradient.ravel(), differences / 2e-6, atol=1e-9)
+        assert (gradient[~np.asarray(is_masked)] == 0).all()
+
+
+def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
+    """Norms are float32 in every model, so differences are taken over a step that allows for it."""
+    with jax.enable_x64(True):
+        cfg = dataclasses.replace(toy_cfg, dtype="float64")
+        params = init_params(jax.random.key(0), cfg)
+        batch = make_batch(cfg)
+
+        @jax.jit
+        def loss(params):
+            return MaskedDiffusion().loss(params, cfg, batch, jax.random.key(1))[0]
+
+        gradient = jax.jit(jax.grad(loss))(params)
+        leaves, tree = jax.tree.flatten(params)
+        rng = np.random.default_rng(0)
+        for i, leaf in enumerate(leaves):
+            direction = rng.normal(size=leaf.shape)
+            step = 1e-3 * direction / np.linalg.norm(direction)
+            up, down = (
+                loss(tree.unflatten([*leaves[:i], leaf + sign * step, *leaves[i + 1 :]]))
+                for sign in (1, -1)
+            )
+            slope = np.vdot(jax.tree.leaves(gradient)[i], direction) / np.linalg.norm(direction)
+            np.testing.assert_allclose((up - down) / 2e-3, slope, rtol=2e-2, atol=2e-3)
+
+
+def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
+    batch, key = make_batch(toy_cfg), jax.random.key(1)
+    gradients = [
+        jax.jit(jax.grad(lambda p, o=o: o.loss(p, toy_cfg, batch, key)[0]))(toy_params)
+        for o in (MaskedDiffusion(), MaskedDiffusion(remat=True))
+    ]
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_power_zero_counts_every_masked_token_alike(toy_cfg, toy_params):
+    batch, key = make_batch(toy_cfg), jax.random.key(1)
+    losses, levels = [], (1.0, 0.5, 0.0)
+    for power in levels:
+        objective = MaskedDiffusion(eps=0.1, weight_power=power)
+        losses.append(objective.loss(toy_params, toy_cfg, batch, key)[0])
+    assert losses[0] > losses[1] > losses[2] > 0
+    with pytest.raises(ValueError, match="weight_power=2"):
+        MaskedDiffusion(weight_power=2.0)

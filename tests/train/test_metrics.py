@@ -1,0 +1,102 @@
+import dataclasses
+import json
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from tests.train import toy
+from train.config import ConfigError, from_config_dict
+from train.metrics import FILE_NAME, NonFiniteError, Reporter, is_due, read_metrics
+
+
+def make_settings(**log):
+    settings = from_config_dict(toy.get_config())
+    return dataclasses.replace(settings, log=dataclasses.replace(settings.log, **log))
+
+
+def values(loss=1.0, grad_norm=2.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm)}
+
+
+def test_is_due():
+    assert [step for step in range(1, 9) if is_due(step, 3, 8)] == [3, 6, 8]
+    assert [step for step in range(1, 9) if is_due(step, 0, 8)] == [8]
+
+
+def test_lines_are_written_one_step_late_and_only_when_due(tmp_path):
+    with Reporter(make_settings(every=2), tmp_path, 0, "test") as reporter:
+        for step in range(1, 9):
+            reporter.flush()
+            assert [line["step"] for line in read_metrics(tmp_path)] == list(range(2, step, 2))
+            reporter.add(step, values(loss=step))
+        reporter.flush()
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 2), (4, 4), (6, 6), (8, 8)]
+    assert all(line["tokens_per_s"] > 0 for line in lines)
+
+
+def test_validation_is_part_of_the_line(tmp_path):
+    with Reporter(make_settings(every=100), tmp_path, 0, "test") as reporter:
+        reporter.add(3, values())
+        reporter.flush(lambda: {"loss": jnp.float32(0.5)})
+    (line,) = read_metrics(tmp_path)
+    assert line["step"] == 3 and line["valid/loss"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"grad_norm": float("inf")}])
+def test_non_finite_steps_are_not_written_nor_validated(tmp_path, bad):
+    with Reporter(make_settings(), tmp_path, 0, "test") as reporter:
+        reporter.add(1, values(**bad))
+        with pytest.raises(NonFiniteError, match=f"{next(iter(bad))} is .* at step 1"):
+            reporter.flush(lambda: pytest.fail("validated"))
+    assert read_metrics(tmp_path) == []
+
+
+def test_resuming_drops_later_and_broken_lines(tmp_path):
+    path = tmp_path / FILE_NAME
+    lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(1, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    with Reporter(make_settings(), tmp_path, 3, "test") as reporter:
+        reporter.add(4, values(loss=0.25))
+        reporter.flush()
+    assert path.read_text().splitlines()[:3] == lines[:3]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert read_metrics(tmp_path)[-1]["loss"] == 0.25
+
+
+def test_missing_extras_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"tensorboardX: pip install .*\[log\]"):
+        Reporter(make_settings(tensorboard=True), tmp_path, 0, "test")
+    with pytest.raises(ConfigError, match=r"wandb: pip install .*\[log\]"):
+        Reporter(make_settings(wandb_project="x"), tmp_path, 0, "test")
+
+
+def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
+    class Sink:
+        def __init__(self, *args, **kwargs):
+            self.rows = []
+
+        def add_scalar(self, name, value, step):
+            self.rows.append((step, name, value))
+
+        def log(self, row, step):
+            self.rows += [(step, name, value) for name, value in row.items()]
+
+        def close(self):
+            pass
+
+        finish = close
+
+    board, run = Sink(), Sink()
+    tensorboard = type("tensorboardX", (), {"SummaryWriter": lambda *args, **kwargs: board})
+    wandb = type("wandb", (), {"init": lambda **kwargs: run})
+    monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = make_settings(tensorboard=True, wandb_project="x")
+    with Reporter(settings, tmp_path, 0, "test") as reporter:
+        reporter.add(1, values())
+        reporter.flush()
+    assert sorted(board.rows) == sorted(run.rows) == [(1, "grad_norm", 2.0), (1, "loss", 1.0)]

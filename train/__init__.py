@@ -1,0 +1,1 @@
+"""How models are trained: configuration, data, objectives, and one loop."""

@@ -1,0 +1,187 @@
+"""A run's folder: what it holds, when it may be resumed, and its checkpoints.
+
+config.json     the settings, all defaults filled in
+model.json      fields of the model's `ModelConfig`
+versions.json   Python, packages and git revision that last wrote here
+tokenizer/      the tokenizer
+metrics.jsonl   see `train.metrics`
+checkpoints/    Orbax checkpoints: training state and data iterator
+model/          the finished model, as `dlm.load` reads it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import tempfile
+from typing import Any
+
+import grain
+import orbax.checkpoint as ocp
+
+from dlm.config import ModelConfig
+from dlm.tokenizer import Tokenizer, load_tokenizer
+from train import config as config_lib
+from train.config import CheckpointConfig, ConfigError, RunConfig
+
+# What may differ between a run and its resumption: it changes how long, how often and where, but
+# not what a step does. (`train.num_steps` does move the learning rate if `optim.decay_steps` is 0.)
+MAY_CHANGE = (
+    "train.num_steps",
+    "train.eval_every",
+    "train.num_eval_batches",
+    "data.valid",
+    "data.num_threads",
+    "data.prefetch",
+    "checkpoint",
+    "log",
+    "mesh",
+)
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+    """Makes the folder if needed.
+
+    Raises:
+      ConfigError: it cannot be made or written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} cannot be written to ({error.strerror}); choose a folder "
+            "that can"
+        ) from error
+
+
+def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> None:
+    """Makes sure that the run in `workdir`, saved at `step`, can go on with `settings`.
+
+    Raises:
+      ConfigError: it is of another config (the message has all fields that differ), or it has gone
+        further already.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(
+            f"workdir={str(workdir)!r} has checkpoints but no config.json; choose another folder"
+        )
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {before!r} and is {now!r}"
+        for name, (before, now) in config_lib.differences(old, config_lib.to_json(settings)).items()
+        if not any(name == prefix or name.startswith(prefix + ".") for prefix in MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} has checkpoints of another config ({'; '.join(changed)}): "
+            "go back to the old values or choose another folder"
+        )
+    if step > settings.train.num_steps:
+        raise ConfigError(
+            f"train.num_steps={settings.train.num_steps} must be at least {step}, the steps that "
+            f"workdir={str(workdir)!r} has already done"
+        )
+
+
+def write_settings(
+    workdir: pathlib.Path, settings: RunConfig, cfg: ModelConfig, tokenizer: Tokenizer
+) -> None:
+    """Writes config.json, model.json, versions.json and tokenizer/."""
+    _write_json(workdir / "config.json", config_lib.to_json(settings))
+    _write_json(workdir / "model.json", dataclasses.asdict(cfg))
+    _write_json(
+        workdir / "versions.json",
+        {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            "git_revision": _git_revision(),
+        },
+    )
+    tokenizer.save(workdir / "tokenizer")
+
+
+def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
+    """The model and the tokenizer of the run in a folder."""
+    fields = json.loads((workdir / "model.json").read_text(encoding="utf-8"))
+    return ModelConfig(**fields), load_tokenizer(workdir / "tokenizer")
+
+
+def open_manager(workdir: pathlib.Path, config: CheckpointConfig) -> ocp.CheckpointManager:
+    """The checkpoints of a run. What a killed process left half-written is removed."""
+    return ocp.CheckpointManager(
+        (workdir / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator
+) -> None:
+    """Saves everything the steps after `step` depend on. The writing goes on in the background.
+
+    Args:
+      manager: of `open_manager`.
+      step: number of steps done.
+      state: a pytree of arrays.
+      iterator: which has given exactly the batches of those steps.
+    """
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+        ),
+        force=True,
+    )
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    abstract_state: Any,
+    iterator: grain.DatasetIterator,
+) -> Any:
+    """The state saved at `step`; `iterator` is set to the batch that follows.
+
+    Args:
+      manager: of `open_manager`.
+      step: one of its steps.
+      abstract_state: `jax.ShapeDtypeStruct`s with the shardings that are wanted.
+      iterator: a fresh one over the same data.
+    """
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state),
+            data=grain.checkpoint.CheckpointRestore(iterator),
+        ),
+    )
+    return restored["state"]
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _git_revision() -> str | None:
+    """The commit of the source tree, with "+changes" if files differ; None if it is no checkout."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

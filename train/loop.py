@@ -1,0 +1,459 @@
+"""The training loop: `run(config, workdir)` takes settings to a finished model.
+
+A run starts from, in this order: the last checkpoint in its own workdir, the model in
+`train.init_from`, fresh parameters. So the same command starts a run and resumes it, and a resumed
+run is bit for bit the run that was never stopped (on the same machine and mesh).
+
+The randomness of step i depends on (`train.seed`, i) and on nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import struct
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_dict
+
+from dlm import lm, tasks
+from dlm.config import ModelConfig
+from dlm.params import Params, abstract_params, init_params, num_params, param_shardings
+from dlm.sharding import make_mesh
+from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
+from train import checkpoint, data, optimizer
+from train.config import ConfigError, OptimConfig, RunConfig, build, from_config_dict
+from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      step: scalar int32. Steps done.
+      params: in `train.master_dtype`.
+      opt_state: of `train.optimizer.make_optimizer`.
+      ema: moving average of `params`; None without `optim.ema_decay`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What `run` returns.
+
+    Attributes:
+      step: steps done; fewer than `train.num_steps` if the run was stopped by SIGTERM.
+      metrics: the last line of `metrics.jsonl`; {} if there is none.
+      model_path: the finished model, for `dlm.load`; None if the run was stopped.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    model_path: pathlib.Path | None
+
+
+# ---- The step ---------------------------------------------------------------------------------
+
+
+def init_state(params: Params, *, optim: OptimConfig) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.make_optimizer(optim).init(params),
+        ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: data.Batch,
+    key: jax.Array,
+    *,
+    cfg: ModelConfig,
+    objective: Any,
+    optim: OptimConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of gradient descent.
+
+    Args:
+      state: before it.
+      batch: see `train.objectives`.
+      key: of the run.
+      cfg: the model. Static, as are the following.
+      objective: see `train.objectives`.
+      optim: the optimiser.
+
+    Returns:
+      The state after it, and scalar float32 metrics of the parameters before it: those of the
+      objective, the norm of the gradient before clipping, and the learning rate.
+    """
+    step_key = jax.random.fold_in(key, state.step)
+
+    def loss_fn(master: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return objective.loss(_cast(master, cfg), cfg, batch, step_key)
+
+    (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    tx = optimizer.make_optimizer(optim)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    num_updates = step // optim.accumulate
+    ema = state.ema
+    if ema is not None:
+        averaged = optimizer.update_ema(ema, params, num_updates, optim)
+        has_updated = step % optim.accumulate == 0
+        ema = jax.tree.map(lambda new, old: jnp.where(has_updated, new, old), averaged, ema)
+    metrics = {
+        **metrics,
+        "grad_norm": optax.global_norm(gradient),
+        "learning_rate": optimizer.learning_rate_schedule(optim)(state.step // optim.accumulate),
+    }
+    return TrainState(step=step, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def valid_step(
+    params: Params,
+    batch: data.Batch,
+    key: jax.Array,
+    *,
+    cfg: ModelConfig,
+    objective: Any,
+) -> dict[str, jax.Array]:
+    """The objective's metrics on one held-out batch."""
+    return objective.loss(_cast(params, cfg), cfg, batch, key)[1]
+
+
+def _cast(params: Params, cfg: ModelConfig) -> Params:
+    return jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), params)
+
+
+# ---- State on a mesh --------------------------------------------------------------------------
+
+
+def state_shardings(cfg: ModelConfig, optim: OptimConfig, mesh: Mesh) -> Any:
+    """A `TrainState` of shardings; moments and averages lie as their parameters do."""
+    of_params = param_shardings(cfg, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(functools.partial(init_state, optim=optim), abstract_params(cfg))
+    return TrainState(
+        step=replicated,  # type: ignore[arg-type]
+        params=of_params,
+        opt_state=optax.tree_map_params(
+            optimizer.make_optimizer(optim),
+            lambda _, sharding: sharding,
+            state.opt_state,
+            of_params,
+            transform_non_params=lambda _: replicated,
+        ),
+        ema=of_params if optim.ema_decay else None,
+    )
+
+
+def abstract_state(cfg: ModelConfig, optim: OptimConfig, shardings: Any) -> TrainState:
+    """`jax.ShapeDtypeStruct` per array of the state, with its sharding."""
+    state = jax.eval_shape(functools.partial(init_state, optim=optim), abstract_params(cfg))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+
+
+def first_state(
+    key: jax.Array,
+    given: Params | None,
+    cfg: ModelConfig,
+    optim: OptimConfig,
+    shardings: Any,
+) -> TrainState:
+    """The state before the first step, made where it belongs: fresh, or around `given` ones."""
+    static = {"cfg": cfg, "optim": optim}
+    if given is None:
+        return jax.jit(_fresh, static_argnames=tuple(static), out_shardings=shardings)(
+            key, **static
+        )
+    return jax.jit(_around, static_argnames=tuple(static), out_shardings=shardings)(
+        jax.device_put(given, shardings.params), **static
+    )
+
+
+def _fresh(key: jax.Array, *, cfg: ModelConfig, optim: OptimConfig) -> TrainState:
+    return init_state(init_params(key, cfg), optim=optim)
+
+
+def _around(params: Params, *, cfg: ModelConfig, optim: OptimConfig) -> TrainState:
+    return init_state(_cast(params, cfg), optim=optim)
+
+
+# ---- The run ----------------------------------------------------------------------------------
+
+
+def run(
+    config: config_dict.ConfigDict,
+    workdir: str | os.PathLike[str],
+    description: str = "training",
+) -> RunResult:
+    """Trains a model, or goes on training it.
+
+    Example:
+        >>> from configs import mdlm_waiting_line
+        >>> result = run(mdlm_waiting_line.get_config("runlocal"), workdir)
+        >>> model = dlm.load(result.model_path)
+
+    Args:
+      config: sections `model, data, optim, train, checkpoint, log, mesh`, see `train.config`.
+      workdir: folder of this run, made if needed; see `train.checkpoint` for what it will hold.
+      description: title of the progress bar.
+
+    Returns:
+      The last metrics and where the model is.
+
+    Raises:
+      ConfigError: the settings cannot be run, or the workdir belongs to other ones.
+      NonFiniteError: training diverged. Nothing saved before is touched.
+    """
+    settings = from_config_dict(config)
+    num_steps = settings.train.num_steps
+    folder = pathlib.Path(workdir)
+    checkpoint.check_writable(folder)
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.open_manager(folder, settings.checkpoint))
+        start = manager.latest_step()
+        if start is not None:
+            checkpoint.check_same_run(folder, settings, start)
+        mesh = _make_mesh(settings)
+        stack.enter_context(jax.set_mesh(mesh))
+
+        # -- Model and data
+        objective = build(settings.train.objective, "train.objective")
+        task, valid_task = _build_tasks(settings)
+        given: Params | None = None
+        if start is not None:
+            logging.info("Resuming %s after step %d.", folder, start)
+            cfg, tokenizer = checkpoint.read_model(folder)
+        elif settings.train.init_from:
+            logging.info("Starting from the model in %s.", settings.train.init_from)
+            cfg, tokenizer, given = _load_model(settings, mesh)
+        else:
+            logging.info("Starting from fresh parameters.")
+            tokenizer = _make_tokenizer(settings, task)
+            cfg = _model_config(settings, tokenizer)
+        logging.info("%s parameters in %s", f"{num_params(cfg):,}", cfg)
+        iterator = data.train_iterator(task, tokenizer, settings.data)
+        stack.callback(iterator.close)
+        valid = data.valid_batches(
+            valid_task, tokenizer, settings.data, settings.train.num_eval_batches
+        )
+
+        # -- State
+        optim = dataclasses.replace(
+            settings.optim, decay_steps=settings.optim.decay_steps or num_steps
+        )
+        master_cfg = dataclasses.replace(cfg, dtype=settings.train.master_dtype)
+        shardings = state_shardings(master_cfg, optim, mesh)
+        init_key, train_key, valid_key = (
+            jax.random.fold_in(jax.random.key(settings.train.seed), i) for i in range(3)
+        )
+        if start is None:
+            state = first_state(init_key, given, master_cfg, optim, shardings)
+        else:
+            abstract = abstract_state(master_cfg, optim, shardings)
+            state = checkpoint.restore(manager, start, abstract, iterator)
+        del given
+        if jax.process_index() == 0:
+            checkpoint.write_settings(folder, settings, cfg, tokenizer)
+
+        # -- Training
+        jitted_train_step = jax.jit(
+            train_step,
+            static_argnames=("cfg", "objective", "optim"),
+            donate_argnames="state",
+            out_shardings=(shardings, None),
+        )
+        jitted_valid_step = jax.jit(valid_step, static_argnames=("cfg", "objective"))
+
+        def validate(params: Params) -> dict[str, jax.Array]:
+            results = [
+                jitted_valid_step(
+                    params,
+                    data.to_global(batch, mesh),
+                    jax.random.fold_in(valid_key, i),  # the same masks every time
+                    cfg=cfg,
+                    objective=objective,
+                )
+                for i, batch in enumerate(valid)
+            ]
+            return jax.tree.map(lambda *values: sum(values) / len(values), *results)
+
+        stack.enter_context(_name_last_checkpoint(manager))
+        reporter = stack.enter_context(Reporter(settings, folder, start or 0, description))
+        is_stopping = stack.enter_context(_stop_on_sigterm(manager))
+        step, is_stopped = start or 0, False
+        while step < num_steps and not is_stopped:
+            batch = data.to_global(next(iterator), mesh)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = jitted_train_step(
+                    state, batch, train_key, cfg=cfg, objective=objective, optim=optim
+                )
+            step += 1
+            # The device works on this step while the host reads the numbers of the one before.
+            reporter.flush()
+            reporter.add(step, metrics)
+            is_stopped = is_stopping(step)
+            if valid and is_due(step, settings.train.eval_every, num_steps):
+                params = state.params if state.ema is None else state.ema
+                reporter.flush(functools.partial(validate, params))
+            if is_stopped or is_due(step, settings.checkpoint.every, num_steps):
+                reporter.flush()  # raises unless the step was finite: no other state is ever saved
+                checkpoint.save(manager, step, state, iterator)
+        manager.wait_until_finished()
+
+        # -- Result
+        model_path = None
+        if step == num_steps:
+            model_path = folder / "model"
+            params = state.params if state.ema is None else state.ema
+            _export(model_path, params, cfg, tokenizer)
+    lines = read_metrics(folder)
+    return RunResult(step=step, metrics=lines[-1] if lines else {}, model_path=model_path)
+
+
+def _make_mesh(settings: RunConfig) -> Mesh:
+    try:
+        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if mesh.size < jax.device_count():
+        logging.warning(
+            "The mesh %s uses %d of %d devices.", dict(mesh.shape), mesh.size, jax.device_count()
+        )
+    return mesh
+
+
+def _build_tasks(settings: RunConfig) -> tuple[tasks.Task, tasks.Task | None]:
+    """The training task, and the validation task if there is one."""
+    spec, valid = settings.data.task, settings.data.valid
+    task = build({**spec, **settings.data.train}, "data.train")
+    return task, None if valid is None else build({**spec, **valid}, "data.valid")
+
+
+def _make_tokenizer(settings: RunConfig, task: tasks.Task) -> Tokenizer:
+    name = settings.data.tokenizer
+    if name == "byte":
+        return byte_tokenizer()
+    if name == "word":
+        pieces = getattr(task, "pieces", None)
+        if pieces is None:
+            raise ConfigError(
+                f"data.tokenizer='word' needs a task with `pieces`, which "
+                f"{type(task).__name__} has not; use 'byte' or a folder with a tokenizer"
+            )
+        return word_tokenizer(pieces)
+    try:
+        return load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.tokenizer={name!r}: {error}") from error
+
+
+def _model_config(settings: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model section, completed by what the tokenizer knows."""
+    try:
+        cfg = ModelConfig(
+            **settings.model,
+            vocab_size=tokenizer.vocab_size,
+            mask_token_id=tokenizer.mask_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {error}") from error
+    return _check_length(cfg, settings)
+
+
+def _load_model(settings: RunConfig, mesh: Mesh) -> tuple[ModelConfig, Tokenizer, Params]:
+    """The model in `train.init_from`; of the model section only `dtype` is used."""
+    path = settings.train.init_from
+    try:
+        model = lm.load(path, mesh=mesh)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.init_from={path!r}: {error}") from error
+    if model.tokenizer is None:
+        raise ConfigError(f"train.init_from={path!r} must be a model with a tokenizer")
+    cfg = dataclasses.replace(model.cfg, dtype=settings.model.get("dtype", model.cfg.dtype))
+    return _check_length(cfg, settings), model.tokenizer, model.params
+
+
+def _check_length(cfg: ModelConfig, settings: RunConfig) -> ModelConfig:
+    length = settings.data.prompt_len + settings.data.completion_len
+    if length > cfg.max_seq_len:
+        raise ConfigError(
+            f"model.max_seq_len={cfg.max_seq_len} must be at least data.prompt_len + "
+            f"data.completion_len = {length}"
+        )
+    return cfg
+
+
+@contextlib.contextmanager
+def _name_last_checkpoint(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Completes the message of a `NonFiniteError`."""
+    try:
+        yield
+    except NonFiniteError as error:
+        manager.wait_until_finished()
+        last = manager.latest_step()
+        where = "there is none before it"
+        if last is not None:
+            where = f"the last good one is step {last} in {manager.directory}"
+        raise NonFiniteError(f"{error}: stopped without a checkpoint of it; {where}") from None
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm(manager: ocp.CheckpointManager) -> Iterator[Callable[[int], bool]]:
+    """Gives a function that tells after each step whether the run has been asked to stop."""
+    if jax.process_count() > 1:  # all processes must stop after the same step
+        yield manager.reached_preemption
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # only the main thread may handle signals
+        return
+    received = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield lambda step: received.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _export(path: pathlib.Path, params: Params, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Writes the finished model in a published format, in place of one written before."""
+    params = jax.jit(_cast, static_argnames="cfg")(params, cfg=cfg)
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        lm.save(path, lm.LanguageModel(params, cfg, tokenizer))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")
+    logging.info("The model is in %s.", path)

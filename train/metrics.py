@@ -1,0 +1,204 @@
+"""Numbers of a run: `metrics.jsonl` always, TensorBoard and W&B if wanted, and a progress bar.
+
+`metrics.jsonl` has one JSON object per logged step, in order, each step once, also after a run was
+killed and resumed. All values but "tokens_per_s" are functions of the config alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import jax
+import tqdm
+
+from train.config import ConfigError, LogConfig, RunConfig, to_json
+
+FILE_NAME = "metrics.jsonl"
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is infinite or not a number."""
+
+
+def is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether something done every so many steps (0: never), and at the end, is due."""
+    return step == num_steps or (every > 0 and step % every == 0)
+
+
+class Reporter:
+    """Takes the metrics of every step, and writes those that are to be logged.
+
+    Metrics stay on the device until `flush`, which is called once the next step is running.
+    """
+
+    def __init__(
+        self, settings: RunConfig, workdir: pathlib.Path, step: int, description: str
+    ) -> None:
+        """Opens files and progress bar.
+
+        Args:
+          settings: of the run.
+          workdir: its folder.
+          step: steps already done.
+          description: title of the progress bar.
+
+        Raises:
+          ConfigError: an optional package is missing.
+        """
+        is_first = jax.process_index() == 0
+        self._settings = settings
+        self._tokens_per_step = settings.data.batch_size * (
+            settings.data.prompt_len + settings.data.completion_len
+        )
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._clock: tuple[int, float] | None = None  # steps done at a time, in seconds
+        self._writer = (
+            MetricWriter(workdir, settings.log, step, to_json(settings)) if is_first else None
+        )
+        self._bar = tqdm.tqdm(
+            total=settings.train.num_steps,
+            initial=step,
+            desc=description,
+            unit="step",
+            # None: only if standard error is a terminal.
+            disable=None if is_first and settings.log.progress else True,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of `step`, which may not have been computed yet."""
+        self._pending = (step, metrics)
+
+    def flush(self, validate: Callable[[], Mapping[str, jax.Array]] | None = None) -> None:
+        """Waits for the metrics taken last, checks them, and writes them if they are due.
+
+        Args:
+          validate: gives metrics of held-out data; called after the check.
+
+        Raises:
+          NonFiniteError: the loss or the gradient was not finite. Nothing is written.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {"loss": fetched.pop("loss"), **fetched}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteError(f"{name} is {values[name]} at step {step}")
+        self._bar.update()
+        num_steps = self._settings.train.num_steps
+        if validate is None and not is_due(step, self._settings.log.every, num_steps):
+            self._clock = self._clock or (step, time.perf_counter())  # the first step compiles
+            return
+        if self._clock is not None:
+            seconds = time.perf_counter() - self._clock[1]
+            values["tokens_per_s"] = (step - self._clock[0]) * self._tokens_per_step / seconds
+        if validate is not None:
+            results = jax.device_get(validate())
+            values.update({f"valid/{name}": float(value) for name, value in results.items()})
+        self._clock = (step, time.perf_counter())
+        if self._writer is not None:
+            self._writer.write(step, values)
+        shown = {"loss": f"{values['loss']:.3f}"}
+        if "tokens_per_s" in values:
+            shown["tokens/s"] = f"{values['tokens_per_s']:,.0f}"
+        self._bar.set_postfix(shown)
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`, oldest first."""
+    text = (pathlib.Path(workdir) / FILE_NAME).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class MetricWriter:
+    """Writes a run's metrics; one process of a run has one."""
+
+    def __init__(
+        self, workdir: pathlib.Path, log: LogConfig, step: int, settings: Mapping[str, Any]
+    ) -> None:
+        """Opens the files.
+
+        Args:
+          workdir: the run's folder.
+          log: which files.
+          step: last step that is already part of the run; later lines are dropped.
+          settings: of the run, for W&B.
+
+        Raises:
+          ConfigError: an optional package is missing; the message names the extra.
+        """
+        self._file = _open_after(workdir / FILE_NAME, step)
+        self._tensorboard = self._wandb = None
+        if log.tensorboard:
+            try:
+                import tensorboardX
+            except ImportError as error:
+                raise ConfigError(
+                    "log.tensorboard=True needs tensorboardX: pip install "
+                    "'jax-parallel-decoding[log]'"
+                ) from error
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=step + 1
+            )
+        if log.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError(
+                    f"log.wandb_project={log.wandb_project!r} needs wandb: pip install "
+                    "'jax-parallel-decoding[log]'"
+                ) from error
+            self._wandb = wandb.init(
+                project=log.wandb_project, dir=str(workdir), config=dict(settings)
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one step, at once: nothing of it is lost if the process is killed."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_after(path: pathlib.Path, step: int) -> TextIO:
+    """Opens a metrics file for appending, without lines of steps after `step`."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                is_kept = json.loads(line)["step"] <= step
+            except (json.JSONDecodeError, KeyError, TypeError):
+                is_kept = False  # the process was killed while writing it
+            if is_kept:
+                kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,82 @@
+"""Next-token cross-entropy, for autoregressive models and for turning them into other things.
+
+Letters: B batch, P prompt length, G completion length, T = P + G, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.params import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Causal:
+    """Mean of -log p_theta(x_i | x_<i) over the tokens that count, under causal attention.
+
+    The output at position i - 1 always predicts token i here, whatever `cfg.shifted_logits` says
+    about the same weights used for diffusion. A completion counts up to its first EOS.
+
+    Attributes:
+      on_prompt: whether prompt tokens count too, all but the first one.
+      remat: whether the backward pass recomputes each layer instead of keeping its activations.
+    """
+
+    on_prompt: bool = False
+    remat: bool = False
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `MaskedDiffusion.loss`; `key` is not used.
+
+        Returns:
+          Scalar float32, and metrics: "loss" and "accuracy" (tokens whose arg-max is right).
+        """
+        del key
+        prompt, start = batch["prompt"], batch["prompt_start"]
+        P = prompt.shape[1]
+        tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
+        T = tokens.shape[1]
+        output = transformer.forward(
+            params,
+            cfg,
+            tokens,
+            positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
+            mask="causal",
+            window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
+            remat=self.remat,
+        )
+        first = P if P and not self.on_prompt else 1  # the first token that may be predicted
+        index = jnp.arange(first, T)[None]
+        # A row's first real token has nothing before it to be predicted from.
+        counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
+        logits = transformer.logits(params, output.hidden[:, first - 1 : -1])  # [B, T - first, V]
+        return mean_cross_entropy(logits, tokens[:, first:], counts)
+
+
+def mean_cross_entropy(
+    logits: jax.Array, targets: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy over the tokens that count.
+
+    Args:
+      logits: [B, n, V] float32.
+      targets: [B, n] int32.
+      counts: [B, n] bool.
+
+    Returns:
+      Scalar float32, and the metrics of `Causal.loss`.
+    """
+    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - right
+    total = jnp.maximum(counts.sum(), 1)
+    loss = jnp.where(counts, cross_entropy, 0.0).sum() / total
+    is_right = counts & (jnp.argmax(logits, axis=-1) == targets)
+    return loss, {"loss": loss, "accuracy": is_right.sum() / total}

@@ -1,0 +1,138 @@
+"""The masked-diffusion objective: predict masked tokens, at every level of masking.
+
+Reference: Nie et al., "Large Language Diffusion Models" (LLaDA), arXiv:2502.09992, Sec. 2.2
+(pre-training), Sec. 2.3 (supervised fine-tuning) and Alg. 1 and 2. For a row with G completion
+tokens x, EOS padding included:
+
+    t ~ Uniform(0, 1)         one draw per row
+    p = (1 - eps) t + eps
+    each completion token is replaced by MASK with probability p, independently
+    loss = 1/G * sum over masked tokens of  -log p_theta(x_i | prompt, masked completion) / p
+
+averaged over rows. The prompt is never masked. Without a prompt this is the pre-training loss,
+whose divisor is all tokens. The network sees neither t nor p.
+
+Deviations, both optional: with `weight_power` = a < 1 the weight is p^-a. At 0 every masked token
+counts the same, which bounds nothing but has less variance, and stresses rows that are masked
+almost entirely; small models learn much faster so. With `stratified`, the B draws of t are
+(u + b / B) mod 1 with one u ~ Uniform(0, 1). Each t is still uniform, so the expected loss is the
+same, and its variance over batches is lower.
+
+Letters: B batch, P prompt length, G completion length, T = P + G, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.params import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedDiffusion:
+    """LLaDA's training loss.
+
+    Attributes:
+      eps: the smallest masking probability, so that no weight 1/p exceeds 1/eps; in (0, 1).
+      stratified: whether the rows of a batch share out the masking levels (see above).
+      weight_power: a in [0, 1]; masked tokens are weighted by p^-a. 1: the published bound.
+      remat: whether the backward pass recomputes each layer instead of keeping its activations.
+    """
+
+    eps: float = 1e-3
+    stratified: bool = True
+    weight_power: float = 1.0
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps={self.eps} must be in (0, 1)")
+        if not 0 <= self.weight_power <= 1:
+            raise ValueError(f"weight_power={self.weight_power} must be in [0, 1]")
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch and what it says about the model.
+
+        Args:
+          params: as `dlm.params.param_specs(cfg)`.
+          cfg: the model; it must have a `mask_token_id`.
+          batch: see `train.objectives`.
+          key: of this step; draws the masks.
+
+        Returns:
+          Scalar float32, and metrics: "loss", "masked_accuracy" (masked tokens whose arg-max is
+          right) and "mask_fraction".
+
+        Raises:
+          ValueError: the model has no mask token, or it is shifted and there is no prompt.
+        """
+        prompt, completion = batch["prompt"], batch["completion"]
+        B, P = prompt.shape
+        T = P + completion.shape[1]
+        if cfg.mask_token_id is None:
+            raise ValueError("mask_token_id=None must be a token id for masked diffusion")
+        if cfg.shifted_logits and P == 0:
+            raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
+
+        t_key, mask_key = jax.random.split(key)
+        t = _draw_t(t_key, B, self.stratified)
+        p = (1 - self.eps) * t + self.eps  # [B]
+        is_masked = jax.random.uniform(mask_key, completion.shape) < p[:, None]  # [B, G]
+        noisy = jnp.where(is_masked, cfg.mask_token_id, completion)
+
+        start = batch["prompt_start"]
+        output = transformer.forward(
+            params,
+            cfg,
+            jnp.concatenate([prompt, noisy], axis=1),
+            positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
+            mask="full",
+            window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
+            remat=self.remat,
+        )
+        # Only completions are scored, so only they are multiplied with the vocabulary.
+        hidden = output.hidden[:, P - 1 : -1] if cfg.shifted_logits else output.hidden[:, P:]
+        logits = transformer.logits(params, hidden)  # [B, G, V] float32
+        return weighted_loss(logits, completion, is_masked, p**self.weight_power)
+
+
+def weighted_loss(
+    logits: jax.Array, completion: jax.Array, is_masked: jax.Array, p: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of masked tokens over their row's p and over G, averaged over rows.
+
+    Args:
+      logits: [B, G, V] float32. About the token at the same index.
+      completion: [B, G] int32. The right tokens.
+      is_masked: [B, G] bool. Which of them the model did not see.
+      p: [B] float32. What a row's sum is divided by: the probability with which its tokens were
+        masked, or a power of it.
+
+    Returns:
+      Scalar float32, and the metrics of `MaskedDiffusion.loss`.
+    """
+    right = jnp.take_along_axis(logits, completion[..., None], axis=-1)[..., 0]
+    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - right  # [B, G]
+    per_row = jnp.where(is_masked, cross_entropy, 0.0).sum(axis=1) / p / completion.shape[1]
+    loss = per_row.mean()
+    is_right = is_masked & (jnp.argmax(logits, axis=-1) == completion)
+    return loss, {
+        "loss": loss,
+        "masked_accuracy": is_right.sum() / jnp.maximum(is_masked.sum(), 1),
+        "mask_fraction": is_masked.mean(),
+    }
+
+
+def _draw_t(key: jax.Array, num_rows: int, stratified: bool) -> jax.Array:
+    """[B] float32 in [0, 1): each uniform, independent or spread evenly."""
+    if not stratified:
+        return jax.random.uniform(key, (num_rows,))
+    return (jax.random.uniform(key, (1,)) + jnp.arange(num_rows) / num_rows) % 1.0
