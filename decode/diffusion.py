@@ -220,14 +220,15 @@ def init_state(
         key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
     num_rows = 2 * B if method.guidance is not None else B
+    # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
     first = jnp.full(B, P, jnp.int32)
-    block_end = method.scheduler.open_block(first, jnp.asarray(end))
+    block_end = jnp.array(method.scheduler.open_block(first, jnp.array(end)))
     window_len = method.scheduler.window_len(G)
     zeros = functools.partial(jnp.zeros, B, jnp.int32)
     return DiffusionState(
-        tokens=jnp.asarray(tokens),
-        start=jnp.asarray(start),
-        end=jnp.asarray(end),
+        tokens=jnp.array(tokens),
+        start=jnp.array(start),
+        end=jnp.array(end),
         block_start=first,
         block_end=block_end,
         block_step=zeros(),
@@ -237,9 +238,9 @@ def init_state(
         confidence=jnp.zeros((B, G), jnp.float32),
         row_step=zeros(),
         num_forwards=zeros(),
-        has_stopped=jnp.asarray(end == P),
+        has_stopped=jnp.array(end == P),
         stopped_early=jnp.zeros(B, bool),
-        key=jnp.asarray(key),
+        key=jnp.array(key),
         cache=method.cache.allocate(cfg, num_rows, P + G),
         components=(
             method.confidence.init(B, window_len),

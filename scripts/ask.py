@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import dlm
 from decode.generate import Completion, generate
@@ -47,6 +47,7 @@ def commit_order(completion: Completion, tokenizer: Tokenizer) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    logging.set_verbosity(logging.WARNING)
     if not pathlib.Path(_CHECKPOINT.value).is_dir():
         raise app.UsageError(
             f"--checkpoint={_CHECKPOINT.value} is not a folder: run `make quickstart` first"

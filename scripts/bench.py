@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state, step
@@ -255,6 +255,7 @@ def table(results: list[dict[str, Any]], case: str, columns: list[str]) -> str:
 def main(argv: list[str]) -> None:
     if argv[1:] != ["decode"]:
         raise app.UsageError(f"the only benchmark is `decode`, got {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
     cfg = BENCH if _PRESET.value == "bench" else PRESETS[_PRESET.value]
     ceilings = measure_ceilings(cfg.dtype, _REPEATS.value)
     results = []

@@ -22,7 +22,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 import dlm
@@ -50,7 +50,8 @@ RULES = {
 }
 BASELINE = ("one per step", "none")
 SHOWN = ("reverse", "insert_random", "shuffle")  # operations on the HTML page
-DETERMINED = ("copy", "reverse", "sort", "insert_index", "remove_index", "replace_index")
+ONE_ANSWER = ("copy", "reverse", "insert_index", "remove_index", "replace_index")
+MANY_ANSWERS = ("shuffle", "insert_random", "remove_random", "replace_random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +198,11 @@ def write(
             for m in measurements
         ]
 
-    ambiguous = tuple(o for o in OPERATIONS if o not in DETERMINED)
     plot_speed_quality(
         workdir / "speed_quality.png",
         {
-            "one right answer (copy, reverse, ...)": panel(DETERMINED),
-            "many right answers (shuffle, ... random)": panel(ambiguous),
+            "one right answer (copy, reverse, ... at)": panel(ONE_ANSWER),
+            "many right answers (shuffle, ... random)": panel(MANY_ANSWERS),
         },
         "Waiting line: quality against parallelism",
     )
@@ -215,6 +215,7 @@ def write(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX have much to say
     workdir = pathlib.Path(_WORKDIR.value)
     start = time.perf_counter()
     model_path, task = train(workdir, _SMOKE.value)
@@ -225,7 +226,8 @@ def main(argv: list[str]) -> None:
 
     measurements: list[Measurement] = []
     answers: list[Answer] = []
-    points = [(rule, cache) for rule in RULES for cache in CACHES]
+    rules = ("one per step", "threshold 0.9") if _SMOKE.value else tuple(RULES)
+    points = [(rule, cache) for rule in rules for cache in CACHES]
     for rule, cache in tqdm(points, desc="decoding", unit="method"):
         measurement, completions = measure(lm, task, examples, rule, cache)
         measurements.append(measurement)

@@ -44,7 +44,7 @@ def model_path(tmp_path_factory) -> pathlib.Path:
 
 def test_notebook_example(model_path, capsys):
     code = block_after("From a notebook")
-    assert MODEL in code and len(code.splitlines()) <= 11
+    assert MODEL in code and len(code.splitlines()) <= 12
     exec(code.replace(MODEL, str(model_path)), {})
     assert capsys.readouterr().out.strip()
 

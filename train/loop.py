@@ -217,9 +217,11 @@ def run(
     """Trains a model, or goes on training it.
 
     Example:
-        >>> from configs import mdlm_waiting_line
-        >>> result = run(mdlm_waiting_line.get_config("runlocal"), workdir)
-        >>> model = dlm.load(result.model_path)
+        >>> import tempfile, dlm
+        >>> from configs import mdlm_scan
+        >>> result = run(mdlm_scan.get_config("runlocal"), tempfile.mkdtemp())
+        >>> result.step, dlm.load(result.model_path).cfg.n_layers
+        (20, 2)
 
     Args:
       config: sections `model, data, optim, train, checkpoint, log, mesh`, see `train.config`.

@@ -186,6 +186,15 @@ def test_cache_is_donated_and_the_loop_never_talks_to_the_host(toy_cfg, toy_para
     assert bool(out.has_stopped.all())
 
 
+def test_no_two_arrays_of_a_state_share_memory(toy_cfg):
+    """They are donated: one would be overwritten with another."""
+    for block_len in (None, 4):
+        method = DiffusionMethod(FixedBlocks(block_len), DualCache())
+        state = init_state(toy_cfg, method, PROMPTS, gen_len=12)
+        pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+        assert len(set(pointers)) == len(pointers)
+
+
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, tensor=4), dict(fsdp=2, tensor=2)])
 def test_sharded_equals_unsharded(toy_cfg, toy_params, axes):
     from dlm.params import param_shardings

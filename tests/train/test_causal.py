@@ -25,14 +25,17 @@ def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
     """Against one forward per row, without padding, over exactly the tokens that count."""
     batch = make_batch(toy_cfg, rows=3)
     loss, _ = Causal(on_prompt=on_prompt).loss(toy_params, toy_cfg, batch, KEY)
+    forward = jax.jit(
+        lambda params, tokens, positions: transformer.forward(
+            params, toy_cfg, tokens, positions=positions, mask="causal"
+        )
+    )
     total, count = 0.0, 0
     for row in range(3):
         start, length = int(batch["prompt_start"][row]), int(batch["completion_len"][row])
         prompt, completion = batch["prompt"][row, start:], batch["completion"][row, :length]
         tokens = jnp.concatenate([prompt, completion])[None]
-        hidden = transformer.forward(
-            toy_params, toy_cfg, tokens, positions=jnp.arange(tokens.shape[1])[None], mask="causal"
-        ).hidden
+        hidden = forward(toy_params, tokens, jnp.arange(tokens.shape[1])[None]).hidden
         log_probs = jax.nn.log_softmax(transformer.logits(toy_params, hidden))[0]
         for i in range(1, tokens.shape[1]):
             if on_prompt or i >= len(prompt):

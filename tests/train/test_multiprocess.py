@@ -1,0 +1,85 @@
+"""Two processes on one machine, as on a pod: the same numbers as one process.
+
+Each process shuffles its own half of the examples. Here a batch is the whole training set and the
+objective draws nothing, so that the order of rows does not matter.
+"""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import dlm
+from tests.train import toy
+from train import loop
+from train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# What `python -m train` does on a cluster that JAX recognises.
+PROGRAM = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from tests.train.test_multiprocess import get_config
+from train import loop
+config = get_config()
+config.mesh.fsdp = 2
+config.train.num_steps = int(sys.argv[4])
+loop.run(config, sys.argv[3])
+"""
+
+
+def get_config():
+    config = toy.get_config()
+    config.train.objective = {"make": "train.objectives.causal:Causal"}
+    config.data.train.num_examples = config.data.batch_size
+    config.optim.decay_steps = 8
+    return config
+
+
+def run_two_processes(workdir, num_steps):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(i), str(workdir), str(num_steps)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume_as_one(tmp_path):
+    run_two_processes(tmp_path / "two", 4)
+    run_two_processes(tmp_path / "two", 8)
+    loop.run(get_config(), tmp_path / "one")
+
+    ours, theirs = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [*range(1, 9)]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() ^ other.keys() <= {"tokens_per_s"}
+        for name in one.keys() - {"tokens_per_s"}:
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-3, err_msg=name)
+    models = (dlm.load(tmp_path / name / "model").params for name in ("one", "two"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *models)
