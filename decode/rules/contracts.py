@@ -62,15 +62,23 @@ class Round(struct.PyTreeNode):
     gen_len: jax.Array
 
 
+@struct.dataclass
 class Component:
     """What all components share.
 
     Attributes:
       needs_logits: whether `Round.logits` must be there. The loop materialises [B, W, V] logits
         only if some component asks for them.
+      kind: the class, by name; set by itself. JAX (0.10 to 0.12) compares pytrees of dataclasses by
+        their static fields and forgets their types, so without it a compiled program may now and
+        then be taken for that of another component with equal fields.
     """
 
     needs_logits: ClassVar[bool] = False
+    kind: str = struct.field(pytree_node=False, default="", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", f"{type(self).__module__}.{type(self).__qualname__}")
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""

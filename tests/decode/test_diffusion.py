@@ -19,7 +19,11 @@ from decode.rules import (
     EntropyThreshold,
     Eos,
     Factor,
+    Filled,
     FixedBlocks,
+    Keep,
+    Margin,
+    NegEntropy,
     NoCache,
     PrefixCache,
     Probability,
@@ -184,6 +188,17 @@ def test_cache_is_donated_and_the_loop_never_talks_to_the_host(toy_cfg, toy_para
         out = decode(placed[0], toy_cfg, *placed[1:])
     assert placed[2].cache.kv.k.is_deleted()
     assert bool(out.has_stopped.all())
+
+
+def test_components_of_different_types_are_different_pytrees():
+    """Otherwise the jit cache may take one for the other; JAX itself forgets the types."""
+    alike = [Probability(), Margin(), NegEntropy(), Random(), NoCache(), Keep(), Filled(), Eos()]
+    alike += [Threshold(), EntropyThreshold(), PrefixCache(), DualCache(), Quota()]
+    structures = [jax.tree.structure(component) for component in alike]
+    for i, a in enumerate(structures):
+        assert [j for j, b in enumerate(structures) if a == b] == [i]
+    again = jax.tree.unflatten(*reversed(jax.tree.flatten(Threshold(0.3))))
+    assert again == Threshold(0.3) and type(again) is Threshold
 
 
 def test_no_two_arrays_of_a_state_share_memory(toy_cfg):
