@@ -6,6 +6,19 @@
 
 Task: `dlm.tasks.scan`, arXiv:1711.00350. Objective: LLaDA's, arXiv:2502.09992. Numbers are ours
 unless a source is given.
+
+Exact match on 512 held-out commands, and forwards per answer (`python -m scripts.evaluate
+--config=configs/mdlm_scan.py --checkpoint=runs/scan/model --block_len=...`; two shared CPU cores,
+float32):
+
+    training                                     block   one per step   threshold 0.9
+    as below (14 min beside other work)              4   92.0 %, 16.7   91.4 %, 4.8
+                                                    52   94.1 %, 52.0   97.3 %, 1.5
+    --config.train.num_steps=1500                    4   79.5 %, 17.1   79.5 %, 5.1
+    --config.optim.learning_rate=2e-3               52   87.7 %, 52.0   92.2 %, 1.7
+
+Short blocks commit early actions before the end of the sequence is known; one block for everything
+settles the length first.
 """
 
 import ml_collections
@@ -50,7 +63,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     data.prefetch = 8  # batches kept ready
 
     config.optim = optim = ml_collections.ConfigDict()
-    optim.learning_rate = 2e-3  # highest
+    optim.learning_rate = 3e-3  # highest
     optim.warmup_steps = 100  # steps from 0 to the highest
     optim.decay_steps = 0  # step at which the cosine ends; 0: train.num_steps
     optim.end_factor = 0.0  # last learning rate over the highest
@@ -69,7 +82,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     train.objective.stratified = True  # spread masking levels over the batch (not in LLaDA)
     train.objective.weight_power = 0.0  # every masked token counts the same (LLaDA: 1.0)
     train.objective.remat = True  # recompute activations: less memory to move, faster on CPUs too
-    train.num_steps = 1_500
+    train.num_steps = 3_000
     train.seed = 0  # of parameters and masks
     train.master_dtype = "float32"  # in which parameters are kept
     train.init_from = ""  # folder of a model to start from
