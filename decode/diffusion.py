@@ -53,12 +53,11 @@ from decode.rules.threshold import Threshold
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain
-from dlm.transformer import output_head
+from dlm.transformer import output_head, vocab_stats
 from kernels_pallas.unembed_stats import (
     Noise,
     logits_stats,
     unembed_logits,
-    unembed_stats,
 )
 
 
@@ -391,15 +390,15 @@ def _propose(
         temperature = jnp.asarray(method.temperature, jnp.float32)
         noise = Noise(key=noise_key.reshape(B * W, 2), temperature=temperature)
     banned = method.constraint.banned_ids(cfg)
-    head, rows = output_head(params), hidden.reshape(B * W, D)
+    rows = hidden.reshape(B * W, D)
     if any(component.needs_logits for component in method.components):
-        logits = unembed_logits(rows, head, banned).reshape(B, W, -1)
+        logits = unembed_logits(rows, output_head(params), banned).reshape(B, W, -1)
         if method.constraint.needs_logits:
             logits = method.constraint.mask_logits(view, logits)
         view = view.replace(logits=logits)
         stats = logits_stats(logits.reshape(B * W, -1), noise=noise)
     else:
-        stats = unembed_stats(rows, head, banned_ids=banned, noise=noise)
+        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise)
     stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
     proposal = stats.token if stats.sample is None else stats.sample
     log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob

@@ -18,8 +18,8 @@ class KVCache:
     reads it (`window_attention`'s `cache_ranges`), and writes go through the same call.
 
     Attributes:
-      k: [L, B, S, K, H] in the model's dtype.
-      v: [L, B, S, K, H] likewise.
+      k: [L, B, K, S, H] in the model's dtype: the keys of one head are one [S, H] matrix.
+      v: [L, B, K, S, H] likewise.
     """
 
     k: jax.Array
@@ -28,7 +28,7 @@ class KVCache:
     @property
     def num_slots(self) -> int:
         """S, positions per row."""
-        return self.k.shape[2]
+        return self.k.shape[3]
 
     @property
     def num_bytes(self) -> int:
@@ -37,7 +37,7 @@ class KVCache:
 
 def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     """An empty cache for `batch_size` rows of `num_slots` positions, in `cfg.dtype`."""
-    shape = (cfg.n_layers, batch_size, num_slots, cfg.n_kv_heads, cfg.head_dim)
-    axes = (None, "batch", None, "kv_heads", None)
+    shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, num_slots, cfg.head_dim)
+    axes = (None, "batch", "kv_heads", None, None)
     zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
     return KVCache(k=zeros(), v=zeros())

@@ -139,7 +139,7 @@ LLADA = Format(
         "layers/mlp/up": Stored("model.transformer.blocks.{}.up_proj.weight", "f d -> df"),
         "layers/mlp/down": Stored("model.transformer.blocks.{}.ff_out.weight", "d f -> fd"),
         "final_norm": Stored("model.transformer.ln_f.weight", "d -> d"),
-        "unembed": Stored("model.transformer.ff_out.weight", "v d -> dv"),
+        "unembed": Stored("model.transformer.ff_out.weight", "v d -> vd"),
     },
 )
 
@@ -188,7 +188,7 @@ DREAM = Format(
         "layers/mlp/up": Stored("model.layers.{}.mlp.up_proj.weight", "f d -> df"),
         "layers/mlp/down": Stored("model.layers.{}.mlp.down_proj.weight", "d f -> fd"),
         "final_norm": Stored("model.norm.weight", "d -> d"),
-        "unembed": Stored("lm_head.weight", "v d -> dv"),
+        "unembed": Stored("lm_head.weight", "v d -> vd"),
     },
 )
 

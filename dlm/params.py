@@ -43,7 +43,8 @@ def param_specs(cfg: ModelConfig) -> Params:
     """The specification of every parameter, as a nested dict.
 
     Layers are stacked on a leading L axis. Linear weights are stored input-first, so that
-    activations multiply from the left.
+    activations multiply from the left; the output head is stored like the embedding, one row per
+    token, so that a tile of the vocabulary is one contiguous piece of memory.
     """
     L, D, F, V = cfg.n_layers, cfg.d_model, cfg.d_ff, cfg.vocab_size
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
@@ -78,7 +79,7 @@ def param_specs(cfg: ModelConfig) -> Params:
         "final_norm": ParamSpec((D,), (None,), fill=1.0),
     }
     if not cfg.tie_embeddings:
-        specs["unembed"] = ParamSpec((D, V), ("embed", "vocab"), D**-0.5)
+        specs["unembed"] = ParamSpec((V, D), ("vocab", "embed"), D**-0.5)
     return specs
 
 

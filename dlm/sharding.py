@@ -78,6 +78,17 @@ def _partition_spec(
     return PartitionSpec(*entries)
 
 
+def split_axes(**sizes: int) -> dict[str, tuple[str, ...] | None]:
+    """Over which axes of the mesh in use each logical axis, of the size given, is split.
+
+    For code that runs per shard (`jax.shard_map`). None: not split, because there is no mesh, or
+    because the mesh axes do not divide the size.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = _partition_spec(tuple(sizes.values()), tuple(sizes), dict(mesh.shape), RULES)
+    return dict(zip(sizes, spec, strict=True))
+
+
 def logical_sharding(
     shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES
 ) -> NamedSharding:

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
-from dlm.sharding import constrain
-from kernels_pallas.unembed_stats import unembed_logits
+from dlm.sharding import constrain, split_axes
+from kernels_pallas.unembed_stats import Noise, VocabStats, unembed_logits, unembed_stats
 from kernels_pallas.window_attention import Mask, window_attention
 
 
@@ -84,17 +85,17 @@ def forward(
         with jax.named_scope("attention"):
             source = written if written is not None else cache
             q, k, v = _project_qkv(_rms_norm(x, p["attention_norm"], cfg.norm_eps), p, cfg, angles)
-            attended, new = window_attention(
+            attended, new = _attend(
                 q,
                 k,
                 v,
-                mask=mask,
-                window_range=window_range,
-                cache=None if source is None else (source.k, source.v),
-                cache_ranges=cache_ranges,
-                layer=index,
-                write_at=write_at,
-                write_rows=write_rows,
+                mask,
+                window_range,
+                None if source is None else (source.k, source.v),
+                cache_ranges,
+                index,
+                write_at,
+                write_rows,
             )
             if new is not None:
                 written = KVCache(*new)
@@ -113,8 +114,8 @@ def forward(
 
 
 def output_head(params: Params) -> jax.Array:
-    """[D, V]. The matrix that turns hidden states into logits; tied models share the embedding."""
-    return params["unembed"] if "unembed" in params else params["embed"].T
+    """[V, D]. Logits are hidden states times its transpose; tied models share the embedding."""
+    return params["unembed"] if "unembed" in params else params["embed"]
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -124,6 +125,100 @@ def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """
     flat = unembed_logits(hidden.reshape(-1, hidden.shape[-1]), output_head(params))
     return flat.reshape(*hidden.shape[:-1], -1)
+
+
+def vocab_stats(
+    params: Params,
+    hidden: jax.Array,
+    *,
+    banned_ids: jax.Array | None = None,
+    noise: Noise | None = None,
+    k: int = 0,
+    given_ids: jax.Array | None = None,
+) -> VocabStats:
+    """`unembed_stats` of hidden states [M, D], each device reading its share of the vocabulary."""
+    head = output_head(params)
+    split = split_axes(batch=hidden.shape[0], vocab=head.shape[0])
+    rows, vocab = split["batch"], split["vocab"]
+
+    def stats(
+        hidden: jax.Array,
+        head: jax.Array,
+        banned_ids: jax.Array | None,
+        noise: Noise | None,
+        given_ids: jax.Array | None,
+    ) -> VocabStats:
+        return unembed_stats(
+            hidden,
+            head,
+            banned_ids=banned_ids,
+            noise=noise,
+            k=k,
+            given_ids=given_ids,
+            vocab_axis=vocab,
+        )
+
+    noise_spec = jax.tree.map(lambda x: P(rows) if x.ndim else P(), noise)
+    return _per_shard(stats, (P(rows), P(vocab), P(), noise_spec, P(rows)), P(rows))(
+        hidden, head, banned_ids, noise, given_ids
+    )
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    window_range: jax.Array | None,
+    cache: tuple[jax.Array, jax.Array] | None,
+    cache_ranges: jax.Array | None,
+    layer: jax.Array,
+    write_at: jax.Array | None,
+    write_rows: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """`window_attention`, each device working on its rows and heads."""
+    split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
+    rows, heads = split["batch"], split["kv_heads"]
+
+    def attend(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        bits: jax.Array | None,
+        window_range: jax.Array | None,
+        cache: tuple[jax.Array, jax.Array] | None,
+        cache_ranges: jax.Array | None,
+        layer: jax.Array,
+        write_at: jax.Array | None,
+        write_rows: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        return window_attention(
+            q,
+            k,
+            v,
+            mask=mask if bits is None else bits,
+            window_range=window_range,
+            cache=cache,
+            cache_ranges=cache_ranges,
+            layer=layer,
+            write_at=write_at,
+            write_rows=write_rows,
+        )
+
+    window, stacked = P(rows, None, heads), P(None, rows, heads)
+    row = P(rows)
+    specs = (window, window, window, row, row, stacked, row, P(), row, row)
+    bits = None if isinstance(mask, str) else mask
+    return _per_shard(attend, specs, (window, stacked))(
+        q, k, v, bits, window_range, cache, cache_ranges, layer, write_at, write_rows
+    )
+
+
+def _per_shard(function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`jax.shard_map` over the mesh in use; the function itself where there is none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _project_qkv(

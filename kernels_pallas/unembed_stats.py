@@ -18,13 +18,17 @@ Leaving the arg-max out of `rest` keeps full float32 resolution where the model 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "tpu", "reference"]
+
+Summary = dict[str, jax.Array]  # columns of numbers per row, see `merge`
 
 VOCAB_TILE = 16384  # vocabulary columns per pass of the XLA implementation
 
@@ -79,44 +83,79 @@ def unembed_stats(
     noise: Noise | None = None,
     k: int = 0,
     given_ids: jax.Array | None = None,
+    vocab_axis: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> VocabStats:
-    """Statistics of softmax(hidden @ head) per row.
+    """Statistics of softmax(hidden @ head.T) per row.
 
     Logits are linear in `hidden`, so whatever is linear in logits is done there by the caller: a
     tempered law is `hidden / temperature`, classifier-free guidance a mix of two hidden states.
 
     Args:
       hidden: [M, D]. Final (normalised) hidden states; float32 or the head's dtype.
-      head: [D, V]. The output head.
+      head: [V, D]. The output head, a row per token.
       banned_ids: [n] int32. Ids whose probability is zero; the rest is renormalised. Negative
         entries ban nothing.
       noise: draws a sample per row if given.
       k: how many most probable ids to return; 0: none.
       given_ids: [M, n] int32. Ids whose log-probabilities are wanted.
-      implementation: "xla" or "reference"; None: the best one here.
+      vocab_axis: inside `jax.shard_map`: the mesh axis over which the vocabulary is split, in
+        order; `head` is then one device's share. Ids are global, and the shares' summaries are
+        merged exactly: a few numbers per row cross the network.
+      implementation: "xla", "tpu" or "reference"; None: the best one where it is compiled.
 
     Raises:
       ValueError: if `hidden` and `head` do not fit.
       NotImplementedError: if the named implementation does not exist here.
     """
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
-        raise ValueError(f"hidden {hidden.shape} must be [M, D] and head {head.shape} [D, V]")
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(f"hidden {hidden.shape} must be [M, D] and head {head.shape} [V, D]")
     if implementation == "reference":
+        if vocab_axis is not None:
+            raise NotImplementedError("implementation='reference' takes no vocab_axis")
         return unembed_stats_reference(hidden, head, banned_ids, noise, k, given_ids)
-    if implementation not in (None, "xla"):
+    first_id = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * head.shape[0]
+    summarize_head = _choose(implementation, k, given_ids)
+    summary = summarize_head(hidden, head, first_id, banned_ids, noise, given_ids)
+    if vocab_axis is not None:
+        shares = jax.lax.all_gather(summary, vocab_axis)  # [devices, M, ...]
+        parts = [jax.tree.map(lambda x, i=i: x[i], shares) for i in range(len(shares["top"]))]
+        summary = functools.reduce(merge, parts)
+    return _finish(summary)
+
+
+def _choose(
+    implementation: Implementation | None, k: int, given_ids: jax.Array | None
+) -> Callable[..., Summary]:
+    """The function that summarises a head. None: decided by platform, where it is compiled."""
+    from kernels_pallas import unembed_stats_tpu as tpu  # it builds on this module
+
+    why_not = tpu.refusal(k, given_ids)
+    if implementation == "xla" or (implementation is None and why_not):
+        return functools.partial(_summarize_xla, k=k)
+    if implementation is None:
+        return functools.partial(
+            jax.lax.platform_dependent,
+            default=functools.partial(_summarize_xla, k=k),
+            tpu=functools.partial(tpu.summarize_tpu, k=k),
+        )
+    if implementation != "tpu":
         raise NotImplementedError(
             f"implementation={implementation!r} of unembed_stats does not exist; "
-            "use None, 'xla' or 'reference'"
+            "use None, 'xla', 'tpu' or 'reference'"
         )
-    return _unembed_stats_xla(hidden, head, banned_ids, noise, k, given_ids)
+    if jax.default_backend() != "tpu":
+        why_not = f"it needs a TPU and the default backend is {jax.default_backend()}"
+    if why_not:
+        raise NotImplementedError(f"implementation='tpu' of unembed_stats cannot run: {why_not}")
+    return functools.partial(tpu.summarize_tpu, k=k)
 
 
 def unembed_logits(
     hidden: jax.Array, head: jax.Array, banned_ids: jax.Array | None = None
 ) -> jax.Array:
     """[M, V] float32 logits, with -inf at banned ids: for those who must see them all."""
-    return _ban(_matmul(hidden, head), jnp.arange(head.shape[1]), banned_ids)
+    return _ban(_matmul(hidden, head), jnp.arange(head.shape[0]), banned_ids)
 
 
 def logits_stats(
@@ -128,7 +167,7 @@ def logits_stats(
 ) -> VocabStats:
     """The same statistics from [M, V] float32 logits that are there anyway; -inf: banned."""
     summary = _tile_summary(logits, jnp.arange(logits.shape[1]), noise, k, given_ids)
-    return _finish(summary, noise)
+    return _finish(summary)
 
 
 def unembed_stats_reference(
@@ -140,12 +179,12 @@ def unembed_stats_reference(
     given_ids: jax.Array | None = None,
 ) -> VocabStats:
     """The contract in float32 with all logits in memory. Args: as `unembed_stats`."""
-    z = hidden.astype(jnp.float32) @ head.astype(jnp.float32)  # [M, V]
-    z = _ban(z, jnp.arange(head.shape[1]), banned_ids)
+    z = hidden.astype(jnp.float32) @ head.astype(jnp.float32).T  # [M, V]
+    z = _ban(z, jnp.arange(head.shape[0]), banned_ids)
     log_probs = jax.nn.log_softmax(z)
     probs = jnp.exp(log_probs)
     token = jnp.argmax(z, axis=-1).astype(jnp.int32)
-    is_token = jnp.arange(head.shape[1])[None] == token[:, None]
+    is_token = jnp.arange(head.shape[0])[None] == token[:, None]
     rest = jnp.where(is_token, 0.0, jnp.exp(z - z.max(axis=-1, keepdims=True))).sum(axis=-1)
     second = jnp.where(is_token, -jnp.inf, log_probs).max(axis=-1)
     stats = VocabStats(
@@ -156,7 +195,7 @@ def unembed_stats_reference(
         logsumexp=jax.nn.logsumexp(z, axis=-1),
     )
     if noise is not None:
-        gumbel = gumbel_noise(noise.key, jnp.arange(head.shape[1]))
+        gumbel = gumbel_noise(noise.key, jnp.arange(head.shape[0]))
         sample = jnp.argmax(z + noise.temperature * gumbel, axis=-1).astype(jnp.int32)
         sample_log_prob = jnp.take_along_axis(log_probs, sample[:, None], axis=-1)[:, 0]
         sample_log_prob = jnp.where(sample == token, stats.log_prob, sample_log_prob)
@@ -169,39 +208,47 @@ def unembed_stats_reference(
     return stats
 
 
-def _unembed_stats_xla(
+def _summarize_xla(
     hidden: jax.Array,
     head: jax.Array,
+    first_id: jax.Array | int,
     banned_ids: jax.Array | None,
     noise: Noise | None,
-    k: int,
     given_ids: jax.Array | None,
-) -> VocabStats:
-    """Tiles of the vocabulary, merged one after the other.
+    *,
+    k: int,
+) -> Summary:
+    """Tiles of the vocabulary, merged one after the other; `first_id` is that of head's first row.
 
     Moves the head once and keeps [M, VOCAB_TILE] float32 logits at a time.
     """
-    V = head.shape[1]
+    V = head.shape[0]
     if V <= VOCAB_TILE:
-        z = unembed_logits(hidden, head, banned_ids)
-        return logits_stats(z, noise=noise, k=k, given_ids=given_ids)
+        ids = first_id + jnp.arange(V)
+        return _tile_summary(_ban(_matmul(hidden, head), ids, banned_ids), ids, noise, k, given_ids)
 
     num_tiles = -(-V // VOCAB_TILE)
 
-    def tile(i: jax.Array | int) -> dict[str, jax.Array]:
+    def tile(i: jax.Array | int) -> Summary:
         # The last tile starts early enough to be whole, and skips what was seen already.
         start = jnp.minimum(i * VOCAB_TILE, V - VOCAB_TILE)
-        ids = start + jnp.arange(VOCAB_TILE)
-        z = _matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, VOCAB_TILE, axis=1))
-        z = jnp.where((ids >= i * VOCAB_TILE)[None], _ban(z, ids, banned_ids), -jnp.inf)
-        return _tile_summary(z, ids, noise, k, given_ids)
+        row = start + jnp.arange(VOCAB_TILE)
+        z = _matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, VOCAB_TILE))
+        z = jnp.where((row >= i * VOCAB_TILE)[None], z, -jnp.inf)
+        ids = first_id + row
+        return _tile_summary(_ban(z, ids, banned_ids), ids, noise, k, given_ids)
 
-    summary = jax.lax.fori_loop(1, num_tiles, lambda i, summary: _merge(summary, tile(i)), tile(0))
-    return _finish(summary, noise)
+    return jax.lax.fori_loop(1, num_tiles, lambda i, summary: merge(summary, tile(i)), tile(0))
 
 
 def _matmul(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.dot(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    """[M, V] float32 of hidden [M, D] and head [V, D]."""
+    return jax.lax.dot_general(
+        hidden.astype(head.dtype),
+        head,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _ban(z: jax.Array, ids: jax.Array, banned_ids: jax.Array | None) -> jax.Array:
@@ -211,33 +258,96 @@ def _ban(z: jax.Array, ids: jax.Array, banned_ids: jax.Array | None) -> jax.Arra
     return jnp.where(is_banned[None], -jnp.inf, z)
 
 
+def summarize(z: jax.Array, ids: jax.Array) -> Summary:
+    """What a tile of logits contributes to the statistics; shared with the accelerator kernels.
+
+    Args:
+      z: [M, n] float32. Logits; -inf where an id is banned or does not exist.
+      ids: [1, n] int32. Their vocabulary ids, ascending.
+
+    Returns:
+      Columns [M, 1]: top, token, second, rest, moment.
+    """
+    top = z.max(axis=1, keepdims=True)
+    token = jnp.where(z == top, ids, NO_ID).min(axis=1, keepdims=True)
+    is_top = ids == token
+    # A tile may be banned as a whole: then top is -inf and it must contribute nothing.
+    gap = jnp.where(z > -jnp.inf, z - jnp.where(top > -jnp.inf, top, 0.0), -jnp.inf)
+    weight = jnp.where(is_top, 0.0, jnp.exp(gap))
+    return {
+        "top": top,
+        "token": token,
+        "second": jnp.where(is_top, -jnp.inf, z).max(axis=1, keepdims=True),
+        "rest": weight.sum(axis=1, keepdims=True),
+        "moment": jnp.where(weight > 0, weight * gap, 0.0).sum(axis=1, keepdims=True),
+    }
+
+
+def summarize_sample(z: jax.Array, ids: jax.Array, gumbel: jax.Array) -> Summary:
+    """The Gumbel-max sample of a tile: columns [M, 1] noisy_top, sample, sample_logit.
+
+    Args:
+      z: [M, n] float32, ids: [1, n] int32; as for `summarize`.
+      gumbel: [M, n] float32. Noise, times temperature.
+    """
+    noisy = z + gumbel
+    noisy_top = noisy.max(axis=1, keepdims=True)
+    sample = jnp.where(noisy == noisy_top, ids, NO_ID).min(axis=1, keepdims=True)
+    return {
+        "noisy_top": noisy_top,
+        "sample": sample,
+        "sample_logit": jnp.where(ids == sample, z, -jnp.inf).max(axis=1, keepdims=True),
+    }
+
+
+NO_ID = 2**31 - 1
+
+
+def merge(a: Summary, b: Summary) -> Summary:
+    """Combines the summaries of two disjoint sets of ids, the lower ids in `a`. Exact."""
+    b_wins = b["top"] > a["top"]  # a keeps ties: its ids are lower
+    high = {name: jnp.where(b_wins, b[name], a[name]) for name in _BASE}
+    low = {name: jnp.where(b_wins, a[name], b[name]) for name in _BASE}
+    shift = jnp.where(low["top"] > -jnp.inf, low["top"] - high["top"], -jnp.inf)  # <= 0
+    scale = jnp.exp(shift)
+    shifted = jnp.where(scale > 0, shift, 0.0)
+    merged = {
+        "top": high["top"],
+        "token": high["token"],
+        "second": jnp.maximum(high["second"], low["top"]),
+        "rest": high["rest"] + scale * (1 + low["rest"]),
+        "moment": high["moment"] + scale * (low["moment"] + shifted * (1 + low["rest"])),
+    }
+    if "sample" in a:
+        b_wins = b["noisy_top"] > a["noisy_top"]
+        for name in _SAMPLE:
+            merged[name] = jnp.where(b_wins, b[name], a[name])
+    if "top_tokens" in a:
+        tokens = jnp.concatenate([a["top_tokens"], b["top_tokens"]], axis=-1)
+        values = jnp.concatenate([a["top_logits"], b["top_logits"]], axis=-1)
+        merged["top_logits"], columns = jax.lax.top_k(values, a["top_tokens"].shape[-1])
+        merged["top_tokens"] = jnp.take_along_axis(tokens, columns, axis=-1)
+    if "given_logits" in a:
+        merged["given_logits"] = jnp.maximum(a["given_logits"], b["given_logits"])
+    return merged
+
+
+_BASE = ("top", "token", "second", "rest", "moment")
+_SAMPLE = ("noisy_top", "sample", "sample_logit")
+
+
 def _tile_summary(
     z: jax.Array,
     ids: jax.Array,
     noise: Noise | None,
     k: int,
     given_ids: jax.Array | None,
-) -> dict[str, jax.Array]:
-    """Everything one vocabulary tile contributes: [M] arrays (top-k and given: [M, k], [M, n])."""
-    column = jnp.argmax(z, axis=-1)
-    is_top = jnp.arange(z.shape[1])[None] == column[:, None]
-    top = z.max(axis=-1)
-    # A tile may be banned as a whole: then top is -inf and it must contribute nothing.
-    gap = jnp.where(z > -jnp.inf, z - jnp.where(top > -jnp.inf, top, 0.0)[:, None], -jnp.inf)
-    weight = jnp.where(is_top, 0.0, jnp.exp(gap))
-    summary = {
-        "top": top,
-        "token": ids[column].astype(jnp.int32),
-        "second": jnp.where(is_top, -jnp.inf, z).max(axis=-1),
-        "rest": weight.sum(axis=-1),
-        "moment": jnp.where(weight > 0, weight * gap, 0.0).sum(axis=-1),
-    }
+) -> Summary:
+    """Everything a tile of logits z [M, n] of ids [n] contributes: `merge`'s columns."""
+    summary = summarize(z, ids[None])
     if noise is not None:
-        noisy = z + noise.temperature * gumbel_noise(noise.key, ids)
-        column = jnp.argmax(noisy, axis=-1)
-        summary["noisy_top"] = noisy.max(axis=-1)
-        summary["sample"] = ids[column].astype(jnp.int32)
-        summary["sample_logit"] = jnp.take_along_axis(z, column[:, None], axis=-1)[:, 0]
+        gumbel = noise.temperature * gumbel_noise(noise.key, ids)
+        summary |= summarize_sample(z, ids[None], gumbel)
     if k:
         values, columns = jax.lax.top_k(z, min(k, z.shape[1]))
         summary["top_logits"] = values
@@ -251,61 +361,25 @@ def _tile_summary(
     return summary
 
 
-def _merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Combines the summaries of two disjoint sets of ids, the lower ids in `a`. Exact."""
-    b_wins = b["top"] > a["top"]  # a keeps ties: its ids are lower
-    high = jax.tree.map(lambda x, y: jnp.where(b_wins, y, x), *_tops(a, b))
-    low = jax.tree.map(lambda x, y: jnp.where(b_wins, x, y), *_tops(a, b))
-    shift = jnp.where(low["top"] > -jnp.inf, low["top"] - high["top"], -jnp.inf)  # <= 0
-    scale = jnp.exp(shift)
-    shifted = jnp.where(scale > 0, shift, 0.0)
-    merged = {
-        "top": high["top"],
-        "token": high["token"],
-        "second": jnp.maximum(high["second"], low["top"]),
-        "rest": high["rest"] + scale * (1 + low["rest"]),
-        "moment": high["moment"] + scale * (low["moment"] + shifted * (1 + low["rest"])),
-    }
-    if "sample" in a:
-        b_wins = b["noisy_top"] > a["noisy_top"]
-        for name in ("noisy_top", "sample", "sample_logit"):
-            merged[name] = jnp.where(b_wins, b[name], a[name])
-    if "top_tokens" in a:
-        tokens = jnp.concatenate([a["top_tokens"], b["top_tokens"]], axis=-1)
-        values = jnp.concatenate([a["top_logits"], b["top_logits"]], axis=-1)
-        merged["top_logits"], columns = jax.lax.top_k(values, a["top_tokens"].shape[-1])
-        merged["top_tokens"] = jnp.take_along_axis(tokens, columns, axis=-1)
-    if "given_logits" in a:
-        merged["given_logits"] = jnp.maximum(a["given_logits"], b["given_logits"])
-    return merged
-
-
-def _tops(
-    a: dict[str, jax.Array], b: dict[str, jax.Array]
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    names = ("top", "token", "second", "rest", "moment")
-    return {n: a[n] for n in names}, {n: b[n] for n in names}
-
-
-def _finish(summary: dict[str, jax.Array], noise: Noise | None) -> VocabStats:
+def _finish(summary: Summary) -> VocabStats:
     top, rest = summary["top"], summary["rest"]
     log_prob = -jnp.log1p(rest)
     stats = VocabStats(
-        token=summary["token"],
-        log_prob=log_prob,
-        second_log_prob=summary["second"] - top + log_prob,
-        entropy=jnp.log1p(rest) - summary["moment"] / (1 + rest),
-        logsumexp=top + jnp.log1p(rest),
+        token=summary["token"][:, 0],
+        log_prob=log_prob[:, 0],
+        second_log_prob=(summary["second"] - top + log_prob)[:, 0],
+        entropy=(jnp.log1p(rest) - summary["moment"] / (1 + rest))[:, 0],
+        logsumexp=(top + jnp.log1p(rest))[:, 0],
     )
-    if noise is not None:
+    if "sample" in summary:
         # Equal ids give exactly `log_prob`; no subtraction, so no loss near certainty.
         sample_log_prob = summary["sample_logit"] - top + log_prob
-        stats = stats.replace(sample=summary["sample"], sample_log_prob=sample_log_prob)
+        stats = stats.replace(sample=summary["sample"][:, 0], sample_log_prob=sample_log_prob[:, 0])
     if "top_tokens" in summary:
-        log_probs = summary["top_logits"] - top[:, None] + log_prob[:, None]
+        log_probs = summary["top_logits"] - top + log_prob
         stats = stats.replace(top_tokens=summary["top_tokens"], top_log_probs=log_probs)
     if "given_logits" in summary:
-        log_probs = summary["given_logits"] - top[:, None] + log_prob[:, None]
+        log_probs = summary["given_logits"] - top + log_prob
         stats = stats.replace(given_log_probs=log_probs)
     return stats
 
@@ -321,12 +395,12 @@ def gumbel_noise(key: jax.Array, ids: jax.Array) -> jax.Array:
 
     Args:
       key: [M, 2] uint32. A stream per row.
-      ids: [n] int. Vocabulary ids.
+      ids: [n] or [1, n] int. Vocabulary ids.
 
     Returns:
       [M, n] float32; a function of (key row, id) alone.
     """
-    counter = ids.astype(jnp.uint32)[None, :]
+    counter = ids.astype(jnp.uint32).reshape(1, -1)
     high, low = threefry2x32(key[:, :1], key[:, 1:], counter, jnp.zeros_like(counter))
     w = high.astype(jnp.float32) * 2.0**-32 + (low.astype(jnp.float32) + 0.5) * 2.0**-64
     exponential = -jnp.log1p(-jnp.minimum(w, 1 - 2.0**-24))

@@ -18,12 +18,16 @@ to be handed a copied slice of it.
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["xla", "reference"]
+from kernels_pallas import window_attention_tpu as tpu
+
+Implementation = Literal["xla", "tpu", "reference"]
 Cache = tuple[jax.Array, jax.Array]
 Mask = Literal["full", "causal"] | jax.Array
 
@@ -52,14 +56,14 @@ def window_attention(
         [B, T, ceil(T / 32)] uint32 (bit j % 32 of word j // 32 set: may attend to position j).
       window_range: [B, 2] int32. First and past-the-last window position that may be attended to;
         None: all T.
-      cache: keys and values of earlier calls, each [L, B, S, K, H].
+      cache: keys and values of earlier calls, each [L, B, K, S, H].
       cache_ranges: [B, R, 2] int32. Up to R ranges [first, past the last) of valid cache slots per
         row; empty where first >= last. None: no slot is attended to.
       layer: scalar int32 in [0, L). Which layer of the cache to use.
       write_at: [B] int32. If given, the window's keys and values are written to slots
         write_at .. write_at + T of `layer` after attention has read the old contents.
       write_rows: [B] bool. Rows whose cache is written; None: all.
-      implementation: "xla" or "reference"; None: the best one here.
+      implementation: "xla", "tpu" or "reference"; None: the best one where it is compiled.
 
     Returns:
       The attended values [B, T, N, H] in q's dtype, and the written cache (None without
@@ -70,25 +74,95 @@ def window_attention(
       NotImplementedError: if the named implementation does not exist here.
     """
     _check_shapes(q, k, v, mask, cache, write_at)
-    if implementation in (None, "xla"):
-        attend = _attend_xla
-    elif implementation == "reference":
-        attend = window_attention_reference
-    else:
-        raise NotImplementedError(
-            f"implementation={implementation!r} of window_attention does not exist; "
-            "use None, 'xla' or 'reference'"
-        )
-    slices = None
-    if cache is not None and cache_ranges is not None:
-        slices = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-    out = attend(q, k, v, mask, window_range, slices, cache_ranges)
+    attend = _choose(implementation, q, mask)
+    read = None if cache_ranges is None else cache
+    out = attend(q, k, v, mask, window_range, read, cache_ranges, layer)
     if cache is None or write_at is None:
         return out, None
     return out, tuple(  # type: ignore[return-value]
         _write_window(c, new, layer, write_at, write_rows)
         for c, new in zip(cache, (k, v), strict=True)
     )
+
+
+def _choose(
+    implementation: Implementation | None, q: jax.Array, mask: Mask
+) -> Callable[..., jax.Array]:
+    """The function that attends. None: the platform's kernel, decided where it is compiled."""
+    if implementation is None:
+        kernels = {} if tpu.refusal(q, mask) else {"tpu": tpu.window_attention_tpu}
+        return functools.partial(_attend_by_platform, kernels) if kernels else attend_xla
+    if implementation == "xla":
+        return attend_xla
+    if implementation == "reference":
+        return window_attention_reference
+    if implementation != "tpu":
+        raise NotImplementedError(
+            f"implementation={implementation!r} of window_attention does not exist; "
+            "use None, 'xla', 'tpu' or 'reference'"
+        )
+    why_not = tpu.refusal(q, mask)
+    if jax.default_backend() != "tpu":
+        why_not = f"it needs a TPU and the default backend is {jax.default_backend()}"
+    if why_not:
+        raise NotImplementedError(f"implementation='tpu' of window_attention cannot run: {why_not}")
+    return functools.partial(_with_xla_gradient, tpu.window_attention_tpu)
+
+
+def _attend_by_platform(
+    kernels: dict[str, Callable[..., jax.Array]],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *rest: Any,
+) -> jax.Array:
+    bits = None if isinstance(mask, str) else mask
+
+    def branch(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda q, k, v, bits, *rest: attend(q, k, v, mask if bits is None else bits, *rest)
+
+    branches = {
+        platform: branch(functools.partial(_with_xla_gradient, kernel))
+        for platform, kernel in kernels.items()
+    }
+    return jax.lax.platform_dependent(q, k, v, bits, *rest, default=branch(attend_xla), **branches)
+
+
+def _with_xla_gradient(
+    kernel: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    window_range: jax.Array | None,
+    cache: Cache | None,
+    cache_ranges: jax.Array | None,
+    layer: jax.Array | int,
+) -> jax.Array:
+    """A kernel whose backward pass is that of `attend_xla`, recomputed."""
+    bits, options = (None, mask) if isinstance(mask, str) else (mask, None)
+
+    def run(attend: Callable[..., jax.Array], floats: Any, integers: Any) -> jax.Array:
+        q, k, v, cache = floats
+        bits, window_range, cache_ranges, layer = integers
+        chosen = options if bits is None else bits
+        return attend(q, k, v, chosen, window_range, cache, cache_ranges, layer)
+
+    @jax.custom_vjp
+    def attend(floats: Any, integers: Any) -> jax.Array:
+        return run(kernel, floats, integers)
+
+    def forward(floats: Any, integers: Any) -> tuple[jax.Array, Any]:
+        return attend(floats, integers), (floats, integers)
+
+    def backward(saved: Any, gradient: jax.Array) -> tuple[Any, None]:
+        floats, integers = saved
+        _, pull = jax.vjp(lambda floats: run(attend_xla, floats, integers), floats)
+        return pull(gradient)[0], None
+
+    attend.defvjp(forward, backward)
+    return attend((q, k, v, cache), (bits, window_range, cache_ranges, jnp.asarray(layer)))
 
 
 def window_attention_reference(
@@ -99,19 +173,20 @@ def window_attention_reference(
     window_range: jax.Array | None = None,
     cache: Cache | None = None,
     cache_ranges: jax.Array | None = None,
+    layer: jax.Array | int = 0,
 ) -> jax.Array:
     """The contract, spelled out in float32: heads repeated, one dense mask, one softmax.
 
-    Args: as `window_attention`, with the cache of one layer, [B, S, K, H] each.
+    Args: as `window_attention`.
     """
     allowed = _window_mask(q, mask, window_range)  # [B, T, T]
     keys, values = k, v
     if cache is not None and cache_ranges is not None:
-        in_cache = _in_ranges(cache_ranges, cache[0].shape[1])[:, None]  # [B, 1, S]
+        in_cache = _in_ranges(cache_ranges, cache[0].shape[3])[:, None]  # [B, 1, S]
         in_cache = jnp.broadcast_to(in_cache, (*q.shape[:2], in_cache.shape[-1]))
         allowed = jnp.concatenate([in_cache, allowed], axis=-1)
-        keys = jnp.concatenate([cache[0], k], axis=1)
-        values = jnp.concatenate([cache[1], v], axis=1)
+        keys = jnp.concatenate([cache[0][layer].swapaxes(1, 2), k], axis=1)  # [B, S + T, K, H]
+        values = jnp.concatenate([cache[1][layer].swapaxes(1, 2), v], axis=1)
     group = q.shape[2] // k.shape[2]
     keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)
     values = jnp.repeat(values.astype(jnp.float32), group, axis=2)
@@ -125,14 +200,15 @@ def window_attention_reference(
     return jnp.einsum("bnts,bsnh->btnh", weights, values).astype(q.dtype)
 
 
-def _attend_xla(
+def attend_xla(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: Mask,
-    window_range: jax.Array | None,
-    cache: Cache | None,
-    cache_ranges: jax.Array | None,
+    mask: Mask = "full",
+    window_range: jax.Array | None = None,
+    cache: Cache | None = None,
+    cache_ranges: jax.Array | None = None,
+    layer: jax.Array | int = 0,
 ) -> jax.Array:
     """Plain matrix products: heads of a group folded into rows, softmax merged over both parts.
 
@@ -144,15 +220,17 @@ def _attend_xla(
     rows = (rows * (H**-0.5)).astype(q.dtype)  # [B, K, G*T, H]
 
     def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
-        raw = jnp.einsum("bkrh,bskh->bkrs", rows, keys, preferred_element_type=jnp.float32).reshape(
+        raw = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32).reshape(
             B, K, N // K, T, -1
         )
         return jnp.where(allowed, raw, _LOWEST)
 
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], like the cache
     parts = [(scores(k, _window_mask(q, mask, window_range)[:, None, None]), v)]
     if cache is not None and cache_ranges is not None:
-        in_cache = _in_ranges(cache_ranges, cache[0].shape[1])
-        parts.append((scores(cache[0], in_cache[:, None, None, None]), cache[1]))
+        in_cache = _in_ranges(cache_ranges, cache[0].shape[3])
+        ck, cv = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
+        parts.append((scores(ck, in_cache[:, None, None, None]), cv))
 
     top = parts[0][0].max(axis=-1, keepdims=True)
     for part, _ in parts[1:]:
@@ -165,7 +243,7 @@ def _attend_xla(
         total = total + weights.sum(axis=-1, keepdims=True)
         weights = weights.reshape(B, K, N // K * T, -1).astype(values.dtype)
         out = out + jnp.einsum(
-            "bkrs,bskh->bkrh", weights, values, preferred_element_type=jnp.float32
+            "bkrs,bksh->bkrh", weights, values, preferred_element_type=jnp.float32
         )
     out = out / jnp.where(total > 0, total, 1.0).reshape(B, K, -1, 1)
     out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -205,12 +283,12 @@ def _write_window(
     write_rows: jax.Array | None,
 ) -> jax.Array:
     """Writes `new` [B, T, K, H] into slots write_at .. write_at + T of one layer of the cache."""
-    old = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)  # [B, S, K, H]
-    new = new.astype(cache.dtype)
+    old = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)  # [B, K, S, H]
+    new = new.astype(cache.dtype).swapaxes(1, 2)
     if new.shape == old.shape:  # a whole canvas: write_at can only be zero
         written = new
     else:
-        written = jax.vmap(lambda c, n, at: jax.lax.dynamic_update_slice(c, n, (at, 0, 0)))(
+        written = jax.vmap(lambda c, n, at: jax.lax.dynamic_update_slice(c, n, (0, at, 0)))(
             old, new, write_at
         )
     if write_rows is not None:
@@ -239,9 +317,9 @@ def _check_shapes(
         raise ValueError(
             f"mask {mask.dtype}{mask.shape} must be uint32 [B={B}, T={T}, ceil(T/32)={-(-T // 32)}]"
         )
-    if cache is not None and cache[0].shape[1::2] != (B, k.shape[2]):
+    if cache is not None and cache[0].shape[1:3] != (B, k.shape[2]):
         raise ValueError(
-            f"cache {cache[0].shape} must be [L, B={B}, S, K={k.shape[2]}, H={H}]: k is {k.shape}"
+            f"cache {cache[0].shape} must be [L, B={B}, K={k.shape[2]}, S, H={H}]: k is {k.shape}"
         )
     if write_at is not None and cache is None:
         raise ValueError("write_at is given without a cache to write to")

@@ -29,8 +29,7 @@ from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state
 from decode.rules import CACHES, FixedBlocks, Quota, Threshold
 from dlm.config import PRESETS, ModelConfig
 from dlm.params import Params, init_params, num_params
-from dlm.transformer import forward, output_head
-from kernels_pallas.unembed_stats import unembed_stats
+from dlm.transformer import forward, vocab_stats
 
 _PRESET = flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
 _BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
@@ -199,7 +198,7 @@ def _repeat_bare(
             params, cfg, tokens[:, start : start + window], positions=positions, cache=cache,
             cache_ranges=ranges,
         ).hidden[:, -judged:]  # fmt: skip
-        stats = unembed_stats(hidden.reshape(-1, cfg.d_model), output_head(params))
+        stats = vocab_stats(params, hidden.reshape(-1, cfg.d_model))
         return tokens.at[:, start : start + judged].set(stats.token.reshape(batch, judged))
 
     return jax.lax.fori_loop(0, STEPS_PER_CALL, body, state.tokens)

@@ -45,7 +45,7 @@ class Model:
 
     def logits(self, hidden):
         p = self.params
-        return hidden @ (p["unembed"] if "unembed" in p else p["embed"].T)
+        return hidden @ (p["unembed"] if "unembed" in p else p["embed"]).T
 
     def norm(self, x, weight):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.cfg.norm_eps) * weight

@@ -242,7 +242,7 @@ def test_every_leaf_is_where_it_belongs():
         for name, values in expected.items():
             np.testing.assert_array_equal(values, stored.pop(f"{prefix}.{name}"), err_msg=name)
     np.testing.assert_array_equal(params["embed"], stored.pop("model.embed_tokens.weight"))
-    np.testing.assert_array_equal(params["unembed"].T, stored.pop("lm_head.weight"))
+    np.testing.assert_array_equal(params["unembed"], stored.pop("lm_head.weight"))
     np.testing.assert_array_equal(params["final_norm"], stored.pop("model.norm.weight"))
     assert not stored
 
@@ -547,9 +547,9 @@ def test_save_refuses_other_parameters(tmp_path):
         save_hf(tmp_path / "saved", params, _TINY)
     assert str(error.value) == (
         "params must be those of cfg, but embed: float32 [5, 64] instead of float32 [128, 64]; "
-        "extra: float32 [64, 128] instead of nothing; "
+        "extra: float32 [128, 64] instead of nothing; "
         "final_norm: bfloat16 [64] instead of float32 [64]; "
-        "unembed: nothing instead of float32 [64, 128]"
+        "unembed: nothing instead of float32 [128, 64]"
     )
 
 

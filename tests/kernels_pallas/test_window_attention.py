@@ -31,8 +31,8 @@ def random_case(rng, B, T, S, N, K, H, dtype=np.float32):
         make(B, T, N, H),
         make(B, T, K, H),
         make(B, T, K, H),
-        make(3, B, S, K, H),
-        make(3, B, S, K, H),
+        make(3, B, K, S, H),
+        make(3, B, K, S, H),
     )
 
 
@@ -71,8 +71,8 @@ def test_equals_dense_float64_attention(implementation, group, mask):
         allowed = np.concatenate([np.broadcast_to(in_cache, (T, S)), window[b] & in_window], axis=1)
         expected = dense_attention(
             q[b],
-            np.concatenate([ck[1, b], k[b]]).astype(np.float64),
-            np.concatenate([cv[1, b], v[b]]).astype(np.float64),
+            np.concatenate([ck[1, b].swapaxes(0, 1), k[b]]).astype(np.float64),
+            np.concatenate([cv[1, b].swapaxes(0, 1), v[b]]).astype(np.float64),
             allowed,
         )
         np.testing.assert_allclose(got[b], expected, atol=1e-5, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_what_is_masked_has_no_influence_even_if_it_is_nan():
     arguments = dict(window_range=np.array([[1, 3]]), cache_ranges=np.array([[[2, 4]]]), layer=0)
     expected, _ = window_attention(q, k, v, cache=(ck, cv), **arguments)
     k2, ck2 = k.copy(), ck.copy()
-    k2[:, [0, 3]], ck2[:, :, [0, 1, 4, 5]] = 1e9, np.nan
+    k2[:, [0, 3]], ck2[..., [0, 1, 4, 5], :] = 1e9, np.nan
     got, _ = window_attention(q, k2, v, cache=(ck2, cv), **arguments)
     np.testing.assert_array_equal(got, expected)
 
@@ -123,10 +123,10 @@ def test_writes_the_window_of_the_chosen_rows_only_and_reads_the_old_contents():
     )
     np.testing.assert_array_equal(out, read_only)
     expected = ck.copy()
-    expected[2, 0, 0:2], expected[2, 2, 4:6] = k[0], k[2]
+    expected[2, 0, :, 0:2], expected[2, 2, :, 4:6] = k[0].swapaxes(0, 1), k[2].swapaxes(0, 1)
     np.testing.assert_array_equal(k_new, expected)
     expected = cv.copy()
-    expected[2, 0, 0:2], expected[2, 2, 4:6] = v[0], v[2]
+    expected[2, 0, :, 0:2], expected[2, 2, :, 4:6] = v[0].swapaxes(0, 1), v[2].swapaxes(0, 1)
     np.testing.assert_array_equal(v_new, expected)
 
 
@@ -144,7 +144,7 @@ def test_splitting_keys_between_cache_and_window_changes_nothing(border, seed):
         k[:, border:],
         v[:, border:],
         mask="causal",
-        cache=(k[None], v[None]),
+        cache=(k[None].swapaxes(2, 3), v[None].swapaxes(2, 3)),
         cache_ranges=np.array([[[0, border]]]),
     )
     np.testing.assert_allclose(got, whole[:, border:], atol=1e-5)
@@ -191,5 +191,5 @@ def test_bad_shapes_are_refused(change, message):
 
 def test_unknown_implementation_says_what_exists():
     q = jnp.zeros((1, 2, 4, 4))
-    with pytest.raises(NotImplementedError, match="'xla' or 'reference'"):
+    with pytest.raises(NotImplementedError, match="'xla', 'tpu' or 'reference'"):
         window_attention(q, q, q, implementation="cuda")
