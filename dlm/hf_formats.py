@@ -32,8 +32,8 @@ class Stored:
 
     Attributes:
       name: of the tensor; "{}" stands for the layer.
-      layout: its dimensions, "->" ours (without L). "nh d -> dnh" is a matrix of N * H rows and D
-        columns which we hold as [D, N, H]. Letters as in `dlm.transformer`.
+      layout: its dimensions, "->" ours (without L). "nh d -> nhd" is a matrix of N * H rows and D
+        columns which we hold as [N, H, D]. Letters as in `dlm.transformer`.
     """
 
     name: str
@@ -127,9 +127,9 @@ LLADA = Format(
     tensors={
         "embed": Stored("model.transformer.wte.weight", "v d -> vd"),
         "layers/attention_norm": Stored("model.transformer.blocks.{}.attn_norm.weight", "d -> d"),
-        "layers/attention/q": Stored("model.transformer.blocks.{}.q_proj.weight", "nh d -> dnh"),
-        "layers/attention/k": Stored("model.transformer.blocks.{}.k_proj.weight", "kh d -> dkh"),
-        "layers/attention/v": Stored("model.transformer.blocks.{}.v_proj.weight", "kh d -> dkh"),
+        "layers/attention/q": Stored("model.transformer.blocks.{}.q_proj.weight", "nh d -> nhd"),
+        "layers/attention/k": Stored("model.transformer.blocks.{}.k_proj.weight", "kh d -> khd"),
+        "layers/attention/v": Stored("model.transformer.blocks.{}.v_proj.weight", "kh d -> khd"),
         "layers/attention/q_bias": Stored("model.transformer.blocks.{}.q_proj.bias", "nh -> nh"),
         "layers/attention/k_bias": Stored("model.transformer.blocks.{}.k_proj.bias", "kh -> kh"),
         "layers/attention/v_bias": Stored("model.transformer.blocks.{}.v_proj.bias", "kh -> kh"),
@@ -176,9 +176,9 @@ DREAM = Format(
     tensors={
         "embed": Stored("model.embed_tokens.weight", "v d -> vd"),
         "layers/attention_norm": Stored("model.layers.{}.input_layernorm.weight", "d -> d"),
-        "layers/attention/q": Stored("model.layers.{}.self_attn.q_proj.weight", "nh d -> dnh"),
-        "layers/attention/k": Stored("model.layers.{}.self_attn.k_proj.weight", "kh d -> dkh"),
-        "layers/attention/v": Stored("model.layers.{}.self_attn.v_proj.weight", "kh d -> dkh"),
+        "layers/attention/q": Stored("model.layers.{}.self_attn.q_proj.weight", "nh d -> nhd"),
+        "layers/attention/k": Stored("model.layers.{}.self_attn.k_proj.weight", "kh d -> khd"),
+        "layers/attention/v": Stored("model.layers.{}.self_attn.v_proj.weight", "kh d -> khd"),
         "layers/attention/q_bias": Stored("model.layers.{}.self_attn.q_proj.bias", "nh -> nh"),
         "layers/attention/k_bias": Stored("model.layers.{}.self_attn.k_proj.bias", "kh -> kh"),
         "layers/attention/v_bias": Stored("model.layers.{}.self_attn.v_proj.bias", "kh -> kh"),

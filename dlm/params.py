@@ -42,9 +42,10 @@ class ParamSpec:
 def param_specs(cfg: ModelConfig) -> Params:
     """The specification of every parameter, as a nested dict.
 
-    Layers are stacked on a leading L axis. Linear weights are stored input-first, so that
-    activations multiply from the left; the output head is stored like the embedding, one row per
-    token, so that a tile of the vocabulary is one contiguous piece of memory.
+    Layers are stacked on a leading L axis. The MLP's weights are stored input-first; those of
+    queries, keys and values output-first with the width they are multiplied over last, because
+    merging (heads, head width) behind another axis would make a TPU copy them. The output head is
+    stored like the embedding, one row per token: a tile of the vocabulary is contiguous.
     """
     L, D, F, V = cfg.n_layers, cfg.d_model, cfg.d_ff, cfg.vocab_size
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
@@ -52,9 +53,9 @@ def param_specs(cfg: ModelConfig) -> Params:
     # depth: small models then learn to copy in about half the steps.
     out = 0.3 / math.sqrt(2 * L)
     attention: Params = {
-        "q": ParamSpec((L, D, N, H), ("layers", "embed", "heads", None), D**-0.5),
-        "k": ParamSpec((L, D, K, H), ("layers", "embed", "kv_heads", None), D**-0.5),
-        "v": ParamSpec((L, D, K, H), ("layers", "embed", "kv_heads", None), D**-0.5),
+        "q": ParamSpec((L, N, H, D), ("layers", "heads", None, "embed"), D**-0.5),
+        "k": ParamSpec((L, K, H, D), ("layers", "kv_heads", None, "embed"), D**-0.5),
+        "v": ParamSpec((L, K, H, D), ("layers", "kv_heads", None, "embed"), D**-0.5),
         "o": ParamSpec((L, N, H, D), ("layers", "heads", None, "embed"), out * (N * H) ** -0.5),
     }
     if cfg.qkv_bias:

@@ -226,7 +226,7 @@ def _project_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
     a: dict[str, Any] = p["attention"]
-    q, k, v = _linear(x, a["q"]), _linear(x, a["k"]), _linear(x, a["v"])
+    q, k, v = _heads(x, a["q"]), _heads(x, a["k"]), _heads(x, a["v"])
     if cfg.qkv_bias:
         q, k, v = (
             x + a[name][None, None] for x, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias"))
@@ -237,6 +237,13 @@ def _project_qkv(
     q = constrain(_rotate(q, angles), "batch", None, "heads", None)
     k = constrain(_rotate(k, angles), "batch", None, "kv_heads", None)
     return q, k, v
+
+
+def _heads(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, D] times w [heads, H, D]: [B, T, heads, H]."""
+    rows, flat = x.reshape(-1, x.shape[-1]), w.reshape(-1, w.shape[-1])
+    product = jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
+    return product.reshape(*x.shape[:2], *w.shape[:2])
 
 
 def _linear(x: jax.Array, w: jax.Array, num_in: int = 1) -> jax.Array:

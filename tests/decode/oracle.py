@@ -30,7 +30,7 @@ class Model:
         for i in range(cfg.n_layers):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
             a, h = layer["attention"], self.norm(x, layer["attention_norm"])
-            q, k, v = (np.einsum("td,dnh->tnh", h, a[name]) for name in "qkv")
+            q, k, v = (np.einsum("td,nhd->tnh", h, a[name]) for name in "qkv")
             if cfg.qkv_bias:
                 q, k, v = q + a["q_bias"], k + a["k_bias"], v + a["v_bias"]
             q, k = self.rotate(q, angle), self.rotate(k, angle)

@@ -228,9 +228,9 @@ def test_every_leaf_is_where_it_belongs():
         expected = {
             "input_layernorm.weight": layer["attention_norm"],
             "post_attention_layernorm.weight": layer["mlp_norm"],
-            "self_attn.q_proj.weight": attention["q"].reshape(D, N * H).T,
-            "self_attn.k_proj.weight": attention["k"].reshape(D, K * H).T,
-            "self_attn.v_proj.weight": attention["v"].reshape(D, K * H).T,
+            "self_attn.q_proj.weight": attention["q"].reshape(N * H, D),
+            "self_attn.k_proj.weight": attention["k"].reshape(K * H, D),
+            "self_attn.v_proj.weight": attention["v"].reshape(K * H, D),
             "self_attn.q_proj.bias": attention["q_bias"].reshape(N * H),
             "self_attn.k_proj.bias": attention["k_bias"].reshape(K * H),
             "self_attn.v_proj.bias": attention["v_bias"].reshape(K * H),
@@ -265,10 +265,10 @@ def test_a_head_may_be_cut_too():
     mesh, cfg = make_mesh(tensor=4), read_config(GOLDEN / "dream_small")
     with safetensors.safe_open(GOLDEN / "dream_small/model.safetensors", framework="numpy") as f:
         stored = dlm.hf.DREAM.tensors["layers/attention/q"]
-        part = (range(8, 40), range(1, 3), range(4, 12))
+        part = (range(1, 3), range(4, 12), range(8, 40))
         values = dlm.hf._read_tensor(f.get_slice(stored.name.format(2)), stored, cfg, part)
     whole = np.asarray(load_params(GOLDEN / "dream_small", cfg, mesh)["layers"]["attention"]["q"])
-    np.testing.assert_array_equal(values, whole[2, 8:40, 1:3, 4:12])
+    np.testing.assert_array_equal(values, whole[2, 1:3, 4:12, 8:40])
 
 
 class CountingFile:

@@ -148,8 +148,8 @@ def test_sharded_forward_equals_unsharded():
     expected = run(params, tokens)
     mesh = make_mesh(data=2, fsdp=1, tensor=4)  # two kv heads on four shards: replicated
     shardings = param_shardings(cfg, mesh)
-    assert shardings["layers"]["attention"]["q"].spec[2] == "tensor"
-    assert shardings["layers"]["attention"]["k"].spec[2] is None
+    assert shardings["layers"]["attention"]["q"].spec[1] == "tensor"
+    assert shardings["layers"]["attention"]["k"].spec[1] is None
     with jax.set_mesh(mesh):
         got = run(jax.device_put(params, shardings), tokens)
     np.testing.assert_allclose(got, expected, atol=1e-4)

@@ -203,14 +203,15 @@ def test_sharded_steps_equal_unsharded(toy_cfg):
                     optim=optim,
                 )
         results.append(jax.device_get((state.params, state.ema, metrics)))
-    q = state.params["layers"]["attention"]["q"]  # [L, D, N, H]: D over fsdp, N over tensor
-    assert q.sharding.shard_shape(q.shape) == (2, 8, 2, 4)
+    q = state.params["layers"]["attention"]["q"]  # [L, N, H, D]: N over tensor, D over fsdp
+    assert q.sharding.shard_shape(q.shape) == (2, 2, 4, 8)
     sharded = [
-        leaf.sharding.shard_shape(leaf.shape) == (2, 8, 2, 4)
+        leaf.sharding.shard_shape(leaf.shape) == (2, 2, 4, 8)
         for leaf in jax.tree.leaves(state.opt_state)
         if leaf.shape == q.shape
     ]
-    assert len(sharded) == 3 and all(sharded)  # two moments, accumulated gradients
+    # Two moments and the accumulated gradients, of q and of o.
+    assert len(sharded) == 6 and all(sharded)
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
