@@ -59,7 +59,9 @@ def plan(M: int, D: int, V: int, itemsize: int) -> Plan:
     width = -(-D // LANES) * LANES
 
     def vmem(tile: int, rows: int) -> int:
-        return 2 * (tile + rows) * width * itemsize + 8 * rows * tile * 4 + 6 * rows * LANES * 4
+        # Two buffers; float32 operands are split into three bfloat16 parts, which need room too.
+        operands = (2 if itemsize == 2 else 4) * (tile + rows) * width * itemsize
+        return operands + 8 * rows * tile * 4 + 6 * rows * LANES * 4
 
     while rows > sublanes and vmem(LANES, rows) > VMEM_BUDGET:  # very wide models
         rows //= 2

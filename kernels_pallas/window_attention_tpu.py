@@ -73,7 +73,9 @@ def plan(T: int, S: int, N: int, K: int, H: int, itemsize: int) -> Plan:
         queries = 4 * heads * rows * width * itemsize  # q, out; twice
         scratch = heads * rows * (width + 2 * LANES) * 4
         scores = 3 * rows * max(cache_tile, window_tile) * 4
-        return buffers + queries + scratch + scores
+        # Float32 operands are split into three bfloat16 parts, one head at a time.
+        parts = 0 if itemsize == 2 else 3 * (rows + max(cache_tile, window_tile)) * width * 2
+        return buffers + queries + scratch + scores + parts
 
     heads = max(h for h in range(1, K + 1) if K % h == 0 and (h == 1 or vmem(h) <= VMEM_BUDGET))
     return Plan(heads, rows, cache_tile, window_tile, vmem(heads))

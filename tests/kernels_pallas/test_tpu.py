@@ -1,0 +1,178 @@
+"""TPU kernels in the TPU interpreter, which also looks for races and stray reads."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import unembed_stats as vocab
+from kernels_pallas import unembed_stats_tpu, window_attention_tpu
+from kernels_pallas.unembed_stats import Noise, unembed_stats, unembed_stats_reference
+from kernels_pallas.unembed_stats_tpu import summarize_tpu
+from kernels_pallas.window_attention import window_attention, window_attention_reference
+from kernels_pallas.window_attention_tpu import window_attention_tpu as attend_tpu
+
+INTERPRET = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
+
+
+def attention_case(B, T, S, N, K, H, mask, dtype=jnp.float32, seed=0):
+    """Operands, and a batch whose rows see two ranges, a part, or nothing of the cache."""
+    rng = np.random.default_rng(seed)
+    make = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    if mask == "tree":
+        words = rng.integers(0, 2**32, size=(B, T, -(-T // 32)), dtype=np.uint32)
+        mask = jnp.asarray(words)
+    windows = [[0, T], [min(1, T - 1), T], [0, 0]]
+    ranges = [[[0, S // 2], [S * 3 // 4, S]], [[S // 3, S // 3 + 1], [0, 0]], [[0, 0], [5, 5]]]
+    window_range = jnp.array([windows[b % 3] for b in range(B)])
+    cache_ranges = jnp.array([ranges[b % 3] for b in range(B)])
+    cache = (make(2, B, K, S, H), make(2, B, K, S, H)) if S else None
+    q, k, v = make(B, T, N, H), make(B, T, K, H), make(B, T, K, H)
+    return q, k, v, mask, window_range, cache, cache_ranges if S else None, 1
+
+
+CASES = [
+    dict(B=3, T=5, S=300, N=8, K=2, H=64, mask="full"),  # ragged cache tile, group of 4
+    dict(B=2, T=37, S=700, N=7, K=1, H=128, mask="tree"),  # two mask words, group of 7
+    dict(B=3, T=1, S=130, N=4, K=4, H=64, mask="causal"),  # one token
+    dict(B=1, T=600, S=40, N=2, K=1, H=64, mask="causal"),  # several row and window tiles
+    dict(B=2, T=20, S=0, N=8, K=1, H=128, mask="full"),  # no cache
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(tuple(case.values())))
+def test_window_attention_equals_the_reference(case):
+    operands = attention_case(**case)
+    got = attend_tpu(*operands, interpret=INTERPRET)
+    np.testing.assert_allclose(got, window_attention_reference(*operands), atol=1e-5, rtol=1e-5)
+
+
+def test_window_attention_in_bfloat16():
+    operands = attention_case(2, 16, 200, 4, 2, 64, "full", jnp.bfloat16)
+    got = attend_tpu(*operands, interpret=INTERPRET)
+    assert got.dtype == jnp.bfloat16
+    exact = lambda x: x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.bfloat16 else x
+    expected = window_attention_reference(*jax.tree.map(exact, operands))
+    # Weights and outputs are each rounded to 8 bits: 2 roundings of 2^-9 of |v| up to 4.
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=2e-2)
+
+
+@settings(max_examples=4)
+@given(
+    st.integers(1, 40), st.integers(1, 300), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]),
+    st.sampled_from(["full", "causal", "tree"]), st.integers(0, 99),
+)  # fmt: skip
+def test_window_attention_of_any_shape(T, S, K, group, mask, seed):
+    operands = attention_case(2, T, S, K * group, K, 64, mask, seed=seed)
+    got = attend_tpu(*operands, interpret=INTERPRET)
+    np.testing.assert_allclose(got, window_attention_reference(*operands), atol=1e-5, rtol=1e-5)
+
+
+def test_only_needed_cache_tiles_are_read():
+    """Tiles no range touches may hold anything; so may masked slots, as keys and as values."""
+    q, k, v, mask, window, cache, _, layer = attention_case(1, 4, 1600, 2, 1, 64, "full")
+    ranges = jnp.array([[[10, 20], [1300, 1400]]])
+    order, count = window_attention_tpu._needed_tiles(ranges, 4, 512)
+    assert order.tolist() == [[0, 2, 2, 2]] and count.tolist() == [2]
+    expected = window_attention_reference(q, k, v, mask, window, cache, ranges, layer)
+    spoiled = tuple(c.at[..., 512:1024, :].set(jnp.nan) for c in cache)
+    got = attend_tpu(q, k, v, mask, window, spoiled, ranges, layer, interpret=INTERPRET)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_gradient_is_that_of_the_xla_implementation():
+    q, k, v, mask, window, cache, ranges, layer = attention_case(2, 6, 40, 4, 2, 64, "causal")
+    kernel = lambda *args: attend_tpu(*args, interpret=INTERPRET)
+
+    from kernels_pallas.window_attention import _with_xla_gradient
+
+    def loss(q, k, v, cache, attend):
+        return (attend(q, k, v, mask, window, cache, ranges, layer) ** 2).sum()
+
+    wrapped = lambda *args: _with_xla_gradient(kernel, *args)
+    got = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, cache, wrapped)
+    expected = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, cache, window_attention_reference)
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def vocab_case(M, D, V, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(M, D)), dtype)
+    head = jnp.asarray(rng.normal(size=(V, D)) * 3 / np.sqrt(D), dtype)
+    return hidden, head
+
+
+def assert_same(got, expected, atol=2e-5):
+    for field in dataclasses.fields(expected):
+        a, b = getattr(got, field.name), getattr(expected, field.name)
+        assert (a is None) == (b is None), field.name
+        if b is not None:
+            np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5, err_msg=field.name)
+
+
+@pytest.mark.parametrize(("M", "D", "V"), [(7, 64, 1000), (270, 32, 300), (5, 96, 4173)])
+def test_vocabulary_statistics_equal_the_reference(M, D, V):
+    hidden, head = vocab_case(M, D, V)
+    banned = jnp.array([3, V - 1, -1])
+    expected = unembed_stats_reference(hidden, head, banned)
+    summary = summarize_tpu(hidden, head, 0, banned, None, None, k=0, interpret=INTERPRET)
+    assert_same(vocab._finish(summary), expected)
+
+
+def test_samples_tops_and_given_ids():
+    M, V = 9, 4500  # three vocabulary tiles, the last one ragged
+    hidden, head = vocab_case(M, 32, V)
+    key = jax.random.bits(jax.random.key(1), (M, 2), jnp.uint32)
+    noise = Noise(key, jnp.float32(0.7))
+    given_ids = jnp.tile(jnp.array([[0, 2100, V - 1]]), (M, 1))
+    banned = jnp.array([3, V - 1])
+    expected = unembed_stats_reference(hidden, head, banned, noise, 6, given_ids)
+    summary = summarize_tpu(hidden, head, 0, banned, noise, given_ids, k=6, interpret=INTERPRET)
+    assert_same(vocab._finish(summary), expected)
+
+
+def test_ties_go_to_the_lowest_id():
+    hidden = jnp.ones((2, 8))
+    head = jnp.zeros((5000, 8)).at[jnp.array([9, 40, 4000])].set(1.0)
+    summary = summarize_tpu(hidden, head, 100, None, None, None, k=3, interpret=INTERPRET)
+    stats = vocab._finish(summary)
+    np.testing.assert_array_equal(stats.token, 109)
+    np.testing.assert_array_equal(stats.top_tokens, [[109, 140, 4100]] * 2)
+
+
+def test_vocabulary_in_bfloat16():
+    hidden, head = vocab_case(16, 128, 700, jnp.bfloat16)
+    expected = unembed_stats_reference(hidden, head)
+    summary = summarize_tpu(hidden, head, 0, None, None, None, k=0, interpret=INTERPRET)
+    # Products of 8-bit numbers are exact in float32, so only the order of sums differs.
+    assert_same(vocab._finish(summary), expected, atol=1e-4)
+
+
+def test_named_kernels_say_why_they_cannot_run():
+    q = jnp.zeros((1, 4, 2, 64))
+    with pytest.raises(NotImplementedError, match="needs a TPU and the default backend is cpu"):
+        window_attention(q, q, q, implementation="tpu")
+    with pytest.raises(NotImplementedError, match="needs a TPU and the default backend is cpu"):
+        unembed_stats(jnp.zeros((2, 8)), jnp.zeros((9, 8)), implementation="tpu")
+    assert "head width 24" in window_attention_tpu.refusal(jnp.zeros((1, 4, 2, 24)), "full")
+    bits = jnp.zeros((1, 600, 19), jnp.uint32)
+    assert "600 window positions" in window_attention_tpu.refusal(jnp.zeros((1, 600, 1, 64)), bits)
+    assert "k=200" in unembed_stats_tpu.refusal(200, None)
+
+
+@pytest.mark.parametrize("T", [1, 32, 64, 256])
+@pytest.mark.parametrize(("N", "K"), [(32, 32), (28, 4), (32, 8)])
+def test_tiles_of_real_models_fit(T, N, K):
+    tiles = window_attention_tpu.plan(T, 8192, N, K, 128, 2)
+    assert tiles.vmem_bytes <= window_attention_tpu.VMEM_BUDGET and K % tiles.heads == 0
+    for D, V in ((4096, 126464), (3584, 152064), (8192, 200_000)):
+        tiles = unembed_stats_tpu.plan(T, D, V, 2)
+        assert tiles.vmem_bytes <= unembed_stats_tpu.VMEM_BUDGET

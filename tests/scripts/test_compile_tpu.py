@@ -1,0 +1,53 @@
+"""Kernels and decoding loops compile for real TPUs, ahead of time, where libtpu is installed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it
+ROOT = pathlib.Path(__file__).parents[2]
+
+needs_libtpu = pytest.mark.skipif(
+    not (LIBTPU / "libtpu").is_dir() and importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: make test installs it on Linux x86-64",
+)
+
+
+def compile_for(target, *arguments):
+    path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.compile_tpu", f"--target={target}", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+
+
+@needs_libtpu
+@pytest.mark.parametrize("target", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_everything_compiles(target):
+    done = compile_for(target, "--effort=-1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    programs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    kernels = [p for p in programs if not p["program"].startswith("decode")]
+    loops = {p["program"]: p for p in programs if p["program"].startswith("decode")}
+    assert len(kernels) >= 10 and set(loops) == {"decode: llada_8b", "decode: dream_7b"}
+    for program in kernels:
+        assert program["pallas_calls"] == 1 and program["vmem"] < 16 * 2**20, program
+    for program in loops.values():
+        # Attention of a refresh and of a block step, and the vocabulary; the cache stays in place.
+        assert program["pallas_calls"] == 3, program
+        assert program["alias_bytes"] >= program["cache_bytes_per_chip"], program
+        assert program["argument_bytes"] + program["temp_bytes"] < 16 * 2**30, program
+    for program in programs:
+        assert program["full_logits"] == [], program
+
+
+@needs_libtpu
+def test_an_unknown_slice_is_refused():
+    done = compile_for("v99:2x2")
+    assert done.returncode != 0 and "--target=v99:2x2 cannot be compiled for" in done.stderr
