@@ -30,7 +30,8 @@ Implementation = Literal["xla", "tpu", "reference"]
 
 Summary = dict[str, jax.Array]  # columns of numbers per row, see `merge`
 
-VOCAB_TILE = 16384  # vocabulary columns per pass of the XLA implementation
+VOCAB_TILE = 16384  # most vocabulary entries per pass of the XLA implementation
+TILE_LOGITS = 2**25  # most float32 logits it keeps at a time, as long as a tile has 1,024 entries
 
 
 class Noise(struct.PyTreeNode):
@@ -220,25 +221,31 @@ def _summarize_xla(
 ) -> Summary:
     """Tiles of the vocabulary, merged one after the other; `first_id` is that of head's first row.
 
-    Moves the head once and keeps [M, VOCAB_TILE] float32 logits at a time.
+    Moves the head once and keeps [M, tile] float32 logits at a time.
     """
     V = head.shape[0]
-    if V <= VOCAB_TILE:
+    size = tile_len(hidden.shape[0], V)
+    if size == V:
         ids = first_id + jnp.arange(V)
         return _tile_summary(_ban(_matmul(hidden, head), ids, banned_ids), ids, noise, k, given_ids)
 
-    num_tiles = -(-V // VOCAB_TILE)
+    num_tiles = -(-V // size)
 
     def tile(i: jax.Array | int) -> Summary:
         # The last tile starts early enough to be whole, and skips what was seen already.
-        start = jnp.minimum(i * VOCAB_TILE, V - VOCAB_TILE)
-        row = start + jnp.arange(VOCAB_TILE)
-        z = _matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, VOCAB_TILE))
-        z = jnp.where((row >= i * VOCAB_TILE)[None], z, -jnp.inf)
+        start = jnp.minimum(i * size, V - size)
+        row = start + jnp.arange(size)
+        z = _matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, size))
+        z = jnp.where((row >= i * size)[None], z, -jnp.inf)
         ids = first_id + row
         return _tile_summary(_ban(z, ids, banned_ids), ids, noise, k, given_ids)
 
     return jax.lax.fori_loop(1, num_tiles, lambda i, summary: merge(summary, tile(i)), tile(0))
+
+
+def tile_len(M: int, V: int) -> int:
+    """How many vocabulary entries the XLA passes over [M, V] logits take at a time."""
+    return min(V, VOCAB_TILE, max(1024, TILE_LOGITS // M))
 
 
 def _matmul(hidden: jax.Array, head: jax.Array) -> jax.Array:

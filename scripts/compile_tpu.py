@@ -38,7 +38,6 @@ from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
 
 _TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
-_EFFORT = flags.DEFINE_float("effort", 0.0, "-1: compile faster and optimise less", -1.0, 1.0)
 _LOOPS = flags.DEFINE_list("loops", ["llada_8b", "dream_7b"], "models whose loop is compiled")
 
 # name: B, T, S, N, K, H, mask
@@ -167,8 +166,7 @@ def _compile(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     traced = jax.jit(function, donate_argnums=donate).trace(*operands)
-    lowered = traced.lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile({"exec_time_optimization_effort": _EFFORT.value})
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "compile_s": round(time.perf_counter() - start, 1),

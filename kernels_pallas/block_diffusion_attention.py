@@ -1,0 +1,250 @@
+"""Training-side attention of block diffusion: a noisy copy and a clean copy in one sequence.
+
+Letters: B batch, L tokens, N query heads, K key/value heads, H head width.
+
+The sequence is [noisy ; clean], 2L positions. Position i of either copy belongs to block
+i // block_len.
+
+    query        attends to noisy positions      attends to clean positions
+    noisy        of its own block                of earlier blocks
+    clean        none                            of its own and earlier blocks
+
+so one pass trains every block to be denoised given clean predecessors, which is what block-wise
+decoding with an exact cache does. Segments keep packed documents apart.
+
+Reference: Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion
+Language Models" (BD3-LM), arXiv:2503.09573, Sec. 3.1 and App. B.6.
+
+On TPU this is JAX's splash attention kernel with a mask of its own, which skips the three quarters
+of the tiles that are empty, forward and backward. Elsewhere the sequence is cut into chunks of
+queries that multiply only with the keys they may see, each recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Implementation = Literal["xla", "tpu", "reference"]
+
+CHUNK = 512  # queries per chunk of the XLA implementation
+_LOWEST = -1e30
+
+
+def block_diffusion_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    block_len: int,
+    segment_ids: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Attends within [noisy ; clean]. Differentiable.
+
+    Args:
+      q: [B, 2L, N, H]. Queries, rotated; position i and position L + i have the same angle.
+      k: [B, 2L, K, H]. Keys, rotated.
+      v: [B, 2L, K, H]. Values.
+      block_len: tokens per block; divides L. With packed documents each starts at a multiple of it.
+      segment_ids: [B, L] int32. Tokens attend within their segment only; padding has an id of its
+        own. None: one segment.
+      implementation: "xla", "tpu" or "reference"; None: the best one where it is compiled.
+
+    Returns:
+      [B, 2L, N, H] in q's dtype.
+
+    Raises:
+      ValueError: on shapes that do not fit together.
+      NotImplementedError: if the named implementation cannot run here.
+    """
+    B, two_L, N, H = q.shape
+    if k.shape != v.shape or k.shape[:2] != (B, two_L) or k.shape[3] != H or N % k.shape[2]:
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must both be [B={B}, 2L={two_L}, K, H={H}] "
+            f"with K dividing N={N}, as q is {q.shape}"
+        )
+    if two_L % 2 or block_len < 1 or (two_L // 2) % block_len:
+        raise ValueError(
+            f"block_len={block_len} must divide L, half of the sequence of {two_L} positions"
+        )
+    if segment_ids is None:
+        segment_ids = jnp.zeros((B, two_L // 2), jnp.int32)
+    if segment_ids.shape != (B, two_L // 2):
+        raise ValueError(f"segment_ids {segment_ids.shape} must be [B={B}, L={two_L // 2}]")
+    xla = functools.partial(_attend_xla, block_len=block_len)
+    tpu = functools.partial(attend_tpu, block_len=block_len)
+    if implementation is None and not _refusal(q):
+        return jax.lax.platform_dependent(q, k, v, segment_ids, default=xla, tpu=tpu)
+    if implementation in (None, "xla"):
+        return xla(q, k, v, segment_ids)
+    if implementation == "reference":
+        return block_diffusion_attention_reference(q, k, v, segment_ids, block_len)
+    if implementation != "tpu":
+        raise NotImplementedError(
+            f"implementation={implementation!r} of block_diffusion_attention does not exist; "
+            "use None, 'xla', 'tpu' or 'reference'"
+        )
+    why_not = _refusal(q)
+    if jax.default_backend() != "tpu":
+        why_not = f"it needs a TPU and the default backend is {jax.default_backend()}"
+    if why_not:
+        raise NotImplementedError(
+            f"implementation='tpu' of block_diffusion_attention cannot run: {why_not}"
+        )
+    return tpu(q, k, v, segment_ids)
+
+
+def block_diffusion_mask(L: int, block_len: int) -> np.ndarray:
+    """[2L, 2L] bool: which positions of [noisy ; clean] each of them attends to."""
+    return _allowed(np.arange(2 * L)[:, None], np.arange(2 * L)[None], L, block_len)
+
+
+def _allowed(query: Any, key: Any, L: int, block_len: int) -> Any:
+    """The mask as a function of positions in [noisy ; clean]."""
+    query_is_clean, key_is_clean = query >= L, key >= L
+    query_block = (query - L * query_is_clean) // block_len
+    key_block = (key - L * key_is_clean) // block_len
+    same, earlier = key_block == query_block, key_block < query_block
+    noisy = ~query_is_clean & ((~key_is_clean & same) | (key_is_clean & earlier))
+    return noisy | (query_is_clean & key_is_clean & (same | earlier))
+
+
+def block_diffusion_attention_reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, block_len: int
+) -> jax.Array:
+    """The contract in float32 with one dense mask. Args: as `block_diffusion_attention`."""
+    L, group = q.shape[1] // 2, q.shape[2] // k.shape[2]
+    segments = jnp.concatenate([segment_ids] * 2, axis=1)
+    allowed = jnp.asarray(block_diffusion_mask(L, block_len))[None]
+    allowed = allowed & (segments[:, :, None] == segments[:, None])  # [B, 2L, 2L]
+    keys, values = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), keys) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, _LOWEST), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, values).astype(q.dtype)
+
+
+def _attend_xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, block_len: int
+) -> jax.Array:
+    """Chunks of queries against the keys they may see: about L^2 / 2 scores per copy.
+
+    Keeps one chunk's [B, N, CHUNK, L + CHUNK] float32 scores at a time, in either pass.
+    """
+    L = q.shape[1] // 2
+    noisy, clean = slice(0, L), slice(L, 2 * L)
+    step = max(block_len, CHUNK // block_len * block_len)
+    chunks: dict[str, list[jax.Array]] = {"noisy": [], "clean": []}
+    for first in range(0, L, step):
+        last = min(first + step, L)
+        here, seen = slice(first, last), slice(L, L + last)
+        block = np.arange(last) // block_len
+        same = block[here, None] == block[None, here]
+        earlier = block[None] < block[here, None]
+        up_to = block[None] <= block[here, None]
+        segment, segments = segment_ids[:, here], segment_ids[:, :last]
+        keys = jnp.concatenate([k[:, noisy][:, here], k[:, seen]], axis=1)
+        values = jnp.concatenate([v[:, noisy][:, here], v[:, seen]], axis=1)
+        both = jnp.concatenate([segment, segments], axis=1)
+        chunks["noisy"].append(
+            _chunk(
+                q[:, noisy][:, here],
+                keys,
+                values,
+                np.concatenate([same, earlier], 1),
+                segment,
+                both,
+            )
+        )
+        chunks["clean"].append(
+            _chunk(q[:, clean][:, here], k[:, seen], v[:, seen], up_to, segment, segments)
+        )
+    return jnp.concatenate(chunks["noisy"] + chunks["clean"], axis=1)
+
+
+@jax.checkpoint
+def _chunk(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: Any,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+) -> jax.Array:
+    """Attention of T queries to S keys; allowed [T, S], segments [B, T] and [B, S]."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    rows = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", rows, k, preferred_element_type=jnp.float32)
+    mask = allowed[None] & (query_segments[:, :, None] == key_segments[:, None])
+    scores = jnp.where(mask[:, None, None], scores * H**-0.5, _LOWEST)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def _refusal(q: jax.Array) -> str | None:
+    """Why splash attention cannot serve this call; None if it can."""
+    if q.shape[3] % 64:
+        return f"head width {q.shape[3]} is not a multiple of 64"
+    if q.shape[1] % 128:
+        return f"2L={q.shape[1]} is not a multiple of 128"
+    return None
+
+
+def attend_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    block_len: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Splash attention. Args: as `block_diffusion_attention`; `interpret` runs it on CPU."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    class BlockDiffusionMask(splash.Mask):
+        """Evaluated tile by tile, while the kernel is built."""
+
+        @property
+        def shape(self) -> tuple[int, int]:
+            return (q.shape[1], q.shape[1])
+
+        def __getitem__(self, index: Any) -> np.ndarray:
+            rows, columns = (np.arange(q.shape[1])[i] for i in index)
+            return _allowed(rows[:, None], columns[None], q.shape[1] // 2, block_len)
+
+        def __eq__(self, other: object) -> bool:
+            return type(other) is type(self)
+
+        def __hash__(self) -> int:
+            return hash((q.shape[1], block_len))
+
+    two_L, N = q.shape[1:3]
+    tile = next(size for size in (512, 256, 128) if two_L % size == 0)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([BlockDiffusionMask()] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=tile,
+            block_kv=tile,
+            block_kv_compute=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=tile,
+            block_kv_dkv_compute=tile,
+            block_q_dq=tile,
+            block_kv_dq=tile,
+        ),
+        interpret=interpret,
+    )
+    segments = jnp.concatenate([segment_ids] * 2, axis=1)
+    by_head = lambda x: x.swapaxes(1, 2)  # noqa: E731
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    out = jax.vmap(kernel)(
+        by_head(scaled), by_head(k), by_head(v), splash.SegmentIds(q=segments, kv=segments)
+    )
+    return by_head(out).astype(q.dtype)
