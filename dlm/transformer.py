@@ -20,6 +20,7 @@ from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain, split_axes
+from kernels_pallas.unembed_loss import TargetStats, unembed_loss
 from kernels_pallas.unembed_stats import Noise, VocabStats, unembed_logits, unembed_stats
 from kernels_pallas.window_attention import Mask, window_attention
 
@@ -162,6 +163,28 @@ def vocab_stats(
     return _per_shard(stats, (P(rows), P(vocab), P(), noise_spec, P(rows)), P(rows))(
         hidden, head, banned_ids, noise, given_ids
     )
+
+
+def target_stats(params: Params, hidden: jax.Array, targets: jax.Array) -> TargetStats:
+    """What the model says about the right tokens; differentiable, see `unembed_loss`.
+
+    Args:
+      params: the model's.
+      hidden: [..., D]. Final hidden states.
+      targets: [...] int32. The token that each of them should predict.
+
+    Returns:
+      Statistics of shape [...].
+    """
+    head, rows = output_head(params), hidden.reshape(-1, hidden.shape[-1])
+    split = split_axes(batch=rows.shape[0], vocab=head.shape[0])
+    batch, vocab = P(split["batch"]), split["vocab"]
+
+    def stats(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TargetStats:
+        return unembed_loss(hidden, head, targets, vocab_axis=vocab)
+
+    out = _per_shard(stats, (batch, P(vocab), batch), batch)(rows, head, targets.reshape(-1))
+    return jax.tree.map(lambda x: x.reshape(targets.shape), out)
 
 
 def _attend(

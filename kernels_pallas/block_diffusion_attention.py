@@ -15,9 +15,9 @@ decoding with an exact cache does. Segments keep packed documents apart.
 Reference: Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion
 Language Models" (BD3-LM), arXiv:2503.09573, Sec. 3.1 and App. B.6.
 
-On TPU this is JAX's splash attention kernel with a mask of its own, which skips the three quarters
-of the tiles that are empty, forward and backward. Elsewhere the sequence is cut into chunks of
-queries that multiply only with the keys they may see, each recomputed in the backward pass.
+On TPU this is JAX's splash attention kernel with a mask of its own; it skips the three quarters of
+the tiles that are empty, forward and backward. Elsewhere chunks of queries are taken one after the
+other, and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -131,57 +131,48 @@ def block_diffusion_attention_reference(
 def _attend_xla(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, block_len: int
 ) -> jax.Array:
-    """Chunks of queries against the keys they may see: about L^2 / 2 scores per copy.
+    """One chunk of queries of both copies after the other, against its noisy and all clean keys.
 
-    Keeps one chunk's [B, N, CHUNK, L + CHUNK] float32 scores at a time, in either pass.
+    Keeps one chunk's [B, N, chunk, L + chunk] float32 scores at a time, in either pass. Computes
+    2 L^2 scores per head: half of the dense mask's, twice of what it allows.
     """
-    L = q.shape[1] // 2
-    noisy, clean = slice(0, L), slice(L, 2 * L)
-    step = max(block_len, CHUNK // block_len * block_len)
-    chunks: dict[str, list[jax.Array]] = {"noisy": [], "clean": []}
-    for first in range(0, L, step):
-        last = min(first + step, L)
-        here, seen = slice(first, last), slice(L, L + last)
-        block = np.arange(last) // block_len
-        same = block[here, None] == block[None, here]
-        earlier = block[None] < block[here, None]
-        up_to = block[None] <= block[here, None]
-        segment, segments = segment_ids[:, here], segment_ids[:, :last]
-        keys = jnp.concatenate([k[:, noisy][:, here], k[:, seen]], axis=1)
-        values = jnp.concatenate([v[:, noisy][:, here], v[:, seen]], axis=1)
-        both = jnp.concatenate([segment, segments], axis=1)
-        chunks["noisy"].append(
-            _chunk(
-                q[:, noisy][:, here],
-                keys,
-                values,
-                np.concatenate([same, earlier], 1),
-                segment,
-                both,
-            )
+    B, two_L, N, H = q.shape
+    L = two_L // 2
+    num_blocks = L // block_len
+    fitting = [
+        n for n in range(1, num_blocks + 1) if num_blocks % n == 0 and n * block_len <= CHUNK
+    ]
+    chunk = block_len * max(fitting, default=1)
+    block = jnp.arange(L) // block_len
+    clean_k, clean_v = k[:, L:], v[:, L:]
+
+    @jax.checkpoint
+    def attend(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=chunk)
+        here, segment = cut(block)[None, :, None], cut(segment_ids, axis=1)
+        same_segment = segment[:, :, None] == segment_ids[:, None]  # [B, chunk, L]
+        own = (here == here.swapaxes(1, 2)) & (segment[:, :, None] == segment[:, None])
+        earlier = (block[None, None] < here) & same_segment
+        up_to = (block[None, None] <= here) & same_segment
+        noisy = _dense(
+            cut(q, axis=1),
+            jnp.concatenate([cut(k, axis=1), clean_k], axis=1),
+            jnp.concatenate([cut(v, axis=1), clean_v], axis=1),
+            jnp.concatenate([own, earlier], axis=2),
         )
-        chunks["clean"].append(
-            _chunk(q[:, clean][:, here], k[:, seen], v[:, seen], up_to, segment, segments)
-        )
-    return jnp.concatenate(chunks["noisy"] + chunks["clean"], axis=1)
+        return noisy, _dense(cut(q[:, L:], axis=1), clean_k, clean_v, up_to)
+
+    noisy, clean = jax.lax.map(attend, jnp.arange(0, L, chunk))  # [chunks, B, chunk, N, H] each
+    whole = lambda x: x.swapaxes(0, 1).reshape(B, L, N, H)  # noqa: E731
+    return jnp.concatenate([whole(noisy), whole(clean)], axis=1)
 
 
-@jax.checkpoint
-def _chunk(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    allowed: Any,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-) -> jax.Array:
-    """Attention of T queries to S keys; allowed [T, S], segments [B, T] and [B, S]."""
+def _dense(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Attention of T queries to S keys under allowed [B, T, S]."""
     B, T, N, H = q.shape
-    K = k.shape[2]
-    rows = q.reshape(B, T, K, N // K, H)
+    rows = q.reshape(B, T, k.shape[2], N // k.shape[2], H)
     scores = jnp.einsum("btkgh,bskh->bkgts", rows, k, preferred_element_type=jnp.float32)
-    mask = allowed[None] & (query_segments[:, :, None] == key_segments[:, None])
-    scores = jnp.where(mask[:, None, None], scores * H**-0.5, _LOWEST)
+    scores = jnp.where(allowed[:, None, None], scores * H**-0.5, _LOWEST)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(B, T, N, H).astype(q.dtype)

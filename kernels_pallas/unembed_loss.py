@@ -111,7 +111,7 @@ def _backward(
         new = old + _product(dz, rows, (0, 0))
         return by_hidden, jax.lax.dynamic_update_slice_in_dim(by_head, new, start, axis=0)
 
-    zeros = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    zeros = tuple(jnp.zeros(x.shape, _sum_dtype(head)) for x in (hidden, head))
     by_hidden, by_head = jax.lax.fori_loop(0, -(-V // size), tile, zeros)
     return by_hidden.astype(hidden.dtype), by_head.astype(head.dtype), None
 
@@ -121,4 +121,8 @@ _unembed_loss.defvjp(_forward, _backward)
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=_sum_dtype(b))
+
+
+def _sum_dtype(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -48,7 +48,7 @@ class Noise(struct.PyTreeNode):
 
 
 class VocabStats(struct.PyTreeNode):
-    """What a model says about M positions. All float32 unless said.
+    """What a model says about M positions. All float32 (float64 of float64 models) unless said.
 
     Attributes:
       token: [M] int32. Arg-max; the lowest id on ties.
@@ -116,7 +116,7 @@ def unembed_stats(
             raise NotImplementedError("implementation='reference' takes no vocab_axis")
         return unembed_stats_reference(hidden, head, banned_ids, noise, k, given_ids)
     first_id = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * head.shape[0]
-    summarize_head = _choose(implementation, k, given_ids)
+    summarize_head = _choose(implementation, head, k, given_ids)
     summary = summarize_head(hidden, head, first_id, banned_ids, noise, given_ids)
     if vocab_axis is not None:
         shares = jax.lax.all_gather(summary, vocab_axis)  # [devices, M, ...]
@@ -126,12 +126,12 @@ def unembed_stats(
 
 
 def _choose(
-    implementation: Implementation | None, k: int, given_ids: jax.Array | None
+    implementation: Implementation | None, head: jax.Array, k: int, given_ids: jax.Array | None
 ) -> Callable[..., Summary]:
     """The function that summarises a head. None: decided by platform, where it is compiled."""
     from kernels_pallas import unembed_stats_tpu as tpu  # it builds on this module
 
-    why_not = tpu.refusal(k, given_ids)
+    why_not = tpu.refusal(head, k, given_ids)
     if implementation == "xla" or (implementation is None and why_not):
         return functools.partial(_summarize_xla, k=k)
     if implementation is None:
@@ -226,15 +226,15 @@ def _summarize_xla(
     V = head.shape[0]
     size = tile_len(hidden.shape[0], V)
     if size == V:
-        ids = first_id + jnp.arange(V)
+        ids = first_id + jnp.arange(V, dtype=jnp.int32)
         return _tile_summary(_ban(_matmul(hidden, head), ids, banned_ids), ids, noise, k, given_ids)
 
     num_tiles = -(-V // size)
 
     def tile(i: jax.Array | int) -> Summary:
         # The last tile starts early enough to be whole, and skips what was seen already.
-        start = jnp.minimum(i * size, V - size)
-        row = start + jnp.arange(size)
+        start = jnp.minimum(i * size, V - size).astype(jnp.int32)
+        row = start + jnp.arange(size, dtype=jnp.int32)
         z = _matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, size))
         z = jnp.where((row >= i * size)[None], z, -jnp.inf)
         ids = first_id + row
@@ -254,7 +254,7 @@ def _matmul(hidden: jax.Array, head: jax.Array) -> jax.Array:
         hidden.astype(head.dtype),
         head,
         (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(head.dtype, jnp.float32),
     )
 
 

@@ -71,8 +71,10 @@ def plan(M: int, D: int, V: int, itemsize: int) -> Plan:
     return Plan(rows, tile, vmem(tile, rows))
 
 
-def refusal(k: int, given_ids: jax.Array | None) -> str | None:
+def refusal(head: jax.Array, k: int, given_ids: jax.Array | None) -> str | None:
     """Why the kernel cannot serve this call, in words; None if it can."""
+    if head.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{head.dtype} is neither float32 nor bfloat16"
     if k > LANES:
         return f"k={k} is more than {LANES}"
     if given_ids is not None and given_ids.shape[1] > LANES - 8:

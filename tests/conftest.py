@@ -15,6 +15,7 @@ from dlm.config import ModelConfig
 from dlm.params import Params, init_params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # programs here run briefly
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 

@@ -119,7 +119,7 @@ def build(point, **changes):
     )
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(point=points(), seed=st.integers(0, 3), shifted=st.booleans())
 def test_a_ragged_batch_equals_the_oracle_row_by_row(
     toy_cfg, toy_params, dream, point, seed, shifted

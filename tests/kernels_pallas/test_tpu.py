@@ -165,7 +165,7 @@ def test_named_kernels_say_why_they_cannot_run():
     assert "head width 24" in window_attention_tpu.refusal(jnp.zeros((1, 4, 2, 24)), "full")
     bits = jnp.zeros((1, 600, 19), jnp.uint32)
     assert "600 window positions" in window_attention_tpu.refusal(jnp.zeros((1, 600, 1, 64)), bits)
-    assert "k=200" in unembed_stats_tpu.refusal(200, None)
+    assert "k=200" in unembed_stats_tpu.refusal(jnp.zeros((9, 8)), 200, None)
 
 
 @pytest.mark.parametrize("T", [1, 32, 64, 256])

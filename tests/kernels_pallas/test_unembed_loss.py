@@ -45,10 +45,10 @@ def test_equals_softmax_with_all_logits(monkeypatch, tile):
 
 def test_gradients_match_finite_differences(monkeypatch):
     monkeypatch.setattr(stats_module, "VOCAB_TILE", 10)
-    with jax.enable_x64(True):  # statistics are float32 all the same
-        hidden, head, targets = case(M=3, D=4, V=23)
+    with jax.enable_x64(True):
+        hidden, head, targets = case(M=3, D=4, V=23, dtype=jnp.float64)
         loss = lambda hidden, head: mixed_loss(hidden, head, targets)
-        check_grads(loss, (hidden, head), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+        check_grads(loss, (hidden, head), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 def test_sharded_vocabulary_and_rows_equal_unsharded():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlm import transformer
-from tests.train.test_masked_diffusion import make_batch
+from tests.train.test_masked_diffusion import judge, make_batch
 from train.objectives.causal import Causal, mean_cross_entropy
 
 KEY = jax.random.key(0)
@@ -14,7 +14,7 @@ def test_mean_by_hand():
     z = jnp.array([0.0, np.log(3.0)])
     logits = jnp.stack([jnp.stack([z, z, z])])
     loss, metrics = mean_cross_entropy(
-        logits, jnp.array([[0, 1, 1]]), jnp.array([[True, True, False]])
+        *judge(logits, jnp.array([[0, 1, 1]])), jnp.array([[True, True, False]])
     )
     np.testing.assert_allclose(loss, (np.log(4) + np.log(4 / 3)) / 2, rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy"], 0.5)

@@ -1,6 +1,6 @@
 """Next-token cross-entropy, for autoregressive models and for turning them into other things.
 
-Letters: B batch, P prompt length, G completion length, T = P + G, V vocabulary.
+Letters: B batch, P prompt length, G completion length, T = P + G.
 """
 
 from __future__ import annotations
@@ -57,26 +57,24 @@ class Causal:
         index = jnp.arange(first, T)[None]
         # A row's first real token has nothing before it to be predicted from.
         counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
-        logits = transformer.logits(params, output.hidden[:, first - 1 : -1])  # [B, T - first, V]
-        return mean_cross_entropy(logits, tokens[:, first:], counts)
+        targets = tokens[:, first:]
+        stats = transformer.target_stats(params, output.hidden[:, first - 1 : -1], targets)
+        return mean_cross_entropy(stats.log_prob, stats.token == targets, counts)
 
 
 def mean_cross_entropy(
-    logits: jax.Array, targets: jax.Array, counts: jax.Array
+    log_prob: jax.Array, is_right: jax.Array, counts: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy over the tokens that count.
 
     Args:
-      logits: [B, n, V] float32.
-      targets: [B, n] int32.
+      log_prob: [B, n] float32. Of the right token.
+      is_right: [B, n] bool. Whether it is the model's arg-max.
       counts: [B, n] bool.
 
     Returns:
       Scalar float32, and the metrics of `Causal.loss`.
     """
-    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - right
     total = jnp.maximum(counts.sum(), 1)
-    loss = jnp.where(counts, cross_entropy, 0.0).sum() / total
-    is_right = counts & (jnp.argmax(logits, axis=-1) == targets)
-    return loss, {"loss": loss, "accuracy": is_right.sum() / total}
+    loss = jnp.where(counts, -log_prob, 0.0).sum() / total
+    return loss, {"loss": loss, "accuracy": (is_right & counts).sum() / total}

@@ -18,7 +18,7 @@ almost entirely; small models learn much faster so. With `stratified`, the B dra
 (u + b / B) mod 1 with one u ~ Uniform(0, 1). Each t is still uniform, so the expected loss is the
 same, and its variance over batches is lower.
 
-Letters: B batch, P prompt length, G completion length, T = P + G, D model width, V vocabulary.
+Letters: B batch, P prompt length, G completion length, T = P + G.
 """
 
 from __future__ import annotations
@@ -100,33 +100,31 @@ class MaskedDiffusion:
         )
         # Only completions are scored, so only they are multiplied with the vocabulary.
         hidden = output.hidden[:, P - 1 : -1] if cfg.shifted_logits else output.hidden[:, P:]
-        logits = transformer.logits(params, hidden)  # [B, G, V] float32
-        return weighted_loss(logits, completion, is_masked, p**self.weight_power)
+        stats = transformer.target_stats(params, hidden, completion)
+        is_right = stats.token == completion
+        return weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
 
 
 def weighted_loss(
-    logits: jax.Array, completion: jax.Array, is_masked: jax.Array, p: jax.Array
+    log_prob: jax.Array, is_right: jax.Array, is_masked: jax.Array, p: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy of masked tokens over their row's p and over G, averaged over rows.
 
     Args:
-      logits: [B, G, V] float32. About the token at the same index.
-      completion: [B, G] int32. The right tokens.
-      is_masked: [B, G] bool. Which of them the model did not see.
+      log_prob: [B, G] float32. Of the right token at each position.
+      is_right: [B, G] bool. Whether it is the model's arg-max.
+      is_masked: [B, G] bool. Which tokens the model did not see.
       p: [B] float32. What a row's sum is divided by: the probability with which its tokens were
         masked, or a power of it.
 
     Returns:
       Scalar float32, and the metrics of `MaskedDiffusion.loss`.
     """
-    right = jnp.take_along_axis(logits, completion[..., None], axis=-1)[..., 0]
-    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - right  # [B, G]
-    per_row = jnp.where(is_masked, cross_entropy, 0.0).sum(axis=1) / p / completion.shape[1]
+    per_row = jnp.where(is_masked, -log_prob, 0.0).sum(axis=1) / p / is_masked.shape[1]
     loss = per_row.mean()
-    is_right = is_masked & (jnp.argmax(logits, axis=-1) == completion)
     return loss, {
         "loss": loss,
-        "masked_accuracy": is_right.sum() / jnp.maximum(is_masked.sum(), 1),
+        "masked_accuracy": (is_right & is_masked).sum() / jnp.maximum(is_masked.sum(), 1),
         "mask_fraction": is_masked.mean(),
     }
 
