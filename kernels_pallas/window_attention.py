@@ -179,14 +179,12 @@ def window_attention_reference(
 
     Args: as `window_attention`.
     """
-    allowed = _window_mask(q, mask, window_range)  # [B, T, T]
-    keys, values = k, v
+    keys, values, num_slots = k, v, 0
     if cache is not None and cache_ranges is not None:
-        in_cache = _in_ranges(cache_ranges, cache[0].shape[3])[:, None]  # [B, 1, S]
-        in_cache = jnp.broadcast_to(in_cache, (*q.shape[:2], in_cache.shape[-1]))
-        allowed = jnp.concatenate([in_cache, allowed], axis=-1)
+        num_slots = cache[0].shape[3]
         keys = jnp.concatenate([cache[0][layer].swapaxes(1, 2), k], axis=1)  # [B, S + T, K, H]
         values = jnp.concatenate([cache[1][layer].swapaxes(1, 2), v], axis=1)
+    allowed = allowed_positions(q.shape[:2], num_slots, mask, window_range, cache_ranges)
     group = q.shape[2] // k.shape[2]
     keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)
     values = jnp.repeat(values.astype(jnp.float32), group, axis=2)
@@ -226,7 +224,7 @@ def attend_xla(
         return jnp.where(allowed, raw, _LOWEST)
 
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], like the cache
-    parts = [(scores(k, _window_mask(q, mask, window_range)[:, None, None]), v)]
+    parts = [(scores(k, _window_mask(q.shape[:2], mask, window_range)[:, None, None]), v)]
     if cache is not None and cache_ranges is not None:
         in_cache = _in_ranges(cache_ranges, cache[0].shape[3])
         ck, cv = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
@@ -253,9 +251,25 @@ def attend_xla(
 _LOWEST = -1e30  # a score no real query-key pair reaches; finite, so differences are never NaN
 
 
-def _window_mask(q: jax.Array, mask: Mask, window_range: jax.Array | None) -> jax.Array:
-    """[B or 1, T, T] bool: which window positions each query may attend to."""
-    T = q.shape[1]
+def allowed_positions(
+    shape: tuple[int, ...],
+    num_slots: int,
+    mask: Mask,
+    window_range: jax.Array | None,
+    cache_ranges: jax.Array | None,
+) -> jax.Array:
+    """[B, T, S + T] bool: what each query of a [B, T] window attends to, cache slots first."""
+    allowed = _window_mask(shape, mask, window_range)
+    if num_slots == 0 or cache_ranges is None:
+        return allowed
+    in_cache = _in_ranges(cache_ranges, num_slots)[:, None]  # [B, 1, S]
+    in_cache = jnp.broadcast_to(in_cache, (*shape, num_slots))
+    return jnp.concatenate([in_cache, allowed], axis=-1)
+
+
+def _window_mask(shape: tuple[int, ...], mask: Mask, window_range: jax.Array | None) -> jax.Array:
+    """[B, T, T] bool: which window positions each query of a [B, T] window may attend to."""
+    T = shape[1]
     position = jnp.arange(T)
     if isinstance(mask, str):
         allowed = jnp.ones((1, T, T), bool)
@@ -266,7 +280,7 @@ def _window_mask(q: jax.Array, mask: Mask, window_range: jax.Array | None) -> ja
         allowed = (words >> (position % 32).astype(jnp.uint32)[None, None]) & 1 == 1
     if window_range is not None:
         allowed = allowed & _in_ranges(window_range[:, None], T)[:, None]
-    return jnp.broadcast_to(allowed, (q.shape[0], T, T))
+    return jnp.broadcast_to(allowed, (shape[0], T, T))
 
 
 def _in_ranges(ranges: jax.Array, num_slots: int) -> jax.Array:
