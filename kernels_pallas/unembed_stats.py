@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-Implementation = Literal["xla", "tpu", "reference"]
+Implementation = Literal["xla", "tpu", "gpu", "reference"]
 
 Summary = dict[str, jax.Array]  # columns of numbers per row, see `merge`
 
@@ -103,7 +103,7 @@ def unembed_stats(
       vocab_axis: inside `jax.shard_map`: the mesh axis over which the vocabulary is split, in
         order; `head` is then one device's share. Ids are global, and the shares' summaries are
         merged exactly: a few numbers per row cross the network.
-      implementation: "xla", "tpu" or "reference"; None: the best one where it is compiled.
+      implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is compiled.
 
     Raises:
       ValueError: if `hidden` and `head` do not fit.
@@ -116,7 +116,7 @@ def unembed_stats(
             raise NotImplementedError("implementation='reference' takes no vocab_axis")
         return unembed_stats_reference(hidden, head, banned_ids, noise, k, given_ids)
     first_id = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * head.shape[0]
-    summarize_head = _choose(implementation, head, k, given_ids)
+    summarize_head = _choose(implementation, head, k, given_ids, banned_ids)
     summary = summarize_head(hidden, head, first_id, banned_ids, noise, given_ids)
     if vocab_axis is not None:
         shares = jax.lax.all_gather(summary, vocab_axis)  # [devices, M, ...]
@@ -126,30 +126,49 @@ def unembed_stats(
 
 
 def _choose(
-    implementation: Implementation | None, head: jax.Array, k: int, given_ids: jax.Array | None
+    implementation: Implementation | None,
+    head: jax.Array,
+    k: int,
+    given_ids: jax.Array | None,
+    banned_ids: jax.Array | None,
 ) -> Callable[..., Summary]:
     """The function that summarises a head. None: decided by platform, where it is compiled."""
-    from kernels_pallas import unembed_stats_tpu as tpu  # it builds on this module
+    from kernels_pallas import unembed_stats_gpu as gpu  # they build on this module
+    from kernels_pallas import unembed_stats_tpu as tpu
 
-    why_not = tpu.refusal(head, k, given_ids)
-    if implementation == "xla" or (implementation is None and why_not):
-        return functools.partial(_summarize_xla, k=k)
+    xla = functools.partial(_summarize_xla, k=k)
+    kernels = {
+        "tpu": functools.partial(tpu.summarize_tpu, k=k),
+        "gpu": functools.partial(gpu.summarize_gpu, k=k),
+    }
+    refusals = {
+        "tpu": tpu.refusal(head, k, given_ids),
+        "gpu": gpu.refusal(head, k, given_ids, banned_ids),
+    }
+    if implementation == "xla":
+        return xla
     if implementation is None:
-        return functools.partial(
-            jax.lax.platform_dependent,
-            default=functools.partial(_summarize_xla, k=k),
-            tpu=functools.partial(tpu.summarize_tpu, k=k),
-        )
-    if implementation != "tpu":
+        platforms = {"tpu": "tpu", "gpu": "cuda"}
+        offered = {platforms[name]: f for name, f in kernels.items() if not refusals[name]}
+        if not offered:
+            return xla
+        return functools.partial(jax.lax.platform_dependent, default=xla, **offered)
+    if implementation not in kernels:
         raise NotImplementedError(
             f"implementation={implementation!r} of unembed_stats does not exist; "
-            "use None, 'xla', 'tpu' or 'reference'"
+            "use None, 'xla', 'tpu', 'gpu' or 'reference'"
         )
-    if jax.default_backend() != "tpu":
-        why_not = f"it needs a TPU and the default backend is {jax.default_backend()}"
+    why_not = refusals[implementation]
+    if jax.default_backend() != implementation:
+        why_not = (
+            f"it needs a {implementation.upper()} and the default backend is "
+            f"{jax.default_backend()}"
+        )
     if why_not:
-        raise NotImplementedError(f"implementation='tpu' of unembed_stats cannot run: {why_not}")
-    return functools.partial(tpu.summarize_tpu, k=k)
+        raise NotImplementedError(
+            f"implementation={implementation!r} of unembed_stats cannot run: {why_not}"
+        )
+    return kernels[implementation]
 
 
 def unembed_logits(

@@ -25,9 +25,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import window_attention_gpu as gpu
 from kernels_pallas import window_attention_tpu as tpu
 
-Implementation = Literal["xla", "tpu", "reference"]
+Implementation = Literal["xla", "tpu", "gpu", "reference"]
 Cache = tuple[jax.Array, jax.Array]
 Mask = Literal["full", "causal"] | jax.Array
 
@@ -63,7 +64,7 @@ def window_attention(
       write_at: [B] int32. If given, the window's keys and values are written to slots
         write_at .. write_at + T of `layer` after attention has read the old contents.
       write_rows: [B] bool. Rows whose cache is written; None: all.
-      implementation: "xla", "tpu" or "reference"; None: the best one where it is compiled.
+      implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is compiled.
 
     Returns:
       The attended values [B, T, N, H] in q's dtype, and the written cache (None without
@@ -74,8 +75,8 @@ def window_attention(
       NotImplementedError: if the named implementation does not exist here.
     """
     _check_shapes(q, k, v, mask, cache, write_at)
-    attend = _choose(implementation, q, mask)
     read = None if cache_ranges is None else cache
+    attend = _choose(implementation, q, mask, read)
     out = attend(q, k, v, mask, window_range, read, cache_ranges, layer)
     if cache is None or write_at is None:
         return out, None
@@ -86,27 +87,38 @@ def window_attention(
 
 
 def _choose(
-    implementation: Implementation | None, q: jax.Array, mask: Mask
+    implementation: Implementation | None, q: jax.Array, mask: Mask, cache: Cache | None
 ) -> Callable[..., jax.Array]:
     """The function that attends. None: the platform's kernel, decided where it is compiled."""
+    refusals = {"tpu": tpu.refusal(q, mask), "gpu": gpu.refusal(q, mask, cache)}
     if implementation is None:
-        kernels = {} if tpu.refusal(q, mask) else {"tpu": tpu.window_attention_tpu}
+        kernels: dict[str, Callable[..., jax.Array]] = {}
+        if not refusals["tpu"]:
+            kernels["tpu"] = tpu.window_attention_tpu
+        if not refusals["gpu"]:
+            kernels["cuda"] = gpu.window_attention_gpu
         return functools.partial(_attend_by_platform, kernels) if kernels else attend_xla
     if implementation == "xla":
         return attend_xla
     if implementation == "reference":
         return window_attention_reference
-    if implementation != "tpu":
+    if implementation not in refusals:
         raise NotImplementedError(
             f"implementation={implementation!r} of window_attention does not exist; "
-            "use None, 'xla', 'tpu' or 'reference'"
+            "use None, 'xla', 'tpu', 'gpu' or 'reference'"
         )
-    why_not = tpu.refusal(q, mask)
-    if jax.default_backend() != "tpu":
-        why_not = f"it needs a TPU and the default backend is {jax.default_backend()}"
+    why_not = refusals[implementation]
+    if jax.default_backend() != implementation:
+        why_not = (
+            f"it needs a {implementation.upper()} and the default backend is "
+            f"{jax.default_backend()}"
+        )
     if why_not:
-        raise NotImplementedError(f"implementation='tpu' of window_attention cannot run: {why_not}")
-    return functools.partial(_with_xla_gradient, tpu.window_attention_tpu)
+        raise NotImplementedError(
+            f"implementation={implementation!r} of window_attention cannot run: {why_not}"
+        )
+    kernel = tpu.window_attention_tpu if implementation == "tpu" else gpu.window_attention_gpu
+    return functools.partial(_with_xla_gradient, kernel)
 
 
 def _attend_by_platform(

@@ -24,7 +24,7 @@ positions. Cached values outside of every range are overwritten by zeros in shar
 even NaN there has no influence.
 
 Bound by bandwidth while R <= 64: bytes = 2 * (slots in range, rounded up to tiles) * K * H *
-itemsize; by wgmma from about R = 128. Shared memory: `plan` counts it, at most `SMEM_BUDGET`; one
+itemsize; by wgmma from about R = 128. Shared memory: `plan` counts it, at most `hopper.SMEM_BUDGET`; one
 program per multiprocessor. `plan` chooses as many shares as fill the multiprocessors once.
 """
 
@@ -39,8 +39,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-NUM_SMS = 132  # multiprocessors of an H100 SXM and of an H200
-SMEM_BUDGET = 220 * 2**10  # bytes; a Hopper block may have 227 KiB
+from kernels_pallas import hopper
+
 ROWS = 64  # rows per warpgroup: the height of a wgmma
 COMPUTE_WARPGROUPS = 2
 LOWEST = -1e30  # below any real score; finite, so that differences are never NaN
@@ -77,11 +77,11 @@ def plan(B: int, T: int, S: int, N: int, K: int, H: int, itemsize: int) -> Plan:
     num_programs = B * K * -(-T * (N // K) // (ROWS * row_groups))
     num_tiles = -(-S // 64) + -(-T // 64)
     # Each share has to be worth its start: at least four tiles.
-    splits = max(1, min(NUM_SMS // num_programs, num_tiles // 4))
+    splits = max(1, min(hopper.NUM_SMS // num_programs, num_tiles // 4))
     is_staged = row_groups == 1 or splits > 1
     tile = 64 if is_staged else 128
     fixed = ROWS * row_groups * (H * itemsize + (H + 2) * 4 * is_staged)
-    stages = min(4, (SMEM_BUDGET - fixed) // (2 * tile * H * itemsize))
+    stages = min(4, (hopper.SMEM_BUDGET - fixed) // (2 * tile * H * itemsize))
     if row_groups == 1:  # even: each warpgroup keeps to its own buffers and waits for every filling
         stages = stages // 2 * 2
     return Plan(row_groups, tile, stages, splits, fixed + stages * 2 * tile * H * itemsize)
@@ -92,8 +92,8 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot serve this call, in words; None if it can."""
     T, H = q.shape[1], q.shape[3]
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax >= 0.11 and this is {jax.__version__}"
+    if why_not := hopper.refusal():
+        return why_not
     if H not in (64, 128):
         return f"head width {H} is neither 64 nor 128"
     if not isinstance(mask, str) and T > 512:

@@ -168,5 +168,5 @@ def test_logits_are_never_stored_for_a_large_vocabulary():
 def test_bad_shapes_and_implementations_are_refused():
     with pytest.raises(ValueError, match="must be"):
         unembed_stats(jnp.zeros((2, 3)), jnp.zeros((4, 5)))
-    with pytest.raises(NotImplementedError, match="'xla', 'tpu' or 'reference'"):
+    with pytest.raises(NotImplementedError, match="'xla', 'tpu', 'gpu' or 'reference'"):
         unembed_stats(jnp.zeros((2, 3)), jnp.zeros((5, 3)), implementation="metal")

@@ -191,5 +191,5 @@ def test_bad_shapes_are_refused(change, message):
 
 def test_unknown_implementation_says_what_exists():
     q = jnp.zeros((1, 2, 4, 4))
-    with pytest.raises(NotImplementedError, match="'xla', 'tpu' or 'reference'"):
+    with pytest.raises(NotImplementedError, match="'xla', 'tpu', 'gpu' or 'reference'"):
         window_attention(q, q, q, implementation="cuda")
