@@ -103,7 +103,8 @@ def unembed_stats(
       vocab_axis: inside `jax.shard_map`: the mesh axis over which the vocabulary is split, in
         order; `head` is then one device's share. Ids are global, and the shares' summaries are
         merged exactly: a few numbers per row cross the network.
-      implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is compiled.
+      implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is
+        compiled.
 
     Raises:
       ValueError: if `hidden` and `head` do not fit.

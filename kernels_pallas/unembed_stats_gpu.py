@@ -18,7 +18,7 @@ Noise is drawn in the kernel, from counters, as in the contract; only log1p is w
 
 Bound by bandwidth while M <= 128: the head is read once, V * D * itemsize bytes; the hidden states
 come from the L2 cache and are a quarter of that traffic at M = 64. At M = 256, where arithmetic and
-reading take equally long, it is bound by wgmma. Shared memory: `plan`, at most `hopper.SMEM_BUDGET`.
+reading take equally long, it is bound by wgmma. Shared memory: `plan` fills `hopper.SMEM_BUDGET`.
 
 The k most probable ids are left to XLA: an insertion sort over the lanes of a wgmma result would
 cost more than the multiplication.
@@ -112,8 +112,7 @@ def summarize_gpu(
 
     Args: otherwise as `unembed_stats`; k must be 0.
     """
-    M, D = hidden.shape
-    V = head.shape[0]
+    M, V = hidden.shape[0], head.shape[0]
     num_given = 0 if given_ids is None else given_ids.shape[1]
     tiles = plan(M, head.dtype.itemsize)
     num_rows = -(-M // tiles.rows) * tiles.rows
@@ -177,7 +176,7 @@ def _swizzled(stages: int, rows: int, dtype: Any) -> Any:
 
 
 def _merge_pieces(pieces: contract.Summary) -> contract.Summary:
-    """`contract.merge` of all pieces at once: columns [P, M], lower ids first, to columns [M, 1]."""
+    """`contract.merge` of all pieces at once: columns [P, M], lower ids first, to [M, 1]."""
     tops = pieces["top"]
     top, winner = tops.max(axis=0), jnp.argmax(tops, axis=0)[None]  # the first on ties
     is_winner = jnp.arange(tops.shape[0])[:, None] == winner
@@ -228,6 +227,8 @@ def _kernel(
     block = jax.lax.axis_index("block")
     my_items = jax.lax.div(num_items - 1 - block, num_blocks) + 1
     warpgroup = jax.lax.axis_index("warpgroup")
+    width = 32 if has_noise else PIECE  # noise needs registers: strip by strip
+    float_names = _FLOATS[: 4 + 2 * has_noise] + tuple(f"given {c}" for c in range(num_given))
 
     def first_row_and_entry(i: Any) -> tuple[Any, Any]:
         item = block + i * num_blocks
@@ -251,9 +252,7 @@ def _kernel(
                 plgpu.barrier_wait(freed.at[slot])
 
             rows, entries = pl.ds(row, tiles.rows), pl.ds(entry, tiles.vocab_tile)
-            plgpu.copy_gmem_to_smem(
-                hidden_ref.at[rows, width], hidden.at[slot], loaded.at[slot]
-            )
+            plgpu.copy_gmem_to_smem(hidden_ref.at[rows, width], hidden.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(head_ref.at[entries, width], head.at[slot], loaded.at[slot])
 
         jax.lax.fori_loop(0, my_items * num_steps, load, None)
@@ -288,30 +287,36 @@ def _kernel(
 
             all_z = pl.run_scoped(logits, plgpu.ACC((tiles.rows_per_warpgroup, PIECE), jnp.float32))
             row, entry = first_row_and_entry(i)
+            entry = entry + my_entry
             for half in range(tiles.rows_per_warpgroup // HALF):
                 here = pl.ds(row + my_row + half * HALF, HALF)
-                z = all_z[half * HALF : (half + 1) * HALF]
-                local = entry + my_entry + _iota(1)
-                ids = first_ref[0] + local
-                exists = local < vocab  # the last tile reaches past the end of the head
-                for b in range(num_banned):
-                    exists &= ids != banned_ref[b]
-                z = jnp.where(exists, z, -jnp.inf)
-                summary = _summarize(z, ids)
-                if has_noise:
-                    gumbel = _gumbel_noise(_column(key_ref, 0, here), _column(key_ref, 1, here), ids)
-                    summary |= _summarize_sample(z, ids, temperature_ref[0] * gumbel)
+                keys = [_column(key_ref, c, here) for c in range(2)] if has_noise else []
+                given = [_column(given_ref, c, here) for c in range(num_given)]
+                strips = []
+                for start in range(0, PIECE, width):
+                    z = all_z[half * HALF : (half + 1) * HALF, start : start + width]
+                    local = entry + start + _columns_iota(width)
+                    ids = first_ref[0] + local
+                    exists = local < vocab  # the last tile reaches past the end of the head
+                    for b in range(num_banned):
+                        exists &= ids != banned_ref[b]
+                    z = jnp.where(exists, z, -jnp.inf)
+                    strip = _summarize(z, ids)
+                    if has_noise:
+                        gumbel = temperature_ref[0] * _gumbel_noise(*keys, ids)
+                        strip |= _summarize_sample(z, ids, gumbel)
+                    for c, given_id in enumerate(given):
+                        is_given = ids == _spread(given_id, width)
+                        strip[f"given {c}"] = jnp.where(is_given, z, -jnp.inf).max(axis=1)
+                    strips.append(strip)
+                summary = functools.reduce(_merge_strips, strips)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                names = _FLOATS[: 4 + 2 * has_noise]
-                for c, name in enumerate(names):
+                for c, name in enumerate(float_names):
                     floats[warpgroup, c] = summary[name]
-                for c in range(num_given):
-                    is_given = ids == _spread(_column(given_ref, c, here))
-                    floats[warpgroup, len(names) + c] = jnp.where(is_given, z, -jnp.inf).max(axis=1)
                 for c, name in enumerate(_INTS[: 1 + has_noise]):
                     ints[warpgroup, c] = summary[name]
                 plgpu.commit_smem()
-                piece = jax.lax.div(entry + my_entry, PIECE)
+                piece = jax.lax.div(entry, PIECE)
                 plgpu.copy_smem_to_gmem(floats.at[warpgroup], float_ref.at[piece, :, here])
                 plgpu.copy_smem_to_gmem(ints.at[warpgroup], int_ref.at[piece, :, here])
 
@@ -319,9 +324,8 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _iota(dimension: int) -> jax.Array:
-    shape = (HALF, PIECE)
-    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
+def _columns_iota(width: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (HALF, width), 1, layout=plgpu.Layout.WGMMA)
 
 
 def _column(ref: Any, c: int, rows: Any) -> jax.Array:
@@ -329,18 +333,24 @@ def _column(ref: Any, c: int, rows: Any) -> jax.Array:
     return plgpu.load(ref.at[c, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
-def _spread(column: jax.Array) -> jax.Array:
-    """[HALF, PIECE] from [HALF]."""
-    return jax.lax.broadcast_in_dim(column, (HALF, PIECE), [0])
+def _spread(column: jax.Array, width: int) -> jax.Array:
+    """[HALF, width] from [HALF]."""
+    return jax.lax.broadcast_in_dim(column, (HALF, width), [0])
+
+
+def _merge_strips(a: contract.Summary, b: contract.Summary) -> contract.Summary:
+    merged = contract.merge(a, b)
+    return merged | {name: jnp.maximum(a[name], b[name]) for name in a if name not in merged}
 
 
 def _summarize(z: jax.Array, ids: jax.Array) -> contract.Summary:
     """`contract.summarize` with columns [HALF], which is how a wgmma result reduces."""
+    width = z.shape[1]
     top = z.max(axis=1)
-    token = jnp.where(z == _spread(top), ids, contract.NO_ID).min(axis=1)
-    is_top = ids == _spread(token)
+    token = jnp.where(z == _spread(top, width), ids, contract.NO_ID).min(axis=1)
+    is_top = ids == _spread(token, width)
     # All may be banned: then top is -inf and every weight must be zero.
-    gap = z - _spread(jnp.where(top > -jnp.inf, top, 0.0))
+    gap = z - _spread(jnp.where(top > -jnp.inf, top, 0.0), width)
     weight = jnp.where(is_top, 0.0, jnp.exp(gap))
     return {
         "top": top,
@@ -353,21 +363,23 @@ def _summarize(z: jax.Array, ids: jax.Array) -> contract.Summary:
 
 def _summarize_sample(z: jax.Array, ids: jax.Array, gumbel: jax.Array) -> contract.Summary:
     """`contract.summarize_sample` with columns [HALF]."""
+    width = z.shape[1]
     noisy = z + gumbel
     noisy_top = noisy.max(axis=1)
-    sample = jnp.where(noisy == _spread(noisy_top), ids, contract.NO_ID).min(axis=1)
-    is_sample = ids == _spread(sample)
+    sample = jnp.where(noisy == _spread(noisy_top, width), ids, contract.NO_ID).min(axis=1)
+    is_sample = ids == _spread(sample, width)
     sample_logit = jnp.where(is_sample, z, -jnp.inf).max(axis=1)
     return {"noisy_top": noisy_top, "sample": sample, "sample_logit": sample_logit}
 
 
 def _gumbel_noise(key0: jax.Array, key1: jax.Array, ids: jax.Array) -> jax.Array:
-    """`contract.gumbel_noise` for keys [HALF] int32 and ids [HALF, PIECE], without log1p.
+    """`contract.gumbel_noise` for keys [HALF] int32 and ids [HALF, n], without log1p.
 
     Up to w = 1/16 the series of -log1p(-w) has eight terms to full precision; beyond, 1 - w is
     exact enough that its logarithm is.
     """
-    key0, key1 = (_spread(jax.lax.bitcast_convert_type(x, jnp.uint32)) for x in (key0, key1))
+    width = ids.shape[1]
+    key0, key1 = (_spread(jax.lax.bitcast_convert_type(x, jnp.uint32), width) for x in (key0, key1))
     counter = ids.astype(jnp.uint32)
     high, low = contract.threefry2x32(key0, key1, counter, jnp.zeros_like(counter))
     w = high.astype(jnp.float32) * 2.0**-32 + (low.astype(jnp.float32) + 0.5) * 2.0**-64

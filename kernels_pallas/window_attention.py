@@ -64,7 +64,8 @@ def window_attention(
       write_at: [B] int32. If given, the window's keys and values are written to slots
         write_at .. write_at + T of `layer` after attention has read the old contents.
       write_rows: [B] bool. Rows whose cache is written; None: all.
-      implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is compiled.
+      implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is
+        compiled.
 
     Returns:
       The attended values [B, T, N, H] in q's dtype, and the written cache (None without

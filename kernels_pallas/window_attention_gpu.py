@@ -24,8 +24,9 @@ positions. Cached values outside of every range are overwritten by zeros in shar
 even NaN there has no influence.
 
 Bound by bandwidth while R <= 64: bytes = 2 * (slots in range, rounded up to tiles) * K * H *
-itemsize; by wgmma from about R = 128. Shared memory: `plan` counts it, at most `hopper.SMEM_BUDGET`; one
-program per multiprocessor. `plan` chooses as many shares as fill the multiprocessors once.
+itemsize; by wgmma from about R = 128. Shared memory: `plan` counts it, at most
+`hopper.SMEM_BUDGET`; one program per multiprocessor. `plan` chooses as many shares as fill the
+multiprocessors once.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ def window_attention_gpu(
         assert cache is not None and cache_ranges is not None
         num_ranges = cache_ranges.shape[1]
         if tiles.tile > S:  # shorter than a tile: one layer of it is small
-            cache = tuple(pad(jax.lax.dynamic_slice_in_dim(c, layer, 1), 3, tiles.tile) for c in cache)  # type: ignore[assignment]
+            cache = tuple(
+                pad(jax.lax.dynamic_slice_in_dim(c, layer, 1), 3, tiles.tile) for c in cache
+            )  # type: ignore[assignment]
             layer = 0
         order, count = _needed_tiles(cache_ranges, -(-S // tiles.tile), tiles.tile)
         operands += [
