@@ -44,6 +44,7 @@ HALF = 64  # rows that are summarised together: the height of a wgmma
 MAX_IDS = 16  # banned ids, and given ids per row: each costs a pass over the logits
 _FLOATS = ("top", "rest", "moment", "second", "noisy_top", "sample_logit")
 _INTS = ("token", "sample")
+_load: Any = plgpu.load  # its signature changes between versions of JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +218,10 @@ def _kernel(
     ints: Any,
 ) -> None:
     refs = iter(more)
-    banned_ref = next(refs) if num_banned else None
-    temperature_ref, key_ref = (next(refs), next(refs)) if has_noise else (None, None)
-    given_ref = next(refs) if num_given else None
+    banned_ref: Any = next(refs) if num_banned else None
+    temperature_ref: Any = next(refs) if has_noise else None
+    key_ref: Any = next(refs) if has_noise else None
+    given_ref: Any = next(refs) if num_given else None
     float_ref, int_ref = refs
     num_row_tiles = hidden_ref.shape[0] // tiles.rows
     num_blocks = min(hopper.NUM_SMS, num_items)
@@ -290,7 +292,7 @@ def _kernel(
             entry = entry + my_entry
             for half in range(tiles.rows_per_warpgroup // HALF):
                 here = pl.ds(row + my_row + half * HALF, HALF)
-                keys = [_column(key_ref, c, here) for c in range(2)] if has_noise else []
+                key0, key1 = (_column(key_ref, c, here) if has_noise else None for c in range(2))
                 given = [_column(given_ref, c, here) for c in range(num_given)]
                 strips = []
                 for start in range(0, PIECE, width):
@@ -303,7 +305,7 @@ def _kernel(
                     z = jnp.where(exists, z, -jnp.inf)
                     strip = _summarize(z, ids)
                     if has_noise:
-                        gumbel = temperature_ref[0] * _gumbel_noise(*keys, ids)
+                        gumbel = temperature_ref[0] * _gumbel_noise(key0, key1, ids)
                         strip |= _summarize_sample(z, ids, gumbel)
                     for c, given_id in enumerate(given):
                         is_given = ids == _spread(given_id, width)
@@ -330,7 +332,7 @@ def _columns_iota(width: int) -> jax.Array:
 
 def _column(ref: Any, c: int, rows: Any) -> jax.Array:
     """[HALF]: numbers of some rows, from `ref` [columns, M]."""
-    return plgpu.load(ref.at[c, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return _load(ref.at[c, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def _spread(column: jax.Array, width: int) -> jax.Array:
@@ -372,7 +374,7 @@ def _summarize_sample(z: jax.Array, ids: jax.Array, gumbel: jax.Array) -> contra
     return {"noisy_top": noisy_top, "sample": sample, "sample_logit": sample_logit}
 
 
-def _gumbel_noise(key0: jax.Array, key1: jax.Array, ids: jax.Array) -> jax.Array:
+def _gumbel_noise(key0: Any, key1: Any, ids: jax.Array) -> jax.Array:
     """`contract.gumbel_noise` for keys [HALF] int32 and ids [HALF, n], without log1p.
 
     Up to w = 1/16 the series of -log1p(-w) has eight terms to full precision; beyond, 1 - w is

@@ -46,6 +46,7 @@ ROWS = 64  # rows per warpgroup: the height of a wgmma
 COMPUTE_WARPGROUPS = 2
 LOWEST = -1e30  # below any real score; finite, so that differences are never NaN
 LOG2_E = 1.4426950408889634
+_load: Any = plgpu.load  # its signature changes between versions of JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +154,7 @@ def window_attention_gpu(
             count,
             jnp.asarray(layer, jnp.int32).reshape(1),
         ]
-    has_bits = not isinstance(mask, str)
-    if has_bits:  # [B, words, R']: rows on the minor axis, whole tiles of words
+    if not isinstance(mask, str):  # [B, words, R']: rows on the minor axis, whole tiles of words
         words = jax.lax.bitcast_convert_type(jnp.repeat(mask, G, axis=1), jnp.int32)
         words = pad(pad(words, 2, tiles.tile // 32), 1, ROWS * tiles.row_groups)
         operands.append(words.swapaxes(1, 2))
@@ -173,7 +173,7 @@ def window_attention_gpu(
             num_heads=K,
             num_ranges=num_ranges,
             has_cache=S > 0,
-            has_bits=has_bits,
+            has_bits=not isinstance(mask, str),
             is_causal=isinstance(mask, str) and mask == "causal",
             group=G,
         ),
@@ -359,7 +359,7 @@ def _kernel(
             if words_ref is not None:
                 word = jnp.zeros(shape, jnp.int32)
                 for w in range(tiles.tile // 32):
-                    row_words = plgpu.load(
+                    row_words = _load(
                         words_ref.at[b, jax.lax.div(start, 32) + w, pl.ds(my_row, ROWS)],
                         layout=plgpu.Layout.WGMMA.reduce(1),
                         optimized=False,
@@ -383,7 +383,7 @@ def _kernel(
                     position = start + plgpu.broadcasted_iota(
                         jnp.int32, (tiles.tile, H), 0, layout=plgpu.Layout.WGMMA
                     )
-                    values = plgpu.load(v.at[slot], layout=plgpu.Layout.WGMMA)
+                    values = _load(v.at[slot], layout=plgpu.Layout.WGMMA)
                     v[slot] = jnp.where(in_ranges(position), values, jnp.zeros_like(values))
                     plgpu.commit_smem()
 
@@ -475,8 +475,8 @@ def _merge_and_write(
     def _take() -> None:
         plgpu.barrier_wait(scratch["merging"])
         column = plgpu.Layout.WGMMA.reduce(1)
-        other_acc = plgpu.load(stages[0].at[0], layout=plgpu.Layout.WGMMA)
-        other_top, other_total = (plgpu.load(x.at[0], layout=column) for x in stages[1:])
+        other_acc = _load(stages[0].at[0], layout=plgpu.Layout.WGMMA)
+        other_top, other_total = (_load(x.at[0], layout=column) for x in stages[1:])
         highest = jnp.maximum(top, other_top)
         keep, other_keep = jnp.exp2(top - highest), jnp.exp2(other_top - highest)
 

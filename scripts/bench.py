@@ -80,10 +80,14 @@ def paired_medians_s(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[s
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
-def measure_ceilings(dtype: str, repeats: int) -> Ceilings:
-    """A square matrix product and a copy, both too large for caches."""
+def measure_ceilings(dtype: str, repeats: int, sizes: tuple[int, int] | None = None) -> Ceilings:
+    """A square matrix product and a copy, both too large for caches unless `sizes` says else.
+
+    Args:
+      sizes: rows of the matrices and bytes of the copy.
+    """
     on_cpu = jax.default_backend() == "cpu"
-    n, num_bytes = (1536, 2**28) if on_cpu else (8192, 2**31)
+    n, num_bytes = sizes or ((1536, 2**28) if on_cpu else (8192, 2**31))
     a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
     product = jax.jit(jnp.dot)
     seconds = median_s(lambda: product(a, a), repeats)
@@ -144,7 +148,7 @@ def bench_decode(
         if cache != "none":  # past the refresh, so that the timed step is a window forward
             state = jax.jit(step, static_argnames=("cfg",))(params, cfg, method, state)
         one_step = functools.partial(
-            jax.jit(_repeat_step, static_argnames=("cfg",)), params, cfg, method, state
+            jax.jit(repeat_step, static_argnames=("cfg",)), params, cfg, method, state
         )
         bare = functools.partial(
             jax.jit(_repeat_bare, static_argnames=("cfg", "window", "judged")),
@@ -168,7 +172,7 @@ def bench_decode(
     return results
 
 
-def _repeat_step(
+def repeat_step(
     params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
 ) -> jax.Array:
     """Decode steps; each starts from the same state, so all of them are window forwards."""

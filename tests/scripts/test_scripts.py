@@ -65,3 +65,19 @@ def test_bench_prints_one_json_line_per_case():
     for row in rows:
         assert {"device", "dtype", "batch", "ceiling_gflops", "ceiling_gb_per_s"} <= row.keys()
     assert run("scripts.bench", "train", ok=False).count("the only benchmark is `decode`") == 1
+
+
+@pytest.mark.slow
+def test_bench_kernels_reports_every_case_and_what_failed(tmp_path):
+    out = run(
+        "scripts.bench_kernels", "--toy", "--repeats=5", f"--out={tmp_path}", "--only=toy block "
+    )
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert {row["case"] for row in rows} == {"attention", "stats"}
+    assert "| attention | toy block | default |" in out
+    for row in rows:
+        if row["implementation"] != "tokamax":  # the only one that may be missing
+            assert row["status"] == "ok", row
+            assert row["us"] > 0 and row["bytes"] > 0 and row["ceiling_gb_per_s"] > 0
+        if row["implementation"] in ("default", "xla"):
+            assert row["error"] < 1e-2
