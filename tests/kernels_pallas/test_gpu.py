@@ -9,6 +9,7 @@ compilation test checks that they are accepted, the device test that they are ri
 import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -118,14 +119,18 @@ def assert_same_summary(got, expected):
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
-    ("M", "D", "V", "plain"),
-    [(5, 128, 700, False), (100, 64, 300, False), (130, 64, 256, True), (300, 64, 300, False)],
+    ("M", "D", "V", "without"),
+    [
+        (5, 128, 700, ()),
+        (100, 64, 300, ("noise",)),
+        (130, 64, 256, ("noise", "banned_ids", "given_ids")),
+        (300, 64, 300, ("noise",)),
+    ],
 )
-def test_stats_in_the_interpreter(M, D, V, plain):
-    first_id = 0 if plain else 1000
+def test_stats_in_the_interpreter(M, D, V, without):
+    first_id = 1000 if M < 130 else 0
     hidden, head, options = stats_case(M, D, V, first_id=first_id)
-    if plain:
-        options = dict.fromkeys(options)
+    options |= dict.fromkeys(without)
     arguments = (hidden, head, first_id, *options.values())
     with plgpu.force_gpu_interpret_mode():
         got = jax.jit(unembed_stats_gpu.summarize_gpu)(*arguments)
@@ -315,10 +320,7 @@ for name in ("llada_8b block", "llada_8b block, sampled", "llada_8b block, batch
 @needs_mosaic_gpu
 @pytest.mark.slow
 def test_kernels_compile_for_an_h100_without_one():
-    """Down to machine code, with the CUDA plugin of JAX and the assembler, if they are installed.
-
-    Spilled registers show in the compiler's report; only noise may spill, once per tile.
-    """
+    """Down to machine code, if JAX's CUDA plugin and the assembler are installed."""
     try:
         importlib.import_module("jax_plugins.xla_cuda13")
         [toolkit] = importlib.import_module("nvidia.cu13").__path__
@@ -339,9 +341,10 @@ def test_kernels_compile_for_an_h100_without_one():
     )
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-3000:]
-    spills = [line for line in report.splitlines() if "bytes spill stores" in line]
+    spills = re.findall(r"stack frame, (\d+) bytes spill stores", report)
     assert len(spills) == 7
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills[:5])
+    assert max(map(int, spills[:6])) == 0
+    assert int(spills[6]) < 100  # 128 rows per warpgroup leave few registers for the statistics
     assert "serialized" not in report  # the assembler's word for wgmma that cannot overlap
 
 
