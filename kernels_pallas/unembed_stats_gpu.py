@@ -268,6 +268,11 @@ def _kernel(
         rows = pl.ds(my_row, tiles.rows_per_warpgroup)
         entries = pl.ds(my_entry, PIECE)
 
+        def free(step: Any) -> None:
+            @pl.when(step + tiles.stages < my_items * num_steps)  # else nobody waits for it
+            def _free() -> None:
+                plgpu.barrier_arrive(freed.at[slot_of(step)])
+
         def work(i: Any, _: Any) -> None:
             def logits(ref: Any) -> jax.Array:
                 def multiply(d: Any, _: Any) -> None:
@@ -280,11 +285,11 @@ def _kernel(
 
                     @pl.when(d > 0)
                     def _free_the_one_before() -> None:
-                        plgpu.barrier_arrive(freed.at[slot_of(i * num_steps + d - 1)])
+                        free(i * num_steps + d - 1)
 
                 jax.lax.fori_loop(0, num_steps, multiply, None)
                 z = ref[...]
-                plgpu.barrier_arrive(freed.at[slot_of((i + 1) * num_steps - 1)])
+                free((i + 1) * num_steps - 1)
                 return z
 
             all_z = pl.run_scoped(logits, plgpu.ACC((tiles.rows_per_warpgroup, PIECE), jnp.float32))

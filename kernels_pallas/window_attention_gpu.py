@@ -418,7 +418,11 @@ def _kernel(
             if is_cache:
                 clean(slot, start)
             attended = _weigh(p.astype(q.dtype), v.at[slot])
-            plgpu.barrier_arrive(freed.at[slot])
+
+            @pl.when(step + tiles.stages < num_steps)  # else nobody waits for it
+            def _free() -> None:
+                plgpu.barrier_arrive(freed.at[slot])
+
             acc = acc * jax.lax.broadcast_in_dim(keep, acc.shape, [0]) + attended
             return acc, new_top, total
 

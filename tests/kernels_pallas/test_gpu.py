@@ -35,6 +35,19 @@ needs_mosaic_gpu = pytest.mark.skipif(
 BF16 = jnp.bfloat16
 
 
+def interpreted():
+    """Races raise, and memory that was not written is NaN."""
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    return plgpu.force_gpu_interpret_mode(params)
+
+
+def weigh(weights, values):
+    """`window_attention_gpu._weigh` in terms that the interpreter has."""
+    values = values[...]
+    plgpu.commit_smem()  # an ordinary read, unlike wgmma's, is not ordered before the next copy
+    return jnp.dot(weights, values, preferred_element_type=jnp.float32)
+
+
 def attention_case(rng, B, T, S, N, K, H, mask):
     make = lambda *shape: jnp.asarray(rng.normal(size=shape), BF16)
     if mask == "bits":
@@ -58,6 +71,8 @@ CASES = {
     "grouped heads of 128": (2, 5, 7, 1, 128, "causal", 150, [[[100, 150]], [[0, 9]]], None),
     "rows that see nothing": (2, 4, 2, 2, 64, "full", 64, [[[0, 0]], [[5, 5]]], [[0, 0], [1, 3]]),
     "cache shorter than a tile": (1, 3, 4, 1, 64, "bits", 11, [[[0, 4], [7, 11]]], [[0, 3]]),
+    "buffers reused": (1, 5, 1, 1, 64, "full", 600, [[[0, 600]]], None),
+    "buffers reused, two row groups": (1, 40, 2, 1, 64, "bits", 600, [[[0, 600]]], None),
     "three shares": (1, 6, 1, 1, 64, "causal", 700, [[[10, 700]]], None),
     "three shares, two row groups": (1, 17, 4, 1, 64, "bits", 700, [[[0, 20], [650, 700]]], None),
 }
@@ -71,18 +86,17 @@ def test_attention_in_the_interpreter(monkeypatch, case):
     ranges = jnp.array(ranges)
     window_range = None if window_range is None else jnp.array(window_range)
     exact = expected_attention(q, k, v, mask, window_range, cache, ranges)
-    if "shares" in case:
+    if "reused" in case:  # more tiles than buffers
+        monkeypatch.setattr(hopper, "NUM_SMS", 1)
+        assert window_attention_gpu.plan(B, T, S, N, K, H, 2).splits == 1
+    if "three shares" in case:
         assert window_attention_gpu.plan(B, T, S, N, K, H, 2).splits == 3
     # What no range touches may be anything.
     slot = jnp.arange(S)[None, None]
     is_read = ((slot >= ranges[..., :1]) & (slot < ranges[..., 1:])).any(axis=1)
     cache = tuple(jnp.where(is_read[None, :, None, :, None], c, jnp.nan) for c in cache)
-    monkeypatch.setattr(
-        window_attention_gpu,
-        "_weigh",
-        lambda weights, values: jnp.dot(weights, values[...], preferred_element_type=jnp.float32),
-    )
-    with plgpu.force_gpu_interpret_mode():
+    monkeypatch.setattr(window_attention_gpu, "_weigh", weigh)
+    with interpreted():
         got = jax.jit(
             lambda layer, *a: window_attention_gpu.window_attention_gpu(
                 *a[:3], mask, window_range, cache, ranges, layer
@@ -121,18 +135,19 @@ def assert_same_summary(got, expected):
 @pytest.mark.parametrize(
     ("M", "D", "V", "without"),
     [
-        (5, 128, 700, ()),
+        (5, 192, 700, ()),
         (100, 64, 300, ("noise",)),
         (130, 64, 256, ("noise", "banned_ids", "given_ids")),
         (300, 64, 300, ("noise",)),
     ],
 )
-def test_stats_in_the_interpreter(M, D, V, without):
+def test_stats_in_the_interpreter(monkeypatch, M, D, V, without):
+    monkeypatch.setattr(hopper, "NUM_SMS", 2)  # several items per block, so that buffers are reused
     first_id = 1000 if M < 130 else 0
     hidden, head, options = stats_case(M, D, V, first_id=first_id)
     options |= dict.fromkeys(without)
     arguments = (hidden, head, first_id, *options.values())
-    with plgpu.force_gpu_interpret_mode():
+    with interpreted():
         got = jax.jit(unembed_stats_gpu.summarize_gpu)(*arguments)
     assert_same_summary(got, stats_contract._summarize_xla(*arguments, k=0))
 
@@ -143,7 +158,7 @@ def test_stats_near_certainty_on_ties_and_with_a_banned_piece():
     V, D = 512, 64
     head = jnp.zeros((V, D), BF16).at[300, 0].set(32).at[jnp.array([140, 400]), 1].set(8)
     hidden = jnp.zeros((3, D), BF16).at[0, 0].set(1).at[1, 1].set(1)
-    with plgpu.force_gpu_interpret_mode():
+    with interpreted():
         got = jax.jit(unembed_stats_gpu.summarize_gpu)(hidden, head, 0, None, None, None)
     expected = stats_contract._summarize_xla(hidden, head, 0, None, None, None, k=0)
     np.testing.assert_array_equal(got["token"][:, 0], [300, 140, 0])
