@@ -1,11 +1,24 @@
-"""Where the Mosaic GPU kernels can run."""
+"""What the Mosaic GPU kernels share: where they can run, and how they lay out matrices."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NUM_SMS = 132  # multiprocessors of an H100 SXM and of an H200
 SMEM_BUDGET = 220 * 2**10  # bytes of shared memory; a block may have 227 KiB
+
+load: Any = plgpu.load  # its signature changes between versions of JAX
+
+
+def swizzled(*shape: int, dtype: Any) -> Any:
+    """Shared memory for matrices that wgmma reads: rows in pieces of 128 bytes, swizzled."""
+    lanes = 128 // jnp.dtype(dtype).itemsize
+    transforms = plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def refusal() -> str | None:

@@ -44,7 +44,6 @@ HALF = 64  # rows that are summarised together: the height of a wgmma
 MAX_IDS = 16  # banned ids, and given ids per row: each costs a pass over the logits
 _FLOATS = ("top", "rest", "moment", "second", "noisy_top", "sample_logit")
 _INTS = ("token", "sample")
-_load: Any = plgpu.load  # its signature changes between versions of JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +149,8 @@ def summarize_gpu(
             jax.ShapeDtypeStruct((num_pieces, num_ints, num_rows), jnp.int32),
         ],
         scratch_types={
-            "hidden": _swizzled(tiles.stages, tiles.rows, head.dtype),
-            "head": _swizzled(tiles.stages, tiles.vocab_tile, head.dtype),
+            "hidden": hopper.swizzled(tiles.stages, tiles.rows, D_TILE, dtype=head.dtype),
+            "head": hopper.swizzled(tiles.stages, tiles.vocab_tile, D_TILE, dtype=head.dtype),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
             "freed": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
             "floats": plgpu.SMEM((2, num_floats, HALF), jnp.float32),
@@ -169,11 +168,6 @@ def summarize_gpu(
     if given_ids is not None:
         summary["given_logits"] = floats[:, num_floats - num_given :, :M].max(axis=0).T
     return summary
-
-
-def _swizzled(stages: int, rows: int, dtype: Any) -> Any:
-    transforms = plgpu.TilingTransform((8, D_TILE)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM((stages, rows, D_TILE), dtype, transforms=transforms)
 
 
 def _merge_pieces(pieces: contract.Summary) -> contract.Summary:
@@ -337,7 +331,7 @@ def _columns_iota(width: int) -> jax.Array:
 
 def _column(ref: Any, c: int, rows: Any) -> jax.Array:
     """[HALF]: numbers of some rows, from `ref` [columns, M]."""
-    return _load(ref.at[c, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return hopper.load(ref.at[c, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def _spread(column: jax.Array, width: int) -> jax.Array:

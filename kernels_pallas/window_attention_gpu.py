@@ -24,9 +24,8 @@ positions. Cached values outside of every range are overwritten by zeros in shar
 even NaN there has no influence.
 
 Bound by bandwidth while R <= 64: bytes = 2 * (slots in range, rounded up to tiles) * K * H *
-itemsize; by wgmma from about R = 128. Shared memory: `plan` counts it, at most
-`hopper.SMEM_BUDGET`; one program per multiprocessor. `plan` chooses as many shares as fill the
-multiprocessors once.
+itemsize; by wgmma from about R = 128. One program per multiprocessor: `plan` counts its shared
+memory, and chooses as many shares as fill the multiprocessors once.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.window_attention_tpu import needed_tiles
 
 ROWS = 64  # rows per warpgroup: the height of a wgmma
 COMPUTE_WARPGROUPS = 2
 LOWEST = -1e30  # below any real score; finite, so that differences are never NaN
 LOG2_E = 1.4426950408889634
-_load: Any = plgpu.load  # its signature changes between versions of JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +145,7 @@ def window_attention_gpu(
                 pad(jax.lax.dynamic_slice_in_dim(c, layer, 1), 3, tiles.tile) for c in cache
             )  # type: ignore[assignment]
             layer = 0
-        order, count = _needed_tiles(cache_ranges, -(-S // tiles.tile), tiles.tile)
+        order, count = needed_tiles(cache_ranges, -(-S // tiles.tile), tiles.tile)
         operands += [
             *(c.reshape(-1, *c.shape[3:]) for c in cache),
             cache_ranges.reshape(B, -1).astype(jnp.int32),
@@ -204,27 +203,12 @@ def _merge_shares(acc: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array
     return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _needed_tiles(ranges: jax.Array, num_tiles: int, tile: int) -> tuple[jax.Array, jax.Array]:
-    """Which cache tiles the ranges [B, R, 2] touch: ids, needed ones first, and their count [B]."""
-    start = jnp.arange(num_tiles, dtype=jnp.int32)[None, None] * tile
-    first, stop = ranges[..., :1], ranges[..., 1:]
-    needed = ((first < stop) & (first < start + tile) & (stop > start)).any(axis=1)
-    order = jnp.argsort(~needed, axis=1, stable=True)
-    return order.astype(jnp.int32), needed.sum(axis=1).astype(jnp.int32)
-
-
 def _scratch(tiles: Plan, H: int, dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of one program."""
-
-    def matrix(*shape: int, dtype: Any) -> Any:  # 128-byte rows, swizzled: what wgmma wants
-        lanes = 128 // jnp.dtype(dtype).itemsize
-        swizzle = plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)
-        return plgpu.SMEM(shape, dtype, transforms=swizzle)
-
     scratch = {
-        "q": matrix(tiles.row_groups, ROWS, H, dtype=dtype),
-        "k": matrix(tiles.stages, tiles.tile, H, dtype=dtype),
-        "v": matrix(tiles.stages, tiles.tile, H, dtype=dtype),
+        "q": hopper.swizzled(tiles.row_groups, ROWS, H, dtype=dtype),
+        "k": hopper.swizzled(tiles.stages, tiles.tile, H, dtype=dtype),
+        "v": hopper.swizzled(tiles.stages, tiles.tile, H, dtype=dtype),
         "q_loaded": plgpu.Barrier(num_barriers=tiles.row_groups),
         "k_loaded": plgpu.Barrier(num_barriers=tiles.stages),
         "v_loaded": plgpu.Barrier(num_barriers=tiles.stages),
@@ -235,7 +219,7 @@ def _scratch(tiles: Plan, H: int, dtype: Any) -> dict[str, Any]:
     else:
         scratch["merging"] = plgpu.Barrier()
     if tiles.is_staged:
-        scratch["acc"] = matrix(tiles.row_groups, ROWS, H, dtype=jnp.float32)
+        scratch["acc"] = hopper.swizzled(tiles.row_groups, ROWS, H, dtype=jnp.float32)
         scratch["top"] = plgpu.SMEM((tiles.row_groups, ROWS), jnp.float32)
         scratch["total"] = plgpu.SMEM((tiles.row_groups, ROWS), jnp.float32)
     return scratch
@@ -324,13 +308,9 @@ def _kernel(
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
-
-        @pl.when(num_steps > 0)
-        def _rows() -> None:
-            for i in range(tiles.row_groups):
-                rows = q_ref.at[pair, pl.ds(first_row + i * ROWS, ROWS)]
-                plgpu.copy_gmem_to_smem(rows, q.at[i], scratch["q_loaded"].at[i])
-
+        for i in range(tiles.row_groups):
+            rows = q_ref.at[pair, pl.ds(first_row + i * ROWS, ROWS)]
+            plgpu.copy_gmem_to_smem(rows, q.at[i], scratch["q_loaded"].at[i])
         jax.lax.fori_loop(0, num_steps, load, None)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
@@ -340,26 +320,27 @@ def _kernel(
         key_group = 0 if tiles.row_groups == 2 else warpgroup
         my_row = first_row + row_group * ROWS
         shape = (ROWS, tiles.tile)
+        ranges = [(ranges_ref[b, 2 * r], ranges_ref[b, 2 * r + 1]) for r in range(num_ranges)]
+        first_seen, stop_seen = window_ref[b, 0], window_ref[b, 1]
 
         def iota(dimension: int) -> jax.Array:
             return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
 
         def in_ranges(slot: jax.Array) -> jax.Array:
             allowed = jnp.zeros(slot.shape, jnp.bool_)
-            for r in range(num_ranges):
-                first, stop = ranges_ref[b, 2 * r], ranges_ref[b, 2 * r + 1]
+            for first, stop in ranges:
                 allowed |= (slot >= first) & (slot < stop)
             return allowed
 
         def in_window(start: Any) -> jax.Array:
             position = start + iota(1)
-            allowed = (position >= window_ref[b, 0]) & (position < window_ref[b, 1])
+            allowed = (position >= first_seen) & (position < stop_seen)
             if is_causal:  # position <= row // group
                 allowed &= position * group <= my_row + iota(0)
             if words_ref is not None:
                 word = jnp.zeros(shape, jnp.int32)
                 for w in range(tiles.tile // 32):
-                    row_words = _load(
+                    row_words = hopper.load(
                         words_ref.at[b, jax.lax.div(start, 32) + w, pl.ds(my_row, ROWS)],
                         layout=plgpu.Layout.WGMMA.reduce(1),
                         optimized=False,
@@ -372,8 +353,7 @@ def _kernel(
         def clean(slot: Any, start: Any) -> None:
             """Zeros the values outside of all ranges: a weight of zero does not undo NaN."""
             num_around = jnp.int32(0)  # ranges that the tile lies in as a whole
-            for r in range(num_ranges):
-                first, stop = ranges_ref[b, 2 * r], ranges_ref[b, 2 * r + 1]
+            for first, stop in ranges:
                 num_around += ((first <= start) & (stop >= start + tiles.tile)).astype(jnp.int32)
 
             @pl.when(num_around == 0)
@@ -383,7 +363,7 @@ def _kernel(
                     position = start + plgpu.broadcasted_iota(
                         jnp.int32, (tiles.tile, H), 0, layout=plgpu.Layout.WGMMA
                     )
-                    values = _load(v.at[slot], layout=plgpu.Layout.WGMMA)
+                    values = hopper.load(v.at[slot], layout=plgpu.Layout.WGMMA)
                     v[slot] = jnp.where(in_ranges(position), values, jnp.zeros_like(values))
                     plgpu.commit_smem()
 
@@ -426,10 +406,7 @@ def _kernel(
             acc = acc * jax.lax.broadcast_in_dim(keep, acc.shape, [0]) + attended
             return acc, new_top, total
 
-        @pl.when(num_steps > 0)
-        def _wait_for_rows() -> None:
-            plgpu.barrier_wait(scratch["q_loaded"].at[row_group])
-
+        plgpu.barrier_wait(scratch["q_loaded"].at[row_group])
         column = plgpu.Layout.WGMMA.reduce(1)
         carry = (
             plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA),
@@ -479,8 +456,8 @@ def _merge_and_write(
     def _take() -> None:
         plgpu.barrier_wait(scratch["merging"])
         column = plgpu.Layout.WGMMA.reduce(1)
-        other_acc = _load(stages[0].at[0], layout=plgpu.Layout.WGMMA)
-        other_top, other_total = (_load(x.at[0], layout=column) for x in stages[1:])
+        other_acc = hopper.load(stages[0].at[0], layout=plgpu.Layout.WGMMA)
+        other_top, other_total = (hopper.load(x.at[0], layout=column) for x in stages[1:])
         highest = jnp.maximum(top, other_top)
         keep, other_keep = jnp.exp2(top - highest), jnp.exp2(other_top - highest)
 

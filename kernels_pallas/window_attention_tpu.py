@@ -152,7 +152,7 @@ def window_attention_tpu(
     if S:
         assert cache is not None and cache_ranges is not None
         num_ranges = cache_ranges.shape[1]
-        order, count = _needed_tiles(cache_ranges, num_cache_tiles, tiles.cache_tile)
+        order, count = needed_tiles(cache_ranges, num_cache_tiles, tiles.cache_tile)
         scalars += [cache_ranges.reshape(B, -1).astype(jnp.int32), order, count]
 
         def cache_block(b: Any, h: Any, i: Any, j: Any, *scalars: Any) -> tuple[Any, ...]:
@@ -209,7 +209,7 @@ def window_attention_tpu(
     return out.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _needed_tiles(ranges: jax.Array, num_tiles: int, tile: int) -> tuple[jax.Array, jax.Array]:
+def needed_tiles(ranges: jax.Array, num_tiles: int, tile: int) -> tuple[jax.Array, jax.Array]:
     """Which cache tiles the ranges [B, R, 2] touch: ids in order [B, num_tiles], and count [B].
 
     Entries past the count repeat the last needed tile.

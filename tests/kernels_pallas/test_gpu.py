@@ -270,7 +270,8 @@ def test_offering_the_kernels_changes_nothing_on_cpu():
         return out.astype(jnp.float32).sum()
 
     for f in (total, jax.grad(total)):
-        got, expected = jax.jit(f, static_argnums=1)(q, None), f(q, "xla")
+        f = jax.jit(f, static_argnums=1)
+        got, expected = f(q, None), f(q, "xla")
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
     looped = jax.lax.map(lambda q: total(q, None), jnp.stack([q, q]))
     np.testing.assert_allclose(looped, total(q, "xla"), rtol=1e-6)
