@@ -36,18 +36,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.task = ml_collections.ConfigDict()
     data.task.make = "dlm.tasks.waiting_line:WaitingLine"
-    data.task.operations = (
-        "copy",
-        "reverse",
-        "sort",
-        "shuffle",
-        "insert_index",
-        "insert_random",
-        "remove_index",
-        "remove_random",
-        "replace_index",
-        "replace_random",
-    )
+    learnable = ("copy", "reverse", "insert_index", "remove_index", "replace_index")
+    others = ("sort", "shuffle", "insert_random", "remove_random", "replace_random")
+    # What a model of this size learns in minutes, twice as often as what it does not.
+    data.task.operations = (*learnable, *others, *learnable)
     data.task.min_people = 3  # shortest list (ParallelBench, arXiv:2510.04767)
     data.task.max_people = 6  # longest list (ParallelBench)
     data.task.num_first_names = 32  # of 64

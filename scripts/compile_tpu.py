@@ -33,29 +33,14 @@ from decode.rules import DualCache, FixedBlocks, Threshold
 from dlm.config import PRESETS
 from dlm.params import abstract_params
 from dlm.sharding import logical_sharding, make_mesh
-from kernels_pallas import unembed_stats_tpu, window_attention_tpu
+from kernels_pallas import shapes, unembed_stats_tpu, window_attention_tpu
+from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
 
 _TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
 _LOOPS = flags.DEFINE_list("loops", ["llada_8b", "dream_7b"], "models whose loop is compiled")
-
-# name: B, T, S, N, K, H, mask
-ATTENTION = {
-    "llada_8b block": (1, 32, 4096, 32, 32, 128, "full"),
-    "llada_8b canvas": (1, 4096, 0, 32, 32, 128, "full"),
-    "dream_7b block, batch 8": (8, 32, 4096, 28, 4, 128, "full"),
-    "llama3_8b tree, batch 4": (4, 64, 8192, 32, 8, 128, "tree"),
-    "llama3_8b token, batch 16": (16, 1, 8192, 32, 8, 128, "causal"),
-    "qwen2_5_0_5b block, float32": (2, 24, 1000, 14, 2, 64, "full"),
-}
-# name: M, D, V, options
-VOCABULARY = {
-    "llada_8b block": (32, 4096, 126464, ()),
-    "dream_7b block, sampled": (64, 3584, 152064, ("noise",)),
-    "llama3_8b tree, top 10": (256, 4096, 128256, ("top",)),
-    "qwen2_5_0_5b given ids, float32": (40, 896, 151936, ("noise", "given")),
-}
+OPTIONS: tuple[tuple[str, ...], ...] = ((), ("top 10", "given ids"))
 
 
 def main(argv: list[str]) -> None:
@@ -74,62 +59,72 @@ def main(argv: list[str]) -> None:
 def programs(devices: Any) -> Iterator[dict[str, Any]]:
     one_chip = NamedSharding(make_mesh(devices=devices[:1]), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=one_chip)
-    for name, shape in ATTENTION.items():
-        dtype = jnp.float32 if "float32" in name else jnp.bfloat16
-        function, operands, vmem = _attention(*shape, dtype, array)
+    for name, shape, dtype in with_float32(shapes.ATTENTION):
+        function, operands, vmem = _attention(shape, dtype, array)
         yield {"program": f"window_attention: {name}", "vmem": vmem} | _compile(function, operands)
-    for name, (M, D, V, options) in VOCABULARY.items():
-        dtype = jnp.float32 if "float32" in name else jnp.bfloat16
-        function, operands, vmem = _vocabulary(M, D, V, options, dtype, array)
-        compiled = _compile(function, operands, vocab=V)
-        yield {"program": f"unembed_stats: {name}", "vmem": vmem} | compiled
+    for name, stats, dtype in with_float32(shapes.STATS):
+        for options in OPTIONS:
+            function, operands, vmem = _vocabulary(stats, options, dtype, array)
+            label = ", ".join((name, *options))
+            compiled = _compile(function, operands, vocab=stats.V)
+            yield {"program": f"unembed_stats: {label}", "vmem": vmem} | compiled
     mesh = make_mesh(tensor=len(devices), devices=devices)
     for name in _LOOPS.value:
         yield {"program": f"decode: {name}", "chips": len(devices)} | _loop(name, mesh)
 
 
+def with_float32(named: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """All shapes in bfloat16, and the first one in float32 as well."""
+    yield from ((name, shape, jnp.bfloat16) for name, shape in named.items())
+    name, shape = next(iter(named.items()))
+    yield f"{name}, float32", shape, jnp.float32
+
+
 def _attention(
-    B: int, T: int, S: int, N: int, K: int, H: int, mask: str, dtype: Any, array: Any
+    shape: AttentionShape, dtype: Any, array: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...], int]:
+    B, T, S, N, K, H = shape.B, shape.T, shape.S, shape.N, shape.K, shape.H
+
     def attend(q: Any, k: Any, v: Any, bits: Any, window: Any, cache: Any, ranges: Any) -> Any:
-        chosen: Any = mask if bits is None else bits
+        mask: Any = shape.mask if bits is None else bits
         return window_attention(
-            q,
-            k,
-            v,
-            mask=chosen,
-            window_range=window,
-            cache=cache,
-            cache_ranges=ranges,
-            layer=1,
+            q, k, v, mask=mask, window_range=window, cache=cache, cache_ranges=ranges, layer=1
         )[0]
 
     new = array((B, T, K, H), dtype)
-    cache = (array((2, B, K, S, H), dtype),) * 2 if S else None
-    bits = array((B, T, -(-T // 32)), jnp.uint32) if mask == "tree" else None
-    ranges = array((B, 2, 2), jnp.int32) if S else None
-    window = array((B, 2), jnp.int32)
-    tiles = window_attention_tpu.plan(T, S, N, K, H, jnp.dtype(dtype).itemsize)
-    operands = (array((B, T, N, H), dtype), new, new, bits, window, cache, ranges)
-    return attend, operands, tiles.vmem_bytes
+    operands = (
+        array((B, T, N, H), dtype),
+        new,
+        new,
+        array((B, T, -(-T // 32)), jnp.uint32) if shape.mask == "bits" else None,
+        array((B, 2), jnp.int32),
+        (array((2, B, K, S, H), dtype),) * 2 if S else None,
+        array((B, shape.num_ranges, 2), jnp.int32) if S else None,
+    )
+    return (
+        attend,
+        operands,
+        window_attention_tpu.plan(T, S, N, K, H, dtype.dtype.itemsize).vmem_bytes,
+    )
 
 
 def _vocabulary(
-    M: int, D: int, V: int, options: tuple[str, ...], dtype: Any, array: Any
+    shape: StatsShape, options: tuple[str, ...], dtype: Any, array: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...], int]:
+    M, D, V = shape.M, shape.D, shape.V
+
     def stats(hidden: Any, head: Any, banned: Any, noise: Any, given: Any) -> Any:
-        k = 10 if "top" in options else 0
+        k = 10 if "top 10" in options else 0
         return unembed_stats(hidden, head, banned_ids=banned, noise=noise, k=k, given_ids=given)
 
-    noise = Noise(array((M, 2), jnp.uint32), array((), jnp.float32))
     operands = (
         array((M, D), dtype),
         array((V, D), dtype),
         array((2,), jnp.int32),
-        noise if "noise" in options else None,
-        array((M, 3), jnp.int32) if "given" in options else None,
+        Noise(array((M, 2), jnp.uint32), array((), jnp.float32)) if shape.has_noise else None,
+        array((M, 3), jnp.int32) if "given ids" in options else None,
     )
-    return stats, operands, unembed_stats_tpu.plan(M, D, V, jnp.dtype(dtype).itemsize).vmem_bytes
+    return stats, operands, unembed_stats_tpu.plan(M, D, V, dtype.dtype.itemsize).vmem_bytes
 
 
 def _loop(name: str, mesh: Mesh) -> dict[str, Any]:

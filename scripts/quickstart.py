@@ -95,7 +95,7 @@ def train(workdir: pathlib.Path, smoke: bool) -> tuple[pathlib.Path, WaitingLine
         num_first_names=task.num_first_names,
         num_last_names=task.num_last_names,
         num_shots=task.num_shots,
-        num_examples=len(OPERATIONS) * (2 if smoke else 12),
+        num_examples=len(OPERATIONS) * (2 if smoke else 20),
     )
     return result.model_path, held_out
 

@@ -7,9 +7,12 @@ from decode.rules.caches import DualCache, NoCache, PrefixCache
 from decode.rules.confidences import Margin, NegEntropy, Probability, Random
 from decode.rules.constraints import TokenBan
 from decode.rules.dream_quota import DreamQuota
+from decode.rules.entropy_budget import EntropyBudget
 from decode.rules.entropy_threshold import EntropyThreshold
 from decode.rules.factor import Factor
 from decode.rules.fixed_blocks import FixedBlocks
+from decode.rules.hierarchical import Hierarchical
+from decode.rules.local_leap import LocalLeap
 from decode.rules.quota import Quota
 from decode.rules.revisers import Keep
 from decode.rules.stoppers import Eos, Filled
@@ -30,12 +33,15 @@ __all__ = [
     "STOPPERS",
     "DreamQuota",
     "DualCache",
+    "EntropyBudget",
     "EntropyThreshold",
     "Eos",
     "Factor",
     "Filled",
     "FixedBlocks",
+    "Hierarchical",
     "Keep",
+    "LocalLeap",
     "Margin",
     "NegEntropy",
     "NoCache",

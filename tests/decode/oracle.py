@@ -174,6 +174,30 @@ def _commit(rule, choices, block_step, num_open):
     if name == "entropy":
         order = sorted(choices, key=lambda g: (choices[g]["entropy"], g))
         return order[:1] + [g for g in order[1:] if choices[g]["entropy"] <= value]
+    if name == "local_leap":
+        bar, relaxed, radius = value
+        anchors = [g for g in choices if choices[g]["confidence"] >= bar]
+        near = {g for g in choices if any(abs(g - a) <= radius for a in anchors)}
+        passes = [g for g in near if choices[g]["confidence"] >= relaxed]
+        return sorted({*anchors, *passes}) or order[:1]
+    if name == "hierarchical":
+        bar, low = value
+        sure = {g: choices[g]["confidence"] for g in choices}
+        runs = []
+        for g in sorted(sure):
+            if g - 1 not in sure:
+                runs.append([])
+            runs[-1].append(g)
+        best = {
+            g for run in runs for g in run if sure[g] == max(sure[i] for i in run) and sure[g] > low
+        }
+        return sorted(best | {g for g in sure if sure[g] > bar}) or order[:1]
+    if name == "entropy_budget":
+        order = sorted(choices, key=lambda g: (choices[g]["entropy"], g))
+        n = 1
+        while n < len(order) and sum(choices[g]["entropy"] for g in order[:n]) <= value:
+            n += 1
+        return order[:n]
     assert name == "dream"
     time = np.linspace(1, 1e-3, value + 1)
     last = block_step >= value - 1

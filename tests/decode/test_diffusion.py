@@ -16,12 +16,15 @@ from decode.rules import (
     STOPPERS,
     DreamQuota,
     DualCache,
+    EntropyBudget,
     EntropyThreshold,
     Eos,
     Factor,
     Filled,
     FixedBlocks,
+    Hierarchical,
     Keep,
+    LocalLeap,
     Margin,
     NegEntropy,
     NoCache,
@@ -44,6 +47,9 @@ RULES = {
     "factor": Factor,
     "entropy": EntropyThreshold,
     "dream": DreamQuota,
+    "local_leap": lambda value: LocalLeap(*value),
+    "hierarchical": lambda value: Hierarchical(*value),
+    "entropy_budget": EntropyBudget,
 }
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
 
@@ -87,6 +93,9 @@ values = {
     "factor": st.sampled_from([0.0, 0.7, 1.9]),
     "entropy": st.sampled_from([0.0, 0.5, 2.0]),
     "dream": st.sampled_from([1, 3, 4]),
+    "local_leap": st.sampled_from([(0.7, 0.3, 2), (0.5, 0.2, 1), (0.9, 0.0, 9)]),
+    "hierarchical": st.sampled_from([(0.7, 0.3), (0.9, 0.1)]),
+    "entropy_budget": st.sampled_from([0.0, 0.8, 3.0]),
 }
 
 

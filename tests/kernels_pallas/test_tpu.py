@@ -79,7 +79,7 @@ def test_only_needed_cache_tiles_are_read():
     """Tiles no range touches may hold anything; so may masked slots, as keys and as values."""
     q, k, v, mask, window, cache, _, layer = attention_case(1, 4, 1600, 2, 1, 64, "full")
     ranges = jnp.array([[[10, 20], [1300, 1400]]])
-    order, count = window_attention_tpu._needed_tiles(ranges, 4, 512)
+    order, count = window_attention_tpu.needed_tiles(ranges, 4, 512)
     assert order.tolist() == [[0, 2, 2, 2]] and count.tolist() == [2]
     expected = window_attention_reference(q, k, v, mask, window, cache, ranges, layer)
     spoiled = tuple(c.at[..., 512:1024, :].set(jnp.nan) for c in cache)
