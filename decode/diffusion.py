@@ -242,9 +242,9 @@ def init_state(
         key=jnp.array(key),
         cache=method.cache.allocate(cfg, num_rows, P + G),
         components=(
-            method.confidence.init(B, window_len),
-            method.rule.init(B, window_len),
-            method.reviser.init(B, window_len),
+            method.confidence.init(cfg, B, window_len),
+            method.rule.init(cfg, B, window_len),
+            method.reviser.init(cfg, B, window_len),
         ),
         num_steps=jnp.zeros((), jnp.int32),
         prompt_len=P,
@@ -288,13 +288,13 @@ def step(
         hidden, cache, served = _forward(params, cfg, method, state, window_len)
         view = _propose(params, cfg, method, state, hidden)
     with jax.named_scope("commit"):
-        commit, take_back, confidence, components = _choose(method, view, state)
+        view, commit, take_back, components = _choose(method, view, state)
         window = _Window(state.block_start - P, window_len, G)
         commit &= served[:, None]
         tokens = window.put(state.tokens[:, P:], commit, view.proposal)
         step_map = window.put(state.step_map, commit, state.row_step[:, None])
         log_prob = window.put(state.log_prob, commit, view.log_prob)
-        confidence = window.put(state.confidence, commit, jnp.exp(confidence))
+        confidence = window.put(state.confidence, commit, jnp.exp(view.confidence))
         if take_back is not None:
             take_back &= served[:, None] & (commit | ~view.undecided)
             tokens = window.put(tokens, take_back, _mask_id(cfg))
@@ -379,6 +379,7 @@ def _propose(
         stats=None,  # type: ignore[arg-type]
         logits=None,
         noise_key=noise_key,
+        temperature=None,
         index=window.index,
         block_step=state.block_step,
         row_step=state.row_step,
@@ -388,17 +389,20 @@ def _propose(
     noise = None
     if method.temperature is not None:
         temperature = jnp.asarray(method.temperature, jnp.float32)
+        view = view.replace(temperature=temperature)
         noise = Noise(key=noise_key.reshape(B * W, 2), temperature=temperature)
     banned = method.constraint.banned_ids(cfg)
     rows = hidden.reshape(B * W, D)
+    given = method.confidence.given_ids(state.components[0])
+    given = None if given is None else given.reshape(B * W, -1)
     if any(component.needs_logits for component in method.components):
         logits = unembed_logits(rows, output_head(params), banned).reshape(B, W, -1)
         if method.constraint.needs_logits:
             logits = method.constraint.mask_logits(view, logits)
         view = view.replace(logits=logits)
-        stats = logits_stats(logits.reshape(B * W, -1), noise=noise)
+        stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given)
     else:
-        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise)
+        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise, given_ids=given)
     stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
     proposal = stats.token if stats.sample is None else stats.sample
     log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
@@ -407,18 +411,17 @@ def _propose(
 
 def _choose(
     method: DiffusionMethod, view: Round, state: DiffusionState
-) -> tuple[jax.Array, jax.Array | None, jax.Array, tuple[Any, Any, Any]]:
-    """Runs confidence, rule and reviser: what to commit [B, W], what to take back, confidences."""
+) -> tuple[Round, jax.Array, jax.Array | None, tuple[Any, Any, Any]]:
+    """Runs confidence, rule and reviser: the round judged, what to commit [B, W] and take back."""
     confidence_state, rule_state, reviser_state = state.components
-    confidence, confidence_state = method.confidence.measure(view, confidence_state)
-    view = view.replace(confidence=confidence)
+    view, confidence_state = method.confidence.measure(view, confidence_state)
     commit, rule_state = method.rule.commit(view, rule_state)
     commit &= view.eligible
     if not method.rule.may_idle:
         idle = ~commit.any(axis=-1, keepdims=True)
-        commit |= idle & surest(confidence, view.eligible)
+        commit |= idle & surest(view.confidence, view.eligible)
     commit, take_back, reviser_state = method.reviser.revise(view, commit, reviser_state)
-    return commit, take_back, confidence, (confidence_state, rule_state, reviser_state)
+    return view, commit, take_back, (confidence_state, rule_state, reviser_state)
 
 
 def _advance(cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState) -> DiffusionState:

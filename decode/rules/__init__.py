@@ -6,12 +6,14 @@ To add a method: one file beside these, and one line here if it should have a sh
 from decode.rules.caches import DualCache, NoCache, PrefixCache
 from decode.rules.confidences import Margin, NegEntropy, Probability, Random
 from decode.rules.constraints import TokenBan
+from decode.rules.credit import Credit, SparseCredit
 from decode.rules.dream_quota import DreamQuota
 from decode.rules.entropy_budget import EntropyBudget
 from decode.rules.entropy_threshold import EntropyThreshold
 from decode.rules.factor import Factor
 from decode.rules.fixed_blocks import FixedBlocks
 from decode.rules.hierarchical import Hierarchical
+from decode.rules.klass import Klass
 from decode.rules.local_leap import LocalLeap
 from decode.rules.quota import Quota
 from decode.rules.revisers import Keep
@@ -24,6 +26,7 @@ CONFIDENCES = {
     "margin": Margin,
     "neg_entropy": NegEntropy,
     "random": Random,
+    "credit": Credit,
 }
 STOPPERS = {"filled": Filled, "eos": Eos}
 
@@ -31,6 +34,7 @@ __all__ = [
     "CACHES",
     "CONFIDENCES",
     "STOPPERS",
+    "Credit",
     "DreamQuota",
     "DualCache",
     "EntropyBudget",
@@ -41,6 +45,7 @@ __all__ = [
     "FixedBlocks",
     "Hierarchical",
     "Keep",
+    "Klass",
     "LocalLeap",
     "Margin",
     "NegEntropy",
@@ -49,6 +54,7 @@ __all__ = [
     "Probability",
     "Quota",
     "Random",
+    "SparseCredit",
     "Threshold",
     "TokenBan",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -20,17 +19,18 @@ from kernels_pallas.unembed_stats import threefry2x32
 class Probability(Confidence):
     """The proposal's probability, without temperature (LLaDA `low_confidence`)."""
 
-    def measure(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        return view.log_prob, state
+    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
+        return view.replace(confidence=view.log_prob), state
 
 
 @struct.dataclass
 class Margin(Confidence):
     """Probability of the best token minus that of the second best (Dream `topk_margin`)."""
 
-    def measure(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
         gap = view.stats.second_log_prob - view.stats.log_prob  # <= 0
-        return view.stats.log_prob + jnp.log(-jnp.expm1(gap)), state
+        margin = view.stats.log_prob + jnp.log(-jnp.expm1(gap))
+        return view.replace(confidence=margin), state
 
 
 @struct.dataclass
@@ -41,19 +41,19 @@ class NegEntropy(Confidence):
     the model hesitates between at most 1 / 0.9 tokens.
     """
 
-    def measure(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        return -view.stats.entropy, state
+    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
+        return view.replace(confidence=-view.stats.entropy), state
 
 
 @struct.dataclass
 class Random(Confidence):
     """Uniform in (0, 1), drawn anew each round (LLaDA `random`)."""
 
-    def measure(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
         key = view.noise_key
         bits, _ = threefry2x32(key[..., 0], key[..., 1], jnp.uint32(_RANDOM_STREAM), jnp.uint32(0))
         uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-        return jnp.log(uniform), state
+        return view.replace(confidence=jnp.log(uniform)), state
 
 
 _RANDOM_STREAM = 0xFFFFFFFF  # a counter that no vocabulary id has

@@ -39,6 +39,7 @@ class Round(struct.PyTreeNode):
       stats: the model's statistics, each [B, W, ...]. Positions that hold a token have them too.
       logits: [B, W, V] float32, or None unless a component has `needs_logits`.
       noise_key: [B, W, 2] uint32. A random stream per row, step and position.
+      temperature: scalar float32, or None if proposals are arg-maxes.
       index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
       block_step: [B] int32. Rounds since the row's block was opened, from 0.
       row_step: [B] int32. The row's rounds so far, from 0.
@@ -55,6 +56,7 @@ class Round(struct.PyTreeNode):
     stats: VocabStats
     logits: jax.Array | None
     noise_key: jax.Array
+    temperature: jax.Array | None
     index: jax.Array
     block_step: jax.Array
     row_step: jax.Array
@@ -83,7 +85,7 @@ class Component:
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
 
-    def init(self, batch_size: int, window_len: int) -> Any:
+    def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> Any:
         """State carried by the loop: a pytree with a leading batch axis. Default: none."""
         return ()
 
@@ -103,8 +105,16 @@ class Scheduler(Component):
 class Confidence(Component):
     """How sure is each proposal?"""
 
-    def measure(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        """Returns [B, W] float32 on the log scale (larger is surer) and the next state."""
+    def given_ids(self, state: Any) -> jax.Array | None:
+        """[B, W, n] int32 ids whose log-probabilities `stats` must have; default: none."""
+        return None
+
+    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
+        """Returns the round with `confidence` set, and the next state.
+
+        Larger is surer, on the log scale. A measure that prefers other tokens sets `proposal` and
+        `log_prob` as well.
+        """
         raise NotImplementedError
 
 

@@ -94,13 +94,20 @@ def decode(
     for low in range(0, gen_len, block_len):
         high = min(low + block_len, gen_len)
         num_open, block_step, memory = high - low, 0, None
+        traces = {g: {} for g in range(low, high)}  # what rules and confidences remember
         while any(step_map[g] < 0 for g in range(low, high)) and not stopped:
             hidden, memory = _judge(model, canvas, P, low, high, cache, guidance, memory)
             choices = {}
             for g in range(low, high):
                 if step_map[g] < 0:
                     choices[g] = _propose(
-                        model, hidden[g - low], banned, confidence, temperature, (seed, step, g)
+                        model,
+                        hidden[g - low],
+                        banned,
+                        confidence,
+                        temperature,
+                        (seed, step, g),
+                        traces[g],
                     )
             for g in _commit(rule, choices, block_step, num_open):
                 canvas[P + g], step_map[g] = choices[g]["token"], step
@@ -137,24 +144,48 @@ def _judge(model, canvas, P, low, high, cache, guidance, memory):
     return hidden[1] + (guidance + 1) * (hidden[0] - hidden[1]), remembered
 
 
-def _propose(model, hidden, banned, confidence, temperature, stream):
+def _propose(model, hidden, banned, confidence, temperature, stream, trace):
     z = model.logits(hidden)
     z[list(banned)] = -np.inf
-    p = np.exp(z - z.max())
-    p /= p.sum()
+    p = _softmax(z)
+    raw = p
+    if confidence == "credit":
+        alpha, gamma, beta = 0.7, 0.2, 0.8
+        credit = beta * trace.get("credit", np.zeros(len(z)))
+        credit[z.argmax()] += p.max() ** gamma
+        trace["credit"] = credit
+        z = z + alpha * np.log1p(credit)
+        p = _softmax(z)
     token = int(z.argmax())
     if temperature is not None:
         noise = gumbel_noise(_key(*stream)[None], jnp.arange(len(z)))
         token = int((z + temperature * np.asarray(noise[0], np.float64)).argmax())
     first, second = np.sort(p)[::-1][:2]
-    entropy = -sum(x * math.log(x) for x in p if x > 0)
+    entropy = -sum(x * math.log(x) for x in raw if x > 0)
+    if "p" in trace:
+        kl = sum(x * math.log(x / y) for x, y in zip(raw, trace["p"], strict=True) if x > 0)
+        trace["kls"] = [*trace["kls"], kl]
+    trace.setdefault("kls", [])
+    trace["p"] = raw
     sure = {
         "probability": lambda: p[token],
+        "credit": lambda: p[token],
         "margin": lambda: first - second,
         "neg_entropy": lambda: math.exp(-entropy),
         "random": lambda: _uniform(_key(*stream)),
     }[confidence]()
-    return {"token": token, "confidence": sure, "log_prob": math.log(p[token]), "entropy": entropy}
+    return {
+        "token": token,
+        "confidence": sure,
+        "log_prob": math.log(raw[token]),
+        "entropy": entropy,
+        "kls": trace["kls"],
+    }
+
+
+def _softmax(z):
+    p = np.exp(z - z.max())
+    return p / p.sum()
 
 
 def _commit(rule, choices, block_step, num_open):
@@ -192,6 +223,13 @@ def _commit(rule, choices, block_step, num_open):
             g for run in runs for g in run if sure[g] == max(sure[i] for i in run) and sure[g] > low
         }
         return sorted(best | {g for g in sure if sure[g] > bar}) or order[:1]
+    if name == "klass":
+        bar, max_kl, history = value
+        stable = lambda kls: len(kls) >= history and all(kl < max_kl for kl in kls[-history:])
+        passes = [
+            g for g in choices if choices[g]["confidence"] > bar and stable(choices[g]["kls"])
+        ]
+        return passes or order[:1]
     if name == "entropy_budget":
         order = sorted(choices, key=lambda g: (choices[g]["entropy"], g))
         n = 1

@@ -37,7 +37,8 @@ class Float32Softmax(Confidence):
             total = total[..., :half] + total[..., half:]
         p = e / total
         # Not its logarithm, which would round once more: only the order matters here.
-        return jnp.take_along_axis(p, view.proposal[..., None], axis=-1)[..., 0], state
+        sure = jnp.take_along_axis(p, view.proposal[..., None], axis=-1)[..., 0]
+        return view.replace(confidence=sure), state
 
 
 @struct.dataclass

@@ -22,7 +22,7 @@ def make_round(confidence, *, eligible=None, entropy=None):
         tokens=token, proposal=token, log_prob=log_prob, confidence=log_prob,
         eligible=eligible, undecided=eligible,
         stats=VocabStats(token, log_prob, jnp.log1p(-confidence), entropy, jnp.zeros((B, W))),
-        logits=None, noise_key=jnp.zeros((B, W, 2), jnp.uint32), index=token,
+        logits=None, noise_key=jnp.zeros((B, W, 2), jnp.uint32), temperature=None, index=token,
         block_step=zeros, row_step=zeros, num_open=zeros + W, gen_len=zeros + W,
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from decode.rules import (
     FixedBlocks,
     Hierarchical,
     Keep,
+    Klass,
     LocalLeap,
     Margin,
     NegEntropy,
@@ -50,6 +51,7 @@ RULES = {
     "local_leap": lambda value: LocalLeap(*value),
     "hierarchical": lambda value: Hierarchical(*value),
     "entropy_budget": EntropyBudget,
+    "klass": lambda value: Klass(*value),
 }
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
 
@@ -95,6 +97,7 @@ values = {
     "dream": st.sampled_from([1, 3, 4]),
     "local_leap": st.sampled_from([(0.7, 0.3, 2), (0.5, 0.2, 1), (0.9, 0.0, 9)]),
     "hierarchical": st.sampled_from([(0.7, 0.3), (0.9, 0.1)]),
+    "klass": st.sampled_from([(0.3, 0.5, 1), (0.2, 2.0, 2)]),
     "entropy_budget": st.sampled_from([0.0, 0.8, 3.0]),
 }
 
@@ -312,7 +315,8 @@ class LogitConfidence(Confidence):
 
     def measure(self, view, state: Any):
         log_p = jax.nn.log_softmax(view.logits)
-        return jnp.take_along_axis(log_p, view.proposal[..., None], axis=-1)[..., 0], state
+        log_prob = jnp.take_along_axis(log_p, view.proposal[..., None], axis=-1)[..., 0]
+        return view.replace(confidence=log_prob), state
 
 
 @struct.dataclass
@@ -354,7 +358,7 @@ def test_no_logits_are_stored_unless_asked_for(toy_cfg, toy_params):
 class TakeBackOnce(Reviser):
     """Takes every row's first commits back, once: the contract of a reviser."""
 
-    def init(self, batch_size, window_len):
+    def init(self, cfg, batch_size, window_len):
         return jnp.zeros(batch_size, bool)
 
     def revise(self, view, commit, state):

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.rules import Hierarchical, Threshold
+from decode.rules import Credit, Hierarchical, Probability, SparseCredit, Threshold
 from decode.rules.contracts import surest
 from kernels_pallas.unembed_stats import logits_stats
 from tests.decode.rounds import make_round
@@ -18,24 +20,46 @@ LOGITS = np.load(GOLDEN / "commit_rules_logits.npz")
 MASK = TRACES["mask_token_id"]
 RULES = {
     "threshold": lambda a: Threshold(a["threshold"]),
+    "credit": lambda a: Threshold(a["threshold"]),
     "hierarchical": lambda a: Hierarchical(a["threshold"], a["low_threshold"]),
 }
-CASES = [case for case in TRACES["cases"] if case["rule"] in RULES]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['rule']}-{c['logits']}")
-def test_every_step_is_that_of_the_reference(case):
-    rule = RULES[case["rule"]](case["arguments"])
+def credits(arguments):
+    names = {"credit_alpha": "alpha", "boost_gamma": "gamma", "decay_beta": "beta"}
+    return {ours: arguments[theirs] for theirs, ours in names.items() if theirs in arguments}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("case", TRACES["cases"], ids=lambda c: f"{c['rule']}-{c['logits']}")
+def test_every_step_is_that_of_the_reference(case, sparse):
+    rule, confidence = RULES[case["rule"]](case["arguments"]), Probability()
+    if case["rule"] == "credit":
+        kind = SparseCredit if sparse else Credit
+        confidence = kind(**credits(case["arguments"]))
+    elif sparse:
+        pytest.skip("only credits have a sparse form")
     tokens = np.full(TRACES["block_len"], MASK)
-    logits = LOGITS[next(name for name in LOGITS.files if name.endswith(case["logits"]))]
-    for z, expected in zip(logits, case["state_after_each_step"], strict=False):
-        stats = logits_stats(jnp.asarray(z, jnp.float32))
-        proposal = np.asarray(stats.token)
-        eligible = tokens == MASK
+    logits = LOGITS[case["logits"]]
+    cfg = types.SimpleNamespace(vocab_size=logits.shape[-1])
+    state = confidence.init(cfg, 1, len(tokens))
+    for step, expected in enumerate(case["state_after_each_step"]):
+        z = jnp.asarray(logits[step], jnp.float32)
+        given_ids = confidence.given_ids(state)
+        stats = logits_stats(z, given_ids=None if given_ids is None else given_ids[0])
+        undecided = tokens == MASK
+        view = make_round(np.exp(stats.log_prob), eligible=undecided).replace(
+            proposal=stats.token[None],
+            log_prob=stats.log_prob[None],
+            stats=jax.tree.map(lambda x: x[None], stats),
+            logits=z[None],
+            block_step=jnp.array([step]),
+        )
+        view, state = confidence.measure(view, state)
+        proposal = np.asarray(view.proposal[0])
         if case["rule"] != "hierarchical":
-            eligible &= proposal != MASK  # the reference skips these; our loop bans the token
-        view = make_round(np.exp(stats.log_prob), eligible=eligible)
-        view = view.replace(log_prob=stats.log_prob[None], confidence=stats.log_prob[None])
+            # The reference passes over these; our loop does not let them be proposed.
+            view = view.replace(eligible=view.eligible & jnp.asarray(proposal != MASK)[None])
         commit, _ = rule.commit(view, ())
         if not commit.any():
             commit = surest(view.confidence, view.eligible)

@@ -1,0 +1,46 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.rules import Klass
+from kernels_pallas.unembed_stats import logits_stats
+from tests.decode.rounds import make_round
+
+CFG = types.SimpleNamespace(vocab_size=5)
+
+
+def commits(rule, logits, first_step=0):
+    """What is committed at each step of [steps, W, V] logits, with nothing ever decided."""
+    state, out = rule.init(CFG, 1, logits.shape[1]), []
+    for step, z in enumerate(jnp.asarray(logits, jnp.float32)):
+        stats = logits_stats(z)
+        view = make_round(np.exp(stats.log_prob)).replace(
+            logits=z[None], stats=jax.tree.map(lambda x: x[None], stats),
+            block_step=jnp.array([step - first_step]),
+        )  # fmt: skip
+        commit, state = rule.commit(view, state)
+        out.append(np.flatnonzero(commit[0]).tolist())
+    return out
+
+
+def test_sure_positions_wait_until_they_have_been_stable():
+    z = np.zeros((5, 3, 5))
+    z[:, 0, 2] = 6.0  # sure and constant
+    z[:, 1, :] = np.arange(5)[:, None] * np.eye(5)[1] + 5 * np.eye(5)[1]  # sure, still moving
+    assert commits(Klass(0.9, 1e-4, 2), z)[:3] == [[], [], [0]]
+    assert commits(Klass(0.9, 1e-4, 0), z)[0] == [0, 1]
+    assert commits(Klass(0.9, 10.0, 1), z)[1] == [0, 1]  # position 2 is never sure
+
+
+def test_history_starts_anew_in_each_block():
+    z = np.zeros((4, 1, 5))
+    z[..., 2] = 6.0
+    assert commits(Klass(0.9, 0.01, 1), z, first_step=2) == [[0], [0], [], [0]]
+
+
+def test_bad_values_are_refused(toy_cfg):
+    with pytest.raises(ValueError, match="max_kl=-1 must be at least 0 nats"):
+        Klass(max_kl=-1.0).validate(toy_cfg)
