@@ -9,6 +9,7 @@ width, F MLP width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -87,16 +88,16 @@ def forward(
             source = written if written is not None else cache
             q, k, v = _project_qkv(_rms_norm(x, p["attention_norm"], cfg.norm_eps), p, cfg, angles)
             attended, new = _attend(
-                q,
-                k,
-                v,
                 mask,
-                window_range,
-                None if source is None else (source.k, source.v),
-                cache_ranges,
-                index,
-                write_at,
-                write_rows,
+                q=q,
+                k=k,
+                v=v,
+                window_range=window_range,
+                cache=None if source is None else (source.k, source.v),
+                cache_ranges=cache_ranges,
+                layer=index,
+                write_at=write_at,
+                write_rows=write_rows,
             )
             if new is not None:
                 written = KVCache(*new)
@@ -140,28 +141,23 @@ def vocab_stats(
     """`unembed_stats` of hidden states [M, D], each device reading its share of the vocabulary."""
     head = output_head(params)
     split = split_axes(batch=hidden.shape[0], vocab=head.shape[0])
-    rows, vocab = split["batch"], split["vocab"]
-
-    def stats(
-        hidden: jax.Array,
-        head: jax.Array,
-        banned_ids: jax.Array | None,
-        noise: Noise | None,
-        given_ids: jax.Array | None,
-    ) -> VocabStats:
-        return unembed_stats(
-            hidden,
-            head,
-            banned_ids=banned_ids,
-            noise=noise,
-            k=k,
-            given_ids=given_ids,
-            vocab_axis=vocab,
-        )
-
-    noise_spec = jax.tree.map(lambda x: P(rows) if x.ndim else P(), noise)
-    return _per_shard(stats, (P(rows), P(vocab), P(), noise_spec, P(rows)), P(rows))(
-        hidden, head, banned_ids, noise, given_ids
+    rows, vocab = P(split["batch"]), split["vocab"]
+    operands = {
+        "hidden": hidden,
+        "head": head,
+        "banned_ids": banned_ids,
+        "noise": noise,
+        "given_ids": given_ids,
+    }
+    specs = {
+        "hidden": rows,
+        "head": P(vocab),
+        "banned_ids": P(),
+        "given_ids": rows,
+        "noise": jax.tree.map(lambda x: rows if x.ndim else P(), noise),
+    }
+    return _per_shard(
+        functools.partial(unembed_stats, k=k, vocab_axis=vocab), operands, specs, rows
     )
 
 
@@ -179,69 +175,39 @@ def target_stats(params: Params, hidden: jax.Array, targets: jax.Array) -> Targe
     head, rows = output_head(params), hidden.reshape(-1, hidden.shape[-1])
     split = split_axes(batch=rows.shape[0], vocab=head.shape[0])
     batch, vocab = P(split["batch"]), split["vocab"]
-
-    def stats(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TargetStats:
-        return unembed_loss(hidden, head, targets, vocab_axis=vocab)
-
-    out = _per_shard(stats, (batch, P(vocab), batch), batch)(rows, head, targets.reshape(-1))
+    out = _per_shard(
+        functools.partial(unembed_loss, vocab_axis=vocab),
+        {"hidden": rows, "head": head, "targets": targets.reshape(-1)},
+        {"hidden": batch, "head": P(vocab), "targets": batch},
+        batch,
+    )
     return jax.tree.map(lambda x: x.reshape(targets.shape), out)
 
 
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    window_range: jax.Array | None,
-    cache: tuple[jax.Array, jax.Array] | None,
-    cache_ranges: jax.Array | None,
-    layer: jax.Array,
-    write_at: jax.Array | None,
-    write_rows: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+def _attend(mask: Mask, **operands: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """`window_attention`, each device working on its rows and heads."""
+    q, k = operands["q"], operands["k"]
     split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
     rows, heads = split["batch"], split["kv_heads"]
-
-    def attend(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        bits: jax.Array | None,
-        window_range: jax.Array | None,
-        cache: tuple[jax.Array, jax.Array] | None,
-        cache_ranges: jax.Array | None,
-        layer: jax.Array,
-        write_at: jax.Array | None,
-        write_rows: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        return window_attention(
-            q,
-            k,
-            v,
-            mask=mask if bits is None else bits,
-            window_range=window_range,
-            cache=cache,
-            cache_ranges=cache_ranges,
-            layer=layer,
-            write_at=write_at,
-            write_rows=write_rows,
-        )
-
-    window, stacked = P(rows, None, heads), P(None, rows, heads)
-    row = P(rows)
-    specs = (window, window, window, row, row, stacked, row, P(), row, row)
-    bits = None if isinstance(mask, str) else mask
-    return _per_shard(attend, specs, (window, stacked))(
-        q, k, v, bits, window_range, cache, cache_ranges, layer, write_at, write_rows
-    )
+    stacked = P(None, rows, heads)
+    specs = dict.fromkeys(operands, P(rows)) | {"cache": stacked, "layer": P()}
+    specs |= dict.fromkeys("qkv", P(rows, None, heads))
+    attend = window_attention
+    if isinstance(mask, str):
+        attend = functools.partial(attend, mask=mask)
+    else:
+        operands["mask"], specs["mask"] = mask, P(rows)
+    return _per_shard(attend, operands, specs, (P(rows, None, heads), stacked))
 
 
-def _per_shard(function: Any, in_specs: Any, out_specs: Any) -> Any:
-    """`jax.shard_map` over the mesh in use; the function itself where there is none."""
+def _per_shard(
+    function: Any, operands: dict[str, Any], specs: dict[str, Any], out_specs: Any
+) -> Any:
+    """Calls `function` with `operands` by name: on every device's share of them, on a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return function(**operands)
+    run = lambda operands: function(**operands)  # noqa: E731
+    return jax.shard_map(run, in_specs=(specs,), out_specs=out_specs, check_vma=False)(operands)
 
 
 def _project_qkv(

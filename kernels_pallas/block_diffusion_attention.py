@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.dispatch import choose
+
 Implementation = Literal["xla", "tpu", "reference"]
 
 CHUNK = 512  # queries per chunk of the XLA implementation
@@ -76,27 +78,14 @@ def block_diffusion_attention(
         segment_ids = jnp.zeros((B, two_L // 2), jnp.int32)
     if segment_ids.shape != (B, two_L // 2):
         raise ValueError(f"segment_ids {segment_ids.shape} must be [B={B}, L={two_L // 2}]")
-    xla = functools.partial(_attend_xla, block_len=block_len)
-    tpu = functools.partial(attend_tpu, block_len=block_len)
-    if implementation is None and not _refusal(q):
-        return jax.lax.platform_dependent(q, k, v, segment_ids, default=xla, tpu=tpu)
-    if implementation in (None, "xla"):
-        return xla(q, k, v, segment_ids)
-    if implementation == "reference":
-        return block_diffusion_attention_reference(q, k, v, segment_ids, block_len)
-    if implementation != "tpu":
-        raise NotImplementedError(
-            f"implementation={implementation!r} of block_diffusion_attention does not exist; "
-            "use None, 'xla', 'tpu' or 'reference'"
-        )
-    why_not = _refusal(q)
-    if jax.default_backend() != "tpu":
-        why_not = f"it needs a TPU and the default backend is {jax.default_backend()}"
-    if why_not:
-        raise NotImplementedError(
-            f"implementation='tpu' of block_diffusion_attention cannot run: {why_not}"
-        )
-    return tpu(q, k, v, segment_ids)
+    attend = choose(
+        "block_diffusion_attention",
+        implementation,
+        xla=functools.partial(_attend_xla, block_len=block_len),
+        reference=functools.partial(block_diffusion_attention_reference, block_len=block_len),
+        kernels={"tpu": (functools.partial(attend_tpu, block_len=block_len), _refusal(q))},
+    )
+    return attend(q, k, v, segment_ids)
 
 
 def block_diffusion_mask(L: int, block_len: int) -> np.ndarray:

@@ -108,12 +108,13 @@ def _backward(
         dz = jnp.where((row >= i * size)[None], dz, 0.0).astype(head.dtype)
         by_hidden = by_hidden + _product(dz, weights, (1, 0))
         old = jax.lax.dynamic_slice_in_dim(by_head, start, size)
-        new = old + _product(dz, rows, (0, 0))
+        new = old + _product(dz, rows, (0, 0)).astype(head.dtype)
         return by_hidden, jax.lax.dynamic_update_slice_in_dim(by_head, new, start, axis=0)
 
-    zeros = tuple(jnp.zeros(x.shape, _sum_dtype(head)) for x in (hidden, head))
+    # Rows of the head get all of their gradient from one tile: rounded once, as it is stored.
+    zeros = (jnp.zeros(hidden.shape, _sum_dtype(head)), jnp.zeros_like(head))
     by_hidden, by_head = jax.lax.fori_loop(0, -(-V // size), tile, zeros)
-    return by_hidden.astype(hidden.dtype), by_head.astype(head.dtype), None
+    return by_hidden.astype(hidden.dtype), by_head, None
 
 
 _unembed_loss.defvjp(_forward, _backward)

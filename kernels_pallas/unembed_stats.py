@@ -19,12 +19,13 @@ Leaving the arg-max out of `rest` keeps full float32 resolution where the model 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from kernels_pallas.dispatch import choose
 
 Implementation = Literal["xla", "tpu", "gpu", "reference"]
 
@@ -112,64 +113,33 @@ def unembed_stats(
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden {hidden.shape} must be [M, D] and head {head.shape} [V, D]")
+    from kernels_pallas import unembed_stats_gpu as gpu  # they build on this module
+    from kernels_pallas import unembed_stats_tpu as tpu
+
     if implementation == "reference":
         if vocab_axis is not None:
             raise NotImplementedError("implementation='reference' takes no vocab_axis")
         return unembed_stats_reference(hidden, head, banned_ids, noise, k, given_ids)
     first_id = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * head.shape[0]
-    summarize_head = _choose(implementation, head, k, given_ids, banned_ids)
+    summarize_head = choose(
+        "unembed_stats",
+        implementation,
+        xla=functools.partial(_summarize_xla, k=k),
+        reference=unembed_stats_reference,
+        kernels={
+            "tpu": (functools.partial(tpu.summarize_tpu, k=k), tpu.refusal(head, k, given_ids)),
+            "gpu": (
+                functools.partial(gpu.summarize_gpu, k=k),
+                gpu.refusal(head, k, given_ids, banned_ids),
+            ),
+        },
+    )
     summary = summarize_head(hidden, head, first_id, banned_ids, noise, given_ids)
     if vocab_axis is not None:
         shares = jax.lax.all_gather(summary, vocab_axis)  # [devices, M, ...]
         parts = [jax.tree.map(lambda x, i=i: x[i], shares) for i in range(len(shares["top"]))]
         summary = functools.reduce(merge, parts)
     return _finish(summary)
-
-
-def _choose(
-    implementation: Implementation | None,
-    head: jax.Array,
-    k: int,
-    given_ids: jax.Array | None,
-    banned_ids: jax.Array | None,
-) -> Callable[..., Summary]:
-    """The function that summarises a head. None: decided by platform, where it is compiled."""
-    from kernels_pallas import unembed_stats_gpu as gpu  # they build on this module
-    from kernels_pallas import unembed_stats_tpu as tpu
-
-    xla = functools.partial(_summarize_xla, k=k)
-    kernels = {
-        "tpu": functools.partial(tpu.summarize_tpu, k=k),
-        "gpu": functools.partial(gpu.summarize_gpu, k=k),
-    }
-    refusals = {
-        "tpu": tpu.refusal(head, k, given_ids),
-        "gpu": gpu.refusal(head, k, given_ids, banned_ids),
-    }
-    if implementation == "xla":
-        return xla
-    if implementation is None:
-        platforms = {"tpu": "tpu", "gpu": "cuda"}
-        offered = {platforms[name]: f for name, f in kernels.items() if not refusals[name]}
-        if not offered:
-            return xla
-        return functools.partial(jax.lax.platform_dependent, default=xla, **offered)
-    if implementation not in kernels:
-        raise NotImplementedError(
-            f"implementation={implementation!r} of unembed_stats does not exist; "
-            "use None, 'xla', 'tpu', 'gpu' or 'reference'"
-        )
-    why_not = refusals[implementation]
-    if jax.default_backend() != implementation:
-        why_not = (
-            f"it needs a {implementation.upper()} and the default backend is "
-            f"{jax.default_backend()}"
-        )
-    if why_not:
-        raise NotImplementedError(
-            f"implementation={implementation!r} of unembed_stats cannot run: {why_not}"
-        )
-    return kernels[implementation]
 
 
 def unembed_logits(

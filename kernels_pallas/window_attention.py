@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import window_attention_gpu as gpu
 from kernels_pallas import window_attention_tpu as tpu
+from kernels_pallas.dispatch import choose
 
 Implementation = Literal["xla", "tpu", "gpu", "reference"]
 Cache = tuple[jax.Array, jax.Array]
@@ -76,70 +77,33 @@ def window_attention(
       NotImplementedError: if the named implementation does not exist here.
     """
     _check_shapes(q, k, v, mask, cache, write_at)
+    bits = None if isinstance(mask, str) else mask
+
+    def serve(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Takes the mask's bits as an operand, and its name as it was given."""
+        return lambda q, k, v, bits, *rest: attend(q, k, v, mask if bits is None else bits, *rest)
+
+    def with_gradient(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return serve(functools.partial(_with_xla_gradient, kernel))
+
     read = None if cache_ranges is None else cache
-    attend = _choose(implementation, q, mask, read)
-    out = attend(q, k, v, mask, window_range, read, cache_ranges, layer)
+    attend = choose(
+        "window_attention",
+        implementation,
+        xla=serve(attend_xla),
+        reference=serve(window_attention_reference),
+        kernels={
+            "tpu": (with_gradient(tpu.window_attention_tpu), tpu.refusal(q, mask)),
+            "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read)),
+        },
+    )
+    out = attend(q, k, v, bits, window_range, read, cache_ranges, layer)
     if cache is None or write_at is None:
         return out, None
     return out, tuple(  # type: ignore[return-value]
         _write_window(c, new, layer, write_at, write_rows)
         for c, new in zip(cache, (k, v), strict=True)
     )
-
-
-def _choose(
-    implementation: Implementation | None, q: jax.Array, mask: Mask, cache: Cache | None
-) -> Callable[..., jax.Array]:
-    """The function that attends. None: the platform's kernel, decided where it is compiled."""
-    refusals = {"tpu": tpu.refusal(q, mask), "gpu": gpu.refusal(q, mask, cache)}
-    if implementation is None:
-        kernels: dict[str, Callable[..., jax.Array]] = {}
-        if not refusals["tpu"]:
-            kernels["tpu"] = tpu.window_attention_tpu
-        if not refusals["gpu"]:
-            kernels["cuda"] = gpu.window_attention_gpu
-        return functools.partial(_attend_by_platform, kernels) if kernels else attend_xla
-    if implementation == "xla":
-        return attend_xla
-    if implementation == "reference":
-        return window_attention_reference
-    if implementation not in refusals:
-        raise NotImplementedError(
-            f"implementation={implementation!r} of window_attention does not exist; "
-            "use None, 'xla', 'tpu', 'gpu' or 'reference'"
-        )
-    why_not = refusals[implementation]
-    if jax.default_backend() != implementation:
-        why_not = (
-            f"it needs a {implementation.upper()} and the default backend is "
-            f"{jax.default_backend()}"
-        )
-    if why_not:
-        raise NotImplementedError(
-            f"implementation={implementation!r} of window_attention cannot run: {why_not}"
-        )
-    kernel = tpu.window_attention_tpu if implementation == "tpu" else gpu.window_attention_gpu
-    return functools.partial(_with_xla_gradient, kernel)
-
-
-def _attend_by_platform(
-    kernels: dict[str, Callable[..., jax.Array]],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    *rest: Any,
-) -> jax.Array:
-    bits = None if isinstance(mask, str) else mask
-
-    def branch(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return lambda q, k, v, bits, *rest: attend(q, k, v, mask if bits is None else bits, *rest)
-
-    branches = {
-        platform: branch(functools.partial(_with_xla_gradient, kernel))
-        for platform, kernel in kernels.items()
-    }
-    return jax.lax.platform_dependent(q, k, v, bits, *rest, default=branch(attend_xla), **branches)
 
 
 def _with_xla_gradient(

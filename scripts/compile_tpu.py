@@ -34,7 +34,9 @@ from dlm.config import PRESETS
 from dlm.params import abstract_params
 from dlm.sharding import logical_sharding, make_mesh
 from kernels_pallas import shapes, unembed_stats_tpu, window_attention_tpu
+from kernels_pallas.block_diffusion_attention import block_diffusion_attention
 from kernels_pallas.shapes import AttentionShape, StatsShape
+from kernels_pallas.unembed_loss import unembed_loss
 from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
 
@@ -68,6 +70,9 @@ def programs(devices: Any) -> Iterator[dict[str, Any]]:
             label = ", ".join((name, *options))
             compiled = _compile(function, operands, vocab=stats.V)
             yield {"program": f"unembed_stats: {label}", "vmem": vmem} | compiled
+    for name, (function, operands) in _training(array).items():
+        vocab = shapes.STATS["llada_8b block"].V
+        yield {"program": f"training: {name}"} | _compile(function, operands, vocab=vocab)
     mesh = make_mesh(tensor=len(devices), devices=devices)
     for name in _LOOPS.value:
         yield {"program": f"decode: {name}", "chips": len(devices)} | _loop(name, mesh)
@@ -125,6 +130,26 @@ def _vocabulary(
         array((M, 3), jnp.int32) if "given ids" in options else None,
     )
     return stats, operands, unembed_stats_tpu.plan(M, D, V, dtype.dtype.itemsize).vmem_bytes
+
+
+def _training(array: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Forward and backward of what only training uses, at the shapes of one LLaDA-8B row."""
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        return block_diffusion_attention(q, k, v, block_len=32).astype(jnp.float32).sum()
+
+    def loss(hidden: Any, head: Any, targets: Any) -> Any:
+        stats = unembed_loss(hidden, head, targets)
+        return (stats.entropy - stats.log_prob).sum()
+
+    L, N, H = 2048, 32, 128
+    D, V = shapes.STATS["llada_8b block"].D, shapes.STATS["llada_8b block"].V
+    heads = array((1, 2 * L, N, H), jnp.bfloat16)
+    rows = (array((L, D), jnp.bfloat16), array((V, D), jnp.bfloat16), array((L,), jnp.int32))
+    return {
+        "block_diffusion_attention": (jax.grad(attention, argnums=(0, 1, 2)), (heads,) * 3),
+        "unembed_loss": (jax.grad(loss, argnums=(0, 1)), rows),
+    }
 
 
 def _loop(name: str, mesh: Mesh) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """TPU kernels in the TPU interpreter, which also looks for races and stray reads."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from kernels_pallas.unembed_stats import Noise, unembed_stats, unembed_stats_ref
 from kernels_pallas.unembed_stats_tpu import summarize_tpu
 from kernels_pallas.window_attention import window_attention, window_attention_reference
 from kernels_pallas.window_attention_tpu import window_attention_tpu as attend_tpu
+from tests.kernels_pallas.test_unembed_stats import assert_same, random_case
 
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
@@ -103,24 +102,9 @@ def test_gradient_is_that_of_the_xla_implementation():
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def vocab_case(M, D, V, dtype=jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(rng.normal(size=(M, D)), dtype)
-    head = jnp.asarray(rng.normal(size=(V, D)) * 3 / np.sqrt(D), dtype)
-    return hidden, head
-
-
-def assert_same(got, expected, atol=2e-5):
-    for field in dataclasses.fields(expected):
-        a, b = getattr(got, field.name), getattr(expected, field.name)
-        assert (a is None) == (b is None), field.name
-        if b is not None:
-            np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5, err_msg=field.name)
-
-
 @pytest.mark.parametrize(("M", "D", "V"), [(7, 64, 1000), (270, 32, 300), (5, 96, 4173)])
 def test_vocabulary_statistics_equal_the_reference(M, D, V):
-    hidden, head = vocab_case(M, D, V)
+    hidden, head = random_case(M, D, V)
     banned = jnp.array([3, V - 1, -1])
     expected = unembed_stats_reference(hidden, head, banned)
     summary = summarize_tpu(hidden, head, 0, banned, None, None, k=0, interpret=INTERPRET)
@@ -129,7 +113,7 @@ def test_vocabulary_statistics_equal_the_reference(M, D, V):
 
 def test_samples_tops_and_given_ids():
     M, V = 9, 4500  # three vocabulary tiles, the last one ragged
-    hidden, head = vocab_case(M, 32, V)
+    hidden, head = random_case(M, 32, V)
     key = jax.random.bits(jax.random.key(1), (M, 2), jnp.uint32)
     noise = Noise(key, jnp.float32(0.7))
     given_ids = jnp.tile(jnp.array([[0, 2100, V - 1]]), (M, 1))
@@ -149,7 +133,7 @@ def test_ties_go_to_the_lowest_id():
 
 
 def test_vocabulary_in_bfloat16():
-    hidden, head = vocab_case(16, 128, 700, jnp.bfloat16)
+    hidden, head = random_case(16, 128, 700, jnp.bfloat16)
     expected = unembed_stats_reference(hidden, head)
     summary = summarize_tpu(hidden, head, 0, None, None, None, k=0, interpret=INTERPRET)
     # Products of 8-bit numbers are exact in float32, so only the order of sums differs.
