@@ -36,11 +36,14 @@ from decode.rules.caches import CachePolicy, Canvas, NoCache
 from decode.rules.confidences import Probability
 from decode.rules.constraints import TokenBan
 from decode.rules.contracts import (
+    WIDTHS,
     CommitRule,
     Component,
     Confidence,
     Constraint,
+    Progress,
     Reviser,
+    Revision,
     Round,
     Scheduler,
     Stopper,
@@ -56,6 +59,7 @@ from dlm.sharding import constrain
 from dlm.transformer import output_head, vocab_stats
 from kernels_pallas.unembed_stats import (
     Noise,
+    VocabStats,
     logits_stats,
     unembed_logits,
 )
@@ -104,6 +108,15 @@ class DiffusionMethod(struct.PyTreeNode):
         """Raises ValueError, in one sentence, if the method makes no sense for the model."""
         for component in self.components:
             component.validate(cfg)
+            if WIDTHS.index(component.width) > WIDTHS.index(self.cache.covers):
+                raise ValueError(
+                    f"{type(component).__name__} must see the whole {component.width}, but "
+                    f"{type(self.cache).__name__} recomputes only the {self.cache.covers}: "
+                    "use another cache"
+                )
+        for component in self.components:
+            if reason := component.refuse(self):
+                raise ValueError(reason)
         if self.temperature is not None and not float(self.temperature) > 0:
             raise ValueError(
                 f"temperature={float(self.temperature):g} must be positive, or None for greedy"
@@ -111,6 +124,23 @@ class DiffusionMethod(struct.PyTreeNode):
         if self.guidance is not None and not float(self.guidance) >= 0:
             raise ValueError(f"guidance={float(self.guidance):g} must be at least 0, or None")
         _mask_id(cfg)
+
+    @property
+    def width(self) -> str:
+        """What the window shows: the most that any component asks for."""
+        return max((component.width for component in self.components), key=WIDTHS.index)
+
+    @property
+    def needs_logits(self) -> bool:
+        return any(component.needs_logits for component in self.components)
+
+    @property
+    def needs_shadow(self) -> bool:
+        return any(component.needs_shadow for component in self.components)
+
+    def window_len(self, gen_len: int) -> int:
+        """W, for rows of up to `gen_len` completion positions."""
+        return self.scheduler.window_len(gen_len) if self.width == "block" else gen_len
 
 
 class DiffusionState(struct.PyTreeNode):
@@ -133,7 +163,7 @@ class DiffusionState(struct.PyTreeNode):
       stopped_early: [B] bool. Ended by the stopper rather than by being full.
       key: [B, 2] uint32. One random stream per row.
       cache: the cache policy's state.
-      components: the states of confidence, rule and reviser.
+      components: the states of scheduler, confidence, rule, reviser and stopper.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
       prompt_len: P. Static.
     """
@@ -154,7 +184,7 @@ class DiffusionState(struct.PyTreeNode):
     stopped_early: jax.Array
     key: jax.Array
     cache: Any
-    components: tuple[Any, Any, Any]
+    components: tuple[Any, Any, Any, Any, Any]
     num_steps: jax.Array
     prompt_len: int = struct.field(pytree_node=False)
 
@@ -220,18 +250,17 @@ def init_state(
 
     num_rows = 2 * B if method.guidance is not None else B
     # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
-    first = jnp.full(B, P, jnp.int32)
-    block_end = jnp.array(method.scheduler.open_block(first, jnp.array(end)))
-    window_len = method.scheduler.window_len(G)
     zeros = functools.partial(jnp.zeros, B, jnp.int32)
+    block_end = P + method.scheduler.open_block(zeros(), jnp.array(end - P), jnp.array(P - start))
+    window_len = method.window_len(G)
     return DiffusionState(
         tokens=jnp.array(tokens),
         start=jnp.array(start),
         end=jnp.array(end),
-        block_start=first,
+        block_start=jnp.full(B, P, jnp.int32),
         block_end=block_end,
         block_step=zeros(),
-        num_open=block_end - first,
+        num_open=zeros(),
         step_map=jnp.full((B, G), -1, jnp.int32),
         log_prob=jnp.zeros((B, G), jnp.float32),
         confidence=jnp.zeros((B, G), jnp.float32),
@@ -240,11 +269,18 @@ def init_state(
         has_stopped=jnp.array(end == P),
         stopped_early=jnp.zeros(B, bool),
         key=jnp.array(key),
-        cache=method.cache.allocate(cfg, num_rows, P + G),
-        components=(
-            method.confidence.init(cfg, B, window_len),
-            method.rule.init(cfg, B, window_len),
-            method.reviser.init(cfg, B, window_len),
+        cache=method.cache.allocate(
+            cfg, num_rows, P + G + (window_len if method.needs_shadow else 0)
+        ),
+        components=tuple(
+            component.init(cfg, B, window_len)
+            for component in (
+                method.scheduler,
+                method.confidence,
+                method.rule,
+                method.reviser,
+                method.stopper,
+            )
         ),
         num_steps=jnp.zeros((), jnp.int32),
         prompt_len=P,
@@ -282,23 +318,43 @@ def step(
     params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
 ) -> DiffusionState:
     """One round. Pure; rows that are done, or wait for their cache, stay as they are."""
-    P, G = state.prompt_len, state.step_map.shape[1]
-    window_len = method.scheduler.window_len(G)
     with jax.named_scope("judge"):
-        hidden, cache, served = _forward(params, cfg, method, state, window_len)
-        view = _propose(params, cfg, method, state, hidden)
+        view, cache, served = judge(params, cfg, method, state)
     with jax.named_scope("commit"):
-        view, commit, take_back, components = _choose(method, view, state)
-        window = _Window(state.block_start - P, window_len, G)
-        commit &= served[:, None]
-        tokens = window.put(state.tokens[:, P:], commit, view.proposal)
-        step_map = window.put(state.step_map, commit, state.row_step[:, None])
-        log_prob = window.put(state.log_prob, commit, view.log_prob)
-        confidence = window.put(state.confidence, commit, jnp.exp(view.confidence))
-        if take_back is not None:
-            take_back &= served[:, None] & (commit | ~view.undecided)
-            tokens = window.put(tokens, take_back, _mask_id(cfg))
-            step_map = window.put(step_map, take_back, -1)
+        return apply(cfg, method, state.replace(cache=cache), view, served)
+
+
+def judge(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> tuple[Round, Any, jax.Array]:
+    """One forward: the round for the components to see, the cache, and the rows [B] served."""
+    W = method.window_len(state.step_map.shape[1])
+    start = jnp.full_like(state.block_start, state.prompt_len)
+    start = start if method.width == "canvas" else state.block_start
+    hidden, cache, served = _forward(params, cfg, method, state, start, W)
+    return _propose(params, cfg, method, state, hidden, start - state.prompt_len), cache, served
+
+
+def apply(
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    state: DiffusionState,
+    view: Round,
+    served: jax.Array,
+) -> DiffusionState:
+    """Lets the components decide on a round, and writes down what they decide."""
+    P, G = state.prompt_len, state.step_map.shape[1]
+    view, revision, ends, components = _choose(method, view, state)
+    window = _Window(view.index[:, 0], view.index.shape[1], G)
+    commit = revision.commit & served[:, None]
+    tokens = window.put(state.tokens[:, P:], commit, view.proposal)
+    step_map = window.put(state.step_map, commit, state.row_step[:, None])
+    log_prob = window.put(state.log_prob, commit, view.log_prob)
+    confidence = window.put(state.confidence, commit, jnp.exp(view.confidence))
+    if revision.take_back is not None:
+        take_back = revision.take_back & served[:, None] & (commit | ~view.undecided)
+        tokens = window.put(tokens, take_back, _mask_id(cfg))
+        step_map = window.put(step_map, take_back, -1)
 
     took_part = served.astype(jnp.int32)
     new = state.replace(
@@ -306,14 +362,17 @@ def step(
         step_map=step_map,
         log_prob=log_prob,
         confidence=confidence,
+        end=jnp.where(served, P + ends, state.end),
+        block_end=jnp.where(served, P + jnp.minimum(view.block_end, ends), state.block_end),
+        num_open=jnp.where(served, view.num_open, state.num_open),
         row_step=state.row_step + took_part,
         block_step=state.block_step + took_part,
         num_forwards=state.num_forwards + took_part * (1 if method.guidance is None else 2),
-        cache=cache,
         components=_where(served, components, state.components),
         num_steps=state.num_steps + 1,
     )
-    return _advance(cfg, method, new)
+    held = None if revision.hold is None else revision.hold & served
+    return _advance(cfg, method, new, held)
 
 
 _step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
@@ -326,9 +385,12 @@ def _forward(
     cfg: ModelConfig,
     method: DiffusionMethod,
     state: DiffusionState,
+    start: jax.Array,
     window_len: int,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Hidden states [B, W, D] that predict the open block, the cache, and the rows served.
+    """Hidden states that predict W positions from `start` [B] on, the cache, and the rows served.
+
+    [B, W, D], or [B, 2 W, D] with a shadow: the same positions again, as MASK sees them.
 
     Guidance doubles the rows: the second half sees MASK in place of its prompt. Logits are linear
     in hidden states, so the two are mixed here, in float32, and nothing else knows of it.
@@ -341,7 +403,9 @@ def _forward(
         block_end=state.block_end,
         is_active=~state.has_stopped,
         block_is_new=state.block_step == 0,
+        window_start=start,
         prompt_len=state.prompt_len,
+        has_shadow=method.needs_shadow,
     )
     if method.guidance is None:
         return method.cache.judge(params, cfg, canvas, window_len, state.cache)
@@ -360,95 +424,161 @@ def _propose(
     method: DiffusionMethod,
     state: DiffusionState,
     hidden: jax.Array,
+    offset: jax.Array,
 ) -> Round:
-    """What the model says about the W positions from each row's block start on."""
-    B, W, D = hidden.shape
-    G = state.step_map.shape[1]
-    offset = state.block_start - state.prompt_len
+    """What the model says about the W positions from completion position `offset` [B] on."""
+    G, P = state.step_map.shape[1], state.prompt_len
+    B, W = hidden.shape[0], method.window_len(G)
+    hidden, shadow = hidden[:, :W], hidden[:, W:]
     window = _Window(offset, W, G)
-    undecided = window.get(state.step_map) < 0
-    in_block = window.index < (state.block_end - state.prompt_len)[:, None]
+    is_there = window.index < (state.end - P)[:, None]
+    undecided = (window.get(state.step_map) < 0) & is_there
+    block_start, block_end = state.block_start - P, state.block_end - P
+    in_block = (window.index >= block_start[:, None]) & (window.index < block_end[:, None])
     noise_key = _noise_key(state.key, state.row_step, window.index)
     view = Round(
-        tokens=window.get(state.tokens[:, state.prompt_len :]),
+        tokens=window.get(state.tokens[:, P:]),
         proposal=jnp.zeros((B, W), jnp.int32),
         log_prob=jnp.zeros((B, W), jnp.float32),
         confidence=jnp.zeros((B, W), jnp.float32),
         eligible=undecided & in_block,
-        undecided=undecided & window.inside,
+        undecided=undecided,
+        in_block=in_block,
         stats=None,  # type: ignore[arg-type]
+        shadow_log_prob=None,
         logits=None,
         noise_key=noise_key,
         temperature=None,
         index=window.index,
+        block_start=block_start,
+        block_end=block_end,
         block_step=state.block_step,
         row_step=state.row_step,
         num_open=state.num_open,
-        gen_len=state.end - state.prompt_len,
+        gen_len=state.end - P,
     )
     noise = None
     if method.temperature is not None:
         temperature = jnp.asarray(method.temperature, jnp.float32)
         view = view.replace(temperature=temperature)
         noise = Noise(key=noise_key.reshape(B * W, 2), temperature=temperature)
-    banned = method.constraint.banned_ids(cfg)
-    rows = hidden.reshape(B * W, D)
-    given = method.confidence.given_ids(state.components[0])
-    given = None if given is None else given.reshape(B * W, -1)
-    if any(component.needs_logits for component in method.components):
+    given = method.confidence.given_ids(state.components[1])
+    logits, stats = _read(params, cfg, method, view, hidden, noise, given)
+    if shadow.shape[1]:
+        _, blind = _read(params, cfg, method, view, shadow, None, view.tokens[..., None])
+        assert blind.given_log_probs is not None
+        view = view.replace(shadow_log_prob=blind.given_log_probs[..., 0])
+    proposal = stats.token if stats.sample is None else stats.sample
+    log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
+    return view.replace(
+        stats=stats, logits=logits, proposal=proposal, log_prob=log_prob, confidence=log_prob
+    )
+
+
+def _read(
+    params: Params,
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    view: Round,
+    hidden: jax.Array,
+    noise: Noise | None,
+    given_ids: jax.Array | None,
+) -> tuple[jax.Array | None, VocabStats]:
+    """What hidden states [B, W, D] say about the vocabulary, each [B, W, ...]."""
+    B, W, D = hidden.shape
+    rows, banned = hidden.reshape(B * W, D), method.constraint.banned_ids(cfg)
+    given_ids = None if given_ids is None else given_ids.reshape(B * W, -1)
+    logits = None
+    if method.needs_logits:
         logits = unembed_logits(rows, output_head(params), banned).reshape(B, W, -1)
         if method.constraint.needs_logits:
             logits = method.constraint.mask_logits(view, logits)
-        view = view.replace(logits=logits)
-        stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given)
+        stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given_ids)
     else:
-        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise, given_ids=given)
-    stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
-    proposal = stats.token if stats.sample is None else stats.sample
-    log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
-    return view.replace(stats=stats, proposal=proposal, log_prob=log_prob, confidence=log_prob)
+        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise, given_ids=given_ids)
+    return logits, jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
 
 
 def _choose(
     method: DiffusionMethod, view: Round, state: DiffusionState
-) -> tuple[Round, jax.Array, jax.Array | None, tuple[Any, Any, Any]]:
-    """Runs confidence, rule and reviser: the round judged, what to commit [B, W] and take back."""
-    confidence_state, rule_state, reviser_state = state.components
-    view, confidence_state = method.confidence.measure(view, confidence_state)
-    commit, rule_state = method.rule.commit(view, rule_state)
+) -> tuple[Round, Revision, jax.Array, tuple[Any, Any, Any, Any, Any]]:
+    """Runs the components: the round judged, what to commit, where rows end [B], their states."""
+    scheduler, confidence, rule, reviser, stopper = state.components
+    view, confidence = method.confidence.measure(view, confidence)
+    eligible, block_end, scheduler = method.scheduler.focus(view, scheduler)
+    in_block = view.in_block & (view.index < block_end[:, None])
+    opened = (view.undecided & in_block).sum(axis=-1)
+    view = view.replace(
+        eligible=eligible & view.eligible,
+        in_block=in_block,
+        block_end=block_end,
+        num_open=jnp.where(view.block_step == 0, opened, view.num_open),
+    )
+    commit, rule = method.rule.commit(view, rule)
     commit &= view.eligible
     if not method.rule.may_idle:
         idle = ~commit.any(axis=-1, keepdims=True)
         commit |= idle & surest(view.confidence, view.eligible)
-    commit, take_back, reviser_state = method.reviser.revise(view, commit, reviser_state)
-    return view, commit, take_back, (confidence_state, rule_state, reviser_state)
+    revision, reviser = method.reviser.revise(view, commit, reviser)
+    done, stopper = method.stopper.fill(view, stopper)
+    if done is not None:
+        revision = _fill(view, revision, done)
+    ends = method.stopper.cut(view, revision.commit)
+    ends = view.gen_len if ends is None else jnp.minimum(ends, view.gen_len)
+    return view, revision, ends, (scheduler, confidence, rule, reviser, stopper)
 
 
-def _advance(cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState) -> DiffusionState:
+def _fill(view: Round, revision: Revision, done: jax.Array) -> Revision:
+    """Commits everything that is undecided in rows that are `done` [B], and nothing else there."""
+    take_back, hold = revision.take_back, revision.hold
+    return Revision(
+        commit=jnp.where(done[:, None], view.undecided, revision.commit),
+        take_back=None if take_back is None else take_back & ~done[:, None],
+        hold=None if hold is None else hold & ~done,
+    )
+
+
+def _advance(
+    cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState, held: jax.Array | None
+) -> DiffusionState:
     """Opens the next block of rows whose block is full, and ends rows that are done."""
     P, G = state.prompt_len, state.step_map.shape[1]
     position = P + jnp.arange(G)[None]
     decided = state.step_map >= 0
-    undecided = ~decided & (position >= state.block_start[:, None])
-    in_block = position < state.block_end[:, None]
-    is_full = ~(undecided & in_block).any(axis=-1) & (state.block_step > 0)
+    open_now = (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
+    is_full = ~(open_now & ~decided).any(axis=-1) & (state.block_step > 0)
     if method.cache.follow_up:
         is_full &= state.block_step > 1
-
-    start = jnp.where(is_full, state.block_end, state.block_start)
-    end = jnp.where(is_full, method.scheduler.open_block(start, state.end), state.block_end)
-    in_next = (position >= start[:, None]) & (position < end[:, None])
-    filled = start >= state.end
-    early = method.stopper.should_stop(state.tokens[:, P:], decided, cfg.eos_token_id)
+    if held is not None:
+        is_full &= ~held
+    progress = Progress(
+        completion=state.tokens[:, P:],
+        decided=decided,
+        block_start=state.block_start - P,
+        block_end=state.block_end - P,
+        end=state.end - P,
+        is_full=is_full,
+        prompt_len=P - state.start,
+    )
+    start, end = method.scheduler.advance(progress)
+    filled = (start >= progress.end) | (is_full & _is_complete(progress))
+    early = method.stopper.should_stop(progress, cfg.eos_token_id)
     early &= ~filled & ~state.has_stopped
     return state.replace(
-        block_start=start,
-        block_end=end,
-        block_step=jnp.where(is_full, 0, state.block_step),
-        num_open=jnp.where(is_full, (~decided & in_next).sum(axis=-1), state.num_open),
+        block_start=P + start,
+        block_end=P + end,
+        block_step=jnp.where(start == progress.block_start, state.block_step, 0),
         has_stopped=state.has_stopped | filled | early,
         stopped_early=state.stopped_early | early,
     )
+
+
+def _is_complete(progress: Progress) -> jax.Array:
+    """[B] bool: rows that lack nothing, also beyond the open block."""
+    missing = ~progress.decided & (
+        jnp.arange(progress.decided.shape[1])[None] < progress.end[:, None]
+    )
+    return ~missing.any(axis=-1)
 
 
 class _Window:

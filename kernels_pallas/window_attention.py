@@ -106,6 +106,15 @@ def window_attention(
     )
 
 
+def pack_mask(mask: jax.Array) -> jax.Array:
+    """Packs bool [..., T] into uint32 [..., ceil(T / 32)]: j is bit j % 32 of word j // 32."""
+    short = -mask.shape[-1] % 32
+    padded = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, short)])
+    bits = padded.reshape(*mask.shape[:-1], -1, 32).astype(jnp.uint32)
+    weights = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32))
+    return (bits * weights.reshape((1,) * (bits.ndim - 1) + (32,))).sum(axis=-1, dtype=jnp.uint32)
+
+
 def _with_xla_gradient(
     kernel: Callable[..., jax.Array],
     q: jax.Array,

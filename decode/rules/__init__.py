@@ -3,6 +3,7 @@
 To add a method: one file beside these, and one line here if it should have a short name.
 """
 
+from decode.rules.adablock import AdaBlock
 from decode.rules.caches import DualCache, NoCache, PrefixCache
 from decode.rules.confidences import Margin, NegEntropy, Probability, Random
 from decode.rules.constraints import TokenBan
@@ -15,10 +16,12 @@ from decode.rules.fixed_blocks import FixedBlocks
 from decode.rules.hierarchical import Hierarchical
 from decode.rules.klass import Klass
 from decode.rules.local_leap import LocalLeap
+from decode.rules.prophet import Prophet
 from decode.rules.quota import Quota
 from decode.rules.revisers import Keep
-from decode.rules.stoppers import Eos, Filled
+from decode.rules.stoppers import Eos, EosBlock, Filled
 from decode.rules.threshold import Threshold
+from decode.rules.wino import NarrowOut, WideIn
 
 CACHES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}
 CONFIDENCES = {
@@ -28,18 +31,20 @@ CONFIDENCES = {
     "random": Random,
     "credit": Credit,
 }
-STOPPERS = {"filled": Filled, "eos": Eos}
+STOPPERS = {"filled": Filled, "eos": Eos, "eos_block": EosBlock}
 
 __all__ = [
     "CACHES",
     "CONFIDENCES",
     "STOPPERS",
+    "AdaBlock",
     "Credit",
     "DreamQuota",
     "DualCache",
     "EntropyBudget",
     "EntropyThreshold",
     "Eos",
+    "EosBlock",
     "Factor",
     "Filled",
     "FixedBlocks",
@@ -48,13 +53,16 @@ __all__ = [
     "Klass",
     "LocalLeap",
     "Margin",
+    "NarrowOut",
     "NegEntropy",
     "NoCache",
     "PrefixCache",
     "Probability",
+    "Prophet",
     "Quota",
     "Random",
     "SparseCredit",
     "Threshold",
     "TokenBan",
+    "WideIn",
 ]

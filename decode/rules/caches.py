@@ -17,7 +17,8 @@ Letters: B rows, S canvas positions, W window positions judged, D model width.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.transformer import ForwardOutput, forward
+from kernels_pallas.window_attention import Mask, pack_mask
 
 
 class Canvas(struct.PyTreeNode):
@@ -41,7 +43,9 @@ class Canvas(struct.PyTreeNode):
       block_end: [B] int32. Past its last position.
       is_active: [B] bool. Rows that are not done.
       block_is_new: [B] bool. Rows whose block was opened and not seen by a forward yet.
+      window_start: [B] int32. First of the W positions to be judged: `block_start`, or P.
       prompt_len: P, the position at which every row's completion starts. Static.
+      has_shadow: whether W more positions are wanted, see `_add_shadow`. Static.
     """
 
     tokens: jax.Array
@@ -51,17 +55,21 @@ class Canvas(struct.PyTreeNode):
     block_end: jax.Array
     is_active: jax.Array
     block_is_new: jax.Array
+    window_start: jax.Array
     prompt_len: int = struct.field(pytree_node=False)
+    has_shadow: bool = struct.field(pytree_node=False)
 
 
 class CachePolicy(Component):
     """Runs the model for one round.
 
     Attributes:
+      covers: the most that its forwards show: the "block", the "suffix" too, or the "canvas".
       follow_up: bit-faithful to the first public Fast-dLLM, which made a cached forward in every
         block even when the refresh had already filled it.
     """
 
+    covers: ClassVar[str] = "canvas"
     follow_up: bool = False
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
@@ -73,8 +81,9 @@ class CachePolicy(Component):
     ) -> tuple[jax.Array, Any, jax.Array]:
         """One forward.
 
-        Returns hidden [B, W, D], the states that predict the W positions from `block_start` on;
-        the next state; and served [B] bool, the rows this forward was for.
+        Returns hidden [B, W, D], the states that predict the W positions from `window_start` on,
+        and with a shadow [B, 2 W, D], those of the shadow after them; the next state; and served
+        [B] bool, the rows this forward was for.
         """
         raise NotImplementedError
 
@@ -89,7 +98,7 @@ class NoCache(CachePolicy):
     def judge(
         self, params: Params, cfg: ModelConfig, canvas: Canvas, window_len: int, state: Any
     ) -> tuple[jax.Array, Any, jax.Array]:
-        hidden = _forward_canvas(params, cfg, canvas).hidden
+        hidden = _forward_canvas(params, cfg, canvas, window_len).hidden
         return _predictions(hidden, cfg, canvas, window_len), state, canvas.is_active
 
 
@@ -148,7 +157,7 @@ class BlockCache(CachePolicy):
         refresh_now = waiting.any() & (enough | ~ready.any())
 
         def refresh(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
-            out = _forward_canvas(params, cfg, canvas, state.kv, waiting)
+            out = _forward_canvas(params, cfg, canvas, window_len, state.kv, waiting)
             assert out.cache is not None
             boundary = state.boundary
             if boundary is not None:
@@ -159,11 +168,11 @@ class BlockCache(CachePolicy):
 
         def reuse(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
             length, stop, ranges = self.window(canvas, window_len)
-            hidden = _forward_slice(params, cfg, canvas, length, stop, state.kv, ranges)
-            hidden = hidden[:, :window_len]
+            hidden = _forward_slice(params, cfg, canvas, length, stop, state.kv, ranges, window_len)
+            hidden, shadow = hidden[:, :window_len], hidden[:, length:]
             if state.boundary is not None:  # position i-1 predicts token i
                 hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
-            return hidden, state
+            return jnp.concatenate([hidden, shadow], axis=1), state
 
         hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
         return hidden, state, jnp.where(refresh_now, waiting, ready)
@@ -181,6 +190,8 @@ class BlockCache(CachePolicy):
 class PrefixCache(BlockCache):
     """Approximate: what stands before the open block is cached; block and suffix are recomputed."""
 
+    covers: ClassVar[str] = "suffix"
+
     def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
         prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
         longest = canvas.tokens.shape[1] - canvas.prompt_len  # suffix: one whole completion
@@ -190,6 +201,8 @@ class PrefixCache(BlockCache):
 @struct.dataclass
 class DualCache(BlockCache):
     """Approximate: everything but the open block is cached, the masked suffix too."""
+
+    covers: ClassVar[str] = "block"
 
     def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
         prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
@@ -201,17 +214,26 @@ def _forward_canvas(
     params: Params,
     cfg: ModelConfig,
     canvas: Canvas,
+    window_len: int,
     kv: KVCache | None = None,
     write_rows: jax.Array | None = None,
 ) -> ForwardOutput:
-    """A forward over all S positions; with a cache, `write_rows` of it are refreshed."""
+    """A forward over all S positions; with a cache, `write_rows` of it are refreshed.
+
+    A shadow follows them. It is written to the cache too, past the S slots that are ever read.
+    """
     B, S = canvas.tokens.shape
+    window = _Window(
+        tokens=canvas.tokens,
+        positions=jnp.arange(S)[None] - canvas.start[:, None],
+        window_range=jnp.stack([canvas.start, canvas.end], axis=-1),
+    )
+    if canvas.has_shadow:
+        window = _add_shadow(window, cfg, canvas, canvas.window_start, window_len)
     return forward(
         params,
         cfg,
-        canvas.tokens,
-        positions=jnp.arange(S)[None] - canvas.start[:, None],
-        window_range=jnp.stack([canvas.start, canvas.end], axis=-1),
+        **vars(window),
         cache=kv,
         write_at=None if kv is None else jnp.zeros(B, jnp.int32),
         write_rows=write_rows,
@@ -226,26 +248,71 @@ def _forward_slice(
     stop: jax.Array,
     kv: KVCache,
     cache_ranges: jax.Array,
+    window_len: int,
 ) -> jax.Array:
     """[B, length, D]: a forward over `length` positions from each row's block start on.
 
-    Positions at or past `stop` [B] are not attended to; their hidden states mean nothing.
+    Positions at or past `stop` [B] are not attended to; their hidden states mean nothing. A shadow
+    makes it [B, length + window_len, D].
     """
     first = jnp.zeros_like(stop)
-    return forward(
-        params,
-        cfg,
-        _gather(canvas.tokens, canvas.block_start, length),
+    window = _Window(
+        tokens=_gather(canvas.tokens, canvas.block_start, length),
         positions=(canvas.block_start - canvas.start)[:, None] + jnp.arange(length)[None],
         window_range=jnp.stack([first, stop - canvas.block_start], axis=-1),
-        cache=kv,
-        cache_ranges=cache_ranges,
-    ).hidden
+    )
+    if canvas.has_shadow:
+        window = _add_shadow(window, cfg, canvas, first, window_len)
+    return forward(params, cfg, **vars(window), cache=kv, cache_ranges=cache_ranges).hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Arguments of `forward` that describe what it runs over."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    window_range: jax.Array | None
+    mask: Mask = "full"
+
+
+def _add_shadow(
+    window: _Window, cfg: ModelConfig, canvas: Canvas, at: jax.Array, length: int
+) -> _Window:
+    """Appends `length` MASK tokens that stand where window positions at [B], at + 1, ... stand.
+
+    A shadow sees the window except the position it stands at, and the other shadows of the block;
+    nobody else sees shadows. So it says what the model would predict at a position if it had not
+    been decided. Reference: Hong et al., "Wide-In, Narrow-Out" (WINO), arXiv:2507.18578, section 3.
+    """
+    B, T = window.tokens.shape
+    assert window.window_range is not None and cfg.mask_token_id is not None
+    index = at[:, None] + jnp.arange(length)[None]  # [B, W], in the window
+    first, stop = window.window_range[:, :1], window.window_range[:, 1:]
+    column = jnp.arange(T)[None]
+    real = jnp.broadcast_to(((column >= first) & (column < stop))[:, None], (B, T + length, T))
+    place = canvas.window_start[:, None] + jnp.arange(length)[None]
+    in_block = (place >= canvas.block_start[:, None]) & (place < canvas.block_end[:, None])
+    sees_shadow = jnp.concatenate(
+        [jnp.zeros((B, T, length), bool), jnp.broadcast_to(in_block[:, None], (B, length, length))],
+        axis=1,
+    )
+    other = jnp.concatenate(
+        [jnp.ones((B, T, T), bool), column[:, None] != index[:, :, None]], axis=1
+    )
+    own = jnp.take_along_axis(window.positions, jnp.minimum(index, T - 1), axis=1)
+    return _Window(
+        tokens=jnp.pad(window.tokens, ((0, 0), (0, length)), constant_values=cfg.mask_token_id),
+        positions=jnp.concatenate([window.positions, own], axis=1),
+        window_range=None,
+        mask=pack_mask(jnp.concatenate([real & other, sees_shadow], axis=-1)),
+    )
 
 
 def _predictions(hidden: jax.Array, cfg: ModelConfig, canvas: Canvas, window_len: int) -> jax.Array:
-    """[B, W, D]: of hidden states of the whole canvas, those that predict the open block."""
-    return _gather(hidden, canvas.block_start - int(cfg.shifted_logits), window_len)
+    """Of hidden states of the whole canvas, those that predict the window; and the shadow's."""
+    window = _gather(hidden, canvas.window_start - int(cfg.shifted_logits), window_len)
+    return jnp.concatenate([window, hidden[:, canvas.tokens.shape[1] :]], axis=1)
 
 
 def _gather(x: jax.Array, start: jax.Array, length: int) -> jax.Array:

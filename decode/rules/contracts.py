@@ -28,6 +28,9 @@ from kernels_pallas.unembed_stats import VocabStats
 class Round(struct.PyTreeNode):
     """One round as components see it: W positions of each row, judged by one forward.
 
+    The window starts at the row's open block, or at its first completion position if a component
+    asked to see the whole canvas (`Component.width`).
+
     Attributes:
       tokens: [B, W] int32. What stands there now (MASK where undecided).
       proposal: [B, W] int32. What the model proposes: its arg-max, or a sample.
@@ -36,11 +39,17 @@ class Round(struct.PyTreeNode):
         ran: `log_prob`).
       eligible: [B, W] bool. Undecided positions that may be committed now.
       undecided: [B, W] bool. Positions that hold no token yet; also those beyond the block.
+      in_block: [B, W] bool. Positions of the open block, decided or not.
       stats: the model's statistics, each [B, W, ...]. Positions that hold a token have them too.
+      shadow_log_prob: [B, W] float32, or None unless a component has `needs_shadow`.
+        Log-probability of the token that stands at a position as MASK would predict it there, from
+        everything else.
       logits: [B, W, V] float32, or None unless a component has `needs_logits`.
       noise_key: [B, W, 2] uint32. A random stream per row, step and position.
       temperature: scalar float32, or None if proposals are arg-maxes.
       index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
+      block_start: [B] int32. First completion position of the open block.
+      block_end: [B] int32. Past its last.
       block_step: [B] int32. Rounds since the row's block was opened, from 0.
       row_step: [B] int32. The row's rounds so far, from 0.
       num_open: [B] int32. Undecided positions of the block when it was opened.
@@ -53,15 +62,59 @@ class Round(struct.PyTreeNode):
     confidence: jax.Array
     eligible: jax.Array
     undecided: jax.Array
+    in_block: jax.Array
     stats: VocabStats
+    shadow_log_prob: jax.Array | None
     logits: jax.Array | None
     noise_key: jax.Array
     temperature: jax.Array | None
     index: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
     block_step: jax.Array
     row_step: jax.Array
     num_open: jax.Array
     gen_len: jax.Array
+
+
+class Progress(struct.PyTreeNode):
+    """How far rows are, after a round. Positions are completion positions, from 0.
+
+    Attributes:
+      completion: [B, G] int32. What stands there.
+      decided: [B, G] bool.
+      block_start: [B] int32. First position of the open block.
+      block_end: [B] int32. Past its last.
+      end: [B] int32. Past the row's last.
+      is_full: [B] bool. The open block is done: nothing in it is undecided, a forward has seen it,
+        and no reviser holds it.
+      prompt_len: [B] int32. Tokens of the prompt.
+    """
+
+    completion: jax.Array
+    decided: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
+    end: jax.Array
+    is_full: jax.Array
+    prompt_len: jax.Array
+
+
+class Revision(struct.PyTreeNode):
+    """What a reviser makes of a round.
+
+    Attributes:
+      commit: [B, W] bool. Positions that get their proposal, also where a token stands.
+      take_back: [B, W] bool. Positions that become undecided again; None: none.
+      hold: [B] bool. Rows whose block stays open though it is full; None: none.
+    """
+
+    commit: jax.Array
+    take_back: jax.Array | None = None
+    hold: jax.Array | None = None
+
+
+WIDTHS = ("block", "suffix", "canvas")  # what a window may show, each more than the one before
 
 
 @struct.dataclass
@@ -71,12 +124,17 @@ class Component:
     Attributes:
       needs_logits: whether `Round.logits` must be there. The loop materialises [B, W, V] logits
         only if some component asks for them.
+      needs_shadow: whether `Round.shadow_log_prob` must be there: it makes the forward longer by W.
+      width: what the window must show: the open "block", also the "suffix" after it, or the whole
+        "canvas".
       kind: the class, by name; set by itself. JAX (0.10 to 0.12) compares pytrees of dataclasses by
         their static fields and forgets their types, so without it a compiled program may now and
         then be taken for that of another component with equal fields.
     """
 
     needs_logits: ClassVar[bool] = False
+    needs_shadow: ClassVar[bool] = False
+    width: ClassVar[str] = "block"
     kind: str = struct.field(pytree_node=False, default="", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,21 +143,38 @@ class Component:
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
 
+    def refuse(self, method: Any) -> str | None:
+        """Why this component makes no sense beside the others of a `DiffusionMethod`, or None."""
+        return None
+
     def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> Any:
         """State carried by the loop: a pytree with a leading batch axis. Default: none."""
         return ()
 
 
 class Scheduler(Component):
-    """Which positions are eligible now: opens one block after the other."""
+    """Which positions are eligible now? By default one block after the other."""
 
     def window_len(self, gen_len: int) -> int:
         """W: the most positions a block may have. Static."""
         raise NotImplementedError
 
-    def open_block(self, start: jax.Array, end: jax.Array) -> jax.Array:
-        """Where the block that starts at `start` [B] stops, [B]; `end` [B] ends the row."""
+    def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
+        """Where the block that starts at completion position `start` [B] stops, [B].
+
+        `end` [B] ends the row, `prompt_len` [B] tokens stand before it.
+        """
         raise NotImplementedError
+
+    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """With the proposals known: eligible [B, W], block_end [B], and the next state."""
+        return view.eligible, view.block_end, state
+
+    def advance(self, progress: Progress) -> tuple[jax.Array, jax.Array]:
+        """After a round: where the open block starts and stops now, [B] each."""
+        start = jnp.where(progress.is_full, progress.block_end, progress.block_start)
+        stop = self.open_block(start, progress.end, progress.prompt_len)
+        return start, jnp.where(progress.is_full, stop, progress.block_end)
 
 
 class Confidence(Component):
@@ -139,13 +214,10 @@ class Reviser(Component):
     A reviser that takes tokens back must bound how often it does, or the loop would not end.
     """
 
-    def revise(
-        self, view: Round, commit: jax.Array, state: Any
-    ) -> tuple[jax.Array, jax.Array | None, Any]:
-        """Returns commit [B, W] bool, take_back [B, W] bool or None, and the next state.
+    def revise(self, view: Round, commit: jax.Array, state: Any) -> tuple[Revision, Any]:
+        """Returns what becomes of the round that would commit `commit` [B, W], and the next state.
 
-        A committed position gets its proposal, also where a token stood; a taken back one becomes
-        undecided again.
+        Only positions of the open block may be named.
         """
         raise NotImplementedError
 
@@ -153,9 +225,20 @@ class Reviser(Component):
 class Stopper(Component):
     """When is a row done, before all its positions are decided?"""
 
-    def should_stop(self, completion: jax.Array, decided: jax.Array, eos_id: int) -> jax.Array:
-        """Returns [B] bool from completion [B, G] int32 and decided [B, G] bool."""
-        raise NotImplementedError
+    def fill(self, view: Round, state: Any) -> tuple[jax.Array | None, Any]:
+        """Rows [B] bool that end with this round, all they lack filled with its proposals.
+
+        Instead of the round's commits; None: none. Also returns the next state.
+        """
+        return None, state
+
+    def cut(self, view: Round, commit: jax.Array) -> jax.Array | None:
+        """Where rows end from now on, [B] completion positions; None: where they did."""
+        return None
+
+    def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:
+        """Rows [B] bool that are done."""
+        return jnp.zeros(progress.end.shape[0], bool)
 
 
 class Constraint(Component):

@@ -7,14 +7,12 @@ from typing import Any
 import jax
 from flax import struct
 
-from decode.rules.contracts import Reviser, Round
+from decode.rules.contracts import Reviser, Revision, Round
 
 
 @struct.dataclass
 class Keep(Reviser):
     """A decided token stays."""
 
-    def revise(
-        self, view: Round, commit: jax.Array, state: Any
-    ) -> tuple[jax.Array, jax.Array | None, Any]:
-        return commit, None, state
+    def revise(self, view: Round, commit: jax.Array, state: Any) -> tuple[Revision, Any]:
+        return Revision(commit), state

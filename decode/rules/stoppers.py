@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.contracts import Stopper
+from decode.rules.contracts import Progress, Stopper
 
 
 @struct.dataclass
 class Filled(Stopper):
     """Only when every position is decided, end-of-text tail and all (the published samplers)."""
-
-    def should_stop(self, completion: jax.Array, decided: jax.Array, eos_id: int) -> jax.Array:
-        return jnp.zeros(completion.shape[0], bool)
 
 
 @struct.dataclass
@@ -25,6 +22,19 @@ class Eos(Stopper):
     decided tokens never change (without a reviser).
     """
 
-    def should_stop(self, completion: jax.Array, decided: jax.Array, eos_id: int) -> jax.Array:
-        settled = jnp.cumprod(decided.astype(jnp.int32), axis=-1).astype(bool)
-        return (settled & (completion == eos_id)).any(axis=-1)
+    def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:
+        settled = jnp.cumprod(progress.decided.astype(jnp.int32), axis=-1).astype(bool)
+        return (settled & (progress.completion == eos_id)).any(axis=-1)
+
+
+@struct.dataclass
+class EosBlock(Stopper):
+    """When a block is complete and holds an end-of-text token (Fast-dLLM, LocalLeap).
+
+    Unlike `Eos` it lets a reviser finish its work on the block.
+    """
+
+    def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:
+        before = jnp.arange(progress.decided.shape[1])[None] < progress.block_end[:, None]
+        is_eos = progress.decided & (progress.completion == eos_id)
+        return progress.is_full & (is_eos & before).any(axis=-1)

@@ -36,7 +36,7 @@ from decode.rules import (
     Threshold,
     TokenBan,
 )
-from decode.rules.contracts import CommitRule, Confidence, Constraint, Reviser
+from decode.rules.contracts import CommitRule, Confidence, Constraint, Reviser, Revision
 from dlm.params import init_params
 from dlm.sharding import make_mesh
 from tests.conftest import spread
@@ -362,7 +362,7 @@ class TakeBackOnce(Reviser):
         return jnp.zeros(batch_size, bool)
 
     def revise(self, view, commit, state):
-        return commit, commit & ~state[:, None], state | True
+        return Revision(commit, commit & ~state[:, None]), state | True
 
 
 def test_a_reviser_may_take_tokens_back(toy_cfg, toy_params):

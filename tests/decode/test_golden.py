@@ -11,35 +11,37 @@ import numpy as np
 import pytest
 
 import dlm
-from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.diffusion import DiffusionMethod, decode, init_state, stream
 from decode.rules import (
+    AdaBlock,
     DreamQuota,
     DualCache,
     EntropyThreshold,
     Factor,
     FixedBlocks,
     Margin,
+    NarrowOut,
     NegEntropy,
     NoCache,
     PrefixCache,
     Probability,
+    Prophet,
     Quota,
     Threshold,
     TokenBan,
+    WideIn,
 )
 from tests.decode.public_llada import Float32Softmax, PublicTopK
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-HANDLED = ("llada_quota", "threshold", "factor", "entropy_threshold", "dream_")
-NOT_YET = ("prophet", "adablock")  # other methods' traces in the same file
 
 
-def cases(folder):
-    traces = json.loads((GOLDEN / folder / "traces.json").read_text())
+def cases(folder, file="traces.json"):
+    traces = json.loads((GOLDEN / folder / file).read_text())
     for case in traces["cases"]:
-        if not case["method"].startswith(NOT_YET):
-            name = f"{case['method']}-{json.dumps(case['arguments'])}"
-            yield pytest.param(folder, traces["prompts"], case, id=name)
+        case = {"method": traces.get("method", file[7:-5]), **case}
+        name = f"{case['method']}-{json.dumps(case['arguments'])}"
+        yield pytest.param(folder, traces["prompts"], case, id=name)
 
 
 def method_of(case, gen_len):
@@ -62,11 +64,26 @@ def method_of(case, gen_len):
         return method.replace(rule=Factor(a["factor"], commit_last=True))
     if name == "entropy_threshold":
         return method.replace(rule=EntropyThreshold(a["threshold"]))
-    cache = {
-        "threshold": NoCache(),
-        "threshold_prefix_cache": PrefixCache(follow_up=True),
-        "threshold_dual_cache": DualCache(follow_up=True),
-    }[name]
+    if name == "prophet":
+        thresholds = a["early_exit_thresholds"]
+        stopper = Prophet(a["answer_offset"], total_steps=a["steps"], **thresholds)
+        steps = a["steps"] * block_len // gen_len
+        rule, confidence = PublicTopK(steps), Float32Softmax()
+        return method.replace(stopper=stopper, rule=rule, confidence=confidence)
+    if name == "wino":
+        reviser = NarrowOut(a["threshold_back"])
+        return method.replace(rule=WideIn(a["threshold"]), reviser=reviser)
+    cache = {"prefix_cache": PrefixCache(), "dual_cache": DualCache()}.get(
+        name.partition("_")[2], NoCache()
+    )
+    if name.startswith("adablock"):
+        scheduler = AdaBlock(
+            a["delimiter_ids"], a["init_block_length"], threshold=a["delimiter_threshold"]
+        )
+        return method.replace(scheduler=scheduler, cache=cache, rule=Threshold(a["threshold"]))
+    assert name.startswith("threshold")
+    if not isinstance(cache, NoCache):
+        cache = cache.replace(follow_up=True)
     return method.replace(cache=cache, rule=Threshold(a["threshold"]))
 
 
@@ -77,7 +94,12 @@ def run(folder, prompts, method, gen_len):
 
 
 @pytest.mark.parametrize(
-    ("folder", "prompts", "case"), [*cases("llada_small"), *cases("dream_small")]
+    ("folder", "prompts", "case"),
+    [
+        *cases("llada_small"),
+        *cases("llada_small", "traces_wino.json"),
+        *cases("dream_small"),
+    ],
 )
 def test_trace(folder, prompts, case):
     gen_len = len(case["tokens"][0]) - len(prompts[0])
@@ -90,11 +112,20 @@ def test_trace(folder, prompts, case):
         np.testing.assert_array_equal(state.step_map, case["step_map"])
 
 
-def test_every_diffusion_trace_is_covered_or_named():
-    for folder in ("llada_small", "dream_small"):
-        traces = json.loads((GOLDEN / folder / "traces.json").read_text())
-        for case in traces["cases"]:
-            assert case["method"].startswith((*HANDLED, *NOT_YET)), case["method"]
+@pytest.mark.parametrize(
+    ("folder", "prompts", "case"),
+    [c for c in cases("llada_small") if "adablock" in c.values[2]["method"]],
+)
+def test_adaptive_blocks_are_those_of_the_reference(folder, prompts, case):
+    """`reference_extra`: forwards per block, and block lengths."""
+    gen_len = case["arguments"]["gen_length"]
+    lm, method = dlm.load(GOLDEN / folder), method_of(case, gen_len)
+    for prompt, (_, lengths) in zip(prompts, case["reference_extra"], strict=True):
+        state, starts = init_state(lm.cfg, method, [prompt], gen_len=gen_len), set()
+        P = state.prompt_len
+        for after in stream(lm.params, lm.cfg, method, state):
+            starts.add(int(after.block_start[0]) - P)
+        assert sorted(starts | {0, gen_len}) == np.cumsum([0, *lengths]).tolist()
 
 
 @pytest.mark.parametrize(("folder", "prompts", "case"), cases("llada_small"))

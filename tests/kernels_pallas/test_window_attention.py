@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from kernels_pallas.window_attention import window_attention
+from kernels_pallas.window_attention import pack_mask, window_attention
 
 
 def dense_attention(q, k, v, allowed):
@@ -84,6 +84,12 @@ def pack_bits(allowed):
     for j in range(S):
         words[:, :, j // 32] |= allowed[:, :, j].astype(np.uint32) << np.uint32(j % 32)
     return jnp.asarray(words)
+
+
+@pytest.mark.parametrize("S", [1, 31, 32, 33, 70])
+def test_packed_masks_hold_one_bit_per_position(S):
+    allowed = np.random.default_rng(S).random((2, 3, S)) < 0.5
+    np.testing.assert_array_equal(pack_mask(jnp.asarray(allowed)), pack_bits(allowed))
 
 
 def test_rows_that_may_see_nothing_are_zero():
