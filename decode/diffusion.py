@@ -25,168 +25,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from decode.rules.caches import CachePolicy, Canvas, NoCache
-from decode.rules.confidences import Probability
-from decode.rules.constraints import TokenBan
-from decode.rules.contracts import (
-    WIDTHS,
-    CommitRule,
-    Component,
-    Confidence,
-    Constraint,
-    Progress,
-    Reviser,
-    Revision,
-    Round,
-    Scheduler,
-    Stopper,
-    surest,
-)
-from decode.rules.fixed_blocks import FixedBlocks
-from decode.rules.revisers import Keep
-from decode.rules.stoppers import Filled
-from decode.rules.threshold import Threshold
+from decode.freedave import freedave_round, no_drafts
+from decode.rounds import DiffusionMethod, DiffusionState, apply, judge, mask_id
 from dlm.config import ModelConfig
 from dlm.params import Params
-from dlm.sharding import constrain
-from dlm.transformer import output_head, vocab_stats
-from kernels_pallas.unembed_stats import (
-    Noise,
-    VocabStats,
-    logits_stats,
-    unembed_logits,
-)
 
-
-class DiffusionMethod(struct.PyTreeNode):
-    """A decoding method: one component per axis, and how tokens are drawn.
-
-    Attributes:
-      scheduler: which positions are eligible now.
-      cache: which positions are recomputed.
-      confidence: how sure each proposal is.
-      rule: which proposals are committed.
-      reviser: whether decided tokens may change.
-      stopper: when a row is done before it is full.
-      constraint: which tokens are allowed.
-      temperature: > 0; proposals are drawn from softmax(z / temperature), while confidences are
-        those of softmax(z). None: the arg-max.
-      guidance: classifier-free guidance scale w >= 0: z_u + (w + 1) (z_c - z_u), where z_u sees
-        MASK in place of the prompt. Twice the forwards. None: off.
-    """
-
-    scheduler: Scheduler = FixedBlocks()
-    cache: CachePolicy = NoCache()
-    confidence: Confidence = Probability()
-    rule: CommitRule = Threshold()
-    reviser: Reviser = Keep()
-    stopper: Stopper = Filled()
-    constraint: Constraint = TokenBan()
-    temperature: jax.Array | float | None = None
-    guidance: jax.Array | float | None = None
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            self.scheduler,
-            self.cache,
-            self.confidence,
-            self.rule,
-            self.reviser,
-            self.stopper,
-            self.constraint,
-        )
-
-    def validate(self, cfg: ModelConfig) -> None:
-        """Raises ValueError, in one sentence, if the method makes no sense for the model."""
-        for component in self.components:
-            component.validate(cfg)
-            if WIDTHS.index(component.width) > WIDTHS.index(self.cache.covers):
-                raise ValueError(
-                    f"{type(component).__name__} must see the whole {component.width}, but "
-                    f"{type(self.cache).__name__} recomputes only the {self.cache.covers}: "
-                    "use another cache"
-                )
-        for component in self.components:
-            if reason := component.refuse(self):
-                raise ValueError(reason)
-        if self.temperature is not None and not float(self.temperature) > 0:
-            raise ValueError(
-                f"temperature={float(self.temperature):g} must be positive, or None for greedy"
-            )
-        if self.guidance is not None and not float(self.guidance) >= 0:
-            raise ValueError(f"guidance={float(self.guidance):g} must be at least 0, or None")
-        _mask_id(cfg)
-
-    @property
-    def width(self) -> str:
-        """What the window shows: the most that any component asks for."""
-        return max((component.width for component in self.components), key=WIDTHS.index)
-
-    @property
-    def needs_logits(self) -> bool:
-        return any(component.needs_logits for component in self.components)
-
-    @property
-    def needs_shadow(self) -> bool:
-        return any(component.needs_shadow for component in self.components)
-
-    def window_len(self, gen_len: int) -> int:
-        """W, for rows of up to `gen_len` completion positions."""
-        return self.scheduler.window_len(gen_len) if self.width == "block" else gen_len
-
-
-class DiffusionState(struct.PyTreeNode):
-    """Everything the loop carries, and everything that is reported afterwards.
-
-    Attributes:
-      tokens: [B, S] int32. Prompts, left-padded to P, and completions; MASK where undecided.
-      start: [B] int32. First real prompt position.
-      end: [B] int32. Past the row's last completion position.
-      block_start: [B] int32. The open block.
-      block_end: [B] int32. Its end.
-      block_step: [B] int32. Rounds since it was opened; 0: no forward has seen it.
-      num_open: [B] int32. Undecided positions when it was opened.
-      step_map: [B, G] int32. The row's 0-based round that decided a position; -1: undecided.
-      log_prob: [B, G] float32. Log-probability of the token when it was committed.
-      confidence: [B, G] float32 in [0, 1]. Confidence when it was committed.
-      row_step: [B] int32. Rounds the row took part in.
-      num_forwards: [B] int32. Forwards made for the row: its rounds, twice that with guidance.
-      has_stopped: [B] bool.
-      stopped_early: [B] bool. Ended by the stopper rather than by being full.
-      key: [B, 2] uint32. One random stream per row.
-      cache: the cache policy's state.
-      components: the states of scheduler, confidence, rule, reviser and stopper.
-      num_steps: scalar int32. Rounds of the loop, for the whole batch.
-      prompt_len: P. Static.
-    """
-
-    tokens: jax.Array
-    start: jax.Array
-    end: jax.Array
-    block_start: jax.Array
-    block_end: jax.Array
-    block_step: jax.Array
-    num_open: jax.Array
-    step_map: jax.Array
-    log_prob: jax.Array
-    confidence: jax.Array
-    row_step: jax.Array
-    num_forwards: jax.Array
-    has_stopped: jax.Array
-    stopped_early: jax.Array
-    key: jax.Array
-    cache: Any
-    components: tuple[Any, Any, Any, Any, Any]
-    num_steps: jax.Array
-    prompt_len: int = struct.field(pytree_node=False)
+__all__ = ["DiffusionMethod", "DiffusionState", "decode", "init_state", "step", "stream"]
 
 
 def init_state(
@@ -245,7 +94,7 @@ def init_state(
     for b, (prompt, length, seed) in enumerate(zip(prompts, gen_lens, seed_list, strict=True)):
         start[b], end[b] = P - len(prompt), P + length
         tokens[b, start[b] : P] = prompt
-        tokens[b, P : end[b]] = _mask_id(cfg)
+        tokens[b, P : end[b]] = mask_id(cfg)
         key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
     num_rows = 2 * B if method.guidance is not None else B
@@ -283,6 +132,7 @@ def init_state(
             )
         ),
         num_steps=jnp.zeros((), jnp.int32),
+        drafts=no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
         prompt_len=P,
     )
 
@@ -318,311 +168,17 @@ def step(
     params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
 ) -> DiffusionState:
     """One round. Pure; rows that are done, or wait for their cache, stay as they are."""
+    if method.lookahead:
+        return freedave_round(params, cfg, method, state)
     with jax.named_scope("judge"):
         view, cache, served = judge(params, cfg, method, state)
     with jax.named_scope("commit"):
         return apply(cfg, method, state.replace(cache=cache), view, served)
 
 
-def judge(
-    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
-) -> tuple[Round, Any, jax.Array]:
-    """One forward: the round for the components to see, the cache, and the rows [B] served."""
-    W = method.window_len(state.step_map.shape[1])
-    start = jnp.full_like(state.block_start, state.prompt_len)
-    start = start if method.width == "canvas" else state.block_start
-    hidden, cache, served = _forward(params, cfg, method, state, start, W)
-    return _propose(params, cfg, method, state, hidden, start - state.prompt_len), cache, served
-
-
-def apply(
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    view: Round,
-    served: jax.Array,
-) -> DiffusionState:
-    """Lets the components decide on a round, and writes down what they decide."""
-    P, G = state.prompt_len, state.step_map.shape[1]
-    view, revision, ends, components = _choose(method, view, state)
-    window = _Window(view.index[:, 0], view.index.shape[1], G)
-    commit = revision.commit & served[:, None]
-    tokens = window.put(state.tokens[:, P:], commit, view.proposal)
-    step_map = window.put(state.step_map, commit, state.row_step[:, None])
-    log_prob = window.put(state.log_prob, commit, view.log_prob)
-    confidence = window.put(state.confidence, commit, jnp.exp(view.confidence))
-    if revision.take_back is not None:
-        take_back = revision.take_back & served[:, None] & (commit | ~view.undecided)
-        tokens = window.put(tokens, take_back, _mask_id(cfg))
-        step_map = window.put(step_map, take_back, -1)
-
-    took_part = served.astype(jnp.int32)
-    new = state.replace(
-        tokens=jax.lax.dynamic_update_slice(state.tokens, tokens, (0, P)),
-        step_map=step_map,
-        log_prob=log_prob,
-        confidence=confidence,
-        end=jnp.where(served, P + ends, state.end),
-        block_end=jnp.where(served, P + jnp.minimum(view.block_end, ends), state.block_end),
-        num_open=jnp.where(served, view.num_open, state.num_open),
-        row_step=state.row_step + took_part,
-        block_step=state.block_step + took_part,
-        num_forwards=state.num_forwards + took_part * (1 if method.guidance is None else 2),
-        components=_where(served, components, state.components),
-        num_steps=state.num_steps + 1,
-    )
-    held = None if revision.hold is None else revision.hold & served
-    return _advance(cfg, method, new, held)
-
-
 _step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
     step
 )
-
-
-def _forward(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    start: jax.Array,
-    window_len: int,
-) -> tuple[jax.Array, Any, jax.Array]:
-    """Hidden states that predict W positions from `start` [B] on, the cache, and the rows served.
-
-    [B, W, D], or [B, 2 W, D] with a shadow: the same positions again, as MASK sees them.
-
-    Guidance doubles the rows: the second half sees MASK in place of its prompt. Logits are linear
-    in hidden states, so the two are mixed here, in float32, and nothing else knows of it.
-    """
-    canvas = Canvas(
-        tokens=constrain(state.tokens, "batch", None),
-        start=state.start,
-        end=state.end,
-        block_start=state.block_start,
-        block_end=state.block_end,
-        is_active=~state.has_stopped,
-        block_is_new=state.block_step == 0,
-        window_start=start,
-        prompt_len=state.prompt_len,
-        has_shadow=method.needs_shadow,
-    )
-    if method.guidance is None:
-        return method.cache.judge(params, cfg, canvas, window_len, state.cache)
-    B = state.tokens.shape[0]
-    in_prompt = (jnp.arange(state.tokens.shape[1]) < state.prompt_len)[None]
-    blind = canvas.replace(tokens=jnp.where(in_prompt, _mask_id(cfg), state.tokens))
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), canvas, blind)
-    hidden, cache, served = method.cache.judge(params, cfg, both, window_len, state.cache)
-    sighted, blinded = hidden[:B].astype(jnp.float32), hidden[B:].astype(jnp.float32)
-    return blinded + (method.guidance + 1) * (sighted - blinded), cache, served[:B]
-
-
-def _propose(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    hidden: jax.Array,
-    offset: jax.Array,
-) -> Round:
-    """What the model says about the W positions from completion position `offset` [B] on."""
-    G, P = state.step_map.shape[1], state.prompt_len
-    B, W = hidden.shape[0], method.window_len(G)
-    hidden, shadow = hidden[:, :W], hidden[:, W:]
-    window = _Window(offset, W, G)
-    is_there = window.index < (state.end - P)[:, None]
-    undecided = (window.get(state.step_map) < 0) & is_there
-    block_start, block_end = state.block_start - P, state.block_end - P
-    in_block = (window.index >= block_start[:, None]) & (window.index < block_end[:, None])
-    noise_key = _noise_key(state.key, state.row_step, window.index)
-    view = Round(
-        tokens=window.get(state.tokens[:, P:]),
-        proposal=jnp.zeros((B, W), jnp.int32),
-        log_prob=jnp.zeros((B, W), jnp.float32),
-        confidence=jnp.zeros((B, W), jnp.float32),
-        eligible=undecided & in_block,
-        undecided=undecided,
-        in_block=in_block,
-        stats=None,  # type: ignore[arg-type]
-        shadow_log_prob=None,
-        logits=None,
-        noise_key=noise_key,
-        temperature=None,
-        index=window.index,
-        block_start=block_start,
-        block_end=block_end,
-        block_step=state.block_step,
-        row_step=state.row_step,
-        num_open=state.num_open,
-        gen_len=state.end - P,
-    )
-    noise = None
-    if method.temperature is not None:
-        temperature = jnp.asarray(method.temperature, jnp.float32)
-        view = view.replace(temperature=temperature)
-        noise = Noise(key=noise_key.reshape(B * W, 2), temperature=temperature)
-    given = method.confidence.given_ids(state.components[1])
-    logits, stats = _read(params, cfg, method, view, hidden, noise, given)
-    if shadow.shape[1]:
-        _, blind = _read(params, cfg, method, view, shadow, None, view.tokens[..., None])
-        assert blind.given_log_probs is not None
-        view = view.replace(shadow_log_prob=blind.given_log_probs[..., 0])
-    proposal = stats.token if stats.sample is None else stats.sample
-    log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
-    return view.replace(
-        stats=stats, logits=logits, proposal=proposal, log_prob=log_prob, confidence=log_prob
-    )
-
-
-def _read(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    view: Round,
-    hidden: jax.Array,
-    noise: Noise | None,
-    given_ids: jax.Array | None,
-) -> tuple[jax.Array | None, VocabStats]:
-    """What hidden states [B, W, D] say about the vocabulary, each [B, W, ...]."""
-    B, W, D = hidden.shape
-    rows, banned = hidden.reshape(B * W, D), method.constraint.banned_ids(cfg)
-    given_ids = None if given_ids is None else given_ids.reshape(B * W, -1)
-    logits = None
-    if method.needs_logits:
-        logits = unembed_logits(rows, output_head(params), banned).reshape(B, W, -1)
-        if method.constraint.needs_logits:
-            logits = method.constraint.mask_logits(view, logits)
-        stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given_ids)
-    else:
-        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise, given_ids=given_ids)
-    return logits, jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
-
-
-def _choose(
-    method: DiffusionMethod, view: Round, state: DiffusionState
-) -> tuple[Round, Revision, jax.Array, tuple[Any, Any, Any, Any, Any]]:
-    """Runs the components: the round judged, what to commit, where rows end [B], their states."""
-    scheduler, confidence, rule, reviser, stopper = state.components
-    view, confidence = method.confidence.measure(view, confidence)
-    eligible, block_end, scheduler = method.scheduler.focus(view, scheduler)
-    in_block = view.in_block & (view.index < block_end[:, None])
-    opened = (view.undecided & in_block).sum(axis=-1)
-    view = view.replace(
-        eligible=eligible & view.eligible,
-        in_block=in_block,
-        block_end=block_end,
-        num_open=jnp.where(view.block_step == 0, opened, view.num_open),
-    )
-    commit, rule = method.rule.commit(view, rule)
-    commit &= view.eligible
-    if not method.rule.may_idle:
-        idle = ~commit.any(axis=-1, keepdims=True)
-        commit |= idle & surest(view.confidence, view.eligible)
-    revision, reviser = method.reviser.revise(view, commit, reviser)
-    done, stopper = method.stopper.fill(view, stopper)
-    if done is not None:
-        revision = _fill(view, revision, done)
-    ends = method.stopper.cut(view, revision.commit)
-    ends = view.gen_len if ends is None else jnp.minimum(ends, view.gen_len)
-    return view, revision, ends, (scheduler, confidence, rule, reviser, stopper)
-
-
-def _fill(view: Round, revision: Revision, done: jax.Array) -> Revision:
-    """Commits everything that is undecided in rows that are `done` [B], and nothing else there."""
-    take_back, hold = revision.take_back, revision.hold
-    return Revision(
-        commit=jnp.where(done[:, None], view.undecided, revision.commit),
-        take_back=None if take_back is None else take_back & ~done[:, None],
-        hold=None if hold is None else hold & ~done,
-    )
-
-
-def _advance(
-    cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState, held: jax.Array | None
-) -> DiffusionState:
-    """Opens the next block of rows whose block is full, and ends rows that are done."""
-    P, G = state.prompt_len, state.step_map.shape[1]
-    position = P + jnp.arange(G)[None]
-    decided = state.step_map >= 0
-    open_now = (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
-    is_full = ~(open_now & ~decided).any(axis=-1) & (state.block_step > 0)
-    if method.cache.follow_up:
-        is_full &= state.block_step > 1
-    if held is not None:
-        is_full &= ~held
-    progress = Progress(
-        completion=state.tokens[:, P:],
-        decided=decided,
-        block_start=state.block_start - P,
-        block_end=state.block_end - P,
-        end=state.end - P,
-        is_full=is_full,
-        prompt_len=P - state.start,
-    )
-    start, end = method.scheduler.advance(progress)
-    filled = (start >= progress.end) | (is_full & _is_complete(progress))
-    early = method.stopper.should_stop(progress, cfg.eos_token_id)
-    early &= ~filled & ~state.has_stopped
-    return state.replace(
-        block_start=P + start,
-        block_end=P + end,
-        block_step=jnp.where(start == progress.block_start, state.block_step, 0),
-        has_stopped=state.has_stopped | filled | early,
-        stopped_early=state.stopped_early | early,
-    )
-
-
-def _is_complete(progress: Progress) -> jax.Array:
-    """[B] bool: rows that lack nothing, also beyond the open block."""
-    missing = ~progress.decided & (
-        jnp.arange(progress.decided.shape[1])[None] < progress.end[:, None]
-    )
-    return ~missing.any(axis=-1)
-
-
-class _Window:
-    """Reads and writes W consecutive completion positions per row of [B, G] arrays.
-
-    Positions past the end (of the last, shorter block) read the last entry and write nothing.
-    """
-
-    def __init__(self, start: jax.Array, length: int, total: int):
-        self.index = start[:, None] + jnp.arange(length)[None]  # [B, W]
-        self.inside = self.index < total
-        self.total = total
-
-    def get(self, x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.minimum(self.index, self.total - 1), axis=1)
-
-    def put(self, x: jax.Array, where: jax.Array, value: jax.Array | int) -> jax.Array:
-        index = jnp.where(where & self.inside, self.index, self.total)  # out of bounds: dropped
-        value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
-        rows = jnp.arange(x.shape[0])[:, None]
-        return x.at[rows, index].set(value, mode="drop")
-
-
-def _noise_key(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:
-    """[B, W, 2] uint32: a stream per row's key, round and completion position."""
-
-    def fold(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:
-        row = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), row_step)
-        return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(row, i)))(index)
-
-    return jax.vmap(fold)(key, row_step, index)
-
-
-def _where(rows: jax.Array, new: Any, old: Any) -> Any:
-    """Per-row selection over a pytree of arrays with a leading batch axis."""
-    return jax.tree.map(
-        lambda n, o: jnp.where(rows.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old
-    )
-
-
-def _mask_id(cfg: ModelConfig) -> int:
-    if cfg.mask_token_id is None:
-        raise ValueError("mask_token_id=None: masked diffusion needs a model with a MASK token")
-    return cfg.mask_token_id
 
 
 def _check_prompts(

@@ -16,10 +16,13 @@ from decode.rules.fixed_blocks import FixedBlocks
 from decode.rules.hierarchical import Hierarchical
 from decode.rules.klass import Klass
 from decode.rules.local_leap import LocalLeap
+from decode.rules.multi_block import MultiBlock
 from decode.rules.prophet import Prophet
 from decode.rules.quota import Quota
 from decode.rules.revisers import Keep
+from decode.rules.slow_fast import SlowFast
 from decode.rules.stoppers import Eos, EosBlock, Filled
+from decode.rules.sub_blocks import SubBlocks
 from decode.rules.threshold import Threshold
 from decode.rules.wino import NarrowOut, WideIn
 
@@ -53,6 +56,7 @@ __all__ = [
     "Klass",
     "LocalLeap",
     "Margin",
+    "MultiBlock",
     "NarrowOut",
     "NegEntropy",
     "NoCache",
@@ -61,7 +65,9 @@ __all__ = [
     "Prophet",
     "Quota",
     "Random",
+    "SlowFast",
     "SparseCredit",
+    "SubBlocks",
     "Threshold",
     "TokenBan",
     "WideIn",

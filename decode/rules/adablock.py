@@ -71,7 +71,7 @@ class AdaBlock(Scheduler):
         is_delimiter &= (place >= 0) & (place < jnp.minimum(ahead, left)[:, None])
         sure = jnp.where(is_delimiter, view.log_prob, -jnp.inf)
         best = jnp.argmax(sure, axis=-1)  # the leftmost on ties
-        found = sure.max(axis=-1) >= log_confidence(self.threshold)
+        found = is_delimiter.any(axis=-1) & (sure.max(axis=-1) >= log_confidence(self.threshold))
         on_delimiter = jnp.take_along_axis(view.index, best[:, None], axis=-1)[:, 0] + 1
         settled = jnp.where(found, on_delimiter, start + jnp.minimum(self.block_len, left))
         block_end = jnp.where(view.block_step == 0, settled, view.block_end)

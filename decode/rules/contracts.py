@@ -232,8 +232,11 @@ class Stopper(Component):
         """
         return None, state
 
-    def cut(self, view: Round, commit: jax.Array) -> jax.Array | None:
-        """Where rows end from now on, [B] completion positions; None: where they did."""
+    def cut(self, view: Round, commit: jax.Array, state: Any) -> jax.Array | None:
+        """Where rows end from now on, [B] completion positions; None: where they did.
+
+        `state` is what `fill` returned. A row's end never moves back up.
+        """
         return None
 
     def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:

@@ -8,7 +8,7 @@ Letters: B rows, W window positions, V vocabulary, K slots.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,8 @@ class Credit(Confidence):
         B, W, V = view.logits.shape
         credit = jnp.where(_is_first(view), 0.0, self.beta * state)
         favourite = jnp.arange(V)[None, None] == view.stats.token[..., None]
-        gain = jnp.where(view.undecided, jnp.exp(self.gamma * view.stats.log_prob), 0.0)
+        gains = view.undecided & view.in_block
+        gain = jnp.where(gains, jnp.exp(self.gamma * view.stats.log_prob), 0.0)
         credit = credit + jnp.where(favourite, gain[..., None], 0.0)
         fused = view.logits + self.alpha * jnp.log1p(credit)
         noise = None
@@ -102,6 +103,13 @@ class SparseCredit(Confidence):
         Credit(self.alpha, self.gamma, self.beta).validate(cfg)
         check_range("num_slots", self.num_slots, 1, cfg.vocab_size)
 
+    def refuse(self, method: Any) -> str | None:
+        if method.temperature is not None:
+            return "SparseCredit is greedy: use Credit with a temperature"
+        if method.lookahead:
+            return "SparseCredit must know its slots before the forward: use Credit with lookahead"
+        return None
+
     def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> Slots:
         shape = (batch_size, window_len, self.num_slots)
         return Slots(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
@@ -111,8 +119,6 @@ class SparseCredit(Confidence):
         return jnp.maximum(state.token, 0)
 
     def measure(self, view: Round, state: Slots) -> tuple[Round, Slots]:
-        if view.temperature is not None:
-            raise ValueError("SparseCredit is greedy: use Credit with a temperature")
         stats = view.stats
         assert stats.given_log_probs is not None
         token = jnp.where(_is_first(view), -1, state.token)
@@ -122,7 +128,7 @@ class SparseCredit(Confidence):
         least = jnp.argmin(jnp.where(token >= 0, credit, -1.0), axis=-1)
         is_least = jnp.arange(self.num_slots)[None, None] == least[..., None]
         is_new = ~is_favourite.any(axis=-1, keepdims=True) & is_least
-        takes = view.undecided[..., None] & (is_favourite | is_new)
+        takes = (view.undecided & view.in_block)[..., None] & (is_favourite | is_new)
         gain = jnp.exp(self.gamma * stats.log_prob)[..., None]
         credit = jnp.where(takes, jnp.where(is_new, 0.0, credit) + gain, credit)
         token = jnp.where(takes, stats.token[..., None], token)

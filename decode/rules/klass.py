@@ -18,10 +18,12 @@ class History(struct.PyTreeNode):
     Attributes:
       log_p: [B, W, V] float32. Log-probabilities of the round before.
       stable: [B, W] int32. For how many rounds in a row the divergence has been small.
+      seen: [B, W] bool. Positions that were part of the block in the round before.
     """
 
     log_p: jax.Array
     stable: jax.Array
+    seen: jax.Array
 
 
 @struct.dataclass
@@ -54,7 +56,9 @@ class Klass(CommitRule):
     def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> History:
         shape = (batch_size, window_len)
         return History(
-            jnp.zeros((*shape, cfg.vocab_size), jnp.float32), jnp.zeros(shape, jnp.int32)
+            jnp.zeros((*shape, cfg.vocab_size), jnp.float32),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, bool),
         )
 
     def commit(self, view: Round, state: History) -> tuple[jax.Array, History]:
@@ -62,7 +66,8 @@ class Klass(CommitRule):
         log_p = jax.nn.log_softmax(view.logits)
         p = jnp.exp(log_p)
         kl = jnp.where(p > 0, p * (log_p - state.log_p), 0.0).sum(axis=-1)
-        is_first = (view.block_step == 0)[:, None]  # there is no round before it in this block
-        stable = jnp.where(~is_first & (kl < self.max_kl), state.stable + 1, 0)
+        was_seen = state.seen & (view.block_step > 0)[:, None]
+        stable = jnp.where(was_seen & (kl < self.max_kl), state.stable + 1, 0)
         is_sure = view.confidence > log_confidence(self.threshold)
-        return view.eligible & is_sure & (stable >= self.history), History(log_p, stable)
+        is_stable = stable >= self.history
+        return view.eligible & is_sure & is_stable, History(log_p, stable, view.in_block)

@@ -21,8 +21,11 @@ class Model:
         self.cfg = cfg
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-    def run(self, tokens, positions, context=None):
-        """Hidden states [T, D] and per layer the (keys, values) of these T positions."""
+    def run(self, tokens, positions, context=None, allowed=None):
+        """Hidden states [T, D] and per layer the (keys, values) of these T positions.
+
+        `allowed` [T, S]: which keys (the context's first) each of them sees; None: all.
+        """
         p, cfg = self.params, self.cfg
         x, written = p["embed"][np.asarray(tokens)], []
         frequency = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
@@ -37,7 +40,7 @@ class Model:
             written.append((k, v))
             if context is not None:
                 k, v = (np.concatenate([c, new]) for c, new in zip(context[i], (k, v), strict=True))
-            x = x + np.einsum("tnh,nhd->td", self.attend(q, k, v), a["o"])
+            x = x + np.einsum("tnh,nhd->td", self.attend(q, k, v, allowed), a["o"])
             h, m = self.norm(x, layer["mlp_norm"]), layer["mlp"]
             gate = h @ m["gate"]
             x = x + (gate / (1 + np.exp(-gate)) * (h @ m["up"])) @ m["down"]
@@ -58,10 +61,12 @@ class Model:
         )
 
     @staticmethod
-    def attend(q, k, v):
+    def attend(q, k, v, allowed=None):
         group = q.shape[1] // k.shape[1]
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("tnh,snh->nts", q, k) / math.sqrt(q.shape[-1])
+        if allowed is not None:
+            scores = np.where(allowed, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
 
@@ -71,17 +76,18 @@ def decode(
     prompt,
     gen_len,
     *,
-    block_len,
     rule,
+    scheduler,
     cache="none",
     confidence="probability",
-    stopper="filled",
+    reviser=("keep",),
+    stopper=("filled",),
     temperature=None,
     guidance=None,
     banned=(),
     seed=0,
 ):
-    """Decodes one prompt. `rule` is a tuple such as ("threshold", 0.9).
+    """Decodes one prompt. Components are tuples such as ("threshold", 0.9), ("fixed", 32).
 
     Returns a dict of tokens, step_map, num_forwards, confidence and log_prob.
     """
@@ -89,62 +95,195 @@ def decode(
     canvas = list(prompt) + [cfg.mask_token_id] * gen_len
     step_map = [-1] * gen_len
     report = {"confidence": [0.0] * gen_len, "log_prob": [0.0] * gen_len}
-    step = 0
-    stopped = False
-    for low in range(0, gen_len, block_len):
-        high = min(low + block_len, gen_len)
-        num_open, block_step, memory = high - low, 0, None
-        traces = {g: {} for g in range(low, high)}  # what rules and confidences remember
-        while any(step_map[g] < 0 for g in range(low, high)) and not stopped:
-            hidden, memory = _judge(model, canvas, P, low, high, cache, guidance, memory)
-            choices = {}
-            for g in range(low, high):
-                if step_map[g] < 0:
-                    choices[g] = _propose(
-                        model,
-                        hidden[g - low],
-                        banned,
-                        confidence,
-                        temperature,
-                        (seed, step, g),
-                        traces[g],
-                    )
-            for g in _commit(rule, choices, block_step, num_open):
-                canvas[P + g], step_map[g] = choices[g]["token"], step
-                report["confidence"][g] = choices[g]["confidence"]
-                report["log_prob"][g] = choices[g]["log_prob"]
-            step, block_step = step + 1, block_step + 1
-            stopped = stopper == "eos" and _text_ended(canvas[P:], step_map, cfg.eos_token_id)
+    step, low, end = 0, 0, gen_len
+    high = _opened(scheduler, low, end)
+    block_step, memory, traces = 0, None, {}
+    masks = lambda first, last: [g for g in range(first, last) if step_map[g] < 0]
+    while low < end:
+        if block_step == 0:
+            memory, traces = None, {g: {} for g in range(gen_len)}
+            notes = {"last": 30}  # what scheduler and reviser remember of the block
+        hidden, memory, shadow = _judge(model, canvas, P, low, high, cache, guidance, memory, end)
+        seen = {  # the whole canvas at a refresh, else what was recomputed
+            g: _propose(model, h, banned, confidence, temperature, (seed, step, g), traces[g], mask)
+            for g, h in hidden.items()
+            if (low <= g < high or stopper[0] == "prophet")
+            for mask in [step_map[g] < 0 and low <= g < high]
+        }
+        eligible = masks(low, high)
+        high, eligible = _focus(
+            scheduler, seen, eligible, low, high, end, block_step, step_map, notes
+        )
+        if block_step == 0:
+            num_open = len(masks(low, high))
+        choices = {g: seen[g] for g in eligible}
+        commits = _commit(rule, choices, block_step, num_open) if choices else []
+        fills = stopper[0] == "prophet" and _answer_is_clear(stopper, seen, step, gen_len, end)
+        back, held = [], False
+        if fills:
+            commits = masks(0, end)
+        else:
+            back, held = _revise(
+                reviser, model, canvas, P, low, high, step_map, shadow, commits, banned, notes
+            )
+        for g in commits:
+            canvas[P + g], step_map[g] = seen[g]["token"], step
+            report["confidence"][g] = seen[g]["confidence"]
+            report["log_prob"][g] = seen[g]["log_prob"]
+        for g in back:
+            canvas[P + g], step_map[g] = cfg.mask_token_id, -1
+        step, block_step = step + 1, block_step + 1
+        is_full = not masks(low, high) and not held
+        if is_full and not masks(0, end):
+            break
+        if stopper[0] == "eos" and _text_ended(canvas[P:], step_map, cfg.eos_token_id):
+            break
+        if stopper[0] == "eos_block" and is_full and cfg.eos_token_id in canvas[P : P + high]:
+            break
+        start = low
+        low, high = _advanced(scheduler, low, high, end, is_full, masks)
+        if low != start:
+            block_step = 0
     num_forwards = step * (1 if guidance is None else 2)
     return {"tokens": canvas[P:], "step_map": step_map, "num_forwards": num_forwards, **report}
 
 
-def _judge(model, canvas, P, low, high, cache, guidance, memory):
-    """Hidden states that predict positions low..high, and what later steps of the block reuse."""
-    shift = int(model.cfg.shifted_logits)
-    blind = [model.cfg.mask_token_id] * P + canvas[P:]
+def _opened(scheduler, low, end):
+    """Where the block that starts at `low` stops, as far as is known before its first forward."""
+    name, block_len, *rest = scheduler
+    if name == "adablock":
+        share = rest[0]
+        return min(low + max(block_len, int(share * end)), end)
+    if name == "slow_fast":
+        return min((low // block_len + 1) * block_len, end)
+    return min(low + block_len, end)
+
+
+def _focus(scheduler, seen, eligible, low, high, end, block_step, step_map, notes):
+    """Once proposals are known: where the block stops, and which positions may be committed."""
+    name, block_len, *rest = scheduler
+    if name == "adablock" and block_step == 0:
+        share, bar, delimiters = rest
+        ahead = [g for g in range(low, low + min(int(share * end), end - low))]
+        ahead = [g for g in ahead if seen[g]["token"] in delimiters]
+        best = max(ahead, key=lambda g: (seen[g]["log_prob"], -g), default=None)
+        high = min(low + block_len, end)
+        if best is not None and math.exp(seen[best]["log_prob"]) >= bar:
+            high = best + 1
+        return high, [g for g in eligible if g < high]
+    if name == "sub_blocks":
+        part = lambda g: (g - low) // rest[0]
+        return high, [g for g in eligible if part(g) == part(eligible[0])]
+    if name == "multi_block":
+        _, _, active_at, gate = rest
+
+        def may(g):
+            first = g // block_len * block_len
+            before = [step_map[i] >= 0 for i in range(first - block_len, first)]
+            active = first == low or np.mean(before) >= active_at
+            return active or seen[g]["confidence"] >= gate
+
+        return high, [g for g in eligible if may(g)]
+    if name == "slow_fast" and block_step < rest[0]:
+        explore, floor = rest
+        if "stretch" not in notes:
+            far = [g + 1 for g in eligible if seen[g]["confidence"] >= floor]
+            notes["far"] = [*notes.get("far", []), max(far, default=low + 1)][-2:]
+            if len(notes["far"]) == 2 and np.std(notes["far"]) < 1:
+                notes["stretch"] = notes["far"][1]
+            elif block_step == explore - 1:
+                notes["stretch"] = int(np.mean(notes["far"]))
+        if block_step == explore - 1:
+            high = notes["stretch"]
+    return high, eligible
+
+
+def _advanced(scheduler, low, high, end, is_full, masks):
+    name, block_len, *rest = scheduler
+    if name != "multi_block":
+        return (high, _opened(scheduler, high, end)) if is_full else (low, high)
+    max_open, open_at, *_ = rest
+    last = (high - 1) // block_len * block_len
+    done = 1 - len(masks(last, high)) / (high - last)
+    while low < high and not masks(low, min(low + block_len, end)):
+        low = min(low + block_len, end)
+    if done >= open_at:
+        high += block_len
+    return low, min(max(high, low + block_len), low + max_open * block_len, end)
+
+
+def _answer_is_clear(stopper, seen, step, gen_len, end):
+    _, first, length, early, mid, late = stopper
+    gaps = [seen[g]["gap"] for g in range(first, min(first + length, end))]
+    progress = (step + 1) / gen_len
+    bar = early if progress < 0.33 else mid if progress < 0.67 else late
+    return bool(gaps) and np.mean(gaps) >= bar
+
+
+def _revise(reviser, model, canvas, P, low, high, step_map, shadow, commits, banned, notes):
+    """Positions to take back, and whether the block stays open though it is full."""
+    if reviser[0] == "keep":
+        return [], False
+    assert reviser[0] == "wino"
+    sure = {}
+    for g in range(low, high):
+        if step_map[g] >= 0:
+            z = model.logits(shadow(g))
+            z[list(banned)] = -np.inf
+            sure[g] = _softmax(z)[canvas[P + g]]
+    fails = sorted((g for g in sure if sure[g] < reviser[1]), key=lambda g: (sure[g], g))
+    limit = notes["last"] - 1 if len(commits) > 1 else 0
+    notes["last"] = len(commits)
+    return fails[:limit], False
+
+
+def _judge(model, canvas, P, low, high, cache, guidance, memory, end):
+    """Hidden states that predict positions, what later steps of the block reuse, and the shadow."""
+    shift, mask = int(model.cfg.shifted_logits), model.cfg.mask_token_id
+    canvas = canvas[: P + end]
+    blind = [mask] * P + canvas[P:]
     views = [canvas] if guidance is None else [canvas, blind]
-    hidden, remembered = [], []
+    hidden, remembered, shadows = [], [], []
     for i, tokens in enumerate(views):
         if memory is None or cache == "none":
+            first, stop, context = 0, len(tokens), None
             h, kv = model.run(tokens, range(len(tokens)))
-            window = h[P + low - shift : P + high - shift]
+            window = {g: h[P + g - shift] for g in range(end)}
             remembered.append((kv, h[P + low - 1]))
         else:
             kv, boundary = memory[i]
-            stop = len(tokens) if cache == "prefix" else P + high
-            outside = [*range(P + low), *range(stop, len(tokens))]
+            first, stop = P + low, len(tokens) if cache == "prefix" else P + high
+            outside = [*range(first), *range(stop, len(tokens))]
             context = [(k[outside], v[outside]) for k, v in kv]
-            h, _ = model.run(tokens[P + low : stop], range(P + low, stop), context)
-            window = np.concatenate([boundary[None], h])[1 - shift :][: high - low]
+            h, _ = model.run(tokens[first:stop], range(first, stop), context)
+            h = np.concatenate([boundary[None], h])[1 - shift :]
+            window = {g: h[P + g - first] for g in range(low, stop - P)}
             remembered.append(memory[i])
         hidden.append(window)
+        shadows.append((tokens, first, stop, context))
+
+    def shadow(g):
+        """The hidden state of the shadow at position g."""
+        out = []
+        for tokens, first, stop, context in shadows:
+            n, W = stop - first, high - low
+            outside = 0 if context is None else len(context[0][0])
+            allowed = np.ones((n + W, outside + n + W), bool)
+            allowed[:n, outside + n :] = False
+            for j in range(W):
+                allowed[n + j, outside + P + low + j - first] = False
+            places = [*range(first, stop), *range(P + low, P + high)]
+            h, _ = model.run(tokens[first:stop] + [mask] * W, places, context, allowed)
+            out.append(h[n + g - low])
+        return out[0] if guidance is None else out[1] + (guidance + 1) * (out[0] - out[1])
+
     if guidance is None:
-        return hidden[0], remembered
-    return hidden[1] + (guidance + 1) * (hidden[0] - hidden[1]), remembered
+        return hidden[0], remembered, shadow
+    mixed = {g: hidden[1][g] + (guidance + 1) * (hidden[0][g] - hidden[1][g]) for g in hidden[0]}
+    return mixed, remembered, shadow
 
 
-def _propose(model, hidden, banned, confidence, temperature, stream, trace):
+def _propose(model, hidden, banned, confidence, temperature, stream, trace, is_mask):
     z = model.logits(hidden)
     z[list(banned)] = -np.inf
     p = _softmax(z)
@@ -152,7 +291,8 @@ def _propose(model, hidden, banned, confidence, temperature, stream, trace):
     if confidence == "credit":
         alpha, gamma, beta = 0.7, 0.2, 0.8
         credit = beta * trace.get("credit", np.zeros(len(z)))
-        credit[z.argmax()] += p.max() ** gamma
+        if is_mask:
+            credit[z.argmax()] += p.max() ** gamma
         trace["credit"] = credit
         z = z + alpha * np.log1p(credit)
         p = _softmax(z)
@@ -161,6 +301,7 @@ def _propose(model, hidden, banned, confidence, temperature, stream, trace):
         noise = gumbel_noise(_key(*stream)[None], jnp.arange(len(z)))
         token = int((z + temperature * np.asarray(noise[0], np.float64)).argmax())
     first, second = np.sort(p)[::-1][:2]
+    best, runner_up = np.sort(raw)[::-1][:2]
     entropy = -sum(x * math.log(x) for x in raw if x > 0)
     if "p" in trace:
         kl = sum(x * math.log(x / y) for x, y in zip(raw, trace["p"], strict=True) if x > 0)
@@ -179,6 +320,7 @@ def _propose(model, hidden, banned, confidence, temperature, stream, trace):
         "confidence": sure,
         "log_prob": math.log(raw[token]),
         "entropy": entropy,
+        "gap": math.log(best) - math.log(runner_up),
         "kls": trace["kls"],
     }
 

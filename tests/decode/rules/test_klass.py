@@ -12,14 +12,14 @@ from tests.decode.rounds import make_round
 CFG = types.SimpleNamespace(vocab_size=5)
 
 
-def commits(rule, logits, first_step=0):
+def commits(rule, logits, block_steps=range(99)):
     """What is committed at each step of [steps, W, V] logits, with nothing ever decided."""
     state, out = rule.init(CFG, 1, logits.shape[1]), []
-    for step, z in enumerate(jnp.asarray(logits, jnp.float32)):
+    for block_step, z in zip(block_steps, jnp.asarray(logits, jnp.float32), strict=False):
         stats = logits_stats(z)
         view = make_round(np.exp(stats.log_prob)).replace(
             logits=z[None], stats=jax.tree.map(lambda x: x[None], stats),
-            block_step=jnp.array([step - first_step]),
+            block_step=jnp.array([block_step]),
         )  # fmt: skip
         commit, state = rule.commit(view, state)
         out.append(np.flatnonzero(commit[0]).tolist())
@@ -38,7 +38,7 @@ def test_sure_positions_wait_until_they_have_been_stable():
 def test_history_starts_anew_in_each_block():
     z = np.zeros((4, 1, 5))
     z[..., 2] = 6.0
-    assert commits(Klass(0.9, 0.01, 1), z, first_step=2) == [[0], [0], [], [0]]
+    assert commits(Klass(0.9, 0.01, 1), z, [0, 1, 0, 1]) == [[], [0], [], [0]]
 
 
 def test_bad_values_are_refused(toy_cfg):
