@@ -129,6 +129,7 @@ def init_state(
                 method.rule,
                 method.reviser,
                 method.stopper,
+                method.inputs,
             )
         ),
         num_steps=jnp.zeros((), jnp.int32),

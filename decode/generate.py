@@ -11,12 +11,22 @@ import jax
 import numpy as np
 
 from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state
-from decode.rules import CACHES, CONFIDENCES, STOPPERS, FixedBlocks, Keep, Threshold, TokenBan
+from decode.rules import (
+    CACHES,
+    CONFIDENCES,
+    STOPPERS,
+    FixedBlocks,
+    Keep,
+    MaskInputs,
+    Threshold,
+    TokenBan,
+)
 from decode.rules.caches import CachePolicy
 from decode.rules.contracts import (
     CommitRule,
     Confidence,
     Constraint,
+    Inputs,
     Reviser,
     Scheduler,
     Stopper,
@@ -71,10 +81,12 @@ def generate(
     scheduler: Scheduler | None = None,
     reviser: Reviser = Keep(),  # noqa: B008
     constraint: Constraint = TokenBan(),  # noqa: B008
+    inputs: Inputs = MaskInputs(),  # noqa: B008
     gen_len: int | Sequence[int] = 256,
     block_len: int | None = 32,
     temperature: float = 0.0,
     guidance: float = 0.0,
+    lookahead: int = 0,
     seed: int | Sequence[int] = 0,
 ) -> Any:
     """Decodes completions with a masked-diffusion model, many tokens per forward.
@@ -99,10 +111,13 @@ def generate(
       scheduler: which positions are eligible; default: `FixedBlocks(block_len)`.
       reviser: whether decided tokens may change.
       constraint: which tokens are allowed; default: all but MASK.
+      inputs: what the model sees at undecided positions; default: MASK.
       gen_len: completion length in tokens, for all or per prompt.
       block_len: positions per block; None: one block. Unused with a `scheduler`.
       temperature: 0: arg-max; > 0: proposals are sampled.
       guidance: classifier-free guidance scale; 0: off.
+      lookahead: guess so many rounds ahead and check them with one forward: the same answer with
+        fewer forwards, each of them larger. Only without cache.
       seed: one number (prompt i then uses seed + i) or one per prompt.
 
     Returns:
@@ -124,7 +139,9 @@ def generate(
         stopper=_named("stopper", stopper, STOPPERS),
         constraint=constraint,
         temperature=None if temperature == 0 else temperature,
+        inputs=inputs,
         guidance=None if guidance == 0 else guidance,
+        lookahead=lookahead,
     )
     with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
         state = prepare(lm.cfg, method, encoded, gen_len=gen_len, seed=seed)

@@ -35,14 +35,22 @@ from decode.rules import (
     Klass,
     LocalLeap,
     Margin,
+    MultiBlock,
     NarrowOut,
     NegEntropy,
     PrefixCache,
     Prophet,
     Quota,
     Random,
+    Remask,
+    ReMDM,
+    RunningConfidence,
+    SlowFast,
+    Smoothing,
     SparseCredit,
+    SubBlocks,
     Threshold,
+    TokenEdit,
     WideIn,
 )
 from decode.rules.contracts import Component
@@ -149,6 +157,38 @@ FAMILIES: dict[str, dict[str, Maker]] = {
     },
     "prophet": {  # the answer is the whole completion
         "prophet": lambda n: _quota(n, stopper=Prophet(0, answer_len=100_000)),
+    },
+    "multi_block": {
+        "multi_block": lambda n: _threshold(n, 0.9, scheduler=MultiBlock(n, 4)),
+        "multi_block_gated": lambda n: _threshold(
+            n, 0.9, scheduler=MultiBlock(n, 4, 0.1, active_at=0.95, gate=0.9)
+        ),
+    },
+    "slow_fast": {
+        "slow_fast": lambda n: _threshold(n, 0.9, scheduler=SlowFast()),
+    },
+    "sub_blocks": {
+        "sub_blocks": lambda n: _threshold(n, 0.9, scheduler=SubBlocks(n, max(n // 4, 1))),
+    },
+    "freedave": {  # the tokens of one_per_step and threshold
+        "freedave": lambda n: _quota(n, lookahead=3),
+        "freedave_threshold": lambda n: _threshold(n, 0.9, lookahead=3),
+    },
+    "smoothing": {
+        "smoothing": lambda n: _threshold(n, 0.9, inputs=Smoothing()),
+    },
+    "token_edit": {
+        "token_edit": lambda n: _threshold(n, 0.7, reviser=TokenEdit(0.5), stopper=EosBlock()),
+        "token_edit_fast": lambda n: _threshold(n, 0.5, reviser=TokenEdit(0.0), stopper=EosBlock()),
+    },
+    "remask": {
+        "remask": lambda n: _quota(n, 2, reviser=Remask(), stopper=EosBlock()),
+    },
+    "running_confidence": {
+        "running_confidence": lambda n: _quota(n, 2, reviser=RunningConfidence()),
+    },
+    "remdm": {
+        "remdm": lambda n: _method(n, reviser=ReMDM(n), stopper=EosBlock()),
     },
     "adablock": {  # delimiter_ids depend on the tokenizer: fill them in
         "adablock": lambda n: _threshold(n, 0.9, scheduler=AdaBlock((), n)),

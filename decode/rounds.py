@@ -24,6 +24,7 @@ from decode.rules.contracts import (
     Component,
     Confidence,
     Constraint,
+    Inputs,
     Progress,
     Reviser,
     Revision,
@@ -33,6 +34,7 @@ from decode.rules.contracts import (
     surest,
 )
 from decode.rules.fixed_blocks import FixedBlocks
+from decode.rules.inputs import MaskInputs
 from decode.rules.revisers import Keep
 from decode.rules.stoppers import Filled
 from decode.rules.threshold import Threshold
@@ -54,6 +56,7 @@ class DiffusionMethod(struct.PyTreeNode):
       reviser: whether decided tokens may change.
       stopper: when a row is done before it is full.
       constraint: which tokens are allowed.
+      inputs: what the model sees at undecided positions.
       temperature: > 0; proposals are drawn from softmax(z / temperature), while confidences are
         those of softmax(z). None: the arg-max.
       guidance: classifier-free guidance scale w >= 0: z_u + (w + 1) (z_c - z_u), where z_u sees
@@ -69,6 +72,7 @@ class DiffusionMethod(struct.PyTreeNode):
     reviser: Reviser = Keep()
     stopper: Stopper = Filled()
     constraint: Constraint = TokenBan()
+    inputs: Inputs = MaskInputs()
     temperature: jax.Array | float | None = None
     guidance: jax.Array | float | None = None
     lookahead: int = struct.field(pytree_node=False, default=0)
@@ -83,6 +87,7 @@ class DiffusionMethod(struct.PyTreeNode):
             self.reviser,
             self.stopper,
             self.constraint,
+            self.inputs,
         )
 
     def validate(self, cfg: ModelConfig) -> None:
@@ -106,13 +111,17 @@ class DiffusionMethod(struct.PyTreeNode):
             raise ValueError(f"guidance={float(self.guidance):g} must be at least 0, or None")
         if self.lookahead < 0:
             raise ValueError(f"lookahead={self.lookahead} must be at least 0")
-        if self.lookahead and (self.cache.covers != "canvas" or self.needs_shadow):
-            blocker = self.reviser if self.needs_shadow else self.cache
-            raise ValueError(
-                f"lookahead={self.lookahead} judges several canvases at once, which "
-                f"{type(blocker).__name__} does not allow: use NoCache and a reviser without shadow"
-            )
-        mask_id(cfg)
+        blockers = [
+            self.cache if self.cache.covers != "canvas" else None,
+            self.reviser if self.needs_shadow else None,
+            self.inputs if not isinstance(self.inputs, MaskInputs) else None,
+        ]
+        for blocker in blockers if self.lookahead else []:
+            if blocker is not None:
+                raise ValueError(
+                    f"lookahead={self.lookahead} judges several canvases at once, which "
+                    f"{type(blocker).__name__} does not allow: leave it out"
+                )
 
     @property
     def width(self) -> str:
@@ -154,7 +163,7 @@ class DiffusionState(struct.PyTreeNode):
       stopped_early: [B] bool. Ended by the stopper rather than by being full.
       key: [B, 2] uint32. One random stream per row.
       cache: the cache policy's state.
-      components: the states of scheduler, confidence, rule, reviser and stopper.
+      components: the states of scheduler, confidence, rule, reviser, stopper and inputs.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
       drafts: [B, d, S] int32 and [B, d] int32: canvases guessed ahead and their ends; or None.
       prompt_len: P. Static.
@@ -176,7 +185,7 @@ class DiffusionState(struct.PyTreeNode):
     stopped_early: jax.Array
     key: jax.Array
     cache: Any
-    components: tuple[Any, Any, Any, Any, Any]
+    components: tuple[Any, ...]
     num_steps: jax.Array
     drafts: tuple[jax.Array, jax.Array] | None
     prompt_len: int = struct.field(pytree_node=False)
@@ -187,8 +196,7 @@ def judge(
 ) -> tuple[Round, Any, jax.Array]:
     """One forward: the round for the components to see, the cache, and the rows [B] served."""
     view = frame(method, state)
-    start = state.prompt_len + view.index[:, 0]
-    hidden, cache, served = _forward(params, cfg, method, state, start, view.index.shape[1])
+    hidden, cache, served = _forward(params, cfg, method, state, view)
     return _read_round(params, cfg, method, state, view, hidden), cache, served
 
 
@@ -204,7 +212,8 @@ def apply(
     view, revision, ends, components = _choose(method, view, state)
     window = _Window(view.index[:, 0], view.index.shape[1], G)
     commit = revision.commit & served[:, None]
-    tokens = window.put(state.tokens[:, P:], commit, view.proposal)
+    proposal = view.proposal if revision.proposal is None else revision.proposal
+    tokens = window.put(state.tokens[:, P:], commit, proposal)
     step_map = window.put(state.step_map, commit, state.row_step[:, None])
     log_prob = window.put(state.log_prob, commit, view.log_prob)
     confidence = window.put(state.confidence, commit, jnp.exp(view.confidence))
@@ -228,7 +237,7 @@ def apply(
         components=select_rows(served, components, state.components),
         num_steps=state.num_steps + 1,
     )
-    held = None if revision.hold is None else revision.hold & served
+    held = None if revision.hold is None else revision.hold | ~served  # who waits holds, too
     return _advance(cfg, method, new, held)
 
 
@@ -237,37 +246,60 @@ def _forward(
     cfg: ModelConfig,
     method: DiffusionMethod,
     state: DiffusionState,
-    start: jax.Array,
-    window_len: int,
+    view: Round,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Hidden states that predict W positions from `start` [B] on, the cache, and the rows served.
+    """Hidden states that predict the W positions of `view`, the cache, and the rows served.
 
     [B, W, D], or [B, 2 W, D] with a shadow: the same positions again, as MASK sees them.
 
     Guidance doubles the rows: the second half sees MASK in place of its prompt. Logits are linear
     in hidden states, so the two are mixed here, in float32, and nothing else knows of it.
     """
+    P, G, W = state.prompt_len, state.step_map.shape[1], view.index.shape[1]
+    start = P + view.index[:, 0]
+    every = jnp.broadcast_to(jnp.arange(G)[None], state.step_map.shape)
+    noise_key = _noise_key(state.key, state.row_step, every)
+    seen = method.inputs.see(cfg, state.tokens[:, P:], state.step_map < 0, noise_key)
+    tokens = jax.lax.dynamic_update_slice(state.tokens, seen, (0, P))
     canvas = Canvas(
-        tokens=constrain(state.tokens, "batch", None),
+        tokens=constrain(tokens, "batch", None),
         start=state.start,
         end=state.end,
         block_start=state.block_start,
         block_end=state.block_end,
         is_active=~state.has_stopped,
         block_is_new=state.block_step == 0,
+        mix=_spread_mix(method, state, view),
         window_start=start,
         prompt_len=state.prompt_len,
         has_shadow=method.needs_shadow,
     )
     if method.guidance is None:
-        return method.cache.judge(params, cfg, canvas, window_len, state.cache)
+        return method.cache.judge(params, cfg, canvas, W, state.cache)
     B = state.tokens.shape[0]
     in_prompt = (jnp.arange(state.tokens.shape[1]) < state.prompt_len)[None]
-    blind = canvas.replace(tokens=jnp.where(in_prompt, mask_id(cfg), state.tokens))
+    blind = canvas.replace(tokens=jnp.where(in_prompt, mask_id(cfg), tokens))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), canvas, blind)
-    hidden, cache, served = method.cache.judge(params, cfg, both, window_len, state.cache)
+    hidden, cache, served = method.cache.judge(params, cfg, both, W, state.cache)
     sighted, blinded = hidden[:B].astype(jnp.float32), hidden[B:].astype(jnp.float32)
     return blinded + (method.guidance + 1) * (sighted - blinded), cache, served[:B]
+
+
+def _spread_mix(
+    method: DiffusionMethod, state: DiffusionState, view: Round
+) -> tuple[jax.Array, jax.Array] | None:
+    """What embeddings of the window are mixed with, laid out over the canvas [B, S]."""
+    mix = method.inputs.mix(view, state.components[5])
+    if mix is None:
+        return None
+    B, S = state.tokens.shape
+    place = jnp.where(view.index < view.gen_len[:, None], state.prompt_len + view.index, S)
+    rows = jnp.arange(B)[:, None]
+    weight, vectors = mix
+    return (
+        jnp.zeros((B, S), jnp.float32).at[rows, place].set(weight, mode="drop"),
+        jnp.zeros((B, S, vectors.shape[-1]), jnp.float32).at[rows, place].set(vectors, mode="drop"),
+    )
 
 
 def frame(method: DiffusionMethod, state: DiffusionState, seen: Round | None = None) -> Round:
@@ -304,6 +336,7 @@ def frame(method: DiffusionMethod, state: DiffusionState, seen: Round | None = N
         confidence=unknown,
         stats=unknown,
         shadow_log_prob=None,
+        expected=None,
         logits=None,
         **known,
     )
@@ -325,6 +358,11 @@ def _read_round(
         noise = Noise(key=view.noise_key.reshape(B * W, 2), temperature=view.temperature)
     given = method.confidence.given_ids(state.components[1])
     logits, stats = _read(params, cfg, method, view, hidden, noise, given)
+    expected = None
+    if any(component.needs_expected for component in method.components):
+        assert logits is not None
+        law = jax.nn.softmax(logits).reshape(B * W, -1)
+        expected = jnp.dot(law, params["embed"].astype(law.dtype)).reshape(B, W, -1)
     if shadow.shape[1]:
         _, blind = _read(params, cfg, method, view, shadow, None, view.tokens[..., None])
         assert blind.given_log_probs is not None
@@ -332,7 +370,12 @@ def _read_round(
     proposal = stats.token if stats.sample is None else stats.sample
     log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
     return view.replace(
-        stats=stats, logits=logits, proposal=proposal, log_prob=log_prob, confidence=log_prob
+        stats=stats,
+        logits=logits,
+        expected=expected,
+        proposal=proposal,
+        log_prob=log_prob,
+        confidence=log_prob,
     )
 
 
@@ -362,9 +405,10 @@ def _read(
 
 def _choose(
     method: DiffusionMethod, view: Round, state: DiffusionState
-) -> tuple[Round, Revision, jax.Array, tuple[Any, Any, Any, Any, Any]]:
+) -> tuple[Round, Revision, jax.Array, tuple[Any, ...]]:
     """Runs the components: the round judged, what to commit, where rows end [B], their states."""
-    scheduler, confidence, rule, reviser, stopper = state.components
+    scheduler, confidence, rule, reviser, stopper, inputs = state.components
+    inputs = method.inputs.remember(view, inputs)
     view, confidence = method.confidence.measure(view, confidence)
     eligible, block_end, scheduler = method.scheduler.focus(view, scheduler)
     in_block = view.in_block & (view.index < block_end[:, None])
@@ -386,16 +430,17 @@ def _choose(
         revision = _fill(view, revision, done)
     ends = method.stopper.cut(view, revision.commit, stopper)
     ends = view.gen_len if ends is None else jnp.minimum(ends, view.gen_len)
-    return view, revision, ends, (scheduler, confidence, rule, reviser, stopper)
+    return view, revision, ends, (scheduler, confidence, rule, reviser, stopper, inputs)
 
 
 def _fill(view: Round, revision: Revision, done: jax.Array) -> Revision:
     """Commits everything that is undecided in rows that are `done` [B], and nothing else there."""
-    take_back, hold = revision.take_back, revision.hold
+    take_back, hold, proposal = revision.take_back, revision.hold, revision.proposal
     return Revision(
         commit=jnp.where(done[:, None], view.undecided, revision.commit),
         take_back=None if take_back is None else take_back & ~done[:, None],
         hold=None if hold is None else hold & ~done,
+        proposal=None if proposal is None else jnp.where(done[:, None], view.proposal, proposal),
     )
 
 
@@ -481,6 +526,5 @@ def select_rows(rows: jax.Array, new: Any, old: Any) -> Any:
 
 
 def mask_id(cfg: ModelConfig) -> int:
-    if cfg.mask_token_id is None:
-        raise ValueError("mask_token_id=None: masked diffusion needs a model with a MASK token")
-    return cfg.mask_token_id
+    """What undecided positions hold: MASK, or padding in models that have none."""
+    return cfg.pad_token_id if cfg.mask_token_id is None else cfg.mask_token_id

@@ -52,6 +52,7 @@ def forward(
     cache_ranges: jax.Array | None = None,
     write_at: jax.Array | None = None,
     write_rows: jax.Array | None = None,
+    mix: tuple[jax.Array, jax.Array] | None = None,
     remat: bool = False,
 ) -> ForwardOutput:
     """Runs the model over a window of positions.
@@ -69,6 +70,7 @@ def forward(
       write_at: [B] int32. Slot at which the window's keys and values are written; None: they are
         not kept.
       write_rows: [B] bool. Rows whose cache is written; None: all.
+      mix: weights [B, T] and vectors [B, T, D] float32: embeddings become (1 - w) x + w v.
       remat: whether to recompute each layer in the backward pass instead of keeping its
         activations.
 
@@ -77,6 +79,9 @@ def forward(
     """
     angles = _rotary_angles(positions, cfg)
     x = params["embed"].at[tokens].get(mode="clip")  # [B, T, D]
+    if mix is not None:
+        weight = mix[0][..., None]
+        x = ((1 - weight) * x.astype(jnp.float32) + weight * mix[1]).astype(x.dtype)
     x = constrain(x, "batch", None, None)
 
     def layer(

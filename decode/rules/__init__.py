@@ -4,7 +4,9 @@ To add a method: one file beside these, and one line here if it should have a sh
 """
 
 from decode.rules.adablock import AdaBlock
+from decode.rules.block_causal import BlockCausal
 from decode.rules.caches import DualCache, NoCache, PrefixCache
+from decode.rules.canvas_sampler import Annealed, Renoise
 from decode.rules.confidences import Margin, NegEntropy, Probability, Random
 from decode.rules.constraints import TokenBan
 from decode.rules.credit import Credit, SparseCredit
@@ -14,16 +16,21 @@ from decode.rules.entropy_threshold import EntropyThreshold
 from decode.rules.factor import Factor
 from decode.rules.fixed_blocks import FixedBlocks
 from decode.rules.hierarchical import Hierarchical
+from decode.rules.inputs import MaskInputs, Smoothing, UniformNoise
 from decode.rules.klass import Klass
 from decode.rules.local_leap import LocalLeap
 from decode.rules.multi_block import MultiBlock
 from decode.rules.prophet import Prophet
 from decode.rules.quota import Quota
+from decode.rules.remask import Remask
+from decode.rules.remdm import ReMDM
 from decode.rules.revisers import Keep
+from decode.rules.running_confidence import RunningConfidence
 from decode.rules.slow_fast import SlowFast
 from decode.rules.stoppers import Eos, EosBlock, Filled
 from decode.rules.sub_blocks import SubBlocks
 from decode.rules.threshold import Threshold
+from decode.rules.token_edit import TokenEdit
 from decode.rules.wino import NarrowOut, WideIn
 
 CACHES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}
@@ -41,6 +48,8 @@ __all__ = [
     "CONFIDENCES",
     "STOPPERS",
     "AdaBlock",
+    "Annealed",
+    "BlockCausal",
     "Credit",
     "DreamQuota",
     "DualCache",
@@ -56,6 +65,7 @@ __all__ = [
     "Klass",
     "LocalLeap",
     "Margin",
+    "MaskInputs",
     "MultiBlock",
     "NarrowOut",
     "NegEntropy",
@@ -65,10 +75,17 @@ __all__ = [
     "Prophet",
     "Quota",
     "Random",
+    "ReMDM",
+    "Remask",
+    "Renoise",
+    "RunningConfidence",
     "SlowFast",
+    "Smoothing",
     "SparseCredit",
     "SubBlocks",
     "Threshold",
     "TokenBan",
+    "TokenEdit",
+    "UniformNoise",
     "WideIn",
 ]

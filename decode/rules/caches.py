@@ -43,6 +43,8 @@ class Canvas(struct.PyTreeNode):
       block_end: [B] int32. Past its last position.
       is_active: [B] bool. Rows that are not done.
       block_is_new: [B] bool. Rows whose block was opened and not seen by a forward yet.
+      mix: [B, S] and [B, S, D] float32: what embeddings are mixed with, see `forward`; None:
+        nothing.
       window_start: [B] int32. First of the W positions to be judged: `block_start`, or P.
       prompt_len: P, the position at which every row's completion starts. Static.
       has_shadow: whether W more positions are wanted, see `_add_shadow`. Static.
@@ -55,6 +57,7 @@ class Canvas(struct.PyTreeNode):
     block_end: jax.Array
     is_active: jax.Array
     block_is_new: jax.Array
+    mix: tuple[jax.Array, jax.Array] | None
     window_start: jax.Array
     prompt_len: int = struct.field(pytree_node=False)
     has_shadow: bool = struct.field(pytree_node=False)
@@ -167,15 +170,26 @@ class BlockCache(CachePolicy):
             return hidden, BlockCacheState(kv=out.cache, boundary=boundary)
 
         def reuse(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
-            length, stop, ranges = self.window(canvas, window_len)
-            hidden = _forward_slice(params, cfg, canvas, length, stop, state.kv, ranges, window_len)
-            hidden, shadow = hidden[:, :window_len], hidden[:, length:]
-            if state.boundary is not None:  # position i-1 predicts token i
-                hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
-            return jnp.concatenate([hidden, shadow], axis=1), state
+            return self.reuse(params, cfg, canvas, window_len, state), state
 
         hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
         return hidden, state, jnp.where(refresh_now, waiting, ready)
+
+    def reuse(
+        self,
+        params: Params,
+        cfg: ModelConfig,
+        canvas: Canvas,
+        window_len: int,
+        state: BlockCacheState,
+    ) -> jax.Array:
+        """A forward over the `window` only: hidden states as `judge` returns them."""
+        length, stop, ranges = self.window(canvas, window_len)
+        hidden = _forward_slice(params, cfg, canvas, length, stop, state.kv, ranges, window_len)
+        hidden, shadow = hidden[:, :window_len], hidden[:, length:]
+        if state.boundary is not None:  # position i-1 predicts token i
+            hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
+        return jnp.concatenate([hidden, shadow], axis=1)
 
     def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
         """What is recomputed from each row's block start on, and what is read from the cache.
@@ -227,6 +241,7 @@ def _forward_canvas(
         tokens=canvas.tokens,
         positions=jnp.arange(S)[None] - canvas.start[:, None],
         window_range=jnp.stack([canvas.start, canvas.end], axis=-1),
+        mix=canvas.mix,
     )
     if canvas.has_shadow:
         window = _add_shadow(window, cfg, canvas, canvas.window_start, window_len)
@@ -249,20 +264,22 @@ def _forward_slice(
     kv: KVCache,
     cache_ranges: jax.Array,
     window_len: int,
+    start: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, length, D]: a forward over `length` positions from each row's block start on.
+    """[B, length, D]: a forward over `length` positions from `start` [B] on.
 
-    Positions at or past `stop` [B] are not attended to; their hidden states mean nothing. A shadow
-    makes it [B, length + window_len, D].
+    By default from each row's block start on. Positions at or past `stop` [B] are not attended to;
+    their hidden states mean nothing. A shadow makes it [B, length + window_len, D].
     """
-    first = jnp.zeros_like(stop)
+    start = canvas.block_start if start is None else start
     window = _Window(
-        tokens=_gather(canvas.tokens, canvas.block_start, length),
-        positions=(canvas.block_start - canvas.start)[:, None] + jnp.arange(length)[None],
-        window_range=jnp.stack([first, stop - canvas.block_start], axis=-1),
+        tokens=_gather(canvas.tokens, start, length),
+        positions=(start - canvas.start)[:, None] + jnp.arange(length)[None],
+        window_range=jnp.stack([jnp.zeros_like(stop), stop - start], axis=-1),
+        mix=jax.tree.map(lambda x: _gather(x, start, length), canvas.mix),
     )
     if canvas.has_shadow:
-        window = _add_shadow(window, cfg, canvas, first, window_len)
+        window = _add_shadow(window, cfg, canvas, canvas.block_start - start, window_len)
     return forward(params, cfg, **vars(window), cache=kv, cache_ranges=cache_ranges).hidden
 
 
@@ -273,6 +290,7 @@ class _Window:
     tokens: jax.Array
     positions: jax.Array
     window_range: jax.Array | None
+    mix: tuple[jax.Array, jax.Array] | None
     mask: Mask = "full"
 
 
@@ -305,6 +323,7 @@ def _add_shadow(
         tokens=jnp.pad(window.tokens, ((0, 0), (0, length)), constant_values=cfg.mask_token_id),
         positions=jnp.concatenate([window.positions, own], axis=1),
         window_range=None,
+        mix=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length), (0, 0))[: x.ndim]), window.mix),
         mask=pack_mask(jnp.concatenate([real & other, sees_shadow], axis=-1)),
     )
 

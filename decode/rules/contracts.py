@@ -44,6 +44,8 @@ class Round(struct.PyTreeNode):
       shadow_log_prob: [B, W] float32, or None unless a component has `needs_shadow`.
         Log-probability of the token that stands at a position as MASK would predict it there, from
         everything else.
+      expected: [B, W, D] float32, or None unless a component has `needs_expected`. The embedding of
+        the token to come, averaged over the model's probabilities.
       logits: [B, W, V] float32, or None unless a component has `needs_logits`.
       noise_key: [B, W, 2] uint32. A random stream per row, step and position.
       temperature: scalar float32, or None if proposals are arg-maxes.
@@ -65,6 +67,7 @@ class Round(struct.PyTreeNode):
     in_block: jax.Array
     stats: VocabStats
     shadow_log_prob: jax.Array | None
+    expected: jax.Array | None
     logits: jax.Array | None
     noise_key: jax.Array
     temperature: jax.Array | None
@@ -107,11 +110,13 @@ class Revision(struct.PyTreeNode):
       commit: [B, W] bool. Positions that get their proposal, also where a token stands.
       take_back: [B, W] bool. Positions that become undecided again; None: none.
       hold: [B] bool. Rows whose block stays open though it is full; None: none.
+      proposal: [B, W] int32. What committed positions get; None: the round's proposals.
     """
 
     commit: jax.Array
     take_back: jax.Array | None = None
     hold: jax.Array | None = None
+    proposal: jax.Array | None = None
 
 
 WIDTHS = ("block", "suffix", "canvas")  # what a window may show, each more than the one before
@@ -125,6 +130,7 @@ class Component:
       needs_logits: whether `Round.logits` must be there. The loop materialises [B, W, V] logits
         only if some component asks for them.
       needs_shadow: whether `Round.shadow_log_prob` must be there: it makes the forward longer by W.
+      needs_expected: whether `Round.expected` must be there; goes with `needs_logits`.
       width: what the window must show: the open "block", also the "suffix" after it, or the whole
         "canvas".
       kind: the class, by name; set by itself. JAX (0.10 to 0.12) compares pytrees of dataclasses by
@@ -134,6 +140,7 @@ class Component:
 
     needs_logits: ClassVar[bool] = False
     needs_shadow: ClassVar[bool] = False
+    needs_expected: ClassVar[bool] = False
     width: ClassVar[str] = "block"
     kind: str = struct.field(pytree_node=False, default="", kw_only=True, repr=False)
 
@@ -175,6 +182,30 @@ class Scheduler(Component):
         start = jnp.where(progress.is_full, progress.block_end, progress.block_start)
         stop = self.open_block(start, progress.end, progress.prompt_len)
         return start, jnp.where(progress.is_full, stop, progress.block_end)
+
+
+class Inputs(Component):
+    """What does the model see where nothing is decided?"""
+
+    def see(
+        self, cfg: ModelConfig, tokens: jax.Array, undecided: jax.Array, noise_key: jax.Array
+    ) -> jax.Array:
+        """Completion tokens [B, G] as the model sees them; MASK, or padding, where `undecided`.
+
+        noise_key [B, G, 2] uint32 is the round's random stream per position.
+        """
+        return tokens
+
+    def mix(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array] | None:
+        """Weight [B, W] and vectors [B, W, D]: x becomes (1 - w) x + w v. None: nothing.
+
+        Of `view`, only what is known without a forward is there.
+        """
+        return None
+
+    def remember(self, view: Round, state: Any) -> Any:
+        """The next state, once the round is judged."""
+        return state
 
 
 class Confidence(Component):

@@ -20,7 +20,8 @@ def make_round(confidence, *, eligible=None, entropy=None):
     zeros = jnp.zeros(B, jnp.int32)
     return Round(
         tokens=token, proposal=token, log_prob=log_prob, confidence=log_prob,
-        eligible=eligible, undecided=eligible, in_block=eligible | True, shadow_log_prob=None,
+        eligible=eligible, undecided=eligible, in_block=eligible | True,
+        shadow_log_prob=None, expected=None,
         stats=VocabStats(token, log_prob, jnp.log1p(-confidence), entropy, jnp.zeros((B, W))),
         logits=None, noise_key=jnp.zeros((B, W, 2), jnp.uint32), temperature=None, index=token,
         block_start=zeros, block_end=zeros + W, block_step=zeros, row_step=zeros,

@@ -121,7 +121,8 @@ def test_sub_blocks_keep_the_block_as_the_unit_of_caching(toy_cfg, toy_params):
 
 def test_slow_fast_explores_then_fills_the_stretch(toy_cfg, toy_params):
     method = DiffusionMethod(SlowFast(None, explore=2, floor=1.0), rule=Threshold(1.0))
-    state, opened = init_state(toy_cfg, method, PROMPTS, gen_len=12), {}
+    state = init_state(toy_cfg, method, PROMPTS, gen_len=12)
+    opened = {state.prompt_len: 0}
     for after in stream(toy_params, toy_cfg, method, state):
         opened.setdefault(int(after.block_start[0]), int(after.row_step[0]))
     rounds = np.diff([*opened.values()])

@@ -1,0 +1,174 @@
+"""What the model sees where nothing is decided; and the sampler of canvases of noise."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.diffusion import DiffusionMethod, decode, init_state, stream
+from decode.rules import (
+    Annealed,
+    BlockCausal,
+    DualCache,
+    FixedBlocks,
+    PrefixCache,
+    Quota,
+    Renoise,
+    Smoothing,
+    Threshold,
+    TokenBan,
+    UniformNoise,
+)
+from tests.decode.oracle import Model
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
+CANVAS = DiffusionMethod(
+    FixedBlocks(6),
+    confidence=Annealed(steps=12),
+    reviser=Renoise(budget=0.5, max_mean_entropy=0.3, steps=12),
+    inputs=UniformNoise(),
+)
+
+
+def run(params, cfg, method, prompts=PROMPTS, **options):
+    options = {"gen_len": 12} | options
+    return decode(params, cfg, method, init_state(cfg, method, prompts, **options))
+
+
+def test_smoothing_without_weight_is_plain_decoding(toy_cfg, toy_params):
+    for cache in (PrefixCache(), DualCache()):
+        method = DiffusionMethod(FixedBlocks(4), cache, rule=Threshold(0.5))
+        plain = run(toy_params, toy_cfg, method)
+        smooth = run(toy_params, toy_cfg, method.replace(inputs=Smoothing(0.0, 0.0, 0.0)))
+        np.testing.assert_array_equal(smooth.tokens, plain.tokens)
+        np.testing.assert_array_equal(smooth.num_forwards, plain.num_forwards)
+
+
+def test_smoothing_mixes_in_what_was_expected(toy_cfg, toy_params):
+    """Against the float64 model, the mixtures being extra rows of its embedding table."""
+    method = DiffusionMethod(
+        FixedBlocks(4), rule=Quota(4), inputs=Smoothing(0.3, 0.1, 0.45), constraint=TokenBan()
+    )
+    state = run(toy_params, toy_cfg, method, [PROMPTS[0]], gen_len=8)
+    model, P, V = Model(toy_params, toy_cfg), 3, toy_cfg.vocab_size
+    table = model.params["embed"]
+    canvas, step_map, step = [*PROMPTS[0], *[toy_cfg.mask_token_id] * 8], [-1] * 8, 0
+    for low in (0, 4):
+        expected = None
+        for block_step in range(4):
+            seen, extra = list(canvas), []
+            weight = min(0.3 + 0.1 * (block_step - 1), 0.45)
+            for g in range(low, low + 4):
+                if step_map[g] < 0 and expected is not None:
+                    extra.append((1 - weight) * table[toy_cfg.mask_token_id] + weight * expected[g])
+                    seen[P + g] = V + len(extra) - 1
+            model.params["embed"] = np.concatenate([table, np.array(extra).reshape(-1, 16)])
+            hidden, _ = model.run(seen, range(len(seen)))
+            z = model.logits(hidden[P:])
+            z[:, toy_cfg.mask_token_id] = -np.inf
+            p = np.exp(z - z.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            expected = p @ table
+            left = [g for g in range(low, low + 4) if step_map[g] < 0]
+            best = left[int(p[left].max(-1).argmax())]
+            canvas[P + best], step_map[best], step = int(z[best].argmax()), step, step + 1
+    assert state.tokens[0].tolist() == canvas and state.step_map[0].tolist() == step_map
+
+
+def test_smoothing_a_row_is_the_row_alone(toy_cfg, toy_params):
+    method = DiffusionMethod(FixedBlocks(4), DualCache(), rule=Threshold(0.5), inputs=Smoothing())
+    together = run(toy_params, toy_cfg, method, batch_size=8)
+    for b, prompt in enumerate(PROMPTS):
+        alone = run(toy_params, toy_cfg, method, [prompt])
+        assert alone.tokens[0, -12:].tolist() == together.tokens[b, -12:].tolist()
+        assert int(alone.num_forwards[0]) == int(together.num_forwards[b])
+
+
+def test_noise_is_uniform_and_drawn_anew(toy_cfg):
+    key = jax.random.bits(jax.random.key(0), (64, 100, 2), jnp.uint32)
+    tokens, undecided = jnp.full((64, 100), 3), jnp.ones((64, 100), bool).at[:, 0].set(False)
+    seen = np.asarray(UniformNoise().see(toy_cfg, tokens, undecided, key))
+    assert (seen[:, 0] == 3).all()
+    counts = np.bincount(seen[:, 1:].ravel(), minlength=24)
+    expected = 64 * 99 / 24
+    assert ((counts - expected) ** 2 / expected).sum() < 60  # 23 degrees of freedom
+
+
+def test_the_canvas_sampler_ends_by_agreement_or_by_its_limit(toy_cfg, toy_params):
+    state = run(toy_params, toy_cfg, CANVAS)
+    assert (np.asarray(state.num_forwards) <= 2 * 12).all()  # two blocks
+    assert bool(state.has_stopped.all()) and (np.asarray(state.step_map) >= 0).all()
+    limited = CANVAS.replace(reviser=Renoise(budget=0.0, max_mean_entropy=0.0, steps=3))
+    state = run(toy_params, toy_cfg, limited)
+    assert (np.asarray(state.num_forwards) == 6).all()
+    everything = CANVAS.replace(reviser=Renoise(budget=1e9, max_mean_entropy=1e9, steps=12))
+    assert (np.asarray(run(toy_params, toy_cfg, everything).num_forwards) < 24).any()
+
+
+def test_kept_positions_are_those_within_the_budget(toy_cfg, toy_params):
+    """Every round: sorted by entropy, kept while the entropy before is within the budget."""
+    state = init_state(toy_cfg, CANVAS, [PROMPTS[2]], gen_len=6, seeds=[3])
+    sizes = []
+    for after in stream(toy_params, toy_cfg, CANVAS, state):
+        sizes.append(int((np.asarray(after.step_map[0]) >= 0).sum()))
+    assert all(1 <= size <= 6 for size in sizes) and sizes[-1] == 6
+    assert len(set(sizes)) > 1 or len(sizes) <= 2
+
+
+def test_a_canvas_is_the_canvas_alone_and_seeds_differ(toy_cfg, toy_params):
+    together = run(toy_params, toy_cfg, CANVAS, seeds=[7, 8, 9, 10], batch_size=8)
+    alone = run(toy_params, toy_cfg, CANVAS, [PROMPTS[1]], seeds=[8])
+    assert alone.tokens[0, -12:].tolist() == together.tokens[1, -12:].tolist()
+    assert int(alone.num_forwards[0]) == int(together.num_forwards[1])
+    again = run(toy_params, toy_cfg, CANVAS, [PROMPTS[1]], seeds=[9])
+    assert again.tokens[0, -12:].tolist() != alone.tokens[0, -12:].tolist()
+
+
+def test_models_without_mask_are_sampled_from_noise(toy_cfg, toy_params):
+    cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
+    state = run(toy_params, cfg, CANVAS)
+    assert bool(state.has_stopped.all())
+    with pytest.raises(ValueError, match=r"take inputs=UniformNoise\(\)"):
+        init_state(cfg, DiffusionMethod(), [[1]], gen_len=4)
+
+
+def test_annealed_samples_follow_their_temperature(toy_cfg, toy_params):
+    """One position, first and last round of two: softmax(z / first), softmax(z / last)."""
+    n, cfg = 2048, toy_cfg
+    for first in (0.5, 2.0):
+        method = DiffusionMethod(
+            FixedBlocks(1), confidence=Annealed(first, 1.0, steps=2), rule=Threshold(0.0)
+        )
+        state = run(toy_params, cfg, method, [[3, 1]] * n, gen_len=1, seeds=list(range(n)))
+        model = Model(toy_params, cfg)
+        z = model.logits(model.run([3, 1, cfg.mask_token_id], range(3))[0][-1]) / first
+        z[cfg.mask_token_id] = -np.inf
+        p = np.exp(z - z.max())
+        p /= p.sum()
+        counts = np.bincount(np.asarray(state.tokens[:, -1]), minlength=len(p))
+        large = p * n >= 5
+        assert ((counts - p * n)[large] ** 2 / (p * n)[large]).sum() < 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(inputs=Smoothing(start=2.0)), r"start=2 must be in \[0, 1\]"),
+        (dict(inputs=UniformNoise(-1.0)), r"self_condition=-1 must be in \[0, 1\]"),
+        (dict(inputs=Smoothing(), lookahead=2), "Smoothing does not allow"),
+        (dict(confidence=Annealed(0.0)), "first=0 must be at least"),
+        (dict(confidence=Annealed(), temperature=1.0), "Annealed sets the temperature itself"),
+        (dict(reviser=Renoise(steps=0)), "steps=0 must be at least 1 rounds"),
+        (
+            dict(
+                scheduler=FixedBlocks(4, aligned=True), cache=BlockCausal(4), inputs=UniformNoise()
+            ),
+            "BlockCausal shows MASK",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(toy_cfg, change, message):
+    with pytest.raises(ValueError, match=message):
+        init_state(toy_cfg, DiffusionMethod(**change), [[1]], gen_len=4)
