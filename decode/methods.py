@@ -23,12 +23,14 @@ from decode.rules import (
     STOPPERS,
     AdaBlock,
     Credit,
+    DelayedCache,
     DreamQuota,
     DualCache,
     EntropyBudget,
     EntropyThreshold,
     Eos,
     EosBlock,
+    Eotp,
     Factor,
     FixedBlocks,
     Hierarchical,
@@ -38,6 +40,7 @@ from decode.rules import (
     MultiBlock,
     NarrowOut,
     NegEntropy,
+    Origin,
     PrefixCache,
     Prophet,
     Quota,
@@ -51,6 +54,7 @@ from decode.rules import (
     SubBlocks,
     Threshold,
     TokenEdit,
+    VicinityCache,
     WideIn,
 )
 from decode.rules.contracts import Component
@@ -117,6 +121,19 @@ FAMILIES: dict[str, dict[str, Maker]] = {
     "threshold_dual_cache": {
         "threshold_dual_cache": lambda n: _threshold(n, 0.9, cache=DualCache()),
         "threshold_dual_cache_0.7": lambda n: _threshold(n, 0.7, cache=DualCache()),
+    },
+    "vicinity_cache": {
+        "vicinity_cache": lambda n: _threshold(n, 0.9, cache=VicinityCache(before=n, after=n)),
+    },
+    "delayed_cache": {
+        "delayed_cache": lambda n: _threshold(n, 0.9, cache=DelayedCache()),
+    },
+    "dream_origin": {
+        "dream_origin": lambda n: _method(n, rule=Origin(n)),
+    },
+    "eotp": {
+        "eotp": lambda n: _threshold(n, 0.9, stopper=Eotp()),
+        "eotp_committed": lambda n: _threshold(n, 0.9, stopper=Eotp("committed")),
     },
     "factor": {
         "factor_0.5": lambda n: _method(n, rule=Factor(0.5)),

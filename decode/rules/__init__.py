@@ -10,9 +10,11 @@ from decode.rules.canvas_sampler import Annealed, Renoise
 from decode.rules.confidences import Margin, NegEntropy, Probability, Random
 from decode.rules.constraints import TokenBan
 from decode.rules.credit import Credit, SparseCredit
+from decode.rules.delayed_cache import DelayedCache
 from decode.rules.dream_quota import DreamQuota
 from decode.rules.entropy_budget import EntropyBudget
 from decode.rules.entropy_threshold import EntropyThreshold
+from decode.rules.eotp import Eotp
 from decode.rules.factor import Factor
 from decode.rules.fixed_blocks import FixedBlocks
 from decode.rules.hierarchical import Hierarchical
@@ -20,6 +22,8 @@ from decode.rules.inputs import MaskInputs, Smoothing, UniformNoise
 from decode.rules.klass import Klass
 from decode.rules.local_leap import LocalLeap
 from decode.rules.multi_block import MultiBlock
+from decode.rules.nucleus import Nucleus
+from decode.rules.origin import Origin
 from decode.rules.prophet import Prophet
 from decode.rules.quota import Quota
 from decode.rules.remask import Remask
@@ -29,11 +33,19 @@ from decode.rules.running_confidence import RunningConfidence
 from decode.rules.slow_fast import SlowFast
 from decode.rules.stoppers import Eos, EosBlock, Filled
 from decode.rules.sub_blocks import SubBlocks
+from decode.rules.tempered import Tempered
 from decode.rules.threshold import Threshold
 from decode.rules.token_edit import TokenEdit
+from decode.rules.vicinity_cache import VicinityCache
 from decode.rules.wino import NarrowOut, WideIn
 
-CACHES = {"none": NoCache, "prefix": PrefixCache, "dual": DualCache}
+CACHES = {
+    "none": NoCache,
+    "prefix": PrefixCache,
+    "dual": DualCache,
+    "vicinity": VicinityCache,
+    "delayed": DelayedCache,
+}
 CONFIDENCES = {
     "probability": Probability,
     "margin": Margin,
@@ -51,12 +63,14 @@ __all__ = [
     "Annealed",
     "BlockCausal",
     "Credit",
+    "DelayedCache",
     "DreamQuota",
     "DualCache",
     "EntropyBudget",
     "EntropyThreshold",
     "Eos",
     "EosBlock",
+    "Eotp",
     "Factor",
     "Filled",
     "FixedBlocks",
@@ -70,6 +84,8 @@ __all__ = [
     "NarrowOut",
     "NegEntropy",
     "NoCache",
+    "Nucleus",
+    "Origin",
     "PrefixCache",
     "Probability",
     "Prophet",
@@ -83,9 +99,11 @@ __all__ = [
     "Smoothing",
     "SparseCredit",
     "SubBlocks",
+    "Tempered",
     "Threshold",
     "TokenBan",
     "TokenEdit",
     "UniformNoise",
+    "VicinityCache",
     "WideIn",
 ]

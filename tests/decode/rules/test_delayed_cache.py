@@ -1,0 +1,271 @@
+"""DelayedCache against an oracle that keeps keys and values per position."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from decode.diffusion import DiffusionMethod, decode, init_state, step, stream
+from decode.rules import (
+    EosBlock,
+    FixedBlocks,
+    MultiBlock,
+    NarrowOut,
+    NoCache,
+    Prophet,
+    Quota,
+    Threshold,
+    delayed_cache,
+)
+from decode.rules.contracts import Reviser, Revision
+from decode.rules.delayed_cache import DelayedCache
+from decode.rules.eotp import Eotp
+from decode.rules.inputs import Smoothing, UniformNoise
+from dlm.params import init_params
+from tests.conftest import spread
+from tests.decode import oracle
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
+LENGTHS = [12, 10, 12, 5]  # 10 and 5 end inside a block
+
+
+def run(params, cfg, method, prompts=PROMPTS, gen_len=LENGTHS, **options):
+    return decode(params, cfg, method, init_state(cfg, method, prompts, gen_len=gen_len, **options))
+
+
+def same(a, b):
+    for field in ("tokens", "step_map", "num_forwards"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), field)
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def model(request, toy_cfg, toy_params):
+    if request.param == "llada":
+        return toy_cfg, toy_params
+    cfg = dataclasses.replace(toy_cfg, qkv_bias=True, shifted_logits=True)
+    return cfg, spread(init_params(jax.random.key(5), cfg))
+
+
+def delayed_judge(refresh_every):
+    """Stands in for the oracle's `_judge`: keys and values per position, and their age."""
+
+    def judge(model, canvas, P, low, high, cache, guidance, memory, end):
+        shift, mask = int(model.cfg.shifted_logits), model.cfg.mask_token_id
+        canvas = canvas[: P + end]
+        S = len(canvas)
+        known = lambda p: p < P or p >= S or canvas[p] != mask
+        settled = [p for p in range(S) if known(p) and (not shift or known(p + 1))]
+        views = [canvas] if guidance is None else [canvas, [mask] * P + canvas[P:]]
+        age, kept = (0, [{} for _ in views]) if memory is None else memory
+        if age % refresh_every == 0:
+            kept = [{} for _ in views]
+        hidden = []
+        for tokens, store in zip(views, kept, strict=True):
+            todo = [p for p in range(S) if p not in store]
+            context = None
+            if store:
+                layers = range(model.cfg.n_layers)
+                pick = lambda i, j, store=store: np.stack([kv[i][j] for kv in store.values()])
+                context = [(pick(i, 0), pick(i, 1)) for i in layers]
+            h, kv = model.run([tokens[p] for p in todo], todo, context)
+            at = dict(zip(todo, h, strict=True))
+            for n, p in enumerate(todo):
+                if p in settled:
+                    store[p] = [(k[n], v[n]) for k, v in kv]
+            hidden.append({g: at[P + g - shift] for g in range(low, high) if canvas[P + g] == mask})
+        memory = age + 1, kept
+        if guidance is None:
+            return hidden[0], memory, None
+        mix = lambda a, b: b + (guidance + 1) * (a - b)
+        return {g: mix(hidden[0][g], hidden[1][g]) for g in hidden[0]}, memory, None
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("refresh_every", "block_len", "rule", "guidance"),
+    [
+        (100, 12, ("quota", 12), None),
+        (100, 4, ("threshold", 0.4), None),
+        (3, 12, ("threshold", 0.6), None),
+        (4, 12, ("quota", 9), 0.5),
+        (2, 4, ("quota", 4), None),
+        (1, 4, ("threshold", 0.4), 0.5),
+    ],
+)
+def test_a_ragged_batch_equals_the_oracle_row_by_row(
+    model, monkeypatch, refresh_every, block_len, rule, guidance
+):
+    cfg, params = model
+    name, value = rule
+    method = DiffusionMethod(
+        FixedBlocks(block_len),
+        DelayedCache(refresh_every, num_lengths=2),
+        rule={"threshold": Threshold, "quota": Quota}[name](value),
+        guidance=guidance,
+    )
+    state = run(params, cfg, method, prompt_len=8)
+    monkeypatch.setattr(oracle, "_judge", delayed_judge(refresh_every))
+    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        expected = oracle.decode(
+            oracle.Model(params, cfg),
+            prompt,
+            length,
+            rule=rule,
+            scheduler=("fixed", block_len),
+            guidance=guidance,
+            banned=(cfg.mask_token_id,),
+        )
+        assert state.tokens[b, 8 : 8 + length].tolist() == expected["tokens"]
+        assert state.step_map[b, :length].tolist() == expected["step_map"]
+        assert int(state.num_forwards[b]) == expected["num_forwards"]
+        np.testing.assert_allclose(
+            state.confidence[b, :length], expected["confidence"], atol=2e-3, rtol=2e-3
+        )
+
+
+POINTS = {
+    "plain": {"rule": Threshold(0.5)},
+    "one_block": {"rule": Threshold(0.5), "scheduler": FixedBlocks(None)},
+    "guided": {"rule": Quota(3), "guidance": 0.5},
+    "sampled": {"rule": Threshold(0.5), "temperature": 0.7},
+    "multi_block": {"rule": Threshold(0.5), "scheduler": MultiBlock(4, max_open=2)},
+    "smoothed": {"rule": Threshold(0.5), "inputs": Smoothing()},
+    "eotp": {"rule": Threshold(0.5), "stopper": Eotp(eot_id=8)},
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_refreshed_in_every_round_it_is_exact(model, point):
+    cfg, params = model
+    method = DiffusionMethod(FixedBlocks(4)).replace(**POINTS[point])
+    exact = run(params, cfg, method.replace(cache=NoCache()))
+    same(run(params, cfg, method.replace(cache=DelayedCache(1, num_lengths=1))), exact)
+
+
+@pytest.mark.parametrize("point", ["plain", "guided", "multi_block", "eotp"])
+def test_each_row_equals_itself_alone_for_every_choice_of_lengths(model, point):
+    cfg, params = model
+    method = DiffusionMethod(FixedBlocks(4), DelayedCache(3, num_lengths=2), temperature=0.5)
+    method = method.replace(**POINTS[point])
+    shape = {"prompt_len": 8, "canvas_len": 12}  # one program for all rows
+    alone = [
+        run(params, cfg, method, [prompt], [length], seeds=[7 + b], **shape)
+        for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
+    ]
+    assert len({int(state.num_forwards[0]) for state in alone}) > 1
+    for num_lengths in (1, 4):
+        method = method.replace(cache=DelayedCache(3, num_lengths=num_lengths))
+        together = run(params, cfg, method, seeds=7, prompt_len=20, batch_size=8)
+        for b, (state, length) in enumerate(zip(alone, LENGTHS, strict=True)):
+            got, expected = together.tokens[b, 20:], state.tokens[0, 8:]
+            assert got[:length].tolist() == expected[:length].tolist()
+            assert together.step_map[b, :length].tolist() == state.step_map[0, :length].tolist()
+            assert int(together.num_forwards[b]) == int(state.num_forwards[0])
+
+
+def test_a_token_is_cached_one_step_after_it_is_decided(toy_cfg, toy_params):
+    """The prompt in round 0; what round r decides by round r + 1; everything again in round 5."""
+    method = DiffusionMethod(FixedBlocks(None), DelayedCache(5, num_lengths=1), rule=Quota(12))
+    first = init_state(toy_cfg, method, [PROMPTS[2]], gen_len=12)
+    ages = []
+    for r, state in enumerate(stream(toy_params, toy_cfg, method, first)):
+        cached = np.asarray(state.cache.cached[0]) >= 0
+        assert cached[:6].all()
+        decided_before = (np.asarray(state.step_map[0]) >= 0) & (np.asarray(state.step_map[0]) < r)
+        np.testing.assert_array_equal(cached[6:], decided_before)
+        assert int(state.cache.num_cached[0]) == cached.sum() == 6 + r
+        ages.append(int(state.cache.age[0]))
+    assert ages == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
+
+
+def test_short_rounds_are_short(toy_cfg, monkeypatch):
+    """T is the shortest compiled length that holds what the longest row needs."""
+    seen, real = [], delayed_cache.forward
+
+    def spy(params, cfg, tokens, **options):
+        seen.append(tokens.shape[1])
+        return real(params, cfg, tokens, **options)
+
+    monkeypatch.setattr(delayed_cache, "forward", spy)
+    method = DiffusionMethod(FixedBlocks(None), DelayedCache(100), rule=Quota(12))
+    params = spread(init_params(jax.random.key(3), toy_cfg))
+    state = init_state(toy_cfg, method, [[1, 2, 3], [4, 5]], gen_len=12, prompt_len=5)
+    with jax.disable_jit():  # only the branch that is taken runs
+        while not bool(state.has_stopped.all()):
+            state = step(params, toy_cfg, method, state)
+    # 17 positions; then 12, 11, ... 2 of 12: what is undecided, and what was decided last.
+    assert seen == [17] + [12] * 6 + [6] * 3 + [3, 2]
+
+
+@struct.dataclass
+class ChangeOnce(Reviser):
+    """In its row's fourth round, takes back what was decided before, or replaces it."""
+
+    replace_it: bool = struct.field(pytree_node=False)
+
+    def revise(self, view, commit, state):
+        decided = view.in_block & ~view.undecided & (view.row_step == 3)[:, None]
+        if self.replace_it:
+            return Revision(commit | decided), state
+        return Revision(commit, take_back=decided), state
+
+
+@pytest.mark.parametrize("replace_it", [False, True])
+def test_a_cached_token_that_changes_is_not_read_again(toy_cfg, toy_params, replace_it):
+    method = DiffusionMethod(
+        FixedBlocks(None), DelayedCache(100, num_lengths=1), rule=Threshold(1.0)
+    )
+    method = method.replace(reviser=ChangeOnce(replace_it))
+    first = init_state(toy_cfg, method, [[4]], gen_len=6)
+    history = []
+    for state in stream(toy_params, toy_cfg, method, first):
+        cached, tokens = np.asarray(state.cache.cached[0]), np.asarray(state.tokens[0])
+        history.append((int(state.cache.age[0]), cached, tokens))
+    changed = [
+        bool(((cached >= 0) & (cached != tokens)).any()) for _, cached, tokens in history[:-1]
+    ]
+    assert any(changed)
+    for was_stale, (age, _, _) in zip(changed, history[1:], strict=True):
+        assert (age == 1) == was_stale
+
+
+def test_what_a_cut_drops_is_not_read_again(toy_cfg, toy_params):
+    method = DiffusionMethod(FixedBlocks(None), DelayedCache(100, num_lengths=1), rule=Quota(12))
+    method = method.replace(stopper=Eotp("committed", eot_id=8))
+    first = init_state(toy_cfg, method, PROMPTS, gen_len=12)
+    dropped, was_stale = 0, np.zeros(len(PROMPTS), bool)
+    for state in stream(toy_params, toy_cfg, method, first):
+        place = np.arange(state.tokens.shape[1])
+        behind = place >= np.asarray(state.end)[:, None]
+        stale = ((np.asarray(state.cache.cached) >= 0) & behind).any(axis=1)
+        stale &= ~np.asarray(state.has_stopped)
+        assert (np.asarray(state.cache.age)[was_stale] == 1).all()
+        was_stale = stale
+        dropped += stale.sum()
+    assert dropped > 0
+
+
+def test_every_number_but_the_lengths_is_data():
+    assert len(jax.tree.leaves(DelayedCache(jnp.int32(4)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": DelayedCache(0)}, "refresh_every=0 must be at least 1"),
+        ({"cache": DelayedCache(num_lengths=0)}, "num_lengths=0 must be at least 1"),
+        ({"reviser": NarrowOut(0.5)}, "NarrowOut asks what the model predicts where a token"),
+        ({"stopper": Prophet(0)}, "Prophet must see the whole canvas, but DelayedCache"),
+        ({"inputs": UniformNoise()}, "UniformNoise shows something else: use another cache"),
+        ({"lookahead": 2}, "which DelayedCache does not allow"),
+    ],
+)
+def test_refusals(toy_cfg, changes, message):
+    method = DiffusionMethod(cache=DelayedCache()).replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        init_state(toy_cfg, method, [[1]], gen_len=4)
+    init_state(toy_cfg, DiffusionMethod(cache=DelayedCache(), stopper=EosBlock()), [[1]], gen_len=4)

@@ -1,0 +1,231 @@
+"""Eotp against a loop that really takes the tail off the canvas, and on hand-made rounds."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.generate import collect
+from decode.rules import DualCache, Filled, FixedBlocks, NoCache, PrefixCache, Quota, Threshold
+from decode.rules.eotp import Eotp
+from dlm.params import init_params
+from tests.conftest import spread
+from tests.decode import oracle
+from tests.decode.rounds import make_round
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
+LENGTHS = [12, 10, 12, 5]
+
+
+def run(params, cfg, method, prompts=PROMPTS, gen_len=LENGTHS, **options):
+    return decode(params, cfg, method, init_state(cfg, method, prompts, gen_len=gen_len, **options))
+
+
+def row(state, b):
+    P, length = state.prompt_len, int(state.end[b]) - state.prompt_len
+    return {
+        "tokens": state.tokens[b, P : P + length].tolist(),
+        "step_map": state.step_map[b, :length].tolist(),
+        "num_forwards": int(state.num_forwards[b]),
+    }
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def model(request, toy_cfg, toy_params):
+    if request.param == "llada":
+        return toy_cfg, toy_params
+    cfg = dataclasses.replace(toy_cfg, qkv_bias=True, shifted_logits=True)
+    return cfg, spread(init_params(jax.random.key(5), cfg))
+
+
+def truncating(model, prompt, gen_len, *, block_len, rule, cut_at, eot):
+    """Decodes without a cache on a canvas that becomes shorter, as the public code does."""
+    cfg, P = model.cfg, len(prompt)
+    canvas = list(prompt) + [cfg.mask_token_id] * gen_len
+    step_map, step, low, branches = [-1] * gen_len, 0, 0, set()
+    while P + low < len(canvas):
+        high, block_step = min(low + block_len, len(canvas) - P), 0
+        num_open = high - low
+        while -1 in step_map[low:high]:
+            hidden, _ = model.run(canvas, range(len(canvas)))
+            seen = {
+                g: oracle._propose(
+                    model, hidden[P + g - cfg.shifted_logits], [cfg.mask_token_id], "probability",
+                    None, (0, step, g), {}, True,
+                )
+                for g in range(len(canvas) - P)
+                if step_map[g] < 0
+            }  # fmt: skip
+            inside = {g: seen[g] for g in seen if low <= g < high}
+            commits = oracle._commit(rule, inside, block_step, num_open)
+            for g in commits:
+                canvas[P + g], step_map[g] = seen[g]["token"], step
+            step, block_step = step + 1, block_step + 1
+            last = None
+            accepted = [g for g in commits if seen[g]["token"] == eot]
+            hoped = [g for g in seen if step_map[g] < 0 and seen[g]["token"] == eot]
+            if accepted:
+                last = min(accepted)
+                branches.add("accepted")
+            elif hoped and cut_at == "predicted":
+                last = max(hoped, key=lambda g: seen[g]["confidence"])
+                branches.add("hoped")
+            if last is not None:
+                canvas, step_map = canvas[: P + last + 1], step_map[: last + 1]
+                high = min(high, last + 1)
+        low = high
+    return {"tokens": canvas[P:], "step_map": step_map, "num_forwards": step}, branches
+
+
+@pytest.mark.parametrize("cut_at", ["predicted", "committed"])
+@pytest.mark.parametrize("block_len", [4, 12])
+@pytest.mark.parametrize("rule", [("quota", 4), ("threshold", 0.7)])
+def test_masking_behind_the_end_is_taking_the_tail_off(model, rule, block_len, cut_at):
+    """Card, check 5: what stands before the cut is what a model gives that never saw the rest."""
+    cfg, params = model
+    name, value = rule
+    method = DiffusionMethod(
+        FixedBlocks(block_len), rule={"quota": Quota, "threshold": Threshold}[name](value)
+    )
+    full = run(params, cfg, method)
+    came_up = np.unique(np.asarray(full.tokens)[np.asarray(full.tokens) != cfg.pad_token_id])
+    reached, shorter = set(), 0
+    for eot in came_up.tolist():
+        cut = method.replace(stopper=Eotp(cut_at, jnp.int32(eot)))  # an id is data: one program
+        state = run(params, cfg, cut, prompt_len=8)
+        for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+            expected, branches = truncating(
+                oracle.Model(params, cfg), prompt, length,
+                block_len=block_len, rule=rule, cut_at=cut_at, eot=eot,
+            )  # fmt: skip
+            assert row(state, b) == expected
+            reached |= branches
+            shorter += len(expected["tokens"]) < length
+            if cut_at == "committed" and len(expected["tokens"]) < length:
+                assert expected["tokens"][-1] == eot
+    assert shorter > 0
+    assert reached == ({"accepted", "hoped"} if cut_at == "predicted" else {"accepted"})
+
+
+@pytest.mark.parametrize("cache", [NoCache(), PrefixCache(), DualCache()])
+@pytest.mark.parametrize("cut_at", ["predicted", "committed"])
+def test_never_more_forwards_and_each_row_equals_itself_alone(model, cache, cut_at):
+    cfg, params = model
+    if cut_at == "predicted" and isinstance(cache, DualCache):
+        pytest.skip("refused")
+    method = DiffusionMethod(FixedBlocks(4), cache, rule=Quota(4), temperature=0.5)
+    full = run(params, cfg, method.replace(stopper=Filled()), seeds=3)
+    tokens = np.asarray(full.tokens)[:, full.prompt_len :]
+    eot = int(np.bincount(tokens[tokens != cfg.pad_token_id]).argmax())
+    cut = method.replace(stopper=Eotp(cut_at, eot))
+    together = run(params, cfg, cut, seeds=3, prompt_len=20, batch_size=8)
+    saved = np.asarray(full.num_forwards) - np.asarray(together.num_forwards)[: len(PROMPTS)]
+    assert (saved >= 0).all() and saved.sum() > 0
+    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        alone = run(
+            params, cfg, cut, [prompt], [length], seeds=[3 + b], prompt_len=8, canvas_len=12
+        )
+        assert row(together, b) == row(alone, 0)
+
+
+def test_the_models_end_of_text_is_the_default(model):
+    cfg, params = model
+    method = DiffusionMethod(FixedBlocks(4), rule=Quota(4))
+    tokens = run(params, cfg, method).tokens[0, 6:].tolist()
+    cfg = dataclasses.replace(cfg, eos_token_id=tokens[2])
+    given = run(params, cfg, method.replace(stopper=Eotp(eot_id=tokens[2])))
+    default = run(params, cfg, method.replace(stopper=Eotp()))
+    np.testing.assert_array_equal(default.tokens, given.tokens)
+    assert int(default.end[0]) < int(default.tokens.shape[1])
+
+
+def test_guessing_ahead_changes_nothing(model):
+    cfg, params = model
+    method = DiffusionMethod(FixedBlocks(4), rule=Quota(4))
+    eot = int(run(params, cfg, method).tokens[2, 9])
+    method = method.replace(stopper=Eotp(eot_id=eot))
+    plain, ahead = run(params, cfg, method), run(params, cfg, method.replace(lookahead=2))
+    for b in range(len(PROMPTS)):
+        a, c = row(plain, b), row(ahead, b)
+        assert c.pop("num_forwards") <= a.pop("num_forwards")
+        assert a == c
+
+
+def test_a_completion_ends_at_the_cut(model):
+    """Every array has one entry per position that is left."""
+    cfg, params = model
+    method = DiffusionMethod(FixedBlocks(4), rule=Quota(4))
+    eot = int(run(params, cfg, method).tokens[0, 6 + 2])
+    cfg = dataclasses.replace(cfg, eos_token_id=eot)
+    state = run(params, cfg, method.replace(stopper=Eotp("committed")))
+    lm = types.SimpleNamespace(cfg=cfg, tokenizer=None)
+    for b, got in enumerate(collect(state, lm, num=len(PROMPTS))):
+        n = int(state.end[b]) - state.prompt_len
+        assert len(got.canvas) == len(got.step_map) == len(got.confidence) == n
+        assert (got.step_map >= 0).all() and eot not in got.tokens
+        assert len(got.tokens) == (n - 1 if got.finish_reason == "eos" else n)
+        assert got.num_forwards > got.step_map.max()
+        if n < LENGTHS[b]:
+            assert got.finish_reason == "eos" and got.canvas[-1] == eot
+
+
+# Hand-made rounds: eight positions that propose EOT (7) or something else, completion positions 4
+# to 11 of 10: the last two do not exist.
+CONFIDENCE = [0.9, 0.2, 0.6, 0.3, 0.8, 0.6, 0.95, 0.99]
+
+
+def ends(cut_at, eots, commit=(), undecided=range(8), confidence=CONFIDENCE):
+    """Where the row ends, as a position of the window; 6: nowhere earlier."""
+    mark = lambda places: jnp.asarray([[i in places for i in range(8)]])
+    view = make_round(confidence, eligible=mark(list(undecided)))
+    view = view.replace(
+        proposal=jnp.where(mark(eots), 7, 1), index=4 + view.index, gen_len=jnp.array([10])
+    )
+    end = Eotp(cut_at).cut(view, mark(commit), jnp.array([7]))
+    return int(end[0]) - 4
+
+
+@pytest.mark.parametrize(
+    ("options", "predicted", "committed"),
+    [
+        (dict(eots=[]), 6, 6),  # nobody proposes EOT
+        (dict(eots=[], commit=[1, 3]), 6, 6),
+        (dict(eots=[1, 2], commit=[1, 2]), 2, 2),  # the first committed
+        (dict(eots=[2, 4], commit=[2, 3]), 3, 3),  # even if an undecided one is surer
+        (dict(eots=[0, 4], commit=[4], undecided=[4, 5]), 5, 5),
+        (dict(eots=[1, 4], commit=[0]), 5, 6),  # the surest, not the first
+        (dict(eots=[2, 5], commit=[0]), 3, 6),  # on ties the first
+        (dict(eots=[0, 1], commit=[3], undecided=[1, 3]), 2, 6),  # only undecided ones may hope
+        (dict(eots=[0], commit=[3], undecided=[1, 3]), 6, 6),
+        (dict(eots=[1, 6, 7], commit=[3]), 2, 6),  # 6 and 7 are past the end
+        (dict(eots=[6, 7], commit=[6]), 6, 6),
+        (dict(eots=[3, 5], confidence=[0.0] * 8), 4, 6),  # no confidence at all: the first
+    ],
+)
+def test_hand_made_rounds(options, predicted, committed):
+    assert ends("predicted", **options) == predicted
+    assert ends("committed", **options) == committed
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (DiffusionMethod(stopper=Eotp("maybe")), "cut_at='maybe' must be 'predicted' or"),
+        (DiffusionMethod(stopper=Eotp(eot_id=99)), r"eot_id=99 must be in \[0, 23\]"),
+        (
+            DiffusionMethod(cache=DualCache(), stopper=Eotp()),
+            "Eotp must see the whole suffix, but DualCache recomputes only the block",
+        ),
+    ],
+)
+def test_refusals(toy_cfg, method, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        init_state(toy_cfg, method, [[1]], gen_len=4)
+    assert str(refusal.value).count(". ") == 0
+    for cut_at, cache in (("committed", DualCache()), ("predicted", PrefixCache())):
+        method = DiffusionMethod(cache=cache, stopper=Eotp(cut_at))
+        init_state(toy_cfg, method, [[1]], gen_len=4)

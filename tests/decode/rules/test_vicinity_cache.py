@@ -1,0 +1,217 @@
+"""VicinityCache against an oracle that says which keys are fresh, and against its two extremes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.diffusion import DiffusionMethod, decode, init_state, stream
+from decode.rules import (
+    AdaBlock,
+    DualCache,
+    FixedBlocks,
+    NarrowOut,
+    NoCache,
+    Prophet,
+    Quota,
+    Threshold,
+)
+from decode.rules.inputs import Smoothing
+from decode.rules.vicinity_cache import VicinityCache
+from dlm.params import init_params
+from tests.conftest import spread
+from tests.decode import oracle
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
+LENGTHS = [12, 10, 12, 5]  # 10 and 5 end inside a block
+
+
+def run(params, cfg, method, prompts=PROMPTS, gen_len=LENGTHS, **options):
+    return decode(params, cfg, method, init_state(cfg, method, prompts, gen_len=gen_len, **options))
+
+
+def same(a, b):
+    for field in ("tokens", "step_map", "num_forwards"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), field)
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def model(request, toy_cfg, toy_params):
+    if request.param == "llada":
+        return toy_cfg, toy_params
+    cfg = dataclasses.replace(toy_cfg, qkv_bias=True, shifted_logits=True)
+    return cfg, spread(init_params(jax.random.key(5), cfg))
+
+
+def vicinity_judge(before, after):
+    """Stands in for the oracle's `_judge`: what is recomputed reaches beyond the block."""
+
+    def judge(model, canvas, P, low, high, cache, guidance, memory, end):
+        shift, mask = int(model.cfg.shifted_logits), model.cfg.mask_token_id
+        canvas = canvas[: P + end]
+        views = [canvas] if guidance is None else [canvas, [mask] * P + canvas[P:]]
+        hidden, remembered = [], []
+        for i, tokens in enumerate(views):
+            S = len(tokens)
+            if memory is None:
+                h, kv = model.run(tokens, range(S))
+                remembered.append((kv, h))
+                at = dict(enumerate(h))
+            else:
+                kv, old = memory[i]
+                inside = [*range(max(P + low - before, 0), min(P + high + after, S))]
+                outside = [p for p in range(S) if p not in inside]
+                context = [(k[outside], v[outside]) for k, v in kv]
+                h, _ = model.run([tokens[p] for p in inside], inside, context)
+                at = dict(enumerate(old)) | dict(zip(inside, h, strict=True))
+                remembered.append(memory[i])
+            hidden.append({g: at[P + g - shift] for g in range(low, high)})
+        if guidance is None:
+            return hidden[0], remembered, None
+        mix = lambda a, b: b + (guidance + 1) * (a - b)
+        return {g: mix(hidden[0][g], hidden[1][g]) for g in hidden[0]}, remembered, None
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rule", "guidance"),
+    [
+        (0, 0, ("threshold", 0.4), None),
+        (2, 3, ("threshold", 0.4), None),
+        (1, 0, ("quota", 3), None),
+        (0, 2, ("quota", 4), 0.5),
+        (5, 1, ("quota", 4), None),
+        (9, 9, ("threshold", 0.6), 0.5),
+    ],
+)
+def test_a_ragged_batch_equals_the_oracle_row_by_row(
+    model, monkeypatch, before, after, rule, guidance
+):
+    cfg, params = model
+    name, value = rule
+    method = DiffusionMethod(
+        FixedBlocks(4),
+        VicinityCache(before=before, after=after),
+        rule={"threshold": Threshold, "quota": Quota}[name](value),
+        guidance=guidance,
+    )
+    state = run(params, cfg, method, prompt_len=8)
+    monkeypatch.setattr(oracle, "_judge", vicinity_judge(before, after))
+    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        expected = oracle.decode(
+            oracle.Model(params, cfg),
+            prompt,
+            length,
+            rule=rule,
+            scheduler=("fixed", 4),
+            guidance=guidance,
+            banned=(cfg.mask_token_id,),
+        )
+        assert state.tokens[b, 8 : 8 + length].tolist() == expected["tokens"]
+        assert state.step_map[b, :length].tolist() == expected["step_map"]
+        assert int(state.num_forwards[b]) == expected["num_forwards"]
+        np.testing.assert_allclose(
+            state.confidence[b, :length], expected["confidence"], atol=2e-3, rtol=2e-3
+        )
+
+
+POINTS = {
+    "plain": {"rule": Threshold(0.5)},
+    "guided": {"rule": Quota(3), "guidance": 0.5},
+    "sampled": {"rule": Threshold(0.5), "temperature": 0.7},
+    "smoothed": {"rule": Threshold(0.5), "inputs": Smoothing()},
+    "shadow": {"rule": Threshold(0.3), "reviser": NarrowOut(0.6)},
+    "adablock": {
+        "rule": Threshold(0.5),
+        "scheduler": AdaBlock((1, 2, 3, 5, 8), 4, threshold=0.1, share=0.5),
+    },
+}
+
+
+def build(point, cfg):
+    if point == "shadow" and cfg.shifted_logits:
+        pytest.skip("NarrowOut refuses models with shifted logits")
+    return DiffusionMethod(FixedBlocks(4)).replace(**POINTS[point])
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_without_a_vicinity_it_is_the_dual_cache(model, point):
+    cfg, params = model
+    method = build(point, cfg)
+    none = method.replace(cache=VicinityCache(before=0, after=0))
+    a = run(params, cfg, none)
+    b = run(params, cfg, method.replace(cache=DualCache()))
+    same(a, b)
+    np.testing.assert_array_equal(a.confidence, b.confidence)  # to the last bit
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_with_everything_in_the_vicinity_nothing_is_stale(model, point):
+    cfg, params = model
+    method = build(point, cfg)
+    whole = method.replace(cache=VicinityCache(before=20, after=20))
+    exact = run(params, cfg, method.replace(cache=NoCache()))
+    same(run(params, cfg, whole), exact)
+    dual = run(params, cfg, method.replace(cache=DualCache()))
+    assert not np.allclose(dual.confidence, exact.confidence, atol=1e-3)  # it does matter
+
+
+def test_each_row_equals_itself_alone_for_every_quorum_and_padding(model):
+    cfg, params = model
+    method = DiffusionMethod(FixedBlocks(4), VicinityCache(before=3, after=2), rule=Threshold(0.7))
+    shape = {"prompt_len": 8, "canvas_len": 12}  # one program for all rows
+    alone = [
+        run(params, cfg, method, [prompt], [length], seeds=[7 + b], **shape)
+        for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
+    ]
+    assert len({int(state.num_forwards[0]) for state in alone}) > 1
+    for quorum in (0.0, 0.5, 1.0):
+        method = method.replace(cache=method.cache.replace(quorum=quorum))
+        together = run(params, cfg, method, seeds=7, prompt_len=20, batch_size=8)
+        for b, (state, length) in enumerate(zip(alone, LENGTHS, strict=True)):
+            got, expected = together.tokens[b, 20:], state.tokens[0, 8:]
+            assert got[:length].tolist() == expected[:length].tolist()
+            assert together.step_map[b, :length].tolist() == state.step_map[0, :length].tolist()
+            assert int(together.num_forwards[b]) == int(state.num_forwards[0])
+
+
+def test_one_full_forward_per_block(toy_cfg, toy_params):
+    """Only a full forward changes the cache; a window's does not, not even in the vicinity."""
+    method = DiffusionMethod(FixedBlocks(4), VicinityCache(before=4, after=4), rule=Quota(4))
+    first = init_state(toy_cfg, method, [PROMPTS[0]], gen_len=12)
+    before, changes = np.asarray(first.cache.kv.k), []
+    for state in stream(toy_params, toy_cfg, method, first):
+        after = np.asarray(state.cache.kv.k)
+        changes.append(bool((before != after).any()))
+        before = after
+    assert changes == [True, False, False, False] * 3
+
+
+def test_a_vicinity_wider_than_the_canvas_costs_no_more_than_the_canvas(toy_cfg, toy_params):
+    """And `before` and `after` are part of the program, the quorum is not."""
+    decode.clear_cache()
+    for quorum in (0.0, 1.0):
+        method = DiffusionMethod(FixedBlocks(4), VicinityCache(quorum, before=100, after=100))
+        run(toy_params, toy_cfg, method)
+    assert decode._cache_size() == 1
+    leaves = jax.tree.leaves(VicinityCache(jnp.float32(0.5), before=1, after=2))
+    assert len(leaves) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": VicinityCache(before=-1)}, "before=-1 must be at least 0"),
+        ({"cache": VicinityCache(after=-2)}, "after=-2 must be at least 0"),
+        ({"cache": VicinityCache(2.0)}, r"quorum=2 must be in \[0, 1\]"),
+        ({"stopper": Prophet(0)}, "Prophet must see the whole canvas, but VicinityCache"),
+        ({"lookahead": 2}, "which VicinityCache does not allow"),
+    ],
+)
+def test_refusals(toy_cfg, changes, message):
+    method = DiffusionMethod(cache=VicinityCache()).replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        init_state(toy_cfg, method, [[1]], gen_len=4)
