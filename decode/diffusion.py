@@ -2,16 +2,17 @@
 
 A method is one pytree of components, one per axis:
 
-    scheduler   which positions are eligible now?      decode/rules/fixed_blocks.py
-    cache       which positions are recomputed?        decode/rules/caches.py
-    confidence  how sure is each proposal?             decode/rules/confidences.py
+    scheduler   which positions are eligible now?      decode/rules/{fixed_blocks,adablock,...}.py
+    cache       which positions are recomputed?        decode/rules/{caches,block_causal,...}.py
+    confidence  how sure is each proposal?             decode/rules/{confidences,credit,...}.py
     rule        which proposals stay?                  decode/rules/{quota,threshold,...}.py
-    reviser     may something be taken back?           decode/rules/revisers.py
-    stopper     when is a row done?                    decode/rules/stoppers.py
-    constraint  what is allowed at all?                decode/rules/constraints.py
+    reviser     may something be taken back?           decode/rules/{revisers,wino,...}.py
+    stopper     when is a row done?                    decode/rules/{stoppers,prophet,...}.py
+    constraint  what is allowed at all?                decode/rules/{constraints,nucleus}.py
+    inputs      what is seen where nothing is decided? decode/rules/inputs.py
 
-Its structure picks the program; its leaves are data. `step` is one round. `decode` runs it in a
-`while_loop`; `stream` drives the same `step` from Python.
+Its structure picks the program; its leaves are data. `step` is one round (`decode/rounds.py`).
+`decode` runs it in a `while_loop`; `stream` drives the same `step` from Python.
 
 Rows are left-padded to a common prompt length, so every completion starts at the same position, and
 proceed on their own: each has its own block, its own counters, its own end. Row i of a batch gives

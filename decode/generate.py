@@ -41,8 +41,8 @@ PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few leng
 class Completion:
     """One decoded answer.
 
-    Arrays have one entry per canvas position, `gen_len` of them; -1 in `step_map` marks positions
-    that were left undecided because the row was done before.
+    Arrays have one entry per canvas position: `gen_len`, or fewer if the stopper cut the canvas
+    (`Eotp`). -1 in `step_map` marks positions left undecided because the row was done before.
 
     Attributes:
       text: the completion as text, up to the first end-of-text token; None without a tokenizer.
