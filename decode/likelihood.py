@@ -51,7 +51,7 @@ from tqdm import tqdm
 from decode.diffusion import DiffusionMethod, decode, init_state
 from decode.generate import PROMPT_BUCKET
 from decode.rounds import mask_id
-from decode.rules import FixedBlocks, Quota
+from decode.rules import FixedBlocks, MaskInputs, Quota
 from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
@@ -388,7 +388,7 @@ def _check_numbers(num_samples: int, batch_size: int, guidance: float, antitheti
 
 def _encode_pairs(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
     """Token ids of all prompts and answers, checked."""
-    mask_id(lm.cfg)
+    MaskInputs().validate(lm.cfg)
     if isinstance(pairs, str) or not isinstance(pairs, Sequence):
         raise TypeError(
             f"pairs is a {type(pairs).__name__}; it must be a list of (prompt, answer) pairs"

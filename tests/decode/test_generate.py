@@ -117,7 +117,12 @@ def test_sharded_model(lm):
         (7, {}, TypeError, "prompts is a int"),
         ([94], {}, ValueError, "contains the mask token 94"),
         ([1] * 300, {}, ValueError, "max_seq_len=256"),
-        (PROMPT, dict(cache="duel"), ValueError, r"cache='duel' must be one of \['dual'"),
+        (
+            PROMPT,
+            dict(cache="duel"),
+            ValueError,
+            r"cache='duel' must be one of \['delayed', 'dual'",
+        ),
         (PROMPT, dict(confidence="prob"), ValueError, "confidence='prob' must be one of"),
         (PROMPT, dict(stopper="never"), ValueError, "stopper='never' must be one of"),
         (PROMPT, dict(temperature=-1.0), ValueError, "temperature=-1 must be positive"),
