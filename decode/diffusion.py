@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode.freedave import freedave_round, no_drafts
-from decode.rounds import DiffusionMethod, DiffusionState, apply, judge, mask_id
+from decode.rounds import apply, judge, mask_id
+from decode.state import DiffusionMethod, DiffusionState
 from dlm.config import ModelConfig
 from dlm.params import Params
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from decode.rounds import DiffusionMethod, DiffusionState, apply, frame, judge, select_rows
+from decode.rounds import apply, frame, judge, select_rows
 from decode.rules.contracts import Round
+from decode.state import DiffusionMethod, DiffusionState
 from dlm.config import ModelConfig
 from dlm.params import Params
 

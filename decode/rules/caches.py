@@ -119,6 +119,23 @@ class BlockCacheState:
     boundary: jax.Array | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a forward recomputes of each row: [start, stop). The rest of the row is cached.
+
+    Attributes:
+      start: [B] int32. At or before the open block.
+      stop: [B] int32. At or past its end.
+      length: the most positions between the two. Static.
+      before: the most positions between `start` and the open block. Static.
+    """
+
+    start: jax.Array
+    stop: jax.Array
+    length: int
+    before: int = 0
+
+
 @struct.dataclass
 class BlockCache(CachePolicy):
     """What the two approximate block caches share: a refresh per block, windows in between.
@@ -170,33 +187,21 @@ class BlockCache(CachePolicy):
             return hidden, BlockCacheState(kv=out.cache, boundary=boundary)
 
         def reuse(state: BlockCacheState) -> tuple[jax.Array, BlockCacheState]:
-            return self.reuse(params, cfg, canvas, window_len, state), state
+            span = self.span(canvas, window_len)
+            hidden = _forward_span(params, cfg, canvas, span, state.kv, window_len)
+            hidden, shadow = hidden[:, : span.length], hidden[:, span.length :]
+            if span.before:  # with shifted logits position i-1 predicts token i
+                at = canvas.block_start - span.start - int(cfg.shifted_logits)
+                hidden = _gather(hidden, at, window_len)
+            elif state.boundary is not None:
+                hidden = jnp.concatenate([state.boundary[:, None], hidden], axis=1)
+            return jnp.concatenate([hidden[:, :window_len], shadow], axis=1), state
 
         hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
         return hidden, state, jnp.where(refresh_now, waiting, ready)
 
-    def reuse(
-        self,
-        params: Params,
-        cfg: ModelConfig,
-        canvas: Canvas,
-        window_len: int,
-        state: BlockCacheState,
-    ) -> jax.Array:
-        """A forward over the `window` only: hidden states as `judge` returns them."""
-        length, stop, ranges = self.window(canvas, window_len)
-        hidden = _forward_slice(params, cfg, canvas, length, stop, state.kv, ranges, window_len)
-        hidden, shadow = hidden[:, :window_len], hidden[:, length:]
-        if state.boundary is not None:  # position i-1 predicts token i
-            hidden = jnp.concatenate([state.boundary[:, None], hidden[:, :-1]], axis=1)
-        return jnp.concatenate([hidden, shadow], axis=1)
-
-    def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
-        """What is recomputed from each row's block start on, and what is read from the cache.
-
-        Returns the static length of the window; stop [B], where its real positions end; and the
-        cached ranges [B, R, 2].
-        """
+    def span(self, canvas: Canvas, window_len: int) -> Span:
+        """What is recomputed between refreshes."""
         raise NotImplementedError
 
 
@@ -206,10 +211,9 @@ class PrefixCache(BlockCache):
 
     covers: ClassVar[str] = "suffix"
 
-    def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
-        prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
+    def span(self, canvas: Canvas, window_len: int) -> Span:
         longest = canvas.tokens.shape[1] - canvas.prompt_len  # suffix: one whole completion
-        return longest, canvas.end, prefix[:, None]
+        return Span(start=canvas.block_start, stop=canvas.end, length=longest)
 
 
 @struct.dataclass
@@ -218,10 +222,8 @@ class DualCache(BlockCache):
 
     covers: ClassVar[str] = "block"
 
-    def window(self, canvas: Canvas, window_len: int) -> tuple[int, jax.Array, jax.Array]:
-        prefix = jnp.stack([canvas.start, canvas.block_start], axis=-1)
-        suffix = jnp.stack([canvas.block_end, canvas.end], axis=-1)
-        return window_len, canvas.block_end, jnp.stack([prefix, suffix], axis=1)
+    def span(self, canvas: Canvas, window_len: int) -> Span:
+        return Span(start=canvas.block_start, stop=canvas.block_end, length=window_len)
 
 
 def _forward_canvas(
@@ -255,32 +257,26 @@ def _forward_canvas(
     )
 
 
-def _forward_slice(
-    params: Params,
-    cfg: ModelConfig,
-    canvas: Canvas,
-    length: int,
-    stop: jax.Array,
-    kv: KVCache,
-    cache_ranges: jax.Array,
-    window_len: int,
-    start: jax.Array | None = None,
+def _forward_span(
+    params: Params, cfg: ModelConfig, canvas: Canvas, span: Span, kv: KVCache, window_len: int
 ) -> jax.Array:
-    """[B, length, D]: a forward over `length` positions from `start` [B] on.
+    """[B, span.length, D]: a forward over a span, reading the rest of the row from the cache.
 
-    By default from each row's block start on. Positions at or past `stop` [B] are not attended to;
-    their hidden states mean nothing. A shadow makes it [B, length + window_len, D].
+    Positions at or past `span.stop` are not attended to; their hidden states mean nothing. A shadow
+    makes it [B, span.length + window_len, D].
     """
-    start = canvas.block_start if start is None else start
     window = _Window(
-        tokens=_gather(canvas.tokens, start, length),
-        positions=(start - canvas.start)[:, None] + jnp.arange(length)[None],
-        window_range=jnp.stack([jnp.zeros_like(stop), stop - start], axis=-1),
-        mix=jax.tree.map(lambda x: _gather(x, start, length), canvas.mix),
+        tokens=_gather(canvas.tokens, span.start, span.length),
+        positions=(span.start - canvas.start)[:, None] + jnp.arange(span.length)[None],
+        window_range=jnp.stack([jnp.zeros_like(span.stop), span.stop - span.start], axis=-1),
+        mix=jax.tree.map(lambda x: _gather(x, span.start, span.length), canvas.mix),
     )
     if canvas.has_shadow:
-        window = _add_shadow(window, cfg, canvas, canvas.block_start - start, window_len)
-    return forward(params, cfg, **vars(window), cache=kv, cache_ranges=cache_ranges).hidden
+        window = _add_shadow(window, cfg, canvas, canvas.block_start - span.start, window_len)
+    before = jnp.stack([canvas.start, span.start], axis=-1)
+    behind = jnp.stack([span.stop, canvas.end], axis=-1)
+    ranges = jnp.stack([before, behind], axis=1)
+    return forward(params, cfg, **vars(window), cache=kv, cache_ranges=ranges).hidden
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.caches import BlockCache, BlockCacheState, Canvas, _forward_slice, _gather
+from decode.rules.caches import BlockCache, Canvas, Span
 from decode.rules.contracts import check_range
 from dlm.config import ModelConfig
-from dlm.params import Params
 
 
 @struct.dataclass
@@ -49,29 +47,10 @@ class VicinityCache(BlockCache):
         check_range("before", self.before, 0, float("inf"))
         check_range("after", self.after, 0, float("inf"))
 
-    def reuse(
-        self,
-        params: Params,
-        cfg: ModelConfig,
-        canvas: Canvas,
-        window_len: int,
-        state: BlockCacheState,
-    ) -> jax.Array:
-        start = jnp.maximum(canvas.block_start - self.before, canvas.start)
-        stop = jnp.minimum(canvas.block_end + self.after, canvas.end)
-        length = min(self.before + window_len + self.after, canvas.tokens.shape[1])
-        prefix = jnp.stack([canvas.start, start], axis=-1)
-        suffix = jnp.stack([stop, canvas.end], axis=-1)
-        ranges = jnp.stack([prefix, suffix], axis=1)
-        hidden = _forward_slice(
-            params, cfg, canvas, length, stop, state.kv, ranges, window_len, start
+    def span(self, canvas: Canvas, window_len: int) -> Span:
+        return Span(
+            start=jnp.maximum(canvas.block_start - self.before, canvas.start),
+            stop=jnp.minimum(canvas.block_end + self.after, canvas.end),
+            length=min(self.before + window_len + self.after, canvas.tokens.shape[1]),
+            before=self.before,
         )
-        hidden, shadow = hidden[:, :length], hidden[:, length:]
-        at = canvas.block_start - start  # [B], in the window
-        if state.boundary is None:
-            block = _gather(hidden, at, window_len)
-        elif self.before:  # position i-1 predicts token i; a prompt is never empty
-            block = _gather(hidden, at - 1, window_len)
-        else:
-            block = jnp.concatenate([state.boundary[:, None], hidden[:, : window_len - 1]], axis=1)
-        return jnp.concatenate([block, shadow], axis=1)

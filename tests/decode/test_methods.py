@@ -8,8 +8,8 @@ import re
 import pytest
 
 from decode import rules
+from decode.diffusion import DiffusionMethod
 from decode.methods import FAMILIES, METHODS, family_of, named
-from decode.rounds import DiffusionMethod
 from decode.rules import FixedBlocks
 from decode.rules.caches import CachePolicy
 from decode.rules.contracts import (
