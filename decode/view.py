@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from decode.generate import Completion
@@ -139,20 +140,22 @@ class OperatingPoint:
 
     Attributes:
       method: what is compared; points of one method are joined by a line and share a colour.
-      setting: what varies within the method; picks the marker.
+      setting: what else varies; picks the marker, unless it is the same everywhere.
       speed: tokens per forward.
       quality: in [0, 1].
+      interval: low and high end of the quality's confidence interval; None: not drawn.
     """
 
     method: str
     setting: str
     speed: float
     quality: float
+    interval: tuple[float, float] | None = None
 
 
 def plot_speed_quality(
     path: str | os.PathLike[str],
-    panels: dict[str, Sequence[OperatingPoint]],
+    panels: Mapping[str, Sequence[OperatingPoint]],
     title: str,
     speed_label: str = "tokens per forward",
 ) -> None:
@@ -172,36 +175,54 @@ def plot_speed_quality(
     every = [point for points in panels.values() for point in points]
     methods = list(dict.fromkeys(point.method for point in every))
     settings = list(dict.fromkeys(point.setting for point in every))
-    colors = plt.get_cmap("tab10")
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, sharey=True
-    )
+    has_settings, markers = len(settings) > 1, "os^Dv*<>PXhp8"
+    # Dark colours first; with 13 markers 260 methods look different.
+    colors = [plt.get_cmap("tab20")((2 * i + i // 10) % 20) for i in range(len(methods))]
+
+    def marker(method: str, setting: str) -> str:
+        i = settings.index(setting) if has_settings else methods.index(method)
+        return markers[i % len(markers)]
+
+    rows = len(methods) + (len(settings) if has_settings else 0)
+    columns = math.ceil(rows / 26)
+    width, legend_width = 5.2 * len(panels), 2.2 * columns
+    size = (width + legend_width, max(4.4, 0.21 * min(rows, 26) + 1))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
         for i, method in enumerate(methods):
-            own = [p for p in points if p.method == method]
-            axis.plot(
-                [p.speed for p in own], [100 * p.quality for p in own], color=colors(i), alpha=0.4
-            )
+            own = sorted((p for p in points if p.method == method), key=lambda p: p.speed)
+            x, y = [p.speed for p in own], [100 * p.quality for p in own]
+            axis.plot(x, y, color=colors[i], alpha=0.5, linewidth=1.2)
             for p in own:
+                if p.interval is not None:
+                    ends = [100 * end for end in p.interval]
+                    axis.plot([p.speed] * 2, ends, color=colors[i], alpha=0.3, linewidth=1)
+                # Smaller and smaller, so that points on top of each other are all seen.
                 axis.plot(
-                    p.speed, 100 * p.quality, "os^Dv*"[settings.index(p.setting) % 6],
-                    color=colors(i), markersize=7,
+                    p.speed, 100 * p.quality, marker(method, p.setting), color=colors[i],
+                    markersize=9 - 4 * i / len(methods), markeredgecolor="white",
+                    markeredgewidth=0.5,
                 )  # fmt: skip
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, high - 20), high + 1)  # a point more or less is no cliff
         axis.set_title(name)
         axis.set_xlabel(speed_label)
-        axis.grid(alpha=0.3)
-        axis.set_ylim(-3, 103)
         axis.set_xlim(left=0)
-    axes[0][0].set_ylabel("exact match (%)")
+        axis.grid(alpha=0.3)
+    has_intervals = any(point.interval for point in every)
+    axes[0][0].set_ylabel("exact match (%)" + (", 95 % interval" if has_intervals else ""))
     handles: list[Any] = [
-        plt.Line2D([], [], color=colors(i), label=method) for i, method in enumerate(methods)
-    ]
-    handles += [
-        plt.Line2D([], [], color="gray", linestyle="", marker="os^Dv*"[i % 6], label=setting)
-        for i, setting in enumerate(settings)
-    ]
-    figure.legend(handles=handles, loc="center right", frameon=False)
+        plt.Line2D([], [], color=color, label=method,
+                   marker="" if has_settings else marker(method, ""))
+        for color, method in zip(colors, methods, strict=True)
+    ]  # fmt: skip
+    if has_settings:
+        handles += [
+            plt.Line2D([], [], color="gray", linestyle="", marker=marker("", s), label=s)
+            for s in settings
+        ]
+    figure.legend(handles=handles, loc="center right", frameon=False, fontsize=8, ncols=columns)
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0, 1 - 1.9 / (5.2 * len(panels)), 1))
+    figure.tight_layout(rect=(0, 0, width / (width + legend_width), 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

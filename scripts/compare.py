@@ -54,6 +54,7 @@ from decode.diffusion import DiffusionMethod, decode, init_state
 from decode.generate import collect
 from decode.methods import METHODS, family_of, named, override
 from decode.rules import AdaBlock
+from decode.view import OperatingPoint, plot_speed_quality
 from dlm.tasks import Example, Task
 from train.config import build
 
@@ -476,53 +477,17 @@ def report(rows: Sequence[dict[str, Any]], areas: Mapping[str, Mapping[str, floa
     return "\n".join(f"### {title}\n\n{markdown(table)}\n" for title, table in tables.items())
 
 
-def plot(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Accuracy against tokens per forward: a panel per group, a line per family."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    groups = groups[1:] or groups  # of all examples only if there are no others
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    legend_columns = math.ceil(len(families) / 26)
-    width, legend_width = 5.2 * len(groups), 2.2 * legend_columns
-    size = (width + legend_width, max(4.6, 0.21 * min(len(families), 26) + 1))
-    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False)
-    for axis, group in zip(axes[0], groups, strict=True):
-        for i, family in enumerate(families):
-            own = [row for row in rows if (row["group"], row["family"]) == (group, family)]
-            own.sort(key=lambda row: row["tokens_per_forward"])
-            x, y, low, high = (
-                np.array([row[name] for row in own])
-                for name in ("tokens_per_forward", "accuracy", "accuracy_low", "accuracy_high")
+def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[OperatingPoint]]:
+    """For the figure: a panel per group; of all examples only if there are no others."""
+    found: dict[str, list[OperatingPoint]] = {}
+    for row in rows:
+        interval = row["accuracy_low"] / 100, row["accuracy_high"] / 100
+        found.setdefault(row["group"], []).append(
+            OperatingPoint(
+                row["family"], "", row["tokens_per_forward"], row["accuracy"] / 100, interval
             )
-            shade = (2 * i + i // 10) % 20  # dark ones first; 20 colours and 13 markers: 260 pairs
-            color, marker = plt.get_cmap("tab20")(shade), "osD^v<>PX*hp8"[i % 13]
-            error = np.maximum([y - low, high - y], 0)
-            axis.errorbar(x, y, error, fmt="none", ecolor=color, alpha=0.3, linewidth=1, zorder=1)
-            # Smaller and smaller, so that points on top of each other are all seen.
-            axis.plot(
-                x, y, color=color, marker=marker, markersize=10 - 5 * i / len(families),
-                linewidth=1.2, markeredgecolor="white", markeredgewidth=0.5, label=family,
-            )  # fmt: skip
-        low, high = axis.get_ylim()
-        axis.set_ylim(min(low, high - 20), high + 1)  # a point more or less is no cliff
-        axis.set_title(group)
-        axis.set_xlabel("tokens per forward")
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("accuracy (%), 95 % interval")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, loc="center right", frameon=False, fontsize=8, ncols=legend_columns
-    )
-    plt.setp(legend.legend_handles, markersize=6)
-    figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0, width / (width + legend_width), 1))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        )
+    return {group: points for group, points in found.items() if group != ALL} or found
 
 
 def write(
@@ -541,7 +506,8 @@ def write(
         writer = csv.DictWriter(file, flat[0])
         writer.writeheader()
         writer.writerows(flat)
-    plot(out / "speed_quality.png", rows, f"{about['task']}: accuracy against parallelism")
+    title = f"{about['task']}: accuracy against parallelism"
+    plot_speed_quality(out / "speed_quality.png", panels(rows), title)
 
 
 def main(argv: list[str]) -> None:
