@@ -8,8 +8,8 @@ Task: `dlm.tasks.scan`, arXiv:1711.00350. Objective: LLaDA's, arXiv:2502.09992. 
 unless a source is given.
 
 Exact match on 512 held-out commands, and forwards per answer (`python -m scripts.compare
---task=scan --checkpoint=runs/scan/model --num_examples=512 --methods=threshold --block_len=...`; two
-shared CPU cores, float32):
+--task=scan --checkpoint=runs/scan/model --num_examples=512 --methods=threshold --block_len=...`;
+two shared CPU cores, float32):
 
     training                                     block   one per step   threshold 0.9
     as below (14 min beside other work)              4   92.0 %, 16.7   91.4 %, 4.8

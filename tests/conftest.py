@@ -1,5 +1,7 @@
 """Test set-up, before JAX starts: CPU, eight fake devices, no silent rank promotion."""
 
+import dataclasses
+import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest -m gpu: on a GPU
@@ -20,13 +22,16 @@ settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
 
+# A masked-diffusion model small enough for a plain-Python oracle.
+TOY_CFG = ModelConfig(
+    d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, vocab_size=24,
+    max_seq_len=64, mask_token_id=23, eos_token_id=22, pad_token_id=21, dtype="float32",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def toy_cfg() -> ModelConfig:
-    """A masked-diffusion model small enough for a plain-Python oracle."""
-    return ModelConfig(
-        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, vocab_size=24,
-        max_seq_len=64, mask_token_id=23, eos_token_id=22, pad_token_id=21, dtype="float32",
-    )  # fmt: skip
+    return TOY_CFG
 
 
 def spread(params: Params) -> Params:
@@ -41,3 +46,21 @@ def spread(params: Params) -> Params:
 def toy_params(toy_cfg: ModelConfig) -> Params:
     """Weights of a toy model that is worth decoding; see `spread`."""
     return spread(init_params(jax.random.key(0), toy_cfg))
+
+
+@pytest.fixture(scope="session")
+def toy_dream() -> tuple[ModelConfig, Params]:
+    """A toy with the conventions of Dream: shifted logits, biases."""
+    return dream_toy()
+
+
+@pytest.fixture(scope="session", params=["llada", "dream"])
+def toy_model(request, toy_cfg: ModelConfig, toy_params: Params) -> tuple[ModelConfig, Params]:
+    """Either toy."""
+    return (toy_cfg, toy_params) if request.param == "llada" else dream_toy()
+
+
+@functools.cache
+def dream_toy() -> tuple[ModelConfig, Params]:
+    cfg = dataclasses.replace(TOY_CFG, qkv_bias=True, shifted_logits=True)
+    return cfg, spread(init_params(jax.random.key(5), cfg))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.rules.contracts import Confidence, Reviser, Revision, Round, check_range
+from decode.rules.entropy_budget import within_budget
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import Noise, logits_stats
 
@@ -96,16 +97,9 @@ class Renoise(Reviser):
         self, view: Round, commit: jax.Array, state: jax.Array
     ) -> tuple[Revision, jax.Array]:
         block, best = view.in_block, view.stats.token
-        entropy = jnp.where(block, view.stats.entropy, jnp.inf)
-        order = jnp.argsort(entropy, axis=-1, stable=True)
-        ascending = jnp.take_along_axis(entropy, order, axis=-1)
-        before = jnp.cumsum(jnp.where(ascending < jnp.inf, ascending, 0.0), axis=-1) - ascending
-        place = jnp.argsort(order, axis=-1)
-        admitted = block & jnp.take_along_axis(before <= self.budget, place, axis=-1)
-
-        mean = jnp.where(block, view.stats.entropy, 0.0).sum(axis=-1) / jnp.maximum(
-            block.sum(axis=-1), 1
-        )
+        admitted = within_budget(view.stats.entropy, block, self.budget)
+        total = jnp.where(block, view.stats.entropy, 0.0).sum(axis=-1)
+        mean = total / jnp.maximum(block.sum(axis=-1), 1)
         unchanged = ((best == state) | ~block).all(axis=-1) & (view.block_step > 0)
         settled = unchanged & (mean < self.max_mean_entropy)
         is_last = settled | (view.block_step + 1 >= self.steps)

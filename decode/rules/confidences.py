@@ -11,8 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.contracts import Confidence, Round
-from kernels_pallas.unembed_stats import threefry2x32
+from decode.rules.contracts import Confidence, Round, Stream, draw_uniform
 
 
 @struct.dataclass
@@ -50,10 +49,5 @@ class Random(Confidence):
     """Uniform in (0, 1), drawn anew each round (LLaDA `random`)."""
 
     def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        key = view.noise_key
-        bits, _ = threefry2x32(key[..., 0], key[..., 1], jnp.uint32(_RANDOM_STREAM), jnp.uint32(0))
-        uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+        uniform = draw_uniform(view.noise_key, Stream.RANDOM)
         return view.replace(confidence=jnp.log(uniform)), state
-
-
-_RANDOM_STREAM = 0xFFFFFFFF  # a counter that no vocabulary id has

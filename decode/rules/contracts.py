@@ -15,6 +15,7 @@ into that scale.
 
 from __future__ import annotations
 
+import enum
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dlm.config import ModelConfig
-from kernels_pallas.unembed_stats import VocabStats
+from kernels_pallas.unembed_stats import VocabStats, threefry2x32
 
 
 class Round(struct.PyTreeNode):
@@ -291,6 +292,30 @@ def log_confidence(threshold: jax.Array | float) -> jax.Array:
     """log(threshold), computed as confidences are, so that equal values compare equal."""
     threshold = jnp.asarray(threshold, jnp.float32)
     return -jnp.log1p((1 - threshold) / threshold)
+
+
+class Stream(enum.IntEnum):
+    """Counters under which components draw from a position's `noise_key`.
+
+    Proposals use vocabulary ids as counters, so these come down from 2^32 - 1.
+    """
+
+    RANDOM = 0xFFFFFFFF
+    DREAM_QUOTA = 0xFFFFFFFE
+    ORIGIN = 0xFFFFFFFD
+    REMDM = 0xFFFFFFFC
+    NOISE = 0xFFFFFFFB
+
+
+def draw_bits(noise_key: jax.Array, stream: Stream) -> jax.Array:
+    """Random words [...] uint32 of keys [..., 2] uint32."""
+    key, counter = noise_key, jnp.uint32(stream)
+    return threefry2x32(key[..., 0], key[..., 1], counter, jnp.uint32(0))[0]
+
+
+def draw_uniform(noise_key: jax.Array, stream: Stream) -> jax.Array:
+    """Uniform numbers [...] float32 in (0, 1) of keys [..., 2] uint32."""
+    return ((draw_bits(noise_key, stream) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 def rank(confidence: jax.Array, eligible: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.contracts import CommitRule, Round, check_range, rank
+from decode.rules.contracts import CommitRule, Round, Stream, check_range, rank
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import gumbel_noise
 
@@ -76,9 +76,8 @@ class DreamQuota(CommitRule):
         if self.alg_temp_units == "probability":
             c = jnp.expm1(c)  # p - 1 draws as p does, and tells apart what is almost certain
         B, W = c.shape
-        noise = gumbel_noise(
-            view.noise_key.reshape(B * W, 2), jnp.array([_DRAW_STREAM], jnp.uint32)
-        )
+        stream = jnp.array([Stream.DREAM_QUOTA], jnp.uint32)
+        noise = gumbel_noise(view.noise_key.reshape(B * W, 2), stream)
         alg_temp = jnp.asarray(self.alg_temp, jnp.float32)
         noisy = c + alg_temp * noise.reshape(B, W)
         return jnp.where(alg_temp > 0, noisy, view.confidence)
@@ -100,6 +99,3 @@ def decided_share(step: jax.Array, steps: jax.Array | int, eps: jax.Array | floa
 
     is_last = step >= jnp.asarray(steps, jnp.int32) - 1
     return jnp.where(is_last, 1.0, 1 - time(step + 1) / time(step))
-
-
-_DRAW_STREAM = 0xFFFFFFFE  # a counter that no vocabulary id has, nor `Random`

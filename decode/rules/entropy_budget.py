@@ -32,10 +32,21 @@ class EntropyBudget(CommitRule):
         check_range("budget", self.budget, 0, float("inf"), " nats")
 
     def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        entropy = jnp.where(view.eligible, view.stats.entropy, jnp.inf)
-        order = jnp.argsort(entropy, axis=-1, stable=True)
-        place = jnp.argsort(order, axis=-1)
-        ascending = jnp.take_along_axis(entropy, order, axis=-1)
-        spent = jnp.cumsum(jnp.where(ascending < jnp.inf, ascending, 0.0), axis=-1) - ascending
-        pays = (spent <= self.budget) | (jnp.arange(entropy.shape[-1])[None] == 0)
-        return view.eligible & jnp.take_along_axis(pays, place, axis=-1), state
+        return within_budget(view.stats.entropy, view.eligible, self.budget), state
+
+
+def within_budget(entropy: jax.Array, where: jax.Array, budget: jax.Array | float) -> jax.Array:
+    """[B, W] bool: from the lowest up, as long as those *before* add up to at most `budget`.
+
+    Args:
+      entropy: [B, W] float32, in nats.
+      where: [B, W] bool. Positions that count; others are not admitted.
+      budget: in nats.
+    """
+    entropy = jnp.where(where, entropy, jnp.inf)
+    order = jnp.argsort(entropy, axis=-1, stable=True)
+    ascending = jnp.take_along_axis(entropy, order, axis=-1)
+    before = jnp.cumsum(jnp.where(ascending < jnp.inf, ascending, 0.0), axis=-1)
+    before = jnp.pad(before, ((0, 0), (1, 0)))[:, :-1]
+    place = jnp.argsort(order, axis=-1)
+    return where & jnp.take_along_axis(before <= budget, place, axis=-1)

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.contracts import Inputs, Round, check_range
+from decode.rules.contracts import Inputs, Round, Stream, check_range, draw_bits
 from dlm.config import ModelConfig
-from kernels_pallas.unembed_stats import threefry2x32
-
-_NOISE_STREAM = 0xFFFFFFF8  # a counter that no vocabulary id has, nor any other component
 
 
 @struct.dataclass
@@ -98,8 +95,7 @@ class UniformNoise(Inputs):
     def see(
         self, cfg: ModelConfig, tokens: jax.Array, undecided: jax.Array, noise_key: jax.Array
     ) -> jax.Array:
-        counter = jnp.uint32(_NOISE_STREAM)
-        bits, _ = threefry2x32(noise_key[..., 0], noise_key[..., 1], counter, jnp.uint32(0))
+        bits = draw_bits(noise_key, Stream.NOISE)
         noise = (bits % jnp.uint32(cfg.vocab_size)).astype(jnp.int32)
         return jnp.where(undecided, noise, tokens)
 

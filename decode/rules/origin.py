@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.contracts import CommitRule, Round, check_range
+from decode.rules.contracts import CommitRule, Round, Stream, check_range, draw_uniform
 from decode.rules.dream_quota import decided_share
 from dlm.config import ModelConfig
-from kernels_pallas.unembed_stats import threefry2x32
 
 
 @struct.dataclass
@@ -41,11 +39,6 @@ class Origin(CommitRule):
         check_range("eps", self.eps, 1e-12, 1)
 
     def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        key = view.noise_key
-        bits, _ = threefry2x32(key[..., 0], key[..., 1], jnp.uint32(_TIME_STREAM), jnp.uint32(0))
-        uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23  # < 1
+        uniform = draw_uniform(view.noise_key, Stream.ORIGIN)
         share = decided_share(view.block_step, self.steps, self.eps)
         return view.eligible & (uniform < share[:, None]), state
-
-
-_TIME_STREAM = 0xFFFFFFFD  # a counter that no vocabulary id has, nor other draws

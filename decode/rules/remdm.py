@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.rules.contracts import Reviser, Revision, Round, check_range
+from decode.rules.contracts import Reviser, Revision, Round, Stream, check_range, draw_uniform
 from dlm.config import ModelConfig
-from kernels_pallas.unembed_stats import threefry2x32
 
 
 @struct.dataclass
@@ -66,12 +65,7 @@ class ReMDM(Reviser):
         )
         decide = (1 + sigma * i) / (after + 1)
 
-        key = view.noise_key
-        bits, _ = threefry2x32(key[..., 0], key[..., 1], jnp.uint32(_STREAM), jnp.uint32(0))
-        uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23  # in (0, 1)
+        uniform = draw_uniform(view.noise_key, Stream.REMDM)
         take_back = view.in_block & ~view.undecided & (uniform < sigma[:, None])
         hold = view.block_step + 1 < steps
         return Revision(view.eligible & (uniform < decide[:, None]), take_back, hold), state
-
-
-_STREAM = 0xFFFFFFF0  # a counter that neither a vocabulary id nor `Random` has

@@ -1,7 +1,7 @@
 """A plain-Python decoder for one prompt, written from the method descriptions, not from the loop.
 
 float64 numpy throughout: a transformer that is handed its visible keys explicitly, and the decoding
-loops of LLaDA, Fast-dLLM and Dream as their papers state them. Only random noise is shared with the
+loops as their papers state them. Only random noise is shared with the
 library, because noise has no specification but its own.
 """
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decode.rules.contracts import Stream
 from kernels_pallas.unembed_stats import gumbel_noise, threefry2x32
 
 
@@ -78,10 +79,11 @@ def decode(
     *,
     rule,
     scheduler,
-    cache="none",
+    cache=("none",),
     confidence="probability",
     reviser=("keep",),
     stopper=("filled",),
+    constraint=None,
     temperature=None,
     guidance=None,
     banned=(),
@@ -99,17 +101,23 @@ def decode(
     high = _opened(scheduler, low, end)
     block_step, memory, traces = 0, None, {}
     masks = lambda first, last: [g for g in range(first, last) if step_map[g] < 0]
+    law = lambda hidden: _law(model, hidden, banned, constraint, temperature)
     while low < end:
         if block_step == 0:
             memory, traces = None, {g: {} for g in range(gen_len)}
-            notes = {"last": 30}  # what scheduler and reviser remember of the block
-        hidden, memory, shadow = _judge(model, canvas, P, low, high, cache, guidance, memory, end)
-        seen = {  # the whole canvas at a refresh, else what was recomputed
-            g: _propose(model, h, banned, confidence, temperature, (seed, step, g), traces[g], mask)
-            for g, h in hidden.items()
-            if (low <= g < high or stopper[0] == "prophet")
-            for mask in [step_map[g] < 0 and low <= g < high]
-        }
+            notes = {"accepted": 30, "made": 0, "taken": 0, "rounds": 0, "recorded": {}}
+        hidden, memory, hide = _judge(model, canvas, P, low, high, cache, guidance, memory, end)
+        first, last = {"prophet": (0, end), "predicted": (low, end)}.get(
+            stopper[-1] if stopper[0] == "eotp" else stopper[0], (low, high)
+        )
+        seen = {}
+        for g in range(first, last):
+            within = low <= g < high
+            flags = within, within and step_map[g] < 0
+            seen[g] = _propose(
+                law(hidden[g]), confidence, temperature, (seed, step, g), traces[g], flags,
+                block_step,
+            )  # fmt: skip
         eligible = masks(low, high)
         high, eligible = _focus(
             scheduler, seen, eligible, low, high, end, block_step, step_map, notes
@@ -118,14 +126,18 @@ def decode(
             num_open = len(masks(low, high))
         choices = {g: seen[g] for g in eligible}
         commits = _commit(rule, choices, block_step, num_open) if choices else []
-        fills = stopper[0] == "prophet" and _answer_is_clear(stopper, seen, step, gen_len, end)
-        back, held = [], False
-        if fills:
-            commits = masks(0, end)
+        if stopper[0] == "prophet" and _answer_is_clear(stopper, seen, step, gen_len, end):
+            commits, back, held = masks(0, end), [], False
         else:
-            back, held = _revise(
-                reviser, model, canvas, P, low, high, step_map, shadow, commits, banned, notes
-            )
+            round_ = {
+                "seen": seen, "choices": choices, "commits": commits, "block_step": block_step,
+                "block": range(low, high), "decided": set(range(low, high)) - {*masks(low, high)},
+                "num_open": num_open, "tokens": canvas[P:], "notes": notes,
+                "sure_in_shadow": (
+                    lambda g, hide=hide: _log_softmax(law(hide(g)))[canvas[P + g]]
+                ),
+            }  # fmt: skip
+            commits, back, held = _revise(reviser, round_)
         for g in commits:
             canvas[P + g], step_map[g] = seen[g]["token"], step
             report["confidence"][g] = seen[g]["confidence"]
@@ -133,6 +145,9 @@ def decode(
         for g in back:
             canvas[P + g], step_map[g] = cfg.mask_token_id, -1
         step, block_step = step + 1, block_step + 1
+        if stopper[0] == "eotp":
+            end = min(end, _cut(stopper, seen, commits, masks(low, end), end))
+            high = min(high, end)
         is_full = not masks(low, high) and not held
         if is_full and not masks(0, end):
             break
@@ -145,7 +160,9 @@ def decode(
         if low != start:
             block_step = 0
     num_forwards = step * (1 if guidance is None else 2)
-    return {"tokens": canvas[P:], "step_map": step_map, "num_forwards": num_forwards, **report}
+    report = {name: values[:end] for name, values in report.items()}
+    tokens, step_map = canvas[P : P + end], step_map[:end]
+    return {"tokens": tokens, "step_map": step_map, "num_forwards": num_forwards, **report}
 
 
 def _opened(scheduler, low, end):
@@ -168,7 +185,7 @@ def _focus(scheduler, seen, eligible, low, high, end, block_step, step_map, note
         ahead = [g for g in ahead if seen[g]["token"] in delimiters]
         best = max(ahead, key=lambda g: (seen[g]["log_prob"], -g), default=None)
         high = min(low + block_len, end)
-        if best is not None and math.exp(seen[best]["log_prob"]) >= bar:
+        if best is not None and seen[best]["log_prob"] >= _log(bar):
             high = best + 1
         return high, [g for g in eligible if g < high]
     if name == "sub_blocks":
@@ -181,13 +198,13 @@ def _focus(scheduler, seen, eligible, low, high, end, block_step, step_map, note
             first = g // block_len * block_len
             before = [step_map[i] >= 0 for i in range(first - block_len, first)]
             active = first == low or np.mean(before) >= active_at
-            return active or seen[g]["confidence"] >= gate
+            return active or seen[g]["log"] >= _log(gate)
 
         return high, [g for g in eligible if may(g)]
     if name == "slow_fast" and block_step < rest[0]:
         explore, floor = rest
         if "stretch" not in notes:
-            far = [g + 1 for g in eligible if seen[g]["confidence"] >= floor]
+            far = [g + 1 for g in eligible if seen[g]["log"] >= _log(floor)]
             notes["far"] = [*notes.get("far", []), max(far, default=low + 1)][-2:]
             if len(notes["far"]) == 2 and np.std(notes["far"]) < 1:
                 notes["stretch"] = notes["far"][1]
@@ -220,21 +237,80 @@ def _answer_is_clear(stopper, seen, step, gen_len, end):
     return bool(gaps) and np.mean(gaps) >= bar
 
 
-def _revise(reviser, model, canvas, P, low, high, step_map, shadow, commits, banned, notes):
-    """Positions to take back, and whether the block stays open though it is full."""
-    if reviser[0] == "keep":
-        return [], False
-    assert reviser[0] == "wino"
-    sure = {}
-    for g in range(low, high):
-        if step_map[g] >= 0:
-            z = model.logits(shadow(g))
-            z[list(banned)] = -np.inf
-            sure[g] = _softmax(z)[canvas[P + g]]
-    fails = sorted((g for g in sure if sure[g] < reviser[1]), key=lambda g: (sure[g], g))
-    limit = notes["last"] - 1 if len(commits) > 1 else 0
-    notes["last"] = len(commits)
-    return fails[:limit], False
+def _cut(stopper, seen, commits, masks, end):
+    """EoTP: where the row ends from now on; the rule's commits first, then what is hoped for."""
+    _, eot, cut_at = stopper
+    said = [g for g in commits if seen[g]["token"] == eot]
+    if said:
+        return min(said) + 1
+    hoped = [g for g in masks if g not in commits and g in seen and seen[g]["token"] == eot]
+    if cut_at == "committed" or not hoped:
+        return end
+    return max(hoped, key=lambda g: (seen[g]["log"], -g)) + 1
+
+
+def _revise(reviser, r):
+    """What is committed after all, what is taken back, and whether the full block stays open."""
+    name, *numbers = reviser
+    seen, commits, notes, decided = r["seen"], r["commits"], r["notes"], r["decided"]
+    recorded = notes["recorded"]
+    left = lambda commits: len({*r["block"]} - decided - {*commits})
+    if name == "wino":
+        sure = {g: r["sure_in_shadow"](g) for g in decided}
+        fails = sorted((g for g in sure if sure[g] < _log(numbers[0])), key=lambda g: (sure[g], g))
+        limit = notes["accepted"] - 1 if len(commits) > 1 else 0
+        notes["accepted"] = len(commits)
+        return commits, fails[:limit], False
+    if name == "token_edit":
+        threshold, max_rounds = numbers
+        was_full = len(decided) == len(r["block"])
+        notes["rounds"] += was_full
+        edits = [
+            g
+            for g in decided
+            if seen[g]["token"] != r["tokens"][g] and seen[g]["log_prob"] > _log(threshold)
+        ]
+        if was_full and notes["rounds"] > max_rounds:
+            edits = []
+        settled = was_full and not edits
+        held = not left(commits) and not settled and notes["rounds"] < max_rounds
+        return commits + edits, [], held
+    if name == "remask":
+        rounds, count, after = numbers
+        if notes["taken"]:
+            order = sorted(r["choices"], key=lambda g: (-seen[g]["log"], g))
+            commits = order[: notes["taken"]]
+        recorded |= {g: seen[g]["log"] for g in commits}
+        few = r["num_open"] - max(int(after * r["num_open"]), 1)
+        due = notes["made"] > 0 or left(commits) <= few
+        stand = [g for g in recorded if g in r["block"] and (g in decided or g in commits)]
+        weakest = sorted(stand, key=lambda g: (recorded[g], g))[:count]
+        back = weakest if due and notes["made"] < rounds else []
+        notes["made"] += due and notes["made"] < rounds
+        notes["taken"] = len(back)
+        return commits, back, False
+    if name == "running_confidence":
+        recorded |= {g: seen[g]["log"] for g in r["choices"]}
+        running = {g: recorded.get(g, math.inf) for g in {*decided, *r["choices"]}}
+        stays = sorted(running, key=lambda g: (-running[g], g))[: len(decided) + len(commits)]
+        return (
+            [g for g in r["choices"] if g in stays],
+            [g for g in decided if g not in stays],
+            False,
+        )
+    if name == "remdm":
+        steps, eta = numbers
+        i = min(r["block_step"], steps - 1)
+        alpha, after = i / steps, (i + 1) / steps
+        sigma = min(eta, 1 if i == 0 else min(1, (1 - after) / alpha))
+        decide = (after - (1 - sigma) * alpha) / (1 - alpha)
+        places = {*r["block"], *r["choices"]}
+        chance = {g: _uniform(_key(*seen[g]["stream"]), Stream.REMDM) for g in places}
+        commits = [g for g in r["choices"] if chance[g] < decide]
+        back = [g for g in decided if chance[g] < sigma]
+        return commits, back, r["block_step"] + 1 < steps
+    assert name == "keep"
+    return commits, [], False
 
 
 def _judge(model, canvas, P, low, high, cache, guidance, memory, end):
@@ -243,86 +319,151 @@ def _judge(model, canvas, P, low, high, cache, guidance, memory, end):
     canvas = canvas[: P + end]
     blind = [mask] * P + canvas[P:]
     views = [canvas] if guidance is None else [canvas, blind]
-    hidden, remembered, shadows = [], [], []
-    for i, tokens in enumerate(views):
-        if memory is None or cache == "none":
-            first, stop, context = 0, len(tokens), None
-            h, kv = model.run(tokens, range(len(tokens)))
-            window = {g: h[P + g - shift] for g in range(end)}
-            remembered.append((kv, h[P + low - 1]))
-        else:
-            kv, boundary = memory[i]
-            first, stop = P + low, len(tokens) if cache == "prefix" else P + high
-            outside = [*range(first), *range(stop, len(tokens))]
-            context = [(k[outside], v[outside]) for k, v in kv]
-            h, _ = model.run(tokens[first:stop], range(first, stop), context)
-            h = np.concatenate([boundary[None], h])[1 - shift :]
-            window = {g: h[P + g - first] for g in range(low, stop - P)}
-            remembered.append(memory[i])
-        hidden.append(window)
-        shadows.append((tokens, first, stop, context))
+    if cache[0] == "delayed":
+        hidden, memory = _judge_delayed(model, canvas, views, P, cache[1], memory)
+        shadow = None
+    else:
+        hidden, remembered, parts = [], [], []
+        S = len(canvas)
+        first, stop = {
+            "none": (0, S),
+            "prefix": (P + low, S),
+            "dual": (P + low, P + high),
+            "vicinity": (max(P + low - sum(cache[1:2]), 0), min(P + high + sum(cache[2:]), S)),
+        }[cache[0]]
+        if memory is None or cache[0] == "none":
+            first, stop = 0, S
+        for i, tokens in enumerate(views):
+            kv, old = (None, []) if first == 0 and stop == S else memory[i]
+            outside = [*range(first), *range(stop, S)]
+            context = [(k[outside], v[outside]) for k, v in kv] if outside else None
+            h, new = model.run(tokens[first:stop], range(first, stop), context)
+            hidden.append(dict(enumerate(old)) | dict(zip(range(first, stop), h, strict=True)))
+            remembered.append((new, h) if memory is None else memory[i])
+            parts.append((tokens, first, stop, context))
+        memory = remembered
+        shadow = lambda g: _shadow(model, parts, P, low, high, guidance, g)
 
-    def shadow(g):
-        """The hidden state of the shadow at position g."""
-        out = []
-        for tokens, first, stop, context in shadows:
-            n, W = stop - first, high - low
-            outside = 0 if context is None else len(context[0][0])
-            allowed = np.ones((n + W, outside + n + W), bool)
-            allowed[:n, outside + n :] = False
-            for j in range(W):
-                allowed[n + j, outside + P + low + j - first] = False
-            places = [*range(first, stop), *range(P + low, P + high)]
-            h, _ = model.run(tokens[first:stop] + [mask] * W, places, context, allowed)
-            out.append(h[n + g - low])
-        return out[0] if guidance is None else out[1] + (guidance + 1) * (out[0] - out[1])
-
-    if guidance is None:
-        return hidden[0], remembered, shadow
-    mixed = {g: hidden[1][g] + (guidance + 1) * (hidden[0][g] - hidden[1][g]) for g in hidden[0]}
-    return mixed, remembered, shadow
+    mix = lambda out: out[0] if guidance is None else out[1] + (guidance + 1) * (out[0] - out[1])
+    places = [g for g in range(end) if all(P + g - shift in h for h in hidden)]
+    return {g: mix([h[P + g - shift] for h in hidden]) for g in places}, memory, shadow
 
 
-def _propose(model, hidden, banned, confidence, temperature, stream, trace, is_mask):
+def _shadow(model, parts, P, low, high, guidance, g):
+    """The hidden state of MASK at position g, seeing everything but what stands there."""
+    out, mask = [], model.cfg.mask_token_id
+    for tokens, first, stop, context in parts:
+        n, W = stop - first, high - low
+        outside = 0 if context is None else len(context[0][0])
+        allowed = np.ones((n + W, outside + n + W), bool)
+        allowed[:n, outside + n :] = False
+        for j in range(W):
+            allowed[n + j, outside + P + low + j - first] = False
+        places = [*range(first, stop), *range(P + low, P + high)]
+        h, _ = model.run(tokens[first:stop] + [mask] * W, places, context, allowed)
+        out.append(h[n + g - low])
+    return out[0] if guidance is None else out[1] + (guidance + 1) * (out[0] - out[1])
+
+
+def _judge_delayed(model, canvas, views, P, refresh_every, memory):
+    """dKV-Cache: keys and values per position, kept one step after its token was decided.
+
+    A position whose token has changed since, or that the row has lost, makes all of them stale.
+    """
+    S, shift, mask = len(canvas), int(model.cfg.shifted_logits), model.cfg.mask_token_id
+    known = lambda p: p < P or p >= S or canvas[p] != mask
+    settled = [p for p in range(S) if known(p) and (not shift or known(p + 1))]
+    age, stores, last = memory or (0, None, [{} for _ in views])
+    if stores is not None:
+        stale = any(p not in settled or canvas[p] != token for p, (token, _) in stores[0].items())
+    if stores is None or age >= refresh_every or stale:
+        age, stores = 0, [{} for _ in views]
+    for tokens, store, hidden in zip(views, stores, last, strict=True):
+        todo = [p for p in range(S) if p not in store]
+        context = None
+        if store:
+            pick = lambda i, j, store=store: np.stack([kv[i][j] for _, kv in store.values()])
+            context = [(pick(i, 0), pick(i, 1)) for i in range(model.cfg.n_layers)]
+        h, kv = model.run([tokens[p] for p in todo], todo, context) if todo else ([], [])
+        hidden |= dict(zip(todo, h, strict=True))
+        for n, p in enumerate(todo):
+            if p in settled:
+                store[p] = canvas[p], [(k[n], v[n]) for k, v in kv]
+    return [dict(hidden) for hidden in last], (age + 1, stores, last)
+
+
+def _law(model, hidden, banned, constraint, temperature):
+    """Logits, without what is not allowed."""
     z = model.logits(hidden)
     z[list(banned)] = -np.inf
-    p = _softmax(z)
-    raw = p
+    if constraint is not None:
+        _, top_p, top_k = constraint
+        p = _softmax(z if temperature is None else z / temperature)
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        keep = order[(before <= top_p) & (np.arange(len(z)) < top_k)]
+        z = np.where(np.isin(np.arange(len(z)), keep), z, -np.inf)
+    return z
+
+
+def _propose(z, confidence, temperature, stream, trace, flags, block_step):
+    """A position's proposal; `flags`: it is in the block, and undecided there."""
+    in_block, gains = flags
+    log_p = raw = _log_softmax(z)
     if confidence == "credit":
         alpha, gamma, beta = 0.7, 0.2, 0.8
         credit = beta * trace.get("credit", np.zeros(len(z)))
-        if is_mask:
-            credit[z.argmax()] += p.max() ** gamma
+        if gains:
+            credit[z.argmax()] += math.exp(raw.max()) ** gamma
         trace["credit"] = credit
         z = z + alpha * np.log1p(credit)
-        p = _softmax(z)
+        log_p = _log_softmax(z)
     token = int(z.argmax())
-    if temperature is not None:
+    if temperature is not None or confidence == "annealed":
+        heat = temperature or 0.8 + (0.4 - 0.8) * min(block_step / 7, 1)
         noise = gumbel_noise(_key(*stream)[None], jnp.arange(len(z)))
-        token = int((z + temperature * np.asarray(noise[0], np.float64)).argmax())
-    first, second = np.sort(p)[::-1][:2]
+        token = int((z + heat * np.asarray(noise[0], np.float64)).argmax())
+    if confidence == "tempered":  # the margin of what is drawn from
+        log_p = _log_softmax(z if temperature is None else z / temperature)
+    first, second = np.sort(log_p)[::-1][:2]
     best, runner_up = np.sort(raw)[::-1][:2]
-    entropy = -sum(x * math.log(x) for x in raw if x > 0)
-    if "p" in trace:
-        kl = sum(x * math.log(x / y) for x, y in zip(raw, trace["p"], strict=True) if x > 0)
-        trace["kls"] = [*trace["kls"], kl]
+    entropy = -sum(math.exp(x) * x for x in raw if x > -math.inf)
+    if "log_p" in trace:
+        pairs = [(x, y) for x, y in zip(raw, trace["log_p"], strict=True) if x > -math.inf]
+        trace["kls"] = [*trace["kls"], sum(math.exp(x) * (x - y) for x, y in pairs)]
     trace.setdefault("kls", [])
-    trace["p"] = raw
-    sure = {
-        "probability": lambda: p[token],
-        "credit": lambda: p[token],
-        "margin": lambda: first - second,
-        "neg_entropy": lambda: math.exp(-entropy),
-        "random": lambda: _uniform(_key(*stream)),
+    if in_block:
+        trace["log_p"] = raw
+    log = {
+        "probability": lambda: log_p[token],
+        "credit": lambda: log_p[token],
+        "annealed": lambda: log_p[token],
+        "margin": lambda: first + _log(-math.expm1(second - first)),
+        "tempered": lambda: first + _log(-math.expm1(second - first)),
+        "neg_entropy": lambda: -entropy,
+        "random": lambda: _log(_uniform(_key(*stream), Stream.RANDOM)),
     }[confidence]()
     return {
         "token": token,
-        "confidence": sure,
-        "log_prob": math.log(raw[token]),
+        "log": log,
+        "confidence": math.exp(log),
+        "log_prob": raw[token],
         "entropy": entropy,
-        "gap": math.log(best) - math.log(runner_up),
+        "gap": best - runner_up,
         "kls": trace["kls"],
+        "stream": stream,
     }
+
+
+def _log(x):
+    return math.log(x) if x > 0 else -math.inf
+
+
+def _log_softmax(z):
+    """Without losing what is left of probabilities close to one."""
+    best = z.argmax()
+    others = np.exp(np.delete(z, best) - z[best]).sum()
+    return z - z[best] - math.log1p(others)
 
 
 def _softmax(z):
@@ -333,29 +474,29 @@ def _softmax(z):
 def _commit(rule, choices, block_step, num_open):
     """Positions to commit, from the open ones."""
     name, value = rule
-    order = sorted(choices, key=lambda g: (-choices[g]["confidence"], g))
+    order = sorted(choices, key=lambda g: (-choices[g]["log"], g))
     if name == "quota":
         quota = num_open // value + (1 if block_step < num_open % value else 0)
         return order[: max(quota, 1)]
     if name == "threshold":
-        return order[:1] + [g for g in order[1:] if choices[g]["confidence"] >= value]
+        return order[:1] + [g for g in order[1:] if choices[g]["log"] >= _log(value)]
     if name == "factor":
         n = 1
-        while n < len(order) and (n + 2) * (1 - choices[order[n]]["confidence"]) <= value:
+        while n < len(order) and (n + 2) * -math.expm1(choices[order[n]]["log"]) <= value:
             n += 1
         return order[:n]
     if name == "entropy":
         order = sorted(choices, key=lambda g: (choices[g]["entropy"], g))
         return order[:1] + [g for g in order[1:] if choices[g]["entropy"] <= value]
     if name == "local_leap":
-        bar, relaxed, radius = value
-        anchors = [g for g in choices if choices[g]["confidence"] >= bar]
+        bar, relaxed, radius = _log(value[0]), _log(value[1]), value[2]
+        anchors = [g for g in choices if choices[g]["log"] >= bar]
         near = {g for g in choices if any(abs(g - a) <= radius for a in anchors)}
-        passes = [g for g in near if choices[g]["confidence"] >= relaxed]
+        passes = [g for g in near if choices[g]["log"] >= relaxed]
         return sorted({*anchors, *passes}) or order[:1]
     if name == "hierarchical":
-        bar, low = value
-        sure = {g: choices[g]["confidence"] for g in choices}
+        bar, low = map(_log, value)
+        sure = {g: choices[g]["log"] for g in choices}
         runs = []
         for g in sorted(sure):
             if g - 1 not in sure:
@@ -366,11 +507,9 @@ def _commit(rule, choices, block_step, num_open):
         }
         return sorted(best | {g for g in sure if sure[g] > bar}) or order[:1]
     if name == "klass":
-        bar, max_kl, history = value
+        bar, max_kl, history = _log(value[0]), *value[1:]
         stable = lambda kls: len(kls) >= history and all(kl < max_kl for kl in kls[-history:])
-        passes = [
-            g for g in choices if choices[g]["confidence"] > bar and stable(choices[g]["kls"])
-        ]
+        passes = [g for g in choices if choices[g]["log"] > bar and stable(choices[g]["kls"])]
         return passes or order[:1]
     if name == "entropy_budget":
         order = sorted(choices, key=lambda g: (choices[g]["entropy"], g))
@@ -378,11 +517,16 @@ def _commit(rule, choices, block_step, num_open):
         while n < len(order) and sum(choices[g]["entropy"] for g in order[:n]) <= value:
             n += 1
         return order[:n]
-    assert name == "dream"
+    if name == "wide_in":
+        limit = min(max(int(len(order) * 0.7), 5), 20)
+        return [g for g in order if choices[g]["log"] > _log(value)][:limit] or order[:1]
     time = np.linspace(1, 1e-3, value + 1)
-    last = block_step >= value - 1
-    n = len(order) if last else int(len(order) * (1 - time[block_step + 1] / time[block_step]))
-    return order[: max(n, 1)]
+    share = 1 if block_step >= value - 1 else 1 - time[block_step + 1] / time[block_step]
+    if name == "origin":
+        draw = lambda g: _uniform(_key(*choices[g]["stream"]), Stream.ORIGIN)
+        return [g for g in order if draw(g) < share]
+    assert name == "dream"
+    return order[: max(int(len(order) * share), 1)]
 
 
 def _text_ended(completion, step_map, eos):
@@ -400,6 +544,6 @@ def _key(seed, step, position):
     return jax.random.key_data(jax.random.fold_in(row, position))
 
 
-def _uniform(key):
-    bits, _ = threefry2x32(key[0], key[1], jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+def _uniform(key, stream):
+    bits, _ = threefry2x32(key[0], key[1], jnp.uint32(stream), jnp.uint32(0))
     return (float(bits >> 9) + 0.5) * 2.0**-23

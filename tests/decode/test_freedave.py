@@ -1,8 +1,7 @@
 """Lookahead changes the number of forwards, and nothing else."""
 
-import dataclasses
+import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,14 +20,10 @@ from decode.rules import (
     SparseCredit,
     Threshold,
 )
+from tests.decode import batches
+from tests.decode.batches import PROMPTS
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
-
-
-def run(params, cfg, method, **options):
-    options = dict(gen_len=[12, 10, 12, 5], seeds=3, batch_size=8) | options
-    return decode(params, cfg, method, init_state(cfg, method, PROMPTS, **options))
-
+run = functools.partial(batches.run, seeds=3, batch_size=8)
 
 METHODS = {
     "one per step": DiffusionMethod(FixedBlocks(None), rule=Quota(32)),
@@ -92,4 +87,3 @@ def test_what_cannot_look_ahead_is_refused(toy_cfg, change, message):
     method = DiffusionMethod(lookahead=2).replace(**change)
     with pytest.raises(ValueError, match=message):
         init_state(toy_cfg, method, [[1]], gen_len=4)
-    assert dataclasses.is_dataclass(method) and jax.tree.structure(method)

@@ -1,6 +1,3 @@
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,19 +5,15 @@ import pytest
 from decode.diffusion import DiffusionMethod, decode, init_state
 from decode.rules import (
     BlockCausal,
-    DualCache,
     FixedBlocks,
     MultiBlock,
     NarrowOut,
-    Quota,
     SubBlocks,
     Threshold,
 )
-from dlm.params import init_params
 from dlm.transformer import forward
 from kernels_pallas.block_diffusion_attention import block_diffusion_mask
 from kernels_pallas.window_attention import pack_mask
-from tests.conftest import spread
 from tests.decode.oracle import Model
 
 C = 4
@@ -56,18 +49,9 @@ def decode_plainly(model, prompt, gen_len, threshold, sub_len=C):
     return canvas[P:], step_map, step
 
 
-@pytest.fixture(scope="module")
-def shifted(toy_cfg):
-    cfg = dataclasses.replace(toy_cfg, qkv_bias=True, shifted_logits=True)
-    return cfg, spread(init_params(jax.random.key(5), cfg))
-
-
-@pytest.mark.parametrize("is_shifted", [False, True])
 @pytest.mark.parametrize("sub_len", [4, 2])
-def test_cached_decoding_equals_recomputing_everything(
-    toy_cfg, toy_params, shifted, is_shifted, sub_len
-):
-    cfg, params = shifted if is_shifted else (toy_cfg, toy_params)
+def test_cached_decoding_equals_recomputing_everything(toy_model, sub_len):
+    cfg, params = toy_model
     scheduler = SubBlocks(C, sub_len, aligned=True)
     method = DiffusionMethod(scheduler, BlockCausal(C), rule=Threshold(0.5))
     state = init_state(cfg, method, PROMPTS, gen_len=LENGTHS, prompt_len=11, batch_size=8)
@@ -136,4 +120,3 @@ def test_what_it_cannot_do_is_refused(toy_cfg):
     method = DiffusionMethod(FixedBlocks(C, aligned=True), BlockCausal(C), reviser=NarrowOut())
     with pytest.raises(ValueError, match="BlockCausal has no shadow"):
         init_state(toy_cfg, method, [[1]], gen_len=4)
-    assert DiffusionMethod(cache=DualCache(), rule=Quota(4)) is not None

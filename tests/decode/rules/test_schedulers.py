@@ -1,11 +1,13 @@
 """What each scheduler promises beyond agreeing with the oracle (tests/decode/test_diffusion.py)."""
 
-import jax
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.diffusion import DiffusionMethod, decode, init_state, stream
+from decode.diffusion import DiffusionMethod, init_state, stream
 from decode.rules import (
     AdaBlock,
     DualCache,
@@ -21,18 +23,10 @@ from decode.rules import (
     SubBlocks,
     Threshold,
 )
+from tests.decode import batches
+from tests.decode.batches import PROMPTS, assert_same
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
-
-
-def run(params, cfg, method, gen_len=12, **options):
-    state = init_state(cfg, method, PROMPTS, gen_len=gen_len, **options)
-    return decode(params, cfg, method, state)
-
-
-def same(a, b):
-    for field in ("tokens", "step_map", "num_forwards"):
-        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), field)
+run = functools.partial(batches.run, gen_len=12)
 
 
 @pytest.mark.parametrize("cache", [NoCache(), PrefixCache(), DualCache()])
@@ -42,7 +36,10 @@ def test_adablock_that_never_finds_a_delimiter_has_fixed_blocks(toy_cfg, toy_par
     fixed = method.replace(scheduler=FixedBlocks(4))
     never = method.replace(scheduler=AdaBlock((3, 5), 4, threshold=float("inf")))
     for gen_len in (12, 10):
-        same(run(toy_params, toy_cfg, never, gen_len), run(toy_params, toy_cfg, fixed, gen_len))
+        assert_same(
+            run(toy_params, toy_cfg, never, gen_len=gen_len),
+            run(toy_params, toy_cfg, fixed, gen_len=gen_len),
+        )
 
 
 def test_adablock_on_delimiters_everywhere_is_left_to_right(toy_cfg, toy_params):
@@ -70,11 +67,12 @@ def test_adablock_lengths_add_up_and_no_forward_probes(toy_cfg, toy_params, wind
 def test_one_open_block_is_fixed_blocks(toy_cfg, toy_params):
     for cache in (NoCache(), PrefixCache(), DualCache()):
         method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
-        fixed = run(toy_params, toy_cfg, method.replace(scheduler=FixedBlocks(4)), 10)
-        one = run(toy_params, toy_cfg, method.replace(scheduler=MultiBlock(4, max_open=1)), 10)
-        same(one, fixed)
+        go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
+        fixed = go(method.replace(scheduler=FixedBlocks(4)))
+        one = go(method.replace(scheduler=MultiBlock(4, max_open=1)))
+        assert_same(one, fixed)
         late = method.replace(scheduler=MultiBlock(4, max_open=3, open_at=1.0))
-        late = run(toy_params, toy_cfg, late, 10)
+        late = go(late)
         np.testing.assert_array_equal(late.tokens, fixed.tokens)
 
 
@@ -100,8 +98,9 @@ def test_a_gate_of_one_waits_for_the_block_before(toy_cfg, toy_params):
 def test_sub_blocks_of_a_whole_block_are_fixed_blocks(toy_cfg, toy_params):
     for rule in (Threshold(0.5), Quota(4)):
         method = DiffusionMethod(cache=DualCache(), rule=rule)
-        a = run(toy_params, toy_cfg, method.replace(scheduler=SubBlocks(4, 4)), 10)
-        same(a, run(toy_params, toy_cfg, method.replace(scheduler=FixedBlocks(4)), 10))
+        go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
+        sub, fixed = (go(method.replace(scheduler=s)) for s in (SubBlocks(4, 4), FixedBlocks(4)))
+        assert_same(sub, fixed)
 
 
 def test_sub_blocks_of_one_are_left_to_right(toy_cfg, toy_params):
@@ -145,13 +144,11 @@ def test_aligned_blocks_count_from_the_prompt():
 
 
 def test_a_block_with_end_of_text_ends_the_row(toy_cfg, toy_params):
-    import dataclasses
-
     method = DiffusionMethod(FixedBlocks(4), rule=Threshold(0.5))
-    used = np.asarray(run(toy_params, toy_cfg, method, 16).tokens)[0, -16:].tolist()
+    used = np.asarray(run(toy_params, toy_cfg, method, gen_len=16).tokens)[0, -16:].tolist()
     cfg = dataclasses.replace(toy_cfg, eos_token_id=max(used, key=used.count))
-    full = run(toy_params, cfg, method, 16)
-    short = run(toy_params, cfg, method.replace(stopper=EosBlock()), 16)
+    full = run(toy_params, cfg, method, gen_len=16)
+    short = run(toy_params, cfg, method.replace(stopper=EosBlock()), gen_len=16)
     assert (np.asarray(short.num_forwards) <= full.num_forwards).all()
     for b in range(4):
         decided = np.asarray(short.step_map[b]) >= 0
@@ -184,4 +181,3 @@ def test_a_block_with_end_of_text_ends_the_row(toy_cfg, toy_params):
 def test_what_makes_no_sense_is_refused(toy_cfg, method, message):
     with pytest.raises(ValueError, match=message):
         init_state(toy_cfg, method, [[1]], gen_len=4)
-    assert jax.tree.structure(method) is not None

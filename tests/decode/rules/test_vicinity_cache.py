@@ -1,7 +1,5 @@
 """VicinityCache against an oracle that says which keys are fresh, and against its two extremes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,60 +18,8 @@ from decode.rules import (
 )
 from decode.rules.inputs import Smoothing
 from decode.rules.vicinity_cache import VicinityCache
-from dlm.params import init_params
-from tests.conftest import spread
 from tests.decode import oracle
-
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
-LENGTHS = [12, 10, 12, 5]  # 10 and 5 end inside a block
-
-
-def run(params, cfg, method, prompts=PROMPTS, gen_len=LENGTHS, **options):
-    return decode(params, cfg, method, init_state(cfg, method, prompts, gen_len=gen_len, **options))
-
-
-def same(a, b):
-    for field in ("tokens", "step_map", "num_forwards"):
-        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), field)
-
-
-@pytest.fixture(scope="module", params=["llada", "dream"])
-def model(request, toy_cfg, toy_params):
-    if request.param == "llada":
-        return toy_cfg, toy_params
-    cfg = dataclasses.replace(toy_cfg, qkv_bias=True, shifted_logits=True)
-    return cfg, spread(init_params(jax.random.key(5), cfg))
-
-
-def vicinity_judge(before, after):
-    """Stands in for the oracle's `_judge`: what is recomputed reaches beyond the block."""
-
-    def judge(model, canvas, P, low, high, cache, guidance, memory, end):
-        shift, mask = int(model.cfg.shifted_logits), model.cfg.mask_token_id
-        canvas = canvas[: P + end]
-        views = [canvas] if guidance is None else [canvas, [mask] * P + canvas[P:]]
-        hidden, remembered = [], []
-        for i, tokens in enumerate(views):
-            S = len(tokens)
-            if memory is None:
-                h, kv = model.run(tokens, range(S))
-                remembered.append((kv, h))
-                at = dict(enumerate(h))
-            else:
-                kv, old = memory[i]
-                inside = [*range(max(P + low - before, 0), min(P + high + after, S))]
-                outside = [p for p in range(S) if p not in inside]
-                context = [(k[outside], v[outside]) for k, v in kv]
-                h, _ = model.run([tokens[p] for p in inside], inside, context)
-                at = dict(enumerate(old)) | dict(zip(inside, h, strict=True))
-                remembered.append(memory[i])
-            hidden.append({g: at[P + g - shift] for g in range(low, high)})
-        if guidance is None:
-            return hidden[0], remembered, None
-        mix = lambda a, b: b + (guidance + 1) * (a - b)
-        return {g: mix(hidden[0][g], hidden[1][g]) for g in hidden[0]}, remembered, None
-
-    return judge
+from tests.decode.batches import LENGTHS, PROMPTS, assert_same, run
 
 
 @pytest.mark.parametrize(
@@ -87,10 +33,8 @@ def vicinity_judge(before, after):
         (9, 9, ("threshold", 0.6), 0.5),
     ],
 )
-def test_a_ragged_batch_equals_the_oracle_row_by_row(
-    model, monkeypatch, before, after, rule, guidance
-):
-    cfg, params = model
+def test_a_ragged_batch_equals_the_oracle_row_by_row(toy_model, before, after, rule, guidance):
+    cfg, params = toy_model
     name, value = rule
     method = DiffusionMethod(
         FixedBlocks(4),
@@ -99,7 +43,6 @@ def test_a_ragged_batch_equals_the_oracle_row_by_row(
         guidance=guidance,
     )
     state = run(params, cfg, method, prompt_len=8)
-    monkeypatch.setattr(oracle, "_judge", vicinity_judge(before, after))
     for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
         expected = oracle.decode(
             oracle.Model(params, cfg),
@@ -107,6 +50,7 @@ def test_a_ragged_batch_equals_the_oracle_row_by_row(
             length,
             rule=rule,
             scheduler=("fixed", 4),
+            cache=("vicinity", before, after),
             guidance=guidance,
             banned=(cfg.mask_token_id,),
         )
@@ -138,44 +82,25 @@ def build(point, cfg):
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_without_a_vicinity_it_is_the_dual_cache(model, point):
-    cfg, params = model
+def test_without_a_vicinity_it_is_the_dual_cache(toy_model, point):
+    cfg, params = toy_model
     method = build(point, cfg)
     none = method.replace(cache=VicinityCache(before=0, after=0))
     a = run(params, cfg, none)
     b = run(params, cfg, method.replace(cache=DualCache()))
-    same(a, b)
+    assert_same(a, b)
     np.testing.assert_array_equal(a.confidence, b.confidence)  # to the last bit
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_with_everything_in_the_vicinity_nothing_is_stale(model, point):
-    cfg, params = model
+def test_with_everything_in_the_vicinity_nothing_is_stale(toy_model, point):
+    cfg, params = toy_model
     method = build(point, cfg)
     whole = method.replace(cache=VicinityCache(before=20, after=20))
     exact = run(params, cfg, method.replace(cache=NoCache()))
-    same(run(params, cfg, whole), exact)
+    assert_same(run(params, cfg, whole), exact)
     dual = run(params, cfg, method.replace(cache=DualCache()))
     assert not np.allclose(dual.confidence, exact.confidence, atol=1e-3)  # it does matter
-
-
-def test_each_row_equals_itself_alone_for_every_quorum_and_padding(model):
-    cfg, params = model
-    method = DiffusionMethod(FixedBlocks(4), VicinityCache(before=3, after=2), rule=Threshold(0.7))
-    shape = {"prompt_len": 8, "canvas_len": 12}  # one program for all rows
-    alone = [
-        run(params, cfg, method, [prompt], [length], seeds=[7 + b], **shape)
-        for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
-    ]
-    assert len({int(state.num_forwards[0]) for state in alone}) > 1
-    for quorum in (0.0, 0.5, 1.0):
-        method = method.replace(cache=method.cache.replace(quorum=quorum))
-        together = run(params, cfg, method, seeds=7, prompt_len=20, batch_size=8)
-        for b, (state, length) in enumerate(zip(alone, LENGTHS, strict=True)):
-            got, expected = together.tokens[b, 20:], state.tokens[0, 8:]
-            assert got[:length].tolist() == expected[:length].tolist()
-            assert together.step_map[b, :length].tolist() == state.step_map[0, :length].tolist()
-            assert int(together.num_forwards[b]) == int(state.num_forwards[0])
 
 
 def test_one_full_forward_per_block(toy_cfg, toy_params):
