@@ -11,14 +11,18 @@ from decode.rules import (
     Credit,
     DualCache,
     Eos,
+    Eotp,
     FixedBlocks,
     Klass,
     NarrowOut,
     Prophet,
     Quota,
     Random,
+    Remask,
+    ReMDM,
     SparseCredit,
     Threshold,
+    TokenEdit,
 )
 from tests.decode import batches
 from tests.decode.batches import PROMPTS
@@ -35,6 +39,10 @@ METHODS = {
     "random": DiffusionMethod(FixedBlocks(4), confidence=Random(), rule=Quota(4)),
     "guided": DiffusionMethod(FixedBlocks(4), rule=Quota(4), guidance=0.5),
     "adablock": DiffusionMethod(AdaBlock((3, 5, 7), 4, share=0.5), rule=Threshold(0.6)),
+    "edits": DiffusionMethod(FixedBlocks(4), rule=Quota(4), reviser=TokenEdit(0.1, 4)),
+    "remask": DiffusionMethod(FixedBlocks(6), rule=Quota(6), reviser=Remask(2, 2, 0.5)),
+    "remdm": DiffusionMethod(FixedBlocks(4), reviser=ReMDM(4, 0.5), temperature=0.2),
+    "eotp": DiffusionMethod(FixedBlocks(4), rule=Quota(4), stopper=Eotp(eot_id=3)),
     "prophet": DiffusionMethod(FixedBlocks(4), rule=Quota(4), stopper=Prophet(4, late=0.5)),
 }
 

@@ -122,19 +122,15 @@ def test_no_rounds_is_plain_decoding(toy_cfg, toy_params):
     assert run(toy_params, toy_cfg, method, gen_len=LENGTHS) == plain
 
 
-def test_rows_are_independent_and_within_their_bound(toy_cfg, toy_params):
+def test_forwards_are_within_their_bound(toy_cfg, toy_params):
     rng = np.random.default_rng(1)
     method = DiffusionMethod(FixedBlocks(4), DualCache(), temperature=0.8)
-    for _ in range(4):
+    for _ in range(3):
         rounds, count = (int(x) for x in rng.integers(1, 5, 2))
         rule = Factor(2 * rng.random())
         point = method.replace(rule=rule, reviser=Remask(rounds, count, rng.random()))
         rows = run(toy_params, toy_cfg, point, gen_len=LENGTHS, seeds=3)
         for b, gen_len in enumerate(LENGTHS):
-            options = dict(gen_len=gen_len, prompt_len=6, canvas_len=12, seeds=[3 + b])
-            alone = run(toy_params, toy_cfg, point, [PROMPTS[b]], **options)[0]
-            for name in ("tokens", "step_map", "num_forwards"):
-                assert rows[b][name] == alone[name]
             blocks = -(-gen_len // 4)
             assert rounds * blocks < rows[b]["num_forwards"] <= gen_len + rounds * blocks
             assert toy_cfg.mask_token_id not in rows[b]["tokens"]
@@ -145,15 +141,6 @@ def test_parts_of_blocks_have_a_wider_bound(toy_cfg, toy_params):
     for row in run(toy_params, toy_cfg, method, gen_len=12):
         assert row["num_forwards"] <= 12 + 2 * 3 * (1 + 4)
         assert toy_cfg.mask_token_id not in row["tokens"]
-
-
-def test_lookahead_makes_the_same_rounds(toy_cfg, toy_params):
-    method = DiffusionMethod(FixedBlocks(6), rule=Quota(6), reviser=Remask(2, 2, 0.5))
-    plain = run(toy_params, toy_cfg, method, gen_len=LENGTHS)
-    ahead = run(toy_params, toy_cfg, method.replace(lookahead=2), gen_len=LENGTHS)
-    for a, b in zip(ahead, plain, strict=True):
-        assert a["tokens"] == b["tokens"] and a["step_map"] == b["step_map"]
-        assert a["num_forwards"] <= b["num_forwards"]
 
 
 def test_bad_values_are_refused(toy_cfg):

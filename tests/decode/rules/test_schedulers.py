@@ -29,7 +29,7 @@ from tests.decode.batches import PROMPTS, assert_same
 run = functools.partial(batches.run, gen_len=12)
 
 
-@pytest.mark.parametrize("cache", [NoCache(), PrefixCache(), DualCache()])
+@pytest.mark.parametrize("cache", [NoCache(), DualCache()])
 def test_adablock_that_never_finds_a_delimiter_has_fixed_blocks(toy_cfg, toy_params, cache):
     """AdaBlock card, check 1; 10 positions end inside a block."""
     method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
@@ -65,7 +65,7 @@ def test_adablock_lengths_add_up_and_no_forward_probes(toy_cfg, toy_params, wind
 
 
 def test_one_open_block_is_fixed_blocks(toy_cfg, toy_params):
-    for cache in (NoCache(), PrefixCache(), DualCache()):
+    for cache in (NoCache(), DualCache()):
         method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
         go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
         fixed = go(method.replace(scheduler=FixedBlocks(4)))

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from decode.diffusion import DiffusionMethod
-from decode.rules import DualCache, EosBlock, FixedBlocks, Quota, Threshold
+from decode.rules import DualCache, EosBlock, FixedBlocks, Threshold
 from decode.rules.token_edit import TokenEdit
 from tests.decode import oracle
 from tests.decode.rounds import make_round
@@ -121,28 +121,15 @@ def test_without_edits_it_is_plain_decoding(toy_cfg, toy_params):
         assert a["num_forwards"] == b["num_forwards"] + -(-gen_len // 4)
 
 
-def test_rows_are_independent_and_within_their_bound(toy_cfg, toy_params):
+def test_forwards_are_within_their_bound(toy_cfg, toy_params):
     rng = np.random.default_rng(0)
     method = DiffusionMethod(FixedBlocks(4), DualCache(), stopper=EosBlock(), temperature=0.8)
-    for _ in range(4):
+    for _ in range(3):
         tau, tau_edit, max_rounds = *rng.random(2), int(rng.integers(0, 6))
         point = method.replace(rule=Threshold(tau), reviser=TokenEdit(tau_edit, max_rounds))
         rows = run(toy_params, toy_cfg, point, gen_len=LENGTHS, seeds=3)
         for b, gen_len in enumerate(LENGTHS):
-            options = dict(gen_len=gen_len, prompt_len=6, canvas_len=12, seeds=[3 + b])
-            alone = run(toy_params, toy_cfg, point, [PROMPTS[b]], **options)[0]
-            for name in ("tokens", "step_map", "num_forwards"):
-                assert rows[b][name] == alone[name]
             assert rows[b]["num_forwards"] <= gen_len + max_rounds * -(-gen_len // 4)
-
-
-def test_lookahead_makes_the_same_edits(toy_cfg, toy_params):
-    method = DiffusionMethod(FixedBlocks(4), rule=Quota(4), reviser=TokenEdit(0.1, 4))
-    plain = run(toy_params, toy_cfg, method, gen_len=LENGTHS)
-    ahead = run(toy_params, toy_cfg, method.replace(lookahead=2), gen_len=LENGTHS)
-    for a, b in zip(ahead, plain, strict=True):
-        assert a["tokens"] == b["tokens"] and a["step_map"] == b["step_map"]
-        assert a["num_forwards"] <= b["num_forwards"]
 
 
 def test_bad_values_are_refused(toy_cfg):
