@@ -37,7 +37,15 @@ from decode.state import DiffusionMethod, DiffusionState
 from dlm.config import ModelConfig
 from dlm.params import Params
 
-__all__ = ["DiffusionMethod", "DiffusionState", "decode", "init_state", "step", "stream"]
+__all__ = [
+    "DiffusionMethod",
+    "DiffusionState",
+    "check_tokens",
+    "decode",
+    "init_state",
+    "step",
+    "stream",
+]
 
 
 def init_state(
@@ -200,14 +208,18 @@ def _check_prompts(
                 f"prompt {i} is empty, but this model predicts each token from the one before: "
                 "give at least one token"
             )
-        for token in prompt:
-            if token == cfg.mask_token_id:
-                raise ValueError(
-                    f"prompt {i} contains the mask token {token}, which would be decoded as well: "
-                    "remove it"
-                )
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(
-                    f"prompt {i} contains token {token}, which must be in "
-                    f"[0, vocab_size={cfg.vocab_size})"
-                )
+        check_tokens(cfg, f"prompt {i}", prompt)
+
+
+def check_tokens(cfg: ModelConfig, name: str, tokens: Sequence[int]) -> None:
+    """Raises ValueError unless `tokens`, called `name`, are known tokens of the model."""
+    for token in tokens:
+        if token == cfg.mask_token_id:
+            raise ValueError(
+                f"{name} contains the mask token {token}, which stands for one to be decided: "
+                "remove it"
+            )
+        if not 0 <= token < cfg.vocab_size:
+            raise ValueError(
+                f"{name} contains token {token}, which must be in [0, vocab_size={cfg.vocab_size})"
+            )

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.diffusion import DiffusionMethod, check_tokens, decode, init_state
 from decode.generate import PROMPT_BUCKET
 from decode.rounds import mask_id
 from decode.rules import FixedBlocks, MaskInputs, Quota
@@ -431,14 +431,4 @@ def _check_pair(cfg: ModelConfig, i: int, prompt: list[int], answer: list[int]) 
             "before: give at least one token"
         )
     for name, tokens in (("prompt", prompt), ("answer", answer)):
-        for token in tokens:
-            if token == cfg.mask_token_id:
-                raise ValueError(
-                    f"the {name} of pair {i} contains the mask token {token}, which stands for a "
-                    "token that is not known: remove it"
-                )
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(
-                    f"the {name} of pair {i} contains token {token}, which must be in "
-                    f"[0, vocab_size={cfg.vocab_size})"
-                )
+        check_tokens(cfg, f"the {name} of pair {i}", tokens)

@@ -310,7 +310,11 @@ def measure(job: Job, method: DiffusionMethod, programs: dict[Any, Any]) -> dict
             found["score"].append(job.task.score(example, completion.text or "")["score"])
             found["tokens"].append(len(completion.tokens))
             found["forwards"].append(completion.num_forwards)
-            rounds = int(completion.step_map[: job.block_len].max()) + 1
+            rounds = float(completion.step_map[: job.block_len].max()) + 1
+            if method.lookahead:  # one forward makes several of them
+                passes = 1 if method.guidance is None else 2
+                every = int(completion.step_map.max()) + 1
+                rounds *= completion.num_forwards / passes / every
             found["first_block_s"].append(rounds * round_s)
     return {"seconds": seconds, "compile_s": compile_s, **found}
 
