@@ -35,6 +35,22 @@ def test_sure_positions_wait_until_they_have_been_stable():
     assert commits(Klass(0.9, 10.0, 1), z)[1] == [0, 1]  # position 2 is never sure
 
 
+def test_positions_that_join_the_block_have_no_history():
+    """What was said about a position before its block opened does not count."""
+    rule, state = Klass(0.9, 0.01, 1), Klass().init(CFG, 1, 2)
+    z = jnp.zeros((1, 2, 5)).at[..., 2].set(6.0)
+    stats = jax.tree.map(lambda x: x[None], logits_stats(z[0]))
+    commits = []
+    for step, joined in enumerate([False, True, True]):
+        view = make_round(np.exp(stats.log_prob[0]), eligible=[True, joined]).replace(
+            logits=z, stats=stats, block_step=jnp.array([step]),
+            in_block=jnp.array([[True, joined]]),
+        )  # fmt: skip
+        commit, state = rule.commit(view, state)
+        commits.append(commit[0].tolist())
+    assert commits == [[False, False], [True, False], [True, True]]
+
+
 def test_history_starts_anew_in_each_block():
     z = np.zeros((4, 1, 5))
     z[..., 2] = 6.0

@@ -42,6 +42,14 @@ def test_adablock_that_never_finds_a_delimiter_has_fixed_blocks(toy_cfg, toy_par
         )
 
 
+def test_adablock_at_threshold_zero_still_needs_a_delimiter(toy_cfg, toy_params):
+    method = DiffusionMethod(FixedBlocks(4), rule=Threshold(0.5))
+    fixed = run(toy_params, toy_cfg, method)
+    absent = next(t for t in range(24) if t not in np.unique(fixed.tokens))
+    never = method.replace(scheduler=AdaBlock((absent,), 4, threshold=0.0))
+    assert_same(run(toy_params, toy_cfg, never), fixed)
+
+
 def test_adablock_on_delimiters_everywhere_is_left_to_right(toy_cfg, toy_params):
     """Check 2: every token a delimiter and a window of one position."""
     every = tuple(range(toy_cfg.vocab_size))
