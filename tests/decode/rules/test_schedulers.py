@@ -23,6 +23,7 @@ from decode.rules import (
     SubBlocks,
     Threshold,
 )
+from decode.rules.contracts import Progress
 from tests.decode import batches
 from tests.decode.batches import PROMPTS, assert_same
 
@@ -93,6 +94,30 @@ def test_a_pipeline_works_on_several_blocks_and_never_too_many(toy_cfg, toy_para
     sequential = run(toy_params, toy_cfg, method.replace(scheduler=FixedBlocks(3)))
     pipelined = run(toy_params, toy_cfg, method)
     assert int(pipelined.num_forwards.sum()) < int(sequential.num_forwards.sum())
+
+
+def test_blocks_open_and_close_by_hand():
+    """Blocks of 4, three open at most, the next one opens at half; a row of 10."""
+    blocks = MultiBlock(4, max_open=3, open_at=0.5)
+
+    def advance(decided, start, stop, end=10):
+        decided = jnp.array([[c == "x" for c in decided]])
+        progress = Progress(
+            completion=jnp.zeros((1, 12), jnp.int32), decided=decided, prompt_len=jnp.array([3]),
+            block_start=jnp.array([start]), block_end=jnp.array([stop]), end=jnp.array([end]),
+            is_full=jnp.array([False]),
+        )  # fmt: skip
+        return tuple(int(x[0]) for x in blocks.advance(progress))
+
+    assert advance("x...........", 0, 4) == (0, 4)
+    assert advance("x..x........", 0, 4) == (0, 8)  # exactly half
+    assert advance("x..x........", 0, 8) == (0, 8)  # of the last one
+    assert advance("x..xxxxx....", 0, 8) == (0, 10)  # the row ends in the third
+    assert advance("xxxx........", 0, 4) == (4, 8)
+    assert advance("xxxxxxxx....", 0, 8) == (8, 10)  # two at once
+    assert advance("xxxxxxxxxx..", 0, 10) == (10, 10)
+    assert advance("xxxxx...x...", 4, 10) == (4, 10)
+    assert MultiBlock(4, 1, 0.5).window_len(12) == 4
 
 
 def test_a_gate_of_one_waits_for_the_block_before(toy_cfg, toy_params):
