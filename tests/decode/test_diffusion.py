@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import dlm
 from decode.diffusion import DiffusionMethod, _step_jitted, decode, init_state, stream
+from decode.methods import METHODS
 from decode.rules import (
     CACHES,
     CONFIDENCES,
@@ -440,15 +442,23 @@ def test_components_may_ask_for_logits(toy_cfg, toy_params):
     assert all(token % 2 for r in odd for token in r["tokens"])
 
 
-def test_no_logits_are_stored_unless_asked_for(toy_cfg, toy_params):
-    def has_logits(method):
-        state = init_state(toy_cfg, method, PROMPTS, gen_len=8)
-        text = _step_jitted.lower(toy_params, toy_cfg, method, state).as_text()
-        return f"tensor<4x4x{toy_cfg.vocab_size}xf32>" in text
+def test_no_logits_are_stored_unless_asked_for(toy_cfg):
+    """No [batch, positions, vocabulary] in the program of any method that does not declare it."""
+    cfg = dataclasses.replace(toy_cfg, d_ff=20)  # no axis of the weights is as long as this one
+    params = init_params(jax.random.key(0), cfg)
+    logits = re.compile(rf"tensor<\d+x\d+x{cfg.vocab_size}xf32>")
 
-    method = DiffusionMethod(FixedBlocks(4))
-    assert not has_logits(method)
-    assert has_logits(method.replace(confidence=LogitConfidence()))
+    def stores_logits(method):
+        state = init_state(cfg, method, PROMPTS, gen_len=8)
+        text = _step_jitted.lower(params, cfg, method, state).as_text()
+        return logits.search(text) is not None
+
+    assert stores_logits(DiffusionMethod(FixedBlocks(4), confidence=LogitConfidence()))
+    methods = [make(4) for make in METHODS.values()]
+    programs = {jax.tree.structure(m): m for m in methods if not m.needs_logits}
+    assert len(programs) > 20
+    wrong = [m for m in programs.values() if "AdaBlock" not in str(m) and stores_logits(m)]
+    assert not wrong
 
 
 @struct.dataclass
