@@ -26,6 +26,7 @@ from decode.rules import (
 from decode.rules.contracts import Progress
 from tests.decode import batches
 from tests.decode.batches import PROMPTS, assert_same
+from tests.decode.rounds import make_round
 
 run = functools.partial(batches.run, gen_len=12)
 
@@ -159,6 +160,26 @@ def test_slow_fast_explores_then_fills_the_stretch(toy_cfg, toy_params):
         opened.setdefault(int(after.block_start[0]), int(after.row_step[0]))
     rounds = np.diff([*opened.values()])
     assert len(rounds) > 2 and (rounds[:-1] >= 2).all()  # no stretch without a slow phase
+
+
+@pytest.mark.parametrize(
+    ("furthest", "ends"),
+    [
+        ((4, 5, 8), (8, 8, 5)),  # two that agree settle it; what comes after is not noted
+        ((2, 6, 7), (8, 8, 7)),
+        ((2, 6, 4), (8, 8, 5)),  # the last two do not agree: between them
+        ((0, 0, 0), (8, 8, 1)),  # nothing seen is one position
+    ],
+)
+def test_a_stretch_by_hand(furthest, ends):
+    scheduler = SlowFast(None, explore=3, floor=0.5)
+    state = scheduler.init(None, 1, 8)
+    for step, (reach, expected) in enumerate(zip(furthest, ends, strict=True)):
+        confidence = [0.9 if i == reach - 1 else 0.1 for i in range(8)]
+        view = make_round(confidence).replace(block_step=jnp.array([step]))
+        eligible, end, state = scheduler.focus(view, state)
+        assert int(end[0]) == expected
+        assert eligible.all()  # also beyond the stretch: the slow phase commits anywhere
 
 
 def test_a_floor_that_nothing_reaches_advances_one_position_at_a_time(toy_cfg, toy_params):
