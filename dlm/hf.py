@@ -342,7 +342,7 @@ def save_hf(
       ValueError: no published format can express `cfg`, or the parameters are not its own.
     """
     target = pathlib.Path(path).absolute()
-    form = _format_for(cfg)
+    form = format_for(cfg)
     _check_params(params, cfg)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"path={str(path)!r} must be a new or an empty directory")
@@ -360,7 +360,8 @@ def save_hf(
         raise
 
 
-def _format_for(cfg: ModelConfig) -> Format:
+def format_for(cfg: ModelConfig) -> Format:
+    """The published format that a model is written in; ValueError if none can hold it."""
     form = DREAM if cfg.qkv_bias and cfg.shifted_logits else LLADA
     wrong = {
         "qk_norm": cfg.qk_norm,

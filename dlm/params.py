@@ -1,7 +1,9 @@
 """Parameters: one specification per leaf, from which everything else is derived.
 
-`param_specs` is the single source of shapes, logical axes and initialisers. `init_params`,
-`abstract_params` and `param_shardings` follow from it, as do the Hugging Face loaders.
+`param_specs` is the single source of shapes, logical axes and initialisers of a model. Fresh
+parameters, abstract ones and shardings follow from it, as do the Hugging Face loaders. Smaller
+trees that are trained beside a model (`dlm.lora`) have specifications of their own, and use the
+same functions.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from dlm.config import ModelConfig
@@ -37,6 +40,24 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     stddev: float | None = None
     fill: float = 0.0
+
+
+class LowRank(struct.PyTreeNode):
+    """A leaf of the parameters that stands for weight + scale * down @ up, never added up.
+
+    Letters: I and O, the flattened axes of the weight that are multiplied over, and the others.
+
+    Attributes:
+      weight: the array of the model, [L, ...]; L is missing inside a layer.
+      down: [L, I, r].
+      up: [L, r, O].
+      scale: static.
+    """
+
+    weight: jax.Array
+    down: jax.Array
+    up: jax.Array
+    scale: float = struct.field(pytree_node=False)
 
 
 def param_specs(cfg: ModelConfig) -> Params:
@@ -91,33 +112,45 @@ def num_params(cfg: ModelConfig) -> int:
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Fresh parameters in `cfg.dtype`.
+    """Fresh parameters of a model in `cfg.dtype`; see `init_from_specs`."""
+    return init_from_specs(key, param_specs(cfg), cfg.jnp_dtype)
+
+
+def init_from_specs(key: jax.Array, specs: Params, dtype: Any) -> Params:
+    """Fresh parameters.
 
     Each leaf draws from its own key, folded from its name, so adding a parameter changes no other.
 
     Args:
       key: a `jax.random.key`.
-      cfg: the model.
+      specs: tree of `ParamSpec`.
+      dtype: of the parameters.
     """
 
     def init(path: Any, spec: ParamSpec) -> jax.Array:
         if spec.stddev is None:
-            return jnp.full(spec.shape, spec.fill, cfg.jnp_dtype)
+            return jnp.full(spec.shape, spec.fill, dtype)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return (spec.stddev * jax.random.normal(leaf_key, spec.shape)).astype(cfg.jnp_dtype)
+        return (spec.stddev * jax.random.normal(leaf_key, spec.shape)).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(init, param_specs(cfg))
+    return jax.tree_util.tree_map_with_path(init, specs)
 
 
 def abstract_params(cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = RULES) -> Params:
     """`jax.ShapeDtypeStruct` per parameter; with a mesh, each carries its sharding."""
-    shardings = param_shardings(cfg, mesh, rules) if mesh is not None else None
+    return abstract_from_specs(param_specs(cfg), cfg.jnp_dtype, mesh, rules)
+
+
+def abstract_from_specs(
+    specs: Params, dtype: Any, mesh: Mesh | None = None, rules: Rules = RULES
+) -> Params:
+    """As `abstract_params`, of any tree of `ParamSpec`."""
+    shardings = spec_shardings(specs, mesh, rules) if mesh is not None else None
 
     def abstract(spec: ParamSpec, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.shape, cfg.jnp_dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
-    specs = param_specs(cfg)
     return jax.tree.map(abstract, specs, *(() if shardings is None else (shardings,)))
 
 
@@ -127,6 +160,9 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> Param
     A dimension that its mesh axes do not divide is replicated instead (for example two key/value
     heads on four tensor shards).
     """
-    return jax.tree.map(
-        lambda spec: logical_sharding(spec.shape, spec.axes, mesh, rules), param_specs(cfg)
-    )
+    return spec_shardings(param_specs(cfg), mesh, rules)
+
+
+def spec_shardings(specs: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
+    """As `param_shardings`, of any tree of `ParamSpec`."""
+    return jax.tree.map(lambda spec: logical_sharding(spec.shape, spec.axes, mesh, rules), specs)

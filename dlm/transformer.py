@@ -19,11 +19,24 @@ from jax.sharding import PartitionSpec as P
 
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
-from dlm.params import Params
+from dlm.params import LowRank, Params
 from dlm.sharding import constrain, split_axes
+from kernels_pallas.block_diffusion_attention import block_diffusion_attention
 from kernels_pallas.unembed_loss import TargetStats, unembed_loss
 from kernels_pallas.unembed_stats import Noise, VocabStats, unembed_logits, unembed_stats
 from kernels_pallas.window_attention import Mask, window_attention
+
+
+class BlockDiffusion(struct.PyTreeNode):
+    """Attention of a [noisy ; clean] window, see `kernels_pallas.block_diffusion_attention`.
+
+    Attributes:
+      segment_ids: [B, T / 2] int32. Positions attend within their segment.
+      block_len: positions per block. Static.
+    """
+
+    segment_ids: jax.Array
+    block_len: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -46,7 +59,7 @@ def forward(
     tokens: jax.Array,
     *,
     positions: jax.Array,
-    mask: Mask = "full",
+    mask: Mask | BlockDiffusion = "full",
     window_range: jax.Array | None = None,
     cache: KVCache | None = None,
     cache_ranges: jax.Array | None = None,
@@ -62,8 +75,8 @@ def forward(
       cfg: the model.
       tokens: [B, T] int32. The window's tokens.
       positions: [B, T] int32. Rotary positions; row b's first real token is at 0.
-      mask: attention inside the window: "full" (bidirectional), "causal", or ancestor bits as in
-        `window_attention`.
+      mask: attention inside the window: "full" (bidirectional), "causal", ancestor bits as in
+        `window_attention`, or `BlockDiffusion`, which goes with neither a cache nor a range.
       window_range: [B, 2] int32. Window positions that are real; None: all.
       cache: keys and values of other positions.
       cache_ranges: [B, R, 2] int32. Cache slots that are attended to; None: none.
@@ -189,11 +202,19 @@ def target_stats(params: Params, hidden: jax.Array, targets: jax.Array) -> Targe
     return jax.tree.map(lambda x: x.reshape(targets.shape), out)
 
 
-def _attend(mask: Mask, **operands: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """`window_attention`, each device working on its rows and heads."""
+def _attend(
+    mask: Mask | BlockDiffusion, **operands: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Attention, each device working on its rows and heads."""
     q, k = operands["q"], operands["k"]
     split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
     rows, heads = split["batch"], split["kv_heads"]
+    if isinstance(mask, BlockDiffusion):
+        operands = {name: operands[name] for name in "qkv"} | {"segment_ids": mask.segment_ids}
+        by_head = dict.fromkeys("qkv", P(rows, None, heads))
+        run = functools.partial(block_diffusion_attention, block_len=mask.block_len)
+        specs = by_head | {"segment_ids": P(rows)}
+        return _per_shard(run, operands, specs, P(rows, None, heads)), None
     stacked = P(None, rows, heads)
     specs = dict.fromkeys(operands, P(rows)) | {"cache": stacked, "layer": P()}
     specs |= dict.fromkeys("qkv", P(rows, None, heads))
@@ -233,21 +254,38 @@ def _project_qkv(
     return q, k, v
 
 
-def _heads(x: jax.Array, w: jax.Array) -> jax.Array:
+def _heads(x: jax.Array, w: jax.Array | LowRank) -> jax.Array:
     """x [B, T, D] times w [heads, H, D]: [B, T, heads, H]."""
-    rows, flat = x.reshape(-1, x.shape[-1]), w.reshape(-1, w.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, LowRank):
+        weight, change = w.weight, _low_rank(rows, w)
+    else:
+        weight, change = w, None
+    flat = weight.reshape(-1, weight.shape[-1])
     product = jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
-    return product.reshape(*x.shape[:2], *w.shape[:2])
+    product = product if change is None else product + change
+    return product.reshape(*x.shape[:2], *weight.shape[:2])
 
 
-def _linear(x: jax.Array, w: jax.Array, num_in: int = 1) -> jax.Array:
+def _linear(x: jax.Array, w: jax.Array | LowRank, num_in: int = 1) -> jax.Array:
     """x [B, T, *in] times w [*in, *out], as one two-dimensional product.
 
     Products of more dimensions are several times slower in the backward pass on CPU.
     """
     B, T = x.shape[:2]
     rows = x.reshape(B * T, -1)
-    return jnp.dot(rows, w.reshape(rows.shape[1], -1)).reshape(B, T, *w.shape[num_in:])
+    if isinstance(w, LowRank):
+        weight, change = w.weight, _low_rank(rows, w)
+    else:
+        weight, change = w, None
+    product = jnp.dot(rows, weight.reshape(rows.shape[1], -1))
+    product = product if change is None else product + change
+    return product.reshape(B, T, *weight.shape[num_in:])
+
+
+def _low_rank(rows: jax.Array, w: LowRank) -> jax.Array:
+    """What the change of a weight adds to the product of rows [M, I]: [M, O]."""
+    return jnp.dot(jnp.dot(rows, w.down), w.up) * w.scale
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -115,6 +115,15 @@ def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
     return ModelConfig(**fields), load_tokenizer(workdir / "tokenizer")
 
 
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """The last step that was saved; None: there is none."""
+    root = workdir / "checkpoints"
+    if not root.exists():
+        return None
+    found = ocp.path.step.standard_name_format().find_all(root.absolute())
+    return max((metadata.step for metadata in found), default=None)
+
+
 def open_manager(workdir: pathlib.Path, config: CheckpointConfig) -> ocp.CheckpointManager:
     """The checkpoints of a run. What a killed process left half-written is removed."""
     return ocp.CheckpointManager(

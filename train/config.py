@@ -110,6 +110,8 @@ class TrainConfig:
 
     Attributes:
       objective: {"make": "module:Class", **fields}, see `train.objectives`.
+      trainable: likewise, what is learned beside the model of `init_from`, see `train.trainable`;
+        None: the model itself.
       num_steps: training steps.
       seed: of initialisation, masks and all other randomness but the order of the data.
       master_dtype: in which parameters are kept and updated; products use `model.dtype`.
@@ -119,6 +121,7 @@ class TrainConfig:
     """
 
     objective: Mapping[str, Any]
+    trainable: Mapping[str, Any] | None = None
     num_steps: int
     seed: int = 0
     master_dtype: str = "float32"
@@ -132,6 +135,10 @@ class TrainConfig:
             raise ConfigError(
                 f"train.master_dtype={self.master_dtype!r} must be 'float32', 'bfloat16' or "
                 "'float64'"
+            )
+        if self.trainable is not None and not self.init_from:
+            raise ConfigError(
+                "train.init_from='' must be a model: train.trainable is learned beside one"
             )
 
 

@@ -89,11 +89,12 @@ def train_iterator(
     if len(task) < process_count:
         raise ConfigError(f"data.train has {len(task)} examples for {process_count} processes")
 
-    def encode(example: tasks.Example) -> dict[str, np.ndarray]:
-        return encode_example(example, tokenizer, data.prompt_len, data.completion_len)
+    def encode(index: int) -> dict[str, np.ndarray]:
+        row = encode_example(task[index], tokenizer, data.prompt_len, data.completion_len)
+        return {**row, "index": np.array(index, np.int32)}
 
     dataset = (
-        grain.MapDataset.source(task)[process_index::process_count]
+        grain.MapDataset.range(process_index, len(task), process_count)
         .seed(data.seed)
         .shuffle()
         .repeat()

@@ -4,6 +4,8 @@ A run starts from, in this order: the last checkpoint in its own workdir, the mo
 `train.init_from`, fresh parameters. So the same command starts a run and resumes it, and a resumed
 run is bit for bit the run that was never stopped (on the same machine and mesh).
 
+What is learned is the model, or a `train.trainable` beside a model that stays as it is.
+
 The randomness of step i depends on (`train.seed`, i) and on nothing else.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import shutil
@@ -32,29 +35,41 @@ from ml_collections import config_dict
 
 from dlm import lm, tasks
 from dlm.config import ModelConfig
-from dlm.params import Params, abstract_params, init_params, num_params, param_shardings
+from dlm.params import (
+    Params,
+    abstract_from_specs,
+    init_from_specs,
+    num_params,
+    spec_shardings,
+)
 from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
 from train import checkpoint, data, optimizer
 from train.config import ConfigError, OptimConfig, RunConfig, build, from_config_dict
 from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
+from train.objectives import Context
+from train.trainable import Everything, Trainable
+
+EVERYTHING = Everything()
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """What a step changes.
 
     Attributes:
       step: scalar int32. Steps done.
-      params: in `train.master_dtype`.
+      params: what is learned, in `train.master_dtype`.
       opt_state: of `train.optimizer.make_optimizer`.
       ema: moving average of `params`; None without `optim.ema_decay`.
+      is_finite: scalar bool. False once a loss or gradient was not: from then on nothing changes,
+        so this is the state before that step.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: Params | None
+    is_finite: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +97,7 @@ def init_state(params: Params, *, optim: OptimConfig) -> TrainState:
         params=params,
         opt_state=optimizer.make_optimizer(optim).init(params),
         ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
+        is_finite=jnp.array(True),
     )
 
 
@@ -89,10 +105,12 @@ def train_step(
     state: TrainState,
     batch: data.Batch,
     key: jax.Array,
+    frozen: Params | None = None,
     *,
     cfg: ModelConfig,
     objective: Any,
     optim: OptimConfig,
+    trainable: Trainable = EVERYTHING,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of gradient descent.
 
@@ -100,64 +118,93 @@ def train_step(
       state: before it.
       batch: see `train.objectives`.
       key: of the run.
+      frozen: parameters of the model that `trainable` is learned beside; they get no gradient.
       cfg: the model. Static, as are the following.
       objective: see `train.objectives`.
       optim: the optimiser.
+      trainable: what is learned.
 
     Returns:
       The state after it, and scalar float32 metrics of the parameters before it: those of the
       objective, the norm of the gradient before clipping, and the learning rate.
     """
-    step_key = jax.random.fold_in(key, state.step)
+    attach = functools.partial(_attach, frozen, cfg=cfg, trainable=trainable)
+    context = Context(
+        key=jax.random.fold_in(key, state.step),
+        progress=jnp.minimum(state.step / optim.decay_steps, 1.0),
+        teacher=None if not needs_teacher(objective) else attach(state.ema),
+    )
 
-    def loss_fn(master: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return objective.loss(_cast(master, cfg), cfg, batch, step_key)
+    def loss_fn(own: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return objective.loss(attach(own), cfg, batch, context)
 
-    (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grad_norm = optax.global_norm(gradient)
     tx = optimizer.make_optimizer(optim)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    num_updates = step // optim.accumulate
     ema = state.ema
     if ema is not None:
-        averaged = optimizer.update_ema(ema, params, num_updates, optim)
+        averaged = optimizer.update_ema(ema, params, step // optim.accumulate, optim)
         has_updated = step % optim.accumulate == 0
         ema = jax.tree.map(lambda new, old: jnp.where(has_updated, new, old), averaged, ema)
     metrics = {
         **metrics,
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": grad_norm,
         "learning_rate": optimizer.learning_rate_schedule(optim)(state.step // optim.accumulate),
     }
-    return TrainState(step=step, params=params, opt_state=opt_state, ema=ema), metrics
+    is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    new = TrainState(step=step, params=params, opt_state=opt_state, ema=ema, is_finite=is_finite)
+    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
+    return kept.replace(is_finite=is_finite), metrics
 
 
 def valid_step(
-    params: Params,
+    own: Params,
     batch: data.Batch,
     key: jax.Array,
+    frozen: Params | None = None,
     *,
     cfg: ModelConfig,
     objective: Any,
+    trainable: Trainable = EVERYTHING,
 ) -> dict[str, jax.Array]:
-    """The objective's metrics on one held-out batch."""
-    return objective.loss(_cast(params, cfg), cfg, batch, key)[1]
+    """The objective's metrics on one held-out batch, at the end of any curriculum."""
+    params = _attach(frozen, own, cfg=cfg, trainable=trainable)
+    teacher = params if needs_teacher(objective) else None
+    return objective.loss(params, cfg, batch, Context(key, 1.0, teacher))[1]
 
 
-def _cast(params: Params, cfg: ModelConfig) -> Params:
-    return jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), params)
+def needs_teacher(objective: Any) -> bool:
+    """Whether an objective compares the model with the moving average of itself."""
+    return getattr(objective, "needs_teacher", False)
+
+
+def _attach(
+    frozen: Params | None, own: Params | None, *, cfg: ModelConfig, trainable: Trainable
+) -> Params:
+    """The parameters of a forward pass, in the model's dtype."""
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(cfg.jnp_dtype))
+    return trainable.attach(frozen or {}, cast(own))
 
 
 # ---- State on a mesh --------------------------------------------------------------------------
 
 
-def state_shardings(cfg: ModelConfig, optim: OptimConfig, mesh: Mesh) -> Any:
-    """A `TrainState` of shardings; moments and averages lie as their parameters do."""
-    of_params = param_shardings(cfg, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(functools.partial(init_state, optim=optim), abstract_params(cfg))
+def state_shardings(specs: Params, optim: OptimConfig, mesh: Mesh) -> TrainState:
+    """A `TrainState` of shardings; moments and averages lie as their parameters do.
+
+    Args:
+      specs: `ParamSpec`s of what is learned.
+      optim: the optimiser.
+      mesh: where it lies.
+    """
+    of_params = spec_shardings(specs, mesh)
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    state = abstract_state(specs, jnp.float32, optim)
     return TrainState(
-        step=replicated,  # type: ignore[arg-type]
+        step=replicated,
         params=of_params,
         opt_state=optax.tree_map_params(
             optimizer.make_optimizer(optim),
@@ -167,12 +214,18 @@ def state_shardings(cfg: ModelConfig, optim: OptimConfig, mesh: Mesh) -> Any:
             transform_non_params=lambda _: replicated,
         ),
         ema=of_params if optim.ema_decay else None,
+        is_finite=replicated,
     )
 
 
-def abstract_state(cfg: ModelConfig, optim: OptimConfig, shardings: Any) -> TrainState:
-    """`jax.ShapeDtypeStruct` per array of the state, with its sharding."""
-    state = jax.eval_shape(functools.partial(init_state, optim=optim), abstract_params(cfg))
+def abstract_state(
+    specs: Params, dtype: Any, optim: OptimConfig, shardings: Any = None
+) -> TrainState:
+    """`jax.ShapeDtypeStruct` per array of the state, with its sharding if `shardings` are given."""
+    make = functools.partial(init_state, optim=optim)
+    state = jax.eval_shape(make, abstract_from_specs(specs, dtype))
+    if shardings is None:
+        return state
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
@@ -183,27 +236,31 @@ def abstract_state(cfg: ModelConfig, optim: OptimConfig, shardings: Any) -> Trai
 def first_state(
     key: jax.Array,
     given: Params | None,
-    cfg: ModelConfig,
+    specs: Params,
+    dtype: Any,
     optim: OptimConfig,
     shardings: Any,
 ) -> TrainState:
-    """The state before the first step, made where it belongs: fresh, or around `given` ones."""
-    static = {"cfg": cfg, "optim": optim}
+    """The state before the first step, made where it belongs: fresh, or around `given` ones.
+
+    Args:
+      key: draws fresh parameters.
+      given: parameters to start from; None: fresh ones.
+      specs: `ParamSpec`s of what is learned.
+      dtype: in which it is kept.
+      optim: the optimiser.
+      shardings: of `state_shardings`.
+    """
+
+    def fresh(key: jax.Array) -> TrainState:
+        return init_state(init_from_specs(key, specs, dtype), optim=optim)
+
+    def around(params: Params) -> TrainState:
+        return init_state(jax.tree.map(lambda x: x.astype(dtype), params), optim=optim)
+
     if given is None:
-        return jax.jit(_fresh, static_argnames=tuple(static), out_shardings=shardings)(
-            key, **static
-        )
-    return jax.jit(_around, static_argnames=tuple(static), out_shardings=shardings)(
-        jax.device_put(given, shardings.params), **static
-    )
-
-
-def _fresh(key: jax.Array, *, cfg: ModelConfig, optim: OptimConfig) -> TrainState:
-    return init_state(init_params(key, cfg), optim=optim)
-
-
-def _around(params: Params, *, cfg: ModelConfig, optim: OptimConfig) -> TrainState:
-    return init_state(_cast(params, cfg), optim=optim)
+        return jax.jit(fresh, out_shardings=shardings)(key)
+    return jax.jit(around, out_shardings=shardings)(jax.device_put(given, shardings.params))
 
 
 # ---- The run ----------------------------------------------------------------------------------
@@ -239,21 +296,30 @@ def run(
     num_steps = settings.train.num_steps
     folder = pathlib.Path(workdir)
     checkpoint.check_writable(folder)
+    start = checkpoint.latest_step(folder)
+    if start is not None:
+        checkpoint.check_same_run(folder, settings, start)
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.open_manager(folder, settings.checkpoint))
-        start = manager.latest_step()
-        if start is not None:
-            checkpoint.check_same_run(folder, settings, start)
         mesh = _make_mesh(settings)
         stack.enter_context(jax.set_mesh(mesh))
 
         # -- Model and data
         objective = build(settings.train.objective, "train.objective")
+        if needs_teacher(objective) and not settings.optim.ema_decay:
+            raise ConfigError(
+                "optim.ema_decay=0 must be positive: the objective compares the model with the "
+                "moving average of itself"
+            )
+        trainable: Trainable = EVERYTHING
+        if settings.train.trainable is not None:
+            trainable = build(settings.train.trainable, "train.trainable")
         task, valid_task = _build_tasks(settings)
         given: Params | None = None
         if start is not None:
             logging.info("Resuming %s after step %d.", folder, start)
             cfg, tokenizer = checkpoint.read_model(folder)
+            if trainable is not EVERYTHING:
+                given = _load_model(settings, mesh)[2]
         elif settings.train.init_from:
             logging.info("Starting from the model in %s.", settings.train.init_from)
             cfg, tokenizer, given = _load_model(settings, mesh)
@@ -261,7 +327,12 @@ def run(
             logging.info("Starting from fresh parameters.")
             tokenizer = _make_tokenizer(settings, task)
             cfg = _model_config(settings, tokenizer)
-        logging.info("%s parameters in %s", f"{num_params(cfg):,}", cfg)
+        frozen: Params | None = None
+        if trainable is not EVERYTHING:
+            assert given is not None
+            frozen, given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given), None
+        specs = trainable.specs(cfg)
+        logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
         iterator = data.train_iterator(task, tokenizer, settings.data)
         stack.callback(iterator.close)
         valid = data.valid_batches(
@@ -269,76 +340,96 @@ def run(
         )
 
         # -- State
+        manager = stack.enter_context(checkpoint.open_manager(folder, settings.checkpoint))
         optim = dataclasses.replace(
             settings.optim, decay_steps=settings.optim.decay_steps or num_steps
         )
-        master_cfg = dataclasses.replace(cfg, dtype=settings.train.master_dtype)
-        shardings = state_shardings(master_cfg, optim, mesh)
+        master_dtype = jnp.dtype(settings.train.master_dtype)
+        shardings = state_shardings(specs, optim, mesh)
         init_key, train_key, valid_key = (
             jax.random.fold_in(jax.random.key(settings.train.seed), i) for i in range(3)
         )
         if start is None:
-            state = first_state(init_key, given, master_cfg, optim, shardings)
+            state = first_state(init_key, given, specs, master_dtype, optim, shardings)
         else:
-            abstract = abstract_state(master_cfg, optim, shardings)
+            abstract = abstract_state(specs, master_dtype, optim, shardings)
             state = checkpoint.restore(manager, start, abstract, iterator)
         del given
         if jax.process_index() == 0:
             checkpoint.write_settings(folder, settings, cfg, tokenizer)
 
         # -- Training
+        static = {"cfg": cfg, "objective": objective, "trainable": trainable}
         jitted_train_step = jax.jit(
             train_step,
-            static_argnames=("cfg", "objective", "optim"),
+            static_argnames=(*static, "optim"),
             donate_argnames="state",
             out_shardings=(shardings, None),
         )
-        jitted_valid_step = jax.jit(valid_step, static_argnames=("cfg", "objective"))
+        jitted_valid_step = jax.jit(valid_step, static_argnames=tuple(static))
 
-        def validate(params: Params) -> dict[str, jax.Array]:
+        def validate(own: Params) -> dict[str, jax.Array]:
             results = [
                 jitted_valid_step(
-                    params,
+                    own,
                     data.to_global(batch, mesh),
                     jax.random.fold_in(valid_key, i),  # the same masks every time
-                    cfg=cfg,
-                    objective=objective,
+                    frozen,
+                    **static,
                 )
                 for i, batch in enumerate(valid)
             ]
             return jax.tree.map(lambda *values: sum(values) / len(values), *results)
 
-        stack.enter_context(_name_last_checkpoint(manager))
         reporter = stack.enter_context(Reporter(settings, folder, start or 0, description))
         is_stopping = stack.enter_context(_stop_on_sigterm(manager))
         step, is_stopped = start or 0, False
-        while step < num_steps and not is_stopped:
-            batch = data.to_global(next(iterator), mesh)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = jitted_train_step(
-                    state, batch, train_key, cfg=cfg, objective=objective, optim=optim
-                )
-            step += 1
-            # The device works on this step while the host reads the numbers of the one before.
-            reporter.flush()
-            reporter.add(step, metrics)
-            is_stopped = is_stopping(step)
-            if valid and is_due(step, settings.train.eval_every, num_steps):
-                params = state.params if state.ema is None else state.ema
-                reporter.flush(functools.partial(validate, params))
-            if is_stopped or is_due(step, settings.checkpoint.every, num_steps):
-                reporter.flush()  # raises unless the step was finite: no other state is ever saved
-                checkpoint.save(manager, step, state, iterator)
+        before: list[Any] = []  # where the iterator stood before the last two steps
+        try:
+            while step < num_steps and not is_stopped:
+                before = [*before[-1:], iterator.get_state()]
+                local = next(iterator)
+                batch = data.to_global(local, mesh)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = jitted_train_step(
+                        state, batch, train_key, frozen, optim=optim, **static
+                    )
+                step += 1
+                # The device works on this step while the host reads the numbers of the one before.
+                reporter.flush()
+                reporter.add(step, metrics, local["index"])
+                is_stopped = is_stopping(step)
+                if valid and is_due(step, settings.train.eval_every, num_steps):
+                    own = state.params if state.ema is None else state.ema
+                    reporter.flush(functools.partial(validate, own))
+                if is_stopped or is_due(step, settings.checkpoint.every, num_steps):
+                    reporter.flush()  # raises unless the step was finite
+                    checkpoint.save(manager, step, state, iterator)
+        except NonFiniteError as error:
+            # The state stayed as it was before the bad step, which may not be the last one made.
+            good = int(state.step)
+            iterator.set_state(before[good - step])
+            if good not in manager.all_steps():
+                checkpoint.save(manager, good, state.replace(is_finite=jnp.array(True)), iterator)
+            manager.wait_until_finished()
+            where = f"the state before it is saved as step {good} in {manager.directory}"
+            raise NonFiniteError(f"{error}; {where}") from None
         manager.wait_until_finished()
 
         # -- Result
         model_path = None
         if step == num_steps:
             model_path = folder / "model"
-            params = state.params if state.ema is None else state.ema
-            _export(model_path, params, cfg, tokenizer)
+            own = state.params if state.ema is None else state.ema
+            _export(folder, trainable, own, frozen, cfg, tokenizer)
     lines = read_metrics(folder)
     return RunResult(step=step, metrics=lines[-1] if lines else {}, model_path=model_path)
+
+
+def _counts(specs: Params, cfg: ModelConfig) -> tuple[str, str]:
+    """Parameters that are learned, and those of the model, as text."""
+    own = sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
+    return f"{own:,}", f"{num_params(cfg):,}"
 
 
 def _make_mesh(settings: RunConfig) -> Mesh:
@@ -418,20 +509,6 @@ def _check_length(cfg: ModelConfig, settings: RunConfig) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def _name_last_checkpoint(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Completes the message of a `NonFiniteError`."""
-    try:
-        yield
-    except NonFiniteError as error:
-        manager.wait_until_finished()
-        last = manager.latest_step()
-        where = "there is none before it"
-        if last is not None:
-            where = f"the last good one is step {last} in {manager.directory}"
-        raise NonFiniteError(f"{error}: stopped without a checkpoint of it; {where}") from None
-
-
-@contextlib.contextmanager
 def _stop_on_sigterm(manager: ocp.CheckpointManager) -> Iterator[Callable[[int], bool]]:
     """Gives a function that tells after each step whether the run has been asked to stop."""
     if jax.process_count() > 1:  # all processes must stop after the same step
@@ -448,14 +525,20 @@ def _stop_on_sigterm(manager: ocp.CheckpointManager) -> Iterator[Callable[[int],
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
-def _export(path: pathlib.Path, params: Params, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Writes the finished model in a published format, in place of one written before."""
-    params = jax.jit(_cast, static_argnames="cfg")(params, cfg=cfg)
+def _export(
+    folder: pathlib.Path,
+    trainable: Trainable,
+    own: Params,
+    frozen: Params | None,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """Writes what was learned, in place of what was written before."""
     if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
+        own, frozen = multihost_utils.process_allgather((own, frozen), tiled=True)
     if jax.process_index() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        lm.save(path, lm.LanguageModel(params, cfg, tokenizer))
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        trainable.export(folder, lm.LanguageModel(frozen or {}, cfg, tokenizer), own)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
-    logging.info("The model is in %s.", path)
+    logging.info("The model is in %s.", folder / "model")

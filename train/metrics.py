@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -56,7 +56,7 @@ class Reporter:
         self._tokens_per_step = settings.data.batch_size * (
             settings.data.prompt_len + settings.data.completion_len
         )
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], Sequence[int]] | None = None
         self._clock: tuple[int, float] | None = None  # steps done at a time, in seconds
         self._writer = (
             MetricWriter(workdir, settings.log, step, to_json(settings)) if is_first else None
@@ -79,9 +79,15 @@ class Reporter:
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of `step`, which may not have been computed yet."""
-        self._pending = (step, metrics)
+    def add(self, step: int, metrics: Mapping[str, jax.Array], index: Sequence[int]) -> None:
+        """Takes the metrics of `step`, which may not have been computed yet.
+
+        Args:
+          step: steps done, this one included.
+          metrics: scalars.
+          index: the examples it was made with, to be named if it went wrong.
+        """
+        self._pending = (step, metrics, index)
 
     def flush(self, validate: Callable[[], Mapping[str, jax.Array]] | None = None) -> None:
         """Waits for the metrics taken last, checks them, and writes them if they are due.
@@ -94,13 +100,17 @@ class Reporter:
         """
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, index = self._pending
         self._pending = None
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values = {"loss": fetched.pop("loss"), **fetched}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise NonFiniteError(f"{name} is {values[name]} at step {step}")
+                named = ", ".join(map(str, index))
+                raise NonFiniteError(
+                    f"{name} is {values[name]} at step {step}, made with examples {named} of "
+                    "data.train"
+                )
         self._bar.update()
         num_steps = self._settings.train.num_steps
         if validate is None and not is_due(step, self._settings.log.every, num_steps):

@@ -12,16 +12,18 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import dlm
-from dlm.params import init_params
+from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
 from tests.train import toy
 from tests.train.test_masked_diffusion import make_batch
 from train import checkpoint, data, loop
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
+from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,8 +75,9 @@ def test_exported_model_is_the_one_validated(finished):
     batches = data.valid_batches(toy.Copy(split="test"), model.tokenizer, settings.data, 2)
     key = jax.random.fold_in(jax.random.key(0), 2)
     losses = [
-        MaskedDiffusion().loss(model.params, model.cfg, batch, jax.random.fold_in(key, i))[0]
+        MaskedDiffusion().loss(model.params, model.cfg, batch, context)[0]
         for i, batch in enumerate(batches)
+        for context in [Context(jax.random.fold_in(key, i))]
     ]
     np.testing.assert_allclose(np.mean(losses), result.metrics["valid/loss"], rtol=1e-5)
     assert model.tokenizer.encode("abc>") == [0, 1, 2, 6]
@@ -181,12 +184,12 @@ def test_sharded_steps_equal_unsharded(toy_cfg):
     optim = OptimConfig(
         learning_rate=1e-2, decay_steps=9, accumulate=2, ema_decay=0.9, weight_decay=0.1
     )
-    batch = jax.device_get(make_batch(toy_cfg, rows=8))
+    specs, batch = param_specs(toy_cfg), jax.device_get(make_batch(toy_cfg, rows=8))
     results = []
     for mesh in (make_mesh(), make_mesh(data=2, fsdp=2, tensor=2)):
         with jax.set_mesh(mesh):
-            shardings = loop.state_shardings(toy_cfg, optim, mesh)
-            state = loop.first_state(jax.random.key(0), None, toy_cfg, optim, shardings)
+            shardings = loop.state_shardings(specs, optim, mesh)
+            state = loop.first_state(jax.random.key(0), None, specs, jnp.float32, optim, shardings)
             step = jax.jit(
                 loop.train_step,
                 static_argnames=("cfg", "objective", "optim"),
@@ -289,30 +292,38 @@ def test_other_threads_cannot_and_need_not_handle_signals():
     assert results == [False]
 
 
-def test_divergence_stops_and_touches_nothing(tmp_path):
+@pytest.mark.parametrize("every", [0, 1, 4])
+def test_divergence_stops_names_the_batch_and_saves_the_state_before_it(tmp_path, every):
     config = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
-    config.checkpoint.every = 1
+    config.checkpoint.every = every
     config.train.num_steps = 60
     config.train.seed = 2  # the seventh step is the first bad one
-    with pytest.raises(NonFiniteError, match=r"loss is nan at step \d+: stopped .*") as error:
+    with pytest.raises(NonFiniteError, match=r"loss is nan at step 7, made with") as error:
         loop.run(config, tmp_path)
-    step = int(str(error.value).split(" at step ")[1].split(":")[0])
-    assert step == 7
-    assert f"the last good one is step {step - 1} in {tmp_path / 'checkpoints'}" in str(error.value)
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step))
+    text = str(error.value)
+    assert f"the state before it is saved as step 6 in {tmp_path / 'checkpoints'}" in text
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7))
     assert not (tmp_path / "model").exists()
-    with checkpoint.open_manager(tmp_path, from_config_dict(config).checkpoint) as manager:
-        assert sorted(manager.all_steps()) == [step - 2, step - 1]
+    # The batch is named: the seventh one.
+    settings = from_config_dict(config)
+    task, _ = loop._build_tasks(settings)
+    _, tokenizer = checkpoint.read_model(tmp_path)
+    iterator = data.train_iterator(task, tokenizer, settings.data)
+    index = [next(iterator)["index"] for _ in range(7)][-1]
+    assert f"made with examples {', '.join(map(str, index))} of" in text
+    # What is saved is what a run of six steps ends with.
+    kept = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
+    kept.train.num_steps, kept.train.seed, kept.optim.decay_steps = 6, 2, 60
+    loop.run(kept, tmp_path / "six")
+    only_state = ocp.args.Composite(state=ocp.args.StandardRestore())
+    states = []
+    for folder in (tmp_path, tmp_path / "six"):
+        with checkpoint.open_manager(folder, settings.checkpoint) as manager:
+            assert manager.latest_step() == 6
+            states.append(manager.restore(6, args=only_state)["state"])
+    assert_same(*states)
     # It goes on from there, and comes to the same end.
-    with pytest.raises(NonFiniteError, match=f"at step {step}:"):
-        loop.run(config, tmp_path)
-
-
-def test_divergence_without_any_checkpoint(tmp_path):
-    config = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
-    config.checkpoint.every = 0
-    config.train.num_steps = 60
-    with pytest.raises(NonFiniteError, match="there is none before it"):
+    with pytest.raises(NonFiniteError, match="at step 7, "):
         loop.run(config, tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dlm import transformer
 from dlm.params import init_params
-from train.objectives import masked_diffusion
+from train.objectives import Context, masked_diffusion
 from train.objectives.masked_diffusion import MaskedDiffusion, weighted_loss
 
 
@@ -74,7 +74,7 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.1)
-    loss, metrics = objective.loss(toy_params, toy_cfg, batch, jax.random.key(3))
+    loss, metrics = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(3)))
     ((tokens, kwargs),) = recorder.calls
     assert kwargs["mask"] == "full"
     hidden = transformer.forward(
@@ -105,7 +105,7 @@ def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypat
     recorder = Recorder(monkeypatch, forward)
     batch = make_batch(toy_cfg, rows=16)
     for seed in range(4):
-        MaskedDiffusion().loss(toy_params, toy_cfg, batch, jax.random.key(seed))
+        MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
     num_masked = 0
     for tokens, kwargs in recorder.calls:
         np.testing.assert_array_equal(tokens[:, :5], batch["prompt"])
@@ -153,7 +153,7 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     """Without a prompt every token may be masked, and the divisor is all tokens (card, Sec. 2)."""
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg, prompt_len=0, completion_len=8)
-    loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, jax.random.key(1))
+    loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))
     ((tokens, kwargs),) = recorder.calls
     assert tokens.shape == (4, 8)
     y = batch["completion"]
@@ -176,7 +176,9 @@ def test_padding_does_not_matter(toy_cfg, toy_params):
     wider["prompt"] = jnp.concatenate([pads, batch["prompt"]], axis=1)
     wider["prompt_start"] = batch["prompt_start"] + 2
     key = jax.random.key(0)
-    losses = [MaskedDiffusion().loss(toy_params, toy_cfg, b, key)[0] for b in (batch, wider)]
+    losses = [
+        MaskedDiffusion().loss(toy_params, toy_cfg, b, Context(key))[0] for b in (batch, wider)
+    ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
@@ -184,7 +186,7 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg)
     shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
-    loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, jax.random.key(0))
+    loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, Context(jax.random.key(0)))
     ((tokens, kwargs),) = recorder.calls
     hidden = transformer.forward(toy_params, toy_cfg, tokens, **kwargs).hidden[:, 4:-1]
     t_key, _ = jax.random.split(jax.random.key(0))
@@ -200,10 +202,10 @@ def test_refusals(toy_cfg, toy_params):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="mask_token_id=None"):
         cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
-        MaskedDiffusion().loss(toy_params, cfg, batch, key)
+        MaskedDiffusion().loss(toy_params, cfg, batch, Context(key))
     with pytest.raises(ValueError, match="prompt_len=0"):
         cfg = dataclasses.replace(toy_cfg, shifted_logits=True)
-        MaskedDiffusion().loss(toy_params, cfg, make_batch(toy_cfg, prompt_len=0), key)
+        MaskedDiffusion().loss(toy_params, cfg, make_batch(toy_cfg, prompt_len=0), Context(key))
     with pytest.raises(ValueError, match="eps=0"):
         MaskedDiffusion(eps=0.0)
 
@@ -234,7 +236,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
 
         @jax.jit
         def loss(params):
-            return MaskedDiffusion().loss(params, cfg, batch, jax.random.key(1))[0]
+            return MaskedDiffusion().loss(params, cfg, batch, Context(jax.random.key(1)))[0]
 
         gradient = jax.jit(jax.grad(loss))(params)
         leaves, tree = jax.tree.flatten(params)
@@ -253,7 +255,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
 def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
     batch, key = make_batch(toy_cfg), jax.random.key(1)
     gradients = [
-        jax.jit(jax.grad(lambda p, o=o: o.loss(p, toy_cfg, batch, key)[0]))(toy_params)
+        jax.jit(jax.grad(lambda p, o=o: o.loss(p, toy_cfg, batch, Context(key))[0]))(toy_params)
         for o in (MaskedDiffusion(), MaskedDiffusion(remat=True))
     ]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
@@ -263,7 +265,9 @@ def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
 def test_weight_power_zero_counts_every_masked_token_alike(toy_cfg, toy_params):
     batch, key = make_batch(toy_cfg), jax.random.key(1)
     published, flat = (
-        MaskedDiffusion(eps=0.1, weight_power=power).loss(toy_params, toy_cfg, batch, key)[0]
+        MaskedDiffusion(eps=0.1, weight_power=power).loss(toy_params, toy_cfg, batch, Context(key))[
+            0
+        ]
         for power in (1.0, 0.0)
     )
     assert published > flat > 0

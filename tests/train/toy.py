@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from dlm import tasks
+from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
 
@@ -44,10 +45,10 @@ class Diverging:
     """Masked diffusion whose loss is NaN for one batch in a few, depending on the key."""
 
     def loss(
-        self, params: Any, cfg: Any, batch: Mapping[str, jax.Array], key: jax.Array
+        self, params: Any, cfg: Any, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = MaskedDiffusion().loss(params, cfg, batch, key)
-        loss = jnp.where(jax.random.uniform(key) < 0.15, jnp.nan, loss)
+        loss, metrics = MaskedDiffusion().loss(params, cfg, batch, context)
+        loss = jnp.where(jax.random.uniform(context.key) < 0.15, jnp.nan, loss)
         return loss, {**metrics, "loss": loss}
 
 

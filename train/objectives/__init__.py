@@ -2,7 +2,7 @@
 
 An objective is a frozen dataclass with one method,
 
-    loss(params, cfg, batch, key) -> (scalar float32, metrics)
+    loss(params, cfg, batch, context) -> (scalar float32, metrics)
 
 where `batch` is what `train.data` makes:
 
@@ -10,7 +10,62 @@ where `batch` is what `train.data` makes:
     prompt_start: [B] int32. Index of the first real prompt token; P if the prompt is empty.
     completion: [B, G] int32. Completions, filled up with EOS.
     completion_len: [B] int32. Tokens of the completion, its first EOS included, at most G.
+    index: [B] int32. Which examples of the task these are.
+    step_map: [B, G] int32. Only of trajectories (`train.trajectories`): the round in which the
+        teacher decided each position, EOS padding included; -1: never.
 
 `metrics` is a dict of scalar float32 arrays and holds "loss". A config names an objective by
 "module:Class", so a new one is a new file and nothing else.
+
+Objectives that score single tokens have a second method,
+
+    predict(params, cfg, batch, context) -> Predictions
+
+which is the forward pass, and what `train.objectives.ps_kd` builds on.
 """
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dlm.params import Params
+
+
+class Context(struct.PyTreeNode):
+    """What an objective is told about the step beside the batch.
+
+    Attributes:
+      key: of this step, for all its randomness.
+      progress: scalar float32 in [0, 1). Share of the steps done, for curricula: the step over
+        `optim.decay_steps`.
+      teacher: moving average of the parameters; None unless the objective has `needs_teacher`.
+    """
+
+    key: jax.Array
+    progress: jax.Array | float = 0.0
+    teacher: Params | None = None
+
+
+class Predictions(struct.PyTreeNode):
+    """Hidden states that predict tokens, and how much each prediction counts.
+
+    Attributes:
+      hidden: [B, n, D]. Final hidden states.
+      targets: [B, n] int32. The tokens they should predict.
+      weight: [B, n] float32. The loss is the sum of weight times cross-entropy; 0: not scored.
+    """
+
+    hidden: jax.Array
+    targets: jax.Array
+    weight: jax.Array
+
+
+def row_mean_weight(is_scored: jax.Array) -> jax.Array:
+    """[B, n] float32 weights of a mean over each row's scored tokens, then over rows.
+
+    A row without any counts as 0.
+    """
+    per_row = jnp.maximum(is_scored.sum(axis=1, keepdims=True), 1)
+    return is_scored / (per_row * is_scored.shape[0])

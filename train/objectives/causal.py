@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
+from train.objectives import Context, Predictions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,15 +32,10 @@ class Causal:
     on_prompt: bool = False
     remat: bool = False
 
-    def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `MaskedDiffusion.loss`; `key` is not used.
-
-        Returns:
-          Scalar float32, and metrics: "loss" and "accuracy" (tokens whose arg-max is right).
-        """
-        del key
+    def predict(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> Predictions:
+        """Hidden states of the tokens before those that count. Args: as `loss`."""
         prompt, start = batch["prompt"], batch["prompt_start"]
         P = prompt.shape[1]
         tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
@@ -57,9 +53,20 @@ class Causal:
         index = jnp.arange(first, T)[None]
         # A row's first real token has nothing before it to be predicted from.
         counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
-        targets = tokens[:, first:]
-        stats = transformer.target_stats(params, output.hidden[:, first - 1 : -1], targets)
-        return mean_cross_entropy(stats.log_prob, stats.token == targets, counts)
+        weight = counts / jnp.maximum(counts.sum(), 1)
+        return Predictions(output.hidden[:, first - 1 : -1], tokens[:, first:], weight)
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `MaskedDiffusion.loss`.
+
+        Returns:
+          Scalar float32, and metrics: "loss" and "accuracy" (tokens whose arg-max is right).
+        """
+        said = self.predict(params, cfg, batch, context)
+        stats = transformer.target_stats(params, said.hidden, said.targets)
+        return mean_cross_entropy(stats.log_prob, stats.token == said.targets, said.weight > 0)
 
 
 def mean_cross_entropy(

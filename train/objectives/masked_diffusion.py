@@ -12,6 +12,12 @@ tokens x, EOS padding included:
 averaged over rows. The prompt is never masked. Without a prompt this is the pre-training loss,
 whose divisor is all tokens. The network sees neither t nor p.
 
+An autoregressive model becomes a diffusion model with `anneal`: attention starts causal, and each
+pair of a position and a later one is attended to with a probability that rises to 1 (Gong et al.,
+"Scaling Diffusion Language Models via Adaptation from Autoregressive Models", arXiv:2410.17891,
+Sec. 3.2). Whether outputs stay shifted, as in Dream (arXiv:2508.15487), is the model's
+`shifted_logits`.
+
 Deviations, both optional: with `weight_power` = a < 1 the weight is p^-a. At 0 every masked token
 counts the same, which bounds nothing but has less variance, and stresses rows that are masked
 almost entirely; small models learn much faster so. With `stratified`, the B draws of t are
@@ -32,6 +38,8 @@ import jax.numpy as jnp
 from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
+from kernels_pallas.window_attention import Mask, pack_mask
+from train.objectives import Context, Predictions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +50,14 @@ class MaskedDiffusion:
       eps: the smallest masking probability, so that no weight 1/p exceeds 1/eps; in (0, 1).
       stratified: whether the rows of a batch share out the masking levels (see above).
       weight_power: a in [0, 1]; masked tokens are weighted by p^-a. 1: the published bound.
+      anneal: share of the steps in which attention goes from causal to full; 0: it is full.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
     """
 
     eps: float = 1e-3
     stratified: bool = True
     weight_power: float = 1.0
+    anneal: float = 0.0
     remat: bool = False
 
     def __post_init__(self) -> None:
@@ -55,9 +65,21 @@ class MaskedDiffusion:
             raise ValueError(f"eps={self.eps} must be in (0, 1)")
         if not 0 <= self.weight_power <= 1:
             raise ValueError(f"weight_power={self.weight_power} must be in [0, 1]")
+        if not 0 <= self.anneal <= 1:
+            raise ValueError(f"anneal={self.anneal} must be in [0, 1]")
+
+    def predict(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> Predictions:
+        """Hidden states of a masked completion. Args and errors: as `loss`."""
+        is_masked, p = self._corrupt(batch["completion"].shape, context.key)
+        mask: Mask = self._attention(batch, context) if self.anneal else "full"
+        hidden = read_completion(params, cfg, batch, is_masked, mask, self.remat)
+        weight = is_masked / p[:, None] ** self.weight_power / is_masked.size
+        return Predictions(hidden, batch["completion"], weight)
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], key: jax.Array
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of one batch and what it says about the model.
 
@@ -65,7 +87,7 @@ class MaskedDiffusion:
           params: as `dlm.params.param_specs(cfg)`.
           cfg: the model; it must have a `mask_token_id`.
           batch: see `train.objectives`.
-          key: of this step; draws the masks.
+          context: likewise; its key draws the masks.
 
         Returns:
           Scalar float32, and metrics: "loss", "masked_accuracy" (masked tokens whose arg-max is
@@ -74,35 +96,67 @@ class MaskedDiffusion:
         Raises:
           ValueError: the model has no mask token, or it is shifted and there is no prompt.
         """
-        prompt, completion = batch["prompt"], batch["completion"]
-        B, P = prompt.shape
-        T = P + completion.shape[1]
-        if cfg.mask_token_id is None:
-            raise ValueError("mask_token_id=None must be a token id for masked diffusion")
-        if cfg.shifted_logits and P == 0:
-            raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
-
-        t_key, mask_key = jax.random.split(key)
-        t = _draw_t(t_key, B, self.stratified)
-        p = (1 - self.eps) * t + self.eps  # [B]
-        is_masked = jax.random.uniform(mask_key, completion.shape) < p[:, None]  # [B, G]
-        noisy = jnp.where(is_masked, cfg.mask_token_id, completion)
-
-        start = batch["prompt_start"]
-        output = transformer.forward(
-            params,
-            cfg,
-            jnp.concatenate([prompt, noisy], axis=1),
-            positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
-            mask="full",
-            window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
-            remat=self.remat,
-        )
-        # Only completions are scored, so only they are multiplied with the vocabulary.
-        hidden = output.hidden[:, P - 1 : -1] if cfg.shifted_logits else output.hidden[:, P:]
-        stats = transformer.target_stats(params, hidden, completion)
-        is_right = stats.token == completion
+        is_masked, p = self._corrupt(batch["completion"].shape, context.key)
+        said = self.predict(params, cfg, batch, context)
+        stats = transformer.target_stats(params, said.hidden, said.targets)
+        is_right = stats.token == said.targets
         return weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
+
+    def _attention(self, batch: Mapping[str, jax.Array], context: Context) -> jax.Array:
+        """Packed bits [B, T, ceil(T / 32)] of attention on the way from causal to full."""
+        B, T = len(batch["prompt"]), batch["prompt"].shape[1] + batch["completion"].shape[1]
+        share = jnp.minimum(context.progress / self.anneal, 1.0)
+        key = jax.random.fold_in(context.key, 1)
+        is_open = jax.random.uniform(key, (B, T, T)) < share
+        return pack_mask(is_open | jnp.tri(T, dtype=bool)[None])
+
+    def _corrupt(self, shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which tokens are masked, [B, G] bool, and with what probability, [B] float32."""
+        t_key, mask_key = jax.random.split(key)
+        t = _draw_t(t_key, shape[0], self.stratified)
+        p = (1 - self.eps) * t + self.eps
+        return jax.random.uniform(mask_key, shape) < p[:, None], p
+
+
+def read_completion(
+    params: Params,
+    cfg: ModelConfig,
+    batch: Mapping[str, jax.Array],
+    is_masked: jax.Array,
+    mask: Mask = "full",
+    remat: bool = False,
+) -> jax.Array:
+    """Hidden states [B, G, D] that predict a completion of which some tokens are masked.
+
+    Only completions are scored, so only they are to be multiplied with the vocabulary.
+
+    Args:
+      params, cfg, batch: as `MaskedDiffusion.loss`.
+      is_masked: [B, G] bool.
+      mask: attention over prompt and completion, see `dlm.transformer.forward`.
+      remat: whether the backward pass recomputes each layer.
+
+    Raises:
+      ValueError: the model has no mask token, or it is shifted and there is no prompt.
+    """
+    prompt, start = batch["prompt"], batch["prompt_start"]
+    P = prompt.shape[1]
+    T = P + is_masked.shape[1]
+    if cfg.mask_token_id is None:
+        raise ValueError("mask_token_id=None must be a token id for masked diffusion")
+    if cfg.shifted_logits and P == 0:
+        raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
+    noisy = jnp.where(is_masked, cfg.mask_token_id, batch["completion"])
+    output = transformer.forward(
+        params,
+        cfg,
+        jnp.concatenate([prompt, noisy], axis=1),
+        positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
+        mask=mask,
+        window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
+        remat=remat,
+    )
+    return output.hidden[:, P - 1 : -1] if cfg.shifted_logits else output.hidden[:, P:]
 
 
 def weighted_loss(

@@ -1,0 +1,109 @@
+"""Progressive self-distillation: targets soften towards what the model itself used to say.
+
+Reference: Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets"
+(PS-KD), arXiv:2006.12000, Eq. 3 to 5. In place of each one-hot target y:
+
+    alpha_s = alpha s                                s: share of the steps done
+    target  = (1 - alpha_s) onehot(y) + alpha_s P(x)
+    loss    = -sum_v target_v log p_v
+
+with P what the model said earlier about the same input. The source stores P of the epoch before;
+over a vocabulary that is impossible, so P is recomputed with a moving average of the parameters
+(`optim.ema_decay`), at the cost of one more forward, on the very same corruption of the example. At
+the first step alpha_s is 0. No gradient flows into P.
+
+Letters: B batch, n predictions per row, M = B n, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.params import Params
+from train.config import build
+from train.objectives import Context
+
+CHUNK = 128  # rows whose logits over the vocabulary are in memory at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PsKd:
+    """Another objective with softened targets.
+
+    Attributes:
+      of: an objective that has `predict`, or its config.
+      alpha: share of the model's own prediction in the last targets, in [0, 1].
+    """
+
+    needs_teacher: ClassVar[bool] = True
+
+    of: Any
+    alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} must be in [0, 1]")
+        if isinstance(self.of, Mapping):
+            object.__setattr__(self, "of", build(self.of, "train.objective.of"))
+        if not hasattr(self.of, "predict"):
+            raise ValueError(
+                f"of={type(self.of).__name__} must have `predict`: it scores no tokens"
+            )
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `train.objectives`, with a teacher.
+
+        Returns:
+          Scalar float32, and the metrics of `of` with "soft_cross_entropy", that of the model
+          under P.
+        """
+        assert context.teacher is not None
+        loss, metrics = self.of.loss(params, cfg, batch, context)
+        said = self.of.predict(params, cfg, batch, context)  # the compiler makes it once
+        before = self.of.predict(context.teacher, cfg, batch, context)
+        hard = -transformer.target_stats(params, said.hidden, said.targets).log_prob
+        soft = soft_cross_entropy(params, said.hidden, context.teacher, before.hidden)
+        alpha = self.alpha * context.progress
+        loss = loss + alpha * (said.weight * (soft - hard)).sum()
+        soft_mean = (said.weight * soft).sum() / said.weight.sum()
+        return loss, {**metrics, "loss": loss, "soft_cross_entropy": soft_mean}
+
+
+def soft_cross_entropy(
+    params: Params, hidden: jax.Array, teacher: Params, teacher_hidden: jax.Array
+) -> jax.Array:
+    """-sum_v P_v log p_v with P the teacher's law; logits of `CHUNK` rows exist at a time.
+
+    Args:
+      params: of the model.
+      hidden: [B, n, D]. Its final hidden states.
+      teacher: parameters.
+      teacher_hidden: [B, n, D]. The teacher's hidden states for the same positions.
+
+    Returns:
+      [B, n] float32. No gradient flows to the teacher.
+    """
+    teacher, teacher_hidden = jax.lax.stop_gradient((teacher, teacher_hidden))
+
+    @jax.checkpoint
+    def one_chunk(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ours, theirs = rows
+        z, p = transformer.logits(params, ours), jax.nn.softmax(transformer.logits(teacher, theirs))
+        return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        size = min(CHUNK, len(flat))
+        return jnp.pad(flat, ((0, -len(flat) % size), (0, 0))).reshape(-1, size, x.shape[-1])
+
+    out = jax.lax.map(one_chunk, (chunked(hidden), chunked(teacher_hidden)))
+    return out.reshape(-1)[: hidden.shape[0] * hidden.shape[1]].reshape(hidden.shape[:2])
