@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench study clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +33,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+study: $(READY)  ## train and measure everything that learns to decode in parallel: some hours
+	$(BIN)/python -m scripts.study
 
 bench: $(READY)
 	$(BIN)/python -m scripts.bench decode

@@ -11,9 +11,13 @@ Example (from the root of the repository):
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dlm.config import ModelConfig
@@ -78,6 +82,22 @@ def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
       lm: the model.
     """
     save_hf(path, lm.params, lm.cfg, lm.tokenizer)
+
+
+def fingerprint(lm: LanguageModel) -> str:
+    """16 hexadecimal digits that tell models apart: of the configuration and of some weights.
+
+    64 values of every parameter, rounded to bfloat16, so that the dtype it was loaded in does not
+    matter; nor does where the files lie.
+    """
+    digest = hashlib.sha256()
+    fields = {**dataclasses.asdict(lm.cfg), "dtype": None}
+    digest.update(repr(sorted(fields.items())).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params):
+        index = np.unravel_index(np.linspace(0, leaf.size - 1, 64).astype(np.int64), leaf.shape)
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf[index].astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:

@@ -63,7 +63,10 @@ class Lora:
         return self.alpha / self.rank
 
     def specs(self, cfg: ModelConfig) -> Params:
-        """{target: {"down": [L, I, r], "up": [L, r, O]}} of `ParamSpec`."""
+        """{target: {"down": [L, I, r], "up": [L, r, O]}} of `ParamSpec`.
+
+        The rank is split where neither other axis is, so that nothing lies whole on a device.
+        """
         D, width = (cfg.d_model, "embed"), (cfg.d_ff, "ffn")
         heads = (cfg.n_heads * cfg.head_dim, "heads")
         kv_heads = (cfg.n_kv_heads * cfg.head_dim, "kv_heads")
@@ -81,8 +84,8 @@ class Lora:
             (num_in, axis_in), (num_out, axis_out) = sides[target]
             L, r = cfg.n_layers, self.rank
             return {
-                "down": ParamSpec((L, num_in, r), ("layers", axis_in, None), num_in**-0.5),
-                "up": ParamSpec((L, r, num_out), ("layers", None, axis_out)),
+                "down": ParamSpec((L, num_in, r), ("layers", axis_in, "rank"), num_in**-0.5),
+                "up": ParamSpec((L, r, num_out), ("layers", "rank", axis_out)),
             }
 
         return {target: spec(target) for target in self.targets}
@@ -185,7 +188,14 @@ def load(path: str | os.PathLike[str], cfg: ModelConfig) -> tuple[Lora, Params]:
     """
     root = pathlib.Path(path)
     config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
-    for key, wanted in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False)):
+    plain = {
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,  # another scale
+        "alpha_pattern": {},  # another scale for some
+    }
+    for key, wanted in plain.items():
         if config.get(key, wanted) != wanted:
             raise ValueError(f"{root / _CONFIG}: {key}={config[key]!r} must be {wanted!r}")
     modules = _modules(cfg)

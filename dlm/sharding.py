@@ -24,6 +24,7 @@ RULES: Rules = (
     ("kv_heads", "tensor"),
     ("ffn", "tensor"),
     ("vocab", "tensor"),
+    ("rank", "fsdp"),
     ("layers", None),
 )
 

@@ -33,6 +33,8 @@ Implementation = Literal["xla", "tpu", "gpu", "reference"]
 Cache = tuple[jax.Array, jax.Array]
 Mask = Literal["full", "causal"] | jax.Array
 
+BACKWARD_SCORES = 2**24  # that a kernel's backward pass stores at a time; of one head at least
+
 
 def window_attention(
     q: jax.Array,
@@ -126,7 +128,7 @@ def _with_xla_gradient(
     cache_ranges: jax.Array | None,
     layer: jax.Array | int,
 ) -> jax.Array:
-    """A kernel whose backward pass is that of `attend_xla`, recomputed."""
+    """A kernel whose backward pass is that of `attend_xla`, recomputed head by head."""
     bits, options = (None, mask) if isinstance(mask, str) else (mask, None)
 
     def run(attend: Callable[..., jax.Array], floats: Any, integers: Any) -> jax.Array:
@@ -142,10 +144,32 @@ def _with_xla_gradient(
     def forward(floats: Any, integers: Any) -> tuple[jax.Array, Any]:
         return attend(floats, integers), (floats, integers)
 
+    def pull(floats: Any, integers: Any, gradient: jax.Array) -> Any:
+        return jax.vjp(lambda floats: run(attend_xla, floats, integers), floats)[1](gradient)[0]
+
     def backward(saved: Any, gradient: jax.Array) -> tuple[Any, None]:
-        floats, integers = saved
-        _, pull = jax.vjp(lambda floats: run(attend_xla, floats, integers), floats)
-        return pull(gradient)[0], None
+        (q, k, v, cache), (bits, window_range, _, layer) = saved
+        if cache is not None:
+            return pull(saved[0], saved[1], gradient), None
+        # A few rows and key/value heads at a time, so that only their scores are stored.
+        B, T, K, H = k.shape
+        at_once = max(1, BACKWARD_SCORES // (q.shape[2] // K * T * T))
+
+        def split(x: jax.Array) -> jax.Array:
+            return x.reshape(B, T, K, -1, H).transpose(0, 2, 1, 3, 4).reshape(B * K, 1, T, -1, H)
+
+        def join(x: jax.Array) -> jax.Array:
+            return x.reshape(B, K, T, -1, H).transpose(0, 2, 1, 3, 4).reshape(B, T, -1, H)
+
+        masks = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0)[:, None], (bits, window_range))
+        windows = jax.tree.map(split, (q, k, v, gradient))
+
+        def one(operands: Any) -> Any:
+            (q, k, v, gradient), masks = operands
+            return pull((q, k, v, None), (*masks, None, layer), gradient)[:3]
+
+        by_head = jax.lax.map(one, (windows, masks), batch_size=at_once)
+        return (*map(join, by_head), None), None
 
     attend.defvjp(forward, backward)
     return attend((q, k, v, cache), (bits, window_range, cache_ranges, jnp.asarray(layer)))

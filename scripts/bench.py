@@ -2,21 +2,28 @@
 
     python -m scripts.bench decode                        # CPU sizes
     python -m scripts.bench decode --preset=llada_8b      # on an accelerator: random weights
+    python -m scripts.bench train
 
 `decode` times one decode step of each cache against a bare jitted forward of the same window, and
 whole decodes. Ceilings (a large matrix product, a large copy) are measured in the same run, and the
 bytes and operations a forward needs are counted from the shapes, so `roofline_share` says how much
 of the time is unavoidable on this device. Random weights: speed only, no quality.
+
+`train` times training steps of the waiting-line config and of the larger model above, with and
+without recomputed activations, against their matrix products: `over_ceiling` is the time of a step
+over that of its operations at the speed of one large product, `over_products` over that of the same
+products done one after the other, in their own shapes. Operations are those executed, recomputed
+ones included (`gflop`); `needed_gflop` leaves those out. All are timed in turn, and `spread` is the
+range between the quartiles over the median. `input_wait` is the share of its time that the training
+loop waits for a batch from `train.data.train_iterator`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import resource
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +37,9 @@ from decode.rules import CACHES, FixedBlocks, Quota, Threshold
 from dlm.config import PRESETS, ModelConfig
 from dlm.params import Params, init_params, num_params
 from dlm.transformer import forward, vocab_stats
+from scripts import bench_train
+from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s, table
+from train.host import keep_freed_memory
 
 _PRESET = flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
 _BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
@@ -44,76 +54,12 @@ BENCH = ModelConfig(
     max_seq_len=1024, mask_token_id=16383, eos_token_id=16382, pad_token_id=16382, dtype="float32",
 )  # fmt: skip
 
+STEP_COLUMNS = ["batch", "cache", "window", "step_ms", "bare_forward_ms", "step_over_bare", "bound",
+                "roofline_share"]  # fmt: skip
+DECODE_COLUMNS = ["batch", "cache", "rule", "compile_s", "seconds", "tokens_per_s",
+                  "forwards_per_row", "peak_memory_mb"]  # fmt: skip
 
 STEPS_PER_CALL = 4  # the loop's own overhead is part of a step; dispatch from Python is not
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What the device can do at best, measured in this run."""
-
-    flops_per_s: float
-    bytes_per_s: float
-
-
-def median_s(run: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of `run`, which returns arrays; one warm-up first."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def paired_medians_s(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Medians of several runs timed in turn, so that a drifting machine drifts for all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(t)) for name, t in times.items()}
-
-
-def measure_ceilings(dtype: str, repeats: int, sizes: tuple[int, int] | None = None) -> Ceilings:
-    """A square matrix product and a copy, both too large for caches unless `sizes` says else.
-
-    Args:
-      sizes: rows of the matrices and bytes of the copy.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    n, num_bytes = sizes or ((1536, 2**28) if on_cpu else (8192, 2**31))
-    a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
-    product = jax.jit(jnp.dot)
-    seconds = median_s(lambda: product(a, a), repeats)
-    flops = 2 * n**3 / seconds
-    x = jnp.ones(num_bytes // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    return Ceilings(flops, 2 * num_bytes / median_s(lambda: copy(x), repeats))
-
-
-def forward_cost(
-    cfg: ModelConfig, batch: int, window: int, cached: int, judged: int
-) -> tuple[float, float]:
-    """Operations and bytes that one forward over `window` positions cannot avoid.
-
-    Bytes: every weight once, the cached keys and values once. Operations: two per weight and
-    position (the head for `judged` positions), plus attention.
-    """
-    head = cfg.vocab_size * cfg.d_model
-    embeddings = head if cfg.tie_embeddings else 2 * head
-    body = num_params(cfg) - embeddings
-    width = cfg.n_heads * cfg.head_dim
-    attention = 4 * batch * window * (window + cached) * width * cfg.n_layers
-    flops = 2.0 * batch * (window * body + judged * head) + attention
-    item = jnp.dtype(cfg.dtype).itemsize
-    cache = 2 * batch * cached * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers
-    return flops, float(item * (body + head + cache))
 
 
 def bench_decode(
@@ -248,33 +194,30 @@ def _peak_bytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def table(results: list[dict[str, Any]], case: str, columns: list[str]) -> str:
-    """One case's results as a Markdown table."""
-    rows = [[str(r[c]) for c in columns] for r in results if r["case"] == case]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def main(argv: list[str]) -> None:
-    if argv[1:] != ["decode"]:
-        raise app.UsageError(f"the only benchmark is `decode`, got {argv[1:]}")
+    if argv[1:] not in (["decode"], ["train"]):
+        raise app.UsageError(f"benchmarks are `decode` and `train`, got {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     cfg = BENCH if _PRESET.value == "bench" else PRESETS[_PRESET.value]
-    ceilings = measure_ceilings(cfg.dtype, _REPEATS.value)
+    batches, repeats = [int(b) for b in _BATCH.value], _REPEATS.value
+    lengths = (_PROMPT_LEN.value, _GEN_LEN.value)
     results = []
-    for batch in tqdm([int(b) for b in _BATCH.value], desc="batch sizes"):
-        for result in bench_decode(
-            cfg, batch, _PROMPT_LEN.value, _GEN_LEN.value, _BLOCK_LEN.value, _REPEATS.value,
-            ceilings,
-        ):  # fmt: skip
+    if argv[1] == "train":
+        keep_freed_memory()  # as `python -m train` does
+        largest = (max(batches), *lengths)
+        made = bench_train.bench_train(_PRESET.value, cfg, largest, repeats)
+        for result in tqdm(made, desc="cases", total=4):
             print(json.dumps(result), flush=True)
             results.append(result)
-    step_columns = ["batch", "cache", "window", "step_ms", "bare_forward_ms", "step_over_bare",
-                    "bound", "roofline_share"]  # fmt: skip
-    decode_columns = ["batch", "cache", "rule", "compile_s", "seconds", "tokens_per_s",
-                      "forwards_per_row", "peak_memory_mb"]  # fmt: skip
-    print("\n" + table(results, "step", step_columns))
-    print("\n" + table(results, "decode", decode_columns))
+        print("\n" + table(results, "train", bench_train.COLUMNS))
+        return
+    ceilings = measure_ceilings(cfg.dtype, repeats)
+    for batch in tqdm(batches, desc="batch sizes"):
+        for result in bench_decode(cfg, batch, *lengths, _BLOCK_LEN.value, repeats, ceilings):
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    print("\n" + table(results, "step", STEP_COLUMNS))
+    print("\n" + table(results, "decode", DECODE_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -37,14 +37,8 @@ from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats, unembed_logits
 from kernels_pallas.unembed_stats import unembed_stats as stats_op
 from kernels_pallas.window_attention import window_attention
-from scripts.bench import (
-    STEPS_PER_CALL,
-    Ceilings,
-    forward_cost,
-    measure_ceilings,
-    median_s,
-    repeat_step,
-)
+from scripts.bench import STEPS_PER_CALL, repeat_step
+from scripts.timing import Ceilings, forward_cost, measure_ceilings, median_s
 
 _TOY = flags.DEFINE_bool("toy", False, "Toy shapes: checks the script, measures nothing.")
 _OUT = flags.DEFINE_string("out", None, "Directory for kernels.jsonl and kernels.md.")

@@ -9,6 +9,9 @@ Methods are those of `decode/methods.py` (default: all). A methods file (.yaml, 
 
     - {name: threshold, label: threshold 0.8, rule: {threshold: 0.8}, scheduler: {block_len: 16}}
     - {name: klass, family: klass dual, cache: dual}
+    - {name: threshold, family: learn2pd, filter: runs/filter/filter, rule: {threshold: 0.96}}
+
+The last one has a filter (`train/learn2pd.py`) as its commit rule.
 
 `one_per_step`, the baseline of speed-ups, is always measured. Writes into `--out`: results.json,
 results.csv, speed_quality.png, and measured.jsonl, to which each point is appended as it finishes:
@@ -31,15 +34,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
 import pathlib
-import platform
 import runpy
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,16 +47,23 @@ import jax
 import numpy as np
 import yaml
 from absl import app, flags, logging
-from tqdm import tqdm
 
 import dlm
-from decode.diffusion import DiffusionMethod, decode, init_state
-from decode.generate import collect
 from decode.methods import METHODS, family_of, named, override
-from decode.rules import AdaBlock
+from decode.rules import AdaBlock, LearnedFilter
 from decode.view import OperatingPoint, plot_speed_quality
-from dlm.tasks import Example, Task
-from train.config import build
+from dlm.heads.learn2pd import load_filter
+from scripts.measuring import (
+    ALL,
+    TASKS,
+    Job,
+    Point,
+    bootstrap,
+    device,
+    make_job,
+    markdown,
+    run,
+)
 
 _TASK = flags.DEFINE_string("task", "waiting_line", "waiting_line, scan, countdown or sudoku.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
@@ -70,124 +77,9 @@ _OUT = flags.DEFINE_string("out", "runs/compare", "Folder for everything written
 _FRESH = flags.DEFINE_bool("fresh", False, "Measure everything again.")
 
 BASELINE = "one_per_step"
-ALL = "all"  # the group of all examples
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskPreset:
-    """A task as the configs train on it.
-
-    Attributes:
-      spec: for `train.config.build`.
-      gen_len: tokens per answer, end-of-text included.
-      delimiter: text at whose tokens AdaBlock may end a block; "": none.
-      groups: examples reported together, by their operation; None: one group per operation.
-    """
-
-    spec: Mapping[str, Any]
-    gen_len: int
-    delimiter: str = ""
-    groups: Mapping[str, Sequence[str]] | None = None
-
-
-_AT_A_POSITION = ("insert", "remove", "replace")
-TASKS = {
-    "waiting_line": TaskPreset(
-        {"make": "dlm.tasks.waiting_line:WaitingLine", "num_shots": 0},
-        gen_len=24,
-        delimiter='", "',
-        groups={  # sorting belongs to neither
-            "one right answer": ("copy", "reverse", *(f"{o}_index" for o in _AT_A_POSITION)),
-            "many right answers": ("shuffle", *(f"{o}_random" for o in _AT_A_POSITION)),
-        },
-    ),
-    "scan": TaskPreset({"make": "dlm.tasks.scan:Scan"}, gen_len=52),
-    "countdown": TaskPreset({"make": "dlm.tasks.countdown:Countdown"}, gen_len=48, delimiter=","),
-    "sudoku": TaskPreset({"make": "dlm.tasks.sudoku:Sudoku"}, gen_len=24, delimiter="\n"),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A method at one setting.
-
-    Attributes:
-      label: its name in tables.
-      family: points of one family make a curve.
-      method: how to decode.
-    """
-
-    label: str
-    family: str
-    method: DiffusionMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What all points have in common.
-
-    Attributes:
-      lm: the model.
-      task: scores answers.
-      examples: what is asked.
-      prompts: token ids of each.
-      groups: indices of the examples per group; the first is `ALL`.
-      gen_len, block_len, batch_size: see the flags.
-    """
-
-    lm: dlm.LanguageModel
-    task: Task
-    examples: Sequence[Example]
-    prompts: Sequence[list[int]]
-    groups: Mapping[str, list[int]]
-    gen_len: int
-    block_len: int
-    batch_size: int
 
 
 # ---- What to measure ---------------------------------------------------------------------------
-
-
-def make_job(
-    lm: dlm.LanguageModel,
-    preset: TaskPreset,
-    *,
-    num_examples: int,
-    block_len: int,
-    gen_len: int = 0,
-    batch_size: int = 256,
-) -> Job:
-    """Held-out examples, in an order of their own, as token ids.
-
-    Raises:
-      ValueError: the checkpoint cannot read them, or has no room for them.
-    """
-    if lm.tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer, so it cannot read the task's prompts")
-    task = build({**preset.spec, "split": "test"}, "task")
-    if num_examples > len(task):
-        raise ValueError(f"num_examples={num_examples} must be at most {len(task)}, the test split")
-    if hasattr(task, "num_examples"):  # a stream: its first ones have all operations equally often
-        task = dataclasses.replace(task, num_examples=num_examples)
-    order = np.random.default_rng(0).permutation(len(task))[:num_examples]
-    examples = [task[int(i)] for i in order]
-    prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
-    gen_len = gen_len or preset.gen_len
-    if (longest := max(map(len, prompts))) + gen_len > lm.cfg.max_seq_len:
-        raise ValueError(
-            f"prompts of up to {longest} tokens and gen_len={gen_len} are more than the model's "
-            f"max_seq_len={lm.cfg.max_seq_len}"
-        )
-    operations = [example.metadata["operation"] for example in examples]
-    named_groups = preset.groups or {o: (o,) for o in sorted(set(operations))}
-    groups = {
-        group: [i for i, operation in enumerate(operations) if operation in members]
-        for group, members in named_groups.items()
-    }
-    groups = {group: members for group, members in groups.items() if members}
-    groups = {ALL: list(range(num_examples))} | (groups if len(groups) > 1 else {})
-    batch_size = min(batch_size, num_examples)
-    return Job(lm, task, examples, prompts, groups, gen_len, block_len, batch_size)
 
 
 def points_by_name(names: Iterable[str], block_len: int) -> list[Point]:
@@ -195,8 +87,10 @@ def points_by_name(names: Iterable[str], block_len: int) -> list[Point]:
     return [Point(name, family_of(name), named(name, block_len)) for name in dict.fromkeys(names)]
 
 
-def points_from_file(path: str, block_len: int) -> list[Point]:
+def points_from_file(path: str, block_len: int, lm: dlm.LanguageModel | None = None) -> list[Point]:
     """Points of a methods file, see the top of this file.
+
+    Filters must belong to `lm`.
 
     Raises:
       ValueError: it is not a list of changes to known methods.
@@ -221,9 +115,13 @@ def points_from_file(path: str, block_len: int) -> list[Point]:
             raise ValueError(f"{path}, method {i}: {entry!r} must be fields, among them a name")
         changes = dict(entry)
         name, label, family = (changes.pop(key, None) for key in ("name", "label", "family"))
+        learned = changes.pop("filter", None)
         try:
-            method = override(named(name, block_len), changes)
-        except ValueError as error:
+            method = named(name, block_len)
+            if learned is not None:
+                method = method.replace(rule=LearnedFilter(load_filter(learned, lm)))
+            method = override(method, changes)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}, method {i} ({name}): {error}") from error
         flat = [
             f"{key}={value}"
@@ -245,7 +143,7 @@ def make_points(
     """
     if methods and methods_file:
         raise ValueError("give --methods or --methods_file, not both")
-    own = points_from_file(methods_file, job.block_len) if methods_file else []
+    own = points_from_file(methods_file, job.block_len, job.lm) if methods_file else []
     names = [] if own else (methods or METHODS)
     points = {p.label: p for p in points_by_name([BASELINE, *names], job.block_len)}
     for point in own:
@@ -270,105 +168,7 @@ def make_points(
     return kept, left_out
 
 
-# ---- Measuring ---------------------------------------------------------------------------------
-
-
-def measure(job: Job, method: DiffusionMethod, programs: dict[Any, Any]) -> dict[str, Any]:
-    """Decodes all examples; per example its score, tokens, forwards and seconds to the first block.
-
-    Args:
-      job: what to decode.
-      method: how.
-      programs: compiled programs and their compile times, by structure; added to.
-    """
-    lm = job.lm
-    found: dict[str, list[float]] = {
-        name: [] for name in ("score", "tokens", "forwards", "first_block_s")
-    }
-    seconds = compile_s = 0.0
-    for first in range(0, len(job.prompts), job.batch_size):
-        prompts = job.prompts[first : first + job.batch_size]
-        state = init_state(
-            lm.cfg, method, prompts, gen_len=job.gen_len, seeds=first,
-            prompt_len=max(map(len, job.prompts)), batch_size=job.batch_size,
-        )  # fmt: skip
-        leaves, structure = jax.tree.flatten((method, state))
-        key = structure, tuple(map(jax.typeof, leaves))
-        if key not in programs:
-            start = time.perf_counter()
-            compiled = decode.lower(lm.params, lm.cfg, method, state).compile()
-            programs[key] = compiled, time.perf_counter() - start
-        compiled, compile_s = programs[key]
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state = jax.block_until_ready(compiled(lm.params, method, state))
-        took = time.perf_counter() - start
-        seconds += took
-        round_s = took / int(state.num_steps)
-        batch = job.examples[first : first + job.batch_size]
-        for example, completion in zip(batch, collect(state, lm, len(batch)), strict=True):
-            found["score"].append(job.task.score(example, completion.text or "")["score"])
-            found["tokens"].append(len(completion.tokens))
-            found["forwards"].append(completion.num_forwards)
-            rounds = float(completion.step_map[: job.block_len].max()) + 1
-            if method.lookahead:  # one forward makes several of them
-                passes = 1 if method.guidance is None else 2
-                every = int(completion.step_map.max()) + 1
-                rounds *= completion.num_forwards / passes / every
-            found["first_block_s"].append(rounds * round_s)
-    return {"seconds": seconds, "compile_s": compile_s, **found}
-
-
-def fingerprint(checkpoint: str) -> str:
-    """Changes when a file of the checkpoint is written: of names, sizes and times."""
-    root = pathlib.Path(checkpoint)
-    stats = [(f.name, f.stat()) for f in sorted(root.rglob("*")) if f.is_file()]
-    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def run(job: Job, points: Sequence[Point], log: pathlib.Path, checkpoint: str) -> list[dict]:
-    """Measures each point, unless `log` has it with the same settings. Returns one dict each."""
-    same = {
-        "task": repr(job.task),
-        "checkpoint": fingerprint(checkpoint),
-        "num_examples": len(job.examples),
-        "gen_len": job.gen_len,
-        "block_len": job.block_len,
-        "batch_size": job.batch_size,
-        "device": device(),
-        "jax": jax.__version__,
-    }
-    measured: dict[str, Any] = {}
-    programs: dict[Any, Any] = {}
-    for line in log.read_text().splitlines() if log.exists() else ():
-        try:
-            record = json.loads(line)
-            measured[json.dumps(record["settings"])] = record["found"]
-        except (ValueError, KeyError):
-            continue  # cut short by an interruption, or empty
-    keys = [json.dumps(same | {"method": repr(point.method)}) for point in points]
-    if num_done := sum(key in measured for key in keys):
-        print(f"{num_done} of {len(points)} methods are in {log}; --fresh measures them again")
-    for point, key in (bar := tqdm(list(zip(points, keys, strict=True)), unit="method")):
-        bar.set_description(point.label)
-        if key not in measured:
-            measured[key] = measure(job, point.method, programs)
-            record = {"settings": json.loads(key), "found": measured[key]}
-            with log.open("a") as file:
-                file.write(f"\n{json.dumps(record)}\n")  # in front: the last write may be cut short
-    return [measured[key] for key in keys]
-
-
 # ---- Statistics --------------------------------------------------------------------------------
-
-
-def bootstrap(values: Any, num: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, examples drawn with replacement."""
-    array, rng = np.asarray(values, float), np.random.default_rng(seed)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(num)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def aup(points: Iterable[tuple[float, float]], best: float) -> float:
@@ -439,19 +239,6 @@ def summarise(
 
 
 # ---- Reporting ---------------------------------------------------------------------------------
-
-
-def device() -> str:
-    return f"{jax.devices()[0].device_kind} ({platform.machine()})"
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of equal keys as a table."""
-    body = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-    lines = [" | ".join(map(str.ljust, cells, widths)) for cells in body]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def report(rows: Sequence[dict[str, Any]], areas: Mapping[str, Mapping[str, float]]) -> str:
@@ -534,7 +321,7 @@ def main(argv: list[str]) -> None:
             log.unlink(missing_ok=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    records = run(job, points, log, _CHECKPOINT.value)
+    records = run(job, points, log)
     rows, areas = summarise(points, records, job.groups)
     about = {
         "task": _TASK.value,

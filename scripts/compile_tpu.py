@@ -1,18 +1,27 @@
-"""Compiles the kernels and whole decoding loops for TPUs, on a machine that has none.
+"""Compiles kernels, whole decoding loops and training steps for TPUs, on a machine that has none.
 
     python -m scripts.compile_tpu --target=v5e:2x2
+    python -m scripts.compile_tpu --target=v5e:2x4 --recipes=llada_8b_dparallel
 
 libtpu's compiler needs no TPU: `pip install libtpu` (the version that `pip install 'jax[tpu]'`
 would take). Every program is compiled for real shapes and one JSON line is printed for it: seconds
 to compile, bytes of arguments, temporaries and donated (aliased) buffers per chip, how many Pallas
 kernels it calls, the VMEM their tiles take, and `full_logits`: shapes of any array that spans the
 vocabulary other than the embedding and the head, of which there should be none.
+
+`--recipes` compiles the training step of those configs instead, on the mesh they ask for, and adds
+`needed_bytes` of each device (arguments, temporaries, and results that are not written over
+arguments), to be compared with its `hbm_bytes`; the largest arrays that it holds or streams; and
+`loop_flops`, operations as the compiler counts them: the body of a loop once, kernels not at all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 import json
+import math
 import os
 import re
 import time
@@ -39,9 +48,16 @@ from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_loss import unembed_loss
 from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
+from train import loop
+from train.config import OptimConfig, build
 
 _TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
 _LOOPS = flags.DEFINE_list("loops", ["llada_8b", "dream_7b"], "models whose loop is compiled")
+_RECIPES = flags.DEFINE_list(
+    "recipes", [], "configs whose training step is compiled instead, e.g. llada_8b_sft"
+)
+# Of a device, which is a chip; on v4 and tpu7x it is half a chip.
+HBM_GIB = {"v4": 16, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 OPTIONS: tuple[tuple[str, ...], ...] = ((), ("top 10", "given ids"))
 
 
@@ -54,7 +70,8 @@ def main(argv: list[str]) -> None:
             f"--target={_TARGET.value} cannot be compiled for here: {error}. "
             "It needs libtpu (Linux x86-64, pip install libtpu) and a slice such as v5e:2x2"
         ) from error
-    for program in programs(topology.devices):
+    named = recipes if _RECIPES.value else programs
+    for program in named(topology.devices):
         print(json.dumps({"target": _TARGET.value, **program}), flush=True)
 
 
@@ -76,6 +93,12 @@ def programs(devices: Any) -> Iterator[dict[str, Any]]:
     mesh = make_mesh(tensor=len(devices), devices=devices)
     for name in _LOOPS.value:
         yield {"program": f"decode: {name}", "chips": len(devices)} | _loop(name, mesh)
+
+
+def recipes(devices: Any) -> Iterator[dict[str, Any]]:
+    for name in _RECIPES.value:
+        hbm = {"hbm_bytes": HBM_GIB[_TARGET.value.partition(":")[0]] * 2**30}
+        yield {"program": f"train: {name}", "chips": len(devices)} | _recipe(name, devices) | hbm
 
 
 def with_float32(named: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -178,24 +201,90 @@ def _loop(name: str, mesh: Mesh) -> dict[str, Any]:
     return compiled | {"cache_bytes_per_chip": cache_bytes // mesh.size}
 
 
+def _recipe(name: str, devices: Any) -> dict[str, Any]:
+    """The step of `train.loop` with everything a config says about it, and nothing it reads."""
+    module, _, argument = name.partition(":")
+    config = importlib.import_module(f"configs.{module}").get_config(argument)
+    if math.prod(config.mesh.values()) != len(devices):
+        raise SystemExit(
+            f"--target={_TARGET.value} has {len(devices)} devices and {name} is for a mesh of "
+            f"{dict(config.mesh)}: choose a slice with as many"
+        )
+    preset = next(preset for preset in PRESETS if name.startswith(preset))
+    cfg = dataclasses.replace(PRESETS[preset], dtype=config.model.dtype)
+    objective = build(config.train.objective, "train.objective")
+    trainable, frozen = loop.EVERYTHING, None
+    mesh = make_mesh(**config.mesh, devices=devices)
+    if config.train.trainable is not None:
+        trainable = build(config.train.trainable, "train.trainable")
+        frozen = abstract_params(cfg, mesh)
+    optim = OptimConfig(**config.optim)
+    optim = dataclasses.replace(optim, decay_steps=optim.decay_steps or 1_000)
+    specs = trainable.specs(cfg)
+    shardings = loop.state_shardings(specs, optim, mesh)
+    state = loop.abstract_state(specs, jnp.dtype(config.train.master_dtype), optim, shardings)
+
+    def rows(*lengths: int) -> jax.ShapeDtypeStruct:
+        shape = (config.data.batch_size, *lengths)
+        axes = ("batch", *(None for _ in lengths))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=logical_sharding(shape, axes, mesh))
+
+    prompt, completion = rows(config.data.prompt_len), rows(config.data.completion_len)
+    batch = {"prompt": prompt, "completion": completion} | dict.fromkeys(
+        ("prompt_start", "completion_len", "index"), rows()
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        step = loop.jit_train_step(shardings)
+        return _report(
+            step.trace(
+                state, batch, key, frozen,
+                cfg=cfg, objective=objective, optim=optim, trainable=trainable,
+            ),
+            cfg.vocab_size,
+        )  # fmt: skip
+
+
 def _compile(
     function: Callable[..., Any],
     operands: tuple[Any, ...],
     vocab: int | None = None,
     donate: tuple[int, ...] = (),
 ) -> dict[str, Any]:
+    report = _report(jax.jit(function, donate_argnums=donate).trace(*operands), vocab)
+    return {name: value for name, value in report.items() if name not in _OF_RECIPES}
+
+
+def _report(traced: Any, vocab: int | None) -> dict[str, Any]:
     start = time.perf_counter()
-    traced = jax.jit(function, donate_argnums=donate).trace(*operands)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    temp, alias = memory.temp_size_in_bytes, memory.alias_size_in_bytes
     return {
         "compile_s": round(time.perf_counter() - start, 1),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
+        "argument_bytes": arguments,
+        "temp_bytes": temp,
+        "alias_bytes": alias,
         "pallas_calls": text.count('custom_call_target="tpu_custom_call"'),
         "full_logits": [] if vocab is None else _spanning(text, vocab),
+        "needed_bytes": arguments + temp + results - alias,
+        "largest": _largest(text),
+        "loop_flops": (compiled.cost_analysis() or {}).get("flops"),
     }
+
+
+_OF_RECIPES = ("needed_bytes", "largest", "loop_flops")
+
+
+def _largest(program: str) -> list[str]:
+    """The five largest floating-point arrays in a compiled program, with their MiB."""
+    sizes = {
+        f"{dtype}[{dims}]": math.prod(map(int, dims.split(","))) * int(dtype[-2:]) // 8
+        for dtype, dims in set(re.findall(r"\b(b?f(?:32|16))\[([\d,]+)\]", program))
+    }
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))[:5]
+    return [f"{name} {sizes[name] >> 20} MiB" for name in names]
 
 
 def _spanning(program: str, vocab: int) -> list[str]:

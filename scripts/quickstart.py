@@ -34,6 +34,7 @@ from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit
 from dlm.tasks import Example
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from train import loop
+from train.host import keep_freed_memory
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything written.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few training steps and answers: does it run?")
@@ -217,6 +218,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX have much to say
+    keep_freed_memory()
     workdir = pathlib.Path(_WORKDIR.value)
     start = time.perf_counter()
     model_path, task = train(workdir, _SMOKE.value)

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from train import loop
 from train.config import ConfigError
+from train.host import keep_freed_memory
 from train.metrics import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
         jax.distributed.initialize()  # before any other JAX call
     except ValueError:
         logging.info("No cluster found: running as a single process.")
+    keep_freed_memory()
     try:
         result = loop.run(_CONFIG.value, _WORKDIR.value)
     except (ConfigError, NonFiniteError) as error:

@@ -33,6 +33,11 @@ class DataConfig:
         tasks with empty prompts (pre-training).
       completion_len: G, tokens of the longest completion, its EOS included.
       batch_size: rows per step, over all processes.
+      buckets: smaller (prompt_len, completion_len) for batches of shorter examples, each of which
+        goes to the smallest one it fits. Such a batch has more rows, for about as many tokens; how
+        many depends on the mesh too. Every bucket is compiled on its own.
+      packing: whether texts, each with its EOS, are joined and cut into rows of completion_len
+        tokens; prompts must be empty.
       seed: of the shuffling.
       num_threads: that make batches ahead of time, in each process; 0: none.
       prefetch: batches kept ready, in each process.
@@ -45,6 +50,8 @@ class DataConfig:
     prompt_len: int
     completion_len: int
     batch_size: int
+    buckets: tuple[tuple[int, int], ...] = ()
+    packing: bool = False
     seed: int = 0
     num_threads: int = 1
     prefetch: int = 4
@@ -53,6 +60,24 @@ class DataConfig:
         _check_at_least(
             "data", self, prompt_len=0, completion_len=1, batch_size=1, num_threads=0, prefetch=1
         )
+        for bucket in self.buckets:
+            if not _is_bucket(bucket, self.prompt_len, self.completion_len):
+                raise ConfigError(
+                    f"data.buckets has {bucket!r}, which must be (prompt_len, completion_len) of "
+                    f"at most data.prompt_len={self.prompt_len} and "
+                    f"data.completion_len={self.completion_len}"
+                )
+        object.__setattr__(self, "buckets", tuple((P, G) for P, G in self.buckets))
+        if self.packing and self.prompt_len:
+            raise ConfigError(
+                f"data.prompt_len={self.prompt_len} must be 0 with data.packing=True, which is for "
+                "texts without prompts"
+            )
+        if self.packing and self.buckets:
+            raise ConfigError(
+                f"data.buckets={self.buckets} must be () with data.packing=True, whose rows all "
+                "have the same length"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +91,8 @@ class OptimConfig:
       warmup_steps: steps in which it rises from 0.
       decay_steps: step at which it reaches its end; 0: `train.num_steps`.
       end_factor: the last learning rate over the highest one, in [0, 1]; 1: no decay.
+      decay_share: in (0, 1]. Share of the steps, the last ones, over which it falls; before that
+        it is constant. 1: it falls from the end of the warm-up.
       beta1, beta2, eps: of Adam.
       weight_decay: decoupled; not applied to norms and biases.
       clip_norm: largest global norm of the gradient; 0: no clipping.
@@ -78,6 +105,7 @@ class OptimConfig:
     warmup_steps: int = 0
     decay_steps: int = 0
     end_factor: float = 0.0
+    decay_share: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -99,6 +127,8 @@ class OptimConfig:
         )
         if not 0 <= self.end_factor <= 1:
             raise ConfigError(f"optim.end_factor={self.end_factor} must be in [0, 1]")
+        if not 0 < self.decay_share <= 1:
+            raise ConfigError(f"optim.decay_share={self.decay_share} must be in (0, 1]")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
@@ -292,13 +322,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def _values(config: config_dict.ConfigDict, prefix: str) -> dict[str, Any]:
-    """The config as nested dicts; like `to_dict`, but names the required value that is missing."""
+    """The config as nested dicts; like `to_dict`, but names a placeholder without a value."""
     values = {}
     for name in config:
         try:
             value = config[name]
+            is_missing = value is None and config.get_type(name) is not type(None)
         except config_dict.RequiredValueError:
-            raise ConfigError(f"the config needs a value for --config.{prefix}{name}") from None
+            is_missing = True
+        if is_missing:
+            raise ConfigError(f"the config needs a value for --config.{prefix}{name}")
         is_section = isinstance(value, config_dict.ConfigDict)
         values[name] = _values(value, f"{prefix}{name}.") if is_section else value
     return values
@@ -326,6 +359,16 @@ def _section(name: str, make: type, values: Any) -> Any:
         return make(**values)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _is_bucket(bucket: Any, prompt_len: int, completion_len: int) -> bool:
+    return (
+        isinstance(bucket, list | tuple)
+        and len(bucket) == 2
+        and all(type(length) is int for length in bucket)
+        and 0 <= bucket[0] <= prompt_len
+        and 1 <= bucket[1] <= completion_len
+    )
 
 
 def _check_at_least(section: str, config: Any, **lowest: float) -> None:

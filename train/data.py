@@ -2,12 +2,16 @@
 
 A batch is a dict of numpy arrays, described in `train.objectives`. Prompts are padded on the left
 and completions filled up with EOS on the right, so that in every row the completion starts at the
-same index, as it does when decoding.
+same index, as it does when decoding. With `data.buckets` the rows of a batch have like lengths, and
+with `data.packing` texts are cut into rows without any padding: see `train.batching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -18,42 +22,51 @@ from jax.sharding import Mesh
 from dlm import tasks
 from dlm.sharding import logical_sharding
 from dlm.tokenizer import Tokenizer
+from train.batching import Bucketed, Packed, Row, bucket_sizes, stack
 from train.config import ConfigError, DataConfig
 
 Batch = dict[str, Any]
 
+# How many of the longest texts are tried before training, where a task holds its texts.
+NUM_TRIED = 32
+
 
 def encode_example(
-    example: tasks.Example, tokenizer: Tokenizer, prompt_len: int, completion_len: int
+    example: tasks.Example | tasks.Encoded,
+    tokenizer: Tokenizer,
+    prompt_len: int,
+    completion_len: int,
 ) -> dict[str, np.ndarray]:
     """One row of a batch.
 
     Args:
       example: a prompt and a completion, which are encoded each on its own, as a prompt is when
-        decoding.
+        decoding; or token ids, which are taken as they are.
       tokenizer: encodes both.
       prompt_len: P.
       completion_len: G; the completion and one EOS must fit.
 
     Returns:
-      prompt [P], prompt_start [], completion [G] and completion_len [], all int32; see
-      `train.objectives`.
+      prompt [P], prompt_start [], completion [G] and completion_len [], of token ids step_map [G]
+      too, all int32; see `train.objectives`.
 
     Raises:
       ConfigError: the prompt or the completion is too long.
     """
+    if isinstance(example, tasks.Encoded):
+        return _pad_encoded(example, tokenizer, prompt_len, completion_len)
     try:
         prompt, completion = tokenizer.encode(example.prompt), tokenizer.encode(example.completion)
     except ValueError as error:
         raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
     if len(prompt) > prompt_len:
         raise ConfigError(
-            f"a prompt has {len(prompt)} tokens, more than data.prompt_len={prompt_len}: "
+            f"the prompt has {len(prompt)} tokens, more than data.prompt_len={prompt_len}: "
             f"{_shorten(example.prompt)}"
         )
     if len(completion) + 1 > completion_len:
         raise ConfigError(
-            f"a completion has {len(completion)} tokens and its end, more than "
+            f"the completion has {len(completion)} tokens and its end, more than "
             f"data.completion_len={completion_len}: {_shorten(example.completion)}"
         )
     start = prompt_len - len(prompt)
@@ -66,8 +79,53 @@ def encode_example(
     }
 
 
+def _pad_encoded(
+    example: tasks.Encoded, tokenizer: Tokenizer, prompt_len: int, completion_len: int
+) -> dict[str, np.ndarray]:
+    """As `encode_example`. Positions added to a completion were never decided."""
+    for name, tokens, limit in (
+        ("prompt", example.prompt, prompt_len),
+        ("completion", example.completion, completion_len),
+    ):
+        if len(tokens) > limit:
+            raise ConfigError(
+                f"a trajectory's {name} has {len(tokens)} tokens, more than data.{name}_len={limit}"
+            )
+    eos, start = tokenizer.eos_token_id, prompt_len - len(example.prompt)
+    more = (0, completion_len - len(example.completion))
+    completion = np.pad(example.completion, more, constant_values=eos)
+    is_eos = completion == eos
+    length = int(is_eos.argmax()) + 1 if is_eos.any() else completion_len
+    pad = (start, 0)
+    return {
+        "prompt": np.pad(example.prompt, pad, constant_values=tokenizer.pad_token_id),
+        "prompt_start": np.array(start, np.int32),
+        "completion": completion,
+        "completion_len": np.array(length, np.int32),
+        "step_map": np.pad(example.step_map, more, constant_values=-1),
+    }
+
+
+def encode_text(example: tasks.Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """A text to be packed: "tokens" [n] int32, with one EOS at the end.
+
+    Raises:
+      ConfigError: the example has a prompt.
+    """
+    if len(example.prompt):
+        raise ConfigError(
+            f"data.packing=True takes whole texts, but there is a prompt: "
+            f"{_shorten(example.prompt)}"
+        )
+    try:
+        tokens = tokenizer.encode(example.completion)
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
+    return {"tokens": np.array([*tokens, tokenizer.eos_token_id], np.int32)}
+
+
 def train_iterator(
-    task: tasks.Task, tokenizer: Tokenizer, data: DataConfig
+    task: tasks.Task, tokenizer: Tokenizer, data: DataConfig, num_shards: int = 1
 ) -> grain.DatasetIterator:
     """Endless batches, each epoch in another order; the iterator's state can be saved.
 
@@ -75,11 +133,14 @@ def train_iterator(
       task: examples.
       tokenizer: encodes them.
       data: lengths, seed, batch size over all processes. Process i of n gets every n-th example,
-        from the i-th on.
+        from the i-th on; with buckets every n-th row of each batch, so that all processes work on
+        the same bucket.
+      num_shards: that the rows of a batch are to be divided into; matters for buckets only.
 
     Raises:
-      ConfigError: the batch size cannot be divided, or there are too few examples. While
-        iterating: an example is too long.
+      ConfigError: the batch size cannot be divided, there are too few examples, or one of the
+        longest is too long (where the task has `examples`). While iterating: an example is too
+        long or cannot be read.
     """
     process_index, process_count = jax.process_index(), jax.process_count()
     if data.batch_size % process_count:
@@ -88,24 +149,42 @@ def train_iterator(
         )
     if len(task) < process_count:
         raise ConfigError(f"data.train has {len(task)} examples for {process_count} processes")
-
-    def encode(index: int) -> dict[str, np.ndarray]:
-        row = encode_example(task[index], tokenizer, data.prompt_len, data.completion_len)
-        return {**row, "index": np.array(index, np.int32)}
-
-    dataset = (
-        grain.MapDataset.range(process_index, len(task), process_count)
+    encode = _encoder(task, tokenizer, data)
+    for index in _longest(task):
+        encode(index)
+    local_batch_size = data.batch_size // process_count
+    share = slice(process_index, None, process_count)
+    indices = range(len(task)) if data.buckets else range(len(task))[share]
+    rows = (
+        grain.MapDataset.range(indices.start, indices.stop, indices.step)
         .seed(data.seed)
         .shuffle()
         .repeat()
         .map(encode)
-        .batch(data.batch_size // process_count)
     )
+    if not data.buckets and not data.packing:
+        options = grain.ReadOptions(
+            num_threads=data.num_threads,
+            prefetch_buffer_size=max(data.prefetch, data.num_threads) if data.num_threads else 0,
+        )
+        # An endless stream has no remainder, but keeping one overflows in grain for batches of 1.
+        batches = rows.batch(local_batch_size, drop_remainder=True)
+        return iter(batches.to_iter_dataset(options))
+    # One thread makes batches, and the others, if any, encode rows for it.
+    num_readers = max(data.num_threads - 1, 0)
     options = grain.ReadOptions(
-        num_threads=data.num_threads,
-        prefetch_buffer_size=max(data.prefetch, data.num_threads) if data.num_threads else 0,
+        num_threads=num_readers,
+        prefetch_buffer_size=max(local_batch_size, num_readers) if num_readers else 0,
     )
-    return iter(dataset.to_iter_dataset(options))
+    iterator = iter(rows.to_iter_dataset(options))
+    made: grain.DatasetIterator
+    if data.packing:
+        made = Packed(iterator, encode, local_batch_size, data.completion_len)
+    else:
+        made = Bucketed(iterator, encode, _bucket_sizes(data, num_shards), share)
+    return grain.experimental.ThreadPrefetchDatasetIterator(
+        made, data.prefetch if data.num_threads else 0
+    )
 
 
 def valid_batches(
@@ -113,29 +192,45 @@ def valid_batches(
     tokenizer: Tokenizer,
     data: DataConfig,
     num_batches: int,
+    num_shards: int = 1,
 ) -> list[Batch]:
     """The first `num_batches` whole batches of a task, in its own order.
+
+    With buckets these are the ones that are full first.
 
     Args: as `train_iterator`; without a task there are no batches.
 
     Raises:
-      ConfigError: the task has fewer examples, or one of them is too long.
+      ConfigError: the task has fewer examples, or one of them is too long or cannot be read.
     """
     if task is None:
         return []
-    if len(task) < num_batches * data.batch_size:
+    encode = _encoder(task, tokenizer, data)
+    share = slice(jax.process_index(), None, jax.process_count())
+    if not data.buckets and not data.packing:
+        if len(task) < num_batches * data.batch_size:
+            raise ConfigError(
+                f"data.valid has {len(task)} examples; train.num_eval_batches={num_batches} of "
+                f"data.batch_size={data.batch_size} need {num_batches * data.batch_size}"
+            )
+        starts = range(0, num_batches * data.batch_size, data.batch_size)
+        return [
+            stack(encode(index) for index in range(start, start + data.batch_size)[share])
+            for start in starts
+        ]
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    rows = iter(grain.MapDataset.range(len(task)).map(encode).to_iter_dataset(options))
+    found: grain.DatasetIterator
+    if data.packing:
+        found = Packed(rows, encode, data.batch_size, data.completion_len, share)
+    else:
+        found = Bucketed(rows, encode, _bucket_sizes(data, num_shards), share)
+    batches = list(itertools.islice(found, num_batches))
+    if len(batches) < num_batches:
         raise ConfigError(
-            f"data.valid has {len(task)} examples; train.num_eval_batches={num_batches} of "
-            f"data.batch_size={data.batch_size} need {num_batches * data.batch_size}"
+            f"data.valid has {len(task)} examples, enough for {len(batches)} whole batches; "
+            f"train.num_eval_batches={num_batches} are needed"
         )
-    batches = []
-    for i in range(num_batches):
-        indices = range(i * data.batch_size, (i + 1) * data.batch_size)
-        rows = (
-            encode_example(task[j], tokenizer, data.prompt_len, data.completion_len)
-            for j in indices[jax.process_index() :: jax.process_count()]
-        )
-        batches.append(_stack(rows))
     return batches
 
 
@@ -162,8 +257,44 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(place, batch)
 
 
-def _stack(rows: Iterable[dict[str, np.ndarray]]) -> Batch:
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callable[[int], Row]:
+    """From an example's index to its row; errors name the record that the example is from."""
+
+    def encode(index: int) -> Row:
+        try:
+            example = task[index]
+        except ValueError as error:  # a record that does not fit; it is named already
+            raise ConfigError(str(error)) from error
+        try:
+            if data.packing:
+                row = encode_text(example, tokenizer)
+            else:
+                row = encode_example(example, tokenizer, data.prompt_len, data.completion_len)
+        except ConfigError as error:
+            where = getattr(task, "where", "example {}".format)
+            raise ConfigError(f"{where(index)}: {error}") from error
+        return {**row, "index": np.array(index, np.int32)}
+
+    return encode
+
+
+def _longest(task: tasks.Task) -> list[int]:
+    """Examples with the longest texts, so that none of them ends a run that has long begun.
+
+    Only where they are in memory: a task of many records reads them when they are needed.
+    """
+    examples: Any = getattr(task, "examples", ())
+    return [
+        index
+        for length in (lambda i: len(examples[i].prompt), lambda i: len(examples[i].completion))
+        for index in heapq.nlargest(NUM_TRIED, range(len(examples)), key=length)
+    ]
+
+
+def _bucket_sizes(data: DataConfig, num_shards: int) -> dict[tuple[int, int], int]:
+    largest = (data.prompt_len, data.completion_len)
+    multiple = math.lcm(num_shards, jax.process_count())
+    return bucket_sizes(data.buckets, largest, data.batch_size, multiple)
 
 
 def _shorten(text: str) -> str:

@@ -37,12 +37,13 @@ from dlm import lm, tasks
 from dlm.config import ModelConfig
 from dlm.params import (
     Params,
+    ParamSpec,
     abstract_from_specs,
     init_from_specs,
     num_params,
     spec_shardings,
 )
-from dlm.sharding import make_mesh
+from dlm.sharding import constrain, make_mesh
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
 from train import checkpoint, data, optimizer
 from train.config import ConfigError, OptimConfig, RunConfig, build, from_config_dict
@@ -160,6 +161,16 @@ def train_step(
     return kept.replace(is_finite=is_finite), metrics
 
 
+def jit_train_step(shardings: Any) -> Any:
+    """`train_step`, jitted, for a state that lies as `state_shardings` says; it is given away."""
+    return jax.jit(
+        train_step,
+        static_argnames=("cfg", "objective", "optim", "trainable"),
+        donate_argnames="state",
+        out_shardings=(shardings, None),
+    )
+
+
 def valid_step(
     own: Params,
     batch: data.Batch,
@@ -184,9 +195,16 @@ def needs_teacher(objective: Any) -> bool:
 def _attach(
     frozen: Params | None, own: Params | None, *, cfg: ModelConfig, trainable: Trainable
 ) -> Params:
-    """The parameters of a forward pass, in the model's dtype."""
-    cast = functools.partial(jax.tree.map, lambda x: x.astype(cfg.jnp_dtype))
-    return trainable.attach(frozen or {}, cast(own))
+    """The parameters of a forward pass, in the model's dtype.
+
+    They stay spread over the mesh until they are used, and so do their gradients: what travels is
+    never float32.
+    """
+
+    def cast(spec: ParamSpec, x: jax.Array) -> jax.Array:
+        return constrain(x.astype(cfg.jnp_dtype), *spec.axes)
+
+    return trainable.attach(frozen or {}, jax.tree.map(cast, trainable.specs(cfg), own))
 
 
 # ---- State on a mesh --------------------------------------------------------------------------
@@ -333,10 +351,11 @@ def run(
             frozen, given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given), None
         specs = trainable.specs(cfg)
         logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
-        iterator = data.train_iterator(task, tokenizer, settings.data)
+        num_shards = settings.mesh.data * settings.mesh.fsdp
+        iterator = data.train_iterator(task, tokenizer, settings.data, num_shards)
         stack.callback(iterator.close)
         valid = data.valid_batches(
-            valid_task, tokenizer, settings.data, settings.train.num_eval_batches
+            valid_task, tokenizer, settings.data, settings.train.num_eval_batches, num_shards
         )
 
         # -- State
@@ -360,12 +379,7 @@ def run(
 
         # -- Training
         static = {"cfg": cfg, "objective": objective, "trainable": trainable}
-        jitted_train_step = jax.jit(
-            train_step,
-            static_argnames=(*static, "optim"),
-            donate_argnames="state",
-            out_shardings=(shardings, None),
-        )
+        jitted_train_step = jit_train_step(shardings)
         jitted_valid_step = jax.jit(valid_step, static_argnames=tuple(static))
 
         def validate(own: Params) -> dict[str, jax.Array]:
@@ -379,7 +393,10 @@ def run(
                 )
                 for i, batch in enumerate(valid)
             ]
-            return jax.tree.map(lambda *values: sum(values) / len(values), *results)
+            means = jax.tree.map(lambda *values: sum(values) / len(values), *results)
+            if "nll_bound" in means:
+                means["perplexity_bound"] = jnp.exp(means["nll_bound"])
+            return means
 
         reporter = stack.enter_context(Reporter(settings, folder, start or 0, description))
         is_stopping = stack.enter_context(_stop_on_sigterm(manager))
@@ -397,7 +414,8 @@ def run(
                 step += 1
                 # The device works on this step while the host reads the numbers of the one before.
                 reporter.flush()
-                reporter.add(step, metrics, local["index"])
+                num_tokens = batch["prompt"].size + batch["completion"].size
+                reporter.add(step, metrics, local["index"], num_tokens)
                 is_stopped = is_stopping(step)
                 if valid and is_due(step, settings.train.eval_every, num_steps):
                     own = state.params if state.ema is None else state.ema

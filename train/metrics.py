@@ -53,11 +53,9 @@ class Reporter:
         """
         is_first = jax.process_index() == 0
         self._settings = settings
-        self._tokens_per_step = settings.data.batch_size * (
-            settings.data.prompt_len + settings.data.completion_len
-        )
-        self._pending: tuple[int, Mapping[str, jax.Array], Sequence[int]] | None = None
-        self._clock: tuple[int, float] | None = None  # steps done at a time, in seconds
+        self._pending: tuple[int, Mapping[str, jax.Array], Sequence[int], int] | None = None
+        self._clock: float | None = None  # time of the last line, in seconds
+        self._num_tokens = 0  # since then
         self._writer = (
             MetricWriter(workdir, settings.log, step, to_json(settings)) if is_first else None
         )
@@ -79,15 +77,18 @@ class Reporter:
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], index: Sequence[int]) -> None:
+    def add(
+        self, step: int, metrics: Mapping[str, jax.Array], index: Sequence[int], num_tokens: int
+    ) -> None:
         """Takes the metrics of `step`, which may not have been computed yet.
 
         Args:
           step: steps done, this one included.
           metrics: scalars.
           index: the examples it was made with, to be named if it went wrong.
+          num_tokens: in its batch, padding included.
         """
-        self._pending = (step, metrics, index)
+        self._pending = (step, metrics, index, num_tokens)
 
     def flush(self, validate: Callable[[], Mapping[str, jax.Array]] | None = None) -> None:
         """Waits for the metrics taken last, checks them, and writes them if they are due.
@@ -100,7 +101,7 @@ class Reporter:
         """
         if self._pending is None:
             return
-        step, metrics, index = self._pending
+        step, metrics, index, num_tokens = self._pending
         self._pending = None
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values = {"loss": fetched.pop("loss"), **fetched}
@@ -113,16 +114,17 @@ class Reporter:
                 )
         self._bar.update()
         num_steps = self._settings.train.num_steps
+        self._num_tokens += num_tokens
         if validate is None and not is_due(step, self._settings.log.every, num_steps):
-            self._clock = self._clock or (step, time.perf_counter())  # the first step compiles
+            if self._clock is None:  # the first step compiles
+                self._clock, self._num_tokens = time.perf_counter(), 0
             return
         if self._clock is not None:
-            seconds = time.perf_counter() - self._clock[1]
-            values["tokens_per_s"] = (step - self._clock[0]) * self._tokens_per_step / seconds
+            values["tokens_per_s"] = self._num_tokens / (time.perf_counter() - self._clock)
         if validate is not None:
             results = jax.device_get(validate())
             values.update({f"valid/{name}": float(value) for name, value in results.items()})
-        self._clock = (step, time.perf_counter())
+        self._clock, self._num_tokens = time.perf_counter(), 0
         if self._writer is not None:
             self._writer.write(step, values)
         shown = {"loss": f"{values['loss']:.3f}"}

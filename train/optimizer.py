@@ -14,16 +14,20 @@ from train.config import OptimConfig
 def learning_rate_schedule(optim: OptimConfig) -> optax.Schedule:
     """Learning rate by number of updates; `optim.decay_steps` must have been filled in.
 
-    Linear from 0 over the warm-up, then half a cosine down to `end_factor` of the highest.
+    Linear from 0 over the warm-up, constant, half a cosine down to `end_factor` of the highest.
     """
+    peak = optim.learning_rate
     warmup = optim.warmup_steps // optim.accumulate
-    decay = max(optim.decay_steps // optim.accumulate, warmup + 1)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=optim.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=decay,
-        end_value=optim.learning_rate * optim.end_factor,
+    end = max(optim.decay_steps // optim.accumulate, warmup + 1)
+    fall = max(round(optim.decay_share * end), 1)
+    start = max(end - fall, warmup)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.cosine_decay_schedule(peak, end - start, optim.end_factor),
+        ],
+        boundaries=[warmup, start],
     )
 
 

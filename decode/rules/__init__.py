@@ -20,6 +20,7 @@ from decode.rules.fixed_blocks import FixedBlocks
 from decode.rules.hierarchical import Hierarchical
 from decode.rules.inputs import MaskInputs, Smoothing, UniformNoise
 from decode.rules.klass import Klass
+from decode.rules.learned_filter import LearnedFilter
 from decode.rules.local_leap import LocalLeap
 from decode.rules.multi_block import MultiBlock
 from decode.rules.nucleus import Nucleus
@@ -77,6 +78,7 @@ __all__ = [
     "Hierarchical",
     "Keep",
     "Klass",
+    "LearnedFilter",
     "LocalLeap",
     "Margin",
     "MaskInputs",

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -25,6 +27,21 @@ class Example:
     prompt: str
     completion: str
     metadata: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """An example as token ids, with the order in which a model decided them.
+
+    Attributes:
+        prompt: [n] int32.
+        completion: [G] int32. Behind its first end-of-text token there is nothing else.
+        step_map: [G] int32. The round that decided each position; -1: none did.
+    """
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    step_map: np.ndarray
 
 
 Scorer = Callable[[Example, str], dict[str, float]]
@@ -45,6 +62,14 @@ class Task(Protocol):
 
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """Metrics of a model's answer; the key "score" is always there and lies in [0, 1]."""
+        ...
+
+
+class RecordTask(Task, Protocol):
+    """A task made from records of a file, which errors should name."""
+
+    def where(self, index: int) -> str:
+        """Where example `index` is from, such as "data.jsonl, line 7"."""
         ...
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import string
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -38,13 +39,15 @@ def read_records(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]
     if not file.is_file():
         raise FileNotFoundError(f"path={str(path)!r} is not a file; give a JSON-lines file")
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
         if not isinstance(record, dict):
             raise ValueError(
                 f"{path}, line {number}: must hold a JSON object, got {type(record).__name__}"
@@ -64,15 +67,27 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
         where: the record's origin, for the error.
 
     Raises:
-        ValueError: the record lacks a field of the template.
+        ValueError: the record lacks a field of the template, has null there, or does not fit its
+            format specification.
     """
+    formatter = string.Formatter()
+    for _, field, _, _ in formatter.parse(template):
+        if field is None:
+            continue
+        try:
+            value, _ = formatter.get_field(field, (), record)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            known = ", ".join(sorted(record))
+            raise ValueError(
+                f"{where}: the record lacks the field {field!r} of the template ({error!r}); it "
+                f"has {known}"
+            ) from error
+        if value is None:
+            raise ValueError(f"{where}: the field {field!r} of the template is null")
     try:
         text = template.format_map(record)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        known = ", ".join(sorted(record))
-        raise ValueError(
-            f"{where}: the record lacks a field of the template ({error!r}); it has {known}"
-        ) from error
+    except (KeyError, TypeError, ValueError) as error:  # such as "{x:.2f}" where x is text
+        raise ValueError(f"{where}: the template {template!r} does not fit: {error}") from error
     return text.replace("\r\n", "\n")
 
 
@@ -93,6 +108,7 @@ class JsonlTask:
         examples: one per record, made when the task is created, so that a bad file fails at once.
             Their metadata is the record and, unless the record has an "operation" of its own, the
             file's name without its suffix under that key.
+        lines: the line that each example is from, counted from 1.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,11 +120,13 @@ class JsonlTask:
     completion: str
     scorer: tasks.Scorer = tasks.exact_match
     examples: tuple[tasks.Example, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    lines: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         operation = pathlib.Path(self.path).stem
+        records = read_records(self.path)
         examples = []
-        for number, record in read_records(self.path):
+        for number, record in records:
             where = f"{self.path}, line {number}"
             examples.append(
                 tasks.Example(
@@ -118,12 +136,17 @@ class JsonlTask:
                 )
             )
         object.__setattr__(self, "examples", tuple(examples))
+        object.__setattr__(self, "lines", tuple(number for number, _ in records))
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tasks.Example:
         return self.examples[splits.check_index(index, len(self))]
+
+    def where(self, index: int) -> str:
+        """File and line of an example."""
+        return f"{self.path}, line {self.lines[index]}"
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """Whatever `scorer` gives."""

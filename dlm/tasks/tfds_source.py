@@ -29,6 +29,8 @@ def _open(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Seq
             f"name={name!r} must be a data set prepared in array_record format under "
             f"data_dir={data_dir!r}, and there is none"
         ) from None  # the original lists every data set that TFDS knows
+    except ValueError as error:
+        raise ValueError(f"split={split!r} of {name!r} must have records: {error}") from error
     return source
 
 
@@ -67,7 +69,8 @@ class TfdsTask:
     Raises:
         ImportError: tensorflow-datasets is not installed.
         FileNotFoundError: the data set is not there, or not in array_record format.
-        ValueError: there is no such split, or the first record lacks a field of a template.
+        ValueError: there is no such split, it is empty, or its first record lacks a field of a
+            template.
     """
 
     name: str
@@ -80,21 +83,28 @@ class TfdsTask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", _open(self.name, self.split, self.data_dir))
-        if len(self):
-            self[0]  # a template that does not fit fails here, not in a data worker
+        if not len(self):
+            raise ValueError(f"split={self.split!r} of {self.name!r} must have records")
+        self[0]  # a template that does not fit fails here, not in a data worker
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tasks.Example:
         index = splits.check_index(index, len(self))
-        record = decode(self.source[index])
-        where = f"{self.name}, split {self.split}, record {index}"
+        try:
+            record = decode(self.source[index])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.where(index)}: not UTF-8 ({error.reason})") from error
         return tasks.Example(
-            prompt=jsonl.render(self.prompt, record, where),
-            completion=jsonl.render(self.completion, record, where),
+            prompt=jsonl.render(self.prompt, record, self.where(index)),
+            completion=jsonl.render(self.completion, record, self.where(index)),
             metadata={"operation": self.name, **record},
         )
+
+    def where(self, index: int) -> str:
+        """Data set, split and record of an example."""
+        return f"{self.name}, split {self.split}, record {index}"
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """Whatever `scorer` gives."""

@@ -5,6 +5,7 @@ import itertools
 import pathlib
 import re
 
+import jax
 import pytest
 
 from decode import rules
@@ -22,6 +23,7 @@ from decode.rules.contracts import (
     Scheduler,
     Stopper,
 )
+from dlm.heads.learn2pd import init_filter
 
 AXES = {
     "scheduler": Scheduler,
@@ -33,7 +35,11 @@ AXES = {
     "constraint": Constraint,
     "inputs": Inputs,
 }
-REQUIRED = {"AdaBlock": ((1, 2),), "Prophet": (4,)}  # arguments without a default
+REQUIRED = {
+    "AdaBlock": ((1, 2),),
+    "LearnedFilter": (init_filter(jax.random.key(0), 32),),
+    "Prophet": (4,),
+}  # arguments without a default
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
 
 

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import unembed_stats as vocab
 from kernels_pallas import unembed_stats_tpu, window_attention_tpu
+from kernels_pallas import window_attention as contract
 from kernels_pallas.unembed_stats import Noise, unembed_stats, unembed_stats_reference
 from kernels_pallas.unembed_stats_tpu import summarize_tpu
 from kernels_pallas.window_attention import window_attention, window_attention_reference
@@ -90,15 +91,29 @@ def test_gradient_is_that_of_the_xla_implementation():
     q, k, v, mask, window, cache, ranges, layer = attention_case(2, 6, 40, 4, 2, 64, "causal")
     kernel = lambda *args: attend_tpu(*args, interpret=INTERPRET)
 
-    from kernels_pallas.window_attention import _with_xla_gradient
-
     def loss(q, k, v, cache, attend):
         return (attend(q, k, v, mask, window, cache, ranges, layer) ** 2).sum()
 
-    wrapped = lambda *args: _with_xla_gradient(kernel, *args)
+    wrapped = lambda *args: contract._with_xla_gradient(kernel, *args)
     got = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, cache, wrapped)
     expected = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, cache, window_attention_reference)
     for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "tree"])
+def test_gradient_of_a_window_alone(mask, monkeypatch):
+    """It is computed a few heads at a time: five of six here, then the sixth."""
+    monkeypatch.setattr(contract, "BACKWARD_SCORES", 5 * 2 * 40 * 40)
+    q, k, v, mask, window, *_ = attention_case(3, 40, 0, 4, 2, 64, mask)
+
+    def loss(q, k, v, attend):
+        return (attend(q, k, v, mask, window, None, None, 0) ** 2).sum()
+
+    wrapped = lambda *args: contract._with_xla_gradient(contract.attend_xla, *args)
+    got = jax.grad(loss, argnums=(0, 1, 2))(q, k, v, wrapped)
+    expected = jax.grad(loss, argnums=(0, 1, 2))(q, k, v, window_attention_reference)
+    for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 

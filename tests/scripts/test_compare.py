@@ -19,7 +19,7 @@ from dlm.params import init_params
 from dlm.tasks.scan import Scan
 from dlm.tasks.waiting_line import WaitingLine
 from dlm.tokenizer import word_tokenizer
-from scripts import compare
+from scripts import compare, measuring
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,9 +50,9 @@ def model_path(lm, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def job(lm) -> compare.Job:
-    preset = compare.TASKS["waiting_line"]
-    return compare.make_job(lm, preset, num_examples=10, block_len=4, gen_len=8, batch_size=4)
+def job(lm) -> measuring.Job:
+    preset = measuring.TASKS["waiting_line"]
+    return measuring.make_job(lm, preset, num_examples=10, block_len=4, gen_len=8, batch_size=4)
 
 
 # ---- Statistics --------------------------------------------------------------------------------
@@ -70,18 +70,18 @@ def test_aup_by_hand():
 
 
 def test_bootstrap_interval():
-    low, high = compare.bootstrap([0.0, 1.0] * 100)
+    low, high = measuring.bootstrap([0.0, 1.0] * 100)
     sigma = 0.5 / math.sqrt(200)
     assert low == pytest.approx(0.5 - 1.96 * sigma, abs=0.015)
     assert high == pytest.approx(0.5 + 1.96 * sigma, abs=0.015)
-    assert compare.bootstrap([1.0] * 7) == (1.0, 1.0)
-    assert compare.bootstrap([0.0, 1.0] * 100) == (low, high)  # the same seed
-    narrow = compare.bootstrap([0.0, 1.0] * 1000)
+    assert measuring.bootstrap([1.0] * 7) == (1.0, 1.0)
+    assert measuring.bootstrap([0.0, 1.0] * 100) == (low, high)  # the same seed
+    narrow = measuring.bootstrap([0.0, 1.0] * 1000)
     assert narrow[1] - narrow[0] < 0.5 * (high - low)
 
 
 def test_summary_of_two_points_by_hand():
-    point = lambda label, family: compare.Point(label, family, named("one_per_step", 4))
+    point = lambda label, family: measuring.Point(label, family, named("one_per_step", 4))
     points = [point("one_per_step", "quota"), point("fast", "quota"), point("other", "other")]
     record = lambda score, forwards, seconds: {
         "score": score, "tokens": [4, 8], "forwards": forwards, "first_block_s": [0.1, 0.3],
@@ -221,21 +221,21 @@ def test_default_is_every_method_that_the_model_allows(job):
 
 
 def test_jobs_that_make_no_sense(lm):
-    preset = compare.TASKS["waiting_line"]
+    preset = measuring.TASKS["waiting_line"]
     with pytest.raises(ValueError, match="must be at most"):
-        compare.make_job(lm, preset, num_examples=10**6, block_len=4)
+        measuring.make_job(lm, preset, num_examples=10**6, block_len=4)
     with pytest.raises(ValueError, match="gen_len=1000 are more than the model's max_seq_len"):
-        compare.make_job(lm, preset, num_examples=2, block_len=4, gen_len=1000)
+        measuring.make_job(lm, preset, num_examples=2, block_len=4, gen_len=1000)
     with pytest.raises(ValueError):  # another task's words
-        compare.make_job(lm, compare.TASKS["scan"], num_examples=2, block_len=4)
+        measuring.make_job(lm, measuring.TASKS["scan"], num_examples=2, block_len=4)
 
 
 def test_groups(job):
     assert {group: len(members) for group, members in job.groups.items()} == {
         "all": 10, "one right answer": 5, "many right answers": 4
     }  # fmt: skip
-    scan = compare.make_job(
-        untrained(Scan()), compare.TASKS["scan"], num_examples=50, block_len=4, gen_len=8
+    scan = measuring.make_job(
+        untrained(Scan()), measuring.TASKS["scan"], num_examples=50, block_len=4, gen_len=8
     )
     assert list(scan.groups) == ["all", "after", "and"] and scan.batch_size == 50
 
@@ -246,37 +246,37 @@ def test_groups(job):
 def test_measured_points_are_not_measured_again(job, model_path, tmp_path, monkeypatch):
     points, _ = compare.make_points(job, ["threshold", "threshold_0.7"])
     log, decoded = tmp_path / "measured.jsonl", []
-    measure = compare.measure
+    measure = measuring.measure
     monkeypatch.setattr(
-        compare, "measure", lambda job, *rest: decoded.append(rest) or measure(job, *rest)
+        measuring, "measure", lambda job, *rest: decoded.append(rest) or measure(job, *rest)
     )
-    first = compare.run(job, points, log, str(model_path))
+    first = measuring.run(job, points, log)
     assert len(decoded) == 3 and len(first[0]["score"]) == 10
     assert all(n == 8 for n in first[0]["forwards"])  # one per step, eight tokens, untrained
     assert first[1]["compile_s"] == first[2]["compile_s"]  # one program
-    assert compare.run(job, points, log, str(model_path)) == first and len(decoded) == 3
+    assert measuring.run(job, points, log) == first and len(decoded) == 3
 
     # An interrupted write costs that point only; the next one starts on a line of its own.
     text = log.read_text().rstrip("\n")
     log.write_text(text[:-20])
-    compare.run(job, points, log, str(model_path))
-    compare.run(job, points, log, str(model_path))
+    measuring.run(job, points, log)
+    measuring.run(job, points, log)
     assert len(decoded) == 4
 
     # Other settings, or another checkpoint, are other measurements.
     shorter = dataclasses.replace(job, gen_len=4)
-    compare.run(shorter, points[:1], log, str(model_path))
+    measuring.run(shorter, points[:1], log)
     assert len(decoded) == 5
-    os.utime(model_path / "config.json", (0, 0))
-    compare.run(job, points[:1], log, str(model_path))
+    other = dataclasses.replace(job.lm, params=jax.tree.map(lambda x: x * 1.5, job.lm.params))
+    measuring.run(dataclasses.replace(job, lm=other), points[:1], log)
     assert len(decoded) == 6
 
 
 def test_batches_do_not_change_answers(job, lm):
     method = named("threshold_dual_cache", 4)
-    whole = compare.measure(dataclasses.replace(job, batch_size=10), method, {})
+    whole = measuring.measure(dataclasses.replace(job, batch_size=10), method, {})
     programs: dict = {}
-    parts = compare.measure(job, method, programs)  # batches of 4, 4 and 2
+    parts = measuring.measure(job, method, programs)  # batches of 4, 4 and 2
     assert len(programs) == 1
     for name in ("score", "tokens", "forwards"):
         assert whole[name] == parts[name]

@@ -1,9 +1,10 @@
-"""Kernels and decoding loops compile for real TPUs, ahead of time, where libtpu is installed."""
+"""Kernels, loops and training steps compile for TPUs, ahead of time, where libtpu is installed."""
 
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -18,12 +19,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def compile_for(target):
+def compile_for(target, *arguments):
     path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": path, "JAX_OPTIMIZATION_LEVEL": "O1"}  # O2 takes twice as long
     return subprocess.run(
-        [sys.executable, "-m", "scripts.compile_tpu", f"--target={target}"],
+        [sys.executable, "-m", "scripts.compile_tpu", f"--target={target}", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540,
     )  # fmt: skip
 
@@ -50,6 +51,36 @@ def test_everything_compiles(target):
     assert training["training: unembed_loss"]["pallas_calls"] == 1
     for program in programs:
         assert program["full_logits"] == [], program
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "target", "state_bytes"),
+    [
+        # What is learned and its two moments, float32, over all chips.
+        ("llada_8b_dparallel", "v5e:2x4", 12 * 335_544_320 // 8),
+        ("llada_8b_sft", "v5p:2x4x4", 12 * 8_015_581_184 // 32),
+    ],
+)
+def test_training_8b_fits(recipe, target, state_bytes):
+    done = compile_for(target, f"--recipes={recipe}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (program,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert program["needed_bytes"] < 0.95 * program["hbm_bytes"], program
+    # Nothing that is learned lies whole on a chip but the norms, and all of it is updated in place.
+    assert 0 <= program["alias_bytes"] - state_bytes < 4 * 2**20, program
+    assert program["full_logits"] == [], program
+    # What is kept for the backward pass, layer by layer; then the head, the only gathered weight.
+    first, *others = program["largest"]
+    assert re.match(r"bf16\[32,\d+,\d+,4096\]", first), program
+    assert not any(re.search(r"\[32,.*(4096,4096|4096,12288|12288,4096)", x) for x in others)
+
+
+@needs_libtpu
+def test_a_slice_of_another_size_than_the_mesh_is_refused():
+    done = compile_for("v5e:2x2", "--recipes=llada_8b_dparallel")
+    assert done.returncode != 0 and "has 4 devices and llada_8b_dparallel is for" in done.stderr
 
 
 @needs_libtpu

@@ -64,7 +64,22 @@ def test_bench_prints_one_json_line_per_case():
     ]
     for row in rows:
         assert {"device", "dtype", "batch", "ceiling_gflops", "ceiling_gb_per_s"} <= row.keys()
-    assert run("scripts.bench", "train", ok=False).count("the only benchmark is `decode`") == 1
+    assert run("scripts.bench", "nope", ok=False).count("are `decode` and `train`") == 1
+
+
+@pytest.mark.slow
+def test_bench_train_compares_steps_with_their_products():
+    out = run(
+        "scripts.bench", "train", "--preset=tiny", "--batch=2", "--prompt_len=8", "--gen_len=16",
+        "--repeats=5",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [(r["model"], r["remat"]) for r in rows] == [
+        (model, remat) for model in ("waiting_line", "tiny") for remat in (True, False)
+    ]
+    for row in rows:
+        assert row["step_ms"] > 0 and row["gflop"] > row["needed_gflop"] and row["products_gflops"]
+        assert (row["input_wait"] is None) == (row["model"] == "tiny")
 
 
 @pytest.mark.slow

@@ -47,11 +47,14 @@ def test_missing_and_required_values_are_named():
     del config["data"]["prompt_len"]
     with pytest.raises(ConfigError, match=r"lacks the field data\.prompt_len"):
         from_config_dict(ml_collections.ConfigDict(config))
-    config = toy.get_config()
-    with config.unlocked():
-        config.optim.learning_rate = config_dict.required_placeholder(float)
-    with pytest.raises(ConfigError, match=r"--config\.optim\.learning_rate"):
-        from_config_dict(config)
+    for make in (config_dict.required_placeholder, config_dict.placeholder):
+        config = toy.get_config()
+        with config.unlocked():
+            config.optim.learning_rate = make(float)
+        with pytest.raises(ConfigError, match=r"--config\.optim\.learning_rate"):
+            from_config_dict(config)
+        config.optim.learning_rate = 0.5
+        assert from_config_dict(config).optim.learning_rate == 0.5
 
 
 def test_build():

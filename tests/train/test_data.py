@@ -63,6 +63,16 @@ def test_every_example_once_per_epoch_in_another_order():
     assert rows[:16].tolist() != rows[16:].tolist()
 
 
+def test_batches_of_one():
+    task = toy.Copy(num_examples=8)
+    single = dataclasses.replace(CONFIG, batch_size=1)
+    rows = take(data.train_iterator(task, TOKENIZER, single), 8)
+    (whole,) = take(
+        data.train_iterator(task, TOKENIZER, dataclasses.replace(CONFIG, batch_size=8)), 1
+    )
+    assert_equal({name: np.concatenate([row[name] for row in rows]) for name in whole}, whole)
+
+
 def test_seed_and_threads():
     task = toy.Copy()
     first = take(data.train_iterator(task, TOKENIZER, CONFIG), 3)

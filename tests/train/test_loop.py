@@ -80,6 +80,10 @@ def test_exported_model_is_the_one_validated(finished):
         for context in [Context(jax.random.fold_in(key, i))]
     ]
     np.testing.assert_allclose(np.mean(losses), result.metrics["valid/loss"], rtol=1e-5)
+    np.testing.assert_allclose(np.mean(losses), result.metrics["valid/nll_bound"], rtol=1e-5)
+    bound = np.exp(np.mean(losses))  # not the mean of exponentials, which is larger
+    np.testing.assert_allclose(bound, result.metrics["valid/perplexity_bound"], rtol=1e-5)
+    assert bound < 0.999 * np.mean(np.exp(losses))
     assert model.tokenizer.encode("abc>") == [0, 1, 2, 6]
 
 
@@ -290,6 +294,105 @@ def test_other_threads_cannot_and_need_not_handle_signals():
     thread.start()
     thread.join()
     assert results == [False]
+
+
+def lines_config(mode, **changes):
+    """A run on `toy.Lines`, with buckets or packed."""
+    config = toy_config(data__prompt_len=7, data__completion_len=7, **changes)
+    config.data.task = {"make": "tests.train.toy:Lines", "has_prompts": mode == "buckets"}
+    config.data.train = config.data.valid = {}
+    config.train.objective.weight_power = 0.0
+    if mode == "buckets":
+        config.data.buckets = ((4, 4),)
+    else:
+        config.data.packing, config.data.prompt_len, config.data.completion_len = True, 0, 8
+        config.train.num_eval_batches = 1
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["buckets", "packing"])
+def test_resuming_with_buckets_and_with_packing(mode, tmp_path, monkeypatch):
+    """Stopped in the middle and not: the same numbers, and one compilation per shape."""
+    traced = []
+
+    def loss(self, params, cfg, batch, context):
+        traced.append(batch["completion"].shape)
+        return original(self, params, cfg, batch, context)
+
+    original = MaskedDiffusion.loss
+    monkeypatch.setattr(MaskedDiffusion, "loss", loss)
+    whole = loop.run(lines_config(mode, train__num_steps=12), tmp_path / "whole")
+    shapes = {(14, 4), (8, 7)} if mode == "buckets" else {(8, 8)}
+    assert set(traced) == shapes
+    assert len(traced) <= 2 * len(shapes)  # once for training, once for validation
+
+    changes = {"optim__decay_steps": 12, "checkpoint__every": 0}
+    loop.run(lines_config(mode, train__num_steps=7, **changes), tmp_path / "parts")
+    changed = lines_config(mode, train__num_steps=12, data__num_threads=0, **changes)
+    loop.run(changed, tmp_path / "parts")
+    ours, theirs = ({line["step"]: line for line in without_times(tmp_path / name)}
+                    for name in ("parts", "whole"))  # fmt: skip
+    for step in range(1, 13):
+        for name in {"loss", "grad_norm", "nll_bound", "masked_accuracy"}:
+            assert ours[step][name] == theirs[step][name]
+    weights = "model/model.safetensors"
+    assert (tmp_path / "parts" / weights).read_bytes() == (
+        tmp_path / "whole" / weights
+    ).read_bytes()
+    # The bound is that of the published weights, whatever the loss has.
+    metrics = whole.metrics
+    assert metrics["valid/nll_bound"] > 1.2 * metrics["valid/loss"] > 0
+    bound = np.exp(metrics["valid/nll_bound"])
+    np.testing.assert_allclose(metrics["valid/perplexity_bound"], bound, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_bad_record_is_named_and_costs_nothing_that_was_saved(tmp_path, monkeypatch):
+    config = lines_config("buckets", checkpoint__every=1)
+    del config.data.valid
+    monkeypatch.setattr(toy.Lines, "too_long", 40)
+    with pytest.raises(ConfigError, match=r"^lines\.txt, line 41: the prompt has"):
+        loop.run(config, tmp_path)
+    lines = read_metrics(tmp_path)
+    assert 1 <= len(lines) < 8
+    with checkpoint.open_manager(tmp_path, from_config_dict(config).checkpoint) as manager:
+        assert manager.latest_step() == len(lines)
+    monkeypatch.undo()  # the record is mended
+    assert loop.run(config, tmp_path).step == 8
+    assert read_metrics(tmp_path)[: len(lines)] == lines
+
+
+def test_bad_files_come_before_any_step(tmp_path):
+    def run(text, **changes):
+        path.write_text(text)
+        config = toy_config(data__tokenizer="byte", data__valid=None, **changes)
+        config.data.train = {}
+        config.data.task = {"make": "dlm.tasks.jsonl:JsonlTask", "path": str(path)}
+        config.data.task.prompt, config.data.task.completion = "{q}", "{a}"
+        with pytest.raises(ConfigError) as error:
+            loop.run(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    path = tmp_path / "some.jsonl"
+    short = '{"q": "a", "a": "b"}\n' * 100
+    assert (
+        run("\n") == f"data.train: {path} holds no records; it must have one JSON object per line"
+    )
+    assert run(short + '{"q": "a"}\n').startswith(
+        f"data.train: {path}, line 101: the record lacks the field 'a' of the template"
+    )
+    assert run(short + '\n{"q": "abcdef", "a": ""}\n' + short) == (
+        f"{path}, line 102: the prompt has 6 tokens, more than data.prompt_len=5: 'abcdef'"
+    )
+    assert run(short + '{"q": "", "a": "abcd"}\n' + short).startswith(
+        f"{path}, line 101: the completion has 4 tokens and its end, more than"
+    )
+    assert run(short, model__max_seq_len=8) == (
+        "model.max_seq_len=8 must be at least data.prompt_len + data.completion_len = 9"
+    )
 
 
 @pytest.mark.parametrize("every", [0, 1, 4])

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from dlm import transformer
 from dlm.params import init_params
+from tests.decode.oracle import Model
 from train.objectives import Context, masked_diffusion
 from train.objectives.masked_diffusion import MaskedDiffusion, weighted_loss
 
@@ -46,6 +48,47 @@ class Recorder:
     def __call__(self, params, cfg, tokens, **kwargs):
         self.calls.append((tokens, kwargs))
         return self._forward(params, cfg, tokens, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "cfg"))
+def loss_and_canvas(params, batch, context, *, objective, cfg):
+    """The loss, its metrics, and the tokens that the model was shown, in one forward."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch)
+        loss, metrics = objective.loss(params, cfg, batch, context)
+    ((tokens, _),) = recorder.calls
+    return loss, metrics, tokens
+
+
+def mixing_forward(params, cfg, tokens, **kwargs):
+    """Stands in for the transformer, whose norms are float32: smooth, and all tokens matter."""
+    x = params["embed"][tokens]
+    return transformer.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
+
+
+def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale=1.0):
+    """Along random directions in float64, with a stand-in for the transformer."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "forward", mixing_forward)
+        rng = np.random.default_rng(0)
+        shape = (cfg.vocab_size, 6)
+        params = {name: scale * rng.normal(size=shape) for name in ("embed", "unembed")}
+        steps = {name: rng.normal(size=(5, *shape)) for name in params}
+
+        @jax.jit
+        def slopes(params, steps, context):
+            loss = lambda params: objective.loss(params, cfg, batch, context)[0]
+            moved = lambda step, size: jax.tree.map(lambda x, dx: x + size * dx, params, step)
+            gradient = jax.grad(loss)(params)
+            products = jax.tree.map(lambda g, dx: (g[None] * dx).sum((1, 2)), gradient, steps)
+            differences = jax.lax.map(
+                lambda step: (loss(moved(step, 1e-5)) - loss(moved(step, -1e-5))) / 2e-5, steps
+            )
+            return sum(products.values()), differences
+
+        analytic, numeric = slopes(params, steps, context)
+        assert analytic.dtype == jnp.float64 and (jnp.abs(analytic) > 1e-3).all()
+        np.testing.assert_allclose(analytic, numeric, rtol=1e-6, atol=1e-8)
 
 
 def test_loss_by_hand():
@@ -273,3 +316,136 @@ def test_weight_power_zero_counts_every_masked_token_alike(toy_cfg, toy_params):
     assert published > flat > 0
     with pytest.raises(ValueError, match="weight_power=2"):
         MaskedDiffusion(weight_power=2.0)
+
+
+# ---- From causal to full attention ------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "cfg"))
+def mask_and_canvas(batch, context, objective, cfg):
+    """What the objective hands to the forward: attention (None: full), its range, the tokens."""
+
+    def forward(params, cfg, tokens, **kwargs):
+        return transformer.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch, forward)
+        objective.predict({}, cfg, batch, context)
+    ((tokens, kwargs),) = recorder.calls
+    mask = None if kwargs["mask"] == "full" else kwargs["mask"]
+    return mask, kwargs.get("window_range"), tokens
+
+
+@pytest.fixture(scope="module")
+def anneal(toy_cfg):
+    """Gives, for a progress and a seed, what attends to what [6, 35, 35] and what is masked."""
+    objective = MaskedDiffusion(anneal=0.5)
+    batch = jax.device_get(make_batch(toy_cfg, rows=6, completion_len=30))
+
+    def draw(progress, seed):
+        context = Context(jax.random.key(seed), progress)
+        bits, window_range, tokens = jax.device_get(
+            mask_and_canvas(batch, context, objective, toy_cfg)
+        )
+        np.testing.assert_array_equal(window_range[:, 0], batch["prompt_start"])
+        np.testing.assert_array_equal(window_range[:, 1], 35)
+        key = np.arange(35)
+        words = bits[..., key // 32]
+        is_open = (words >> (key % 32).astype(np.uint32)) & 1 == 1
+        return is_open, tokens[:, 5:] == toy_cfg.mask_token_id
+
+    return draw
+
+
+EARLIER = np.tri(35, dtype=bool)  # a position sees itself and what is before it
+
+
+def test_annealed_attention_starts_causal_and_ends_full(anneal):
+    for seed in range(3):
+        assert (anneal(0.0, seed)[0] == EARLIER).all()
+        for progress in (0.5, 0.7, 1.0):
+            assert anneal(progress, seed)[0].all()
+
+
+@pytest.mark.parametrize("progress", [0.1, 0.4])
+def test_annealing_opens_each_later_pair_with_its_probability(anneal, progress):
+    draws = np.stack([anneal(progress, seed)[0] for seed in range(20)])  # [steps, B, T, T]
+    assert draws[:, :, EARLIER].all()
+    is_open = draws[:, :, ~EARLIER]
+    share = progress / 0.5
+    deviation = np.sqrt(share * (1 - share))
+    assert abs(is_open.mean() - share) < 4 * deviation / np.sqrt(is_open.size)
+    # Every pair on its own, in every row and step: none is always open, no two rows agree.
+    assert abs(is_open.mean(axis=(0, 1)) - share).max() < 5 * deviation / np.sqrt(20 * 6)
+    agree = is_open[:, 0] == is_open[:, 1]
+    assert abs(agree.mean() - share**2 - (1 - share) ** 2) < 2 / np.sqrt(agree.size)
+
+
+def test_annealing_and_masking_are_independent(anneal):
+    """What is open says nothing about what is masked: they share no random numbers."""
+    draws = [anneal(0.25, seed) for seed in range(20)]
+    is_masked = np.stack([masked.ravel() for _, masked in draws])
+    num = is_masked.shape[1]
+    first = np.stack([is_open.ravel()[:num] for is_open, _ in draws])
+    is_drawn = np.broadcast_to(~EARLIER, (6, 35, 35)).ravel()[:num]
+    pairs = np.corrcoef(is_masked[:, is_drawn].ravel(), first[:, is_drawn].ravel())
+    assert abs(pairs[0, 1]) < 4 / np.sqrt(20 * is_drawn.sum())
+
+
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_the_annealed_loss_is_that_of_a_causal_and_of_a_full_model(toy_cfg, toy_params, progress):
+    """Against the plain model in float64, one row at a time; every masked token counts the same."""
+    objective = MaskedDiffusion(anneal=0.5, weight_power=0.0)
+    batch = make_batch(toy_cfg)
+    loss, _, tokens = jax.device_get(
+        loss_and_canvas(
+            toy_params,
+            batch,
+            Context(jax.random.key(0), progress),
+            objective=objective,
+            cfg=toy_cfg,
+        )
+    )
+    model, total = Model(toy_params, toy_cfg), 0.0
+    for row, start in enumerate(np.asarray(batch["prompt_start"])):
+        n = 11 - start
+        allowed = np.tri(n, dtype=bool) if progress == 0 else None
+        z = model.logits(model.run(tokens[row, start:], range(n), allowed=allowed)[0])
+        for i in np.flatnonzero(tokens[row, 5:] == toy_cfg.mask_token_id):
+            right = batch["completion"][row, i]
+            total += np.log(np.exp(z[5 - start + i]).sum()) - z[5 - start + i, right]
+    np.testing.assert_allclose(loss, total / (4 * 6), rtol=1e-5)
+
+
+def test_without_annealing_attention_is_full(toy_cfg, monkeypatch):
+    recorder = Recorder(monkeypatch, mixing_forward)
+    params = {"embed": jnp.zeros((toy_cfg.vocab_size, toy_cfg.d_model))}
+    context = Context(jax.random.key(0))
+    jax.eval_shape(lambda: MaskedDiffusion().predict(params, toy_cfg, make_batch(toy_cfg), context))
+    assert recorder.calls[0][1]["mask"] == "full"
+    for anneal in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"anneal={anneal} must be in"):
+            MaskedDiffusion(anneal=anneal)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("weight_power", [0.0, 1.0])
+def test_the_bound_is_reported_whatever_the_weights(toy_cfg, toy_params, weight_power, stratified):
+    """Per key it is the published loss; on average, for a model that knows nothing, ln V."""
+    batch = make_batch(toy_cfg)
+    objective = MaskedDiffusion(eps=0.05, weight_power=weight_power, stratified=stratified)
+    published = dataclasses.replace(objective, weight_power=1.0)
+    bound = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))[1]["nll_bound"]
+    loss = published.loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))[0]
+    np.testing.assert_allclose(bound, loss, rtol=1e-6)
+
+    knows_nothing = {**toy_params, "unembed": jnp.zeros_like(toy_params["unembed"])}
+
+    @jax.jit
+    @jax.vmap
+    def bounds(key):
+        return objective.loss(knows_nothing, toy_cfg, batch, Context(key))[1]["nll_bound"]
+
+    values = np.asarray(bounds(jax.random.split(jax.random.key(0), 1024)))
+    error = values.std() / np.sqrt(len(values))
+    assert abs(values.mean() - np.log(toy_cfg.vocab_size)) < 4 * error < 0.3

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.train import toy
+from train import metrics
 from train.config import ConfigError, from_config_dict
 from train.metrics import FILE_NAME, NonFiniteError, Reporter, is_due, read_metrics
 
@@ -29,16 +30,28 @@ def test_lines_are_written_one_step_late_and_only_when_due(tmp_path):
         for step in range(1, 9):
             reporter.flush()
             assert [line["step"] for line in read_metrics(tmp_path)] == list(range(2, step, 2))
-            reporter.add(step, values(loss=step), [])
+            reporter.add(step, values(loss=step), [], 10)
         reporter.flush()
     lines = read_metrics(tmp_path)
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 2), (4, 4), (6, 6), (8, 8)]
     assert all(line["tokens_per_s"] > 0 for line in lines)
 
 
+def test_tokens_per_second_count_what_the_batches_hold(tmp_path, monkeypatch):
+    clock = iter(range(0, 100, 2))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    with Reporter(make_settings(every=3), tmp_path, 0, "test") as reporter:
+        for step, num_tokens in enumerate([1_000, 10, 20, 30, 40, 50, 60, 70], start=1):
+            reporter.add(step, values(), [], num_tokens)
+            reporter.flush()
+    # Two seconds from one reading of the clock to the next; the first step only compiles.
+    lines = {line["step"]: line["tokens_per_s"] for line in read_metrics(tmp_path)}
+    assert lines == {3: (10 + 20) / 2, 6: (30 + 40 + 50) / 2, 8: (60 + 70) / 2}
+
+
 def test_validation_is_part_of_the_line(tmp_path):
     with Reporter(make_settings(every=100), tmp_path, 0, "test") as reporter:
-        reporter.add(3, values(), [])
+        reporter.add(3, values(), [], 10)
         reporter.flush(lambda: {"loss": jnp.float32(0.5)})
     (line,) = read_metrics(tmp_path)
     assert line["step"] == 3 and line["valid/loss"] == 0.5
@@ -47,7 +60,7 @@ def test_validation_is_part_of_the_line(tmp_path):
 @pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"grad_norm": float("inf")}])
 def test_non_finite_steps_are_not_written_nor_validated(tmp_path, bad):
     with Reporter(make_settings(), tmp_path, 0, "test") as reporter:
-        reporter.add(1, values(**bad), [])
+        reporter.add(1, values(**bad), [], 10)
         with pytest.raises(NonFiniteError, match=f"{next(iter(bad))} is .* at step 1"):
             reporter.flush(lambda: pytest.fail("validated"))
     assert read_metrics(tmp_path) == []
@@ -58,7 +71,7 @@ def test_resuming_drops_later_and_broken_lines(tmp_path):
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(1, 6)]
     path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
     with Reporter(make_settings(), tmp_path, 3, "test") as reporter:
-        reporter.add(4, values(loss=0.25), [])
+        reporter.add(4, values(loss=0.25), [], 10)
         reporter.flush()
     assert path.read_text().splitlines()[:3] == lines[:3]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
@@ -97,6 +110,6 @@ def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     settings = make_settings(tensorboard=True, wandb_project="x")
     with Reporter(settings, tmp_path, 0, "test") as reporter:
-        reporter.add(1, values(), [])
+        reporter.add(1, values(), [], 10)
         reporter.flush()
     assert sorted(board.rows) == sorted(run.rows) == [(1, "grad_norm", 2.0), (1, "loss", 1.0)]

@@ -1,7 +1,8 @@
 """Two processes on one machine, as on a pod: the same numbers as one process.
 
 Each process shuffles its own half of the examples. Here a batch is the whole training set and the
-objective draws nothing, so that the order of rows does not matter.
+objective draws nothing, so that the order of rows does not matter. With buckets both processes read
+all examples, and batches have the same rows whatever the training set.
 """
 
 import os
@@ -29,22 +30,28 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from tests.train.test_multiprocess import get_config
 from train import loop
-config = get_config()
+config = get_config(sys.argv[5])
 config.mesh.fsdp = 2
 config.train.num_steps = int(sys.argv[4])
 loop.run(config, sys.argv[3])
 """
 
 
-def get_config():
+def get_config(mode):
     config = toy.get_config()
     config.train.objective = {"make": "train.objectives.causal:Causal"}
-    config.data.train.num_examples = config.data.batch_size
+    if mode == "buckets":
+        config.data.task = {"make": "tests.train.toy:Lines"}
+        config.data.train = config.data.valid = {}
+        config.data.prompt_len = config.data.completion_len = 7
+        config.data.buckets = ((4, 4),)
+    else:
+        config.data.train.num_examples = config.data.batch_size
     config.optim.decay_steps = 8
     return config
 
 
-def run_two_processes(workdir, num_steps):
+def run_two_processes(workdir, num_steps, mode):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -56,7 +63,7 @@ def run_two_processes(workdir, num_steps):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(i), str(workdir), str(num_steps)],
+            [sys.executable, "-c", PROGRAM, address, str(i), str(workdir), str(num_steps), mode],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
@@ -70,10 +77,11 @@ def run_two_processes(workdir, num_steps):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_resume_as_one(tmp_path):
-    run_two_processes(tmp_path / "two", 4)
-    run_two_processes(tmp_path / "two", 8)
-    loop.run(get_config(), tmp_path / "one")
+@pytest.mark.parametrize("mode", ["examples", "buckets"])
+def test_two_processes_train_and_resume_as_one(tmp_path, mode):
+    run_two_processes(tmp_path / "two", 4, mode)
+    run_two_processes(tmp_path / "two", 8, mode)
+    loop.run(get_config(mode), tmp_path / "one")
 
     ours, theirs = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [*range(1, 9)]

@@ -3,11 +3,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dlm.params import init_params
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
-from train.config import OptimConfig
+from train.config import ConfigError, OptimConfig
 from train.objectives.causal import Causal
 from train.optimizer import is_decayed, learning_rate_schedule, make_optimizer, update_ema
 
@@ -25,6 +26,17 @@ def test_schedule():
 def test_schedule_without_decay():
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, decay_steps=10, end_factor=1.0)
     np.testing.assert_allclose([learning_rate_schedule(optim)(i) for i in (2, 7, 20)], 1.0)
+
+
+def test_schedule_that_falls_at_the_end():
+    """LLaDA's fine-tuning: warm-up, constant, down over the last tenth."""
+    optim = OptimConfig(
+        learning_rate=1.0, warmup_steps=10, decay_steps=200, end_factor=0.1, decay_share=0.1
+    )
+    rates = [learning_rate_schedule(optim)(i) for i in (5, 10, 100, 180, 190, 200, 300)]
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 0.55, 0.1, 0.1], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"optim\.decay_share=0 must be in \(0, 1\]"):
+        dataclasses.replace(optim, decay_share=0)
 
 
 def test_norms_and_biases_are_not_decayed(toy_cfg):

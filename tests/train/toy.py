@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,35 @@ class Copy:
         rng = np.random.default_rng([index, self.split == "test"])
         letters = "".join("abcdef"[i] for i in rng.integers(6, size=self.length))
         return tasks.Example(f"{letters}>", letters, {"operation": "copy"})
+
+    def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
+        return tasks.exact_match(example, completion)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        return tuple("abcdef>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """One to six letters, to be written down again; lines of a file, so to speak."""
+
+    num_examples: int = 64
+    has_prompts: bool = True
+    too_long: ClassVar[int] = -1  # an example that fits nowhere
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> tasks.Example:
+        rng = np.random.default_rng([index, 2])
+        letters = "".join("abcdef"[i] for i in rng.integers(6, size=rng.integers(1, 7)))
+        if index == self.too_long:
+            letters *= 9
+        return tasks.Example(f"{letters}>" if self.has_prompts else "", letters, {})
+
+    def where(self, index: int) -> str:
+        return f"lines.txt, line {index + 1}"
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         return tasks.exact_match(example, completion)

@@ -10,7 +10,7 @@ where `batch` is what `train.data` makes:
     prompt_start: [B] int32. Index of the first real prompt token; P if the prompt is empty.
     completion: [B, G] int32. Completions, filled up with EOS.
     completion_len: [B] int32. Tokens of the completion, its first EOS included, at most G.
-    index: [B] int32. Which examples of the task these are.
+    index: [B] int32. Which examples of the task these are; of a packed row, its first one.
     step_map: [B, G] int32. Only of trajectories (`train.trajectories`): the round in which the
         teacher decided each position, EOS padding included; -1: never.
 

@@ -90,8 +90,9 @@ class MaskedDiffusion:
           context: likewise; its key draws the masks.
 
         Returns:
-          Scalar float32, and metrics: "loss", "masked_accuracy" (masked tokens whose arg-max is
-          right) and "mask_fraction".
+          Scalar float32, and metrics: "loss", "nll_bound" (LLaDA, Eq. 4: an estimate, in nats per
+          completion token, of a bound on the negative log-likelihood, whatever the loss's weights),
+          "masked_accuracy" (masked tokens whose arg-max is right) and "mask_fraction".
 
         Raises:
           ValueError: the model has no mask token, or it is shifted and there is no prompt.
@@ -100,13 +101,15 @@ class MaskedDiffusion:
         said = self.predict(params, cfg, batch, context)
         stats = transformer.target_stats(params, said.hidden, said.targets)
         is_right = stats.token == said.targets
-        return weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
+        loss, metrics = weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
+        nll_bound, _ = weighted_loss(stats.log_prob, is_right, is_masked, p)
+        return loss, {**metrics, "nll_bound": nll_bound}
 
     def _attention(self, batch: Mapping[str, jax.Array], context: Context) -> jax.Array:
         """Packed bits [B, T, ceil(T / 32)] of attention on the way from causal to full."""
         B, T = len(batch["prompt"]), batch["prompt"].shape[1] + batch["completion"].shape[1]
         share = jnp.minimum(context.progress / self.anneal, 1.0)
-        key = jax.random.fold_in(context.key, 1)
+        key = jax.random.fold_in(context.key, 2)  # 0 and 1 are what `split` makes: the masks' own
         is_open = jax.random.uniform(key, (B, T, T)) < share
         return pack_mask(is_open | jnp.tri(T, dtype=bool)[None])
 
@@ -172,7 +175,7 @@ def weighted_loss(
         masked, or a power of it.
 
     Returns:
-      Scalar float32, and the metrics of `MaskedDiffusion.loss`.
+      Scalar float32, and the metrics of `MaskedDiffusion.loss` but for its bound.
     """
     per_row = jnp.where(is_masked, -log_prob, 0.0).sum(axis=1) / p / is_masked.shape[1]
     loss = per_row.mean()

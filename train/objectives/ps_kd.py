@@ -74,7 +74,8 @@ class PsKd:
         soft = soft_cross_entropy(params, said.hidden, context.teacher, before.hidden)
         alpha = self.alpha * context.progress
         loss = loss + alpha * (said.weight * (soft - hard)).sum()
-        soft_mean = (said.weight * soft).sum() / said.weight.sum()
+        total = jnp.maximum(said.weight.sum(), jnp.finfo(jnp.float32).tiny)  # perhaps no token
+        soft_mean = (said.weight * soft).sum() / total
         return loss, {**metrics, "loss": loss, "soft_cross_entropy": soft_mean}
 
 

@@ -51,6 +51,21 @@ def test_errors_name_file_and_line(tmp_path):
         jsonl.JsonlTask(bad, "{q}", "")
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: .*index out of range.* it has q"):
         jsonl.JsonlTask(bad, "{q[1]}", "")
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: the template '{q:d}' does not fit"):
+        jsonl.JsonlTask(bad, "{q:d}", "")
+    bad.write_text('{"q": {"a": 1}}\n{"q": {"a": null}}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: the field 'q\[a\]' .* is null"):
+        jsonl.JsonlTask(bad, "", "{q[a]}")
+    bad.write_bytes(b'{"q": 1}\n{"q": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not UTF-8"):
+        jsonl.JsonlTask(bad, "{q}", "")
+
+
+def test_where_an_example_is_from(tmp_path):
+    path = tmp_path / "toy.jsonl"
+    path.write_text('{"q": 1}\r\n\n\n{"q": 2}')
+    task = jsonl.JsonlTask(path, "{q}", "")
+    assert [task.where(i) for i in range(2)] == [f"{path}, line 1", f"{path}, line 4"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from dlm.tasks import tfds_source
+from dlm.tokenizer import byte_tokenizer
+from train.config import ConfigError, DataConfig
+from train.data import train_iterator
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
@@ -65,6 +68,14 @@ def test_random_access(data_dir):
             task[index]
 
 
+def test_long_records_are_named_by_the_trainer(data_dir):
+    task = open_task(data_dir)
+    config = DataConfig(task={}, prompt_len=9, completion_len=4, batch_size=8, num_threads=0)
+    message = r"^tiny_sums, split train, record \d: the prompt has 15 tokens, more than data.prompt"
+    with pytest.raises(ConfigError, match=message):
+        next(train_iterator(task, byte_tokenizer(), config))
+
+
 def test_own_scorer(data_dir):
     task = open_task(data_dir, scorer=lambda example, text: {"score": float(text == "yes")})
     assert task.score(task[0], "yes") == {"score": 1.0}
@@ -75,6 +86,8 @@ def test_errors(data_dir):
         ValueError, match=r"tiny_sums, split test, record 0: .*'answer'.* sum, text"
     ):
         open_task(data_dir, split="test", completion="{answer}")
+    with pytest.raises(ValueError, match=r"split='train\[:0\]' of 'tiny_sums' must have records"):
+        open_task(data_dir, split="train[:0]")
     with pytest.raises(ValueError, match="dev"):
         open_task(data_dir, split="dev")
     # A name TFDS has never heard of, and one it knows but that was not prepared.

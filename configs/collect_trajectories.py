@@ -1,0 +1,48 @@
+"""A model's answers to its own training prompts, and how it came to them.
+
+    python -m train.trajectories --config=configs/collect_trajectories.py:waiting_line \\
+        --config.checkpoint=runs/waiting_line/model --out=runs/waiting_line/trajectories
+
+What `distill_dparallel.py`, `distill_d3llm.py` and, with `oracle`, `filter_learn2pd.py` learn from.
+One token per step, as all three papers do (arXiv:2509.26488, arXiv:2601.07568, arXiv:2509.25188).
+"""
+
+import importlib
+
+import ml_collections
+
+TASKS = {"waiting_line": 8, "scan": 13}  # positions per block
+
+
+def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
+    """The settings.
+
+    Args:
+      arg: a task, "waiting_line" or "scan"; with ",runlocal" behind it a smoke test of a few
+        seconds.
+    """
+    task, _, variant = arg.partition(",")
+    if task not in TASKS or variant not in ("", "runlocal"):
+        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    base = importlib.import_module(f"configs.mdlm_{task}").get_config()
+
+    config = ml_collections.ConfigDict()
+    config.checkpoint = f"runs/{task}/model"  # the teacher
+    config.task = base.data.task.copy_and_resolve_references()
+    config.task.update(base.data.train)
+    config.method = "one_per_step"
+    config.block_len = TASKS[task]  # positions per block
+    # All positions are decided, those behind the end too: students learn the padding as well.
+    config.changes = ml_collections.ConfigDict({"stopper": "filled"})
+    config.oracle = False  # decode a second time for Learn2PD's filter
+    config.num_examples = 10_000
+    config.prompt_len = base.data.prompt_len  # tokens
+    config.gen_len = base.data.completion_len  # tokens
+    config.batch_size = 256  # rows decoded at once
+    config.examples_per_shard = 2_048
+    config.seed = 0  # of sampled methods
+    config.dtype = ""  # of the parameters; "": the checkpoint's
+    config.tensor = 1  # devices that share the model
+    if variant == "runlocal":
+        config.num_examples, config.batch_size, config.examples_per_shard = 160, 32, 64
+    return config

@@ -1,0 +1,48 @@
+"""Certainty-forcing distillation (dParallel) of a small model, on its own right answers.
+
+    python -m train --config=configs/distill_dparallel.py:waiting_line --workdir=runs/dparallel
+
+Needs `collect_trajectories.py` first. Objective: arXiv:2509.26488, with its temperature, eps and
+beta (LLaDA). All parameters are trained, the model being small; the published recipe trains LoRA
+(`llada_8b_dparallel.py`).
+"""
+
+import importlib
+
+import ml_collections
+
+TASKS = {"waiting_line": 8, "scan": 13}  # positions per block
+
+
+def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
+    """The settings.
+
+    Args:
+      arg: a task, "waiting_line" or "scan"; with ",runlocal" behind it a smoke test of a few
+        seconds.
+    """
+    task, _, variant = arg.partition(",")
+    if task not in TASKS or variant not in ("", "runlocal"):
+        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    config = importlib.import_module(f"configs.mdlm_{task}").get_config(variant)
+    with config.unlocked():
+        config.data.task = ml_collections.ConfigDict()
+        config.data.task.make = "train.trajectories:Trajectories"
+        config.data.task.path = f"runs/{task}/trajectories"
+        config.data.task.only_right = True  # wrong answers are not worth being sure of
+        config.data.train = ml_collections.ConfigDict({"split": "train"})
+        config.data.valid = ml_collections.ConfigDict({"split": "valid"})
+        config.train.objective = objective = ml_collections.ConfigDict()
+        objective.make = "train.objectives.certainty_forcing:CertaintyForcing"
+        objective.block_len = TASKS[task]  # positions per block; published: 32
+        objective.beta = 2.0  # weight of the entropy (LLaDA)
+        objective.temperature = 0.5  # of the entropy
+        objective.eps = 1e-3  # masks are drawn with probability (1 - eps) / 2 + eps
+        objective.remat = True  # recompute activations: less memory to move
+    config.train.init_from = f"runs/{task}/model"  # the teacher is where the student starts
+    config.train.num_steps = 600 if variant == "" else 20
+    config.train.eval_every = 0 if variant == "" else 10
+    config.train.num_eval_batches = 2 if variant == "" else 1  # held-out batches of a validation
+    config.optim.learning_rate = 1e-3  # highest
+    config.optim.weight_decay = 0.01  # decoupled (published)
+    return config

@@ -1,0 +1,123 @@
+"""Learn2PD's filter: which proposals of a block to keep, judged by the block's confidences.
+
+Reference: Bao et al., "Learning to Parallel: Accelerating Diffusion Large Language Models via
+Learnable Parallel Decoding", arXiv:2509.25188, Sec. 3.2. Two layers, 2 (C^2 + C) parameters:
+
+    h = relu(W1 c + b1)        o = W2 h + b2        keep_i = sigmoid(o_i) > tau
+
+c [C] holds the confidences of a block of C positions: committed ones too, with the probability that
+the model gives its own arg-max there now; positions that do not exist are 0. Weights are stored
+input-first, float32.
+
+A filter fits the model, the block length and the confidence it was trained with, and no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import struct
+
+from dlm.lm import LanguageModel, fingerprint
+
+_WEIGHTS, _CONFIG = "filter.safetensors", "filter.json"
+
+
+class Filter(struct.PyTreeNode):
+    """A filter and what it belongs to.
+
+    Attributes:
+      w1: [C, C] float32.
+      b1: [C] float32.
+      w2: [C, C] float32.
+      b2: [C] float32.
+      model: `dlm.lm.fingerprint` of the model; "": of any. Static.
+      confidence: name of the confidence component. Static.
+    """
+
+    w1: jax.Array
+    b1: jax.Array
+    w2: jax.Array
+    b2: jax.Array
+    model: str = struct.field(pytree_node=False, default="")
+    confidence: str = struct.field(pytree_node=False, default="Probability")
+
+    @property
+    def block_len(self) -> int:
+        """C."""
+        return self.b1.shape[0]
+
+    def logits(self, confidence: jax.Array) -> jax.Array:
+        """o [..., C] of confidences [..., C] in [0, 1], both float32."""
+        rows = confidence.reshape(-1, self.block_len)
+        hidden = jax.nn.relu(rows @ self.w1 + self.b1[None])
+        return (hidden @ self.w2 + self.b2[None]).reshape(confidence.shape)
+
+
+def init_filter(key: jax.Array, block_len: int, model: str = "") -> Filter:
+    """A fresh filter: weights uniform within +-1/sqrt(C), as the public code's linear layers."""
+    if block_len < 1:
+        raise ValueError(f"block_len={block_len} must be at least 1")
+    bound = block_len**-0.5
+
+    def draw(i: int, *shape: int) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
+
+    return Filter(
+        w1=draw(0, block_len, block_len),
+        b1=draw(1, block_len),
+        w2=draw(2, block_len, block_len),
+        b2=draw(3, block_len),
+        model=model,
+    )
+
+
+def save_filter(path: str | os.PathLike[str], filter: Filter) -> None:
+    """Writes filter.safetensors and filter.json into a folder, made if needed."""
+    root = pathlib.Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    weights = {name: np.asarray(getattr(filter, name)) for name in ("w1", "b1", "w2", "b2")}
+    safetensors.numpy.save_file(weights, root / _WEIGHTS)
+    config = {
+        "block_len": filter.block_len,
+        "model": filter.model,
+        "confidence": filter.confidence,
+    }
+    (root / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_filter(path: str | os.PathLike[str], lm: LanguageModel | None) -> Filter:
+    """Reads what `save_filter` wrote.
+
+    Args:
+      path: the folder.
+      lm: the model it is to be used with; None: not checked.
+
+    Raises:
+      FileNotFoundError: there is no filter.
+      ValueError: it is broken, or belongs to another model.
+    """
+    root = pathlib.Path(path)
+    config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
+    weights = safetensors.numpy.load_file(root / _WEIGHTS)
+    C = config["block_len"]
+    for name, shape in (("w1", (C, C)), ("b1", (C,)), ("w2", (C, C)), ("b2", (C,))):
+        found = weights[name].shape if name in weights else None
+        if found != shape:
+            raise ValueError(f"{root / _WEIGHTS}: {name} of shape {found} must be {shape}")
+    if lm is not None and config["model"] and config["model"] != fingerprint(lm):
+        raise ValueError(
+            f"the filter in {root} belongs to model {config['model']}, and this one is "
+            f"{fingerprint(lm)}: train a filter for it"
+        )
+    return Filter(
+        **{name: jnp.asarray(value) for name, value in weights.items()},
+        model=config["model"],
+        confidence=config["confidence"],
+    )

@@ -1,0 +1,66 @@
+"""The 8B recipes: what they say, and a smoke test of LoRA on a tiny model's own answers."""
+
+import dataclasses
+
+import jax
+import pytest
+
+import dlm
+from configs import llada_8b_dparallel, llada_8b_sft
+from dlm.lora import TARGETS, load
+from dlm.params import init_params
+from dlm.tokenizer import word_tokenizer
+from tests.conftest import TOY_CFG
+from tests.train import toy
+from train import loop, trajectories
+from train.config import ConfigError, build, from_config_dict
+
+
+def test_dparallel_needs_a_model_answers_and_a_number_of_steps():
+    config = llada_8b_dparallel.get_config()
+    for field, value in (
+        ("data.task.path", "answers"),
+        ("train.init_from", "model"),
+        ("train.num_steps", 600),
+    ):
+        with pytest.raises(ConfigError, match=rf"needs a value for --config\.{field}"):
+            from_config_dict(config)
+        config.update_from_flattened_dict({field: value})
+    settings = from_config_dict(config)
+    build(settings.train.objective, "train.objective")
+    assert settings.data.batch_size * settings.optim.accumulate == 64
+    lora = build(settings.train.trainable, "train.trainable")
+    assert lora.scale == 1.0 and lora.targets == TARGETS
+    released = llada_8b_dparallel.get_config("released").train.trainable
+    assert build(released, "train.trainable").targets == ("q", "k", "v", "up")
+
+
+def test_sft_is_three_epochs_of_the_published_pairs():
+    config = llada_8b_sft.get_config()
+    rows = config.data.batch_size * config.optim.accumulate
+    assert rows == 256 and config.train.num_steps == 3 * 4_500_000 // rows
+
+
+@pytest.mark.slow
+def test_dparallel_smoke_test(tmp_path):
+    tokenizer = word_tokenizer(toy.Copy().pieces)
+    cfg = dataclasses.replace(
+        TOY_CFG, n_kv_heads=4, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    params = init_params(jax.random.key(0), cfg)
+    dlm.save(tmp_path / "model", dlm.LanguageModel(params, cfg, tokenizer))
+    collect = trajectories.TrajectoryConfig(
+        checkpoint=str(tmp_path / "model"), task={"make": "tests.train.toy:Copy"}, num_examples=80,
+        prompt_len=8, gen_len=24, block_len=8, batch_size=40,
+    )  # fmt: skip
+    trajectories.run(collect, tmp_path / "answers")
+
+    config = llada_8b_dparallel.get_config("runlocal")
+    config.train.init_from = str(tmp_path / "model")
+    config.data.task.path = str(tmp_path / "answers")
+    config.data.task.only_right = False  # an untrained model has no right answers
+    result = loop.run(config, tmp_path / "run")
+    assert result.step == 20 and dlm.load(result.model_path).cfg == cfg
+    lora, delta = load(tmp_path / "run" / "adapter", cfg)
+    assert lora.rank == 4 and abs(delta["up"]["up"]).max() > 0

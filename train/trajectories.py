@@ -1,0 +1,462 @@
+"""A model's own answers and how it came to them: what distillation and filters learn from.
+
+    python -m train.trajectories --config=configs/trajectories_waiting_line.py \\
+        --out=runs/waiting_line/trajectories
+
+Decodes the prompts of a task with any method of `decode/methods.py` and writes, per example,
+
+    index       which example of the task
+    prompt      [n] int32. Token ids
+    completion  [G] int32. The answer; behind its first EOS everything is EOS
+    step_map    [G] int32. The round that decided each position; -1: none did
+    confidence  [G] float32 in [0, 1]. When it was decided
+    log_prob    [G] float32. Of the token, when it was decided
+    score       float32 in [0, 1]. Of the task's scorer
+    num_forwards  int32
+
+and with `oracle`, which decodes a second time, knowing the answer (`decode.rules.recorded`), the
+rounds that Learn2PD's filter learns from, C positions of the open block each:
+
+    rounds/confidence  [S, C] float32 in [0, 1]. Of all proposals, decided positions included
+    rounds/is_right    [S, C] bool. Whether the proposal is the answer's token
+    rounds/undecided   [S, C] bool. Positions of the block not decided yet
+
+as a TensorFlow data set in ArrayRecord format (`tfds.builder_from_directory(out)`), without
+TensorFlow. Every shard is written whole or not at all: a rerun goes on behind the last one.
+Processes of a cluster write shards in turn, each on its own devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from absl import app, flags, logging
+from array_record.python import array_record_module
+from jax.experimental import multihost_utils
+from ml_collections import config_dict, config_flags
+
+from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.generate import Completion, collect
+from decode.methods import named, override
+from decode.rules.recorded import GreedyOracle, Record, Recorded
+from dlm import lm as lm_lib
+from dlm import tasks
+from dlm.lm import LanguageModel, fingerprint
+from dlm.sharding import make_mesh
+from train.config import ConfigError, build
+
+_NAME = "trajectories"
+_SETTINGS = "settings.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """What to decode, and how.
+
+    Attributes:
+      checkpoint: folder of the model, for `dlm.load`.
+      task: {"make": "module:Class", **fields}, see `dlm.tasks`.
+      method: name in `decode/methods.py`.
+      block_len: positions per block.
+      changes: fields of the method that differ, see `decode.methods.override`.
+      oracle: whether to decode a second time for the filter.
+      num_examples: the task's first ones; 0: all.
+      prompt_len: P, tokens of the longest prompt.
+      gen_len: G, tokens per answer.
+      batch_size: rows decoded at once, in each process.
+      examples_per_shard: that a file holds; what a stopped run may lose.
+      seed: of sampled methods; example i uses seed + i.
+      dtype: of the parameters; "": the checkpoint's.
+      tensor: devices per process over which heads, MLP and vocabulary are split.
+    """
+
+    checkpoint: str
+    task: Mapping[str, Any]
+    method: str = "one_per_step"
+    block_len: int = 32
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    oracle: bool = False
+    num_examples: int = 0
+    prompt_len: int
+    gen_len: int
+    batch_size: int = 64
+    examples_per_shard: int = 1024
+    seed: int = 0
+    dtype: str = ""
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        lowest = dict.fromkeys(
+            ("block_len", "prompt_len", "gen_len", "batch_size", "examples_per_shard", "tensor"), 1
+        ) | {"num_examples": 0, "seed": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least {low}")
+
+
+def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLike[str]) -> float:
+    """Decodes and writes what is missing in `out`.
+
+    Args:
+      config: fields of `TrajectoryConfig`.
+      out: the folder of the data set, made if needed.
+
+    Returns:
+      Tokens per second of this call, compilation excluded: those up to and with EOS, over the time
+      that decoding took. 0 if there was nothing left to do.
+
+    Raises:
+      ConfigError: the settings make no sense, or `out` has trajectories of other settings.
+    """
+    settings = config if isinstance(config, TrajectoryConfig) else _from_config_dict(config)
+    folder = pathlib.Path(out)
+    mesh = None
+    if settings.tensor > 1:
+        mesh = make_mesh(tensor=settings.tensor, devices=jax.local_devices())
+    task = build(settings.task, "task")
+    try:
+        model = lm_lib.load(settings.checkpoint, dtype=settings.dtype or None, mesh=mesh)
+        if model.tokenizer is None:
+            raise ValueError("it has no tokenizer to read the task's prompts with")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"checkpoint={settings.checkpoint!r}: {error}") from error
+    num = settings.num_examples or len(task)
+    if not 0 < num <= len(task):
+        raise ConfigError(f"num_examples={num} must be in 1 to {len(task)}, the task's examples")
+    try:
+        method = override(named(settings.method, settings.block_len), settings.changes)
+        method.validate(model.cfg)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
+    _claim(folder, settings, fingerprint(model))
+
+    size = settings.examples_per_shard
+    num_shards = -(-num // size)
+    features = _features(settings)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder,
+        dataset_name=_NAME,
+        split="train",
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    paths = [
+        pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=num_shards))
+        for i in range(num_shards)
+    ]
+    ours = range(jax.process_index(), num_shards, jax.process_count())
+    tokens = seconds = 0.0
+    with tqdm.tqdm(
+        total=sum(min(size, num - i * size) for i in ours),
+        initial=sum(min(size, num - i * size) for i in ours if paths[i].exists()),
+        desc="trajectories",
+        unit="example",
+        disable=None if jax.process_index() == 0 else True,
+        dynamic_ncols=True,
+    ) as bar:
+        decoder = _Decoder(model, task, method, settings)
+        for i in ours:
+            if paths[i].exists():
+                continue
+            partial = paths[i].with_name(paths[i].name + ".partial")
+            writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+            for first in range(i * size, min((i + 1) * size, num), settings.batch_size):
+                last = min(first + settings.batch_size, (i + 1) * size, num)
+                for record in decoder.decode(range(first, last)):
+                    writer.write(features.serialize_example(record))
+                    bar.update()
+                tokens, seconds = decoder.tokens, decoder.seconds
+                if seconds:
+                    bar.set_postfix({"tokens/s": f"{tokens / seconds:,.0f}"})
+            writer.close()
+            partial.replace(paths[i])
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("trajectories")
+    if jax.process_index() == 0:
+        split = tfds.core.SplitInfo(
+            name="train",
+            shard_lengths=[min(size, num - i * size) for i in range(num_shards)],
+            num_bytes=sum(path.stat().st_size for path in paths),
+            filename_template=template,
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=folder,
+            features=features,
+            split_infos=[split],
+            filename_template=template.template,
+            description=f"Trajectories of {settings.checkpoint}, see {_SETTINGS}",
+            check_data=False,
+        )
+    return tokens / seconds if seconds else 0.0
+
+
+class _Decoder:
+    """Decodes examples batch by batch, and keeps the time."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        task: tasks.Task,
+        method: DiffusionMethod,
+        settings: TrajectoryConfig,
+    ) -> None:
+        self._lm, self._task, self._method, self._settings = lm, task, method, settings
+        self._compiled: dict[Any, Any] = {}
+        self.tokens = self.seconds = 0.0
+
+    def decode(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Records of some examples."""
+        lm, settings = self._lm, self._settings
+        assert lm.tokenizer is not None
+        examples = [self._task[i] for i in indices]
+        prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
+        for i, prompt in zip(indices, prompts, strict=True):
+            if len(prompt) > settings.prompt_len:
+                raise ConfigError(
+                    f"the prompt of example {i} has {len(prompt)} tokens, more than "
+                    f"prompt_len={settings.prompt_len}"
+                )
+        seeds = [settings.seed + i for i in indices]
+        state = self._run(self._method, prompts, seeds)
+        completions = collect(state, lm, len(prompts))
+        rounds: list[dict[str, np.ndarray] | None] = [None] * len(prompts)
+        answers = np.full((settings.batch_size, settings.gen_len), lm.cfg.eos_token_id, np.int32)
+        for b, completion in enumerate(completions):
+            answers[b, : len(completion.tokens)] = completion.tokens
+        if settings.oracle:
+            knowing = self._method.replace(
+                confidence=Recorded(num_rounds=settings.gen_len * 2, base=self._method.confidence),
+                reviser=GreedyOracle(answers),
+            )
+            state = self._run(knowing, prompts, seeds)
+            rounds = _rounds(state, answers, len(prompts))
+        for i, example, prompt, completion, answer, seen in zip(
+            indices, examples, prompts, completions, answers, rounds, strict=False
+        ):
+            self.tokens += min(len(completion.tokens) + 1, settings.gen_len)
+            yield self._record(i, example, prompt, completion, answer, seen)
+
+    def _run(
+        self, method: DiffusionMethod, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+    ) -> Any:
+        lm, settings = self._lm, self._settings
+        state = init_state(
+            lm.cfg, method, prompts, gen_len=settings.gen_len, seeds=seeds,
+            prompt_len=settings.prompt_len, batch_size=settings.batch_size,
+        )  # fmt: skip
+        structure = jax.tree.structure((method, state))
+        with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
+            if structure not in self._compiled:
+                lowered = decode.lower(lm.params, lm.cfg, method, state)
+                self._compiled[structure] = lowered.compile()
+            start = time.perf_counter()
+            state = self._compiled[structure](lm.params, method, state)
+            jax.block_until_ready(state)
+        self.seconds += time.perf_counter() - start
+        return state
+
+    def _record(
+        self,
+        index: int,
+        example: tasks.Example,
+        prompt: Sequence[int],
+        completion: Completion,
+        answer: np.ndarray,
+        rounds: Mapping[str, np.ndarray] | None,
+    ) -> dict[str, Any]:
+        G = self._settings.gen_len
+
+        def padded(x: np.ndarray, fill: float) -> np.ndarray:
+            return np.pad(x, (0, G - len(x)), constant_values=fill)
+
+        record = {
+            "index": index,
+            "prompt": np.asarray(prompt, np.int32),
+            "completion": answer,
+            "step_map": padded(completion.step_map, -1),
+            "confidence": padded(completion.confidence, 0),
+            "log_prob": padded(completion.log_prob, 0),
+            "score": self._task.score(example, completion.text or "")["score"],
+            "num_forwards": completion.num_forwards,
+        }
+        return record if rounds is None else record | {"rounds": dict(rounds)}
+
+
+def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndarray] | None]:
+    """The rounds of the second decoding, per example."""
+    record: Record = jax.tree.map(np.asarray, jax.device_get(state.components[1]))
+    found: list[dict[str, np.ndarray] | None] = []
+    G = answers.shape[1]
+    for b, count in enumerate(np.asarray(state.row_step)[:num]):
+        place = record.block_start[b, :count, None] + np.arange(record.proposal.shape[2])
+        exists = place < G
+        right = answers[b][np.minimum(place, G - 1)]
+        found.append(
+            {
+                "confidence": np.asarray(record.confidence[b, :count]),
+                "is_right": (record.proposal[b, :count] == right) & exists,
+                "undecided": np.asarray(record.undecided[b, :count]),
+            }
+        )
+    return found
+
+
+def _features(settings: TrajectoryConfig) -> Any:
+    def vector(dtype: Any) -> Any:
+        return tfds.features.Tensor(shape=(settings.gen_len,), dtype=dtype)
+
+    features = {
+        "index": tfds.features.Scalar(np.int32),
+        "prompt": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "completion": vector(np.int32),
+        "step_map": vector(np.int32),
+        "confidence": vector(np.float32),
+        "log_prob": vector(np.float32),
+        "score": tfds.features.Scalar(np.float32),
+        "num_forwards": tfds.features.Scalar(np.int32),
+    }
+    if settings.oracle:
+        C = min(settings.block_len, settings.gen_len)
+        features["rounds"] = tfds.features.FeaturesDict(
+            {
+                name: tfds.features.Tensor(shape=(None, C), dtype=dtype)
+                for name, dtype in (
+                    ("confidence", np.float32),
+                    ("is_right", np.bool_),
+                    ("undecided", np.bool_),
+                )
+            }
+        )
+    return tfds.features.FeaturesDict(features)
+
+
+def _claim(folder: pathlib.Path, settings: TrajectoryConfig, model: str) -> None:
+    """Writes the settings into a new folder, or checks that a used one has the same."""
+    now = json.loads(json.dumps({**dataclasses.asdict(settings), "model": model}))
+    path = folder / _SETTINGS
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name not in _MAY_CHANGE
+        ]
+        if changed:
+            raise ConfigError(
+                f"out={str(folder)!r} has trajectories of other settings ({'; '.join(changed)}): "
+                "go back to the old values or choose another folder"
+            )
+    elif jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+_MAY_CHANGE = ("checkpoint", "batch_size", "tensor")  # where and how fast, not what
+
+
+# ---- Reading them ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectories:
+    """What `run` wrote, as a task to train on: a random-access collection of `tasks.Encoded`.
+
+    Attributes:
+      path: the folder.
+      split: "train", "valid" or "all": all but the last twentieth, that, or all of them.
+      only_right: whether answers with a score below 1 are left out.
+
+    Raises:
+      FileNotFoundError: there are none, or they are not complete yet.
+      ValueError: the split is unknown, or has no example.
+    """
+
+    path: str
+    split: str = "train"
+    only_right: bool = False
+    _kept: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        source = open_records(self.path)
+        kept = np.arange(len(source))
+        num_valid = max(len(source) // 20, 1)
+        parts = {"train": kept[:-num_valid], "valid": kept[-num_valid:], "all": kept}
+        if self.split not in parts:
+            raise ValueError(f"split={self.split!r} must be one of {', '.join(parts)}")
+        kept = parts[self.split]
+        if self.only_right:
+            kept = np.array([i for i in kept if source[int(i)]["score"] >= 1], np.int64)
+        if not len(kept):
+            raise ValueError(f"{self.path}, split {self.split}: no trajectory is right")
+        object.__setattr__(self, "_source", source)
+        object.__setattr__(self, "_kept", kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> tasks.Encoded:
+        record = self._source[int(self._kept[index])]
+        return tasks.Encoded(record["prompt"], record["completion"], record["step_map"])
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Fields of the `TrajectoryConfig` they were made with, and "model", its fingerprint."""
+    settings: dict[str, Any] = json.loads(
+        (pathlib.Path(path) / _SETTINGS).read_text(encoding="utf-8")
+    )
+    return settings
+
+
+def open_records(path: str | os.PathLike[str]) -> Sequence[dict[str, Any]]:
+    """The records that `run` wrote; FileNotFoundError if they are missing or not complete."""
+    if not (pathlib.Path(path) / "dataset_info.json").exists():
+        raise FileNotFoundError(
+            f"path={str(path)!r} must be a folder that `python -m train.trajectories` has finished"
+        )
+    return tfds.builder_from_directory(path).as_data_source("train")
+
+
+# ---- The command -------------------------------------------------------------------------------
+
+
+def _from_config_dict(config: config_dict.ConfigDict) -> TrajectoryConfig:
+    values = config.to_dict()
+    known = {field.name for field in dataclasses.fields(TrajectoryConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"the config has an unknown field {unknown[0]!r}")
+    try:
+        return TrajectoryConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"the config: {error}") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.field=…")
+    try:
+        tokens_per_s = run(flags.FLAGS.config, flags.FLAGS.out)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"{flags.FLAGS.out} is complete; {tokens_per_s:,.0f} tokens/s in this call.")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="A file of configs/.", lock_config=True)
+    flags.DEFINE_string("out", None, "Folder of the data set; the same one goes on.")
+    flags.mark_flags_as_required(["config", "out"])
+    app.run(main)
