@@ -56,14 +56,6 @@ from train import learn2pd, loop, trajectories
 from train.config import ConfigError
 from train.host import keep_freed_memory
 
-_TASKS = flags.DEFINE_list("tasks", ["waiting_line", "scan"], "Which of these two.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One whole study each.")
-_NUM_PICK = flags.DEFINE_integer("num_pick", 200, "Examples on which settings are picked.")
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 400, "Examples that are reported.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of models and measurements.")
-_OUT = flags.DEFINE_string("out", "docs", "Folder of study.md and the figures.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "A few steps and examples: does it run?")
-
 _INTRODUCTION = """# What learned parallelism buys
 
 Written by `make study` (`scripts/study.py`, which says how systems are made and settings picked):
@@ -353,21 +345,21 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
-    if unknown := sorted(set(_TASKS.value) - set(collect_trajectories.TASKS)):
+    if unknown := sorted(set(flags.FLAGS.tasks) - set(collect_trajectories.TASKS)):
         sys.exit(f"error: --tasks has {unknown[0]!r}; there are waiting_line and scan")
-    num_pick, num_examples = _NUM_PICK.value, _NUM_EXAMPLES.value
-    if _SMOKE.value:
+    num_pick, num_examples = flags.FLAGS.num_pick, flags.FLAGS.num_examples
+    if flags.FLAGS.smoke:
         num_pick, num_examples = 8, 8
-    seeds = [int(seed) for seed in _SEEDS.value]
-    out = pathlib.Path(_OUT.value)
+    seeds = [int(seed) for seed in flags.FLAGS.seeds]
+    out = pathlib.Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     page = [_INTRODUCTION]
-    for task in _TASKS.value:
-        folders = [pathlib.Path(_WORKDIR.value) / task / f"seed{seed}" for seed in seeds]
+    for task in flags.FLAGS.tasks:
+        folders = [pathlib.Path(flags.FLAGS.workdir) / task / f"seed{seed}" for seed in seeds]
         studies = []
         try:
             for seed, folder in zip(seeds, folders, strict=True):
-                make(task, seed, folder, _SMOKE.value)
+                make(task, seed, folder, flags.FLAGS.smoke)
                 studies.append(measure(task, folder, num_pick + num_examples))
         except (ConfigError, OSError, ValueError) as error:
             sys.exit(f"error: {error}")
@@ -407,4 +399,11 @@ def summary(m: Measured, num_pick: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("tasks", ["waiting_line", "scan"], "Which of these two.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "One whole study each.")
+    flags.DEFINE_integer("num_pick", 200, "Examples on which settings are picked.")
+    flags.DEFINE_integer("num_examples", 400, "Examples that are reported.")
+    flags.DEFINE_string("workdir", "runs/study", "Folder of models and measurements.")
+    flags.DEFINE_string("out", "docs", "Folder of study.md and the figures.")
+    flags.DEFINE_bool("smoke", False, "A few steps and examples: does it run?")
     app.run(main)

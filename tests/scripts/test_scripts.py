@@ -78,7 +78,8 @@ def test_bench_train_compares_steps_with_their_products():
         (model, remat) for model in ("waiting_line", "tiny") for remat in (True, False)
     ]
     for row in rows:
-        assert row["step_ms"] > 0 and row["gflop"] > row["needed_gflop"] and row["products_gflops"]
+        assert row["step_ms"] > 0 and row["products_gflops"]
+        assert row["gflop"] >= row["needed_gflop"]
         assert (row["input_wait"] is None) == (row["model"] == "tiny")
 
 
