@@ -22,6 +22,8 @@ from decode.rules import (
     CONFIDENCES,
     STOPPERS,
     AdaBlock,
+    Annealed,
+    BlockCausal,
     Credit,
     DelayedCache,
     DreamQuota,
@@ -40,6 +42,7 @@ from decode.rules import (
     MultiBlock,
     NarrowOut,
     NegEntropy,
+    Nucleus,
     Origin,
     PrefixCache,
     Prophet,
@@ -47,13 +50,16 @@ from decode.rules import (
     Random,
     Remask,
     ReMDM,
+    Renoise,
     RunningConfidence,
     SlowFast,
     Smoothing,
     SparseCredit,
     SubBlocks,
+    Tempered,
     Threshold,
     TokenEdit,
+    UniformNoise,
     VicinityCache,
     WideIn,
 )
@@ -130,6 +136,21 @@ FAMILIES: dict[str, dict[str, Maker]] = {
     },
     "dream_origin": {
         "dream_origin": lambda n: _method(n, rule=Origin(n)),
+    },
+    "dream_sampled": {  # the published temperature and top-p
+        "dream_sampled": lambda n: _dream(
+            n, confidence=Tempered(NegEntropy()), constraint=Nucleus(top_p=0.95), temperature=0.2
+        ),
+    },
+    "block_causal": {  # for models trained with blocks of this length
+        "block_causal": lambda n: _threshold(
+            n, 0.9, scheduler=FixedBlocks(n, aligned=True), cache=BlockCausal(n)
+        ),
+    },
+    "uniform_noise": {  # for models trained on noise instead of MASK
+        "uniform_noise": lambda n: _method(
+            n, confidence=Annealed(), reviser=Renoise(), inputs=UniformNoise(), stopper=EosBlock()
+        ),
     },
     "eotp": {
         "eotp": lambda n: _threshold(n, 0.9, stopper=Eotp()),

@@ -185,7 +185,7 @@ def plot_speed_quality(
 
     rows = len(methods) + (len(settings) if has_settings else 0)
     columns = math.ceil(rows / 26)
-    width, legend_width = 5.2 * len(panels), 2.2 * columns
+    width, legend_width = 5.2 * len(panels), 1.7 * columns
     size = (width + legend_width, max(4.4, 0.21 * min(rows, 26) + 1))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
