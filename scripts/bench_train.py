@@ -24,7 +24,7 @@ from dlm.params import Params, init_params, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
 from scripts.timing import forward_cost, large_sizes, paired_times_s
-from train import data, loop
+from train import data, train_state
 from train.config import RunConfig, build, from_config_dict
 from train.objectives import Context
 
@@ -74,7 +74,9 @@ def _bench_model(
     optim = dataclasses.replace(settings.optim, decay_steps=1_000_000)
     key = jax.random.key(1)
     step = jax.jit(
-        loop.train_step, static_argnames=("cfg", "objective", "optim"), donate_argnames="state"
+        train_state.train_step,
+        static_argnames=("cfg", "objective", "optim"),
+        donate_argnames="state",
     )
     n, _ = large_sizes()
     square: Product = ((n, n), (n, n), (-1, -2))
@@ -85,7 +87,7 @@ def _bench_model(
     steps = {}
     for remat in made:
         objective = build({**settings.train.objective, "remat": remat}, "train.objective")
-        states = [loop.init_state(jax.tree.map(jnp.copy, params), optim=optim)]
+        states = [train_state.init_state(jax.tree.map(jnp.copy, params), optim=optim)]
 
         def train(given: Any = batch, states: Any = states, objective: Any = objective) -> Any:
             states[0], metrics = step(

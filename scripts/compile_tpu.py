@@ -48,7 +48,7 @@ from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_loss import unembed_loss
 from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
-from train import loop
+from train import train_state
 from train.config import OptimConfig, build
 
 _TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
@@ -213,7 +213,7 @@ def _recipe(name: str, devices: Any) -> dict[str, Any]:
     preset = next(preset for preset in PRESETS if name.startswith(preset))
     cfg = dataclasses.replace(PRESETS[preset], dtype=config.model.dtype)
     objective = build(config.train.objective, "train.objective")
-    trainable, frozen = loop.EVERYTHING, None
+    trainable, frozen = train_state.EVERYTHING, None
     mesh = make_mesh(**config.mesh, devices=devices)
     if config.train.trainable is not None:
         trainable = build(config.train.trainable, "train.trainable")
@@ -221,8 +221,10 @@ def _recipe(name: str, devices: Any) -> dict[str, Any]:
     optim = OptimConfig(**config.optim)
     optim = dataclasses.replace(optim, decay_steps=optim.decay_steps or 1_000)
     specs = trainable.specs(cfg)
-    shardings = loop.state_shardings(specs, optim, mesh)
-    state = loop.abstract_state(specs, jnp.dtype(config.train.master_dtype), optim, shardings)
+    shardings = train_state.state_shardings(specs, optim, mesh)
+    state = train_state.abstract_state(
+        specs, jnp.dtype(config.train.master_dtype), optim, shardings
+    )
 
     def rows(*lengths: int) -> jax.ShapeDtypeStruct:
         shape = (config.data.batch_size, *lengths)
@@ -235,7 +237,7 @@ def _recipe(name: str, devices: Any) -> dict[str, Any]:
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        step = loop.jit_train_step(shardings)
+        step = train_state.jit_train_step(shardings)
         return _report(
             step.trace(
                 state, batch, key, frozen,

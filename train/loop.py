@@ -25,52 +25,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import struct
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from dlm import lm, tasks
 from dlm.config import ModelConfig
-from dlm.params import (
-    Params,
-    ParamSpec,
-    abstract_from_specs,
-    init_from_specs,
-    num_params,
-    spec_shardings,
-)
-from dlm.sharding import constrain, make_mesh
+from dlm.params import Params, num_params
+from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
-from train import checkpoint, data, optimizer
-from train.config import ConfigError, OptimConfig, RunConfig, build, from_config_dict
+from train import checkpoint, data
+from train.config import ConfigError, RunConfig, build, from_config_dict
 from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
-from train.objectives import Context
-from train.trainable import Everything, Trainable
-
-EVERYTHING = Everything()
-
-
-class TrainState(struct.PyTreeNode):
-    """What a step changes.
-
-    Attributes:
-      step: scalar int32. Steps done.
-      params: what is learned, in `train.master_dtype`.
-      opt_state: of `train.optimizer.make_optimizer`.
-      ema: moving average of `params`; None without `optim.ema_decay`.
-      is_finite: scalar bool. False once a loss or gradient was not: from then on nothing changes,
-        so this is the state before that step.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    ema: Params | None
-    is_finite: jax.Array
+from train.train_state import (
+    EVERYTHING,
+    abstract_state,
+    first_state,
+    jit_train_step,
+    needs_teacher,
+    state_shardings,
+    valid_step,
+)
+from train.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,202 +64,6 @@ class RunResult:
     step: int
     metrics: dict[str, float]
     model_path: pathlib.Path | None
-
-
-# ---- The step ---------------------------------------------------------------------------------
-
-
-def init_state(params: Params, *, optim: OptimConfig) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.make_optimizer(optim).init(params),
-        ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
-        is_finite=jnp.array(True),
-    )
-
-
-def train_step(
-    state: TrainState,
-    batch: data.Batch,
-    key: jax.Array,
-    frozen: Params | None = None,
-    *,
-    cfg: ModelConfig,
-    objective: Any,
-    optim: OptimConfig,
-    trainable: Trainable = EVERYTHING,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of gradient descent.
-
-    Args:
-      state: before it.
-      batch: see `train.objectives`.
-      key: of the run.
-      frozen: parameters of the model that `trainable` is learned beside; they get no gradient.
-      cfg: the model. Static, as are the following.
-      objective: see `train.objectives`.
-      optim: the optimiser.
-      trainable: what is learned.
-
-    Returns:
-      The state after it, and scalar float32 metrics of the parameters before it: those of the
-      objective, the norm of the gradient before clipping, and the learning rate.
-    """
-    attach = functools.partial(_attach, frozen, cfg=cfg, trainable=trainable)
-    context = Context(
-        key=jax.random.fold_in(key, state.step),
-        progress=jnp.minimum(state.step / optim.decay_steps, 1.0),
-        teacher=None if not needs_teacher(objective) else attach(state.ema),
-    )
-
-    def loss_fn(own: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return objective.loss(attach(own), cfg, batch, context)
-
-    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    grad_norm = optax.global_norm(gradient)
-    tx = optimizer.make_optimizer(optim)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    step = state.step + 1
-    ema = state.ema
-    if ema is not None:
-        averaged = optimizer.update_ema(ema, params, step // optim.accumulate, optim)
-        has_updated = step % optim.accumulate == 0
-        ema = jax.tree.map(lambda new, old: jnp.where(has_updated, new, old), averaged, ema)
-    metrics = {
-        **metrics,
-        "grad_norm": grad_norm,
-        "learning_rate": optimizer.learning_rate_schedule(optim)(state.step // optim.accumulate),
-    }
-    is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new = TrainState(step=step, params=params, opt_state=opt_state, ema=ema, is_finite=is_finite)
-    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
-    return kept.replace(is_finite=is_finite), metrics
-
-
-def jit_train_step(shardings: Any) -> Any:
-    """`train_step`, jitted, for a state that lies as `state_shardings` says; it is given away."""
-    return jax.jit(
-        train_step,
-        static_argnames=("cfg", "objective", "optim", "trainable"),
-        donate_argnames="state",
-        out_shardings=(shardings, None),
-    )
-
-
-def valid_step(
-    own: Params,
-    batch: data.Batch,
-    key: jax.Array,
-    frozen: Params | None = None,
-    *,
-    cfg: ModelConfig,
-    objective: Any,
-    trainable: Trainable = EVERYTHING,
-) -> dict[str, jax.Array]:
-    """The objective's metrics on one held-out batch, at the end of any curriculum."""
-    params = _attach(frozen, own, cfg=cfg, trainable=trainable)
-    teacher = params if needs_teacher(objective) else None
-    return objective.loss(params, cfg, batch, Context(key, 1.0, teacher))[1]
-
-
-def needs_teacher(objective: Any) -> bool:
-    """Whether an objective compares the model with the moving average of itself."""
-    return getattr(objective, "needs_teacher", False)
-
-
-def _attach(
-    frozen: Params | None, own: Params | None, *, cfg: ModelConfig, trainable: Trainable
-) -> Params:
-    """The parameters of a forward pass, in the model's dtype.
-
-    They stay spread over the mesh until they are used, and so do their gradients: what travels is
-    never float32.
-    """
-
-    def cast(spec: ParamSpec, x: jax.Array) -> jax.Array:
-        return constrain(x.astype(cfg.jnp_dtype), *spec.axes)
-
-    return trainable.attach(frozen or {}, jax.tree.map(cast, trainable.specs(cfg), own))
-
-
-# ---- State on a mesh --------------------------------------------------------------------------
-
-
-def state_shardings(specs: Params, optim: OptimConfig, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings; moments and averages lie as their parameters do.
-
-    Args:
-      specs: `ParamSpec`s of what is learned.
-      optim: the optimiser.
-      mesh: where it lies.
-    """
-    of_params = spec_shardings(specs, mesh)
-    replicated: Any = NamedSharding(mesh, PartitionSpec())
-    state = abstract_state(specs, jnp.float32, optim)
-    return TrainState(
-        step=replicated,
-        params=of_params,
-        opt_state=optax.tree_map_params(
-            optimizer.make_optimizer(optim),
-            lambda _, sharding: sharding,
-            state.opt_state,
-            of_params,
-            transform_non_params=lambda _: replicated,
-        ),
-        ema=of_params if optim.ema_decay else None,
-        is_finite=replicated,
-    )
-
-
-def abstract_state(
-    specs: Params, dtype: Any, optim: OptimConfig, shardings: Any = None
-) -> TrainState:
-    """`jax.ShapeDtypeStruct` per array of the state, with its sharding if `shardings` are given."""
-    make = functools.partial(init_state, optim=optim)
-    state = jax.eval_shape(make, abstract_from_specs(specs, dtype))
-    if shardings is None:
-        return state
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        shardings,
-    )
-
-
-def first_state(
-    key: jax.Array,
-    given: Params | None,
-    specs: Params,
-    dtype: Any,
-    optim: OptimConfig,
-    shardings: Any,
-) -> TrainState:
-    """The state before the first step, made where it belongs: fresh, or around `given` ones.
-
-    Args:
-      key: draws fresh parameters.
-      given: parameters to start from; None: fresh ones.
-      specs: `ParamSpec`s of what is learned.
-      dtype: in which it is kept.
-      optim: the optimiser.
-      shardings: of `state_shardings`.
-    """
-
-    def fresh(key: jax.Array) -> TrainState:
-        return init_state(init_from_specs(key, specs, dtype), optim=optim)
-
-    def around(params: Params) -> TrainState:
-        return init_state(jax.tree.map(lambda x: x.astype(dtype), params), optim=optim)
-
-    if given is None:
-        return jax.jit(fresh, out_shardings=shardings)(key)
-    return jax.jit(around, out_shardings=shardings)(jax.device_put(given, shardings.params))
-
-
-# ---- The run ----------------------------------------------------------------------------------
 
 
 def run(
@@ -428,7 +210,9 @@ def run(
             good = int(state.step)
             iterator.set_state(before[good - step])
             if good not in manager.all_steps():
-                checkpoint.save(manager, good, state.replace(is_finite=jnp.array(True)), iterator)
+                checkpoint.save(
+                    manager, good, state.replace(is_finite=jnp.ones_like(state.is_finite)), iterator
+                )
             manager.wait_until_finished()
             where = f"the state before it is saved as step {good} in {manager.directory}"
             raise NonFiniteError(f"{error}; {where}") from None

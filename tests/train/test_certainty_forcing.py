@@ -19,7 +19,7 @@ from tests.train.test_masked_diffusion import (
     loss_and_canvas,
     make_batch,
 )
-from train import loop
+from train import train_state
 from train.config import OptimConfig
 from train.objectives import Context, Predictions
 from train.objectives.certainty_forcing import (
@@ -111,8 +111,8 @@ def test_loss_by_hand(toy_cfg, monkeypatch):
 
     @jax.jit
     def run(start, stop):
-        said, in_view = predict_views(params, toy_cfg, batch, start, stop, is_masked, remat=False)
-        return *certainty_loss(params, said, in_view, beta=3.0, temperature=0.5), *canvas
+        said = predict_views(params, toy_cfg, batch, start, stop, is_masked, remat=False)
+        return *certainty_loss(params, said, said.extra, beta=3.0, temperature=0.5), *canvas
 
     loss, metrics, *canvas = run(jnp.array([1, 0]), jnp.array([4, 2]))
     m = toy_cfg.mask_token_id
@@ -300,12 +300,12 @@ def test_one_sample_is_learned_by_heart_and_decoded_a_block_per_forward(toy_cfg)
     }
     optim = OptimConfig(learning_rate=2e-2, decay_steps=250, warmup_steps=5, end_factor=0.3)
     step = functools.partial(
-        loop.train_step, cfg=toy_cfg, objective=CertaintyForcing(block_len=4), optim=optim
+        train_state.train_step, cfg=toy_cfg, objective=CertaintyForcing(block_len=4), optim=optim
     )
 
     @jax.jit
     def train(params):
-        state = loop.init_state(params, optim=optim)
+        state = train_state.init_state(params, optim=optim)
         key = jax.random.key(1)
         return jax.lax.fori_loop(0, 250, lambda _, state: step(state, batch, key)[0], state).params
 

@@ -20,7 +20,7 @@ from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
 from tests.train import toy
 from tests.train.test_masked_diffusion import make_batch
-from train import checkpoint, data, loop
+from train import checkpoint, data, loop, train_state
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
@@ -169,8 +169,8 @@ def test_init_from_keeps_the_model(finished, tmp_path):
 def test_bfloat16_products_with_float32_parameters(toy_cfg):
     cfg = dataclasses.replace(toy_cfg, dtype="bfloat16")
     optim = OptimConfig(learning_rate=1e-4, decay_steps=4, end_factor=1.0)
-    state = loop.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
-    step = jax.jit(loop.train_step, static_argnames=("cfg", "objective", "optim"))
+    state = train_state.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    step = jax.jit(train_state.train_step, static_argnames=("cfg", "objective", "optim"))
     new, metrics = step(
         state, make_batch(cfg), jax.random.key(0), cfg=cfg, objective=MaskedDiffusion(), optim=optim
     )
@@ -192,10 +192,12 @@ def test_sharded_steps_equal_unsharded(toy_cfg):
     results = []
     for mesh in (make_mesh(), make_mesh(data=2, fsdp=2, tensor=2)):
         with jax.set_mesh(mesh):
-            shardings = loop.state_shardings(specs, optim, mesh)
-            state = loop.first_state(jax.random.key(0), None, specs, jnp.float32, optim, shardings)
+            shardings = train_state.state_shardings(specs, optim, mesh)
+            state = train_state.first_state(
+                jax.random.key(0), None, specs, jnp.float32, optim, shardings
+            )
             step = jax.jit(
-                loop.train_step,
+                train_state.train_step,
                 static_argnames=("cfg", "objective", "optim"),
                 donate_argnames="state",
                 out_shardings=(shardings, None),
@@ -225,10 +227,10 @@ def test_sharded_steps_equal_unsharded(toy_cfg):
 
 def test_state_is_donated(toy_cfg):
     optim = OptimConfig(learning_rate=1e-2, decay_steps=9)
-    state = loop.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    state = train_state.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
     compiled = (
         jax.jit(
-            loop.train_step,
+            train_state.train_step,
             static_argnames=("cfg", "objective", "optim"),
             donate_argnames="state",
         )

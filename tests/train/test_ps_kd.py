@@ -20,9 +20,9 @@ from tests.train.test_masked_diffusion import (
     assert_gradient_is_that_of_differences,
     make_batch,
 )
-from train import loop
+from train import loop, train_state
 from train.config import ConfigError, OptimConfig
-from train.objectives import Context, Predictions
+from train.objectives import Context, Predictions, TokenObjective
 from train.objectives.causal import Causal
 from train.objectives.certainty_forcing import CertaintyForcing
 from train.objectives.masked_diffusion import MaskedDiffusion
@@ -32,14 +32,13 @@ KEY = jax.random.key(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(TokenObjective):
     """Cross-entropy of logits that are themselves the parameters."""
 
     def predict(self, params, cfg, batch, context):
         return Predictions(params["logits"], batch["completion"], batch["weight"])
 
-    def loss(self, params, cfg, batch, context):
-        said = self.predict(params, cfg, batch, context)
+    def score(self, params, said):
         log_prob = transformer.target_stats(params, said.hidden, said.targets).log_prob
         loss = -(said.weight * log_prob).sum()
         return loss, {"loss": loss}
@@ -296,9 +295,9 @@ def test_the_teacher_is_the_moving_average_of_the_steps_before(toy_cfg):
     params, _, batch = random_table(4)
     optim = OptimConfig(learning_rate=0.3, decay_steps=8, ema_decay=0.9)
     objective = PsKd(of=Table(), alpha=0.5)
-    state = loop.init_state({"logits": jnp.asarray(params["logits"])}, optim=optim)
+    state = train_state.init_state({"logits": jnp.asarray(params["logits"])}, optim=optim)
     static = {"cfg": toy_cfg, "objective": objective, "trainable": TableLogits()}
-    step = jax.jit(functools.partial(loop.train_step, optim=optim, **static))
+    step = jax.jit(functools.partial(train_state.train_step, optim=optim, **static))
     cross = lambda target, p: -(target * np.log(p)).sum(-1)
     weight = batch["weight"]
     law = lambda own: softmax(own["logits"])
@@ -313,7 +312,7 @@ def test_the_teacher_is_the_moving_average_of_the_steps_before(toy_cfg):
         np.testing.assert_allclose(metrics["soft_cross_entropy"], soft / weight.sum(), rtol=1e-5)
     assert np.abs(before - p).max() > 0.02
     p = law(state.ema)
-    metrics = jax.jit(functools.partial(loop.valid_step, **static))(state.ema, batch, KEY)
+    metrics = jax.jit(functools.partial(train_state.valid_step, **static))(state.ema, batch, KEY)
     entropy = (weight * cross(p, p)).sum()
     hard = (weight * cross(np.eye(7)[batch["completion"]], p)).sum()
     said = metrics["soft_cross_entropy"]
@@ -336,13 +335,13 @@ def test_objectives_from_settings():
     objective = PsKd(of=spec, alpha=0.5)
     assert objective == PsKd(of=Causal(on_prompt=True), alpha=0.5)
     assert hash(objective) == hash(PsKd(of=Causal(on_prompt=True), alpha=0.5))
-    assert loop.needs_teacher(objective) and not loop.needs_teacher(objective.of)
+    assert train_state.needs_teacher(objective) and not train_state.needs_teacher(objective.of)
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="of=Diverging must have `predict`"):
+    with pytest.raises(ValueError, match="of=Diverging must be a TokenObjective"):
         PsKd(of=toy.Diverging())
-    with pytest.raises(ValueError, match="of=Diverging must have `predict`"):
+    with pytest.raises(ValueError, match="of=Diverging must be a TokenObjective"):
         PsKd(of={"make": "tests.train.toy:Diverging"})
     with pytest.raises(ConfigError, match=r"train\.objective\.of\.make='nowhere'"):
         PsKd(of={"make": "nowhere"})

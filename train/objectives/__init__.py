@@ -17,19 +17,19 @@ where `batch` is what `train.data` makes:
 `metrics` is a dict of scalar float32 arrays and holds "loss". A config names an objective by
 "module:Class", so a new one is a new file and nothing else.
 
-Objectives that score single tokens have a second method,
-
-    predict(params, cfg, batch, context) -> Predictions
-
-which is the forward pass, and what `train.objectives.ps_kd` builds on.
+Those that score single tokens are a `TokenObjective`: forward pass and loss apart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dlm.config import ModelConfig
 from dlm.params import Params
 
 
@@ -55,11 +55,36 @@ class Predictions(struct.PyTreeNode):
       hidden: [B, n, D]. Final hidden states.
       targets: [B, n] int32. The tokens they should predict.
       weight: [B, n] float32. The loss is the sum of weight times cross-entropy; 0: not scored.
+      extra: what else the objective's `score` asks for.
     """
 
     hidden: jax.Array
     targets: jax.Array
     weight: jax.Array
+    extra: Any = None
+
+
+class TokenObjective:
+    """An objective that is a forward pass, and a score of the tokens it predicts.
+
+    `train.objectives.ps_kd` builds on any of these.
+    """
+
+    def predict(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> Predictions:
+        """The forward pass on one batch, as the module says; raises ValueError if it cannot be."""
+        raise NotImplementedError
+
+    def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar float32 and metrics of what `predict` returned."""
+        raise NotImplementedError
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The score of the predictions."""
+        return self.score(params, self.predict(params, cfg, batch, context))
 
 
 def row_mean_weight(is_scored: jax.Array) -> jax.Array:

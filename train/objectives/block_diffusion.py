@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
-from train.objectives import Context, Predictions
+from train.objectives import Context, Predictions, TokenObjective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockDiffusion:
+class BlockDiffusion(TokenObjective):
     """BD3-LM's training loss.
 
     Attributes:
@@ -56,7 +56,11 @@ class BlockDiffusion:
     def predict(
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> Predictions:
-        """Hidden states [B, G, D] of the noisy completions. Args and errors: as `loss`."""
+        """Hidden states [B, G, D] of the noisy completions.
+
+        Raises:
+          ValueError: the model has no mask token, or it is shifted and there is no prompt.
+        """
         if cfg.mask_token_id is None:
             raise ValueError("mask_token_id=None must be a token id for block diffusion")
         prompt, completion, start = batch["prompt"], batch["completion"], batch["prompt_start"]
@@ -95,15 +99,8 @@ class BlockDiffusion:
             weight=jnp.take_along_axis(weight, index, axis=1),
         )
 
-    def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args and errors: as `MaskedDiffusion.loss`.
-
-        Returns:
-          Scalar float32, and metrics: "loss" and "masked_accuracy".
-        """
-        said = self.predict(params, cfg, batch, context)
+    def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss, and metrics: "loss" and "masked_accuracy"."""
         stats = transformer.target_stats(params, said.hidden, said.targets)
         loss = -(said.weight * stats.log_prob).sum()
         is_scored = said.weight > 0

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
-from train.objectives import Context, Predictions
+from train.objectives import Context, Predictions, TokenObjective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Causal:
+class Causal(TokenObjective):
     """Mean of -log p_theta(x_i | x_<i) over the tokens that count, under causal attention.
 
     The output at position i - 1 always predicts token i here, whatever `cfg.shifted_logits` says
@@ -35,7 +35,7 @@ class Causal:
     def predict(
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> Predictions:
-        """Hidden states of the tokens before those that count. Args: as `loss`."""
+        """Hidden states of the tokens before those that count."""
         prompt, start = batch["prompt"], batch["prompt_start"]
         P = prompt.shape[1]
         tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
@@ -56,15 +56,8 @@ class Causal:
         weight = counts / jnp.maximum(counts.sum(), 1)
         return Predictions(output.hidden[:, first - 1 : -1], tokens[:, first:], weight)
 
-    def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `MaskedDiffusion.loss`.
-
-        Returns:
-          Scalar float32, and metrics: "loss" and "accuracy" (tokens whose arg-max is right).
-        """
-        said = self.predict(params, cfg, batch, context)
+    def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss, and metrics: "loss" and "accuracy" (tokens whose arg-max is right)."""
         stats = transformer.target_stats(params, said.hidden, said.targets)
         return mean_cross_entropy(stats.log_prob, stats.token == said.targets, said.weight > 0)
 
@@ -80,7 +73,7 @@ def mean_cross_entropy(
       counts: [B, n] bool.
 
     Returns:
-      Scalar float32, and the metrics of `Causal.loss`.
+      Scalar float32, and the metrics of `Causal.score`.
     """
     total = jnp.maximum(counts.sum(), 1)
     loss = jnp.where(counts, -log_prob, 0.0).sum() / total

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
-from train.objectives import Context, Predictions, row_mean_weight
+from train.objectives import Context, Predictions, TokenObjective, row_mean_weight
 from train.objectives.masked_diffusion import read_completion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CertaintyForcing:
+class CertaintyForcing(TokenObjective):
     """dParallel's training loss.
 
     Attributes:
@@ -61,30 +61,16 @@ class CertaintyForcing:
     def predict(
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> Predictions:
-        """Hidden states of the active blocks. Args and errors: as `loss`."""
-        return predict_views(params, cfg, batch, *self._corrupt(batch, context), self.remat)[0]
-
-    def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch.
-
-        Args:
-          params: as `dlm.params.param_specs(cfg)`.
-          cfg: the model; it must have a `mask_token_id`.
-          batch: see `train.objectives`; completions of the model itself.
-          context: likewise; its key draws blocks and masks.
-
-        Returns:
-          Scalar float32, and metrics: "loss", "cross_entropy" (CE_1 + CE_2), "entropy" (ENT_1 +
-          ENT_2, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
+        """Hidden states of the active blocks; the batch's completions are the model's own.
 
         Raises:
           ValueError: the model has no mask token, or it is shifted and there is no prompt.
         """
-        start, stop, is_masked = self._corrupt(batch, context)
-        said, in_view = predict_views(params, cfg, batch, start, stop, is_masked, self.remat)
-        return certainty_loss(params, said, in_view, self.beta, self.temperature)
+        return predict_views(params, cfg, batch, *self._corrupt(batch, context), self.remat)
+
+    def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss, and metrics: see `certainty_loss`."""
+        return certainty_loss(params, said, said.extra, self.beta, self.temperature)
 
     def _corrupt(
         self, batch: Mapping[str, jax.Array], context: Context
@@ -121,21 +107,21 @@ def predict_views(
     stop: jax.Array,
     is_masked: jax.Array,
     remat: bool,
-) -> tuple[Predictions, jax.Array]:
+) -> Predictions:
     """Both views of every row in one forward, and what they say about the active blocks.
 
     A position is masked in exactly one of them, so each is read once.
 
     Args:
-      params, cfg, batch: see `CertaintyForcing.loss`.
+      params, cfg, batch: as `train.objectives` says.
       start: [B] int32. First completion position of the active block.
       stop: [B] int32. Past its last, at most A further.
       is_masked: [B, A] bool. Positions of the block, from `start`, masked in the first view.
       remat: whether the backward pass recomputes each layer.
 
     Returns:
-      Predictions for [B, A] positions whose weighted cross-entropy is CE_1 + CE_2, and [2, B, A]
-      bool: M_1 and M_2.
+      Predictions for [B, A] positions whose weighted cross-entropy is CE_1 + CE_2. With it, as
+      `extra`, M_1 and M_2: [2, B, A] bool.
     """
     B, G = batch["completion"].shape
     size = is_masked.shape[1]
@@ -156,7 +142,8 @@ def predict_views(
         hidden=jnp.where(is_masked[..., None], first, second),
         targets=jnp.take_along_axis(batch["completion"], index, axis=1),
         weight=row_mean_weight(in_view[0]) + row_mean_weight(in_view[1]),
-    ), in_view
+        extra=in_view,
+    )
 
 
 def certainty_loss(
@@ -177,7 +164,8 @@ def certainty_loss(
       temperature: at which it is taken.
 
     Returns:
-      Scalar float32, and the metrics of `CertaintyForcing.loss`.
+      Scalar float32, and metrics: "loss", "cross_entropy" (CE_1 + CE_2), "entropy" (the sum of
+      ENT_v, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
     """
     stats = transformer.target_stats(params, said.hidden, said.targets)
     cross_entropy = -(said.weight * stats.log_prob).sum()

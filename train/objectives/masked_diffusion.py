@@ -39,11 +39,11 @@ from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
 from kernels_pallas.window_attention import Mask, pack_mask
-from train.objectives import Context, Predictions
+from train.objectives import Context, Predictions, TokenObjective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedDiffusion:
+class MaskedDiffusion(TokenObjective):
     """LLaDA's training loss.
 
     Attributes:
@@ -71,34 +71,26 @@ class MaskedDiffusion:
     def predict(
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> Predictions:
-        """Hidden states of a masked completion. Args and errors: as `loss`."""
-        is_masked, p = self._corrupt(batch["completion"].shape, context.key)
-        mask: Mask = self._attention(batch, context) if self.anneal else "full"
-        hidden = read_completion(params, cfg, batch, is_masked, mask, self.remat)
-        weight = is_masked / p[:, None] ** self.weight_power / is_masked.size
-        return Predictions(hidden, batch["completion"], weight)
-
-    def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch and what it says about the model.
-
-        Args:
-          params: as `dlm.params.param_specs(cfg)`.
-          cfg: the model; it must have a `mask_token_id`.
-          batch: see `train.objectives`.
-          context: likewise; its key draws the masks.
-
-        Returns:
-          Scalar float32, and metrics: "loss", "nll_bound" (LLaDA, Eq. 4: an estimate, in nats per
-          completion token, of a bound on the negative log-likelihood, whatever the loss's weights),
-          "masked_accuracy" (masked tokens whose arg-max is right) and "mask_fraction".
+        """Hidden states [B, G, D] of masked completions.
 
         Raises:
           ValueError: the model has no mask token, or it is shifted and there is no prompt.
         """
         is_masked, p = self._corrupt(batch["completion"].shape, context.key)
-        said = self.predict(params, cfg, batch, context)
+        mask: Mask = self._attention(batch, context) if self.anneal else "full"
+        hidden = read_completion(params, cfg, batch, is_masked, mask, self.remat)
+        weight = is_masked / p[:, None] ** self.weight_power / is_masked.size
+        return Predictions(hidden, batch["completion"], weight, (is_masked, p))
+
+    def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss and what it says about the model.
+
+        Returns:
+          Scalar float32, and metrics: "loss", "nll_bound" (LLaDA, Eq. 4: an estimate, in nats per
+          completion token, of a bound on the negative log-likelihood, whatever the loss's weights),
+          "masked_accuracy" (masked tokens whose arg-max is right) and "mask_fraction".
+        """
+        is_masked, p = said.extra
         stats = transformer.target_stats(params, said.hidden, said.targets)
         is_right = stats.token == said.targets
         loss, metrics = weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
@@ -134,7 +126,7 @@ def read_completion(
     Only completions are scored, so only they are to be multiplied with the vocabulary.
 
     Args:
-      params, cfg, batch: as `MaskedDiffusion.loss`.
+      params, cfg, batch: as `train.objectives` says.
       is_masked: [B, G] bool.
       mask: attention over prompt and completion, see `dlm.transformer.forward`.
       remat: whether the backward pass recomputes each layer.
@@ -175,7 +167,7 @@ def weighted_loss(
         masked, or a power of it.
 
     Returns:
-      Scalar float32, and the metrics of `MaskedDiffusion.loss` but for its bound.
+      Scalar float32, and the metrics of `MaskedDiffusion.score` but for its bound.
     """
     per_row = jnp.where(is_masked, -log_prob, 0.0).sum(axis=1) / p / is_masked.shape[1]
     loss = per_row.mean()

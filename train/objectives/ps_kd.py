@@ -28,7 +28,7 @@ from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
 from train.config import build
-from train.objectives import Context
+from train.objectives import Context, TokenObjective
 
 CHUNK = 128  # rows whose logits over the vocabulary are in memory at a time
 
@@ -38,7 +38,7 @@ class PsKd:
     """Another objective with softened targets.
 
     Attributes:
-      of: an objective that has `predict`, or its config.
+      of: a `TokenObjective`, or its config.
       alpha: share of the model's own prediction in the last targets, in [0, 1].
     """
 
@@ -52,10 +52,8 @@ class PsKd:
             raise ValueError(f"alpha={self.alpha} must be in [0, 1]")
         if isinstance(self.of, Mapping):
             object.__setattr__(self, "of", build(self.of, "train.objective.of"))
-        if not hasattr(self.of, "predict"):
-            raise ValueError(
-                f"of={type(self.of).__name__} must have `predict`: it scores no tokens"
-            )
+        if not isinstance(self.of, TokenObjective):
+            raise ValueError(f"of={type(self.of).__name__} must be a TokenObjective")
 
     def loss(
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
@@ -67,8 +65,8 @@ class PsKd:
           under P.
         """
         assert context.teacher is not None
-        loss, metrics = self.of.loss(params, cfg, batch, context)
-        said = self.of.predict(params, cfg, batch, context)  # the compiler makes it once
+        said = self.of.predict(params, cfg, batch, context)
+        loss, metrics = self.of.score(params, said)
         before = self.of.predict(context.teacher, cfg, batch, context)
         hard = -transformer.target_stats(params, said.hidden, said.targets).log_prob
         soft = soft_cross_entropy(params, said.hidden, context.teacher, before.hidden)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from dlm.config import ModelConfig
 from dlm.params import Params
-from train.objectives import Context, Predictions
+from train.objectives import Context, Predictions, TokenObjective
 from train.objectives.certainty_forcing import (
     certainty_loss,
     check_certainty,
@@ -37,7 +37,7 @@ from train.objectives.certainty_forcing import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PseudoTrajectory:
+class PseudoTrajectory(TokenObjective):
     """d3LLM's training loss.
 
     Attributes:
@@ -65,30 +65,17 @@ class PseudoTrajectory:
     def predict(
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> Predictions:
-        """Hidden states of the active blocks. Args and errors: as `loss`."""
-        return predict_views(params, cfg, batch, *self._corrupt(batch, context), self.remat)[0]
-
-    def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch.
-
-        Args:
-          params: as `dlm.params.param_specs(cfg)`.
-          cfg: the model; it must have a `mask_token_id`.
-          batch: see `train.objectives`; with "step_map".
-          context: likewise; its key draws blocks and ratios, its progress is s.
-
-        Returns:
-          Scalar float32, and the metrics of `CertaintyForcing.loss`.
+        """Hidden states of the active blocks; the batch has a "step_map".
 
         Raises:
-          ValueError: there is no "step_map", the model has no mask token, or it is shifted and
-            there is no prompt.
+          ValueError: it has none, the model has no mask token, or it is shifted and there is no
+            prompt.
         """
-        start, stop, is_masked = self._corrupt(batch, context)
-        said, in_view = predict_views(params, cfg, batch, start, stop, is_masked, self.remat)
-        return certainty_loss(params, said, in_view[:1], self.beta, self.temperature)
+        return predict_views(params, cfg, batch, *self._corrupt(batch, context), self.remat)
+
+    def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss, and metrics: see `certainty_loss`. Only the first view's entropy is lowered."""
+        return certainty_loss(params, said, said.extra[:1], self.beta, self.temperature)
 
     def _corrupt(
         self, batch: Mapping[str, jax.Array], context: Context
