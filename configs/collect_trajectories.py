@@ -11,19 +11,25 @@ import importlib
 
 import ml_collections
 
-TASKS = {"waiting_line": 8, "scan": 13}  # positions per block
+TASKS = {"waiting_line": 8, "scan": 13, "word_problems": 8}  # positions per block
+
+
+def parse(arg: str) -> tuple[str, str]:
+    """The task of a config argument, and "" or "runlocal"; ValueError if it is neither."""
+    task, _, variant = arg.partition(",")
+    if task not in TASKS or variant not in ("", "runlocal"):
+        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    return task, variant
 
 
 def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, "waiting_line" or "scan"; with ",runlocal" behind it a smoke test of a few
+      arg: a task, see `TASKS`; with ",runlocal" behind it a smoke test of a few
         seconds.
     """
-    task, _, variant = arg.partition(",")
-    if task not in TASKS or variant not in ("", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    task, variant = parse(arg)
     base = importlib.import_module(f"configs.mdlm_{task}").get_config()
 
     config = ml_collections.ConfigDict()

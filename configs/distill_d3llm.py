@@ -7,31 +7,22 @@ beta. All parameters are trained, the model being small; the published recipe tr
 256.
 """
 
-import importlib
-
 import ml_collections
 
-TASKS = {"waiting_line": 8, "scan": 13}  # positions per block
+from configs import distill_dparallel
+from configs.collect_trajectories import TASKS, parse
 
 
 def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
-    """The settings.
+    """The settings: those of `distill_dparallel.py` with another objective.
 
     Args:
-      arg: a task, "waiting_line" or "scan"; with ",runlocal" behind it a smoke test of a few
-        seconds.
+      arg: a task, see `collect_trajectories.TASKS`; with ",runlocal" behind it a smoke test of a
+        few seconds.
     """
-    task, _, variant = arg.partition(",")
-    if task not in TASKS or variant not in ("", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
-    config = importlib.import_module(f"configs.mdlm_{task}").get_config(variant)
+    task, _ = parse(arg)
+    config = distill_dparallel.get_config(arg)
     with config.unlocked():
-        config.data.task = ml_collections.ConfigDict()
-        config.data.task.make = "train.trajectories:Trajectories"
-        config.data.task.path = f"runs/{task}/trajectories"
-        config.data.task.only_right = True  # wrong answers are not worth being sure of
-        config.data.train = ml_collections.ConfigDict({"split": "train"})
-        config.data.valid = ml_collections.ConfigDict({"split": "valid"})
         config.train.objective = objective = ml_collections.ConfigDict()
         objective.make = "train.objectives.pseudo_trajectory:PseudoTrajectory"
         # Positions per block, rising; published: 16 to 32.
@@ -40,10 +31,4 @@ def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
         objective.beta = 2.0  # weight of the entropy
         objective.temperature = 0.5  # of the entropy
         objective.remat = True  # recompute activations: less memory to move
-    config.train.init_from = f"runs/{task}/model"  # the teacher is where the student starts
-    config.train.num_steps = 600 if variant == "" else 20
-    config.train.eval_every = 0 if variant == "" else 10
-    config.train.num_eval_batches = 2 if variant == "" else 1  # held-out batches of a validation
-    config.optim.learning_rate = 1e-3  # highest
-    config.optim.weight_decay = 0.01  # decoupled (published)
     return config

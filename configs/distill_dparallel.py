@@ -11,19 +11,17 @@ import importlib
 
 import ml_collections
 
-TASKS = {"waiting_line": 8, "scan": 13}  # positions per block
+from configs.collect_trajectories import TASKS, parse
 
 
 def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, "waiting_line" or "scan"; with ",runlocal" behind it a smoke test of a few
-        seconds.
+      arg: a task, see `collect_trajectories.TASKS`; with ",runlocal" behind it a smoke test of
+        a few seconds.
     """
-    task, _, variant = arg.partition(",")
-    if task not in TASKS or variant not in ("", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    task, variant = parse(arg)
     config = importlib.import_module(f"configs.mdlm_{task}").get_config(variant)
     with config.unlocked():
         config.data.task = ml_collections.ConfigDict()

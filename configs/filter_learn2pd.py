@@ -11,19 +11,17 @@ Reference: arXiv:2509.25188, whose learning rate, steps and number of samples th
 
 import ml_collections
 
-TASKS = ("waiting_line", "scan")
+from configs.collect_trajectories import parse
 
 
 def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, "waiting_line" or "scan"; with ",runlocal" behind it a smoke test of a few
-        seconds.
+      arg: a task, see `collect_trajectories.TASKS`; with ",runlocal" behind it a smoke test of
+        a few seconds.
     """
-    task, _, variant = arg.partition(",")
-    if task not in TASKS or variant not in ("", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    task, variant = parse(arg)
     config = ml_collections.ConfigDict()
     config.trajectories = f"runs/{task}/rounds"  # made with oracle=True
     config.num_steps = 40_000 if variant == "" else 40

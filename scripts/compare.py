@@ -65,7 +65,7 @@ from scripts.measuring import (
     run,
 )
 
-_TASK = flags.DEFINE_string("task", "waiting_line", "waiting_line, scan, countdown or sudoku.")
+_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `scripts.measuring.TASKS`.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
 _METHODS = flags.DEFINE_list("methods", [], "Names from decode/methods.py; default: all.")
 _METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")

@@ -2,6 +2,7 @@
 
     python -m scripts.compile_tpu --target=v5e:2x2
     python -m scripts.compile_tpu --target=v5e:2x4 --recipes=llada_8b_dparallel
+    python -m scripts.compile_tpu --target=v5e:2x2 --recipes=llada_8b_learn2pd
 
 libtpu's compiler needs no TPU: `pip install libtpu` (the version that `pip install 'jax[tpu]'`
 would take). Every program is compiled for real shapes and one JSON line is printed for it: seconds
@@ -9,10 +10,13 @@ to compile, bytes of arguments, temporaries and donated (aliased) buffers per ch
 kernels it calls, the VMEM their tiles take, and `full_logits`: shapes of any array that spans the
 vocabulary other than the embedding and the head, of which there should be none.
 
-`--recipes` compiles the training step of those configs instead, on the mesh they ask for, and adds
-`needed_bytes` of each device (arguments, temporaries, and results that are not written over
-arguments), to be compared with its `hbm_bytes`; the largest arrays that it holds or streams; and
-`loop_flops`, operations as the compiler counts them: the body of a loop once, kernels not at all.
+`--recipes` compiles the training step of those configs instead, or the decoding loops of those that
+collect trajectories, on the mesh they ask for.
+
+Every line says `needed_bytes` of each device (arguments, temporaries, and results that are not
+written over arguments), to be compared with `hbm_bytes`; `largest`, the largest arrays that the
+program holds or streams; and `loop_flops`, operations as the compiler counts them: the body of a
+loop once, kernels not at all.
 """
 
 from __future__ import annotations
@@ -33,13 +37,16 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LI
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.methods import named, override
 from decode.rules import DualCache, FixedBlocks, Threshold
-from dlm.config import PRESETS
+from dlm.config import PRESETS, ModelConfig
 from dlm.params import abstract_params
 from dlm.sharding import logical_sharding, make_mesh
 from kernels_pallas import shapes, unembed_stats_tpu, window_attention_tpu
@@ -50,6 +57,7 @@ from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
 from train import train_state
 from train.config import OptimConfig, build
+from train.trajectories import knowing
 
 _TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
 _LOOPS = flags.DEFINE_list("loops", ["llada_8b", "dream_7b"], "models whose loop is compiled")
@@ -96,9 +104,20 @@ def programs(devices: Any) -> Iterator[dict[str, Any]]:
 
 
 def recipes(devices: Any) -> Iterator[dict[str, Any]]:
+    hbm = {"hbm_bytes": HBM_GIB[_TARGET.value.partition(":")[0]] * 2**30}
     for name in _RECIPES.value:
-        hbm = {"hbm_bytes": HBM_GIB[_TARGET.value.partition(":")[0]] * 2**30}
-        yield {"program": f"train: {name}", "chips": len(devices)} | _recipe(name, devices) | hbm
+        module, _, argument = name.partition(":")
+        config = importlib.import_module(f"configs.{module}").get_config(argument)
+        mesh = dict(config.get("mesh", {"tensor": config.get("tensor")}))
+        if math.prod(mesh.values()) != len(devices):
+            raise SystemExit(
+                f"--target={_TARGET.value} has {len(devices)} devices and {name} is for a mesh of "
+                f"{mesh}: choose a slice with as many"
+            )
+        cfg = PRESETS[next(preset for preset in PRESETS if name.startswith(preset))]
+        recipe = _training_step if "train" in config else _collection
+        for label, report in recipe(config, cfg, make_mesh(**mesh, devices=devices)):
+            yield {"program": f"{label}: {name}", "chips": len(devices)} | report | hbm
 
 
 def with_float32(named: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -177,8 +196,14 @@ def _training(array: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]
 
 def _loop(name: str, mesh: Mesh) -> dict[str, Any]:
     """Threshold decoding with the dual cache: 256 new tokens in blocks of 32 after 3,840."""
-    cfg = PRESETS[name]
     method = DiffusionMethod(FixedBlocks(32), cache=DualCache(), rule=Threshold(0.9))
+    return _decoding(method, PRESETS[name], mesh, batch_size=1, gen_len=256, prompt_len=3840)
+
+
+def _decoding(
+    method: DiffusionMethod, cfg: ModelConfig, mesh: Mesh, *, batch_size: int, **lengths: int
+) -> dict[str, Any]:
+    """A decoding loop on a mesh, whose state is given away."""
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
         axes = (None, "batch", "kv_heads", None, None) if x.ndim == 5 else (None,) * x.ndim
@@ -187,34 +212,42 @@ def _loop(name: str, mesh: Mesh) -> dict[str, Any]:
         )
 
     with jax.set_mesh(mesh):
-        make = functools.partial(init_state, cfg, method, [[0]], gen_len=256, prompt_len=3840)
-        state = jax.tree.map(place, jax.eval_shape(make))
+        state = jax.eval_shape(
+            lambda: init_state(cfg, method, [[0]], batch_size=batch_size, **lengths)
+        )
+        state, abstract_method = jax.tree.map(place, (state, jax.eval_shape(lambda: method)))
         cache_bytes = sum(
             x.dtype.itemsize * x.size for x in jax.tree.leaves(state.cache) if x.ndim == 5
         )
         compiled = _compile(
-            lambda params, state: decode(params, cfg, method, state),
-            (abstract_params(cfg, mesh), state),
+            lambda params, method, state: decode(params, cfg, method, state),
+            (abstract_params(cfg, mesh), abstract_method, state),
             vocab=cfg.vocab_size,
-            donate=(1,),
+            donate=(2,),
         )
     return compiled | {"cache_bytes_per_chip": cache_bytes // mesh.size}
 
 
-def _recipe(name: str, devices: Any) -> dict[str, Any]:
+def _collection(
+    config: ConfigDict, cfg: ModelConfig, mesh: Mesh
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The loops of `train.trajectories`."""
+    cfg = dataclasses.replace(cfg, dtype=config.dtype)
+    method = override(named(config.method, config.block_len), config.changes.to_dict())
+    lengths = {name: config[name] for name in ("batch_size", "gen_len", "prompt_len")}
+    yield "answers", _decoding(method, cfg, mesh, **lengths)
+    if config.oracle:
+        answers = np.zeros((config.batch_size, config.gen_len), np.int32)
+        yield "rounds", _decoding(knowing(method, answers), cfg, mesh, **lengths)
+
+
+def _training_step(
+    config: ConfigDict, cfg: ModelConfig, mesh: Mesh
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The step of `train.loop` with everything a config says about it, and nothing it reads."""
-    module, _, argument = name.partition(":")
-    config = importlib.import_module(f"configs.{module}").get_config(argument)
-    if math.prod(config.mesh.values()) != len(devices):
-        raise SystemExit(
-            f"--target={_TARGET.value} has {len(devices)} devices and {name} is for a mesh of "
-            f"{dict(config.mesh)}: choose a slice with as many"
-        )
-    preset = next(preset for preset in PRESETS if name.startswith(preset))
-    cfg = dataclasses.replace(PRESETS[preset], dtype=config.model.dtype)
+    cfg = dataclasses.replace(cfg, dtype=config.model.dtype)
     objective = build(config.train.objective, "train.objective")
     trainable, frozen = train_state.EVERYTHING, None
-    mesh = make_mesh(**config.mesh, devices=devices)
     if config.train.trainable is not None:
         trainable = build(config.train.trainable, "train.trainable")
         frozen = abstract_params(cfg, mesh)
@@ -238,13 +271,9 @@ def _recipe(name: str, devices: Any) -> dict[str, Any]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         step = train_state.jit_train_step(shardings)
-        return _report(
-            step.trace(
-                state, batch, key, frozen,
-                cfg=cfg, objective=objective, optim=optim, trainable=trainable,
-            ),
-            cfg.vocab_size,
-        )  # fmt: skip
+        static = {"cfg": cfg, "objective": objective, "optim": optim, "trainable": trainable}
+        traced = step.trace(state, batch, key, frozen, **static)
+        yield "train", _report(traced, cfg.vocab_size)
 
 
 def _compile(
@@ -253,8 +282,7 @@ def _compile(
     vocab: int | None = None,
     donate: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    report = _report(jax.jit(function, donate_argnums=donate).trace(*operands), vocab)
-    return {name: value for name, value in report.items() if name not in _OF_RECIPES}
+    return _report(jax.jit(function, donate_argnums=donate).trace(*operands), vocab)
 
 
 def _report(traced: Any, vocab: int | None) -> dict[str, Any]:
@@ -274,9 +302,6 @@ def _report(traced: Any, vocab: int | None) -> dict[str, Any]:
         "largest": _largest(text),
         "loop_flops": (compiled.cost_analysis() or {}).get("flops"),
     }
-
-
-_OF_RECIPES = ("needed_bytes", "largest", "loop_flops")
 
 
 def _largest(program: str) -> list[str]:

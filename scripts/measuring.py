@@ -51,6 +51,9 @@ TASKS = {
             "many right answers": ("shuffle", *(f"{o}_random" for o in _AT_A_POSITION)),
         },
     ),
+    "word_problems": TaskPreset(
+        {"make": "dlm.tasks.word_problems:WordProblems"}, gen_len=32, delimiter=" "
+    ),
     "scan": TaskPreset({"make": "dlm.tasks.scan:Scan"}, gen_len=52),
     "countdown": TaskPreset({"make": "dlm.tasks.countdown:Countdown"}, gen_len=48, delimiter=","),
     "sudoku": TaskPreset({"make": "dlm.tasks.sudoku:Sudoku"}, gen_len=24, delimiter="\n"),

@@ -1,6 +1,6 @@
 """Learned parallelism, measured: from training a model to the table of what each recipe buys.
 
-    make study                                     both tasks, three seeds: some hours on two cores
+    make study                                     all tasks, three seeds: some hours on two cores
     python -m scripts.study --tasks=waiting_line --seeds=0 --out=runs/study
 
 Per task and seed, everything is made from nothing and differs by its seed:
@@ -346,7 +346,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
     if unknown := sorted(set(flags.FLAGS.tasks) - set(collect_trajectories.TASKS)):
-        sys.exit(f"error: --tasks has {unknown[0]!r}; there are waiting_line and scan")
+        known = ", ".join(collect_trajectories.TASKS)
+        sys.exit(f"error: --tasks has {unknown[0]!r}, which must be one of {known}")
     num_pick, num_examples = flags.FLAGS.num_pick, flags.FLAGS.num_examples
     if flags.FLAGS.smoke:
         num_pick, num_examples = 8, 8
@@ -399,7 +400,9 @@ def summary(m: Measured, num_pick: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("tasks", ["waiting_line", "scan"], "Which of these two.")
+    flags.DEFINE_list(
+        "tasks", [*collect_trajectories.TASKS], "Keys of `collect_trajectories.TASKS`."
+    )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "One whole study each.")
     flags.DEFINE_integer("num_pick", 200, "Examples on which settings are picked.")
     flags.DEFINE_integer("num_examples", 400, "Examples that are reported.")

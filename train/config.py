@@ -264,7 +264,7 @@ def from_config_dict(config: config_dict.ConfigDict) -> RunConfig:
     Raises:
       ConfigError: a section or field is missing, unknown, of the wrong kind or out of range.
     """
-    values = _values(config, "")
+    values = to_dict(config, "")
     if unknown := sorted(set(values) - {"model", *_SECTIONS}):
         raise ConfigError(
             f"the config has an unknown section {unknown[0]!r}; it may have model, "
@@ -321,8 +321,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     }
 
 
-def _values(config: config_dict.ConfigDict, prefix: str) -> dict[str, Any]:
-    """The config as nested dicts; like `to_dict`, but names a placeholder without a value."""
+def to_dict(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """As `ConfigDict.to_dict`, but names a placeholder that has no value."""
     values = {}
     for name in config:
         try:
@@ -333,7 +333,7 @@ def _values(config: config_dict.ConfigDict, prefix: str) -> dict[str, Any]:
         if is_missing:
             raise ConfigError(f"the config needs a value for --config.{prefix}{name}")
         is_section = isinstance(value, config_dict.ConfigDict)
-        values[name] = _values(value, f"{prefix}{name}.") if is_section else value
+        values[name] = to_dict(value, f"{prefix}{name}.") if is_section else value
     return values
 
 

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from ml_collections import config_dict, config_flags
 
 from dlm.heads.learn2pd import Filter, init_filter, save_filter
-from train.config import ConfigError
+from train.config import ConfigError, to_dict
 from train.trajectories import open_records, read_settings
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
@@ -144,7 +144,7 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     settings = config
     if not isinstance(settings, FilterConfig):
         try:
-            settings = FilterConfig(**settings.to_dict())
+            settings = FilterConfig(**to_dict(settings))
         except TypeError as error:
             raise ConfigError(f"the config: {error}") from error
     folder = pathlib.Path(workdir)

@@ -55,7 +55,7 @@ from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
 from dlm.sharding import make_mesh
-from train.config import ConfigError, build
+from train.config import ConfigError, build, to_dict
 
 _NAME = "trajectories"
 _SETTINGS = "settings.json"
@@ -237,11 +237,7 @@ class _Decoder:
         for b, completion in enumerate(completions):
             answers[b, : len(completion.tokens)] = completion.tokens
         if settings.oracle:
-            knowing = self._method.replace(
-                confidence=Recorded(num_rounds=settings.gen_len * 2, base=self._method.confidence),
-                reviser=GreedyOracle(answers),
-            )
-            state = self._run(knowing, prompts, seeds)
+            state = self._run(knowing(self._method, answers), prompts, seeds)
             rounds = _rounds(state, answers, len(prompts))
         for i, example, prompt, completion, answer, seen in zip(
             indices, examples, prompts, completions, answers, rounds, strict=False
@@ -293,6 +289,17 @@ class _Decoder:
             "num_forwards": completion.num_forwards,
         }
         return record if rounds is None else record | {"rounds": dict(rounds)}
+
+
+def knowing(method: DiffusionMethod, answers: jax.Array | np.ndarray) -> DiffusionMethod:
+    """The second decoding: it keeps exactly what is right, and records every round.
+
+    Args:
+      method: of the first one.
+      answers: [B, G] int32. What that one wrote.
+    """
+    recorded = Recorded(num_rounds=answers.shape[1] * 2, base=method.confidence)
+    return method.replace(confidence=recorded, reviser=GreedyOracle(answers))
 
 
 def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndarray] | None]:
@@ -434,7 +441,7 @@ def open_records(path: str | os.PathLike[str]) -> Sequence[dict[str, Any]]:
 
 
 def _from_config_dict(config: config_dict.ConfigDict) -> TrajectoryConfig:
-    values = config.to_dict()
+    values = to_dict(config)
     known = {field.name for field in dataclasses.fields(TrajectoryConfig)}
     if unknown := sorted(set(values) - known):
         raise ConfigError(f"the config has an unknown field {unknown[0]!r}")

@@ -78,6 +78,20 @@ def test_training_8b_fits(recipe, target, state_bytes):
 
 
 @needs_libtpu
+@pytest.mark.slow
+def test_collecting_with_8b_fits():
+    done = compile_for("v5e:2x2", "--recipes=llada_8b_learn2pd")
+    assert done.returncode == 0, done.stderr[-2000:]
+    programs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [p["program"] for p in programs] == [
+        "answers: llada_8b_learn2pd", "rounds: llada_8b_learn2pd"
+    ]  # fmt: skip
+    for program in programs:
+        assert program["needed_bytes"] < 0.5 * program["hbm_bytes"], program
+        assert program["full_logits"] == [] and program["pallas_calls"] == 2, program
+
+
+@needs_libtpu
 def test_a_slice_of_another_size_than_the_mesh_is_refused():
     done = compile_for("v5e:2x2", "--recipes=llada_8b_dparallel")
     assert done.returncode != 0 and "has 4 devices and llada_8b_dparallel is for" in done.stderr

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*_*.py") if path.stem[0] != "_")
 FROM_FILES = ("llada_8b_sft", "pretrain_jsonl", "sft_jsonl")  # that the user gives
 ELSEWHERE = (  # have tests of their own
-    "llada_8b_dparallel",
+    *("llada_8b_dparallel", "llada_8b_learn2pd"),
     *("collect_trajectories", "distill_d3llm", "distill_dparallel", "filter_learn2pd"),
 )
 EXAMPLE = ROOT / "configs" / "example.jsonl"

@@ -6,10 +6,10 @@ import jax
 import pytest
 
 import dlm
-from configs import llada_8b_dparallel, llada_8b_sft
+from configs import llada_8b_dparallel, llada_8b_learn2pd, llada_8b_sft
 from dlm.lora import TARGETS, load
 from dlm.params import init_params
-from dlm.tokenizer import word_tokenizer
+from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.conftest import TOY_CFG
 from tests.train import toy
 from train import loop, trajectories
@@ -39,6 +39,26 @@ def test_sft_is_three_epochs_of_the_published_pairs():
     config = llada_8b_sft.get_config()
     rows = config.data.batch_size * config.optim.accumulate
     assert rows == 256 and config.train.num_steps == 3 * 4_500_000 // rows
+
+
+def test_learn2pd_needs_a_model_and_prompts_and_its_smoke_test_runs(tmp_path):
+    config = llada_8b_learn2pd.get_config()
+    with pytest.raises(ConfigError, match=r"needs a value for --config\.checkpoint"):
+        trajectories.run(config, tmp_path / "rounds")
+    assert not llada_8b_learn2pd.get_config("trajectories").oracle
+    config = llada_8b_learn2pd.get_config("runlocal")
+    tokenizer = byte_tokenizer()
+    cfg = dataclasses.replace(
+        TOY_CFG, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
+        max_seq_len=256,
+    )  # fmt: skip
+    model = dlm.LanguageModel(init_params(jax.random.key(0), cfg), cfg, tokenizer)
+    dlm.save(tmp_path / "model", model)
+    config.checkpoint, config.num_examples = str(tmp_path / "model"), 16
+    trajectories.run(config, tmp_path / "rounds")
+    records = trajectories.open_records(tmp_path / "rounds")
+    assert len(records) == 16 and records[0]["rounds"]["confidence"].shape[1] == 8
 
 
 @pytest.mark.slow

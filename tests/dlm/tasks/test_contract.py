@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dlm import tasks
-from dlm.tasks import countdown, scan, splits, sudoku, waiting_line
+from dlm.tasks import countdown, scan, splits, sudoku, waiting_line, word_problems
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -28,6 +28,8 @@ GENERATED: dict[str, Any] = {
     "sudoku 4x4": sudoku.Sudoku(),
     "sudoku 9x9": sudoku.Sudoku(size=9, num_clues=45),
     "countdown": countdown.Countdown(),
+    "word problems": word_problems.WordProblems(),
+    "word problems, one step": word_problems.WordProblems(min_steps=1, max_steps=6, max_change=98),
 }
 every_task = pytest.mark.parametrize("task", GENERATED.values(), ids=GENERATED.keys())
 
@@ -102,6 +104,8 @@ def instance_key(example: tasks.Example) -> str:
     """What makes two examples the same instance, written independently of the generators."""
     if "people" in example.metadata:
         return " ".join(sorted(example.metadata["people"]))
+    if "####" in example.completion:  # the sums, whatever the words
+        return example.completion
     if "," in example.prompt:
         *numbers, target = example.prompt.strip().split(",")
         return ",".join([*sorted(numbers), target])
@@ -153,6 +157,8 @@ def test_split_of_is_stable_and_a_fifth():
         (lambda: sudoku.Sudoku(num_clues=3), r"num_clues=3 must be in \[4, 15\]"),
         (lambda: sudoku.Sudoku(size=9, num_clues=17), r"num_clues=17 must be in \[24, 80\]"),
         (lambda: sudoku.Sudoku(seed=-1), "seed=-1 must be at least 0"),
+        (lambda: word_problems.WordProblems(min_steps=4), "min_steps=4 and max_steps=3 must be"),
+        (lambda: word_problems.WordProblems(max_change=1), r"max_change=1 must be in \[2, 98\]"),
         (lambda: countdown.Countdown(num_examples=0), "num_examples=0 must be at least 1"),
         (lambda: countdown.Countdown(num_numbers=1), r"num_numbers=1 must be in \[2, 6\]"),
         (lambda: countdown.Countdown(max_number=9), r"max_number=9 must be in \[10, 999\]"),

@@ -1,0 +1,63 @@
+"""Learn2PD's filter for LLaDA-8B-Instruct: the rounds it learns from, and how to train it on them.
+
+    python -m train.trajectories --config=configs/llada_8b_learn2pd.py --out=runs/llada_8b/rounds \\
+        --config.checkpoint=path/of/LLaDA-8B-Instruct --config.task.path=prompts.jsonl
+    python -m train.learn2pd --config=configs/filter_learn2pd.py --workdir=runs/llada_8b/filter \\
+        --config.trajectories=runs/llada_8b/rounds
+
+The file has one JSON object per line with "question" and "answer", as `configs/example.jsonl`; the
+answers are only scored, what is learned is the model's own. Published: 40 prompts of each of FLAN's
+66 kinds of task. Then decode with `LearnedFilter(load_filter("runs/llada_8b/filter/filter", lm),
+0.96)` and blocks of 32, perhaps with `Eotp()`.
+
+Recipe: arXiv:2509.25188, Sec. 3.2, and its public code. Numbers without a source are ours.
+A model is split over four chips: v5e:2x2 is enough (`docs/training.md`). More hosts share the
+prompts: each of them writes shards of its own.
+"""
+
+import pathlib
+
+import ml_collections
+from ml_collections import config_dict
+
+EXAMPLE = str(pathlib.Path(__file__).with_name("example.jsonl"))
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The settings.
+
+    Args:
+      arg: ""; "trajectories": without rounds, what `llada_8b_dparallel.py` learns from; "runlocal":
+        a smoke test of a few seconds on a tiny model, given as the large one.
+    """
+    if arg not in ("", "trajectories", "runlocal"):
+        raise ValueError(f"config argument {arg!r} must be '', 'trajectories' or 'runlocal'")
+    config = ml_collections.ConfigDict()
+    config.checkpoint = config_dict.placeholder(str)  # folder of the model; must be given
+    config.task = ml_collections.ConfigDict()
+    config.task.make = "dlm.tasks.jsonl:JsonlTask"
+    config.task.path = config_dict.placeholder(str)  # prompts; must be given
+    # Templates over the fields of a record, as LLaDA's chat template writes one turn.
+    config.task.prompt = (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    config.task.completion = "{answer}"
+    config.method = "one_per_step"  # (Learn2PD)
+    config.block_len = 32  # positions per block (Learn2PD)
+    config.changes = ml_collections.ConfigDict({"stopper": "filled"})
+    config.oracle = arg != "trajectories"  # decode a second time for the filter
+    config.num_examples = 0  # all prompts of the file; 2,640 (Learn2PD)
+    config.prompt_len = 768  # tokens of the longest prompt
+    config.gen_len = 256  # tokens per answer (Learn2PD)
+    config.batch_size = 64  # rows decoded at once
+    config.examples_per_shard = 128
+    config.seed = 0  # of sampled methods
+    config.dtype = "bfloat16"  # of the parameters
+    config.tensor = 4  # devices that share the model
+    if arg == "runlocal":
+        config.task.path = EXAMPLE
+        config.prompt_len, config.gen_len, config.block_len = 192, 16, 8
+        config.batch_size = config.examples_per_shard = 16
+        config.dtype, config.tensor = "float32", 1
+    return config
