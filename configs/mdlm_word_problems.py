@@ -24,12 +24,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     data.task.make = "dlm.tasks.word_problems:WordProblems"
     data.task.min_steps = 2  # fewest operations
     data.task.max_steps = 3  # most operations
-    data.task.max_change = 20  # largest number added or taken away
+    data.task.max_change = 9  # largest number added or taken away
     data.task.seed = 0  # of the examples
-    data.prompt_len = 32  # tokens; the longest prompt has 31
-    data.completion_len = 32  # tokens, end included, which is the longest. A multiple of the block
+    data.prompt_len = 28  # tokens; the longest prompt has 27
+    data.completion_len = 24  # tokens, end included; the longest has 22. A multiple of the block
     if arg == "":
-        config.train.num_steps = 4_000
+        config.train.num_steps = 3_000
         config.train.eval_every = 500  # steps between validations
         config.checkpoint.every = 500  # steps
     return config

@@ -54,6 +54,9 @@ class Completion:
       step_map: [gen_len] int32. The 0-based step at which each was decided.
       confidence: [gen_len] float32 in [0, 1]. Confidence at that step.
       log_prob: [gen_len] float32. Log-probability of the token at that step.
+      draft_forwards: forwards of a draft model made for this request.
+      acceptance_histogram: [J + 1] int32. Of `decode.complete`: how many forwards accepted 0, 1, ..
+        J drafts; None elsewhere.
     """
 
     text: str | None
@@ -65,6 +68,19 @@ class Completion:
     step_map: np.ndarray
     confidence: np.ndarray
     log_prob: np.ndarray
+    draft_forwards: int = 0
+    acceptance_histogram: np.ndarray | None = None
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per forward of the target that were accepted, the one behind the drafts included.
+
+        Not cut at the end of the text. nan without forwards, or where nothing is drafted.
+        """
+        if self.acceptance_histogram is None or not self.acceptance_histogram.sum():
+            return float("nan")
+        lengths = np.arange(1, len(self.acceptance_histogram) + 1)
+        return float((self.acceptance_histogram * lengths).sum() / self.acceptance_histogram.sum())
 
 
 Prompt = str | Sequence[int]
@@ -127,16 +143,16 @@ def generate(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    single = _is_single(prompts)
+    single = is_single(prompts)
     requests: Any = [prompts] if single else prompts
-    encoded = [_encode(lm, prompt) for prompt in requests]
+    encoded = [encode(lm, prompt) for prompt in requests]
     method = DiffusionMethod(
         scheduler=FixedBlocks(block_len) if scheduler is None else scheduler,
-        cache=_named("cache", cache, CACHES),
-        confidence=_named("confidence", confidence, CONFIDENCES),
+        cache=named_component("cache", cache, CACHES),
+        confidence=named_component("confidence", confidence, CONFIDENCES),
         rule=rule,
         reviser=reviser,
-        stopper=_named("stopper", stopper, STOPPERS),
+        stopper=named_component("stopper", stopper, STOPPERS),
         constraint=constraint,
         temperature=None if temperature == 0 else temperature,
         inputs=inputs,
@@ -221,7 +237,7 @@ def collect(state: DiffusionState, lm: LanguageModel, num: int | None = None) ->
     return completions
 
 
-def _is_single(prompts: Any) -> bool:
+def is_single(prompts: Any) -> bool:
     """Whether `prompts` is one prompt: a string, or a non-empty sequence of integers."""
     if isinstance(prompts, str):
         return True
@@ -233,7 +249,8 @@ def _is_single(prompts: Any) -> bool:
     return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
 
 
-def _encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
+def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
+    """A prompt as token ids."""
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise ValueError(
@@ -244,7 +261,7 @@ def _encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def _named(axis: str, value: Any, table: dict[str, Any]) -> Any:
+def named_component(axis: str, value: Any, table: dict[str, Any]) -> Any:
     """A component as given, or the default one of a short name."""
     if not isinstance(value, str):
         return value

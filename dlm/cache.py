@@ -41,3 +41,21 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     axes = (None, "batch", "kv_heads", None, None)
     zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
     return KVCache(k=zeros(), v=zeros())
+
+
+def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
+    """Moves slots start + index[:, j] to start + j, in every layer.
+
+    Args:
+      cache: whose keys carry the positions that they keep.
+      start: [B] int32. First slot that is written.
+      index: [B, n] int32. Where, from `start`, what belongs there lies.
+    """
+    source = (start[:, None] + index)[None, :, None, :, None]
+
+    def move(x: jax.Array) -> jax.Array:
+        rows = jnp.take_along_axis(x, source, axis=3)  # read before anything is written
+        write = lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0))  # noqa: E731
+        return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(x, rows, start)
+
+    return KVCache(k=move(cache.k), v=move(cache.v))

@@ -3,8 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer texts, as Llama 3.1 does ("llama3").
+
+    Reference: Grattafiori et al., "The Llama 3 Herd of Models", arXiv:2407.21783, and the public
+    code. Wavelengths up to original / high_freq_factor stay, those from original / low_freq_factor
+    are stretched by `factor`, those in between by a share of it.
+
+    Attributes:
+      factor: > 0.
+      low_freq_factor: > 0.
+      high_freq_factor: > low_freq_factor.
+      original_max_seq_len: positions of the model before it was stretched.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                f"rope_scaling: factor={self.factor} must be positive, and low_freq_factor="
+                f"{self.low_freq_factor} positive and below high_freq_factor="
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +53,13 @@ class ModelConfig:
       vocab_size: V, rows of the embedding (published models pad it beyond the tokenizer).
       max_seq_len: longest prompt + completion, in tokens.
       rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are stretched; None: they are not.
       norm_eps: epsilon inside RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias.
       qk_norm: whether queries and keys are RMS-normalised per head before rotation (Qwen3).
       tie_embeddings: whether the output head is the transposed input embedding.
-      shifted_logits: whether the output at position i-1 predicts token i, as in models made from
-        autoregressive ones (Dream). False: position i predicts token i (LLaDA).
+      shifted_logits: whether the output at position i-1 predicts token i, as in autoregressive
+        models and those made from them (Dream). False: position i predicts token i (LLaDA).
       mask_token_id: the MASK token; None for models that have none (plain causal models).
       eos_token_id: ends a completion.
       bos_token_id: begins a sequence, where the tokenizer does not add it; None if unused.
@@ -45,6 +76,7 @@ class ModelConfig:
     vocab_size: int
     max_seq_len: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -95,7 +127,38 @@ class ModelConfig:
         return jnp.dtype(self.dtype)
 
 
-# Published models. LLaDA: arXiv 2502.09992; Dream: arXiv 2508.15487 (the sizes of Qwen2.5-7B).
+def _llama3(**sizes: Any) -> ModelConfig:
+    factor = sizes.pop("factor")
+    scaling = RopeScaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+    )
+    return ModelConfig(
+        **sizes,
+        vocab_size=128_256,
+        max_seq_len=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=scaling,
+        shifted_logits=True,
+        eos_token_id=128_009,
+        bos_token_id=128_000,
+        pad_token_id=128_009,
+    )
+
+
+def _qwen(**sizes: Any) -> ModelConfig:
+    return ModelConfig(
+        **sizes,
+        rope_theta=1_000_000.0,
+        norm_eps=1e-6,
+        shifted_logits=True,
+        eos_token_id=151_645,
+        pad_token_id=151_643,
+    )
+
+
+# Published models. LLaDA: arXiv 2502.09992; Dream: arXiv 2508.15487 (the sizes of Qwen2.5-7B);
+# Llama 3: arXiv 2407.21783; Qwen2.5: arXiv 2412.15115; Qwen3: arXiv 2505.09388. The latter three as
+# instruction-tuned.
 # `tiny` is for tests and for looking at shapes: it has every size, and no meaning.
 PRESETS: dict[str, ModelConfig] = {
     "llada_8b": ModelConfig(
@@ -132,6 +195,29 @@ PRESETS: dict[str, ModelConfig] = {
         bos_token_id=151665,
         pad_token_id=151643,
     ),
+    "llama3_1_8b": _llama3(
+        d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336, factor=8.0
+    ),
+    "llama3_2_1b": _llama3(
+        d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, d_ff=8192, factor=32.0,
+        tie_embeddings=True,
+    ),
+    "qwen2_5_0_5b": _qwen(
+        d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864,
+        vocab_size=151_936, max_seq_len=32_768, qkv_bias=True, tie_embeddings=True,
+    ),
+    "qwen2_5_7b": _qwen(
+        d_model=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, d_ff=18944,
+        vocab_size=152_064, max_seq_len=32_768, qkv_bias=True,
+    ),
+    "qwen3_0_6b": _qwen(
+        d_model=1024, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128, d_ff=3072,
+        vocab_size=151_936, max_seq_len=40_960, qk_norm=True, tie_embeddings=True,
+    ),
+    "qwen3_8b": _qwen(
+        d_model=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=12288,
+        vocab_size=151_936, max_seq_len=40_960, qk_norm=True,
+    ),
     "tiny": ModelConfig(
         d_model=64,
         n_layers=2,
@@ -146,4 +232,4 @@ PRESETS: dict[str, ModelConfig] = {
         pad_token_id=126,
         dtype="float32",
     ),
-}
+}  # fmt: skip

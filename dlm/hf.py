@@ -1,4 +1,4 @@
-"""Published checkpoints: Hugging Face directories of LLaDA and Dream <-> (ModelConfig, params).
+"""Published checkpoints: Hugging Face directories <-> (ModelConfig, params); see `FORMATS`.
 
 A directory holds `config.json` and `model.safetensors`, or several `model-*.safetensors` with
 `model.safetensors.index.json`. Every tensor is read straight into the dtype and the sharding in
@@ -33,8 +33,18 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from dlm.config import ModelConfig
-from dlm.hf_formats import DREAM, FORMATS, LLADA, Format, Stored, letter_sizes
+from dlm.config import ModelConfig, RopeScaling
+from dlm.hf_formats import (
+    DREAM,
+    FORMATS,
+    LLADA,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    Format,
+    Stored,
+    letter_sizes,
+)
 from dlm.params import Params, abstract_params, param_shardings, param_specs
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_json
@@ -67,6 +77,8 @@ def read_config(path: str | os.PathLike[str], dtype: Any = None) -> ModelConfig:
     root = pathlib.Path(path)
     raw, form = _read_raw_config(root)
     file = root / "config.json"
+    if form.is_causal and (rotary := raw.get("rope_parameters")):  # as of transformers 5
+        raw = raw | {"rope_theta": rotary.get("rope_theta"), "rope_scaling": rotary}
 
     for key, (supported, absent) in form.fixed.items():
         value = raw.get(key, absent)
@@ -90,11 +102,13 @@ def read_config(path: str | os.PathLike[str], dtype: Any = None) -> ModelConfig:
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
             raise ValueError(f"{file}: {key}={value!r} must be of type {kinds[name]}")
         values[name] = value
+    if form.is_causal:
+        values["rope_scaling"] = _read_rope_scaling(file, raw.get("rope_scaling"))
     if dtype is None:
         dtype = raw.get("torch_dtype") or raw.get("dtype") or _stored_dtype(root, form)
     dtype = "bfloat16" if dtype is None else jnp.dtype(dtype).name
     names = [name for name in _IDS if name not in form.implied]
-    ids = _read_token_ids(root, raw, names, values["vocab_size"])
+    ids = _read_token_ids(root, raw, names, values["vocab_size"], form)
     return ModelConfig(**values, **form.implied, **ids, dtype=dtype)
 
 
@@ -116,7 +130,7 @@ def _read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:
 
 
 def _read_token_ids(
-    root: pathlib.Path, raw: dict[str, Any], names: Sequence[str], vocab_size: int
+    root: pathlib.Path, raw: dict[str, Any], names: Sequence[str], vocab_size: int, form: Format
 ) -> dict[str, Any]:
     generation_file = root / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
@@ -124,6 +138,7 @@ def _read_token_ids(
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         tokenizer = None  # it belongs to another model, as `dlm.load` will say
     ids: dict[str, Any] = {}
+    optional = {"bos_token_id", "mask_token_id"} if form.is_causal else {"bos_token_id"}
     for name in names:
         of_tokenizer = None if tokenizer is None else getattr(tokenizer, name)
         found = [raw.get(name), generation.get(name), of_tokenizer]
@@ -134,13 +149,33 @@ def _read_token_ids(
             value = of_tokenizer if of_tokenizer in value else value[0]
         if value is None and name == "pad_token_id":
             value = ids["eos_token_id"]
-        if not isinstance(value, int) and not (value is None and name == "bos_token_id"):
+        if not isinstance(value, int) and not (value is None and name in optional):
             raise ValueError(
                 f"{root / 'config.json'} must give {name} as an integer, but it, "
                 f"generation_config.json and the tokenizer give {value!r}"
             )
         ids[name] = value
     return ids
+
+
+def _read_rope_scaling(file: pathlib.Path, raw: Any) -> RopeScaling | None:
+    """What `rope_scaling` or `rope_parameters` says; None: nothing is stretched."""
+    if raw is None:
+        return None
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(
+            f"{file}: rope_scaling of type {kind!r} is not supported; only 'llama3' and 'default' "
+            "are"
+        )
+    names = {"original_max_seq_len": "original_max_position_embeddings"}
+    fields = [field.name for field in dataclasses.fields(RopeScaling)]
+    missing = [key for name in fields if (key := names.get(name, name)) not in raw]
+    if missing:
+        raise ValueError(f"{file}: rope_scaling must give {', '.join(missing)}")
+    return RopeScaling(**{name: raw[names.get(name, name)] for name in fields})
 
 
 def _stored_dtype(root: pathlib.Path, form: Format) -> str | None:
@@ -324,7 +359,7 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a model in the published LLaDA format, or Dream's where biases and shift say so.
+    """Writes a model in the published format that can hold it, see `format_for`.
 
     Everything is written to a directory beside `path` that gets its name at the very end, so an
     interrupted save never looks like a model.
@@ -362,19 +397,24 @@ def save_hf(
 
 def format_for(cfg: ModelConfig) -> Format:
     """The published format that a model is written in; ValueError if none can hold it."""
-    form = DREAM if cfg.qkv_bias and cfg.shifted_logits else LLADA
-    wrong = {
-        "qk_norm": cfg.qk_norm,
-        "shifted_logits": cfg.shifted_logits != form.implied["shifted_logits"],
-        "mask_token_id": cfg.mask_token_id is None,
-        "head_dim": cfg.head_dim * cfg.n_heads != cfg.d_model,
-    }
+    if not cfg.shifted_logits:
+        form = LLADA
+    elif cfg.qkv_bias:
+        form = QWEN2 if cfg.mask_token_id is None else DREAM
+    else:
+        form = QWEN3 if cfg.qk_norm else LLAMA
+    wrong = {"qk_norm": cfg.qk_norm and form is not QWEN3}
+    if not form.is_causal:
+        wrong["mask_token_id"] = cfg.mask_token_id is None
+        wrong["head_dim"] = cfg.head_dim * cfg.n_heads != cfg.d_model
+        wrong["rope_scaling"] = cfg.rope_scaling is not None
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise ValueError(
                 f"{name}={getattr(cfg, name)} cannot be written: the published LLaDA and Dream "
-                "formats have no QK norm, have a MASK token, shifted logits only together with "
-                "qkv_bias, and head_dim = d_model / n_heads"
+                "formats (no shifted logits; biases and MASK) have a MASK token, head_dim = "
+                "d_model / n_heads, and no rope_scaling; QK norm goes only with shifted logits and "
+                "without qkv_bias (Qwen3)"
             )
     return form
 
@@ -399,6 +439,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
+    skipped = () if form.is_causal else ("head_dim",)
     raw = {
         "architectures": [form.architecture],
         "model_type": form.model_type,
@@ -407,9 +448,17 @@ def _raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
         "vocab_size": cfg.vocab_size,
         **form.extra,
         **{key: supported[0] for key, (supported, _) in form.fixed.items()},
-        **{key: getattr(cfg, name) for name, key in form.fields.items() if name != "head_dim"},
+        **{key: getattr(cfg, name) for name, key in form.fields.items() if name not in skipped},
         **{name: getattr(cfg, name) for name in _IDS if getattr(cfg, name) is not None},
     }
+    if (scaling := cfg.rope_scaling) is not None:
+        raw["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
     return dict(sorted(raw.items()))
 
 

@@ -1,7 +1,6 @@
 """What published checkpoints are made of: names of sizes, of tensors, and values taken for granted.
 
-Tables only; `dlm.hf` reads and writes with them. Qwen2 and Llama are DREAM with other names and
-another `implied` (`dataclasses.replace`), added to FORMATS.
+Tables only; `dlm.hf` reads and writes with them.
 """
 
 from __future__ import annotations
@@ -68,6 +67,8 @@ class Format:
       implied: fields of ModelConfig that have one value in this format.
       extra: further entries of config.json that the published code wants to see.
       tensors: path of our leaf -> how it is stored.
+      is_causal: an autoregressive model: it need not have a MASK token, its heads may have any
+        width, and its rotary frequencies may be stretched (`rope_scaling`, `rope_parameters`).
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class Format:
     implied: Mapping[str, Any]
     extra: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    is_causal: bool = False
 
 
 LLADA = Format(
@@ -192,4 +194,40 @@ DREAM = Format(
     },
 )
 
-FORMATS = {form.model_type: form for form in (LLADA, DREAM)}
+QWEN2 = dataclasses.replace(
+    DREAM,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    absent={**DREAM.absent, "rope_theta": lambda raw: 10_000.0},
+    fixed={"hidden_act": (("silu",), "silu"), "use_sliding_window": ((False,), False)},
+    is_causal=True,
+)
+
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    absent={**QWEN2.absent, "head_dim": lambda raw: 128},
+    fixed={**QWEN2.fixed, "attention_bias": ((False,), False)},
+    implied={"qkv_bias": False, "qk_norm": True, "shifted_logits": True},
+    tensors={
+        **QWEN2.tensors,
+        "layers/attention/q_norm": Stored("model.layers.{}.self_attn.q_norm.weight", "h -> h"),
+        "layers/attention/k_norm": Stored("model.layers.{}.self_attn.k_norm.weight", "h -> h"),
+    },
+)
+
+LLAMA = dataclasses.replace(
+    QWEN2,
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    fixed={
+        "hidden_act": (("silu",), "silu"),
+        "attention_bias": ((False,), False),
+        "mlp_bias": ((False,), False),
+    },
+    implied={"qkv_bias": False, "shifted_logits": True},
+    extra={"attention_dropout": 0.0, "initializer_range": 0.02},
+)
+
+FORMATS = {form.model_type: form for form in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}

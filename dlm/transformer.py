@@ -10,6 +10,7 @@ width, F MLP width, V vocabulary, L layers.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -299,6 +300,11 @@ def _rotary_angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, j
     """Cosine and sine, [B, T, 1, H/2] float32."""
     exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
     frequency = 1.0 / cfg.rope_theta**exponent
+    if (scaling := cfg.rope_scaling) is not None:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
     angles = positions[..., None].astype(jnp.float32) * frequency[None, None]
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 

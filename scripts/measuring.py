@@ -52,7 +52,7 @@ TASKS = {
         },
     ),
     "word_problems": TaskPreset(
-        {"make": "dlm.tasks.word_problems:WordProblems"}, gen_len=32, delimiter=" "
+        {"make": "dlm.tasks.word_problems:WordProblems"}, gen_len=24, delimiter=" "
     ),
     "scan": TaskPreset({"make": "dlm.tasks.scan:Scan"}, gen_len=52),
     "countdown": TaskPreset({"make": "dlm.tasks.countdown:Countdown"}, gen_len=48, delimiter=","),

@@ -33,7 +33,7 @@ from ml_collections import config_dict
 
 from dlm import lm, tasks
 from dlm.config import ModelConfig
-from dlm.params import Params, num_params
+from dlm.params import Params, init_from_specs, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
 from train import checkpoint, data
@@ -151,6 +151,9 @@ def run(
             jax.random.fold_in(jax.random.key(settings.train.seed), i) for i in range(3)
         )
         if start is None:
+            if frozen is not None and hasattr(trainable, "start"):
+                make = functools.partial(init_from_specs, init_key, specs, master_dtype)
+                given = jax.jit(lambda frozen: trainable.start(frozen, make()))(frozen)
             state = first_state(init_key, given, specs, master_dtype, optim, shardings)
         else:
             abstract = abstract_state(specs, master_dtype, optim, shardings)

@@ -6,7 +6,8 @@ A trainable is a frozen dataclass with
     attach(params, own)        what the objective is given: the model with it
     export(folder, lm, own)    writes the result of a run
 
-where `params` are those of `train.init_from`, which are never changed, and `own` are the ones that
+and, if fresh ones should start from the model, `start(params, own)`, which gives them, where
+`params` are those of `train.init_from`, which are never changed, and `own` are the ones that
 are learned. A config names one by "module:Class" (`train.trainable`), for example `dlm.lora:Lora`.
 """
 

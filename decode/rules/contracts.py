@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.component import Part
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import VocabStats, threefry2x32
 
@@ -124,8 +125,8 @@ WIDTHS = ("block", "suffix", "canvas")  # what a window may show, each more than
 
 
 @struct.dataclass
-class Component:
-    """What all components share.
+class Component(Part):
+    """What all components of masked diffusion share.
 
     Attributes:
       needs_logits: whether `Round.logits` must be there. The loop materialises [B, W, V] logits
@@ -134,22 +135,12 @@ class Component:
       needs_expected: whether `Round.expected` must be there; goes with `needs_logits`.
       width: what the window must show: the open "block", also the "suffix" after it, or the whole
         "canvas".
-      kind: the class, by name; set by itself. JAX (0.10 to 0.12) compares pytrees of dataclasses by
-        their static fields and forgets their types, so without it a compiled program may now and
-        then be taken for that of another component with equal fields.
     """
 
     needs_logits: ClassVar[bool] = False
     needs_shadow: ClassVar[bool] = False
     needs_expected: ClassVar[bool] = False
     width: ClassVar[str] = "block"
-    kind: str = struct.field(pytree_node=False, default="", kw_only=True, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", f"{type(self).__module__}.{type(self).__qualname__}")
-
-    def validate(self, cfg: ModelConfig) -> None:
-        """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
 
     def refuse(self, method: Any) -> str | None:
         """Why this component makes no sense beside the others of a `DiffusionMethod`, or None."""

@@ -38,7 +38,7 @@ class WordProblems:
 
     min_steps: int = 2
     max_steps: int = 3
-    max_change: int = 20
+    max_change: int = 9
     split: str = "train"
     seed: int = 0
     num_examples: int = 10_000
@@ -78,12 +78,12 @@ class WordProblems:
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """Names, things and the parts of sentences; of answers, single digits and signs."""
+        """Names, things and the parts of sentences; numbers and signs."""
         verbs = [f" {verb}" for verb in (*_VERBS["+"], *_VERBS["-"], "has", *_TIMES.values())]
         endings = [" their", *(f" {thing}." for thing in _THINGS)]
         return (
             *_NAMES, *verbs, *endings, *(f" {thing}?" for thing in _THINGS),
-            "How many", " ####", "\n", " ", *"+-*=", *"0123456789",
+            "How many", " ####", "\n", " ", *"+-*=", *map(str, range(1, 100)),
         )  # fmt: skip
 
     def _draw(self, rng: np.random.Generator) -> list[tuple[int, str, int, int]]:

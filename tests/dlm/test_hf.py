@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 import dlm.hf
-from dlm.config import PRESETS
+from dlm.config import PRESETS, RopeScaling
 from dlm.hf import load_params, read_config, save_hf
 from dlm.params import abstract_params, num_params, param_shardings
 from dlm.sharding import make_mesh
@@ -36,6 +36,39 @@ DREAM_7B = {
     "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
     "max_position_embeddings": 131072, "mask_token_id": 151666, "eos_token_id": 151643,
     "bos_token_id": 151643, "pad_token_id": 151643, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+SCALING = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+)
+# The published config.json files of autoregressive models, as far as they are read.
+LLAMA_3_1_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    "bos_token_id": 128000, "eos_token_id": [128009, 128001, 128008], "torch_dtype": "bfloat16",
+    "rope_scaling": {
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+}  # fmt: skip
+QWEN_2_5_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    "hidden_act": "silu", "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "use_sliding_window": False,
+    "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
+}  # fmt: skip
+QWEN_3_0_6B = {
+    "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
+    "hidden_act": "silu", "max_position_embeddings": 40960, "rope_theta": 1000000,
+    "rms_norm_eps": 1e-06, "tie_word_embeddings": True, "use_sliding_window": False,
+    "attention_bias": False, "rope_scaling": None, "bos_token_id": 151643, "eos_token_id": 151645,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -109,6 +142,54 @@ def test_published_configs_give_the_presets(model):
     dream = read_config(model("dream_small", **DREAM_7B))
     expected = dataclasses.replace(PRESETS["dream_7b"], max_seq_len=131072, bos_token_id=151643)
     assert dream == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "preset"),
+    [(LLAMA_3_1_8B, "llama3_1_8b"), (QWEN_2_5_7B, "qwen2_5_7b"), (QWEN_3_0_6B, "qwen3_0_6b")],
+)
+def test_published_causal_configs_give_the_presets(tmp_path, raw, preset):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    expected = PRESETS[preset]
+    cfg = read_config(tmp_path)
+    named = dict(bos_token_id=cfg.bos_token_id, pad_token_id=cfg.pad_token_id)
+    assert cfg == dataclasses.replace(expected, **named) and cfg.mask_token_id is None
+    assert cfg.pad_token_id == cfg.eos_token_id and cfg.bos_token_id == raw["bos_token_id"]
+
+
+def test_rope_parameters_of_newer_files(tmp_path):
+    """Since version 5, transformers writes both rotary settings in one place."""
+    raw = {k: v for k, v in LLAMA_3_1_8B.items() if not k.startswith("rope_")}
+    rotary = LLAMA_3_1_8B["rope_scaling"] | {"rope_theta": 500000.0}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_parameters": rotary}))
+    cfg = read_config(tmp_path)
+    assert cfg.rope_theta == 500_000.0 and cfg.rope_scaling == SCALING
+    default = {"rope_type": "default", "rope_theta": 1e6}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_parameters": default}))
+    cfg = read_config(tmp_path)
+    assert cfg.rope_theta == 1e6 and cfg.rope_scaling is None
+    for wrong, message in (
+        ({"rope_type": "yarn", "factor": 2.0}, "rope_scaling of type 'yarn' is not supported"),
+        ({"rope_type": "llama3", "factor": 2.0}, "rope_scaling must give low_freq_factor, high"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_scaling": wrong}))
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_causal_formats_come_back(tmp_path, kind):
+    cfg = dataclasses.replace(
+        _TINY, shifted_logits=True, mask_token_id=None, qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3", head_dim=32 if kind == "qwen3" else _TINY.head_dim,
+        rope_scaling=SCALING if kind == "llama" else None,
+    )  # fmt: skip
+    params = random_params(cfg)
+    save_hf(tmp_path / "model", params, cfg)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == kind
+    again = read_config(tmp_path / "model")
+    assert again == cfg
+    assert_same(load_params(tmp_path / "model", again), params)
 
 
 def test_null_and_absent_sizes(model):
@@ -526,7 +607,8 @@ def test_save_from_a_mesh(tmp_path):
     ("changes", "message"),
     [
         ({"qk_norm": True}, "qk_norm=True cannot be written: the published"),
-        ({"shifted_logits": True}, "shifted_logits=True cannot be written"),
+        ({"qk_norm": True, "shifted_logits": True, "qkv_bias": True}, "qk_norm=True cannot be"),
+        ({"rope_scaling": SCALING}, "rope_scaling=RopeScaling.* cannot be written"),
         ({"mask_token_id": None}, "mask_token_id=None cannot be written"),
         ({"head_dim": 32}, "head_dim=32 cannot be written"),
     ],

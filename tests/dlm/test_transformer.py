@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dlm.cache import init_cache
-from dlm.config import PRESETS, ModelConfig
+from dlm.config import PRESETS, ModelConfig, RopeScaling
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.sharding import constrain, logical_sharding, make_mesh
-from dlm.transformer import forward, logits
+from dlm.transformer import _rotary_angles, forward, logits
 
 VARIANTS = {
     "llada": {},
@@ -182,3 +182,27 @@ def test_bad_configs_are_refused(change, message):
 
 def test_config_is_hashable():
     assert hash(PRESETS["tiny"]) == hash(ModelConfig(**dataclasses.asdict(PRESETS["tiny"])))
+
+
+def test_stretched_frequencies_by_hand():
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those in between partly."""
+    scaling = RopeScaling(
+        factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_seq_len=64
+    )
+    cfg = dataclasses.replace(PRESETS["tiny"], rope_theta=1000.0, rope_scaling=scaling)
+    cos, sin = _rotary_angles(jnp.ones((1, 1), jnp.int32), cfg)
+    kinds = set()
+    for i, angle in enumerate(np.arctan2(sin[0, 0, 0], cos[0, 0, 0])):
+        frequency = 1000.0 ** (-2 * i / cfg.head_dim)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 64 / 3:
+            kinds.add("kept")
+        elif wavelength > 64:
+            kinds.add("stretched")
+            frequency /= 4
+        else:
+            kinds.add("between")
+            smooth = (64 / wavelength - 1) / (3 - 1)
+            frequency = (1 - smooth) * frequency / 4 + smooth * frequency
+        np.testing.assert_allclose(angle, frequency, rtol=1e-5)
+    assert kinds == {"kept", "between", "stretched"}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dlm import transformer
 from dlm.config import ModelConfig
@@ -36,30 +37,62 @@ class Causal(TokenObjective):
         self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> Predictions:
         """Hidden states of the tokens before those that count."""
-        prompt, start = batch["prompt"], batch["prompt_start"]
-        P = prompt.shape[1]
-        tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
-        T = tokens.shape[1]
-        output = transformer.forward(
-            params,
-            cfg,
-            tokens,
-            positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
-            mask="causal",
-            window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
-            remat=self.remat,
-        )
+        text = read_text(params, cfg, batch, self.on_prompt, self.remat)
+        P = batch["prompt"].shape[1]
         first = P if P and not self.on_prompt else 1  # the first token that may be predicted
-        index = jnp.arange(first, T)[None]
-        # A row's first real token has nothing before it to be predicted from.
-        counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
+        counts = text.counts[:, first:]
         weight = counts / jnp.maximum(counts.sum(), 1)
-        return Predictions(output.hidden[:, first - 1 : -1], tokens[:, first:], weight)
+        return Predictions(text.hidden[:, first - 1 : -1], text.tokens[:, first:], weight)
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: "loss" and "accuracy" (tokens whose arg-max is right)."""
         stats = transformer.target_stats(params, said.hidden, said.targets)
         return mean_cross_entropy(stats.log_prob, stats.token == said.targets, said.weight > 0)
+
+
+class Text(struct.PyTreeNode):
+    """Prompts and completions as an autoregressive model reads them.
+
+    Attributes:
+      tokens: [B, T] int32.
+      hidden: [B, T, D]. Final hidden states; that of position t predicts token t + 1.
+      counts: [B, T] bool. Tokens that are to be predicted.
+      start: [B] int32. The first real position.
+    """
+
+    tokens: jax.Array
+    hidden: jax.Array
+    counts: jax.Array
+    start: jax.Array
+
+
+def read_text(
+    params: Params,
+    cfg: ModelConfig,
+    batch: Mapping[str, jax.Array],
+    on_prompt: bool,
+    remat: bool = False,
+) -> Text:
+    """The forward pass of `Causal`: one batch, and which tokens of it count."""
+    prompt, start = batch["prompt"], batch["prompt_start"]
+    P = prompt.shape[1]
+    tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
+    T = tokens.shape[1]
+    output = transformer.forward(
+        params,
+        cfg,
+        tokens,
+        positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
+        mask="causal",
+        window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
+        remat=remat,
+    )
+    index = jnp.arange(T)[None]
+    # A row's first real token has nothing before it to be predicted from.
+    counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
+    if not on_prompt:
+        counts &= index >= P
+    return Text(tokens, output.hidden, counts, start)
 
 
 def mean_cross_entropy(

@@ -1,0 +1,55 @@
+"""Medusa's or Hydra's heads for a small autoregressive model, which stays as it is.
+
+    python -m train --config=configs/draft_heads.py:python,medusa --workdir=runs/python/medusa \\
+        --config.train.init_from=runs/python/target/model
+    python -m train --config=configs/draft_heads.py:python,hydra --workdir=runs/python/hydra \\
+        --config.train.init_from=runs/python/target/model
+
+Then decode with `Medusa(load("runs/python/medusa/model", lm)[1])`. References: arXiv:2401.10774
+(Medusa-1), arXiv:2402.05109. The published learning rates (1e-3, 5e-4) are for models of billions;
+these numbers are ours.
+"""
+
+import ml_collections
+
+from configs import causal_lm
+
+HEADS = ("medusa", "hydra")
+
+
+def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
+    """The settings.
+
+    Args:
+      arg: "python" or "scan", then ",medusa" or ",hydra"; with ",runlocal" behind them a smoke
+        test of a few seconds, for a model made by `causal_lm.py`'s.
+    """
+    task, heads, *rest = (*arg.split(","), "")
+    if task not in causal_lm.TASKS or heads not in HEADS or rest not in ([""], ["runlocal", ""]):
+        raise ValueError(
+            f"config argument {arg!r} must be one of {', '.join(causal_lm.TASKS)}, then one of "
+            f"{', '.join(HEADS)}, and perhaps runlocal, with commas between them"
+        )
+    config = causal_lm.get_config(f"{task},runlocal" if rest[0] else task)
+    with config.unlocked():
+        config.train.objective = objective = ml_collections.ConfigDict()
+        objective.decay = 0.8  # of the weight from head to head (Medusa)
+        objective.on_prompt = True
+        config.train.trainable = trainable = ml_collections.ConfigDict()
+        trainable.num_heads = 4  # tokens that are drafted (Hydra)
+        trainable.num_blocks = 1  # per head (Medusa)
+    if heads == "medusa":
+        objective.make = "train.objectives.medusa:MedusaLoss"
+        trainable.make = "dlm.heads.medusa:MedusaHeads"
+    else:
+        objective.make = "train.objectives.hydra:HydraLoss"
+        objective.teacher = False  # learn the text, not the model's law (Hydra++)
+        trainable.make = "dlm.heads.hydra:HydraHeads"
+    config.train.init_from = ""  # folder of the model; must be given
+    config.optim.learning_rate = 2e-3  # highest
+    config.optim.weight_decay = 0.0  # (Medusa)
+    if not rest[0]:
+        config.train.num_steps = 500
+        config.train.eval_every = 100  # steps between validations
+        config.checkpoint.every = 100  # steps
+    return config

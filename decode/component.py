@@ -1,0 +1,28 @@
+"""What the components of all decoding methods share."""
+
+from __future__ import annotations
+
+from flax import struct
+
+from dlm.config import ModelConfig
+
+
+@struct.dataclass
+class Part:
+    """A small choice that a decoding method is made of.
+
+    Numbers are leaves and are traced; sizes and options are static fields.
+
+    Attributes:
+      kind: the class, by name; set by itself. JAX (0.10 to 0.12) compares pytrees of dataclasses by
+        their static fields and forgets their types, so without it a compiled program may now and
+        then be taken for that of another component with equal fields.
+    """
+
+    kind: str = struct.field(pytree_node=False, default="", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", f"{type(self).__module__}.{type(self).__qualname__}")
+
+    def validate(self, cfg: ModelConfig) -> None:
+        """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""

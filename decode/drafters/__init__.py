@@ -1,0 +1,1 @@
+"""Drafters: who proposes what the target judges, one file per method."""

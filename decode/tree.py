@@ -1,0 +1,218 @@
+"""Draft trees: what may come next, as nodes under the last committed token.
+
+Node 0 is the root, that token itself; every other node is a guess about the token after its
+parent's. A chain is a tree with one child per node. Parents come before their children; siblings
+are tested in the order in which they are stored.
+
+Letters: B rows, W nodes, J largest depth, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+class DraftTree(struct.PyTreeNode):
+    """Guesses of all rows.
+
+    Attributes:
+      tokens: [B, W] int32.
+      parents: [B, W] int32. Index of the parent, below the node's own; of the root: -1.
+      depths: [B, W] int32. Of the root: 0.
+      is_valid: [B, W] bool. Nodes that exist; their parents do too, and the root always.
+      laws: [B, W, V] float32, or None. Row v is the law that the children of node v were drawn
+        from; None: they were not drawn, but follow from what is known.
+    """
+
+    tokens: jax.Array
+    parents: jax.Array
+    depths: jax.Array
+    is_valid: jax.Array
+    laws: jax.Array | None = None
+
+    def ancestors(self, depth: int) -> jax.Array:
+        """[B, W, W] bool: [b, v, u] is whether u is v or above it. `depth` is at least J."""
+        W = self.tokens.shape[1]
+        found = jnp.broadcast_to(jnp.eye(W, dtype=bool)[None], (*self.tokens.shape, W))
+        above = self.parents
+        for _ in range(depth):
+            found = found | (above[..., None] == jnp.arange(W)[None, None])
+            above = jnp.where(above > 0, jnp.take_along_axis(self.parents, above, axis=1), -1)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """A tree whose shape is the same in every round. Hashable, so static under `jax.jit`.
+
+    Attributes:
+      parents: of nodes 1 to W - 1; parents first.
+      ranks: of nodes 1 to W - 1: the node is its parent's rank-th best child, from 0.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parents) != len(self.ranks):
+            raise ValueError(
+                f"parents has {len(self.parents)} entries and ranks {len(self.ranks)}: they must "
+                "be as many"
+            )
+        for v, (parent, rank) in enumerate(zip(self.parents, self.ranks, strict=True), start=1):
+            if not 0 <= parent < v or rank < 0:
+                raise ValueError(
+                    f"node {v} has parent {parent} and rank {rank}: the parent must come before "
+                    "it, and the rank be at least 0"
+                )
+        if len(set(zip(self.parents, self.ranks, strict=True))) < len(self.parents):
+            raise ValueError("two children of one node have the same rank: each must be another")
+
+    @property
+    def num_nodes(self) -> int:
+        """W, with the root."""
+        return len(self.parents) + 1
+
+    @functools.cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Of all nodes, the root's 0 first."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @property
+    def depth(self) -> int:
+        """J."""
+        return max(self.depths)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(len(self.parents)))
+
+    def level(self, depth: int) -> tuple[int, ...]:
+        """The nodes of one depth."""
+        return tuple(v for v, d in enumerate(self.depths) if d == depth)
+
+    def tree(
+        self, tokens: jax.Array, is_valid: jax.Array | None = None, laws: jax.Array | None = None
+    ) -> DraftTree:
+        """The same shape in every row, with `tokens` [B, W], the root's first."""
+        rows = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape)  # noqa: E731
+        return DraftTree(
+            tokens=tokens,
+            parents=rows((-1, *self.parents)),
+            depths=rows(self.depths),
+            is_valid=jnp.ones(tokens.shape, bool) if is_valid is None else is_valid,
+            laws=laws,
+        )
+
+
+def chain(num_drafts: int) -> TreeShape:
+    """One guess after the other; 0: only the root, which is plain decoding."""
+    return TreeShape(tuple(range(num_drafts)), (0,) * num_drafts)
+
+
+def from_paths(paths: Sequence[Sequence[int]]) -> TreeShape:
+    """A tree from its paths, as Medusa's choices are written.
+
+    Example:
+      >>> from_paths([[0], [1], [0, 0]]).parents
+      (0, 0, 1)
+
+    Args:
+      paths: [a, b, c] is the c-th best child of the b-th best child of the a-th best child of the
+        root. Every beginning of a path must be a path too. Nodes are stored by length, then in
+        the order of their numbers.
+
+    Raises:
+      ValueError: a path's beginning is missing, or a path is there twice.
+    """
+    ordered = sorted(map(tuple, paths), key=lambda path: (len(path), path))
+    index: dict[tuple[int, ...], int] = {(): 0}
+    parents = []
+    for path in ordered:
+        if not path or path in index:
+            raise ValueError(f"path {list(path)} must have at least one number and be there once")
+        if path[:-1] not in index:
+            raise ValueError(f"path {list(path)} has no parent: add {list(path[:-1])}")
+        parents.append(index[path[:-1]])
+        index[path] = len(index)
+    return TreeShape(tuple(parents), tuple(path[-1] for path in ordered))
+
+
+def optimal_tree(rates: Sequence[float], num_nodes: int, max_depth: int) -> TreeShape:
+    """The static tree that commits most tokens per round, by dynamic programming.
+
+    Reference: Chen et al., "Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding",
+    arXiv:2402.12374, Sec. 4.1. With T(m, l, b) the expected tokens of a subtree of m nodes and
+    depth at most l whose root has exactly b children:
+
+        T(1, l, 0) = 1
+        T(m, l, b) = max over y of T(y, l, b - 1) + rates[b] max over b' of T(m - y, l - 1, b')
+
+    Args:
+      rates: probability that a node's b-th child, in the order they are tested, is the one that
+        is accepted; such as was measured.
+      num_nodes: W, with the root.
+      max_depth: J.
+
+    Raises:
+      ValueError: rates that are no probabilities, or no node.
+    """
+    if not rates or any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-6:
+        raise ValueError(f"rates={list(rates)} must be probabilities of exclusive events")
+    if num_nodes < 1 or max_depth < 0:
+        raise ValueError(f"num_nodes={num_nodes} must be at least 1 and max_depth={max_depth} 0")
+
+    @functools.cache
+    def best(m: int, depth: int) -> tuple[float, int]:
+        """Over the number of children: tokens, and that number."""
+        options = [(exactly(m, depth, b)[0], -b) for b in range(min(m, len(rates) + 1))]
+        tokens, b = max(options)
+        return tokens, -b
+
+    @functools.cache
+    def exactly(m: int, depth: int, b: int) -> tuple[float, int]:
+        """Tokens with b children, and the nodes that are left beside the last child's subtree."""
+        if b == 0:
+            return (1.0, 0) if m == 1 else (-math.inf, 0)
+        if m < b + 1 or depth == 0:
+            return -math.inf, 0
+        options = []
+        for y in range(b, m):
+            tokens = exactly(y, depth, b - 1)[0] + rates[b - 1] * best(m - y, depth - 1)[0]
+            options.append((tokens, -y))
+        tokens, y = max(options)
+        return tokens, -y
+
+    paths: list[tuple[int, ...]] = []
+
+    def collect(path: tuple[int, ...], m: int, depth: int) -> None:
+        if path:
+            paths.append(path)
+        b = best(m, depth)[1]
+        while b > 0:
+            y = exactly(m, depth, b)[1]
+            collect((*path, b - 1), m - y, depth - 1)
+            m, b = y, b - 1
+
+    most = max(range(1, num_nodes + 1), key=lambda m: best(m, max_depth)[0])
+    collect((), most, max_depth)
+    return from_paths(paths)
+
+
+def expected_tokens(shape: TreeShape, rates: Sequence[float]) -> float:
+    """Tokens that a round commits on average, the one behind the drafts included."""
+    reached = np.ones(shape.num_nodes)
+    for v, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True), start=1):
+        reached[v] = reached[parent] * (rates[rank] if rank < len(rates) else 0.0)
+    return float(reached.sum())

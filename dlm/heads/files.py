@@ -1,0 +1,78 @@
+"""Draft heads on disk: a JSON file with what they are, and safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dlm.lm import LanguageModel, fingerprint
+from dlm.params import Params
+
+_CONFIG, _WEIGHTS = "heads.json", "heads.safetensors"
+Heads = TypeVar("Heads")
+
+
+def save(path: str | pathlib.Path, heads: Any, lm: LanguageModel, own: Params) -> None:
+    """Writes heads into a folder, made if needed, with the fingerprint of their model.
+
+    Args:
+      path: the folder.
+      heads: a frozen dataclass with `specs`.
+      lm: the model that they were trained for.
+      own: their parameters.
+    """
+    root = pathlib.Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    flat = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(leaf)
+        for p, leaf in jax.tree_util.tree_flatten_with_path(own)[0]
+    }
+    safetensors.numpy.save_file(flat, root / _WEIGHTS)
+    config = {"kind": type(heads).__name__, **dataclasses.asdict(heads), "model": fingerprint(lm)}
+    (root / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: str | pathlib.Path, kind: type[Heads], lm: LanguageModel) -> tuple[Heads, Params]:
+    """Reads what `save` wrote.
+
+    Args:
+      path: the folder.
+      kind: of heads that are expected.
+      lm: the model that they are to be used with.
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: they are of another kind, of another model, or broken.
+    """
+    root = pathlib.Path(path)
+    if not (root / _CONFIG).is_file():
+        raise FileNotFoundError(f"{root / _CONFIG} is missing: {root} holds no draft heads")
+    config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
+    found, model = config.pop("kind"), config.pop("model")
+    if found != kind.__name__:
+        raise ValueError(f"{root} holds {found}, not {kind.__name__}")
+    if model != fingerprint(lm):
+        raise ValueError(
+            f"the heads in {root} were trained for model {model}, and this one is "
+            f"{fingerprint(lm)}: train heads for it"
+        )
+    heads: Any = kind(**config)
+    specs = heads.specs(lm.cfg)
+    flat = safetensors.numpy.load_file(root / _WEIGHTS)
+    expected, structure = jax.tree_util.tree_flatten_with_path(specs)
+    leaves = []
+    for p, spec in expected:
+        name = jax.tree_util.keystr(p, simple=True, separator="/")
+        if name not in flat or flat[name].shape != spec.shape:
+            shape = flat[name].shape if name in flat else None
+            raise ValueError(f"{root / _WEIGHTS}: {name} of shape {shape} must be {spec.shape}")
+        leaves.append(jnp.asarray(flat[name], lm.cfg.jnp_dtype))
+    return heads, jax.tree.unflatten(structure, leaves)

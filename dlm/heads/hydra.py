@@ -1,0 +1,113 @@
+"""Hydra's heads: Medusa's, each of which also sees the tokens drafted before it.
+
+Reference: Ankner et al., "Hydra: Sequentially-Dependent Draft Heads for Medusa Decoding",
+arXiv:2402.05109, Sec. 3, and the public code. Head i (from 0) guesses the token after the root y_0
+and i drafted tokens, from the hidden state c that predicted the root, and the embeddings of all of
+them:
+
+    in = [c ; E(y_0) ; .. ; E(y_i)]             (i + 2) D numbers
+    x = R in + silu(W in + b)                   W and b are zero at first
+    x <- x + silu(W' x + b')                    once per further block
+    logits = head_i x                           a matrix per head, at first the model's own
+
+R starts as the selection of c, so that before training every head says what the model says.
+Hydra++ puts a decoder layer over the hidden states of the text before c: `dlm.heads.hydra` has its
+deeper heads (`num_blocks`), not that layer.
+
+Letters: J heads, R blocks per head, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from dlm.config import ModelConfig
+from dlm.heads import files
+from dlm.lm import LanguageModel
+from dlm.params import Params, ParamSpec
+from dlm.transformer import output_head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HydraHeads:
+    """What the heads are; also what `train.trainable` trains beside a model.
+
+    Attributes:
+      num_heads: J >= 1.
+      num_blocks: R >= 1.
+    """
+
+    num_heads: int = 4
+    num_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.num_blocks < 1:
+            raise ValueError(
+                f"num_heads={self.num_heads} and num_blocks={self.num_blocks} must be at least 1"
+            )
+
+    def specs(self, cfg: ModelConfig) -> Params:
+        """{"first": one dict per head, "blocks": R - 1 dicts, "unembed"} of `ParamSpec`."""
+        J, D = self.num_heads, cfg.d_model
+        block = {
+            "w": ParamSpec((J, D, D), (None, "embed", None)),
+            "b": ParamSpec((J, D), (None, None)),
+        }
+        first = [
+            {
+                "r": ParamSpec(((i + 2) * D, D), ("embed", None)),
+                "w": ParamSpec(((i + 2) * D, D), ("embed", None)),
+                "b": ParamSpec((D,), (None,)),
+            }
+            for i in range(J)
+        ]
+        return {
+            "first": first,
+            "blocks": [block] * (self.num_blocks - 1),
+            "unembed": ParamSpec((J, cfg.vocab_size, D), (None, "vocab", "embed")),
+        }
+
+    def start(self, params: Params, own: Params) -> Params:
+        """Fresh heads `own`, which say what the model says."""
+        head = output_head(params).astype(own["unembed"].dtype)
+        first = [
+            f | {"r": jnp.eye(f["r"].shape[0], f["r"].shape[1], dtype=f["r"].dtype)}
+            for f in own["first"]
+        ]
+        return own | {"first": first, "unembed": jnp.broadcast_to(head, own["unembed"].shape)}
+
+    def attach(self, params: Params, own: Params) -> Params:
+        """The model's parameters with the heads beside them."""
+        return params | {"heads": own}
+
+    def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
+        """Writes `folder/model`, for `load`."""
+        files.save(folder / "model", self, lm, own)
+
+
+def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:
+    """Heads and their parameters; ValueError if they were trained for another model than `lm`."""
+    return files.load(path, HydraHeads, lm)
+
+
+def head_hidden(own: Params, seen: jax.Array, i: int) -> jax.Array:
+    """What head i (from 0) multiplies with its matrix.
+
+    Args:
+      own: the heads.
+      seen: [..., (i + 2) D]. The hidden state and the embeddings, one behind the other.
+      i: which head.
+
+    Returns:
+      [..., D].
+    """
+    first = own["first"][i]
+    rows = seen.reshape(-1, seen.shape[-1])
+    x = rows @ first["r"] + jax.nn.silu(rows @ first["w"] + first["b"][None])
+    for block in own["blocks"]:
+        x = x + jax.nn.silu(x @ block["w"][i] + block["b"][i][None])
+    return x.reshape(*seen.shape[:-1], -1)

@@ -1,0 +1,85 @@
+"""Medusa's heads: guesses about the tokens after the next, from one hidden state.
+
+Reference: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding
+Heads", arXiv:2401.10774, Sec. 2.1. Head k (from 1) guesses the token k places behind the one that
+the model itself predicts:
+
+    x <- x + silu(W x + b)      once per block; W and b are zero at first
+    logits = head_k x           a matrix per head, at first the model's own
+
+so that before training every head says what the model says.
+
+Letters: J heads, R blocks per head, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from dlm.config import ModelConfig
+from dlm.heads import files
+from dlm.lm import LanguageModel
+from dlm.params import Params, ParamSpec
+from dlm.transformer import output_head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MedusaHeads:
+    """What the heads are; also what `train.trainable` trains beside a model.
+
+    Attributes:
+      num_heads: J >= 1.
+      num_blocks: R >= 0.
+    """
+
+    num_heads: int = 4
+    num_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.num_blocks < 0:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be at least 1 and num_blocks={self.num_blocks} 0"
+            )
+
+    def specs(self, cfg: ModelConfig) -> Params:
+        """{"blocks": R of {"w": [J, D, D], "b": [J, D]}, "unembed": [J, V, D]} of `ParamSpec`."""
+        J, D = self.num_heads, cfg.d_model
+        block = {
+            "w": ParamSpec((J, D, D), (None, "embed", None)),
+            "b": ParamSpec((J, D), (None, None)),
+        }
+        return {
+            "blocks": [block] * self.num_blocks,
+            "unembed": ParamSpec((J, cfg.vocab_size, D), (None, "vocab", "embed")),
+        }
+
+    def start(self, params: Params, own: Params) -> Params:
+        """Fresh heads `own`, whose matrices become the model's."""
+        head = output_head(params).astype(own["unembed"].dtype)
+        return own | {"unembed": jnp.broadcast_to(head, own["unembed"].shape)}
+
+    def attach(self, params: Params, own: Params) -> Params:
+        """The model's parameters with the heads beside them."""
+        return params | {"heads": own}
+
+    def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
+        """Writes `folder/model`, for `load`."""
+        files.save(folder / "model", self, lm, own)
+
+
+def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[MedusaHeads, Params]:
+    """Heads and their parameters; ValueError if they were trained for another model than `lm`."""
+    return files.load(path, MedusaHeads, lm)
+
+
+def head_hidden(own: Params, hidden: jax.Array, k: int) -> jax.Array:
+    """What head k (from 0) multiplies with its matrix: [..., D] of hidden states [..., D]."""
+    x = hidden
+    for block in own["blocks"]:
+        rows = x.reshape(-1, x.shape[-1])
+        x = x + jax.nn.silu(rows @ block["w"][k] + block["b"][k][None]).reshape(x.shape)
+    return x

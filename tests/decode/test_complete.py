@@ -1,0 +1,91 @@
+"""The notebook API: strings, stop strings, seeds, and what is reported."""
+
+import jax
+import numpy as np
+import pytest
+
+import dlm
+from decode.complete import complete
+from decode.drafters.prompt_lookup import PromptLookup
+from dlm.config import ModelConfig
+from dlm.params import init_params
+from dlm.tokenizer import byte_tokenizer
+from tests.conftest import spread
+
+
+@pytest.fixture(scope="module")
+def lm():
+    tokenizer = byte_tokenizer()
+    cfg = ModelConfig(
+        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=128,
+        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
+        shifted_logits=True, dtype="float32",
+    )  # fmt: skip
+    return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)
+
+
+def test_drafts_change_the_forwards_and_nothing_else(lm):
+    plain = complete(lm, ["abc", "to be or not to be", "x"], gen_len=[30, 20, 25])
+    fast = complete(
+        lm, ["abc", "to be or not to be", "x"], gen_len=[30, 20, 25], drafter=PromptLookup()
+    )
+    for a, b in zip(plain, fast, strict=True):
+        assert a.text == b.text and a.tokens.tolist() == b.tokens.tolist()
+        assert a.finish_reason == b.finish_reason
+        np.testing.assert_allclose(a.log_prob, b.log_prob, atol=1e-5)
+        assert a.mean_acceptance_length == 1.0 <= b.mean_acceptance_length
+        assert a.num_forwards == len(a.canvas) >= b.num_forwards
+    assert sum(b.num_forwards for b in fast) < sum(a.num_forwards for a in plain)
+
+
+def test_one_prompt_gives_one_answer_and_token_ids_will_do(lm):
+    ids = lm.tokenizer.encode("hello")
+    assert complete(lm, ids, gen_len=5).text == complete(lm, "hello", gen_len=5).text
+
+
+def test_texts_are_cut_before_stop_strings(lm):
+    whole = complete(lm, "abc", gen_len=40)
+    for first in (1, 7, 20):
+        stop = whole.text[first : first + 2]
+        cut = complete(lm, "abc", gen_len=40, stop=["never there", stop])
+        assert cut.text == whole.text[: whole.text.index(stop)]
+        assert cut.finish_reason == "stop" and cut.num_forwards <= whole.num_forwards
+        assert len(lm.tokenizer.decode(cut.tokens.tolist())) >= len(cut.text)
+
+
+def test_stop_ids_and_lengths(lm):
+    whole = complete(lm, "abc", gen_len=12)
+    assert whole.finish_reason == "length" and len(whole.tokens) == 12
+    stop = int(whole.tokens[5])
+    cut = complete(lm, "abc", gen_len=12, stop_ids=[stop])
+    first = whole.tokens.tolist().index(stop)
+    assert cut.finish_reason == "eos" and cut.tokens.tolist() == whole.tokens[:first].tolist()
+
+
+def test_seeds_are_per_prompt(lm):
+    both = complete(lm, ["abc", "abc"], gen_len=12, temperature=1.0, top_p=0.9, seed=[3, 4])
+    assert both[0].text != both[1].text
+    again = complete(lm, "abc", gen_len=12, temperature=1.0, top_p=0.9, seed=4)
+    assert again.text == both[1].text
+
+
+def test_a_penalty_counts_the_drafts_too(lm):
+    """Greedy with a large penalty never repeats a token, and drafts do not change that."""
+    options = dict(gen_len=20, repetition_penalty=1e4)
+    plain = complete(lm, "to be or not to be", **options)
+    assert len(set(plain.canvas.tolist())) == 20
+    fast = complete(lm, "to be or not to be", drafter=PromptLookup(), **options)
+    assert fast.canvas.tolist() == plain.canvas.tolist()
+
+
+def test_bad_options_are_refused(lm):
+    nameless = dlm.LanguageModel(lm.params, lm.cfg, None)
+    with pytest.raises(ValueError, match="the checkpoint has no tokenizer: use stop_ids"):
+        complete(nameless, [1, 2], stop="x")
+    with pytest.raises(ValueError, match="stop has an empty string"):
+        complete(lm, "abc", stop="")
+    with pytest.raises(ValueError, match="top_p=2 must be in"):
+        complete(lm, "abc", temperature=1.0, top_p=2.0)
+    with pytest.raises(TypeError, match="prompts is a int"):
+        complete(lm, 5)

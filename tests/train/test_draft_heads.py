@@ -1,0 +1,207 @@
+"""Medusa's and Hydra's heads: their losses by hand, their training, their files, their drafts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm
+from configs import causal_lm, draft_heads
+from decode.drafters.hydra import Hydra
+from decode.drafters.medusa import Medusa
+from decode.speculative import SpeculativeMethod, _context, init_state
+from decode.tree import chain, from_paths
+from dlm import transformer
+from dlm.heads import hydra, medusa
+from dlm.heads.hydra import HydraHeads
+from dlm.heads.medusa import MedusaHeads
+from dlm.params import init_from_specs
+from tests.decode.test_speculative import random_prompts, run, texts
+from tests.train.test_masked_diffusion import make_batch
+from train import loop
+from train.config import ConfigError
+from train.objectives import Context
+from train.objectives.hydra import HydraLoss
+from train.objectives.medusa import MedusaLoss
+
+KINDS = {"medusa": (MedusaHeads, Medusa, MedusaLoss), "hydra": (HydraHeads, Hydra, HydraLoss)}
+CONTEXT = Context(jax.random.key(0))
+TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+
+
+def fresh(kind, cfg, params, **sizes):
+    heads = KINDS[kind][0](num_heads=3, **sizes)
+    return heads, heads.start(
+        params, init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
+    )
+
+
+def shaken(own, seed=2):
+    """Heads that are not what they start as."""
+    leaves, tree = jax.tree.flatten(own)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
+            for x, k in zip(leaves, keys, strict=True)
+        ],
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_heads_say_what_the_model_says(toy_cfg, toy_params, kind):
+    _, own = fresh(kind, toy_cfg, toy_params, num_blocks=2)
+    hidden = jax.random.normal(jax.random.key(3), (5, toy_cfg.d_model))
+    expected = transformer.logits(toy_params, hidden)
+    for k in range(3):
+        if kind == "medusa":
+            x = medusa.head_hidden(own, hidden, k)
+        else:
+            x = hydra.head_hidden(
+                own, jnp.pad(hidden, ((0, 0), (0, (k + 1) * 16)), constant_values=7), k
+            )
+        np.testing.assert_allclose(x @ own["unembed"][k].T, expected, atol=1e-5)
+
+
+def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_params):
+    """Card: changing y_j changes head i >= j only; the tree is drafted as the loss reads it."""
+    _, own = fresh("hydra", toy_cfg, toy_params)
+    own = shaken(own)
+    embed, hidden = toy_params["embed"], jax.random.normal(jax.random.key(4), (16,))
+
+    def logits(tokens, i):
+        seen = jnp.concatenate([hidden, *(embed[t] for t in tokens[: i + 1])])
+        return hydra.head_hidden(own, seen[None], i)[0] @ own["unembed"][i].T
+
+    base = [3, 5, 7]
+    for j in range(3):
+        changed = [*base[:j], 9, *base[j + 1 :]]
+        for i in range(3):
+            same = np.allclose(logits(base, i), logits(changed, i), atol=1e-6)
+            assert same == (i < j)
+
+    prompts = [[3]]
+    method = SpeculativeMethod(Hydra(own, TREE))
+    state = init_state(toy_cfg, method, prompts, gen_len=4)
+    tree, _ = method.drafter.propose(toy_cfg, _context(toy_params, method, state), hidden[None])
+    tokens = np.asarray(tree.tokens[0])
+    for v in range(1, TREE.num_nodes):
+        way, u = [], v
+        while u:
+            u = TREE.parents[u - 1]
+            way.insert(0, int(tokens[u]))
+        best = np.argsort(-np.asarray(logits(way, len(way) - 1)))
+        assert tokens[v] == best[TREE.ranks[v - 1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_by_hand(toy_cfg, toy_params, kind):
+    batch = make_batch(toy_cfg)
+    _, own = fresh(kind, toy_cfg, toy_params, num_blocks=1)
+    own = shaken(own)
+    params = toy_params | {"heads": own}
+    tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
+    B, T = tokens.shape
+    P = batch["prompt"].shape[1]
+    hidden = np.zeros((B, T, 16), np.float32)
+    for b in range(B):
+        start = int(batch["prompt_start"][b])
+        row = jnp.asarray(tokens[b : b + 1, start:])
+        positions = jnp.arange(T - start)[None]
+        hidden[b, start:] = transformer.forward(
+            toy_params, toy_cfg, row, positions=positions, mask="causal"
+        ).hidden[0]
+    embed = np.asarray(toy_params["embed"])
+    for on_prompt in (False, True):
+        total = 0.0
+        for k in range(3):
+            losses = []
+            for b in range(B):
+                start = int(batch["prompt_start"][b])
+                first = start if on_prompt else P
+                for target in range(max(first, start + k + 2), P + int(batch["completion_len"][b])):
+                    t = target - 2 - k
+                    if kind == "medusa":
+                        x = medusa.head_hidden(own, jnp.asarray(hidden[b, t])[None], k)
+                    else:
+                        seen = np.concatenate([hidden[b, t], *embed[tokens[b, t + 1 : t + 2 + k]]])
+                        x = hydra.head_hidden(own, jnp.asarray(seen)[None], k)
+                    z = np.asarray(x @ own["unembed"][k].T, np.float64)[0]
+                    losses.append(
+                        np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, target]]
+                    )
+            total += 0.8**k * np.mean(losses)
+        loss, metrics = KINDS[kind][2](on_prompt=on_prompt).loss(params, toy_cfg, batch, CONTEXT)
+        np.testing.assert_allclose(loss, total, rtol=1e-4)
+        assert set(metrics) == {"loss", "accuracy_2", "accuracy_3", "accuracy_4"}
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
+    """Of the heads; the model has none, for it is not what is learned."""
+    batch = make_batch(toy_cfg)
+    _, own = fresh("hydra", toy_cfg, toy_params)
+    own = shaken(own)
+
+    class OfHeads:
+        def loss(self, own, cfg, batch, context):
+            return HydraLoss(teacher=teacher).loss(toy_params | {"heads": own}, cfg, batch, context)
+
+    value = lambda own: OfHeads().loss(own, toy_cfg, batch, CONTEXT)[0]
+    gradient = jax.jit(jax.grad(value))(own)
+    rng, jitted = np.random.default_rng(0), jax.jit(value)
+    for name in ("unembed", "first"):
+        leaf, slope = jax.tree.leaves(own[name])[0], jax.tree.leaves(gradient[name])[0]
+        direction = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        step = 1e-2 / float(jnp.linalg.norm(direction))
+
+        def moved(by, name=name, direction=direction):
+            leaves, tree = jax.tree.flatten(own[name])
+            return own | {name: jax.tree.unflatten(tree, [leaves[0] + by * direction, *leaves[1:]])}
+
+        numeric = (jitted(moved(step)) - jitted(moved(-step))) / (2 * step)
+        np.testing.assert_allclose((slope * direction).sum(), numeric, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_smoke_tests_from_target_to_drafts(tmp_path, kind):
+    """Train a target, then heads beside it; they draft its own greedy text."""
+    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+    lm = dlm.load(target.model_path)
+    config = draft_heads.get_config(f"scan,{kind},runlocal")
+    with pytest.raises(ConfigError, match=r"train\.init_from"):
+        loop.run(config, tmp_path / "heads")
+    config.train.init_from = str(target.model_path)
+    result = loop.run(config, tmp_path / "heads")
+    module = {"medusa": medusa, "hydra": hydra}[kind]
+    heads, own = module.load(result.model_path, lm)
+    assert heads.num_heads == 4
+    prompts = random_prompts(lm.cfg, 8)
+    expected = texts(run(lm.params, lm.cfg, SpeculativeMethod(), prompts), 8)
+    method = SpeculativeMethod(KINDS[kind][1](own, TREE))
+    state = run(lm.params, lm.cfg, method, prompts)
+    assert texts(state, 8) == expected
+    other = dataclasses.replace(lm, params=jax.tree.map(lambda x: x * 1.01, lm.params))
+    with pytest.raises(ValueError, match=r"trained for model .* train heads for it"):
+        module.load(result.model_path, other)
+    wrong = {"medusa": hydra, "hydra": medusa}[kind]
+    with pytest.raises(ValueError, match=r"holds (Medusa|Hydra)Heads, not"):
+        wrong.load(result.model_path, lm)
+    with pytest.raises(FileNotFoundError, match=r"holds no draft heads"):
+        module.load(tmp_path, lm)
+
+
+def test_heads_that_do_not_fit_are_refused(toy_cfg, toy_params):
+    _, own = fresh("medusa", toy_cfg, toy_params)
+    with pytest.raises(ValueError, match="the tree has depth 4, more than the 3 heads"):
+        init_state(toy_cfg, SpeculativeMethod(Medusa(own, chain(4))), [[1]], gen_len=4)
+    other = dataclasses.replace(toy_cfg, vocab_size=30)
+    with pytest.raises(ValueError, match="the heads are for a model of vocab_size=24"):
+        init_state(other, SpeculativeMethod(Hydra(own, TREE)), [[1]], gen_len=4)
+    for make in (lambda: MedusaHeads(num_heads=0), lambda: HydraHeads(num_blocks=0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            make()

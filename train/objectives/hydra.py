@@ -1,0 +1,69 @@
+"""Hydra's heads learn the tokens after the next, each seeing the ones before it.
+
+Reference: Ankner et al., arXiv:2402.05109, Sec. 3 and 4, and the public code. As `medusa`, but
+head i (from 0) sees the hidden state h_t and the embeddings of tokens t + 1 to t + 1 + i of the
+text (teacher forcing), and learns token t + 2 + i. With `teacher` it learns the model's own law of
+that token instead (Hydra++): the cross-entropy of softmax(head) under it.
+
+Letters: B batch, T positions, D model width, J heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dlm.config import ModelConfig
+from dlm.heads.hydra import head_hidden
+from dlm.params import Params
+from train.objectives import Context
+from train.objectives.causal import read_text
+from train.objectives.medusa import score_head
+from train.objectives.ps_kd import soft_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HydraLoss:
+    """Goes with `dlm.heads.hydra:HydraHeads` as `train.trainable`.
+
+    Attributes:
+      decay: > 0; of the weight from head to head.
+      teacher: whether the model's law is learned, not the text.
+      on_prompt: whether tokens of the prompt are learned too.
+    """
+
+    decay: float = 0.8
+    teacher: bool = False
+    on_prompt: bool = False
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch, and the metrics of `MedusaLoss`. Args: likewise."""
+        own = params["heads"]
+        text = read_text(params, cfg, batch, self.on_prompt)
+        embedded = params["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
+        T = embedded.shape[1]
+        total, metrics = jnp.float32(0), {}
+        seen = text.hidden
+        for i in range(own["unembed"].shape[0]):
+            shifted = jnp.pad(embedded[:, 1 + i :], ((0, 0), (0, 1 + i), (0, 0)))
+            seen = jnp.concatenate([seen, shifted], axis=-1)
+            hidden, ahead = head_hidden(own, seen, i), i + 2
+            loss, accuracy = score_head(hidden, own["unembed"][i], text, ahead)
+            if self.teacher:
+                counts = text.counts[:, ahead:]
+                counts &= jnp.arange(T - ahead)[None] >= text.start[:, None]
+                soft = soft_cross_entropy(
+                    {"unembed": own["unembed"][i]},
+                    hidden[:, :-ahead],
+                    params,
+                    text.hidden[:, ahead - 1 : -1],
+                )
+                loss = jnp.where(counts, soft, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+            total += self.decay**i * loss
+            metrics[f"accuracy_{ahead}"] = accuracy
+        return total, {"loss": total, **metrics}

@@ -1,0 +1,78 @@
+"""Medusa's heads learn the tokens after the next, beside a model that stays as it is (Medusa-1).
+
+Reference: Cai et al., arXiv:2401.10774, Sec. 2.2.1. With h_t the model's hidden state at t, which
+predicts token t + 1, head k (from 0) learns token t + 2 + k:
+
+    loss = sum_k decay^k  mean over t of  -log p_k(x_{t+2+k} | h_t)
+
+over tokens of completions up to their first EOS, as `Causal`.
+
+Letters: B batch, T positions, G completion length, D model width, J heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.heads.medusa import head_hidden
+from dlm.params import Params
+from train.objectives import Context
+from train.objectives.causal import Text, read_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MedusaLoss:
+    """Goes with `dlm.heads.medusa:MedusaHeads` as `train.trainable`.
+
+    Attributes:
+      decay: > 0; of the weight from head to head (published: 0.8).
+      on_prompt: whether tokens of the prompt are learned too.
+    """
+
+    decay: float = 0.8
+    on_prompt: bool = False
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+
+        Returns:
+          Scalar float32, and metrics: "loss", and "accuracy_2", "accuracy_3", .. for the second,
+          third, .. token after a position (tokens whose arg-max is right).
+        """
+        own = params["heads"]
+        text = read_text(params, cfg, batch, self.on_prompt)
+        total, metrics = jnp.float32(0), {}
+        for k in range(own["unembed"].shape[0]):
+            score = score_head(
+                head_hidden(own, text.hidden, k), own["unembed"][k], text, ahead=k + 2
+            )
+            total += self.decay**k * score[0]
+            metrics[f"accuracy_{k + 2}"] = score[1]
+        return total, {"loss": total, **metrics}
+
+
+def score_head(
+    hidden: jax.Array, unembed: jax.Array, text: Text, ahead: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy and accuracy of a head.
+
+    Args:
+      hidden: [B, T, D]. What the head multiplies with its matrix.
+      unembed: [V, D]. Its matrix.
+      text: of `read_text`.
+      ahead: the head at t is about token t + ahead.
+    """
+    targets = text.tokens[:, ahead:]
+    counts = text.counts[:, ahead:] & (jnp.arange(targets.shape[1])[None] >= text.start[:, None])
+    stats = transformer.target_stats({"unembed": unembed}, hidden[:, :-ahead], targets)
+    total = jnp.maximum(counts.sum(), 1)
+    loss = jnp.where(counts, -stats.log_prob, 0.0).sum() / total
+    return loss, ((stats.token == targets) & counts).sum() / total
