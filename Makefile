@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test lint bench study clean
+.PHONY: quickstart quickstart-spec test test-all lint bench study clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -17,8 +17,14 @@ $(READY): pyproject.toml
 quickstart: $(READY)  ## train a small masked-diffusion model, then decode with every method
 	$(BIN)/python -m scripts.quickstart --workdir=runs/quickstart
 
+quickstart-spec: $(READY)  ## train a small autoregressive model and drafters, then decode with each
+	$(BIN)/python -m scripts.quickstart_spec --workdir=runs/quickstart_spec
+
 test: $(READY) $(VENV)/libtpu  ## the test suite, on CPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(READY) $(VENV)/libtpu  ## the same, and what takes too long for every change
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 # TPU kernels are compiled ahead of time in the tests. libtpu stays out of the environment itself,
 # where it would make every start of JAX look for a TPU; Linux x86-64 only, the tests skip elsewhere.

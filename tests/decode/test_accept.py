@@ -6,6 +6,7 @@ compared with the product of the target's laws; what a round does not reach is d
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -55,6 +56,7 @@ def laws_of(table, tokens, shape):
     return jnp.stack(rows, axis=1)
 
 
+@functools.cache
 def drafted(shape, how, seed=3, num=N):
     """Trees of depth 2 drafted from DRAFT: most probable, or drawn with or without replacement."""
     key = keys(seed, num)

@@ -30,7 +30,10 @@ def compile_for(target, *arguments):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("target", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    "target",
+    ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in ("v6e:2x2", "v5p:2x2x1"))],
+)
 def test_everything_compiles(target):
     done = compile_for(target)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -60,7 +63,9 @@ def test_everything_compiles(target):
     [
         # What is learned and its two moments, float32, over all chips.
         ("llada_8b_dparallel", "v5e:2x4", 12 * 335_544_320 // 8),
-        ("llada_8b_sft", "v5p:2x4x4", 12 * 8_015_581_184 // 32),
+        pytest.param(
+            "llada_8b_sft", "v5p:2x4x4", 12 * 8_015_581_184 // 32, marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_training_8b_fits(recipe, target, state_bytes):
@@ -78,7 +83,7 @@ def test_training_8b_fits(recipe, target, state_bytes):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_collecting_with_8b_fits():
     done = compile_for("v5e:2x2", "--recipes=llada_8b_learn2pd")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -67,7 +67,7 @@ def test_bench_prints_one_json_line_per_case():
     assert run("scripts.bench", "nope", ok=False).count("are `decode` and `train`") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_train_compares_steps_with_their_products():
     out = run(
         "scripts.bench", "train", "--preset=tiny", "--batch=2", "--prompt_len=8", "--gen_len=16",
@@ -97,3 +97,17 @@ def test_bench_kernels_reports_every_case_and_what_failed(tmp_path):
             assert row["us"] > 0 and row["bytes"] > 0 and row["ceiling_gb_per_s"] > 0
         if row["implementation"] in ("default", "xla"):
             assert row["error"] < 1e-2
+
+
+@pytest.mark.slow
+def test_quickstart_spec_writes_the_same_text_with_every_drafter(tmp_path):
+    out = run("scripts.quickstart_spec", f"--workdir={tmp_path}", "--smoke", "--tasks=scan")
+    assert "| Hydra, tree" in out and "| NO" not in out
+    results = json.loads((tmp_path / "scan" / "results.json").read_text())
+    assert len(results["rows"]) == 7 and results["about"]["task"] == "scan"
+    for row in results["rows"]:
+        assert row["is_identical"] and sum(row["accepted"]) == pytest.approx(1)
+        assert row["acceptance_length"] >= 1 and row["seconds"] > 0
+    assert results["rows"][0]["forwards"] >= max(row["forwards"] for row in results["rows"])
+    assert (tmp_path / "scan" / "acceptance.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "scan" / "results.csv").read_text().count("\n") == 8
