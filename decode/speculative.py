@@ -296,7 +296,7 @@ def step(
             cache = compact(cache, start, walk.path)
         kept = jnp.take_along_axis(hidden, walk.path[..., None], axis=1)
         tokens = jnp.take_along_axis(tree.tokens, walk.path, axis=1)
-        seen = Seen(tokens, kept, start, walk.num_accepted + 1, hidden, tree)
+        seen = Seen(tokens, kept, start, walk.num_accepted + 1, hidden, tree, verdict.chosen)
         state = _commit(cfg, method, state, tree, walk, log_probs)
         drafter = method.drafter.observe(cfg, context, seen, drafter)
     return state.replace(cache=cache, drafter=drafter)

@@ -57,6 +57,7 @@ class Seen(struct.PyTreeNode):
       count: [B] int32. How many of the T there are; what is behind them is of no meaning.
       tree_hidden: [B, W, D], or None in the prompt. Hidden states of all nodes, kept or not.
       tree: of them.
+      chosen: [B, W] int32. What the target itself puts after each node.
     """
 
     tokens: jax.Array
@@ -65,6 +66,7 @@ class Seen(struct.PyTreeNode):
     count: jax.Array
     tree_hidden: jax.Array | None = None
     tree: DraftTree | None = None
+    chosen: jax.Array | None = None
 
 
 @struct.dataclass

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter, Seen
-from decode.drafters.expansion import expand
+from decode.drafters.expansion import expand, expand_best
 from decode.sampling import draw, fold_in
 from decode.tree import DraftTree, TreeShape, chain
 from dlm import transformer
@@ -169,6 +169,72 @@ class DraftModelTree(_Model):
             return transformer.logits(self.params, hidden[:, jnp.array(nodes)])
 
         return expand(self.shape, context, score, self.is_sampled), state
+
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
+        return self._read(seen, state, context.active)
+
+
+@struct.dataclass
+class DraftModelBest(_Model):
+    """The most probable tree of the draft model, another one in every round.
+
+    Reference: EAGLE-2, arXiv:2406.16858; see `decode.drafters.expansion.expand_best`. Which nodes
+    there are follows from the context alone, so any rule for drafts that were not drawn is exact.
+
+    Attributes:
+      width: nodes that are expanded per level, and children of each. Static.
+      levels: levels below the root, and forwards of the draft model. Static.
+      budget: nodes that are judged, the root aside. Static.
+    """
+
+    width: int = struct.field(pytree_node=False, default=10)
+    levels: int = struct.field(pytree_node=False, default=6)
+    budget: int = struct.field(pytree_node=False, default=59)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        most = self.width + (self.levels - 1) * self.width**2
+        if not 1 <= self.width <= self.draft.vocab_size:
+            raise ValueError(
+                f"width={self.width} must be in [1, vocab_size={self.draft.vocab_size}]"
+            )
+        if self.levels < 1 or not 1 <= self.budget <= most:
+            raise ValueError(
+                f"levels={self.levels} must be at least 1 and budget={self.budget} in [1, {most}], "
+                "the nodes that are seen"
+            )
+        if self.is_sampled:
+            raise ValueError("is_sampled=True does not go with the most probable tree")
+
+    @property
+    def num_nodes(self) -> int:
+        return self.budget + 1
+
+    @property
+    def depth(self) -> int:
+        return self.levels
+
+    @property
+    def forwards_per_round(self) -> int:
+        return self.levels + 1
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: KVCache
+    ) -> tuple[DraftTree, KVCache]:
+        start = context.length - 1
+
+        def score(
+            tokens: jax.Array, parents: jax.Array, depths: tuple[int, ...], nodes: tuple[int, ...]
+        ) -> jax.Array:
+            rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
+            tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
+            hidden = transformer.forward(
+                self.params, self.draft, tokens, positions=start[:, None] + rows,
+                mask=pack_mask(tree.ancestors(self.levels)), cache=state,
+                cache_ranges=_up_to(start),
+            ).hidden  # fmt: skip
+            return transformer.logits(self.params, hidden[:, jnp.array(nodes)])
+
+        return expand_best(self.width, self.levels, self.budget, context, score), state
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, context.active)

@@ -1,4 +1,4 @@
-"""How a model grows a draft tree: children of a node are its most probable tokens, or drawn.
+"""How a model grows a draft tree: of a shape that is given, or where it is probable.
 
 Letters: B rows, W nodes, n nodes of a level, V vocabulary.
 """
@@ -52,6 +52,78 @@ def expand(shape: TreeShape, context: Context, score: Score, is_sampled: bool) -
         best = jax.lax.top_k(logits, max(c[2] for c in children) + 1)[1]
         tokens = tokens.at[:, index].set(best[:, above, rank].astype(jnp.int32))
     return shape.tree(tokens, laws=laws)
+
+
+def expand_best(
+    width: int,
+    levels: int,
+    budget: int,
+    context: Context,
+    score: Callable[[jax.Array, jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array],
+) -> DraftTree:
+    """The most probable nodes of a tree that is grown where it is probable.
+
+    Reference: Li et al., "EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees",
+    arXiv:2406.16858, Sec. 4. A node's value is the sum of log-probabilities on the way to it. Of
+    every level the `width` best nodes are expanded, each into its `width` most probable children;
+    of all nodes seen, the `budget` best are kept. No node is better than its parent, and of equals
+    the parent comes first, so what is kept is a tree.
+
+    Args:
+      width: k.
+      levels: levels below the root, at least 1.
+      budget: nodes of the result, the root aside; at most k + (levels - 1) k^2.
+      context: the root.
+      score: of expanded nodes' tokens [B, E] and parents [B, E] (index among them, root: -1), the
+        depth of each, and some of them: logits [B, n, V] of what comes after those.
+    """
+    root = context.root
+    B, E = root.shape[0], 1 + width * (levels - 1)
+    depths = (0, *(1 + i // width for i in range(E - 1)))
+    tokens = jnp.zeros((B, E), jnp.int32).at[:, 0].set(root)
+    parents = jnp.full((B, E), -1, jnp.int32)
+    frontier: tuple[int, ...] = (0,)
+    value = jnp.zeros((B, 1))  # of the frontier
+    number = jnp.full((B, 1), -1, jnp.int32)  # of the frontier, among all candidates
+    found: list[tuple[jax.Array, jax.Array, jax.Array]] = []  # tokens, values, parents' numbers
+    count = 0
+    for level in range(1, levels + 1):
+        log_p = jax.nn.log_softmax(score(tokens, parents, depths, frontier))
+        best, ids = jax.lax.top_k(log_p, width)  # [B, n, k]
+        n = len(frontier)
+        values = (value[..., None] + best).reshape(B, n * width)
+        ids = ids.reshape(B, n * width).astype(jnp.int32)
+        found.append((ids, values, jnp.repeat(number, width, axis=1)))
+        if level < levels:
+            value, chosen = jax.lax.top_k(values, width)
+            slots = tuple(1 + width * (level - 1) + i for i in range(width))
+            tokens = tokens.at[:, slots[0] : slots[-1] + 1].set(
+                jnp.take_along_axis(ids, chosen, axis=1)
+            )
+            above = jnp.array(frontier, jnp.int32)[chosen // width]
+            parents = parents.at[:, slots[0] : slots[-1] + 1].set(above)
+            number = (count + chosen).astype(jnp.int32)
+            frontier = slots
+        count += n * width
+
+    all_tokens, all_values, all_parents = (
+        jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)
+    )
+    kept = jnp.sort(jax.lax.top_k(all_values, budget)[1], axis=1)  # in the order they were made
+    above = jnp.take_along_axis(all_parents, kept, axis=1)
+    place = jax.vmap(jnp.searchsorted)(kept, above).astype(jnp.int32) + 1
+    nodes = jnp.where(above < 0, 0, place)
+    made = [len(part[0][0]) for part in found]
+    depth_of = jnp.concatenate([jnp.full(m, d + 1, jnp.int32) for d, m in enumerate(made)])
+    first = lambda x, of_root: jnp.concatenate(  # noqa: E731
+        [jnp.broadcast_to(of_root, (B, 1)).astype(jnp.int32), x], axis=1
+    )
+    return DraftTree(
+        tokens=first(jnp.take_along_axis(all_tokens, kept, axis=1), root[:, None]),
+        parents=first(nodes, jnp.int32(-1)),
+        depths=first(depth_of[kept], jnp.int32(0)),
+        is_valid=jnp.ones((B, budget + 1), bool),
+    )
 
 
 def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -11,7 +11,9 @@ import pytest
 
 import dlm
 from decode.accept import BlockVerification, Match, SpeculativeSampling, Typical
-from decode.drafters.draft_model import DraftModel, DraftModelTree
+from decode.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
+from decode.drafters.jacobi import Jacobi
+from decode.drafters.layer_skip import layer_skip
 from decode.drafters.no_draft import NoDraft
 from decode.drafters.prompt_lookup import PromptLookup
 from decode.drafters.token_recycling import TokenRecycling
@@ -182,7 +184,7 @@ def test_always_right_and_always_wrong(plain, toy_params):
 
 DRAFTERS = (
     "draft model", "itself", "sampled", "tree", "sampled tree", "prompt lookup", "latest lookup",
-    "recycling",
+    "recycling", "jacobi", "layer skip", "best tree",
 )  # fmt: skip
 
 
@@ -198,6 +200,9 @@ def drafters(toy_cfg, toy_params):
         "prompt lookup": PromptLookup(num_drafts=4),
         "latest lookup": PromptLookup(num_drafts=4, latest=True),
         "recycling": TokenRecycling(shape=BUSHY),
+        "jacobi": Jacobi(num_guesses=5),
+        "layer skip": layer_skip(toy_params, toy_cfg, [0], num_drafts=3),
+        "best tree": DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
     }
 
 
@@ -210,6 +215,8 @@ def test_every_drafter_writes_the_greedy_text(plain, toy_params, name):
     check_statistics(state, drafter.depth)
     forwards = np.asarray(state.num_forwards)
     assert (np.asarray(state.draft_forwards) == drafter.forwards_per_round * forwards).all()
+    if name == "best tree":  # the best chain of the target itself is in it
+        assert forwards.sum() < 0.6 * sum(map(len, expected))
     if name == "itself":  # every draft is right
         lengths = np.array([len(row) for row in expected])
         assert (forwards == -(-lengths // 4)).all()
@@ -359,9 +366,20 @@ def test_bad_methods_are_refused(toy_cfg, toy_params):
         (SpeculativeMethod(sampling=Sampling(top_k=99)), r"top_k=99 must be in \[1, vocab"),
         (SpeculativeMethod(acceptance=Typical(epsilon=2.0)), r"epsilon=2 must be in \[0, 1\]"),
         (SpeculativeMethod(stop_ids=(99,)), "stop_ids has 99"),
+        (SpeculativeMethod(Jacobi(num_guesses=0)), "num_guesses=0 must be at least 1"),
+        (
+            SpeculativeMethod(DraftModelBest(toy_params, toy_cfg, width=2, levels=2, budget=7)),
+            r"budget=7 in \[1, 6\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             init_state(toy_cfg, method, [[1]], gen_len=4)
+
+
+def test_layers_to_keep_must_exist(toy_cfg, toy_params):
+    for keep in ([], [2], [1, 0], [-1]):
+        with pytest.raises(ValueError, match=r"must be rising layers of the 2 there are"):
+            layer_skip(toy_params, toy_cfg, keep)
 
 
 def test_no_draft_is_the_default():
