@@ -3,6 +3,7 @@
     python -m scripts.bench decode                        # CPU sizes
     python -m scripts.bench decode --preset=llada_8b      # on an accelerator: random weights
     python -m scripts.bench train
+    python -m scripts.bench spec                          # --preset=llama3_1_8b on an accelerator
 
 `decode` times one decode step of each cache against a bare jitted forward of the same window, and
 whole decodes. Ceilings (a large matrix product, a large copy) are measured in the same run, and the
@@ -16,6 +17,9 @@ products done one after the other, in their own shapes. Operations are those exe
 ones included (`gflop`); `needed_gflop` leaves those out. All are timed in turn, and `spread` is the
 range between the quartiles over the median. `input_wait` is the share of its time that the training
 loop waits for a batch from `train.data.train_iterator`.
+
+`spec` times rounds of drafting and verifying with trees of 1 to 64 nodes against a bare forward of
+one token, see `scripts.bench_spec`.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from decode.rules import CACHES, FixedBlocks, Quota, Threshold
 from dlm.config import PRESETS, ModelConfig
 from dlm.params import Params, init_params, num_params
 from dlm.transformer import forward, vocab_stats
-from scripts import bench_train
+from scripts import bench_spec, bench_train
 from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s, table
 from train.host import keep_freed_memory
 
@@ -195,8 +199,8 @@ def _peak_bytes() -> float:
 
 
 def main(argv: list[str]) -> None:
-    if argv[1:] not in (["decode"], ["train"]):
-        raise app.UsageError(f"benchmarks are `decode` and `train`, got {argv[1:]}")
+    if argv[1:] not in (["decode"], ["train"], ["spec"]):
+        raise app.UsageError(f"benchmarks are `decode`, `train` and `spec`, got {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     cfg = BENCH if _PRESET.value == "bench" else PRESETS[_PRESET.value]
     batches, repeats = [int(b) for b in _BATCH.value], _REPEATS.value
@@ -212,6 +216,13 @@ def main(argv: list[str]) -> None:
         print("\n" + table(results, "train", bench_train.COLUMNS))
         return
     ceilings = measure_ceilings(cfg.dtype, repeats)
+    if argv[1] == "spec":
+        for batch in tqdm(batches, desc="batch sizes"):
+            for result in bench_spec.bench_spec(cfg, batch, lengths[0], repeats, ceilings):
+                print(json.dumps(result), flush=True)
+                results.append(result)
+        print("\n" + table(results, "spec", bench_spec.COLUMNS))
+        return
     for batch in tqdm(batches, desc="batch sizes"):
         for result in bench_decode(cfg, batch, *lengths, _BLOCK_LEN.value, repeats, ceilings):
             print(json.dumps(result), flush=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest -m gpu: on a GPU
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
@@ -20,6 +21,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # programs here run briefly
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """A worker that keeps every module's programs grows to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 # A masked-diffusion model small enough for a plain-Python oracle.

@@ -12,7 +12,7 @@ from decode.generate import generate
 from dlm.config import PRESETS
 from dlm.params import init_params
 from dlm.tasks.waiting_line import WaitingLine
-from dlm.tokenizer import word_tokenizer
+from dlm.tokenizer import byte_tokenizer, word_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,6 +46,23 @@ def test_notebook_example(model_path, capsys):
     code = block_after("From a notebook")
     assert MODEL in code and len(code.splitlines()) <= 12
     exec(code.replace(MODEL, str(model_path)), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_draft_and_verify_example(tmp_path, capsys):
+    code = block_after("Autoregressive models: draft and verify")
+    tokenizer = byte_tokenizer()
+    cfg = dataclasses.replace(
+        PRESETS["tiny"], vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        shifted_logits=True,
+    )  # fmt: skip
+    params = init_params(jax.random.key(0), cfg)
+    dlm.save(tmp_path / "model", dlm.LanguageModel(params, cfg, tokenizer))
+    given = '"path/to/Qwen2.5-7B-Instruct", dtype="bfloat16"'
+    assert given in code and "gen_len=256" in code
+    code = code.replace(given, repr(str(tmp_path / "model"))).replace("=256", "=24")
+    exec(code, {"dlm": dlm})
     assert capsys.readouterr().out.strip()
 
 

@@ -64,7 +64,15 @@ def test_bench_prints_one_json_line_per_case():
     ]
     for row in rows:
         assert {"device", "dtype", "batch", "ceiling_gflops", "ceiling_gb_per_s"} <= row.keys()
-    assert run("scripts.bench", "nope", ok=False).count("are `decode` and `train`") == 1
+    assert run("scripts.bench", "nope", ok=False).count("are `decode`, `train` and `spec`") == 1
+
+
+@pytest.mark.slow
+def test_bench_spec_times_trees_of_every_size():
+    out = run("scripts.bench", "spec", "--preset=tiny", "--batch=2", "--repeats=5")
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [row["nodes"] for row in rows] == [1, 8, 32, 64]
+    assert all(row["round_ms"] > 0 and row["break_even"] > 0 for row in rows)
 
 
 @pytest.mark.exhaustive

@@ -18,7 +18,7 @@ Letters: B batch, n predictions per row, M = B n, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -93,16 +93,30 @@ def soft_cross_entropy(
     """
     teacher, teacher_hidden = jax.lax.stop_gradient((teacher, teacher_hidden))
 
-    @jax.checkpoint
-    def one_chunk(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        ours, theirs = rows
+    def one_chunk(ours: jax.Array, theirs: jax.Array) -> jax.Array:
         z, p = transformer.logits(params, ours), jax.nn.softmax(transformer.logits(teacher, theirs))
         return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1)
+
+    return in_chunks(one_chunk, hidden, teacher_hidden)
+
+
+def in_chunks(function: Callable[..., Any], *hidden: jax.Array) -> Any:
+    """A function of hidden states [n, D], `CHUNK` rows at a time, which are recomputed backwards.
+
+    Args:
+      function: gives a tree of [n].
+      *hidden: [B, T, D] each, D may differ.
+
+    Returns:
+      The tree of [B, T].
+    """
+    B, T = hidden[0].shape[:2]
 
     def chunked(x: jax.Array) -> jax.Array:
         flat = x.reshape(-1, x.shape[-1])
         size = min(CHUNK, len(flat))
         return jnp.pad(flat, ((0, -len(flat) % size), (0, 0))).reshape(-1, size, x.shape[-1])
 
-    out = jax.lax.map(one_chunk, (chunked(hidden), chunked(teacher_hidden)))
-    return out.reshape(-1)[: hidden.shape[0] * hidden.shape[1]].reshape(hidden.shape[:2])
+    one = jax.checkpoint(lambda rows: function(*rows))
+    out = jax.lax.map(one, tuple(chunked(x) for x in hidden))
+    return jax.tree.map(lambda x: x.reshape(-1)[: B * T].reshape(B, T), out)

@@ -1,0 +1,121 @@
+"""DistillSpec's divergences by hand, their gradients, and a draft model that gets better."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm
+from configs import causal_lm, distill_draft
+from dlm import transformer
+from dlm.heads.draft_lm import Draft
+from dlm.params import init_params
+from tests.conftest import spread
+from tests.train.test_masked_diffusion import make_batch
+from train import loop
+from train.config import ConfigError
+from train.objectives import Context
+from train.objectives.distill_spec import DIVERGENCES, DistillSpec
+
+CONTEXT = Context(jax.random.key(0))
+
+
+def models(toy_cfg, toy_params, dtype="float32"):
+    cfg = dataclasses.replace(toy_cfg, n_layers=1, dtype=dtype)
+    return toy_params | {"draft": Draft(spread(init_params(jax.random.key(9), cfg)), cfg)}
+
+
+def by_hand(divergence, p, q, beta=0.5):
+    m = beta * p + (1 - beta) * q
+    kl = lambda p, q: (p * np.log(p / q)).sum()
+    return {
+        "kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m),
+        "tv": np.abs(p - q).sum() / 2,
+        "nla": -np.log(np.minimum(p, q).sum()),
+    }[divergence]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_by_hand(toy_cfg, toy_params, divergence):
+    batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
+    draft = params["draft"]
+    tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
+    P, values, accepted = batch["prompt"].shape[1], [], []
+    for b in range(len(tokens)):
+        start = int(batch["prompt_start"][b])
+        row = jnp.asarray(tokens[b : b + 1, start:])
+        laws = [
+            np.asarray(jax.nn.softmax(transformer.logits(own, transformer.forward(
+                own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
+            ).hidden) / 1.3), np.float64)[0]
+            for own, cfg in ((toy_params, toy_cfg), (draft.params, draft.cfg))
+        ]  # fmt: skip
+        for i in range(max(P, start + 1), P + int(batch["completion_len"][b])):
+            p, q = (law[i - 1 - start] for law in laws)
+            values.append(by_hand(divergence, p, q, beta=0.3))
+            accepted.append(np.minimum(p, q).sum())
+    objective = DistillSpec(divergence=divergence, beta=0.3, temperature=1.3)
+    loss, metrics = objective.loss(params, toy_cfg, batch, CONTEXT)
+    np.testing.assert_allclose(loss, np.mean(values), rtol=1e-4)
+    np.testing.assert_allclose(metrics["acceptance"], np.mean(accepted), rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_of_divergences_in_float64(divergence):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        log_p = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(3, 7))))
+        z = jnp.asarray(rng.normal(size=(3, 7)))
+        objective = DistillSpec(divergence=divergence, beta=0.3)
+        value = lambda z: objective._divergence(log_p, jax.nn.log_softmax(z))[0].sum()
+        gradient, step = jax.grad(value)(z), 1e-6
+        for index in np.ndindex(3, 7):
+            numeric = (value(z.at[index].add(step)) - value(z.at[index].add(-step))) / (2 * step)
+            np.testing.assert_allclose(gradient[index], numeric, atol=1e-8)
+
+
+def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
+    batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
+    loss = lambda params: DistillSpec().loss(params, toy_cfg, batch, CONTEXT)[0]
+    gradient = jax.grad(loss)(params)
+    of_draft = gradient.pop("draft").params
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
+
+
+@pytest.mark.slow
+def test_a_draft_model_comes_closer_to_its_target(tmp_path):
+    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+    config = causal_lm.get_config("scan,runlocal")
+    config.model.n_layers, config.train.seed = 1, 7
+    draft = loop.run(config, tmp_path / "draft")
+    config = distill_draft.get_config("scan,runlocal")
+    config.train.init_from = str(target.model_path)
+    config.train.trainable.checkpoint = str(tmp_path / "nowhere")
+    with pytest.raises((ConfigError, FileNotFoundError), match="nowhere"):
+        loop.run(config, tmp_path / "distilled")
+    config.train.trainable.checkpoint = str(draft.model_path)
+    result = loop.run(config, tmp_path / "distilled")
+    before, after = dlm.load(draft.model_path), dlm.load(result.model_path)
+    assert after.cfg == before.cfg and after.tokenizer is not None
+    lm = dlm.load(target.model_path)
+    batch = make_batch(lm.cfg)
+    losses = [
+        DistillSpec().loss(lm.params | {"draft": Draft(x.params, x.cfg)}, lm.cfg, batch, CONTEXT)[0]
+        for x in (before, after)
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_refusals():
+    for wrong, message in (
+        (dict(divergence="l2"), "divergence='l2' must be one of"),
+        (dict(beta=1.0), r"beta=1.0 must be in \(0, 1\)"),
+        (dict(temperature=0.0), r"temperature=0.0 must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillSpec(**wrong)
