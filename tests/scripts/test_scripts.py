@@ -52,7 +52,7 @@ def test_ask_decodes_your_own_line(workdir):
     assert "index=9 must be in [0, 3]" in out and "Traceback" not in out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_prints_one_json_line_per_case():
     out = run(
         "scripts.bench", "decode", "--preset=tiny", "--batch=2", "--prompt_len=8",
@@ -91,7 +91,7 @@ def test_bench_train_compares_steps_with_their_products():
         assert (row["input_wait"] is None) == (row["model"] == "tiny")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_kernels_reports_every_case_and_what_failed(tmp_path):
     out = run(
         "scripts.bench_kernels", "--toy", "--repeats=5", f"--out={tmp_path}", "--only=toy block "
@@ -107,7 +107,7 @@ def test_bench_kernels_reports_every_case_and_what_failed(tmp_path):
             assert row["error"] < 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quickstart_spec_writes_the_same_text_with_every_drafter(tmp_path):
     out = run("scripts.quickstart_spec", f"--workdir={tmp_path}", "--smoke", "--tasks=scan")
     assert "| Hydra, tree" in out and "| NO" not in out

@@ -56,7 +56,7 @@ def test_groups_keep_their_own_examples():
     assert part[1].score.tolist() == [0, 1] and part[1].forwards.tolist() == [1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_study_once_and_once_more(tmp_path):
     folder = tmp_path / "seed0"
     study.make("waiting_line", 0, folder, smoke=True)

@@ -77,7 +77,9 @@ def run_two_processes(workdir, num_steps, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["examples", "buckets"])
+@pytest.mark.parametrize(
+    "mode", ["buckets", pytest.param("examples", marks=pytest.mark.exhaustive)]
+)
 def test_two_processes_train_and_resume_as_one(tmp_path, mode):
     run_two_processes(tmp_path / "two", 4, mode)
     run_two_processes(tmp_path / "two", 8, mode)
