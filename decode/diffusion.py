@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode.freedave import freedave_round, no_drafts
+from decode.requests import check_tokens, read_requests
 from decode.rounds import apply, judge, mask_id
 from decode.state import DiffusionMethod, DiffusionState
 from dlm.config import ModelConfig
@@ -76,36 +77,18 @@ def init_state(
         the model does not allow, or a method that makes no sense.
     """
     method.validate(cfg)
-    num = len(prompts)
-    if num == 0:
-        raise ValueError("prompts is an empty list: give at least one prompt")
-    gen_lens = [gen_len] * num if isinstance(gen_len, int) else list(gen_len)
-    seed_list = [seeds + i for i in range(num)] if isinstance(seeds, int) else list(seeds)
-    for name, values in (("gen_len", gen_lens), ("seeds", seed_list)):
-        if len(values) != num:
-            raise ValueError(
-                f"{name} has {len(values)} entries for {num} prompts: give one or {num}"
-            )
-    _check_prompts(cfg, prompts, gen_lens)
-    P = max(map(len, prompts)) if prompt_len is None else prompt_len
-    G = max(gen_lens) if canvas_len is None else canvas_len
-    B = num if batch_size is None else batch_size
-    if max(map(len, prompts)) > P or max(gen_lens) > G or num > B:
-        raise ValueError(
-            f"prompt_len={P}, canvas_len={G} and batch_size={B} must be at least the longest "
-            f"prompt {max(map(len, prompts))}, the longest gen_len {max(gen_lens)} and the number "
-            f"of prompts {num}"
-        )
-
+    asked = read_requests(
+        cfg, prompts, gen_len, seeds, prompt_len, canvas_len, batch_size,
+        may_be_empty=not cfg.shifted_logits,
+    )  # fmt: skip
+    P, G, B = asked.P, asked.G, asked.B
     tokens = np.full((B, P + G), cfg.pad_token_id, np.int32)
     start = np.full(B, P, np.int32)
     end = np.full(B, P, np.int32)
-    key = np.zeros((B, 2), np.uint32)
-    for b, (prompt, length, seed) in enumerate(zip(prompts, gen_lens, seed_list, strict=True)):
+    for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
         start[b], end[b] = P - len(prompt), P + length
         tokens[b, start[b] : P] = prompt
         tokens[b, P : end[b]] = mask_id(cfg)
-        key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
     num_rows = 2 * B if method.guidance is not None else B
     # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
@@ -127,7 +110,7 @@ def init_state(
         num_forwards=zeros(),
         has_stopped=jnp.array(end == P),
         stopped_early=jnp.zeros(B, bool),
-        key=jnp.array(key),
+        key=jnp.array(asked.key),
         cache=method.cache.allocate(
             cfg, num_rows, P + G + (window_len if method.needs_shadow else 0)
         ),
@@ -190,36 +173,3 @@ def step(
 _step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
     step
 )
-
-
-def _check_prompts(
-    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_lens: Sequence[int]
-) -> None:
-    for i, (prompt, gen_len) in enumerate(zip(prompts, gen_lens, strict=True)):
-        if gen_len < 1:
-            raise ValueError(f"gen_len={gen_len} of prompt {i} must be at least 1")
-        if len(prompt) + gen_len > cfg.max_seq_len:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, which with gen_len={gen_len} is more than "
-                f"the model's max_seq_len={cfg.max_seq_len}"
-            )
-        if cfg.shifted_logits and len(prompt) == 0:
-            raise ValueError(
-                f"prompt {i} is empty, but this model predicts each token from the one before: "
-                "give at least one token"
-            )
-        check_tokens(cfg, f"prompt {i}", prompt)
-
-
-def check_tokens(cfg: ModelConfig, name: str, tokens: Sequence[int]) -> None:
-    """Raises ValueError unless `tokens`, called `name`, are known tokens of the model."""
-    for token in tokens:
-        if token == cfg.mask_token_id:
-            raise ValueError(
-                f"{name} contains the mask token {token}, which stands for one to be decided: "
-                "remove it"
-            )
-        if not 0 <= token < cfg.vocab_size:
-            raise ValueError(
-                f"{name} contains token {token}, which must be in [0, vocab_size={cfg.vocab_size})"
-            )

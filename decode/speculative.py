@@ -29,6 +29,7 @@ from flax import struct
 from decode.accept import AcceptanceRule, Match, Verdict, Walk
 from decode.drafters.contracts import Context, Drafter, Seen
 from decode.drafters.no_draft import NoDraft
+from decode.requests import read_requests
 from decode.sampling import Sampling, draw, fold_in
 from decode.tree import DraftTree
 from dlm import transformer
@@ -38,7 +39,7 @@ from dlm.params import Params
 from kernels_pallas.unembed_stats import Noise
 from kernels_pallas.window_attention import pack_mask
 
-PREFILL = 256  # prompt tokens per forward
+PREFILL = 256  # most prompt tokens per forward
 GREEDY = Sampling(temperature=None)
 FOREVER = 2**31 - 1
 
@@ -97,6 +98,7 @@ class SpeculativeState(struct.PyTreeNode):
       cache: of the target.
       drafter: the drafter's state.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
+      chunk: prompt tokens read per forward. Static.
     """
 
     tokens: jax.Array
@@ -114,6 +116,7 @@ class SpeculativeState(struct.PyTreeNode):
     cache: KVCache
     drafter: Any
     num_steps: jax.Array
+    chunk: int = struct.field(pytree_node=False)
 
 
 def init_state(
@@ -126,6 +129,7 @@ def init_state(
     prompt_len: int | None = None,
     canvas_len: int | None = None,
     batch_size: int | None = None,
+    chunk: int = PREFILL,
 ) -> SpeculativeState:
     """The state before anything was read.
 
@@ -138,45 +142,27 @@ def init_state(
       prompt_len: at least the longest prompt; default: just that. Buckets of it save compilations.
       canvas_len: G >= the longest `gen_len`; default: just that.
       batch_size: B >= the number of prompts; the rows added are done from the start.
+      chunk: prompt tokens read per forward.
 
     Raises:
       ValueError: on an empty list or prompt, ids the model does not have, lengths the model does
         not allow, or a method that makes no sense.
     """
     method.validate(cfg)
-    num = len(prompts)
-    if num == 0:
-        raise ValueError("prompts is an empty list: give at least one prompt")
-    gen_lens = [gen_len] * num if isinstance(gen_len, int) else list(gen_len)
-    seed_list = [seeds + i for i in range(num)] if isinstance(seeds, int) else list(seeds)
-    for name, values in (("gen_len", gen_lens), ("seeds", seed_list)):
-        if len(values) != num:
-            raise ValueError(
-                f"{name} has {len(values)} entries for {num} prompts: give one or {num}"
-            )
-    for i, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
-        _check_prompt(cfg, i, prompt, length)
-    longest = max(map(len, prompts))
-    P = longest if prompt_len is None else prompt_len
-    G = max(gen_lens) if canvas_len is None else canvas_len
-    B = num if batch_size is None else batch_size
-    if longest > P or max(gen_lens) > G or num > B:
-        raise ValueError(
-            f"prompt_len={P}, canvas_len={G} and batch_size={B} must be at least the longest "
-            f"prompt {longest}, the longest gen_len {max(gen_lens)} and the number of prompts {num}"
-        )
-    chunk = min(P, PREFILL)
+    asked = read_requests(
+        cfg, prompts, gen_len, seeds, prompt_len, canvas_len, batch_size, may_be_empty=False
+    )
+    P, G, B = asked.P, asked.G, asked.B
+    chunk = min(P, chunk)
     W, J = method.drafter.num_nodes, method.drafter.depth
     # A tree may be judged at the last position, and prompts are read in whole chunks.
     S = max(P + G + W, -(-P // chunk) * chunk)
 
     tokens = np.full((B, S), cfg.pad_token_id, np.int32)
     lengths, ends = np.ones(B, np.int32), np.ones(B, np.int32)
-    key = np.zeros((B, 2), np.uint32)
-    for b, (prompt, length, seed) in enumerate(zip(prompts, gen_lens, seed_list, strict=True)):
+    for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
         tokens[b, : len(prompt)] = prompt
         lengths[b], ends[b] = len(prompt), len(prompt) + length
-        key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
     seen = None
     if method.sampling.repetition_penalty is not None:
         seen = np.zeros((B, cfg.vocab_size), bool)
@@ -196,24 +182,20 @@ def init_state(
         acceptance_histogram=jnp.zeros((B, J + 1), jnp.int32),
         has_stopped=jnp.array(ends == lengths),
         seen=None if seen is None else jnp.array(seen),
-        key=jnp.array(key),
+        key=jnp.array(asked.key),
         cache=init_cache(cfg, B, S),
         drafter=method.drafter.init(cfg, B, S),
         num_steps=jnp.zeros((), jnp.int32),
+        chunk=chunk,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
 def prefill(
-    params: Params,
-    cfg: ModelConfig,
-    method: SpeculativeMethod,
-    state: SpeculativeState,
-    chunk: int = PREFILL,
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
 ) -> SpeculativeState:
     """Reads all prompts but their last tokens, `chunk` positions per forward."""
-    B, S = state.tokens.shape
-    chunk = min(chunk, S)
+    B, chunk = len(state.tokens), state.chunk
     context = _context(params, method, state)
 
     def read(i: jax.Array, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
@@ -437,21 +419,3 @@ def _commit(
         seen=seen,
         num_steps=state.num_steps + 1,
     )
-
-
-def _check_prompt(cfg: ModelConfig, i: int, prompt: Sequence[int], gen_len: int) -> None:
-    if gen_len < 1:
-        raise ValueError(f"gen_len={gen_len} of prompt {i} must be at least 1")
-    if len(prompt) == 0:
-        raise ValueError(f"prompt {i} is empty: give at least one token to go on from")
-    if len(prompt) + gen_len > cfg.max_seq_len:
-        raise ValueError(
-            f"prompt {i} has {len(prompt)} tokens, which with gen_len={gen_len} is more than the "
-            f"model's max_seq_len={cfg.max_seq_len}"
-        )
-    for token in prompt:
-        if not 0 <= token < cfg.vocab_size:
-            raise ValueError(
-                f"prompt {i} contains token {token}, which must be in "
-                f"[0, vocab_size={cfg.vocab_size})"
-            )

@@ -38,19 +38,7 @@ ROUNDS_PER_CALL = 4  # the loop's own overhead is part of a round; dispatch from
 class Binary(Drafter):
     """A tree of two children per node, of the root's own token: drafting that costs nothing."""
 
-    shape: TreeShape = struct.field(pytree_node=False)
-
-    @property
-    def num_nodes(self) -> int:
-        return self.shape.num_nodes
-
-    @property
-    def depth(self) -> int:
-        return self.shape.depth
-
-    @property
-    def is_chain(self) -> bool:
-        return self.shape.is_chain
+    shape: TreeShape = struct.field(pytree_node=False, default=chain(0))
 
     def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
         tokens = jnp.broadcast_to(context.root[:, None], (len(context.root), self.num_nodes))

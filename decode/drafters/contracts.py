@@ -15,7 +15,7 @@ from flax import struct
 
 from decode.component import Part
 from decode.sampling import Sampling
-from decode.tree import DraftTree
+from decode.tree import DraftTree, TreeShape
 from dlm.config import ModelConfig
 from dlm.params import Params
 
@@ -71,22 +71,31 @@ class Seen(struct.PyTreeNode):
 
 @struct.dataclass
 class Drafter(Part):
-    """Who proposes?"""
+    """Who proposes?
+
+    Most trees have one shape: a static field or a property `shape` of the class. Where another tree
+    is made in every round, `num_nodes` and `depth` say how large it may be.
+    """
 
     @property
-    def is_chain(self) -> bool:
-        """Whether every node has at most one child, stored right behind it. Static."""
-        return False
+    def shape(self) -> TreeShape:
+        """Of every tree."""
+        raise NotImplementedError
 
     @property
     def num_nodes(self) -> int:
         """W, with the root."""
-        raise NotImplementedError
+        return self.shape.num_nodes
 
     @property
     def depth(self) -> int:
         """J, of the deepest node."""
-        raise NotImplementedError
+        return self.shape.depth
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has at most one child, stored right behind it."""
+        return self.shape.is_chain
 
     @property
     def forwards_per_round(self) -> int:

@@ -87,16 +87,8 @@ class DraftModel(_Model):
             raise ValueError(f"num_drafts={self.num_drafts} must be at least 1")
 
     @property
-    def is_chain(self) -> bool:
-        return True
-
-    @property
-    def num_nodes(self) -> int:
-        return self.num_drafts + 1
-
-    @property
-    def depth(self) -> int:
-        return self.num_drafts
+    def shape(self) -> TreeShape:
+        return chain(self.num_drafts)
 
     @property
     def forwards_per_round(self) -> int:
@@ -142,14 +134,6 @@ class DraftModelTree(_Model):
     """
 
     shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
-
-    @property
-    def num_nodes(self) -> int:
-        return self.shape.num_nodes
-
-    @property
-    def depth(self) -> int:
-        return self.shape.depth
 
     @property
     def forwards_per_round(self) -> int:
@@ -204,6 +188,10 @@ class DraftModelBest(_Model):
             )
         if self.is_sampled:
             raise ValueError("is_sampled=True does not go with the most probable tree")
+
+    @property
+    def is_chain(self) -> bool:
+        return False
 
     @property
     def num_nodes(self) -> int:

@@ -11,54 +11,25 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.drafters.contracts import Context, Drafter, Seen
+from decode.drafters.contracts import Context
 from decode.drafters.expansion import expand
-from decode.drafters.medusa import PUBLISHED, last_hidden, refuse_heads
-from decode.tree import DraftTree, TreeShape
+from decode.drafters.heads import HeadsDrafter
+from decode.tree import DraftTree
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden
-from dlm.params import Params
 from kernels_pallas.unembed_stats import unembed_logits
 
 
 @struct.dataclass
-class Hydra(Drafter):
-    """Drafts of Hydra's heads.
+class Hydra(HeadsDrafter):
+    """Drafts of Hydra's heads, `own` of `dlm.heads.hydra.load`.
 
     Attributes:
-      own: of `dlm.heads.hydra.load`.
-      shape: of the tree, no deeper than there are heads. Static.
       is_sampled: whether siblings are drawn without replacement, for `SpeculativeSampling`; else
         they are the most probable tokens (as published). Static.
     """
 
-    own: Params
-    shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
     is_sampled: bool = struct.field(pytree_node=False, default=False)
-
-    @property
-    def num_nodes(self) -> int:
-        return self.shape.num_nodes
-
-    @property
-    def depth(self) -> int:
-        return self.shape.depth
-
-    @property
-    def is_chain(self) -> bool:
-        return self.shape.is_chain
-
-    def refuse(self, cfg: ModelConfig) -> str | None:
-        return refuse_heads(self.own["unembed"].shape, self.shape, cfg)
-
-    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> jax.Array:
-        """[B, D]: the hidden state that predicted the root."""
-        return jnp.zeros((batch_size, cfg.d_model), cfg.jnp_dtype)
-
-    def prefill(
-        self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
-    ) -> jax.Array:
-        return last_hidden(seen, state)
 
     def propose(
         self, cfg: ModelConfig, context: Context, state: jax.Array
@@ -82,8 +53,3 @@ class Hydra(Drafter):
             return flat.reshape(*x.shape[:2], -1)
 
         return expand(self.shape, context, score, self.is_sampled), state
-
-    def observe(
-        self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
-    ) -> jax.Array:
-        return last_hidden(seen, state)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter, Seen
-from decode.tree import DraftTree, chain
+from decode.tree import DraftTree, TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -34,16 +34,8 @@ class Jacobi(Drafter):
             raise ValueError(f"num_guesses={self.num_guesses} must be at least 1")
 
     @property
-    def is_chain(self) -> bool:
-        return True
-
-    @property
-    def num_nodes(self) -> int:
-        return self.num_guesses + 1
-
-    @property
-    def depth(self) -> int:
-        return self.num_guesses
+    def shape(self) -> TreeShape:
+        return chain(self.num_guesses)
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> jax.Array:
         """[B, J] int32: guesses; -1: the root, as there is no better one."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter
-from decode.tree import DraftTree, chain
+from decode.tree import DraftTree, TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -15,12 +15,9 @@ from dlm.config import ModelConfig
 class NoDraft(Drafter):
     """The tree is its root."""
 
-    num_nodes: ClassVar[int] = 1
-    depth: ClassVar[int] = 0
-
     @property
-    def is_chain(self) -> bool:
-        return True
+    def shape(self) -> TreeShape:
+        return chain(0)
 
     def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
-        return chain(0).tree(context.root[:, None]), state
+        return self.shape.tree(context.root[:, None]), state

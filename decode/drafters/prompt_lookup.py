@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter
-from decode.tree import DraftTree, chain
+from decode.tree import DraftTree, TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -45,16 +45,8 @@ class PromptLookup(Drafter):
             )
 
     @property
-    def is_chain(self) -> bool:
-        return True
-
-    @property
-    def num_nodes(self) -> int:
-        return self.num_drafts + 1
-
-    @property
-    def depth(self) -> int:
-        return self.num_drafts
+    def shape(self) -> TreeShape:
+        return chain(self.num_drafts)
 
     def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
         tokens, length = context.tokens, context.length[:, None]

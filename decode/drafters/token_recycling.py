@@ -51,14 +51,6 @@ class TokenRecycling(Drafter):
     shape: TreeShape = struct.field(pytree_node=False, default=EIGHTY)
 
     @property
-    def num_nodes(self) -> int:
-        return self.shape.num_nodes
-
-    @property
-    def depth(self) -> int:
-        return self.shape.depth
-
-    @property
     def num_successors(self) -> int:
         """k."""
         return max(self.shape.ranks, default=0) + 1

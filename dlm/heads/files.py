@@ -17,7 +17,19 @@ from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params
 
 _CONFIG, _WEIGHTS = "heads.json", "heads.safetensors"
-Heads = TypeVar("Heads")
+Kind = TypeVar("Kind")
+
+
+class Heads:
+    """What all draft heads are as a `train.trainable`: something beside a model."""
+
+    def attach(self, params: Params, own: Params) -> Params:
+        """The model's parameters with the heads beside them."""
+        return params | {"heads": own}
+
+    def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
+        """Writes `folder/model`, for the module's `load`."""
+        save(folder / "model", self, lm, own)
 
 
 def save(path: str | pathlib.Path, heads: Any, lm: LanguageModel, own: Params) -> None:
@@ -40,7 +52,7 @@ def save(path: str | pathlib.Path, heads: Any, lm: LanguageModel, own: Params) -
     (root / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load(path: str | pathlib.Path, kind: type[Heads], lm: LanguageModel) -> tuple[Heads, Params]:
+def load(path: str | pathlib.Path, kind: type[Kind], lm: LanguageModel) -> tuple[Kind, Params]:
     """Reads what `save` wrote.
 
     Args:

@@ -33,7 +33,7 @@ from dlm.transformer import output_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HydraHeads:
+class HydraHeads(files.Heads):
     """What the heads are; also what `train.trainable` trains beside a model.
 
     Attributes:
@@ -79,14 +79,6 @@ class HydraHeads:
             for f in own["first"]
         ]
         return own | {"first": first, "unembed": jnp.broadcast_to(head, own["unembed"].shape)}
-
-    def attach(self, params: Params, own: Params) -> Params:
-        """The model's parameters with the heads beside them."""
-        return params | {"heads": own}
-
-    def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
-        """Writes `folder/model`, for `load`."""
-        files.save(folder / "model", self, lm, own)
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:

@@ -28,7 +28,7 @@ from dlm.transformer import output_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MedusaHeads:
+class MedusaHeads(files.Heads):
     """What the heads are; also what `train.trainable` trains beside a model.
 
     Attributes:
@@ -61,14 +61,6 @@ class MedusaHeads:
         """Fresh heads `own`, whose matrices become the model's."""
         head = output_head(params).astype(own["unembed"].dtype)
         return own | {"unembed": jnp.broadcast_to(head, own["unembed"].shape)}
-
-    def attach(self, params: Params, own: Params) -> Params:
-        """The model's parameters with the heads beside them."""
-        return params | {"heads": own}
-
-    def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
-        """Writes `folder/model`, for `load`."""
-        files.save(folder / "model", self, lm, own)
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[MedusaHeads, Params]:

@@ -101,8 +101,7 @@ class Countdown:
         return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        index = splits.check_index(index, self.num_examples)
-        rng = np.random.default_rng([self.seed, index, splits.SPLITS.index(self.split)])
+        rng = splits.rng_of(self, index)
         for _ in range(splits.MAX_DRAWS):
             numbers = rng.integers(1, self.max_number + 1, self.num_numbers).tolist()
             equations, target = _combine(rng, numbers)

@@ -6,6 +6,9 @@ a hash of the instance itself, so whatever the seed or index, no instance can be
 
 import hashlib
 import operator
+from typing import Any
+
+import numpy as np
 
 SPLITS = ("train", "test")
 TEST_PERCENT = 20
@@ -33,6 +36,16 @@ def check_stream(split: str, seed: int, num_examples: int) -> None:
         raise ValueError(f"seed={seed} must be at least 0")
     if num_examples < 1:
         raise ValueError(f"num_examples={num_examples} must be at least 1")
+
+
+def rng_of(task: Any, index: int) -> np.random.Generator:
+    """The randomness of one example of a stream with `seed`, `split` and `num_examples`.
+
+    Raises:
+      IndexError: `index` is not in [0, num_examples).
+    """
+    index = check_index(index, task.num_examples)
+    return np.random.default_rng([task.seed, index, SPLITS.index(task.split)])
 
 
 def check_index(index: int, length: int) -> int:

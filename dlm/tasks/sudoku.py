@@ -236,8 +236,7 @@ class Sudoku:
         return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        index = splits.check_index(index, self.num_examples)
-        rng = np.random.default_rng([self.seed, index, splits.SPLITS.index(self.split)])
+        rng = splits.rng_of(self, index)
         puzzle, solution = self._draw_in_split(rng)
         return tasks.Example(
             prompt=puzzle + "\n",

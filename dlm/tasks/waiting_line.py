@@ -290,8 +290,7 @@ class WaitingLine:
         return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        index = splits.check_index(index, self.num_examples)
-        rng = np.random.default_rng([self.seed, index, splits.SPLITS.index(self.split)])
+        rng = splits.rng_of(self, index)
         operation = self.operations[index % len(self.operations)]
         return self._example(self._draw(rng, operation, self.split), rng)
 

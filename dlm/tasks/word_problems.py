@@ -57,8 +57,7 @@ class WordProblems:
         return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        index = splits.check_index(index, self.num_examples)
-        rng = np.random.default_rng([self.seed, index, splits.SPLITS.index(self.split)])
+        rng = splits.rng_of(self, index)
         for _ in range(splits.MAX_DRAWS):
             steps = self._draw(rng)
             equations = " ".join(f"{a}{sign}{b}={result}" for a, sign, b, result in steps)

@@ -25,18 +25,6 @@ class Adversary(Drafter):
     high: int = struct.field(pytree_node=False, default=30)
     shape: TreeShape = struct.field(pytree_node=False, default=chain(3))
 
-    @property
-    def is_chain(self):
-        return self.shape.is_chain
-
-    @property
-    def num_nodes(self):
-        return self.shape.num_nodes
-
-    @property
-    def depth(self):
-        return self.shape.depth
-
     def propose(self, cfg, context, state):
         W = self.num_nodes
         place = context.length[:, None] - 1 + jnp.array(self.shape.depths)[None]

@@ -38,8 +38,8 @@ BUSHY = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 0],
 
 def run(params, cfg, method, prompts, *, gen_len=12, chunk=8, **options):
     """The rows of a finished state: tokens after the prompt, and what is reported."""
-    state = init_state(cfg, method, prompts, gen_len=gen_len, **options)
-    state = prefill(params, cfg, method, state, chunk=chunk)
+    state = init_state(cfg, method, prompts, gen_len=gen_len, chunk=chunk, **options)
+    state = prefill(params, cfg, method, state)
     return decode(params, cfg, method, state)
 
 

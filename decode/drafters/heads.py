@@ -1,0 +1,69 @@
+"""What drafters that are heads on the target's last hidden state share.
+
+Letters: D width of the target, V vocabulary, J heads.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.drafters.contracts import Context, Drafter, Seen
+from decode.tree import TreeShape, from_paths
+from dlm.config import ModelConfig
+from dlm.params import Params
+
+# Medusa's published tree for Vicuna-7B: 64 nodes with the root.
+PUBLISHED = from_paths(
+    [
+        *([i] for i in range(10)),
+        *([i, j] for i, n in enumerate((10, 7, 3, 2, *[1] * 6)) for j in range(n)),
+        *([0, i, j] for i, n in enumerate((10, 3, 2, *[1] * 5)) for j in range(n)),
+        *([1, 0, 0], [1, 0, 1], [2, 0, 0]),
+        *([0, 0, 0, 0], [0, 0, 0, 1]),
+    ]
+)
+
+
+@struct.dataclass
+class HeadsDrafter(Drafter):
+    """Remembers the hidden state that predicted the root.
+
+    Attributes:
+      own: the heads' parameters; "unembed" [J, V, D] is among them.
+      shape: of the tree, no deeper than there are heads. Static.
+    """
+
+    own: Params
+    shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
+
+    def refuse(self, cfg: ModelConfig) -> str | None:
+        num_heads, vocab_size, d_model = self.own["unembed"].shape
+        if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
+            return (
+                f"the heads are for a model of vocab_size={vocab_size} and d_model={d_model}, and "
+                f"the target has {cfg.vocab_size} and {cfg.d_model}: train heads for it"
+            )
+        if self.depth > num_heads:
+            return (
+                f"the tree has depth {self.depth}, more than the {num_heads} heads: use a flatter "
+                "one"
+            )
+        return None
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> jax.Array:
+        """[B, D]."""
+        return jnp.zeros((batch_size, cfg.d_model), cfg.jnp_dtype)
+
+    def prefill(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
+    ) -> jax.Array:
+        return self.observe(cfg, context, seen, state)
+
+    def observe(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
+    ) -> jax.Array:
+        index = jnp.maximum(seen.count - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(seen.hidden, index, axis=1)[:, 0]
+        return jnp.where((seen.count > 0)[:, None], last, state)

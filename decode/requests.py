@@ -1,0 +1,102 @@
+"""What is asked of a decoding loop: prompts, lengths and seeds, checked and brought into one shape.
+
+Letters: B rows, P prompt length, G completion positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dlm.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Checked requests.
+
+    Attributes:
+      gen_lens: most tokens to write, per prompt.
+      key: [B, 2] uint32. A random stream per row.
+      P: prompt length of all rows, at least the longest.
+      G: completion length of all rows, likewise.
+      B: rows, at least the number of prompts.
+    """
+
+    gen_lens: list[int]
+    key: np.ndarray
+    P: int
+    G: int
+    B: int
+
+
+def read_requests(
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    gen_len: int | Sequence[int],
+    seeds: int | Sequence[int],
+    prompt_len: int | None,
+    canvas_len: int | None,
+    batch_size: int | None,
+    *,
+    may_be_empty: bool,
+) -> Requests:
+    """Checks requests; the arguments are those of the loops' `init_state`.
+
+    Raises:
+      ValueError: on an empty list, an empty prompt where there must be a token to go on from, a
+        prompt that holds MASK or ids the model does not have, or lengths it does not allow.
+    """
+    num = len(prompts)
+    if num == 0:
+        raise ValueError("prompts is an empty list: give at least one prompt")
+    gen_lens = [gen_len] * num if isinstance(gen_len, int) else list(gen_len)
+    seed_list = [seeds + i for i in range(num)] if isinstance(seeds, int) else list(seeds)
+    for name, values in (("gen_len", gen_lens), ("seeds", seed_list)):
+        if len(values) != num:
+            raise ValueError(
+                f"{name} has {len(values)} entries for {num} prompts: give one or {num}"
+            )
+    for i, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
+        if length < 1:
+            raise ValueError(f"gen_len={length} of prompt {i} must be at least 1")
+        if len(prompt) + length > cfg.max_seq_len:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, which with gen_len={length} is more than "
+                f"the model's max_seq_len={cfg.max_seq_len}"
+            )
+        if len(prompt) == 0 and not may_be_empty:
+            raise ValueError(
+                f"prompt {i} is empty, but each token is predicted from the one before: give at "
+                "least one token"
+            )
+        check_tokens(cfg, f"prompt {i}", prompt)
+    longest = max(map(len, prompts))
+    P = longest if prompt_len is None else prompt_len
+    G = max(gen_lens) if canvas_len is None else canvas_len
+    B = num if batch_size is None else batch_size
+    if longest > P or max(gen_lens) > G or num > B:
+        raise ValueError(
+            f"prompt_len={P}, canvas_len={G} and batch_size={B} must be at least the longest "
+            f"prompt {longest}, the longest gen_len {max(gen_lens)} and the number of prompts {num}"
+        )
+    key = np.zeros((B, 2), np.uint32)
+    for b, seed in enumerate(seed_list):
+        key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+    return Requests(gen_lens, key, P, G, B)
+
+
+def check_tokens(cfg: ModelConfig, name: str, tokens: Sequence[int]) -> None:
+    """Raises ValueError unless `tokens`, called `name`, are known tokens of the model."""
+    for token in tokens:
+        if token == cfg.mask_token_id:
+            raise ValueError(
+                f"{name} contains the mask token {token}, which stands for one to be decided: "
+                "remove it"
+            )
+        if not 0 <= token < cfg.vocab_size:
+            raise ValueError(
+                f"{name} contains token {token}, which must be in [0, vocab_size={cfg.vocab_size})"
+            )
