@@ -267,9 +267,10 @@ def step(
     context = _context(params, method, state)
     with jax.named_scope("draft"):
         tree, drafter = method.drafter.propose(cfg, context, state.drafter)
-        tree = _existing(tree, cfg.vocab_size)
+        above = tree.ancestors(method.drafter.depth)
+        tree = _existing(tree, above, cfg.vocab_size)
     with jax.named_scope("judge"):
-        hidden, verdict, log_probs, cache = _judge(params, cfg, method, state, context, tree)
+        hidden, verdict, log_probs, cache = _judge(params, cfg, method, state, context, tree, above)
     with jax.named_scope("accept"):
         walk = method.acceptance.walk(verdict, method.drafter.depth)
     with jax.named_scope("commit"):
@@ -300,16 +301,11 @@ def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState)
     )
 
 
-def _existing(tree: DraftTree, vocab_size: int) -> DraftTree:
+def _existing(tree: DraftTree, above: jax.Array, vocab_size: int) -> DraftTree:
     """The tree without nodes whose token the target does not have, and those below them."""
     is_known = (tree.tokens >= 0) & (tree.tokens < vocab_size)
-    is_valid = tree.is_valid & is_known
-
-    def drop(v: jax.Array, is_valid: jax.Array) -> jax.Array:
-        above = jnp.take_along_axis(is_valid, tree.parents[:, v, None], axis=1)[:, 0]
-        return is_valid.at[:, v].set(is_valid[:, v] & above)
-
-    is_valid = jax.lax.fori_loop(1, is_valid.shape[1], drop, is_valid.at[:, 0].set(True))
+    is_missing = ~(tree.is_valid & is_known)
+    is_valid = ~(above & is_missing[:, None]).any(axis=2)
     return tree.replace(is_valid=is_valid, tokens=jnp.where(is_known, tree.tokens, 0))
 
 
@@ -320,15 +316,15 @@ def _judge(
     state: SpeculativeState,
     context: Context,
     tree: DraftTree,
+    above: jax.Array,
 ) -> tuple[jax.Array, Verdict, jax.Array, KVCache]:
-    """One forward over the tree.
+    """One forward over the tree, whose nodes see those `above` them [B, W, W].
 
     Returns:
       Hidden states [B, W, D], the verdict, the log-probabilities of the arg-max [B, W] or of all
       tokens [B, W, V], and the cache with the tree's keys and values behind its last token.
     """
     start = state.length - 1
-    above = tree.ancestors(method.drafter.depth)
     output = transformer.forward(
         params,
         cfg,

@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm.config import ModelConfig
-from dlm.hf import load_params, read_config, save_hf
+from dlm.hf import load_params, save_hf
+from dlm.hf_files import read_config
 from dlm.params import Params
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer

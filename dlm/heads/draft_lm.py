@@ -10,7 +10,8 @@ from flax import struct
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.hf import load_params, read_config
+from dlm.hf import load_params
+from dlm.hf_files import read_config
 from dlm.params import Params, param_specs
 
 
