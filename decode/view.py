@@ -204,7 +204,8 @@ def plot_speed_quality(
                     markeredgewidth=0.5,
                 )  # fmt: skip
         low, high = axis.get_ylim()
-        axis.set_ylim(min(low, high - 20), high + 1)  # a point more or less is no cliff
+        high = min(high + 1, 102)  # there is nothing above 100 %
+        axis.set_ylim(min(low, high - 20), high)  # a point more or less is no cliff
         axis.set_title(name)
         axis.set_xlabel(speed_label)
         axis.set_xlim(left=0)
