@@ -89,11 +89,14 @@ def fingerprint(lm: LanguageModel) -> str:
     """16 hexadecimal digits that tell models apart: of the configuration and of some weights.
 
     64 values of every parameter, rounded to bfloat16, so that the dtype it was loaded in does not
-    matter; nor does where the files lie.
+    matter; nor does where the files lie. Settings at their defaults do not count, so a setting that
+    a later version adds leaves the models of today what they are.
     """
     digest = hashlib.sha256()
-    fields = {**dataclasses.asdict(lm.cfg), "dtype": None}
-    digest.update(repr(sorted(fields.items())).encode())
+    for field in sorted(dataclasses.fields(lm.cfg), key=lambda field: field.name):
+        value = getattr(lm.cfg, field.name)
+        if field.name != "dtype" and value != field.default:
+            digest.update(f"{field.name}={value!r};".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params):
         index = np.unravel_index(np.linspace(0, leaf.size - 1, 64).astype(np.int64), leaf.shape)
         digest.update(jax.tree_util.keystr(path).encode())
