@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,10 @@ import pytest
 
 from dlm.cache import init_cache
 from dlm.config import PRESETS, ModelConfig, RopeScaling
+from dlm.layers import rotary_angles
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.sharding import constrain, logical_sharding, make_mesh
-from dlm.transformer import _rotary_angles, forward, logits
+from dlm.transformer import forward, logits
 
 VARIANTS = {
     "llada": {},
@@ -190,7 +193,7 @@ def test_stretched_frequencies_by_hand():
         factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_seq_len=64
     )
     cfg = dataclasses.replace(PRESETS["tiny"], rope_theta=1000.0, rope_scaling=scaling)
-    cos, sin = _rotary_angles(jnp.ones((1, 1), jnp.int32), cfg)
+    cos, sin = rotary_angles(jnp.ones((1, 1), jnp.int32), cfg)
     kinds = set()
     for i, angle in enumerate(np.arctan2(sin[0, 0, 0], cos[0, 0, 0])):
         frequency = 1000.0 ** (-2 * i / cfg.head_dim)
@@ -206,3 +209,26 @@ def test_stretched_frequencies_by_hand():
             frequency = (1 - smooth) * frequency / 4 + smooth * frequency
         np.testing.assert_allclose(angle, frequency, rtol=1e-5)
     assert kinds == {"kept", "between", "stretched"}
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 0), (0, 1, 2), (2,)])
+def test_features_are_the_residual_stream(layers):
+    """Layer by layer: a model of the first i layers leaves what the i-th layer receives."""
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg)
+    run = functools.partial(forward, positions=positions)
+    found = run(params, cfg, tokens, feature_layers=layers)
+    plain = run(params, cfg, tokens)
+    np.testing.assert_array_equal(found.hidden, plain.hidden)
+    assert plain.features is None
+    parts = jnp.split(found.features, len(layers), axis=-1)
+    for layer, part in zip(layers, parts, strict=True):
+        if layer == 0:
+            np.testing.assert_array_equal(part, params["embed"][tokens])
+        else:
+            first = params | {"layers": jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])}
+            short = dataclasses.replace(cfg, n_layers=layer)
+            ones = first | {"final_norm": jnp.ones_like(params["final_norm"])}
+            normed = run(ones, short, tokens).hidden
+            scale = jnp.sqrt(jnp.mean(part**2, axis=-1, keepdims=True) + cfg.norm_eps)
+            np.testing.assert_allclose(part / scale, normed, rtol=1e-5, atol=1e-6)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import layers, transformer
 from dlm.config import ModelConfig
 from dlm.params import Params
 from train.objectives import Context, Predictions, TokenObjective
@@ -85,7 +85,7 @@ class BlockDiffusion(TokenObjective):
             cfg,
             jnp.concatenate([noisy, clean], axis=1),
             positions=jnp.broadcast_to(jnp.tile(jnp.arange(L), 2)[None], (B, 2 * L)),
-            mask=transformer.BlockDiffusion((~is_real).astype(jnp.int32), C),
+            mask=layers.BlockDiffusion((~is_real).astype(jnp.int32), C),
             remat=self.remat,
         ).hidden
         index = jnp.arange(G)[None] + P - start[:, None]  # [B, G], where completions lie in rows
