@@ -226,9 +226,11 @@ def test_features_are_the_residual_stream(layers):
         if layer == 0:
             np.testing.assert_array_equal(part, params["embed"][tokens])
         else:
-            first = params | {"layers": jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])}
+            first = params | {
+                "layers": jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])
+            }
             short = dataclasses.replace(cfg, n_layers=layer)
-            ones = first | {"final_norm": jnp.ones_like(params["final_norm"])}
-            normed = run(ones, short, tokens).hidden
+            ones = {"layers": below, "final_norm": jnp.ones_like(params["final_norm"])}
+            normed = run(params | ones, short, tokens).hidden
             scale = jnp.sqrt(jnp.mean(part**2, axis=-1, keepdims=True) + cfg.norm_eps)
             np.testing.assert_allclose(part / scale, normed, rtol=1e-5, atol=1e-6)
