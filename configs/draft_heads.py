@@ -1,28 +1,27 @@
-"""Medusa's or Hydra's heads for a small autoregressive model, which stays as it is.
+"""Draft heads for a small autoregressive model, which stays as it is.
 
     python -m train --config=configs/draft_heads.py:python,medusa --workdir=runs/python/medusa \\
         --config.train.init_from=runs/python/target/model
-    python -m train --config=configs/draft_heads.py:python,hydra --workdir=runs/python/hydra \\
-        --config.train.init_from=runs/python/target/model
 
-Then decode with `Medusa(load("runs/python/medusa/model", lm)[1])`. References: arXiv:2401.10774
-(Medusa-1), arXiv:2402.05109. The published learning rates (1e-3, 5e-4) are for models of billions;
-these numbers are ours.
+Instead of medusa: hydra, eagle_1, eagle_3. Then decode with, for example,
+`Medusa(load("runs/python/medusa/model", lm)[1])`. References: arXiv:2401.10774 (Medusa-1),
+arXiv:2402.05109 (Hydra), arXiv:2401.15077 (EAGLE-1), arXiv:2503.01840 (EAGLE-3). The published
+learning rates (1e-3, 5e-4, 3e-5, 5e-5) are for models of billions; these numbers are ours.
 """
 
 import ml_collections
 
 from configs import causal_lm
 
-HEADS = ("medusa", "hydra")
+HEADS = ("medusa", "hydra", "eagle_1", "eagle_3")
 
 
 def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: "python" or "scan", then ",medusa" or ",hydra"; with ",runlocal" behind them a smoke
-        test of a few seconds, for a model made by `causal_lm.py`'s.
+      arg: "python" or "scan", then ",medusa", ",hydra", ",eagle_1" or ",eagle_3"; with ",runlocal"
+        behind them a smoke test of a few seconds, for a model made by `causal_lm.py`'s.
     """
     task, heads, *rest = (*arg.split(","), "")
     if task not in causal_lm.TASKS or heads not in HEADS or rest not in ([""], ["runlocal", ""]):
@@ -33,18 +32,31 @@ def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
     config = causal_lm.get_config(f"{task},runlocal" if rest[0] else task)
     with config.unlocked():
         config.train.objective = objective = ml_collections.ConfigDict()
-        objective.decay = 0.8  # of the weight from head to head (Medusa)
         objective.on_prompt = True
         config.train.trainable = trainable = ml_collections.ConfigDict()
+    if heads in ("medusa", "hydra"):
+        objective.decay = 0.8  # of the weight from head to head (Medusa)
         trainable.num_heads = 4  # tokens that are drafted (Hydra)
         trainable.num_blocks = 1  # per head (Medusa)
     if heads == "medusa":
         objective.make = "train.objectives.medusa:MedusaLoss"
         trainable.make = "dlm.heads.medusa:MedusaHeads"
-    else:
+    elif heads == "hydra":
         objective.make = "train.objectives.hydra:HydraLoss"
         objective.teacher = False  # learn the text, not the model's law (Hydra++)
         trainable.make = "dlm.heads.hydra:HydraHeads"
+    elif heads == "eagle_1":
+        objective.make = "train.objectives.eagle_1:Eagle1Loss"
+        objective.weight = 0.1  # of the cross-entropy beside the features' (EAGLE)
+        objective.noise = 0.1  # half its width, at 512 positions (EAGLE)
+        trainable.make = "dlm.heads.eagle_1:Eagle1Heads"
+    else:
+        objective.make = "train.objectives.eagle_3:Eagle3Loss"
+        objective.num_steps = 4  # tokens that are drafted; EAGLE-3: 7
+        objective.decay = 0.8  # of the weight from step to step (EAGLE-3)
+        trainable.make = "dlm.heads.eagle_3:Eagle3Heads"
+        trainable.layers = ()  # read at their entrance; empty: low, middle, high
+        trainable.vocab = ""  # JSON file of scripts/draft_vocab.py; empty: all tokens
     config.train.init_from = ""  # folder of the model; must be given
     config.optim.learning_rate = 2e-3  # highest
     config.optim.weight_decay = 0.0  # (Medusa)

@@ -33,7 +33,7 @@ from decode.requests import read_requests
 from decode.sampling import Sampling, draw, fold_in
 from decode.tree import DraftTree
 from dlm import transformer
-from dlm.cache import KVCache, compact, init_cache
+from dlm.cache import KVCache, compact, init_cache, up_to
 from dlm.config import ModelConfig
 from dlm.params import Params
 from kernels_pallas.unembed_stats import Noise
@@ -210,10 +210,11 @@ def prefill(
             positions=start[:, None] + jnp.arange(chunk)[None],
             mask="causal",
             cache=cache,
-            cache_ranges=jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None],
+            cache_ranges=up_to(start),
             write_at=start,
+            feature_layers=method.drafter.feature_layers,
         )
-        seen = Seen(tokens, output.hidden, start, count)
+        seen = Seen(tokens, output.hidden, start, count, output.features)
         assert output.cache is not None
         return output.cache, method.drafter.prefill(cfg, context, seen, drafter)
 
@@ -270,16 +271,25 @@ def step(
         above = tree.ancestors(method.drafter.depth)
         tree = _existing(tree, above, cfg.vocab_size)
     with jax.named_scope("judge"):
-        hidden, verdict, log_probs, cache = _judge(params, cfg, method, state, context, tree, above)
+        output, verdict, log_probs = _judge(params, cfg, method, state, context, tree, above)
     with jax.named_scope("accept"):
         walk = method.acceptance.walk(verdict, method.drafter.depth)
     with jax.named_scope("commit"):
-        start = state.length - 1
+        start, cache = state.length - 1, output.cache
+        assert cache is not None
         if not method.drafter.is_chain:
             cache = compact(cache, start, walk.path)
-        kept = jnp.take_along_axis(hidden, walk.path[..., None], axis=1)
-        tokens = jnp.take_along_axis(tree.tokens, walk.path, axis=1)
-        seen = Seen(tokens, kept, start, walk.num_accepted + 1, hidden, tree, verdict.chosen)
+        of_path = lambda x: jnp.take_along_axis(x, walk.path[..., None], axis=1)  # noqa: E731
+        seen = Seen(
+            tokens=jnp.take_along_axis(tree.tokens, walk.path, axis=1),
+            hidden=of_path(output.hidden),
+            start=start,
+            count=walk.num_accepted + 1,
+            features=None if output.features is None else of_path(output.features),
+            tree_hidden=output.hidden,
+            tree=tree,
+            chosen=verdict.chosen,
+        )
         state = _commit(cfg, method, state, tree, walk, log_probs)
         drafter = method.drafter.observe(cfg, context, seen, drafter)
     return state.replace(cache=cache, drafter=drafter)
@@ -317,12 +327,12 @@ def _judge(
     context: Context,
     tree: DraftTree,
     above: jax.Array,
-) -> tuple[jax.Array, Verdict, jax.Array, KVCache]:
+) -> tuple[transformer.ForwardOutput, Verdict, jax.Array]:
     """One forward over the tree, whose nodes see those `above` them [B, W, W].
 
     Returns:
-      Hidden states [B, W, D], the verdict, the log-probabilities of the arg-max [B, W] or of all
-      tokens [B, W, V], and the cache with the tree's keys and values behind its last token.
+      The forward, whose cache has the tree's keys and values behind its last token, the verdict,
+      and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
     """
     start = state.length - 1
     output = transformer.forward(
@@ -332,9 +342,10 @@ def _judge(
         positions=start[:, None] + tree.depths,
         mask="causal" if method.drafter.is_chain else pack_mask(above),
         cache=state.cache,
-        cache_ranges=jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None],
+        cache_ranges=up_to(start),
         write_at=start,
         write_rows=context.active,
+        feature_layers=method.drafter.feature_layers,
     )
     hidden = output.hidden
     B, W, D = hidden.shape
@@ -362,9 +373,8 @@ def _judge(
         log_prob = stats.log_prob if noise is None else stats.sample_log_prob
         assert sampled is not None and log_prob is not None
         chosen, log_probs = sampled.reshape(B, W), log_prob.reshape(B, W)
-    assert output.cache is not None
     verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, 2))
-    return hidden, verdict, log_probs, output.cache
+    return output, verdict, log_probs
 
 
 def _commit(

@@ -43,6 +43,11 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     return KVCache(k=zeros(), v=zeros())
 
 
+def up_to(start: jax.Array) -> jax.Array:
+    """[B, 1, 2] int32: as `cache_ranges`, all slots below `start` [B]."""
+    return jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None]
+
+
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
     """Moves slots start + index[:, j] to start + j, in every layer.
 

@@ -90,10 +90,11 @@ class Lora:
 
         return {target: spec(target) for target in self.targets}
 
-    def attach(self, params: Params, delta: Params) -> Params:
+    def attach(self, cfg: ModelConfig, params: Params, delta: Params) -> Params:
         """Parameters for a forward that multiplies by both: targets become `LowRank`.
 
         Args:
+          cfg: the model.
           params: of the model.
           delta: as `specs`; cast to the dtype of what it changes.
         """

@@ -161,7 +161,7 @@ def _attach(
     def cast(spec: ParamSpec, x: jax.Array) -> jax.Array:
         return constrain(x.astype(cfg.jnp_dtype), *spec.axes)
 
-    return trainable.attach(frozen or {}, jax.tree.map(cast, trainable.specs(cfg), own))
+    return trainable.attach(cfg, frozen or {}, jax.tree.map(cast, trainable.specs(cfg), own))
 
 
 # ---- State on a mesh --------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 A trainable is a frozen dataclass with
 
     specs(cfg)                 its parameters, a tree of `dlm.params.ParamSpec`
-    attach(params, own)        what the objective is given: the model with it
+    attach(cfg, params, own)   what the objective is given: the model with it
     export(folder, lm, own)    writes the result of a run
 
 and, if fresh ones should start from the model, `start(params, own)`, which gives them, where
@@ -29,7 +29,7 @@ class Trainable(Protocol):
 
     def specs(self, cfg: ModelConfig) -> Params: ...
 
-    def attach(self, params: Params, own: Params) -> Params: ...
+    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params: ...
 
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None: ...
 
@@ -41,7 +41,7 @@ class Everything:
     def specs(self, cfg: ModelConfig) -> Params:
         return param_specs(cfg)
 
-    def attach(self, params: Params, own: Params) -> Params:
+    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         return own
 
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:

@@ -55,6 +55,8 @@ class Seen(struct.PyTreeNode):
       hidden: [B, T, D]. The target's final hidden states there.
       start: [B] int32. Where the first one is.
       count: [B] int32. How many of the T there are; what is behind them is of no meaning.
+      features: [B, T, n D]. The target's features there; None unless the drafter has
+        `feature_layers`.
       tree_hidden: [B, W, D], or None in the prompt. Hidden states of all nodes, kept or not.
       tree: of them.
       chosen: [B, W] int32. What the target itself puts after each node.
@@ -64,6 +66,7 @@ class Seen(struct.PyTreeNode):
     hidden: jax.Array
     start: jax.Array
     count: jax.Array
+    features: jax.Array | None = None
     tree_hidden: jax.Array | None = None
     tree: DraftTree | None = None
     chosen: jax.Array | None = None
@@ -101,6 +104,11 @@ class Drafter(Part):
     def forwards_per_round(self) -> int:
         """Forwards of a draft model per round; 0 if there is none."""
         return 0
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """What it wants to see of the target, as in `dlm.transformer.forward`."""
+        return ()
 
     def refuse(self, cfg: ModelConfig) -> str | None:
         """Why it cannot draft for this target, or None."""

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter, Seen
-from decode.drafters.expansion import expand, expand_best
+from decode.drafters.expansion import check_sizes, expand, expand_best
 from decode.sampling import draw, fold_in
 from decode.tree import DraftTree, TreeShape, chain
 from dlm import transformer
-from dlm.cache import KVCache, init_cache
+from dlm.cache import KVCache, init_cache, up_to
 from dlm.config import ModelConfig
 from dlm.params import Params
 from kernels_pallas.window_attention import pack_mask
@@ -64,7 +64,7 @@ class _Model(Drafter):
         positions = seen.start[:, None] + jnp.arange(seen.tokens.shape[1])[None]
         output = transformer.forward(
             self.params, self.draft, seen.tokens, positions=positions, mask="causal", cache=cache,
-            cache_ranges=_up_to(seen.start), write_at=seen.start, write_rows=rows,
+            cache_ranges=up_to(seen.start), write_at=seen.start, write_rows=rows,
         )  # fmt: skip
         assert output.cache is not None
         return output.cache
@@ -104,7 +104,7 @@ class DraftModel(_Model):
             at = context.length - 1 + i
             output = transformer.forward(
                 self.params, self.draft, token[:, None], positions=at[:, None], cache=cache,
-                cache_ranges=_up_to(at), write_at=at, write_rows=context.active,
+                cache_ranges=up_to(at), write_at=at, write_rows=context.active,
             )  # fmt: skip
             hidden = output.hidden[:, 0]
             if is_drawn:
@@ -148,7 +148,7 @@ class DraftModelTree(_Model):
             hidden = transformer.forward(
                 self.params, self.draft, tokens, positions=start[:, None] + tree.depths,
                 mask=pack_mask(tree.ancestors(self.depth)), cache=state,
-                cache_ranges=_up_to(start),
+                cache_ranges=up_to(start),
             ).hidden  # fmt: skip
             return transformer.logits(self.params, hidden[:, jnp.array(nodes)])
 
@@ -176,16 +176,7 @@ class DraftModelBest(_Model):
     budget: int = struct.field(pytree_node=False, default=59)
 
     def validate(self, cfg: ModelConfig) -> None:
-        most = self.width + (self.levels - 1) * self.width**2
-        if not 1 <= self.width <= self.draft.vocab_size:
-            raise ValueError(
-                f"width={self.width} must be in [1, vocab_size={self.draft.vocab_size}]"
-            )
-        if self.levels < 1 or not 1 <= self.budget <= most:
-            raise ValueError(
-                f"levels={self.levels} must be at least 1 and budget={self.budget} in [1, {most}], "
-                "the nodes that are seen"
-            )
+        check_sizes(self.width, self.levels, self.budget, self.draft.vocab_size)
         if self.is_sampled:
             raise ValueError("is_sampled=True does not go with the most probable tree")
 
@@ -218,7 +209,7 @@ class DraftModelBest(_Model):
             hidden = transformer.forward(
                 self.params, self.draft, tokens, positions=start[:, None] + rows,
                 mask=pack_mask(tree.ancestors(self.levels)), cache=state,
-                cache_ranges=_up_to(start),
+                cache_ranges=up_to(start),
             ).hidden  # fmt: skip
             return transformer.logits(self.params, hidden[:, jnp.array(nodes)])
 
@@ -226,8 +217,3 @@ class DraftModelBest(_Model):
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, context.active)
-
-
-def _up_to(start: jax.Array) -> jax.Array:
-    """[B, 1, 2]: all cache slots below `start` [B]."""
-    return jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None]

@@ -126,6 +126,18 @@ def expand_best(
     )
 
 
+def check_sizes(width: int, levels: int, budget: int, num_ids: int) -> None:
+    """Raises ValueError unless `expand_best` can make such a tree of so many different tokens."""
+    if not 1 <= width <= num_ids:
+        raise ValueError(f"width={width} must be in [1, {num_ids}], the tokens it can draft")
+    most = width + (levels - 1) * width**2
+    if levels < 1 or not 1 <= budget <= most:
+        raise ValueError(
+            f"levels={levels} must be at least 1 and budget={budget} in [1, {most}], the nodes "
+            "that are seen"
+        )
+
+
 def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[B, *shape] standard Gumbel noise from a random stream [B, 2] uint32 per row."""
     one = lambda key: jax.random.gumbel(jax.random.wrap_key_data(key), shape)  # noqa: E731

@@ -46,9 +46,9 @@ class DraftLM:
         loaded = load_params(self.checkpoint, read_config(self.checkpoint))
         return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), loaded, own)
 
-    def attach(self, params: Params, own: Params) -> Params:
+    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """The target's parameters with the draft model beside them."""
-        return params | {"draft": Draft(own, read_config(self.checkpoint))}
+        return params | {"draft": Draft(own, self._draft_cfg(cfg))}
 
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:
         """Writes `folder/model`, a model of its own."""

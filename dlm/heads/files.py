@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dlm.config import ModelConfig
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params
 
@@ -23,7 +24,7 @@ Kind = TypeVar("Kind")
 class Heads:
     """What all draft heads are as a `train.trainable`: something beside a model."""
 
-    def attach(self, params: Params, own: Params) -> Params:
+    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """The model's parameters with the heads beside them."""
         return params | {"heads": own}
 

@@ -12,6 +12,7 @@ import pytest
 import dlm
 from decode.accept import BlockVerification, Match, SpeculativeSampling, Typical
 from decode.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
+from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.jacobi import Jacobi
 from decode.drafters.layer_skip import layer_skip
 from decode.drafters.no_draft import NoDraft
@@ -27,7 +28,9 @@ from decode.speculative import (
 )
 from decode.tree import TreeShape, chain, from_paths
 from dlm import transformer
-from dlm.params import init_params
+from dlm.heads.eagle_1 import Eagle1Heads
+from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.params import init_from_specs, init_params
 from dlm.sharding import make_mesh
 from tests.decode.drafters import Adversary
 
@@ -184,13 +187,18 @@ def test_always_right_and_always_wrong(plain, toy_params):
 
 DRAFTERS = (
     "draft model", "itself", "sampled", "tree", "sampled tree", "prompt lookup", "latest lookup",
-    "recycling", "jacobi", "layer skip", "best tree",
+    "recycling", "jacobi", "layer skip", "best tree", "eagle 1", "eagle 3", "eagle 3, best",
 )  # fmt: skip
 
 
 def drafters(toy_cfg, toy_params):
     smaller = dataclasses.replace(toy_cfg, n_layers=1)
     params = init_params(jax.random.key(5), smaller)
+
+    def eagle(heads):
+        own = init_from_specs(jax.random.key(6), heads.specs(toy_cfg), toy_cfg.jnp_dtype)
+        return heads.network(toy_cfg, heads.start(toy_params, own))
+
     return {
         "draft model": DraftModel(params, smaller, num_drafts=3),
         "itself": DraftModel(toy_params, toy_cfg, num_drafts=3),
@@ -203,6 +211,9 @@ def drafters(toy_cfg, toy_params):
         "jacobi": Jacobi(num_guesses=5),
         "layer skip": layer_skip(toy_params, toy_cfg, [0], num_drafts=3),
         "best tree": DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
+        "eagle 1": Eagle(eagle(Eagle1Heads()), BUSHY),
+        "eagle 3": Eagle(eagle(Eagle3Heads()), BUSHY, is_sampled=True),
+        "eagle 3, best": EagleBest(eagle(Eagle3Heads(vocab=tuple(range(20)))), 3, 3, 9),
     }
 
 
@@ -229,11 +240,18 @@ def test_every_drafter_writes_the_greedy_text(plain, toy_params, name):
 
 @pytest.mark.parametrize(
     ("name", "temperature"),
-    [("draft model", None), ("sampled", 0.8), ("tree", 0.8), ("recycling", None)],
+    [
+        ("draft model", None),
+        ("sampled", 0.8),
+        ("tree", 0.8),
+        ("recycling", None),
+        ("eagle 3", 0.8),
+        ("eagle 3, best", None),
+    ],
 )
 def test_a_row_alone_gives_the_same(toy_cfg, toy_params, name, temperature):
     drafter = drafters(toy_cfg, toy_params)[name]
-    acceptance = SpeculativeSampling() if name == "sampled" else Match()
+    acceptance = SpeculativeSampling() if name in ("sampled", "eagle 3") else Match()
     method = SpeculativeMethod(drafter, acceptance, Sampling(temperature=temperature))
     prompts = random_prompts(toy_cfg, 4, seed=3)
     lengths = [3, 12, 7, 9]

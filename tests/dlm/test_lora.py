@@ -98,14 +98,14 @@ def test_attached_and_merged_are_the_same_model(wide):
     merged = jax.jit(LORA.merge)(wide, delta)
     for ours, theirs in zip(*map(jax.tree.leaves, (merged, by_hand)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    attached, base = run(LORA.attach(wide, delta)), run(wide)
+    attached, base = run(LORA.attach(WIDE, wide, delta)), run(wide)
     expected = [Model(by_hand, WIDE).run(row, range(7))[0] for row in tokens]
     np.testing.assert_allclose(attached, expected, atol=2e-5)
     np.testing.assert_allclose(run(merged), expected, atol=2e-5)
     assert np.abs(attached - base).max() > 0.5
     for target in TARGETS:
         delta[target]["up"] *= 0
-    np.testing.assert_array_equal(run(LORA.attach(wide, delta)), base)
+    np.testing.assert_array_equal(run(LORA.attach(WIDE, wide, delta)), base)
     assert_same(jax.jit(LORA.merge)(wide, delta), wide)
 
 
@@ -116,7 +116,7 @@ def test_only_targets_change_and_only_by_their_own():
         lora = Lora(rank=3, alpha=6.0, targets=(target,))
         group = "attention" if target in ("q", "k", "v", "o") else "mlp"
         delta = random_delta(lora, WIDE)
-        attached = lora.attach(zeros, delta)
+        attached = lora.attach(WIDE, zeros, delta)
         merged = jax.device_get(lora.merge(zeros, delta))
         assert jax.tree.structure(merged) == jax.tree.structure(zeros)
         for name, leaves in zeros["layers"].items():
@@ -132,7 +132,7 @@ def test_dtypes(wide):
     """Products in the model's dtype; what is merged is added in float32 and rounded once."""
     delta = random_delta(LORA, WIDE)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
-    q = LORA.attach(half, delta)["layers"]["attention"]["q"]
+    q = LORA.attach(WIDE, half, delta)["layers"]["attention"]["q"]
     assert q.weight.dtype == q.down.dtype == q.up.dtype == jnp.bfloat16
     merged = jax.jit(LORA.merge)(half, delta)
     by_hand = merge_by_hand(half, delta, 2.0)

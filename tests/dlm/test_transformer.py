@@ -226,9 +226,7 @@ def test_features_are_the_residual_stream(layers):
         if layer == 0:
             np.testing.assert_array_equal(part, params["embed"][tokens])
         else:
-            first = params | {
-                "layers": jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])
-            }
+            below = jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])
             short = dataclasses.replace(cfg, n_layers=layer)
             ones = {"layers": below, "final_norm": jnp.ones_like(params["final_norm"])}
             normed = run(params | ones, short, tokens).hidden

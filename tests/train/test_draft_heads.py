@@ -1,6 +1,10 @@
 """Medusa's and Hydra's heads: their losses by hand, their training, their files, their drafts."""
 
+import collections
 import dataclasses
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +13,20 @@ import pytest
 
 import dlm
 from configs import causal_lm, draft_heads
+from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.hydra import Hydra
 from decode.drafters.medusa import Medusa
 from decode.speculative import SpeculativeMethod, _context, init_state
 from decode.tree import chain, from_paths
 from dlm import transformer
-from dlm.heads import hydra, medusa
+from dlm.heads import eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.params import init_from_specs
 from tests.decode.test_speculative import random_prompts, run, texts
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
-from train.config import ConfigError
+from train.config import ConfigError, build
 from train.objectives import Context
 from train.objectives.hydra import HydraLoss
 from train.objectives.medusa import MedusaLoss
@@ -167,6 +172,25 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle_1", "eagle_3"])
+def test_smoke_tests_of_eagle(tmp_path, kind):
+    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+    lm = dlm.load(target.model_path)
+    config = draft_heads.get_config(f"scan,{kind},runlocal")
+    config.train.init_from = str(target.model_path)
+    if kind == "eagle_3":
+        (tmp_path / "vocab.json").write_text(json.dumps([*range(2, 12), lm.cfg.eos_token_id]))
+        config.train.trainable.vocab = str(tmp_path / "vocab.json")
+    result = loop.run(config, tmp_path / "heads")
+    network = {"eagle_1": eagle_1, "eagle_3": eagle_3}[kind].load(result.model_path, lm)
+    assert network.num_ids == (11 if kind == "eagle_3" else lm.cfg.vocab_size)
+    prompts = random_prompts(lm.cfg, 8)
+    expected = texts(run(lm.params, lm.cfg, SpeculativeMethod(), prompts), 8)
+    for drafter in (Eagle(network, TREE), EagleBest(network, 3, 3, 8)):
+        assert texts(run(lm.params, lm.cfg, SpeculativeMethod(drafter), prompts), 8) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_smoke_tests_from_target_to_drafts(tmp_path, kind):
     """Train a target, then heads beside it; they draft its own greedy text."""
@@ -205,3 +229,24 @@ def test_heads_that_do_not_fit_are_refused(toy_cfg, toy_params):
     for make in (lambda: MedusaHeads(num_heads=0), lambda: HydraHeads(num_blocks=0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             make()
+
+
+@pytest.mark.slow
+def test_the_draft_vocabulary_is_what_comes_up_most(tmp_path):
+    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+    lm = dlm.load(target.model_path)
+    task = build({"make": "dlm.tasks.scan:Scan", "split": "train"}, "task")
+    counts = collections.Counter()
+    for i in range(50):
+        counts.update(lm.tokenizer.encode(task[i].completion))
+    out = subprocess.run(
+        [sys.executable, "-m", "scripts.draft_vocab", "--config=configs/causal_lm.py:scan",
+         f"--model={target.model_path}", "--size=3", "--num_examples=50",
+         f"--out={tmp_path / 'vocab.json'}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    chosen = json.loads((tmp_path / "vocab.json").read_text())
+    assert lm.cfg.eos_token_id in chosen and len(chosen) == 3
+    best = [token for token, _ in counts.most_common(2)]
+    assert chosen == sorted([lm.cfg.eos_token_id, *best])
+    assert out.stdout.startswith("3 of ") and "% of the text" in out.stdout

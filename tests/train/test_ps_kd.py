@@ -57,7 +57,7 @@ class TableLogits:
     def specs(self, cfg):
         return {"logits": ParamSpec((2, 3, 7), (None, None, None))}
 
-    def attach(self, params, own):
+    def attach(self, cfg, params, own):
         return {**own, "unembed": jnp.eye(7)}
 
 

@@ -58,12 +58,20 @@ class Text(struct.PyTreeNode):
       hidden: [B, T, D]. Final hidden states; that of position t predicts token t + 1.
       counts: [B, T] bool. Tokens that are to be predicted.
       start: [B] int32. The first real position.
+      features: [B, T, n D], or None; see `dlm.transformer.forward`.
     """
 
     tokens: jax.Array
     hidden: jax.Array
     counts: jax.Array
     start: jax.Array
+    features: jax.Array | None = None
+
+    @property
+    def positions(self) -> jax.Array:
+        """[B, T] int32. Rotary positions; before the first real one, 0."""
+        index = jnp.arange(self.tokens.shape[1])[None]
+        return jnp.maximum(index - self.start[:, None], 0)
 
 
 def read_text(
@@ -72,6 +80,7 @@ def read_text(
     batch: Mapping[str, jax.Array],
     on_prompt: bool,
     remat: bool = False,
+    feature_layers: tuple[int, ...] = (),
 ) -> Text:
     """The forward pass of `Causal`: one batch, and which tokens of it count."""
     prompt, start = batch["prompt"], batch["prompt_start"]
@@ -85,6 +94,7 @@ def read_text(
         positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
         mask="causal",
         window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
+        feature_layers=feature_layers,
         remat=remat,
     )
     index = jnp.arange(T)[None]
@@ -92,7 +102,7 @@ def read_text(
     counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
     if not on_prompt:
         counts &= index >= P
-    return Text(tokens, output.hidden, counts, start)
+    return Text(tokens, output.hidden, counts, start, output.features)
 
 
 def mean_cross_entropy(

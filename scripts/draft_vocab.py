@@ -1,0 +1,65 @@
+"""Chooses the tokens that an EAGLE-3 network can draft: the most frequent ones of a training text.
+
+    python -m scripts.draft_vocab --config=configs/causal_lm.py:python --size=96 \\
+        --model=runs/python/target/model --out=runs/python/vocab.json
+    python -m train --config=configs/draft_heads.py:python,eagle_3 ... \\
+        --config.train.trainable.vocab=runs/python/vocab.json
+
+Counts tokens of completions. End-of-text, which ends each of them, is always chosen. Says what
+share of the text the tokens make up: what is not among them can never be drafted.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+import dlm
+from dlm.tasks import Encoded
+from train.config import ConfigError, build
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Whose data to read.")
+_MODEL = flags.DEFINE_string("model", None, "Folder of the target.", required=True)
+_SIZE = flags.DEFINE_integer("size", 32_000, "Tokens to choose.", lower_bound=1)
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 100_000, "At most so many are read.")
+_OUT = flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    try:
+        lm = dlm.load(_MODEL.value)
+        data: Any = _CONFIG.value.data
+        task = build({**data.task, **data.train}, "data.task")
+    except (ConfigError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    counts: collections.Counter[int] = collections.Counter()
+    num = min(len(task), _NUM_EXAMPLES.value)
+    for i in tqdm(range(num), unit="example"):
+        example = task[i]
+        if isinstance(example, Encoded):
+            counts.update(int(t) for t in example.completion)
+        else:
+            assert lm.tokenizer is not None
+            counts.update([*lm.tokenizer.encode(example.completion), lm.cfg.eos_token_id])
+    ranked = [token for token, _ in counts.most_common() if token != lm.cfg.eos_token_id]
+    chosen = sorted([lm.cfg.eos_token_id, *ranked[: _SIZE.value - 1]])
+    share = sum(counts[token] for token in chosen) / counts.total()
+    pathlib.Path(_OUT.value).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
+    print(
+        f"{len(chosen)} of {len(counts)} different tokens in {num} examples, "
+        f"{100 * share:.2f} % of the text: {_OUT.value}"
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

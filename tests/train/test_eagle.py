@@ -1,0 +1,325 @@
+"""EAGLE's networks: what they draft and learn, against a network run pair by pair."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.drafters.eagle import Eagle, EagleBest
+from decode.sampling import Sampling
+from decode.speculative import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.tree import TreeShape, from_paths
+from dlm import transformer
+from dlm.heads import eagle_1, eagle_3
+from dlm.heads.eagle_1 import Eagle1Heads
+from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.params import init_from_specs
+from tests.decode.test_speculative import random_prompts
+from tests.train.test_draft_heads import shaken
+from tests.train.test_masked_diffusion import make_batch
+from train.objectives import Context
+from train.objectives.causal import read_text
+from train.objectives.eagle_1 import Eagle1Loss
+from train.objectives.eagle_3 import Eagle3Loss, unroll
+
+CONTEXT = Context(jax.random.key(0))
+SOME = tuple(range(2, 20))  # a draft vocabulary
+KINDS = {
+    "1": Eagle1Heads(),
+    "3": Eagle3Heads(d_ff=40),
+    "3, some tokens": Eagle3Heads(layers=(0, 2, 1), vocab=SOME),
+}
+TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [2, 0, 1], [2, 0, 0]])
+
+
+def network_of(kind, cfg, params):
+    heads = KINDS[kind]
+    fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
+    return heads.network(cfg, shaken(heads.start(params, fresh)))
+
+
+def features_of(network, cfg, params, tokens):
+    """[n, F] of a row."""
+    output = transformer.forward(
+        params, cfg, jnp.asarray([tokens], jnp.int32), positions=jnp.arange(len(tokens))[None],
+        mask="causal", feature_layers=network.feature_layers,
+    )  # fmt: skip
+    return (output.features if network.feature_layers else output.hidden)[0]
+
+
+def last_state(network, params, pairs):
+    """What the network leaves at the last of pairs (state, token, position), all in a row."""
+    states, tokens, positions = zip(*pairs, strict=True)
+    embedded = params["embed"][jnp.asarray(tokens)][None]
+    x, residual = network.enter(embedded, jnp.stack(states)[None])
+    q, k, v = network.project(x, jnp.asarray(positions, jnp.int32)[None])
+    q, k, v = (np.asarray(a[0], np.float64) for a in (q, k, v))
+    k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
+    s = np.einsum("nh,snh->ns", q[-1], k) / np.sqrt(q.shape[-1])
+    w = np.exp(s - s.max(axis=1, keepdims=True))
+    attended = np.einsum("ns,snh->nh", w / w.sum(axis=1, keepdims=True), v)
+    return network.leave(jnp.asarray(attended, jnp.float32)[None, None], residual[:, -1:])[0, 0]
+
+
+def roll(network, params, features, tokens, drafted):
+    """The state behind the text x_0 .. x_n, its features f_0 .. f_{n-1}, and some drafts."""
+    begun = network.begin(features[None])[0]
+    pairs = [(begun[t], tokens[t + 1], t) for t in range(len(tokens) - 1)]
+    state = last_state(network, params, pairs)
+    for i, token in enumerate(drafted):
+        pairs.append((state, token, len(tokens) - 1 + i))
+        state = last_state(network, params, pairs)
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind):
+    """In the middle of texts: the network's cache, positions and masks, and the drafts' laws."""
+    cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
+    network = network_of(kind, cfg, toy_params)
+    method = SpeculativeMethod(
+        Eagle(network, TREE, is_sampled=True), sampling=Sampling(temperature=0.7)
+    )
+    greedy = dataclasses.replace(method, drafter=Eagle(network, TREE), sampling=Sampling(None))
+    prompts = [p for p in random_prompts(cfg, 8) if len(p) > 1][:3]
+    first = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=9, chunk=4))
+    for rounds, state in enumerate(stream(toy_params, cfg, method, first)):
+        if rounds not in (0, 2):
+            continue
+        drawn, _ = method.drafter.propose(cfg, _context(toy_params, method, state), state.drafter)
+        best, _ = greedy.drafter.propose(cfg, _context(toy_params, greedy, state), state.drafter)
+        for b in np.flatnonzero(~np.asarray(state.has_stopped)):
+            text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
+            features = features_of(network, cfg, toy_params, text)
+            for tree in (drawn, best):
+                tokens = np.asarray(tree.tokens[b])
+                for v in sorted({0, *TREE.parents}):
+                    way, u = [], v
+                    while u:
+                        way.insert(0, int(tokens[u]))
+                        u = TREE.parents[u - 1]
+                    last = roll(network, toy_params, features, text, way)
+                    said = network.logits(toy_params, last[None, None])[0]
+                    if tree is drawn:
+                        law = jax.nn.softmax(said / 0.7)[0]
+                        np.testing.assert_allclose(tree.laws[b, v], law, atol=2e-5)
+                        continue
+                    order = np.argsort(-np.asarray(said[0]), kind="stable")
+                    for child in np.flatnonzero(np.asarray(TREE.parents) == v):
+                        assert tokens[child + 1] == order[TREE.ranks[child]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_tree_is_the_best_of_what_the_network_says(toy_cfg, toy_params, kind):
+    network = network_of(kind, toy_cfg, toy_params)
+    drafter = EagleBest(network, width=3, levels=3, budget=8)
+    method = SpeculativeMethod(drafter)
+    state = init_state(toy_cfg, method, [[3, 1, 4, 1, 5]], gen_len=6)
+    state = prefill(toy_params, toy_cfg, method, state)
+    tree, _ = drafter.propose(toy_cfg, _context(toy_params, method, state), state.drafter)
+    features = features_of(network, toy_cfg, toy_params, [3, 1, 4, 1, 5])
+
+    def log_law(way):
+        last = roll(network, toy_params, features, [3, 1, 4, 1, 5], way)
+        return np.asarray(jax.nn.log_softmax(network.logits(toy_params, last[None, None])[0, 0]))
+
+    frontier, seen = {(): 0.0}, {}
+    for _ in range(3):
+        level = {}
+        for way, so_far in frontier.items():
+            law = log_law(way)
+            level |= {(*way, int(t)): so_far + law[t] for t in np.argsort(-law)[:3]}
+        seen |= level
+        frontier = dict(sorted(level.items(), key=lambda item: -item[1])[:3])
+    expected = sorted(seen, key=lambda way: -seen[way])[:8]
+    tokens, parents = np.asarray(tree.tokens[0]), np.asarray(tree.parents[0])
+    ways = [()]
+    for v in range(1, 9):
+        ways.append((*ways[parents[v]], int(tokens[v])))
+    assert sorted(ways[1:]) == sorted(expected)
+
+
+# ---- Learning ---------------------------------------------------------------------------------
+
+
+def read(network, cfg, params, batch, on_prompt=False):
+    return read_text(params, cfg, batch, on_prompt, feature_layers=network.feature_layers)
+
+
+@pytest.mark.parametrize("kind", ["3", "3, some tokens"])
+def test_steps_are_those_of_a_draft(toy_cfg, toy_params, kind):
+    """Card: step j at t is the network run over the true pairs up to t, then on its own states."""
+    batch = make_batch(toy_cfg)
+    network = network_of(kind, toy_cfg, toy_params)
+    text = read(network, toy_cfg, toy_params, batch)
+    steps = list(unroll(network, toy_params, text, 4))
+    tokens = np.asarray(text.tokens)
+    checked = 0
+    for b in range(len(tokens)):
+        start = int(text.start[b])
+        row = tokens[b, start:].tolist()
+        features = np.asarray(text.features[b, start:])
+        for t in range(0, len(row) - 5, 2):
+            for j in range(4):
+                drafted = row[t + 2 : t + 2 + j]
+                expected = roll(
+                    network, toy_params, jnp.asarray(features[: t + 1]), row[: t + 2], drafted
+                )
+                np.testing.assert_allclose(steps[j][b, start + t], expected, atol=2e-5)
+                checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("on_prompt", [False, True])
+@pytest.mark.parametrize("kind", ["3", "3, some tokens"])
+def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
+    batch = make_batch(toy_cfg)
+    network = network_of(kind, toy_cfg, toy_params)
+    text = read(network, toy_cfg, toy_params, batch)
+    P, tokens = batch["prompt"].shape[1], np.asarray(text.tokens)
+    ids = np.arange(toy_cfg.vocab_size) if network.ids is None else np.asarray(network.ids)
+    head, own = np.asarray(toy_params["unembed"]), np.asarray(network.own["unembed"])
+    total, log_softmax = 0.0, lambda z: z - np.log(np.exp(z - z.max()).sum()) - z.max()
+    accuracies = {}
+    for j, states in enumerate(unroll(network, toy_params, text, 3)):
+        losses, right = [], []
+        for b in range(len(tokens)):
+            start = int(batch["prompt_start"][b])
+            first = start if on_prompt else P
+            for token in range(max(first, start + 2 + j), P + int(batch["completion_len"][b])):
+                z = np.asarray(text.hidden[b, token - 1], np.float64) @ head.T
+                if int(z.argmax()) not in ids:
+                    continue
+                p = np.exp(log_softmax(z[ids]))
+                said = network.normed(states[b : b + 1, token - 2 - j][None])[0, 0]
+                log_q = log_softmax(np.asarray(said, np.float64) @ own.T)
+                losses.append(-(p * log_q).sum())
+                right.append(ids[log_q.argmax()] == tokens[b, token])
+        total += 0.7**j * np.mean(losses)
+        accuracies[f"accuracy_{j + 2}"] = np.mean(right)
+    loss, metrics = Eagle3Loss(num_steps=3, decay=0.7, on_prompt=on_prompt).loss(
+        toy_params | {"heads": network}, toy_cfg, batch, CONTEXT
+    )
+    np.testing.assert_allclose(loss, total, rtol=1e-4)
+    for name, value in accuracies.items():
+        np.testing.assert_allclose(metrics[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_the_loss_of_eagle_1_by_hand(toy_cfg, toy_params, on_prompt):
+    batch = make_batch(toy_cfg)
+    network = network_of("1", toy_cfg, toy_params)
+    text = read(network, toy_cfg, toy_params, batch)
+    P, head = batch["prompt"].shape[1], np.asarray(toy_params["unembed"], np.float64)
+    log_softmax = lambda z: z - np.log(np.exp(z - z.max()).sum()) - z.max()
+    of_features, of_laws = [], []
+    for b in range(len(text.tokens)):
+        start = int(batch["prompt_start"][b])
+        row = np.asarray(text.tokens[b, start:]).tolist()
+        hidden = np.asarray(text.hidden[b, start:])
+        first = start if on_prompt else P
+        for token in range(max(first, start + 2), P + int(batch["completion_len"][b])):
+            t = token - start - 2
+            state = roll(network, toy_params, jnp.asarray(hidden[: t + 1]), row[: t + 2], [])
+            gap = np.abs(np.asarray(state, np.float64) - hidden[t + 1])
+            of_features.append(np.where(gap < 1, gap**2 / 2, gap - 0.5).mean())
+            p = np.exp(log_softmax(hidden[t + 1] @ head.T))
+            of_laws.append(-(p * log_softmax(np.asarray(state, np.float64) @ head.T)).sum())
+    params = toy_params | {"heads": network}
+    loss, metrics = Eagle1Loss(weight=0.3, noise=0, on_prompt=on_prompt).loss(
+        params, toy_cfg, batch, CONTEXT
+    )
+    np.testing.assert_allclose(metrics["feature_loss"], np.mean(of_features), rtol=1e-4)
+    np.testing.assert_allclose(metrics["soft_cross_entropy"], np.mean(of_laws), rtol=1e-4)
+    np.testing.assert_allclose(loss, np.mean(of_features) + 0.3 * np.mean(of_laws), rtol=1e-4)
+    noisy, _ = Eagle1Loss(weight=0.3, on_prompt=on_prompt).loss(params, toy_cfg, batch, CONTEXT)
+    assert abs(float(noisy - loss)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_against_finite_differences(toy_cfg, toy_params, kind):
+    batch = make_batch(toy_cfg)
+    network = network_of(kind, toy_cfg, toy_params)
+    objective = Eagle1Loss() if kind == "1" else Eagle3Loss(num_steps=3)
+
+    @jax.jit
+    def value(own):
+        params = toy_params | {"heads": network.replace(own=own)}
+        return objective.loss(params, toy_cfg, batch, CONTEXT)[0]
+
+    gradient = jax.jit(jax.grad(value))(network.own)
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(network.own)
+    for i, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
+        direction = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        step = 2e-2 / float(jnp.linalg.norm(direction))
+        moved = lambda by, i=i, leaf=leaf, d=direction: value(
+            jax.tree.unflatten(tree, [*leaves[:i], leaf + by * d, *leaves[i + 1 :]])
+        )
+        numeric = (moved(step) - moved(-step)) / (2 * step)
+        np.testing.assert_allclose((slope * direction).sum(), numeric, rtol=3e-2, atol=3e-3)
+
+
+def test_the_target_learns_nothing(toy_cfg, toy_params):
+    batch = make_batch(toy_cfg)
+    network = network_of("3", toy_cfg, toy_params)
+
+    def value(params):
+        return Eagle3Loss(num_steps=2).loss(params | {"heads": network}, toy_cfg, batch, CONTEXT)[0]
+
+    gradient = jax.grad(value)(toy_params)
+    assert not jax.tree.reduce(lambda a, g: a or bool(jnp.any(g != 0)), gradient["layers"], False)
+
+
+# ---- Files and refusals -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_files_there_and_back(toy_cfg, toy_params, kind, tmp_path):
+    module = eagle_1 if kind == "1" else eagle_3
+    network = network_of(kind, toy_cfg, toy_params)
+    module.save_published(tmp_path, network)
+    if kind == "3, some tokens":  # files do not say which layers they are for
+        network = network.replace(feature_layers=Eagle3Heads().feature_layers(toy_cfg))
+    back = module.load_published(tmp_path, toy_cfg)
+    assert jax.tree.structure(back) == jax.tree.structure(network)
+    for ours, theirs in zip(*map(jax.tree.leaves, (back, network)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    other = {"1": eagle_3}.get(kind, eagle_1)
+    with pytest.raises(ValueError, match=r"does not hold such a network: .* is missing"):
+        other.load_published(tmp_path, toy_cfg)
+    wider = dataclasses.replace(toy_cfg, d_model=32)
+    with pytest.raises(ValueError, match=r"must have the numbers of .* to go with this target"):
+        module.load_published(tmp_path, wider)
+
+
+def test_layers_that_are_read(toy_cfg):
+    cfg = lambda n: dataclasses.replace(toy_cfg, n_layers=n)
+    for layers, expected in ((32, (2, 16, 29)), (4, (1, 2, 4)), (2, (0, 1, 2))):
+        assert Eagle3Heads().feature_layers(cfg(layers)) == expected
+    with pytest.raises(ValueError, match=r"must be three different ones in \[0, n_layers=4\]"):
+        Eagle3Heads(layers=(1, 2, 5)).specs(cfg(4))
+    with pytest.raises(ValueError, match="must be three different ones"):
+        Eagle3Heads(layers=(1, 1, 2))
+
+
+def test_what_does_not_fit_is_refused(toy_cfg, toy_params):
+    network = network_of("3, some tokens", toy_cfg, toy_params)
+    wide = TreeShape((0,) * 19, tuple(range(19)))
+    for drafter, cfg, message in (
+        (Eagle(network, wide), toy_cfg, "drafts 18 different tokens: use a narrower tree"),
+        (EagleBest(network, width=19), toy_cfg, r"width=19 must be in \[1, 18\]"),
+        (EagleBest(network, 3, 2, 13), toy_cfg, r"budget=13 in \[1, 12\]"),
+        (Eagle(network), dataclasses.replace(toy_cfg, vocab_size=30), "this one has 30 and 16"),
+        (Eagle(network), dataclasses.replace(toy_cfg, n_layers=1), "a target that has 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpeculativeMethod(drafter).validate(cfg)
+    with pytest.raises(ValueError, match=r"vocab has 24, not in \[0, vocab_size=24\)"):
+        Eagle3Heads(vocab=(3, 24)).specs(toy_cfg)
+    with pytest.raises(ValueError, match="num_steps=40 must be at most"):
+        Eagle3Loss(num_steps=40).loss(
+            toy_params | {"heads": network}, toy_cfg, make_batch(toy_cfg), CONTEXT
+        )

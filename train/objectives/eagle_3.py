@@ -1,0 +1,179 @@
+"""EAGLE-3's network learns from its own drafts: training-time test.
+
+Reference: Li et al., arXiv:2503.01840, Sec. 3.2, and the public code; the network is
+`dlm.heads.eagle_3`. All positions t are unrolled side by side for K steps. Step j (from 0) reads
+the token x_{t+1+j} of the text beside the state that step j - 1 left at t, at position t + j, and
+attends to what a draft would see there: step 0 at all positions up to t, and steps 1 to j at t
+alone, in one softmax. With p the target's law of x_{t+2+j} and q the network's,
+
+    loss = sum_j decay^j  mean over t of  -sum_x p(x) log q(x)
+
+over tokens of completions up to their first EOS. Where the network drafts a part of the vocabulary,
+p is restricted to it, and tokens count where p's arg-max is in it.
+
+Letters: B batch, T positions, D model width, K steps, N query heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.heads.eagle import EagleNetwork
+from dlm.params import Params
+from train.objectives import Context
+from train.objectives.causal import Text, read_text
+from train.objectives.ps_kd import in_chunks
+
+QUERIES = 128  # positions whose attention to all others is in memory at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Loss:
+    """Goes with `dlm.heads.eagle_3:Eagle3Heads` as `train.trainable`.
+
+    Attributes:
+      num_steps: K >= 1 (published: 7).
+      decay: > 0; of the weight from step to step.
+      on_prompt: whether tokens of the prompt are learned too.
+    """
+
+    num_steps: int = 7
+    decay: float = 0.8
+    on_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+
+        Returns:
+          Scalar float32, and metrics: "loss", and "accuracy_2", "accuracy_3", .. for the second,
+          third, .. token after a position (tokens of the text that are q's arg-max).
+
+        Raises:
+          ValueError: rows are too short for so many steps.
+        """
+        network: EagleNetwork = params["heads"]
+        target = {name: x for name, x in params.items() if name != "heads"}
+        text = read_text(target, cfg, batch, self.on_prompt, feature_layers=network.feature_layers)
+        text = jax.lax.stop_gradient(text)
+        T = text.tokens.shape[1]
+        if self.num_steps > T - 2:
+            raise ValueError(
+                f"num_steps={self.num_steps} must be at most {T - 2} with rows of {T} tokens"
+            )
+        teacher = {"unembed": transformer.output_head(target)}
+        counts = text.counts & (jnp.arange(T)[None] >= text.start[:, None])
+        if network.ids is not None:
+            can_draft = jnp.zeros(cfg.vocab_size, bool).at[network.ids].set(True)
+            best = transformer.target_stats(teacher, text.hidden, text.tokens).token
+            counts = counts.at[:, 1:].set(counts[:, 1:] & can_draft[best[:, :-1]])
+            teacher = {"unembed": teacher["unembed"][network.ids]}
+
+        def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            z = transformer.logits({"unembed": network.head(target)}, ours)
+            p = jax.nn.softmax(transformer.logits(teacher, theirs))
+            best = jnp.argmax(z, axis=-1).astype(jnp.int32)
+            token = best if network.ids is None else network.ids[best]
+            return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1), token
+
+        total, metrics = jnp.float32(0), {}
+        for j, states in enumerate(unroll(network, target, text, self.num_steps)):
+            ahead = j + 2
+            each, token = in_chunks(
+                one_chunk, network.normed(states[:, :-ahead]), text.hidden[:, ahead - 1 : -1]
+            )
+            scored = counts[:, ahead:] & (jnp.arange(T - ahead)[None] >= text.start[:, None])
+            num = jnp.maximum(scored.sum(), 1)
+            total += self.decay**j * jnp.where(scored, each, 0.0).sum() / num
+            is_right = token == text.tokens[:, ahead:]
+            metrics[f"accuracy_{ahead}"] = (is_right & scored).sum() / num
+        return total, {"loss": total, **metrics}
+
+
+def unroll(
+    network: EagleNetwork, target: Params, text: Text, num_steps: int
+) -> Iterator[jax.Array]:
+    """States [B, T, D] of step 0, 1, ..; the backward pass computes each step again."""
+    assert text.features is not None
+    states = network.begin(text.features)
+    keys: tuple[jax.Array, ...] = ()
+    values: tuple[jax.Array, ...] = ()
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def step(
+        j: int,
+        states: jax.Array,
+        keys: tuple[jax.Array, ...],
+        values: tuple[jax.Array, ...],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tokens = jnp.pad(text.tokens[:, 1 + j :], ((0, 0), (0, 1 + j)))
+        x, residual = network.enter(target["embed"].at[tokens].get(mode="clip"), states)
+        q, k, v = network.project(x, text.positions + j)
+        attended = draft_attention(q, (*keys, k), (*values, v), text.start)
+        return network.leave(attended, residual), k, v
+
+    for j in range(num_steps):
+        states, k, v = step(j, states, keys, values)
+        keys, values = (*keys, k), (*values, v)
+        yield states
+
+
+def draft_attention(
+    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], start: jax.Array
+) -> jax.Array:
+    """Attention of the last step: to step 0 up to the own position, to later steps at it.
+
+    Args:
+      q: [B, T, N, H].
+      keys: per step [B, T, K, H], where K key/value heads divide N.
+      values: likewise.
+      start: [B] int32. The first real position; others are seen by themselves only.
+
+    Returns:
+      [B, T, N, H]. The softmax is float32.
+    """
+    B, T, N, H = q.shape
+    K = keys[0].shape[2]
+    size = min(QUERIES, T)
+    num = -(-T // size)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        """[num, B, size, ...] of [B, T, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, num * size - T), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(B, num, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def one_block(blocks: tuple[jax.Array, ...]) -> jax.Array:
+        q, place, *rest = blocks
+        own_keys, own_values = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        q = q.reshape(B, size, K, N // K, H) * H**-0.5
+        s = jnp.einsum("btkgh,bskh->btkgs", q, keys[0], preferred_element_type=jnp.float32)
+        index = jnp.arange(T)[None, None]
+        is_seen = (index <= place[..., None]) & (index >= start[:, None, None])
+        is_seen |= index == place[..., None]
+        s = jnp.where(is_seen[:, :, None, None], s, -jnp.inf)
+        own = [
+            jnp.einsum("btkgh,btkh->btkg", q, k, preferred_element_type=jnp.float32)[..., None]
+            for k in own_keys
+        ]
+        w = jax.nn.softmax(jnp.concatenate([s, *own], axis=-1), axis=-1)
+        out = jnp.einsum("btkgs,bskh->btkgh", w[..., :T].astype(q.dtype), values[0])
+        for i, v in enumerate(own_values):
+            out += w[..., T + i, None].astype(q.dtype) * v[:, :, :, None]
+        return out.reshape(B, size, N, H)
+
+    place = jnp.broadcast_to(jnp.arange(num * size)[None], (B, num * size))[:, :T]
+    blocks = tuple(map(in_blocks, (q, place, *keys[1:], *values[1:])))
+    out = jax.lax.map(jax.checkpoint(one_block), blocks)
+    return out.swapaxes(0, 1).reshape(B, num * size, N, H)[:, :T]
