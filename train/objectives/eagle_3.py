@@ -11,14 +11,15 @@ alone, in one softmax. With p the target's law of x_{t+2+j} and q the network's,
 over tokens of completions up to their first EOS. Where the network drafts a part of the vocabulary,
 p is restricted to it, and tokens count where p's arg-max is in it.
 
-Letters: B batch, T positions, D model width, K steps, N query heads, H head width, V vocabulary.
+Letters: B batch, T positions, D model width, K steps, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,10 @@ from dlm import transformer
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
 from dlm.params import Params
+from train.draft_attention import draft_attention
 from train.objectives import Context
 from train.objectives.causal import Text, read_text
 from train.objectives.ps_kd import in_chunks
-
-QUERIES = 128  # positions whose attention to all others is in memory at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,73 +107,28 @@ def unroll(
 ) -> Iterator[jax.Array]:
     """States [B, T, D] of step 0, 1, ..; the backward pass computes each step again."""
     assert text.features is not None
+    T = text.tokens.shape[1]
+    index = jnp.arange(T)[None]
+    limits = jnp.stack(jnp.broadcast_arrays(text.start[:, None], index + 1), axis=-1)
     states = network.begin(text.features)
-    keys: tuple[jax.Array, ...] = ()
-    values: tuple[jax.Array, ...] = ()
+    cfg = network.cfg
+    none = jnp.zeros((*text.tokens.shape, 0, cfg.n_kv_heads, cfg.head_dim), states.dtype)
+    own: tuple[jax.Array, jax.Array] = (none, none)  # keys and values of steps 1 to j
+    first: tuple[jax.Array, jax.Array] | None = None  # of step 0
 
     @functools.partial(jax.checkpoint, static_argnums=0)
-    def step(
-        j: int,
-        states: jax.Array,
-        keys: tuple[jax.Array, ...],
-        values: tuple[jax.Array, ...],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def step(j: int, states: jax.Array, first: Any, own: Any) -> tuple[jax.Array, Any, Any]:
         tokens = jnp.pad(text.tokens[:, 1 + j :], ((0, 0), (0, 1 + j)))
         x, residual = network.enter(target["embed"].at[tokens].get(mode="clip"), states)
         q, k, v = network.project(x, text.positions + j)
-        attended = draft_attention(q, (*keys, k), (*values, v), text.start)
-        return network.leave(attended, residual), k, v
+        if j == 0:
+            first = k, v
+        else:
+            add = lambda old, new: jnp.concatenate([old, new[:, :, None]], axis=2)  # noqa: E731
+            own = add(own[0], k), add(own[1], v)
+        attended = draft_attention(q[:, :, None], *first, *own, limits)
+        return network.leave(attended[:, :, 0], residual), first, own
 
     for j in range(num_steps):
-        states, k, v = step(j, states, keys, values)
-        keys, values = (*keys, k), (*values, v)
+        states, first, own = step(j, states, first, own)
         yield states
-
-
-def draft_attention(
-    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], start: jax.Array
-) -> jax.Array:
-    """Attention of the last step: to step 0 up to the own position, to later steps at it.
-
-    Args:
-      q: [B, T, N, H].
-      keys: per step [B, T, K, H], where K key/value heads divide N.
-      values: likewise.
-      start: [B] int32. The first real position; others are seen by themselves only.
-
-    Returns:
-      [B, T, N, H]. The softmax is float32.
-    """
-    B, T, N, H = q.shape
-    K = keys[0].shape[2]
-    size = min(QUERIES, T)
-    num = -(-T // size)
-
-    def in_blocks(x: jax.Array) -> jax.Array:
-        """[num, B, size, ...] of [B, T, ...]."""
-        x = jnp.pad(x, ((0, 0), (0, num * size - T), *[(0, 0)] * (x.ndim - 2)))
-        return x.reshape(B, num, size, *x.shape[2:]).swapaxes(0, 1)
-
-    def one_block(blocks: tuple[jax.Array, ...]) -> jax.Array:
-        q, place, *rest = blocks
-        own_keys, own_values = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        q = q.reshape(B, size, K, N // K, H) * H**-0.5
-        s = jnp.einsum("btkgh,bskh->btkgs", q, keys[0], preferred_element_type=jnp.float32)
-        index = jnp.arange(T)[None, None]
-        is_seen = (index <= place[..., None]) & (index >= start[:, None, None])
-        is_seen |= index == place[..., None]
-        s = jnp.where(is_seen[:, :, None, None], s, -jnp.inf)
-        own = [
-            jnp.einsum("btkgh,btkh->btkg", q, k, preferred_element_type=jnp.float32)[..., None]
-            for k in own_keys
-        ]
-        w = jax.nn.softmax(jnp.concatenate([s, *own], axis=-1), axis=-1)
-        out = jnp.einsum("btkgs,bskh->btkgh", w[..., :T].astype(q.dtype), values[0])
-        for i, v in enumerate(own_values):
-            out += w[..., T + i, None].astype(q.dtype) * v[:, :, :, None]
-        return out.reshape(B, size, N, H)
-
-    place = jnp.broadcast_to(jnp.arange(num * size)[None], (B, num * size))[:, :T]
-    blocks = tuple(map(in_blocks, (q, place, *keys[1:], *values[1:])))
-    out = jax.lax.map(jax.checkpoint(one_block), blocks)
-    return out.swapaxes(0, 1).reshape(B, num * size, N, H)[:, :T]
