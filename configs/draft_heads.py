@@ -3,24 +3,25 @@
     python -m train --config=configs/draft_heads.py:python,medusa --workdir=runs/python/medusa \\
         --config.train.init_from=runs/python/target/model
 
-Instead of medusa: hydra, eagle_1, eagle_3. Then decode with, for example,
+Instead of medusa: hydra, eagle_1, eagle_3, dflash. Then decode with, for example,
 `Medusa(load("runs/python/medusa/model", lm)[1])`. References: arXiv:2401.10774 (Medusa-1),
-arXiv:2402.05109 (Hydra), arXiv:2401.15077 (EAGLE-1), arXiv:2503.01840 (EAGLE-3). The published
-learning rates (1e-3, 5e-4, 3e-5, 5e-5) are for models of billions; these numbers are ours.
+arXiv:2402.05109 (Hydra), arXiv:2401.15077 (EAGLE-1), arXiv:2503.01840 (EAGLE-3), arXiv:2602.06036
+(DFlash). The published learning rates (1e-3, 5e-4, 3e-5, 5e-5, 6e-4) are for models of billions;
+these numbers are ours.
 """
 
 import ml_collections
 
 from configs import causal_lm
 
-HEADS = ("medusa", "hydra", "eagle_1", "eagle_3")
+HEADS = ("medusa", "hydra", "eagle_1", "eagle_3", "dflash")
 
 
 def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: "python" or "scan", then ",medusa", ",hydra", ",eagle_1" or ",eagle_3"; with ",runlocal"
+      arg: "python" or "scan", then one of `HEADS`, with a comma between them; with ",runlocal"
         behind them a smoke test of a few seconds, for a model made by `causal_lm.py`'s.
     """
     task, heads, *rest = (*arg.split(","), "")
@@ -50,13 +51,23 @@ def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
         objective.weight = 0.1  # of the cross-entropy beside the features' (EAGLE)
         objective.noise = 0.1  # half its width, at 512 positions (EAGLE)
         trainable.make = "dlm.heads.eagle_1:Eagle1Heads"
-    else:
+    elif heads == "eagle_3":
         objective.make = "train.objectives.eagle_3:Eagle3Loss"
         objective.num_steps = 4  # tokens that are drafted; EAGLE-3: 7
         objective.decay = 0.8  # of the weight from step to step (EAGLE-3)
         trainable.make = "dlm.heads.eagle_3:Eagle3Heads"
         trainable.layers = ()  # read at their entrance; empty: low, middle, high
         trainable.vocab = ""  # JSON file of scripts/draft_vocab.py; empty: all tokens
+    else:
+        objective.make = "train.objectives.dflash:DFlashLoss"  # or DPaceLoss (D-PACE)
+        objective.num_anchors = 16  # blocks per row; DFlash: up to 512
+        objective.reach = 4.0  # slots after which a token counts 1/e; public codes, blocks of 8
+        objective.teacher = False  # learn the text, not the model's law
+        trainable.make = "dlm.heads.dflash:DFlashHeads"
+        trainable.n_layers = 2  # DFlash: 5
+        trainable.block_len = 8  # with the root; DFlash: 16
+        trainable.layers = ()  # read at their entrance; empty: spread evenly
+        trainable.mask_id = -1  # the model's own
     config.train.init_from = ""  # folder of the model; must be given
     config.optim.learning_rate = 2e-3  # highest
     config.optim.weight_decay = 0.0  # (Medusa)

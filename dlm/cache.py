@@ -48,6 +48,15 @@ def up_to(start: jax.Array) -> jax.Array:
     return jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None]
 
 
+def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
+    """Puts keys and values [L, B, T, K, H] into slots start [B] and behind it."""
+    put = lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0))  # noqa: E731
+    by_row = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
+    return KVCache(
+        k=by_row(cache.k, k.swapaxes(2, 3), start), v=by_row(cache.v, v.swapaxes(2, 3), start)
+    )
+
+
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
     """Moves slots start + index[:, j] to start + j, in every layer.
 
@@ -58,9 +67,6 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
     """
     source = (start[:, None] + index)[None, :, None, :, None]
 
-    def move(x: jax.Array) -> jax.Array:
-        rows = jnp.take_along_axis(x, source, axis=3)  # read before anything is written
-        write = lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0))  # noqa: E731
-        return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(x, rows, start)
-
-    return KVCache(k=move(cache.k), v=move(cache.v))
+    # Read before anything is written.
+    k, v = (jnp.take_along_axis(x, source, axis=3).swapaxes(2, 3) for x in (cache.k, cache.v))
+    return write(cache, k, v, start)

@@ -4,9 +4,9 @@
     python -m scripts.quickstart_spec --workdir=runs/quickstart_spec --tasks=python --seed=1
 
 Two texts: the sources of Python's standard library, byte by byte, and SCAN's commands. Per text it
-trains a target, a smaller draft model, the heads of Medusa, Hydra, EAGLE-1 and EAGLE-3, and decodes
-held-out prompts greedily with every drafter. All of them must write the same text; what differs is
-how many forwards it takes, and how long.
+trains a target, a smaller draft model, and what Medusa, Hydra, EAGLE-1, EAGLE-3 and DFlash put
+beside the target, and decodes held-out prompts greedily with every drafter. All of them must write
+the same text; what differs is how many forwards it takes, and how long.
 
 Writes into the workdir, per text: the models, results.json, results.csv, acceptance.png. Running it
 again continues interrupted training, and skips it where it is done.
@@ -32,6 +32,7 @@ import dlm
 from configs import causal_lm, draft_heads
 from decode.complete import collect
 from decode.drafters.contracts import Drafter
+from decode.drafters.dflash import DFlash
 from decode.drafters.draft_model import DraftModel, DraftModelTree
 from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.hydra import Hydra
@@ -41,7 +42,7 @@ from decode.drafters.prompt_lookup import PromptLookup
 from decode.drafters.token_recycling import TokenRecycling
 from decode.speculative import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
 from decode.tree import from_paths
-from dlm.heads import eagle_1, eagle_3, hydra, medusa
+from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from scripts.measuring import device, markdown
 from train import loop
 from train.config import ConfigError, build
@@ -120,6 +121,7 @@ def drafters(lm: dlm.LanguageModel, folder: pathlib.Path) -> dict[str, Drafter]:
     of_medusa = medusa.load(folder / "medusa" / "model", lm)[1]
     of_hydra = hydra.load(folder / "hydra" / "model", lm)[1]
     of_eagle_1 = eagle_1.load(folder / "eagle_1" / "model", lm)
+    of_dflash = dflash.load(folder / "dflash" / "model", lm)
     of_eagle_3 = eagle_3.load(folder / "eagle_3" / "model", lm)
     return {
         PLAIN: NoDraft(),
@@ -132,6 +134,7 @@ def drafters(lm: dlm.LanguageModel, folder: pathlib.Path) -> dict[str, Drafter]:
         "EAGLE-1, tree": Eagle(of_eagle_1, TREE),
         "EAGLE-3, tree": Eagle(of_eagle_3, TREE),
         "EAGLE-3, best tree": EagleBest(of_eagle_3, WIDTH, TREE.depth, TREE.num_nodes - 1),
+        "DFlash, chain": DFlash(of_dflash),
     }
 
 

@@ -22,6 +22,7 @@ from flax import struct
 
 from decode.drafters.contracts import Context, Drafter, Seen
 from decode.drafters.expansion import check_sizes, expand, expand_best
+from decode.drafters.heads import misfit
 from decode.tree import DraftTree, TreeShape, from_paths
 from dlm.cache import KVCache, init_cache, up_to
 from dlm.config import ModelConfig
@@ -75,19 +76,7 @@ class _Network(Drafter):
         return self.network.feature_layers
 
     def refuse(self, cfg: ModelConfig) -> str | None:
-        own = self.network.cfg
-        if (own.vocab_size, own.d_model) != (cfg.vocab_size, cfg.d_model):
-            return (
-                f"the network is for a target of vocab_size={own.vocab_size} and d_model="
-                f"{own.d_model}, and this one has {cfg.vocab_size} and {cfg.d_model}: train one "
-                "for it"
-            )
-        if any(layer > cfg.n_layers for layer in self.feature_layers):
-            return (
-                f"the network reads layers {self.feature_layers} of a target that has "
-                f"{cfg.n_layers}: train one for it"
-            )
-        return None
+        return misfit(self.network.cfg, self.feature_layers, cfg)
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> EagleState:
         shape = (batch_size, self.depth + 1, self.network.feature_width)

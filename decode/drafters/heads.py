@@ -1,4 +1,4 @@
-"""What drafters that are heads on the target's last hidden state share.
+"""What drafters that are trained beside a target share.
 
 Letters: D width of the target, V vocabulary, J heads.
 """
@@ -67,3 +67,19 @@ class HeadsDrafter(Drafter):
         index = jnp.maximum(seen.count - 1, 0)[:, None, None]
         last = jnp.take_along_axis(seen.hidden, index, axis=1)[:, 0]
         return jnp.where((seen.count > 0)[:, None], last, state)
+
+
+def misfit(network: ModelConfig, feature_layers: tuple[int, ...], cfg: ModelConfig) -> str | None:
+    """Why a network that reads features does not go with the target `cfg`, or None."""
+    if (network.vocab_size, network.d_model) != (cfg.vocab_size, cfg.d_model):
+        return (
+            f"the network is for a target of vocab_size={network.vocab_size} and d_model="
+            f"{network.d_model}, and this one has {cfg.vocab_size} and {cfg.d_model}: train one "
+            "for it"
+        )
+    if any(layer > cfg.n_layers for layer in feature_layers):
+        return (
+            f"the network reads layers {feature_layers} of a target that has {cfg.n_layers}: "
+            "train one for it"
+        )
+    return None

@@ -22,7 +22,7 @@ _OUTPUT_FIRST = ("fc", "attention/o", "mlp/gate", "mlp/up", "mlp/down")
 
 
 def published_layer(prefix: str) -> dict[str, str]:
-    """Names of the decoder layer's tensors, by ours."""
+    """Names of a decoder layer's tensors, by ours; norms before attention are another matter."""
     names = {f"attention/{x}": f"{prefix}.self_attn.{x}_proj.weight" for x in "qkvo"}
     names |= {f"mlp/{x}": f"{prefix}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
     return names | {"mlp_norm": f"{prefix}.post_attention_layernorm.weight"}
@@ -40,7 +40,8 @@ def published_width(
     """Width of the MLP; ValueError unless all tensors are there."""
     if missing := sorted(set(names.values()) - set(stored)):
         raise ValueError(f"{path} does not hold such a network: {missing[0]} is missing")
-    return len(stored[names["mlp/gate"]])
+    gate = next(name for ours, name in names.items() if ours.endswith("mlp/gate"))
+    return len(stored[gate])
 
 
 def from_published(
@@ -56,7 +57,7 @@ def from_published(
     for at, spec in expected:
         name = jax.tree_util.keystr(at, simple=True, separator="/")
         x = stored[names[name]]
-        x = x.T if name in _OUTPUT_FIRST else x
+        x = x.T if name.endswith(_OUTPUT_FIRST) else x
         merged = (int(np.prod(spec.shape[:-1])), spec.shape[-1])
         if x.shape not in (spec.shape, merged):
             raise ValueError(
@@ -74,7 +75,7 @@ def to_published(own: Params, names: Mapping[str, str]) -> dict[str, np.ndarray]
         name = jax.tree_util.keystr(at, simple=True, separator="/")
         x = np.asarray(leaf)
         x = x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x
-        tensors[names[name]] = np.ascontiguousarray(x.T if name in _OUTPUT_FIRST else x)
+        tensors[names[name]] = np.ascontiguousarray(x.T if name.endswith(_OUTPUT_FIRST) else x)
     return tensors
 
 

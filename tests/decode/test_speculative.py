@@ -11,6 +11,7 @@ import pytest
 
 import dlm
 from decode.accept import BlockVerification, Match, SpeculativeSampling, Typical
+from decode.drafters.dflash import DFlash
 from decode.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
 from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.jacobi import Jacobi
@@ -28,6 +29,7 @@ from decode.speculative import (
 )
 from decode.tree import TreeShape, chain, from_paths
 from dlm import transformer
+from dlm.heads.dflash import DFlashHeads
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.params import init_from_specs, init_params
@@ -188,6 +190,7 @@ def test_always_right_and_always_wrong(plain, toy_params):
 DRAFTERS = (
     "draft model", "itself", "sampled", "tree", "sampled tree", "prompt lookup", "latest lookup",
     "recycling", "jacobi", "layer skip", "best tree", "eagle 1", "eagle 3", "eagle 3, best",
+    "dflash",
 )  # fmt: skip
 
 
@@ -199,6 +202,8 @@ def drafters(toy_cfg, toy_params):
         own = init_from_specs(jax.random.key(6), heads.specs(toy_cfg), toy_cfg.jnp_dtype)
         return heads.network(toy_cfg, heads.start(toy_params, own))
 
+    blocks = DFlashHeads(n_layers=2, block_len=5, mask_id=23)
+    own = init_from_specs(jax.random.key(6), blocks.specs(toy_cfg), toy_cfg.jnp_dtype)
     return {
         "draft model": DraftModel(params, smaller, num_drafts=3),
         "itself": DraftModel(toy_params, toy_cfg, num_drafts=3),
@@ -213,6 +218,7 @@ def drafters(toy_cfg, toy_params):
         "best tree": DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
         "eagle 1": Eagle(eagle(Eagle1Heads()), BUSHY),
         "eagle 3": Eagle(eagle(Eagle3Heads()), BUSHY, is_sampled=True),
+        "dflash": DFlash(blocks.network(toy_cfg, own)),
         "eagle 3, best": EagleBest(eagle(Eagle3Heads(vocab=tuple(range(20)))), 3, 3, 9),
     }
 

@@ -13,13 +13,14 @@ import pytest
 
 import dlm
 from configs import causal_lm, draft_heads
+from decode.drafters.dflash import DFlash
 from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.hydra import Hydra
 from decode.drafters.medusa import Medusa
 from decode.speculative import SpeculativeMethod, _context, init_state
 from decode.tree import chain, from_paths
 from dlm import transformer
-from dlm.heads import eagle_1, eagle_3, hydra, medusa
+from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.params import init_from_specs
@@ -172,8 +173,8 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle_1", "eagle_3"])
-def test_smoke_tests_of_eagle(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["eagle_1", "eagle_3", "dflash"])
+def test_smoke_tests_of_networks(tmp_path, kind):
     target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
     lm = dlm.load(target.model_path)
     config = draft_heads.get_config(f"scan,{kind},runlocal")
@@ -182,11 +183,16 @@ def test_smoke_tests_of_eagle(tmp_path, kind):
         (tmp_path / "vocab.json").write_text(json.dumps([*range(2, 12), lm.cfg.eos_token_id]))
         config.train.trainable.vocab = str(tmp_path / "vocab.json")
     result = loop.run(config, tmp_path / "heads")
-    network = {"eagle_1": eagle_1, "eagle_3": eagle_3}[kind].load(result.model_path, lm)
-    assert network.num_ids == (11 if kind == "eagle_3" else lm.cfg.vocab_size)
+    module = {"eagle_1": eagle_1, "eagle_3": eagle_3, "dflash": dflash}[kind]
+    network = module.load(result.model_path, lm)
+    if kind == "eagle_3":
+        assert network.num_ids == 11
     prompts = random_prompts(lm.cfg, 8)
     expected = texts(run(lm.params, lm.cfg, SpeculativeMethod(), prompts), 8)
-    for drafter in (Eagle(network, TREE), EagleBest(network, 3, 3, 8)):
+    drafters = (DFlash(network),)
+    if kind != "dflash":
+        drafters = (Eagle(network, TREE), EagleBest(network, 3, 3, 8))
+    for drafter in drafters:
         assert texts(run(lm.params, lm.cfg, SpeculativeMethod(drafter), prompts), 8) == expected
 
 

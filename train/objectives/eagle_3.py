@@ -126,7 +126,7 @@ def unroll(
         else:
             add = lambda old, new: jnp.concatenate([old, new[:, :, None]], axis=2)  # noqa: E731
             own = add(own[0], k), add(own[1], v)
-        attended = draft_attention(q[:, :, None], *first, *own, limits)
+        attended = draft_attention(q[:, :, None], first[0], first[1], own[0], own[1], limits)
         return network.leave(attended[:, :, 0], residual), first, own
 
     for j in range(num_steps):

@@ -1,0 +1,235 @@
+"""DFlash's network: what it drafts and learns, against one that is run block by block."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.accept import SpeculativeSampling
+from decode.drafters.dflash import DFlash
+from decode.sampling import Sampling
+from decode.speculative import SpeculativeMethod, _context, init_state, prefill, stream
+from dlm import transformer
+from dlm.heads import dflash
+from dlm.heads.dflash import DFlashHeads
+from dlm.layers import linear, mlp, project_qkv, rms_norm, rotary_angles
+from dlm.params import init_from_specs
+from tests.decode.test_speculative import random_prompts
+from tests.train.test_draft_heads import shaken
+from tests.train.test_eagle import features_of
+from tests.train.test_masked_diffusion import make_batch
+from train.objectives import Context
+from train.objectives.causal import read_text
+from train.objectives.dflash import DFlashLoss, DPaceLoss, read_blocks
+
+CONTEXT = Context(jax.random.key(0))
+HEADS = DFlashHeads(n_layers=3, block_len=5, d_ff=20)
+
+
+def network_of(cfg, params, heads=HEADS):
+    fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
+    return heads.network(cfg, shaken(heads.start(params, fresh)))
+
+
+def one_block(network, params, features, root):
+    """Final states [b, D] of the block behind positions 0 .. n - 1 with `features` [n, F]."""
+    cfg, n, b = network.cfg, len(features), network.block_len
+    c = network.context(features[None]) if n else jnp.zeros((1, 0, cfg.d_model))
+    x = params["embed"][jnp.array([root] + [network.mask_id] * (b - 1))][None]
+    place = jnp.arange(n + b)[None]
+    for i in range(cfg.n_layers):
+        p = jax.tree.map(lambda x, i=i: x[i], network.own["layers"])
+        h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
+        both = jnp.concatenate([c, h], axis=1)
+        q, k, v = project_qkv(both, p["attention"], cfg, rotary_angles(place, cfg))
+        q = np.asarray(q[0, n:], np.float64)
+        k, v = (
+            np.repeat(np.asarray(a[0], np.float64), q.shape[1] // a.shape[2], axis=1)
+            for a in (k, v)
+        )
+        s = np.einsum("tnh,snh->tns", q, k) / np.sqrt(q.shape[-1])
+        w = np.exp(s - s.max(axis=-1, keepdims=True))
+        out = np.einsum("tns,snh->tnh", w / w.sum(axis=-1, keepdims=True), v)
+        x = x + linear(jnp.asarray(out, jnp.float32)[None], p["attention"]["o"], num_in=2)
+        x = x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])
+    return rms_norm(x, network.own["final_norm"], cfg.norm_eps)[0]
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
+    """In the middle of texts, prompts of one token among them; drawn drafts say their laws."""
+    cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
+    network = network_of(cfg, toy_params)
+    drawn = SpeculativeMethod(
+        DFlash(network, num_drafts, is_sampled=True),
+        SpeculativeSampling(),
+        Sampling(temperature=0.7),
+    )
+    best = DFlash(network, num_drafts)
+    prompts = [[4], *(p for p in random_prompts(cfg, 8) if len(p) > 5)][:3]
+    first = prefill(toy_params, cfg, drawn, init_state(cfg, drawn, prompts, gen_len=9, chunk=4))
+    for rounds, state in enumerate(stream(toy_params, cfg, drawn, first)):
+        if rounds not in (0, 2):
+            continue
+        context = _context(toy_params, drawn, state)
+        tree, _ = drawn.drafter.propose(cfg, context, state.drafter)
+        greedy, _ = best.propose(cfg, context, state.drafter)
+        for b in np.flatnonzero(~np.asarray(state.has_stopped)):
+            text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
+            features = features_of(network, cfg, toy_params, text)[:-1]
+            hidden = one_block(network, toy_params, features, text[-1])
+            said = np.asarray(transformer.logits(toy_params, hidden[1 : best.depth + 1]))
+            np.testing.assert_array_equal(greedy.tokens[b, 1:], said.argmax(axis=-1))
+            law = jax.nn.softmax(said / 0.7)
+            np.testing.assert_allclose(tree.laws[b, :-1], law, atol=2e-5)
+            assert int(tree.tokens[b, 0]) == text[-1]
+
+
+def test_blocks_of_training_are_those_of_drafts(toy_cfg, toy_params):
+    """Card: a block's rows depend on no other block, and on nothing from its anchor on."""
+    batch = make_batch(toy_cfg)
+    network = network_of(toy_cfg, toy_params)
+    text = read_text(toy_params, toy_cfg, batch, False, feature_layers=network.feature_layers)
+    T = text.tokens.shape[1]
+    anchors = jnp.broadcast_to(jnp.arange(3, T - 1, 2)[None], (len(text.tokens), (T - 3) // 2))
+    hidden = read_blocks(network, toy_params, text, anchors)
+    checked = 0
+    for b in range(len(text.tokens)):
+        start = int(text.start[b])
+        for i, a in enumerate(np.asarray(anchors[b])):
+            if a < start:
+                continue
+            expected = one_block(
+                network, toy_params, text.features[b, start:a], int(text.tokens[b, a])
+            )
+            np.testing.assert_allclose(hidden[b, i], expected, atol=2e-5)
+            checked += 1
+    assert checked > 6
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("kind", [DFlashLoss, DPaceLoss])
+def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
+    """With as many anchors as there are positions, each position that may be one is."""
+    batch = make_batch(toy_cfg)
+    network = network_of(toy_cfg, toy_params)
+    text = read_text(toy_params, toy_cfg, batch, False, feature_layers=network.feature_layers)
+    P, b = batch["prompt"].shape[1], network.block_len
+    head = np.asarray(toy_params["unembed"], np.float64)
+    log_softmax = lambda z: z - np.log(np.exp(z - z.max()).sum()) - z.max()
+    total, weights, right = 0.0, 0.0, [[] for _ in range(b - 1)]
+    for row in range(len(text.tokens)):
+        start, end = int(text.start[row]), P + int(batch["completion_len"][row])
+        tokens = np.asarray(text.tokens[row])
+        for a in range(max(start, P - 1), end - 1):
+            if not bool(text.counts[row, a + 1]):
+                continue
+            states = one_block(network, toy_params, text.features[row, start:a], int(tokens[a]))
+            n = min(b - 1, end - 1 - a)
+            ce, own = [], []
+            for i in range(1, n + 1):
+                log_q = log_softmax(np.asarray(states[i], np.float64) @ head.T)
+                z = np.asarray(text.hidden[row, a + i - 1], np.float64) @ head.T
+                p = np.exp(log_softmax(z)) if teacher else np.eye(len(z))[tokens[a + i]]
+                ce.append(-(p * log_q).sum())
+                own.append(np.exp(-ce[-1]))
+                right[i - 1].append(log_q.argmax() == tokens[a + i])
+            w = np.exp(-np.arange(n) / 3.0)
+            if kind is DPaceLoss:
+                reached = np.cumprod([(q + 1) / 2 for q in own])
+                w = np.array([reached[i:].sum() for i in range(n)])
+            total += (w * ce).sum()
+            weights += w.sum()
+    loss, metrics = kind(num_anchors=99, reach=3.0, teacher=teacher).loss(
+        toy_params | {"heads": network}, toy_cfg, batch, CONTEXT
+    )
+    np.testing.assert_allclose(loss, total / weights, rtol=1e-4)
+    accuracy = [np.mean(x) for x in right]
+    np.testing.assert_allclose(metrics["accuracy_3"], accuracy[1], atol=1e-6)
+    np.testing.assert_allclose(
+        metrics["expected_length"], 1 + np.cumprod(accuracy).sum(), atol=1e-5
+    )
+
+
+def test_anchors_are_drawn_anew(toy_cfg, toy_params):
+    batch = make_batch(toy_cfg)
+    params = toy_params | {"heads": network_of(toy_cfg, toy_params)}
+    few = DFlashLoss(num_anchors=1)
+    losses = {
+        float(few.loss(params, toy_cfg, batch, Context(jax.random.key(seed)))[0])
+        for seed in range(4)
+    }
+    assert len(losses) == 4
+
+
+def test_gradients_against_finite_differences(toy_cfg, toy_params):
+    batch = make_batch(toy_cfg)
+    network = network_of(toy_cfg, toy_params)
+
+    @jax.jit
+    def value(own):
+        params = toy_params | {"heads": network.replace(own=own)}
+        return DFlashLoss(teacher=True).loss(params, toy_cfg, batch, CONTEXT)[0]
+
+    gradient = jax.jit(jax.grad(value))(network.own)
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(network.own)
+    for i, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
+        direction = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        step = 2e-2 / float(jnp.linalg.norm(direction))
+        moved = lambda by, i=i, leaf=leaf, d=direction: value(
+            jax.tree.unflatten(tree, [*leaves[:i], leaf + by * d, *leaves[i + 1 :]])
+        )
+        numeric = (moved(step) - moved(-step)) / (2 * step)
+        np.testing.assert_allclose((slope * direction).sum(), numeric, rtol=3e-2, atol=3e-3)
+
+
+# ---- Files and refusals -----------------------------------------------------------------------
+
+
+def test_published_files_there_and_back(toy_cfg, toy_params, tmp_path):
+    heads = dataclasses.replace(HEADS, n_heads=2, n_kv_heads=1, head_dim=8, layers=(1, 2))
+    network = network_of(toy_cfg, toy_params, heads)
+    dflash.save_published(tmp_path, network)
+    back = dflash.load_published(tmp_path, toy_cfg)
+    assert jax.tree.structure(back) == jax.tree.structure(network)
+    for ours, theirs in zip(*map(jax.tree.leaves, (back, network)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match=r"must have the numbers of .* to go with this target"):
+        dflash.load_published(tmp_path, dataclasses.replace(toy_cfg, d_model=32))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_attention, which is not"),
+        ({"dflash_config": {}}, "must have a dflash_config with mask_token_id"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            dflash.load_published(tmp_path, toy_cfg)
+
+
+def test_layers_that_are_read(toy_cfg):
+    """Published: Qwen3-8B's drafter reads behind layers 1, 9, 17, 25 and 33 of 36."""
+    of = lambda n_layers, heads: heads.feature_layers(
+        dataclasses.replace(toy_cfg, n_layers=n_layers)
+    )
+    assert of(36, DFlashHeads()) == (2, 10, 18, 26, 34)
+    assert of(4, DFlashHeads()) == (1, 2, 4) and of(2, DFlashHeads(n_layers=1)) == (0, 1, 2)
+    with pytest.raises(ValueError, match=r"must be different ones in \[0, n_layers=4\]"):
+        of(4, DFlashHeads(layers=(1, 5)))
+
+
+def test_what_does_not_fit_is_refused(toy_cfg, toy_params):
+    network = network_of(toy_cfg, toy_params)
+    for drafter, cfg, message in (
+        (DFlash(network, 5), toy_cfg, r"num_drafts=5 must be in \[0, 4\]"),
+        (DFlash(network), dataclasses.replace(toy_cfg, vocab_size=30), "this one has 30 and 16"),
+        (DFlash(network), dataclasses.replace(toy_cfg, n_layers=1), "a target that has 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpeculativeMethod(drafter).validate(cfg)
+    no_mask = dataclasses.replace(toy_cfg, mask_token_id=None)
+    with pytest.raises(ValueError, match=r"mask_id=-1 must be a token .* own MASK is None"):
+        HEADS.network(no_mask, network.own)

@@ -1,0 +1,164 @@
+"""DFlash's network learns to draft blocks that begin anywhere in a text.
+
+References: Chen et al., "DFlash", arXiv:2602.06036, and public training codes; the network is
+`dlm.heads.dflash`. Per row, A anchors a are drawn among the positions before tokens that count, and
+a block [x_a, MASK, ..] of b positions stands at each. It sees the context rows before its anchor
+and itself. Slot i learns token a + i, less the further away it is:
+
+    loss = sum w_i -log q_i(x_{a+i}) / sum w_i        w_i = exp(-(i - 1) / g)
+
+over all blocks and the slots whose tokens count: completions up to their first EOS. (Public codes
+leave out anchors too close to the end for a whole block.) `DPaceLoss` weighs by how likely a slot
+is to be reached.
+
+Letters: B batch, T positions, A anchors per row, b block length, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.heads.dflash import DFlashNetwork
+from dlm.layers import linear, mlp, project_qkv, rms_norm, rotary_angles
+from dlm.params import Params
+from train.draft_attention import draft_attention
+from train.objectives import Context
+from train.objectives.causal import Text, read_text
+from train.objectives.ps_kd import soft_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DFlashLoss:
+    """Goes with `dlm.heads.dflash:DFlashHeads` as `train.trainable`.
+
+    Attributes:
+      num_anchors: A >= 1 (published: up to 512).
+      reach: g > 0 (public codes: 7 with blocks of 16, 4 with blocks of 8).
+      teacher: whether the target's law is learned, not the text.
+      on_prompt: whether tokens of the prompt are learned too.
+    """
+
+    num_anchors: int = 64
+    reach: float = 7.0
+    teacher: bool = False
+    on_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_anchors < 1:
+            raise ValueError(f"num_anchors={self.num_anchors} must be at least 1")
+        if not self.reach > 0:
+            raise ValueError(f"reach={self.reach} must be positive")
+
+    def weigh(self, losses: jax.Array, is_scored: jax.Array) -> jax.Array:
+        """[.., b - 1] float32 weights of slots, whose losses [.., b - 1] are known."""
+        slots = jnp.exp(-jnp.arange(losses.shape[-1]) / self.reach)
+        return jnp.broadcast_to(slots, losses.shape)
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+
+        Returns:
+          Scalar float32, and metrics: "loss", "accuracy_2", .. of the first slots, up to four
+          (tokens of the text that are the arg-max), and "expected_length", tokens per round if
+          slots were right independently of each other.
+        """
+        network: DFlashNetwork = params["heads"]
+        target = {name: x for name, x in params.items() if name != "heads"}
+        text = jax.lax.stop_gradient(
+            read_text(target, cfg, batch, self.on_prompt, feature_layers=network.feature_layers)
+        )
+        B, T = text.tokens.shape
+        b = network.block_len
+        # -- Anchors: before a token that counts.
+        may_begin = jnp.pad(text.counts[:, 1:], ((0, 0), (0, 1)))
+        may_begin &= jnp.arange(T)[None] >= text.start[:, None]
+        order = jax.random.uniform(context.key, (B, T)) + may_begin
+        found, anchors = jax.lax.top_k(order, min(self.num_anchors, T))  # [B, A]
+        hidden = read_blocks(network, target, text, anchors)[:, :, 1:]
+
+        # -- Scores
+        place = anchors[..., None] + jnp.arange(1, b)[None, None]  # [B, A, b - 1]
+        rows = jnp.arange(B)[:, None, None]
+        is_scored = text.counts.at[rows, place].get(mode="fill", fill_value=False)
+        is_scored &= (found >= 1)[..., None]
+        targets = text.tokens.at[rows, place].get(mode="clip")
+        head = {"unembed": transformer.output_head(target)}
+        flat = hidden.reshape(B, -1, hidden.shape[-1])
+        stats = transformer.target_stats(head, flat, targets.reshape(B, -1))
+        each = -stats.log_prob
+        if self.teacher:
+            theirs = text.hidden.at[rows, place - 1].get(mode="clip").reshape(flat.shape)
+            each = soft_cross_entropy(head, flat, head, theirs)
+        each = each.reshape(place.shape)
+        weight = jnp.where(is_scored, self.weigh(each, is_scored), 0.0)
+        loss = (weight * jnp.where(is_scored, each, 0.0)).sum() / jnp.maximum(weight.sum(), 1e-9)
+        is_right = (stats.token.reshape(place.shape) == targets) & is_scored
+        accuracy = is_right.sum(axis=(0, 1)) / jnp.maximum(is_scored.sum(axis=(0, 1)), 1)
+        metrics = {f"accuracy_{i + 2}": accuracy[i] for i in range(min(4, b - 1))}
+        metrics["expected_length"] = 1 + jnp.cumprod(accuracy).sum()
+        return loss, {"loss": loss, **metrics}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPaceLoss(DFlashLoss):
+    """DFlash's loss with weights that follow from how likely slots are reached.
+
+    Reference: "D-PACE", arXiv:2605.18810. With q_i the probability of slot i's token,
+
+        s_i = (1 - l) q_i + l        P_i = s_1 .. s_i        w_i = sum of P_j over j >= i
+
+    through which no gradient flows.
+
+    Attributes:
+      smoothing: l in [0, 1].
+    """
+
+    smoothing: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"smoothing={self.smoothing} must be in [0, 1]")
+
+    def weigh(self, losses: jax.Array, is_scored: jax.Array) -> jax.Array:
+        s = (1 - self.smoothing) * jnp.exp(-losses) + self.smoothing
+        reached = jnp.where(is_scored, jnp.cumprod(s, axis=-1), 0.0)
+        return jax.lax.stop_gradient(jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1])
+
+
+def read_blocks(
+    network: DFlashNetwork, target: Params, text: Text, anchors: jax.Array
+) -> jax.Array:
+    """Final states [B, A, b, D] of the blocks that begin at `anchors` [B, A], indices of T."""
+    assert text.features is not None
+    cfg, b = network.cfg, network.block_len
+    B, A = anchors.shape
+    c = network.context(text.features)
+    roots = jnp.take_along_axis(text.tokens, anchors, axis=1)
+    first = jnp.take_along_axis(text.positions, anchors, axis=1)
+    positions = (first[..., None] + jnp.arange(b)[None, None]).reshape(B, A * b)
+    of_blocks, of_text = (rotary_angles(x, cfg) for x in (positions, text.positions))
+    limits = jnp.stack(jnp.broadcast_arrays(text.start[:, None], anchors), axis=-1)
+    in_groups = lambda x: x.reshape(B, A, b, *x.shape[2:])  # noqa: E731
+
+    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, Any]:
+        h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
+        q, k, v = project_qkv(h, p["attention"], cfg, of_blocks)
+        _, text_k, text_v = project_qkv(c, p["attention"], cfg, of_text)
+        attended = draft_attention(in_groups(q), text_k, text_v, in_groups(k), in_groups(v), limits)
+        x = x + linear(attended.reshape(q.shape), p["attention"]["o"], num_in=2)
+        return x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"]), None
+
+    x = target["embed"].at[network.blocks(roots).reshape(B, A * b)].get(mode="clip")
+    body = jax.checkpoint(layer, prevent_cse=False)
+    x, _ = jax.lax.scan(body, x, network.own["layers"])
+    return in_groups(rms_norm(x, network.own["final_norm"], cfg.norm_eps))
