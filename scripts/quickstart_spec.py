@@ -36,9 +36,11 @@ from decode.drafters.dflash import DFlash
 from decode.drafters.draft_model import DraftModel, DraftModelTree
 from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.hydra import Hydra
+from decode.drafters.lookahead import Lookahead
 from decode.drafters.medusa import Medusa
 from decode.drafters.no_draft import NoDraft
 from decode.drafters.prompt_lookup import PromptLookup
+from decode.drafters.suffix import Suffix
 from decode.drafters.token_recycling import TokenRecycling
 from decode.speculative import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
 from decode.tree import from_paths
@@ -126,7 +128,9 @@ def drafters(lm: dlm.LanguageModel, folder: pathlib.Path) -> dict[str, Drafter]:
     return {
         PLAIN: NoDraft(),
         "prompt lookup": PromptLookup(num_drafts=8),
+        "suffix decoding": Suffix(num_drafts=8),
         "token recycling, tree": TokenRecycling(TREE),
+        "lookahead": Lookahead(ngram=4, window=4, num_candidates=4),
         "draft model, chain": DraftModel(draft.params, draft.cfg, num_drafts=NUM_DRAFTS),
         "draft model, tree": DraftModelTree(draft.params, draft.cfg, shape=TREE),
         "Medusa, tree": Medusa(of_medusa, TREE),

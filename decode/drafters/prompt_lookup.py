@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter
+from decode.drafters.matches import match_lengths
 from decode.tree import DraftTree, TreeShape, chain
 from dlm.config import ModelConfig
 
@@ -52,13 +53,7 @@ class PromptLookup(Drafter):
         tokens, length = context.tokens, context.length[:, None]
         S = tokens.shape[1]
         slot = jnp.arange(S)[None]
-        matched = jnp.zeros_like(tokens)  # how many tokens up to a slot equal the text's last ones
-        alike = jnp.ones(tokens.shape, bool)
-        for back in range(self.max_ngram):
-            last = jnp.take_along_axis(tokens, jnp.maximum(length - 1 - back, 0), axis=1)
-            shifted = jnp.pad(tokens, ((0, 0), (back, 0)))[:, :S]  # the token `back` slots before
-            alike &= (shifted == last) & (slot >= back) & (length > back)
-            matched += alike
+        matched = match_lengths(tokens, tokens, context.length, self.max_ngram)
         # An occurrence must end before the text does; the longest match wins, then first or last.
         matched = jnp.where((slot < length - 1) & (matched >= self.min_ngram), matched, 0)
         place = slot if self.latest else S - slot

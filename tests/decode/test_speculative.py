@@ -16,8 +16,10 @@ from decode.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTr
 from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.jacobi import Jacobi
 from decode.drafters.layer_skip import layer_skip
+from decode.drafters.lookahead import Lookahead
 from decode.drafters.no_draft import NoDraft
 from decode.drafters.prompt_lookup import PromptLookup
+from decode.drafters.suffix import Suffix
 from decode.drafters.token_recycling import TokenRecycling
 from decode.sampling import Sampling
 from decode.speculative import (
@@ -190,7 +192,7 @@ def test_always_right_and_always_wrong(plain, toy_params):
 DRAFTERS = (
     "draft model", "itself", "sampled", "tree", "sampled tree", "prompt lookup", "latest lookup",
     "recycling", "jacobi", "layer skip", "best tree", "eagle 1", "eagle 3", "eagle 3, best",
-    "dflash",
+    "dflash", "lookahead", "suffix",
 )  # fmt: skip
 
 
@@ -213,6 +215,8 @@ def drafters(toy_cfg, toy_params):
         "prompt lookup": PromptLookup(num_drafts=4),
         "latest lookup": PromptLookup(num_drafts=4, latest=True),
         "recycling": TokenRecycling(shape=BUSHY),
+        "lookahead": Lookahead(4, 5, 3),
+        "suffix": Suffix(jnp.arange(30) % 7, num_drafts=5, factor=2.0),
         "jacobi": Jacobi(num_guesses=5),
         "layer skip": layer_skip(toy_params, toy_cfg, [0], num_drafts=3),
         "best tree": DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
