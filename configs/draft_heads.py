@@ -3,18 +3,18 @@
     python -m train --config=configs/draft_heads.py:python,medusa --workdir=runs/python/medusa \\
         --config.train.init_from=runs/python/target/model
 
-Instead of medusa: hydra, eagle_1, eagle_3, dflash. Then decode with, for example,
+Instead of medusa: hydra, hydra_plus, eagle_1, eagle_3, dflash. Then decode with, for example,
 `Medusa(load("runs/python/medusa/model", lm)[1])`. References: arXiv:2401.10774 (Medusa-1),
-arXiv:2402.05109 (Hydra), arXiv:2401.15077 (EAGLE-1), arXiv:2503.01840 (EAGLE-3), arXiv:2602.06036
-(DFlash). The published learning rates (1e-3, 5e-4, 3e-5, 5e-5, 6e-4) are for models of billions;
-these numbers are ours.
+arXiv:2402.05109 (Hydra, Hydra++), arXiv:2401.15077 (EAGLE-1), arXiv:2503.01840 (EAGLE-3),
+arXiv:2602.06036 (DFlash). The published learning rates (1e-3, 5e-4, 3e-5, 5e-5, 6e-4) are for
+models of billions; these numbers are ours.
 """
 
 import ml_collections
 
 from configs import causal_lm
 
-HEADS = ("medusa", "hydra", "eagle_1", "eagle_3", "dflash")
+HEADS = ("medusa", "hydra", "hydra_plus", "eagle_1", "eagle_3", "dflash")
 
 
 def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
@@ -35,16 +35,17 @@ def get_config(arg: str = "python,medusa") -> ml_collections.ConfigDict:
         config.train.objective = objective = ml_collections.ConfigDict()
         objective.on_prompt = True
         config.train.trainable = trainable = ml_collections.ConfigDict()
-    if heads in ("medusa", "hydra"):
+    if heads in ("medusa", "hydra", "hydra_plus"):
         objective.decay = 0.8  # of the weight from head to head (Medusa)
         trainable.num_heads = 4  # tokens that are drafted (Hydra)
-        trainable.num_blocks = 1  # per head (Medusa)
+        trainable.num_blocks = 4 if heads == "hydra_plus" else 1  # per head (Medusa, Hydra++)
     if heads == "medusa":
         objective.make = "train.objectives.medusa:MedusaLoss"
         trainable.make = "dlm.heads.medusa:MedusaHeads"
-    elif heads == "hydra":
+    elif heads in ("hydra", "hydra_plus"):
         objective.make = "train.objectives.hydra:HydraLoss"
-        objective.teacher = False  # learn the text, not the model's law (Hydra++)
+        objective.teacher = heads == "hydra_plus"  # learn the model's law, not the text (Hydra++)
+        trainable.has_prefix = heads == "hydra_plus"  # a layer over the hidden states (Hydra++)
         trainable.make = "dlm.heads.hydra:HydraHeads"
     elif heads == "eagle_1":
         objective.make = "train.objectives.eagle_1:Eagle1Loss"

@@ -34,6 +34,38 @@ class BlockDiffusion(struct.PyTreeNode):
     block_len: int = struct.field(pytree_node=False)
 
 
+def decoder_layer(
+    x: jax.Array,
+    p: Params,
+    cfg: ModelConfig,
+    angles: tuple[jax.Array, jax.Array],
+    mask: Mask | BlockDiffusion,
+    **where: Any,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """One layer.
+
+    Args:
+      x: [B, T, D]. The residual stream.
+      p: {"attention_norm", "attention", "mlp_norm", "mlp"}.
+      cfg: the model.
+      angles: of `rotary_angles`.
+      mask: see `dlm.transformer.forward`.
+      **where: window_range, cache, cache_ranges, layer, write_at and write_rows of
+        `window_attention`.
+
+    Returns:
+      [B, T, D], and the cache's keys and values if they were written.
+    """
+    with jax.named_scope("attention"):
+        h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
+        q, k, v = project_qkv(h, p["attention"], cfg, angles)
+        attended, written = attend(mask, q=q, k=k, v=v, **where)
+        x = x + linear(attended, p["attention"]["o"], num_in=2)
+    with jax.named_scope("mlp"):
+        x = x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])
+    return constrain(x, "batch", None, None), written
+
+
 def attend(
     mask: Mask | BlockDiffusion, **operands: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:

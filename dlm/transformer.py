@@ -21,16 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
-from dlm.layers import (
-    BlockDiffusion,
-    attend,
-    linear,
-    mlp,
-    per_shard,
-    project_qkv,
-    rms_norm,
-    rotary_angles,
-)
+from dlm.layers import BlockDiffusion, decoder_layer, per_shard, rms_norm, rotary_angles
 from dlm.params import Params
 from dlm.sharding import constrain, split_axes
 from kernels_pallas.unembed_loss import TargetStats, unembed_loss
@@ -108,28 +99,21 @@ def forward(
         x, written, kept = carry
         p, index = xs
         kept = keep(kept, index, x)
-        with jax.named_scope("attention"):
-            source = written if written is not None else cache
-            h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
-            q, k, v = project_qkv(h, p["attention"], cfg, angles)
-            attended, new = attend(
-                mask,
-                q=q,
-                k=k,
-                v=v,
-                window_range=window_range,
-                cache=None if source is None else (source.k, source.v),
-                cache_ranges=cache_ranges,
-                layer=index,
-                write_at=write_at,
-                write_rows=write_rows,
-            )
-            if new is not None:
-                written = KVCache(*new)
-            x = x + linear(attended, p["attention"]["o"], num_in=2)
-        with jax.named_scope("mlp"):
-            x = x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])
-        return (constrain(x, "batch", None, None), written, kept), None
+        source = written if written is not None else cache
+        x, new = decoder_layer(
+            x,
+            p,
+            cfg,
+            angles,
+            mask,
+            window_range=window_range,
+            cache=None if source is None else (source.k, source.v),
+            cache_ranges=cache_ranges,
+            layer=index,
+            write_at=write_at,
+            write_rows=write_rows,
+        )
+        return (x, written if new is None else KVCache(*new), kept), None
 
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     carry = (x, cache if write_at is not None else None, kept)

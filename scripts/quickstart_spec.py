@@ -4,9 +4,9 @@
     python -m scripts.quickstart_spec --workdir=runs/quickstart_spec --tasks=python --seed=1
 
 Two texts: the sources of Python's standard library, byte by byte, and SCAN's commands. Per text it
-trains a target, a smaller draft model, and what Medusa, Hydra, EAGLE-1, EAGLE-3 and DFlash put
-beside the target, and decodes held-out prompts greedily with every drafter. All of them must write
-the same text; what differs is how many forwards it takes, and how long.
+trains a target, a smaller draft model, and what Medusa, Hydra, Hydra++, EAGLE-1, EAGLE-3 and
+DFlash put beside the target, and decodes held-out prompts greedily with every drafter. All of them
+must write the same text; what differs is how many forwards it takes, and how long.
 
 Writes into the workdir, per text: the models, results.json, results.csv, acceptance.png. Running it
 again continues interrupted training, and skips it where it is done.
@@ -122,6 +122,7 @@ def drafters(lm: dlm.LanguageModel, folder: pathlib.Path) -> dict[str, Drafter]:
     draft = dlm.load(folder / "draft" / "model")
     of_medusa = medusa.load(folder / "medusa" / "model", lm)[1]
     of_hydra = hydra.load(folder / "hydra" / "model", lm)[1]
+    of_hydra_plus = hydra.load(folder / "hydra_plus" / "model", lm)[1]
     of_eagle_1 = eagle_1.load(folder / "eagle_1" / "model", lm)
     of_dflash = dflash.load(folder / "dflash" / "model", lm)
     of_eagle_3 = eagle_3.load(folder / "eagle_3" / "model", lm)
@@ -135,6 +136,7 @@ def drafters(lm: dlm.LanguageModel, folder: pathlib.Path) -> dict[str, Drafter]:
         "draft model, tree": DraftModelTree(draft.params, draft.cfg, shape=TREE),
         "Medusa, tree": Medusa(of_medusa, TREE),
         "Hydra, tree": Hydra(of_hydra, TREE),
+        "Hydra++, tree": Hydra(of_hydra_plus, TREE),
         "EAGLE-1, tree": Eagle(of_eagle_1, TREE),
         "EAGLE-3, tree": Eagle(of_eagle_3, TREE),
         "EAGLE-3, best tree": EagleBest(of_eagle_3, WIDTH, TREE.depth, TREE.num_nodes - 1),

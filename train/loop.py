@@ -131,6 +131,8 @@ def run(
         if trainable is not EVERYTHING:
             assert given is not None
             frozen, given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given), None
+            if hasattr(trainable, "beside"):
+                frozen |= trainable.beside(cfg, mesh)
         specs = trainable.specs(cfg)
         logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
         num_shards = settings.mesh.data * settings.mesh.fsdp

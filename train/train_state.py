@@ -100,6 +100,8 @@ def train_step(
     grad_norm = optax.global_norm(gradient)
     tx = optimizer.make_optimizer(optim)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    if hasattr(trainable, "rate"):
+        updates = trainable.rate(updates)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     ema = state.ema

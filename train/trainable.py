@@ -6,9 +6,14 @@ A trainable is a frozen dataclass with
     attach(cfg, params, own)   what the objective is given: the model with it
     export(folder, lm, own)    writes the result of a run
 
-and, if fresh ones should start from the model, `start(params, own)`, which gives them, where
-`params` are those of `train.init_from`, which are never changed, and `own` are the ones that
-are learned. A config names one by "module:Class" (`train.trainable`), for example `dlm.lora:Lora`.
+where `params` are those of `train.init_from`, which are never changed, and `own` are the ones that
+are learned. There may also be
+
+    start(params, own)         fresh parameters that follow from the model
+    beside(cfg, mesh)          further parameters that stay as they are, added to `params`
+    rate(updates)              updates of `own`, some of them scaled
+
+A config names one by "module:Class" (`train.trainable`), for example `dlm.lora:Lora`.
 """
 
 from __future__ import annotations

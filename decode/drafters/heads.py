@@ -5,7 +5,8 @@ Letters: D width of the target, V vocabulary, J heads.
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
 
@@ -52,18 +53,14 @@ class HeadsDrafter(Drafter):
             )
         return None
 
-    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> jax.Array:
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
         """[B, D]."""
         return jnp.zeros((batch_size, cfg.d_model), cfg.jnp_dtype)
 
-    def prefill(
-        self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
-    ) -> jax.Array:
+    def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
         return self.observe(cfg, context, seen, state)
 
-    def observe(
-        self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
-    ) -> jax.Array:
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
         index = jnp.maximum(seen.count - 1, 0)[:, None, None]
         last = jnp.take_along_axis(seen.hidden, index, axis=1)[:, 0]
         return jnp.where((seen.count > 0)[:, None], last, state)

@@ -11,18 +11,31 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.drafters.contracts import Context
+from decode.drafters.contracts import Context, Seen
 from decode.drafters.expansion import expand
 from decode.drafters.heads import HeadsDrafter
 from decode.tree import DraftTree
+from dlm.cache import KVCache, init_cache, up_to
 from dlm.config import ModelConfig
-from dlm.heads.hydra import head_hidden
+from dlm.heads.hydra import head_hidden, prefix_config, read_prefix
 from kernels_pallas.unembed_stats import unembed_logits
+
+
+class HydraState(struct.PyTreeNode):
+    """What is known of the text.
+
+    Attributes:
+      hidden: [B, D]. c of the position before the root.
+      cache: of Hydra++'s layer, a slot per position; None without it.
+    """
+
+    hidden: jax.Array
+    cache: KVCache | None
 
 
 @struct.dataclass
 class Hydra(HeadsDrafter):
-    """Drafts of Hydra's heads, `own` of `dlm.heads.hydra.load`.
+    """Drafts of Hydra's or Hydra++'s heads, `own` of `dlm.heads.hydra.load`.
 
     Attributes:
       is_sampled: whether siblings are drawn without replacement, for `SpeculativeSampling`; else
@@ -31,10 +44,32 @@ class Hydra(HeadsDrafter):
 
     is_sampled: bool = struct.field(pytree_node=False, default=False)
 
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> HydraState:
+        cache = None
+        if "prefix" in self.own:
+            cache = init_cache(prefix_config(cfg), batch_size, num_slots)
+        return HydraState(super().init(cfg, batch_size, num_slots), cache)
+
+    def observe(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: HydraState
+    ) -> HydraState:
+        """c of the last position seen; what is behind `seen.count` is overwritten later."""
+        c, cache = read_prefix(
+            self.own,
+            cfg,
+            seen.hidden,
+            positions=seen.start[:, None] + jnp.arange(seen.hidden.shape[1])[None],
+            cache=state.cache,
+            cache_ranges=up_to(seen.start),
+            write_at=seen.start,
+        )
+        last = super().observe(cfg, context, seen.replace(hidden=c), state.hidden)
+        return HydraState(last, cache)
+
     def propose(
-        self, cfg: ModelConfig, context: Context, state: jax.Array
-    ) -> tuple[DraftTree, jax.Array]:
-        embed = context.params["embed"]
+        self, cfg: ModelConfig, context: Context, state: HydraState
+    ) -> tuple[DraftTree, HydraState]:
+        embed, c = context.params["embed"], state.hidden
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             """Logits [B, n, V] of the head of this level, which sees the way to each node."""
@@ -46,7 +81,7 @@ class Hydra(HeadsDrafter):
                 ways.append(way)
             depth = len(ways[0]) - 1
             drafted = embed.at[tokens[:, jnp.array(ways)]].get(mode="clip")  # [B, n, d + 1, D]
-            hidden = jnp.broadcast_to(state[:, None], (*drafted.shape[:2], state.shape[-1]))
+            hidden = jnp.broadcast_to(c[:, None], (*drafted.shape[:2], c.shape[-1]))
             seen = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
             x = head_hidden(self.own, seen, depth)
             flat = unembed_logits(x.reshape(-1, x.shape[-1]), self.own["unembed"][depth])

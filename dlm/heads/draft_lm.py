@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 from flax import struct
+from jax.sharding import Mesh
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
@@ -29,17 +30,33 @@ class Draft(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftLM:
-    """Goes with `train.objectives.distill_spec` as `train.trainable`.
+    """Goes with `train.objectives.distill_spec` and `adaspec` as `train.trainable`.
 
     Attributes:
       checkpoint: folder of the model to start from, with the target's vocabulary.
+      reference: folder of another draft model of the same sizes, which stays as it is, for
+        `train.objectives.adaspec`; "": none.
     """
 
     checkpoint: str
+    reference: str = ""
 
     def specs(self, cfg: ModelConfig) -> Params:
         """Those of the draft model; ValueError if its vocabulary is not the target's."""
         return param_specs(self._draft_cfg(cfg))
+
+    def beside(self, cfg: ModelConfig, mesh: Mesh) -> Params:
+        """The reference, if there is one; ValueError if it is of other sizes."""
+        if not self.reference:
+            return {}
+        draft = self._draft_cfg(cfg)
+        found = dataclasses.replace(read_config(self.reference), dtype=draft.dtype)
+        if found != draft:
+            raise ValueError(
+                f"reference={self.reference!r} is {found} and checkpoint={self.checkpoint!r} "
+                f"{draft}: they must be alike"
+            )
+        return {"reference": load_params(self.reference, draft, mesh)}
 
     def start(self, params: Params, own: Params) -> Params:
         """The weights of the checkpoint."""

@@ -11,10 +11,11 @@ them:
     logits = head_i x                           a matrix per head, at first the model's own
 
 R starts as the selection of c, so that before training every head says what the model says.
-Hydra++ puts a decoder layer over the hidden states of the text before c: `dlm.heads.hydra` has its
-deeper heads (`num_blocks`), not that layer.
+Hydra++ has deeper heads (R = 4) and makes c with one more decoder layer over the hidden states of
+the text. (The public code lets the blocks behind the first share one matrix; here each has its
+own.)
 
-Letters: J heads, R blocks per head, D model width, V vocabulary.
+Letters: B rows, T positions, J heads, R blocks per head, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
+from dlm.layers import decoder_layer, rotary_angles
 from dlm.lm import LanguageModel
-from dlm.params import Params, ParamSpec
+from dlm.params import Params, ParamSpec, param_specs
 from dlm.transformer import output_head
 
 
@@ -39,10 +42,12 @@ class HydraHeads(files.Heads):
     Attributes:
       num_heads: J >= 1.
       num_blocks: R >= 1.
+      has_prefix: whether c is made by a layer of their own (Hydra++).
     """
 
     num_heads: int = 4
     num_blocks: int = 1
+    has_prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.num_blocks < 1:
@@ -51,7 +56,7 @@ class HydraHeads(files.Heads):
             )
 
     def specs(self, cfg: ModelConfig) -> Params:
-        """{"first": one dict per head, "blocks": R - 1 dicts, "unembed"} of `ParamSpec`."""
+        """{"first": one dict per head, "blocks": R - 1 dicts, "unembed"} and perhaps "prefix"."""
         J, D = self.num_heads, cfg.d_model
         block = {
             "w": ParamSpec((J, D, D), (None, "embed", None)),
@@ -65,11 +70,14 @@ class HydraHeads(files.Heads):
             }
             for i in range(J)
         ]
-        return {
+        specs = {
             "first": first,
             "blocks": [block] * (self.num_blocks - 1),
             "unembed": ParamSpec((J, cfg.vocab_size, D), (None, "vocab", "embed")),
         }
+        if self.has_prefix:
+            specs["prefix"] = param_specs(prefix_config(cfg))["layers"]
+        return specs
 
     def start(self, params: Params, own: Params) -> Params:
         """Fresh heads `own`, which say what the model says."""
@@ -79,6 +87,41 @@ class HydraHeads(files.Heads):
             for f in own["first"]
         ]
         return own | {"first": first, "unembed": jnp.broadcast_to(head, own["unembed"].shape)}
+
+
+def prefix_config(cfg: ModelConfig) -> ModelConfig:
+    """The layer that makes c, as a model of its own."""
+    return dataclasses.replace(cfg, n_layers=1)
+
+
+def read_prefix(
+    own: Params,
+    cfg: ModelConfig,
+    hidden: jax.Array,
+    *,
+    positions: jax.Array,
+    window_range: jax.Array | None = None,
+    cache: KVCache | None = None,
+    cache_ranges: jax.Array | None = None,
+    write_at: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """c [B, T, D] of hidden states [B, T, D] in a row, and the cache; without "prefix", as given.
+
+    Args:
+      own: the heads.
+      cfg: the target.
+      hidden: see above.
+      positions, window_range, cache, cache_ranges, write_at: as in `dlm.transformer.forward`.
+    """
+    if "prefix" not in own:
+        return hidden, cache
+    layer = jax.tree.map(lambda x: x[0], own["prefix"])
+    c, written = decoder_layer(
+        hidden, layer, cfg, rotary_angles(positions, cfg), "causal", window_range=window_range,
+        cache=None if cache is None else (cache.k, cache.v), cache_ranges=cache_ranges,
+        layer=jnp.int32(0), write_at=write_at, write_rows=None,
+    )  # fmt: skip
+    return c, cache if written is None else KVCache(*written)
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:

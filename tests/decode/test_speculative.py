@@ -14,6 +14,7 @@ from decode.accept import BlockVerification, Match, SpeculativeSampling, Typical
 from decode.drafters.dflash import DFlash
 from decode.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
 from decode.drafters.eagle import Eagle, EagleBest
+from decode.drafters.hydra import Hydra
 from decode.drafters.jacobi import Jacobi
 from decode.drafters.layer_skip import layer_skip
 from decode.drafters.lookahead import Lookahead
@@ -34,6 +35,7 @@ from dlm import transformer
 from dlm.heads.dflash import DFlashHeads
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.heads.hydra import HydraHeads
 from dlm.params import init_from_specs, init_params
 from dlm.sharding import make_mesh
 from tests.decode.drafters import Adversary
@@ -192,7 +194,7 @@ def test_always_right_and_always_wrong(plain, toy_params):
 DRAFTERS = (
     "draft model", "itself", "sampled", "tree", "sampled tree", "prompt lookup", "latest lookup",
     "recycling", "jacobi", "layer skip", "best tree", "eagle 1", "eagle 3", "eagle 3, best",
-    "dflash", "lookahead", "suffix",
+    "dflash", "lookahead", "suffix", "hydra++",
 )  # fmt: skip
 
 
@@ -200,12 +202,14 @@ def drafters(toy_cfg, toy_params):
     smaller = dataclasses.replace(toy_cfg, n_layers=1)
     params = init_params(jax.random.key(5), smaller)
 
-    def eagle(heads):
+    def heads_of(heads):
         own = init_from_specs(jax.random.key(6), heads.specs(toy_cfg), toy_cfg.jnp_dtype)
-        return heads.network(toy_cfg, heads.start(toy_params, own))
+        return heads.start(toy_params, own)
+
+    def network(heads):
+        return heads.network(toy_cfg, heads_of(heads))
 
     blocks = DFlashHeads(n_layers=2, block_len=5, mask_id=23)
-    own = init_from_specs(jax.random.key(6), blocks.specs(toy_cfg), toy_cfg.jnp_dtype)
     return {
         "draft model": DraftModel(params, smaller, num_drafts=3),
         "itself": DraftModel(toy_params, toy_cfg, num_drafts=3),
@@ -214,16 +218,17 @@ def drafters(toy_cfg, toy_params):
         "sampled tree": DraftModelTree(toy_params, toy_cfg, shape=BUSHY, is_sampled=True),
         "prompt lookup": PromptLookup(num_drafts=4),
         "latest lookup": PromptLookup(num_drafts=4, latest=True),
+        "hydra++": Hydra(heads_of(HydraHeads(num_heads=4, num_blocks=2, has_prefix=True)), BUSHY),
         "recycling": TokenRecycling(shape=BUSHY),
         "lookahead": Lookahead(4, 5, 3),
         "suffix": Suffix(jnp.arange(30) % 7, num_drafts=5, factor=2.0),
         "jacobi": Jacobi(num_guesses=5),
         "layer skip": layer_skip(toy_params, toy_cfg, [0], num_drafts=3),
         "best tree": DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
-        "eagle 1": Eagle(eagle(Eagle1Heads()), BUSHY),
-        "eagle 3": Eagle(eagle(Eagle3Heads()), BUSHY, is_sampled=True),
-        "dflash": DFlash(blocks.network(toy_cfg, own)),
-        "eagle 3, best": EagleBest(eagle(Eagle3Heads(vocab=tuple(range(20)))), 3, 3, 9),
+        "eagle 1": Eagle(network(Eagle1Heads()), BUSHY),
+        "eagle 3": Eagle(network(Eagle3Heads()), BUSHY, is_sampled=True),
+        "dflash": DFlash(network(blocks)),
+        "eagle 3, best": EagleBest(network(Eagle3Heads(vocab=tuple(range(20)))), 3, 3, 9),
     }
 
 

@@ -15,9 +15,9 @@ import dlm
 from configs import causal_lm, draft_heads
 from decode.drafters.dflash import DFlash
 from decode.drafters.eagle import Eagle, EagleBest
-from decode.drafters.hydra import Hydra
+from decode.drafters.hydra import Hydra, HydraState
 from decode.drafters.medusa import Medusa
-from decode.speculative import SpeculativeMethod, _context, init_state
+from decode.speculative import SpeculativeMethod, _context, init_state, prefill, stream
 from decode.tree import chain, from_paths
 from dlm import transformer
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
@@ -29,6 +29,7 @@ from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError, build
 from train.objectives import Context
+from train.objectives.causal import read_text
 from train.objectives.hydra import HydraLoss
 from train.objectives.medusa import MedusaLoss
 
@@ -92,7 +93,9 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     prompts = [[3]]
     method = SpeculativeMethod(Hydra(own, TREE))
     state = init_state(toy_cfg, method, prompts, gen_len=4)
-    tree, _ = method.drafter.propose(toy_cfg, _context(toy_params, method, state), hidden[None])
+    tree, _ = method.drafter.propose(
+        toy_cfg, _context(toy_params, method, state), HydraState(hidden[None], None)
+    )
     tokens = np.asarray(tree.tokens[0])
     for v in range(1, TREE.num_nodes):
         way, u = [], v
@@ -143,6 +146,62 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
         loss, metrics = KINDS[kind][2](on_prompt=on_prompt).loss(params, toy_cfg, batch, CONTEXT)
         np.testing.assert_allclose(loss, total, rtol=1e-4)
         assert set(metrics) == {"loss", "accuracy_2", "accuracy_3", "accuracy_4"}
+
+
+def prefix_by_hand(own, cfg, hidden):
+    """c [n, D] of hidden states [n, D] of a whole text."""
+    layer = dataclasses.replace(cfg, n_layers=1)
+    ones = jnp.ones(cfg.d_model)
+    x = jnp.asarray(hidden)[None]
+    params = {"embed": jnp.zeros((1, cfg.d_model)), "layers": own["prefix"], "final_norm": ones}
+    n = len(hidden)
+    return transformer.forward(
+        params, layer, jnp.zeros((1, n), jnp.int32), positions=jnp.arange(n)[None], mask="causal",
+        mix=(jnp.ones((1, n)), x), feature_layers=(1,),
+    ).features[0]  # fmt: skip
+
+
+def test_the_layer_of_hydra_plus_plus_reads_the_whole_text(toy_cfg, toy_params):
+    """In the middle of texts c is what the layer makes of all hidden states before the root."""
+    cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
+    _, own = fresh("hydra", cfg, toy_params, num_blocks=2, has_prefix=True)
+    own = shaken(own)
+    method = SpeculativeMethod(Hydra(own, TREE))
+    prompts = [[3], *(p for p in random_prompts(cfg, 8) if len(p) > 5)][:3]
+    first = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=9, chunk=4))
+    checked = 0
+    for state in stream(toy_params, cfg, method, first):
+        for b in np.flatnonzero(~np.asarray(state.has_stopped)):
+            text = jnp.asarray(state.tokens[b, : int(state.length[b]) - 1])[None]
+            hidden = transformer.forward(
+                toy_params, cfg, text, positions=jnp.arange(text.shape[1])[None], mask="causal"
+            ).hidden[0]
+            expected = prefix_by_hand(own, cfg, hidden)[-1]
+            checked += 1
+            np.testing.assert_allclose(state.drafter.hidden[b], expected, atol=2e-5)
+    assert checked > 6
+
+
+def test_the_loss_of_hydra_plus_plus(toy_cfg, toy_params):
+    """As Hydra's, of what the layer makes of the hidden states."""
+    batch = make_batch(toy_cfg)
+    _, own = fresh("hydra", toy_cfg, toy_params, has_prefix=True)
+    own = shaken(own)
+    text = read_text(toy_params, toy_cfg, batch, False)
+    losses = []
+    for b in range(len(text.tokens)):
+        start = int(text.start[b])
+        c = prefix_by_hand(own, toy_cfg, text.hidden[b, start:])
+        row = np.asarray(text.tokens[b, start:])
+        for t in range(len(row) - 2):
+            if bool(text.counts[b, start + t + 2]):
+                seen = np.concatenate([c[t], toy_params["embed"][row[t + 1]]])
+                x = hydra.head_hidden(own, jnp.asarray(seen)[None], 0)
+                z = jax.nn.log_softmax(x @ own["unembed"][0].T)[0]
+                losses.append(-float(z[row[t + 2]]))
+    one = own | {"unembed": own["unembed"][:1], "first": own["first"][:1]}
+    loss, _ = HydraLoss().loss(toy_params | {"heads": one}, toy_cfg, batch, CONTEXT)
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
 
 
 @pytest.mark.parametrize("teacher", [False, True])

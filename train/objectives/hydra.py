@@ -3,7 +3,8 @@
 Reference: Ankner et al., arXiv:2402.05109, Sec. 3 and 4, and the public code. As `medusa`, but
 head i (from 0) sees the hidden state h_t and the embeddings of tokens t + 1 to t + 1 + i of the
 text (teacher forcing), and learns token t + 2 + i. With `teacher` it learns the model's own law of
-that token instead (Hydra++): the cross-entropy of softmax(head) under it.
+that token instead (Hydra++): the cross-entropy of softmax(head) under it. Hydra++'s heads see what
+their own layer makes of h_1 .. h_t in place of h_t.
 
 Letters: B batch, T positions, D model width, J heads.
 """
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm.config import ModelConfig
-from dlm.heads.hydra import head_hidden
+from dlm.heads.hydra import head_hidden, read_prefix
 from dlm.params import Params
 from train.objectives import Context
 from train.objectives.causal import read_text
@@ -48,7 +49,9 @@ class HydraLoss:
         embedded = params["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
         T = embedded.shape[1]
         total, metrics = jnp.float32(0), {}
-        seen = text.hidden
+        index = jnp.stack([text.start, jnp.full_like(text.start, T)], axis=1)
+        hidden = jax.lax.stop_gradient(text.hidden)
+        seen, _ = read_prefix(own, cfg, hidden, positions=text.positions, window_range=index)
         for i in range(own["unembed"].shape[0]):
             shifted = jnp.pad(embedded[:, 1 + i :], ((0, 0), (0, 1 + i), (0, 0)))
             seen = jnp.concatenate([seen, shifted], axis=-1)

@@ -1,0 +1,110 @@
+"""AdaSPEC: which tokens are learned, by hand, and a run from target to draft."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import causal_lm, distill_draft
+from dlm import transformer
+from dlm.params import init_params
+from tests.conftest import spread
+from tests.train.test_distill_spec import models
+from tests.train.test_masked_diffusion import make_batch
+from train import loop
+from train.config import ConfigError
+from train.objectives import Context
+from train.objectives.adaspec import AdaSpec, largest
+from train.objectives.distill_spec import DistillSpec
+
+CONTEXT = Context(jax.random.key(0))
+
+
+def with_reference(toy_cfg, toy_params):
+    params = models(toy_cfg, toy_params)
+    return params | {"reference": spread(init_params(jax.random.key(4), params["draft"].cfg))}
+
+
+def test_everything_is_plain_distillation(toy_cfg, toy_params):
+    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    plain = {name: x for name, x in params.items() if name != "reference"}
+    value = lambda objective, params: objective.loss(params, toy_cfg, batch, CONTEXT)
+    ours, theirs = value(AdaSpec(share=1.0), params), value(DistillSpec(), plain)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    np.testing.assert_allclose(ours[1]["acceptance"], theirs[1]["acceptance"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.9])
+def test_the_loss_by_hand(toy_cfg, toy_params, share):
+    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    draft = params["draft"]
+    tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
+    P, found = batch["prompt"].shape[1], []
+    for b in range(len(tokens)):
+        start = int(batch["prompt_start"][b])
+        row = jnp.asarray(tokens[b : b + 1, start:])
+        p, q, r = (
+            np.asarray(jax.nn.softmax(transformer.logits(own, transformer.forward(
+                own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
+            ).hidden)), np.float64)[0]
+            for own, cfg in (
+                (toy_params, toy_cfg), (draft.params, draft.cfg), (params["reference"], draft.cfg),
+            )
+        )  # fmt: skip
+        for i in range(max(P, start + 1), P + int(batch["completion_len"][b])):
+            at = i - 1 - start
+            kl = lambda other, at=at, p=p: (p[at] * np.log(p[at] / other[at])).sum()
+            found.append((kl(q) - kl(r), kl(q)))
+    num = int(np.ceil(share * len(found) - 1e-4))
+    best = sorted(found, key=lambda pair: -pair[0])[:num]
+    loss, metrics = AdaSpec(share=share).loss(params, toy_cfg, batch, CONTEXT)
+    np.testing.assert_allclose(loss, np.mean([kl for _, kl in best]), rtol=1e-4)
+    np.testing.assert_allclose(metrics["gap"], np.mean([gap for gap, _ in best]), rtol=1e-3)
+
+
+def test_only_the_draft_learns(toy_cfg, toy_params):
+    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    gradient = jax.grad(lambda p: AdaSpec().loss(p, toy_cfg, batch, CONTEXT)[0])(params)
+    of_draft = gradient.pop("draft").params
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
+
+
+def test_the_largest_of_those_that_count():
+    values = jnp.asarray([[3.0, 1.0, 2.0, 9.0], [2.0, 2.0, 0.0, -1.0]])
+    counts = jnp.asarray([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+    expected = {0.2: [(0, 0)], 0.4: [(0, 0), (0, 2)], 0.5: [(0, 0), (0, 2), (1, 0)]}
+    for share, chosen in expected.items():
+        assert list(zip(*np.nonzero(largest(values, counts, share)), strict=True)) == chosen
+    assert largest(values, counts, 1.0).sum() == 5
+    assert not largest(values, counts & False, 0.4).any()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_reference(tmp_path):
+    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+    config = causal_lm.get_config("scan,runlocal")
+    config.model.n_layers, config.train.seed = 1, 7
+    draft = loop.run(config, tmp_path / "draft")
+    for name, arg in (("reference", "scan,runlocal"), ("adaspec", "scan,adaspec,runlocal")):
+        config = distill_draft.get_config(arg)
+        config.train.init_from = str(target.model_path)
+        config.train.trainable.checkpoint = str(draft.model_path)
+        if name == "adaspec":
+            with pytest.raises((ConfigError, ValueError), match=r"reference='' must be the folder"):
+                loop.run(config, tmp_path / name)
+            config.train.trainable.reference = str(target.model_path)
+            with pytest.raises((ConfigError, ValueError), match="they must be alike"):
+                loop.run(config, tmp_path / "other")
+            config.train.trainable.reference = str(tmp_path / "reference" / "model")
+            name = "again"
+        result = loop.run(config, tmp_path / name)
+    assert np.isfinite(result.metrics["loss"]) and "gap" in result.metrics
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"share=0.0 must be in \(0, 1\]"):
+        AdaSpec(share=0.0)
+    assert dataclasses.replace(AdaSpec(), share=1.0).share == 1.0

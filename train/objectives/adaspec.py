@@ -1,0 +1,108 @@
+"""A draft model learns the target's law where it can: on tokens that another one has learned.
+
+Reference: Hu et al., "AdaSPEC: Selective Knowledge Distillation for Efficient Speculative
+Decoders", arXiv:2510.19779, Sec. 3. A reference, the same draft model after plain distillation
+(`distill_spec` with "kl"), tells which tokens are within reach of a model of this size. With p, q
+and r the laws of target, draft and reference, per token of the completions
+
+    gap = KL(p || q) - KL(p || r)
+    loss = mean of KL(p || q) over the share of the batch's tokens that have the largest gaps
+
+No gradient flows through gaps, target or reference.
+
+Letters: B batch, T positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.heads.draft_lm import Draft
+from dlm.params import Params
+from train.objectives import Context
+from train.objectives.causal import read_text
+from train.objectives.ps_kd import in_chunks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaSpec:
+    """Goes with `dlm.heads.draft_lm:DraftLM` with a `reference` as `train.trainable`.
+
+    Attributes:
+      share: of tokens that are learned, in (0, 1] (published: 0.4); 1: plain distillation.
+      on_prompt: whether tokens of the prompt are learned too.
+    """
+
+    share: float = 0.4
+    on_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be in (0, 1]")
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `train.objectives`; `params` have "draft", "reference".
+
+        Returns:
+          Scalar float32, and metrics: "loss", "acceptance" as `DistillSpec`, over all tokens, and
+          "gap", the mean of those learned.
+
+        Raises:
+          ValueError: there is no reference.
+        """
+        if "reference" not in params:
+            raise ValueError("train.trainable.reference='' must be the folder of a draft model")
+        ours: Draft = params["draft"]
+        target = {n: x for n, x in params.items() if n not in ("draft", "reference")}
+        reference = params["reference"]
+        frozen = jax.lax.stop_gradient(
+            (
+                read_text(target, cfg, batch, self.on_prompt).hidden[:, :-1],
+                read_text(reference, ours.cfg, batch, self.on_prompt).hidden[:, :-1],
+            )
+        )
+        text = read_text(ours.params, ours.cfg, batch, self.on_prompt)
+
+        def one_chunk(
+            hidden: jax.Array, of_target: jax.Array, of_reference: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            log_p, log_q, log_r = (
+                jax.nn.log_softmax(transformer.logits(own, x))
+                for own, x in (
+                    (target, of_target), (ours.params, hidden), (reference, of_reference),
+                )
+            )  # fmt: skip
+            log_p, log_r = jax.lax.stop_gradient((log_p, log_r))
+            p = jnp.exp(log_p)
+            kl = (p * (log_p - log_q)).sum(axis=-1)
+            gap = jax.lax.stop_gradient(kl) - (p * (log_p - log_r)).sum(axis=-1)
+            return kl, gap, jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
+
+        kl, gap, accepted = in_chunks(one_chunk, text.hidden[:, :-1], *frozen)
+        counts = text.counts[:, 1:]
+        chosen = largest(gap, counts, self.share)
+        mean = lambda x, mask: jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)  # noqa: E731
+        loss = mean(kl, chosen)
+        return loss, {
+            "loss": loss, "acceptance": mean(accepted, counts), "gap": mean(gap, chosen)
+        }  # fmt: skip
+
+
+def largest(values: jax.Array, counts: jax.Array, share: float) -> jax.Array:
+    """[B, n] bool: the `share` of the entries that count with the largest values, rounded up.
+
+    Of equal values the first ones are taken.
+    """
+    flat = jnp.where(counts, values, -jnp.inf).reshape(-1)
+    order = jnp.argsort(-flat, stable=True)
+    rank = jnp.zeros(flat.shape, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    num = jnp.ceil(share * counts.sum() - 1e-4)  # 0.4 of 5 is two, whatever float32 says
+    return counts & (rank.reshape(counts.shape) < num)
