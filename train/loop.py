@@ -155,7 +155,7 @@ def run(
         if start is None:
             if frozen is not None and hasattr(trainable, "start"):
                 fresh = jax.jit(functools.partial(init_from_specs, init_key, specs, master_dtype))
-                given = trainable.start(frozen, fresh())
+                given = trainable.start(cfg, frozen, fresh())
             state = first_state(init_key, given, specs, master_dtype, optim, shardings)
         else:
             abstract = abstract_state(specs, master_dtype, optim, shardings)

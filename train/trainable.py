@@ -9,7 +9,7 @@ A trainable is a frozen dataclass with
 where `params` are those of `train.init_from`, which are never changed, and `own` are the ones that
 are learned. There may also be
 
-    start(params, own)         fresh parameters that follow from the model
+    start(cfg, params, own)    fresh parameters that follow from the model
     beside(cfg, mesh)          further parameters that stay as they are, added to `params`
     rate(updates)              updates of `own`, some of them scaled
 

@@ -160,7 +160,7 @@ class DFlashHeads(files.Heads):
             "context_norm": ParamSpec((D,), (None,), fill=1.0),
         }
 
-    def start(self, params: Params, own: Params) -> Params:
+    def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, whose final norm becomes the model's."""
         return own | {"final_norm": params["final_norm"].astype(own["final_norm"].dtype)}
 

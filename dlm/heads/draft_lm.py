@@ -58,7 +58,7 @@ class DraftLM:
             )
         return {"reference": load_params(self.reference, draft, mesh)}
 
-    def start(self, params: Params, own: Params) -> Params:
+    def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """The weights of the checkpoint."""
         loaded = load_params(self.checkpoint, read_config(self.checkpoint))
         return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), loaded, own)

@@ -67,7 +67,7 @@ class Eagle1Heads(EagleHeads):
             "fc_bias": ParamSpec((D,), (None,)),
         }
 
-    def start(self, params: Params, own: Params) -> Params:
+    def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, with which states are at first about the features."""
         D = own["fc_bias"].shape[0]
         same = jnp.eye(D, dtype=own["fc"].dtype)

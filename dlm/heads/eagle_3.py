@@ -118,7 +118,7 @@ class Eagle3Heads(EagleHeads):
             "unembed": ParamSpec((num_ids, D), ("vocab", "embed"), D**-0.5),
         }
 
-    def start(self, params: Params, own: Params) -> Params:
+    def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, whose output head becomes the model's."""
         head = output_head(params).astype(own["unembed"].dtype)
         norm = params["final_norm"].astype(own["final_norm"].dtype)

@@ -79,7 +79,7 @@ class HydraHeads(files.Heads):
             specs["prefix"] = param_specs(prefix_config(cfg))["layers"]
         return specs
 
-    def start(self, params: Params, own: Params) -> Params:
+    def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, which say what the model says."""
         head = output_head(params).astype(own["unembed"].dtype)
         first = [

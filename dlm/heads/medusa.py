@@ -57,7 +57,7 @@ class MedusaHeads(files.Heads):
             "unembed": ParamSpec((J, cfg.vocab_size, D), (None, "vocab", "embed")),
         }
 
-    def start(self, params: Params, own: Params) -> Params:
+    def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, whose matrices become the model's."""
         head = output_head(params).astype(own["unembed"].dtype)
         return own | {"unembed": jnp.broadcast_to(head, own["unembed"].shape)}

@@ -204,7 +204,7 @@ def drafters(toy_cfg, toy_params):
 
     def heads_of(heads):
         own = init_from_specs(jax.random.key(6), heads.specs(toy_cfg), toy_cfg.jnp_dtype)
-        return heads.start(toy_params, own)
+        return heads.start(toy_cfg, toy_params, own)
 
     def network(heads):
         return heads.network(toy_cfg, heads_of(heads))

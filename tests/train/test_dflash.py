@@ -31,7 +31,7 @@ HEADS = DFlashHeads(n_layers=3, block_len=5, d_ff=20)
 
 def network_of(cfg, params, heads=HEADS):
     fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
-    return heads.network(cfg, shaken(heads.start(params, fresh)))
+    return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
 
 
 def one_block(network, params, features, root):

@@ -41,7 +41,7 @@ TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 def fresh(kind, cfg, params, **sizes):
     heads = KINDS[kind][0](num_heads=3, **sizes)
     return heads, heads.start(
-        params, init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
+        cfg, params, init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
     )
 
 

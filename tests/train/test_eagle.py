@@ -37,7 +37,7 @@ TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [2, 0, 1], 
 def network_of(kind, cfg, params):
     heads = KINDS[kind]
     fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
-    return heads.network(cfg, shaken(heads.start(params, fresh)))
+    return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
 
 
 def features_of(network, cfg, params, tokens):

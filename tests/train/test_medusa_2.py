@@ -1,0 +1,87 @@
+"""Medusa-2: its loss out of others' losses, two learning rates, and a run whose heads fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dlm
+from configs import causal_lm, draft_heads
+from decode.drafters.medusa import Medusa
+from decode.speculative import SpeculativeMethod
+from dlm.heads import medusa
+from dlm.heads.medusa_2 import MedusaJoint
+from dlm.params import init_from_specs
+from tests.decode.test_speculative import random_prompts, run, texts
+from tests.train.test_draft_heads import TREE, fresh, shaken
+from tests.train.test_masked_diffusion import make_batch
+from train import loop
+from train.objectives import Context
+from train.objectives.causal import Causal
+from train.objectives.medusa import MedusaLoss
+from train.objectives.medusa_2 import Medusa2Loss
+
+CONTEXT = Context(jax.random.key(0))
+
+
+def test_the_loss_is_that_of_the_model_and_of_the_heads(toy_cfg, toy_params):
+    batch = make_batch(toy_cfg)
+    own = shaken(fresh("medusa", toy_cfg, toy_params)[1])
+    params = toy_params | {"heads": own, "original": toy_params}
+    value = lambda objective, params: objective.loss(params, toy_cfg, batch, CONTEXT)
+    loss, metrics = value(Medusa2Loss(weight=0.3), params)
+    of_heads, expected = value(MedusaLoss(), toy_params | {"heads": own})
+    of_model, plain = value(Causal(), toy_params)
+    np.testing.assert_allclose(loss, of_model + 0.3 * of_heads, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy_1"], plain["accuracy"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy_3"], expected["accuracy_3"], rtol=1e-6)
+
+
+def test_a_model_that_is_what_it_was_has_nothing_to_learn_from_itself(toy_cfg, toy_params):
+    batch = make_batch(toy_cfg)
+    own = fresh("medusa", toy_cfg, toy_params)[1]
+
+    def value(model):
+        params = model | {"heads": own, "original": toy_params}
+        return Medusa2Loss(weight=0, from_itself=True).loss(params, toy_cfg, batch, CONTEXT)[0]
+
+    gradient = jax.grad(value)(toy_params)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-4
+    moved = jax.tree.map(lambda x: x * 1.1, toy_params)
+    assert float(value(moved)) > float(value(toy_params))
+
+
+def test_the_model_learns_at_its_own_rate(toy_cfg, toy_params):
+    joint = MedusaJoint(num_heads=3, model_rate=0.25)
+    own = init_from_specs(jax.random.key(0), joint.specs(toy_cfg), jnp.float32)
+    own = joint.start(toy_cfg, toy_params, own)
+    for ours, theirs in zip(*map(jax.tree.leaves, (own["model"], toy_params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    ones = jax.tree.map(jnp.ones_like, own)
+    slow = joint.rate(ones)
+    assert {float(x.max()) for x in jax.tree.leaves(slow["model"])} == {0.25}
+    assert optax.global_norm(slow["heads"]) == optax.global_norm(ones["heads"])
+    with pytest.raises(ValueError, match="model_rate=-1 must not be negative"):
+        MedusaJoint(model_rate=-1)
+
+
+@pytest.mark.slow
+def test_heads_fit_the_model_they_were_trained_with(tmp_path):
+    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+    config = draft_heads.get_config("scan,medusa,runlocal")
+    config.train.init_from = str(target.model_path)
+    first = loop.run(config, tmp_path / "medusa")
+    config = draft_heads.get_config("scan,medusa_2,runlocal")
+    config.train.init_from = str(target.model_path)
+    config.train.trainable.heads = str(first.model_path)
+    result = loop.run(config, tmp_path / "joint")
+    before, after = dlm.load(target.model_path), dlm.load(result.model_path)
+    assert bool((before.params["embed"] != after.params["embed"]).any())
+    _, own = medusa.load(tmp_path / "joint" / "heads", after)
+    with pytest.raises(ValueError, match="train heads for it"):
+        medusa.load(tmp_path / "joint" / "heads", before)
+    prompts = random_prompts(after.cfg, 8)
+    expected = texts(run(after.params, after.cfg, SpeculativeMethod(), prompts), 8)
+    state = run(after.params, after.cfg, SpeculativeMethod(Medusa(own, TREE)), prompts)
+    assert texts(state, 8) == expected

@@ -1,0 +1,77 @@
+"""A model and Medusa's heads learn together (Medusa-2).
+
+Reference: Cai et al., arXiv:2401.10774, Sec. 2.2.2 and 2.3.2. Beside the heads' loss (`medusa`),
+which now reaches the model too, the model keeps learning the text,
+
+    loss = L_LM + weight * L_Medusa
+
+or, by self-distillation, what it used to say: then L_LM is the cross-entropy of its law under that
+of the model as it was.
+
+Letters: B batch, T positions, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dlm import transformer
+from dlm.config import ModelConfig
+from dlm.heads.medusa import head_hidden
+from dlm.params import Params
+from train.objectives import Context
+from train.objectives.causal import read_text
+from train.objectives.medusa import score_head
+from train.objectives.ps_kd import soft_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Medusa2Loss:
+    """Goes with `dlm.heads.medusa_2:MedusaJoint` as `train.trainable`.
+
+    Attributes:
+      weight: of the heads, >= 0 (published: about 0.2).
+      decay: > 0; of the weight from head to head (published: 0.8).
+      from_itself: whether the model learns what it used to say, not the text.
+      on_prompt: whether tokens of the prompt are learned too.
+    """
+
+    weight: float = 0.2
+    decay: float = 0.8
+    from_itself: bool = False
+    on_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} must not be negative")
+
+    def loss(
+        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch. Args: as `train.objectives`; `params` as `MedusaJoint` gives them.
+
+        Returns:
+          Scalar float32, and metrics: "loss", "model_loss" (L_LM), and "accuracy_1" of the model
+          and "accuracy_2", .. of the heads as `MedusaLoss`.
+        """
+        own, original = params["heads"], params["original"]
+        model = {name: x for name, x in params.items() if name not in ("heads", "original")}
+        text = read_text(model, cfg, batch, self.on_prompt)
+        head = transformer.output_head(model)
+        total, accuracy = score_head(text.hidden, head, text, ahead=1)
+        if self.from_itself:
+            before = read_text(original, cfg, batch, self.on_prompt)
+            each = soft_cross_entropy(model, text.hidden[:, :-1], original, before.hidden[:, :-1])
+            counts = text.counts[:, 1:]
+            total = jnp.where(counts, each, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+        metrics = {"model_loss": total, "accuracy_1": accuracy}
+        for k in range(own["unembed"].shape[0]):
+            hidden = head_hidden(own, text.hidden, k)
+            loss, accuracy = score_head(hidden, own["unembed"][k], text, ahead=k + 2)
+            total += self.weight * self.decay**k * loss
+            metrics[f"accuracy_{k + 2}"] = accuracy
+        return total, {"loss": total, **metrics}
