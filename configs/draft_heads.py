@@ -3,7 +3,7 @@
     python -m train --config=configs/draft_heads.py:python,medusa --workdir=runs/python/medusa \\
         --config.train.init_from=runs/python/target/model
 
-Instead of medusa: hydra, hydra_plus, eagle_1, eagle_3, dflash, or medusa_2, which changes the model,
+Instead of medusa: hydra, hydra_plus, eagle_1, eagle_3, dflash, or medusa_2, which changes the model
 too. Then decode with, for example, `Medusa(load("runs/python/medusa/model", lm)[1])`. References:
 arXiv:2401.10774 (Medusa-1 and -2),
 arXiv:2402.05109 (Hydra, Hydra++), arXiv:2401.15077 (EAGLE-1), arXiv:2503.01840 (EAGLE-3),
