@@ -1,25 +1,30 @@
 """Trains a small autoregressive model and drafters for it, then decodes with each, side by side.
 
     make quickstart-spec
-    python -m scripts.quickstart_spec --workdir=runs/quickstart_spec --tasks=python --seed=1
+    python -m scripts.quickstart_spec --workdir=runs/quickstart_spec --tasks=python --heads=medusa
+    python -m scripts.quickstart_spec --heads=all --seeds=0,1,2 --out=docs       docs/drafters.md
 
-Two texts: the sources of Python's standard library, byte by byte, and SCAN's commands. Per text it
-trains a target, a smaller draft model, and what Medusa, Hydra, Hydra++, EAGLE-1, EAGLE-3 and
-DFlash put beside the target, and decodes held-out prompts greedily with every drafter. All of them
-must write the same text; what differs is how many forwards it takes, and how long.
+Two texts: the sources of Python's standard library, byte by byte, and SCAN's commands. Per text and
+seed it trains a target, a smaller draft model, and what Medusa, Hydra, Hydra++, EAGLE-1, EAGLE-3
+and DFlash put beside the target (`--heads`), and decodes held-out prompts greedily with every
+drafter. All of them must write the same text; what differs is how many forwards it takes, and how
+long.
 
-Writes into the workdir, per text: the models, results.json, results.csv, acceptance.png. Running it
-again continues interrupted training, and skips it where it is done.
+Writes into a folder of the workdir per text and seed: the models, results.json, results.csv,
+acceptance.png. Running it again continues interrupted training, and skips it where it is done. With
+`--out` it also writes a page, whose tables combine all seeds that were ever written there.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -45,7 +50,7 @@ from decode.drafters.token_recycling import TokenRecycling
 from decode.speculative import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
 from decode.tree import from_paths
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
-from scripts.measuring import device, markdown
+from scripts.measuring import device, markdown, with_interval
 from train import loop
 from train.config import ConfigError, build
 from train.host import keep_freed_memory
@@ -66,6 +71,23 @@ TREE = from_paths(
 )
 WIDTH = 6  # of the best tree, which has as many nodes and levels
 PLAIN = "none"
+# Which drafter is said to have more of its drafts accepted than which.
+ORDER = (
+    ("Hydra, tree", "Medusa, tree"),
+    ("Hydra++, tree", "Hydra, tree"),
+    ("EAGLE-1, tree", "Hydra, tree"),
+    ("EAGLE-3, tree", "Hydra, tree"),
+    ("EAGLE-3, tree", "EAGLE-1, tree"),
+    ("EAGLE-3, best tree", "EAGLE-3, tree"),
+    ("draft model, tree", "draft model, chain"),
+)
+_INTRODUCTION = """# Drafters side by side
+
+Written by `python -m scripts.quickstart_spec --heads=all --seeds=0,1,2 --out=docs`: small targets
+(1.0 M parameters), everything trained from nothing per seed; held-out prompts decoded greedily. A
+target this small is no dearer to run than its drafters, so the columns to look at are acceptance
+length (tokens per forward of the target) and forwards; how they turn into time on a larger target
+is what `scripts.bench spec` measures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,49 +121,52 @@ class Measurement:
     speedup: float = 1.0
 
 
-def train(task: str, seed: int, folder: pathlib.Path, smoke: bool) -> None:
+def train(task: str, seed: int, folder: pathlib.Path, heads: list[str], smoke: bool) -> None:
     """Trains whatever of target, draft model and heads is not there yet."""
     variant = "runlocal" if smoke else ""
 
     def fit(config: Any, name: str) -> None:
         config.train.seed = config.data.seed = seed
-        result = loop.run(config, folder / name, f"{task}: {name}")
+        result = loop.run(config, folder / name, f"{task}, seed {seed}: {name}")
         if result.model_path is None:
             raise SystemExit("training was interrupted: run the same command again to continue")
 
     fit(causal_lm.get_config(f"{task},{variant}" if smoke else task), "target")
     fit(causal_lm.get_config(f"{task},{variant or 'draft'}"), "draft")
-    for heads in draft_heads.HEADS:
-        config = draft_heads.get_config(f"{task},{heads}" + (f",{variant}" if smoke else ""))
+    for name in heads:
+        config = draft_heads.get_config(f"{task},{name}" + (f",{variant}" if smoke else ""))
         config.train.init_from = str(folder / "target" / "model")
-        fit(config, heads)
+        fit(config, name)
 
 
-def drafters(lm: dlm.LanguageModel, folder: pathlib.Path) -> dict[str, Drafter]:
+def drafters(
+    lm: dlm.LanguageModel, folder: pathlib.Path, heads: list[str]
+) -> Iterator[tuple[str, Drafter]]:
     """By the names of the table."""
     draft = dlm.load(folder / "draft" / "model")
-    of_medusa = medusa.load(folder / "medusa" / "model", lm)[1]
-    of_hydra = hydra.load(folder / "hydra" / "model", lm)[1]
-    of_hydra_plus = hydra.load(folder / "hydra_plus" / "model", lm)[1]
-    of_eagle_1 = eagle_1.load(folder / "eagle_1" / "model", lm)
-    of_dflash = dflash.load(folder / "dflash" / "model", lm)
-    of_eagle_3 = eagle_3.load(folder / "eagle_3" / "model", lm)
-    return {
-        PLAIN: NoDraft(),
-        "prompt lookup": PromptLookup(num_drafts=8),
-        "suffix decoding": Suffix(num_drafts=8),
-        "token recycling, tree": TokenRecycling(TREE),
-        "lookahead": Lookahead(ngram=4, window=4, num_candidates=4),
-        "draft model, chain": DraftModel(draft.params, draft.cfg, num_drafts=NUM_DRAFTS),
-        "draft model, tree": DraftModelTree(draft.params, draft.cfg, shape=TREE),
-        "Medusa, tree": Medusa(of_medusa, TREE),
-        "Hydra, tree": Hydra(of_hydra, TREE),
-        "Hydra++, tree": Hydra(of_hydra_plus, TREE),
-        "EAGLE-1, tree": Eagle(of_eagle_1, TREE),
-        "EAGLE-3, tree": Eagle(of_eagle_3, TREE),
-        "EAGLE-3, best tree": EagleBest(of_eagle_3, WIDTH, TREE.depth, TREE.num_nodes - 1),
-        "DFlash, chain": DFlash(of_dflash),
-    }
+    yield PLAIN, NoDraft()
+    yield "prompt lookup", PromptLookup(num_drafts=8)
+    yield "suffix decoding", Suffix(num_drafts=8)
+    yield "token recycling, tree", TokenRecycling(TREE)
+    yield "lookahead", Lookahead(ngram=4, window=4, num_candidates=4)
+    yield "draft model, chain", DraftModel(draft.params, draft.cfg, num_drafts=NUM_DRAFTS)
+    yield "draft model, tree", DraftModelTree(draft.params, draft.cfg, shape=TREE)
+    at = {name: folder / name / "model" for name in heads}
+    if "medusa" in at:
+        yield "Medusa, tree", Medusa(medusa.load(at["medusa"], lm)[1], TREE)
+    if "hydra" in at:
+        yield "Hydra, tree", Hydra(hydra.load(at["hydra"], lm)[1], TREE)
+    if "hydra_plus" in at:
+        yield "Hydra++, tree", Hydra(hydra.load(at["hydra_plus"], lm)[1], TREE)
+    if "eagle_1" in at:
+        yield "EAGLE-1, tree", Eagle(eagle_1.load(at["eagle_1"], lm), TREE)
+    if "eagle_3" in at:
+        network = eagle_3.load(at["eagle_3"], lm)
+        yield "EAGLE-3, tree", Eagle(network, TREE)
+        best = EagleBest(network, WIDTH, TREE.depth, TREE.num_nodes - 1)
+        yield "EAGLE-3, best tree", best
+    if "dflash" in at:
+        yield "DFlash, chain", DFlash(dflash.load(at["dflash"], lm))
 
 
 def measure(
@@ -181,7 +206,9 @@ def measure(
     }, [c.canvas for c in completions]
 
 
-def study(task: str, folder: pathlib.Path, num_prompts: int, repeats: int) -> list[Measurement]:
+def study(
+    task: str, folder: pathlib.Path, heads: list[str], num_prompts: int, repeats: int
+) -> list[Measurement]:
     """Every drafter on the same held-out prompts."""
     lm = dlm.load(folder / "target" / "model")
     assert lm.tokenizer is not None
@@ -191,7 +218,7 @@ def study(task: str, folder: pathlib.Path, num_prompts: int, repeats: int) -> li
     prompts = [lm.tokenizer.encode(held_out[int(i)].prompt) for i in order]
     found: list[Measurement] = []
     plain: list[np.ndarray] | None = None
-    for name, drafter in (bar := tqdm(drafters(lm, folder).items(), unit="drafter")):
+    for name, drafter in (bar := tqdm(drafters(lm, folder, heads), unit="drafter")):
         bar.set_description(name)
         values, texts = measure(lm, drafter, prompts, GEN_LEN[task], repeats)
         plain = texts if plain is None else plain
@@ -238,6 +265,60 @@ def draw(found: list[Measurement], title: str, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def combine(rows_of_seeds: list[list[dict[str, Any]]]) -> str:
+    """A line per drafter: means over seeds, with 95 % intervals."""
+    lines = []
+    for row in rows_of_seeds[0]:
+        same = [r for rows in rows_of_seeds for r in rows if r["drafter"] == row["drafter"]]
+        over = lambda key, digits: with_interval([r[key] for r in same], digits)  # noqa: B023, E731
+        lines.append(
+            {
+                "drafter": row["drafter"],
+                "nodes": f"{row['nodes']}",
+                "same text": "yes" if all(r["is_identical"] for r in same) else "NO",
+                "acceptance length": over("acceptance_length", 2),
+                "forwards": over("forwards", 1),
+                "draft forwards": over("draft_forwards", 1),
+                "speed-up": over("speedup", 2),
+            }
+        )
+    return markdown(lines)
+
+
+def compare(rows_of_seeds: list[list[dict[str, Any]]]) -> str:
+    """Differences in acceptance length within a seed, whether they are as published or not."""
+    lengths = [{r["drafter"]: r["acceptance_length"] for r in rows} for rows in rows_of_seeds]
+    found = []
+    for more, less in ORDER:
+        if all(more in of_seed and less in of_seed for of_seed in lengths):
+            gaps = [of_seed[more] - of_seed[less] for of_seed in lengths]
+            found.append({"more": more, "than": less, "by": with_interval(gaps, 2)})
+    return markdown(found) if found else ""
+
+
+def write_page(out: pathlib.Path) -> None:
+    """docs/drafters.md, from all results that lie beside it."""
+    page = [_INTRODUCTION]
+    for task in causal_lm.TASKS:
+        file = out / f"drafters_{task}.json"
+        if not file.is_file():
+            continue
+        seeds = json.loads(file.read_text(encoding="utf-8"))
+        results = [seeds[key] for key in sorted(seeds, key=int)]
+        about, rows = results[0]["about"], [result["rows"] for result in results]
+        devices = sorted({result["about"]["device"] for result in results})
+        page += [
+            f"## {task}",
+            f"{about['batch']} held-out prompts, one batch, {about['gen_len']} tokens, greedy, "
+            f"{about['dtype']}, {', '.join(devices)}; {len(rows)} seeds, means and 95 % intervals "
+            "(Student's t).",
+            combine(rows),
+            "Acceptance lengths compared within a seed:",
+            compare(rows),
+        ]
+    (out / "drafters.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
@@ -245,40 +326,62 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     if unknown := sorted(set(flags.FLAGS.tasks) - set(causal_lm.TASKS)):
         sys.exit(f"error: --tasks has {unknown[0]!r}; there are {' and '.join(causal_lm.TASKS)}")
+    heads = draft_heads.HEADS if flags.FLAGS.heads == ["all"] else flags.FLAGS.heads
+    if unknown := sorted(set(heads) - set(draft_heads.HEADS)):
+        known = ", ".join(draft_heads.HEADS)
+        sys.exit(f"error: --heads has {unknown[0]!r}; there are {known}, and all")
+    for task, seed in itertools.product(flags.FLAGS.tasks, map(int, flags.FLAGS.seeds)):
+        run(task, seed, list(heads))
+
+
+def run(task: str, seed: int, heads: list[str]) -> None:
+    """One text, one seed: from training to tables."""
     smoke = flags.FLAGS.smoke
     num_prompts = 4 if smoke else flags.FLAGS.num_prompts
-    for task in flags.FLAGS.tasks:
-        folder = pathlib.Path(flags.FLAGS.workdir) / task
-        try:
-            train(task, flags.FLAGS.seed, folder, smoke)
-        except ConfigError as error:
-            sys.exit(f"error: {error}")
-        found = study(task, folder, num_prompts, 1 if smoke else flags.FLAGS.repeats)
-        about = {
-            "task": task, "seed": flags.FLAGS.seed, "batch": num_prompts, "gen_len": GEN_LEN[task],
-            "dtype": "float32", "device": device(), "jax": jax.__version__,
-        }  # fmt: skip
-        rows = [dataclasses.asdict(m) for m in found]
-        (folder / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
-        with (folder / "results.csv").open("w", newline="") as file:
-            flat = [{k: v for k, v in row.items() if k != "accepted"} for row in rows]
-            writer = csv.DictWriter(file, flat[0])
-            writer.writeheader()
-            writer.writerows(flat)
-        draw(found, f"{task}: drafts accepted per forward (mean tokens)", folder / "acceptance.png")
-        print(
-            f"\n{task}: {num_prompts} held-out prompts, one batch, {GEN_LEN[task]} tokens, greedy, "
-            f"float32, {device()}:\n\n{table(found)}\n"
-        )
-        print(f"Written: results.json, results.csv and acceptance.png in {folder}\n")
-        if not all(m.is_identical for m in found):
-            sys.exit("error: drafts changed a text, which they never may")
+    folder = pathlib.Path(flags.FLAGS.workdir) / task / f"seed{seed}"
+    try:
+        train(task, seed, folder, heads, smoke)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    found = study(task, folder, heads, num_prompts, 1 if smoke else flags.FLAGS.repeats)
+    about = {
+        "task": task, "seed": seed, "batch": num_prompts, "gen_len": GEN_LEN[task],
+        "dtype": "float32", "device": device(), "jax": jax.__version__,
+    }  # fmt: skip
+    rows = [dataclasses.asdict(m) for m in found]
+    (folder / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    with (folder / "results.csv").open("w", newline="") as file:
+        flat = [{k: v for k, v in row.items() if k != "accepted"} for row in rows]
+        writer = csv.DictWriter(file, flat[0])
+        writer.writeheader()
+        writer.writerows(flat)
+    draw(found, f"{task}: drafts accepted per forward (mean tokens)", folder / "acceptance.png")
+    print(
+        f"\n{task}: {num_prompts} held-out prompts, one batch, {GEN_LEN[task]} tokens, greedy, "
+        f"float32, {device()}:\n\n{table(found)}\n"
+    )
+    print(f"Written: results.json, results.csv and acceptance.png in {folder}\n")
+    if flags.FLAGS.out:
+        out = pathlib.Path(flags.FLAGS.out)
+        out.mkdir(parents=True, exist_ok=True)
+        collected = out / f"drafters_{task}.json"
+        seeds = json.loads(collected.read_text()) if collected.is_file() else {}
+        seeds[str(seed)] = {"about": about, "rows": rows}
+        collected.write_text(json.dumps(seeds, indent=1) + "\n")
+        draw(found, f"{task}: drafts accepted per forward (mean)", out / f"drafters_{task}.png")
+        write_page(out)
+    if not all(m.is_identical for m in found):
+        sys.exit("error: drafts changed a text, which they never may")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/quickstart_spec", "Folder for everything written.")
+    flags.DEFINE_string("out", "", "Folder of a page over all seeds; none if empty.")
     flags.DEFINE_list("tasks", [*causal_lm.TASKS], "Texts.")
-    flags.DEFINE_integer("seed", 0, "Of parameters and the order of the data.")
+    flags.DEFINE_list(
+        "heads", ["medusa", "hydra", "eagle_3", "dflash"], "What is trained beside it, or all."
+    )
+    flags.DEFINE_list("seeds", ["0"], "Of parameters and the order of the data.")
     flags.DEFINE_integer("num_prompts", 8, "Held-out prompts, decoded as one batch.")
     flags.DEFINE_integer("repeats", 5, "Times that every drafter is timed.")
     flags.DEFINE_bool("smoke", False, "A few training steps and prompts: does it run?")

@@ -18,7 +18,8 @@ accurate. So the base model's threshold is tuned as carefully as everything else
 are reported as well.
 
 Everything is resumable, and nothing that is finished is done again. Writes docs/study.md and a
-figure per task beside it (`--out`); models and measurements stay in `--workdir`.
+figure per task beside it (`--out`); a run of some tasks replaces their sections. Models and
+measurements stay in `--workdir`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -210,20 +210,6 @@ def pick(measured: Sequence[Measured], num_pick: int) -> dict[str, Measured]:
 # ---- Reporting ---------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half of its 95 % interval (Student's t); nan of one seed."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.nan
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 2.262)
-    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def with_interval(values: Sequence[float], digits: int) -> str:
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
-
 def table(studies: Sequence[Sequence[Measured]], num_pick: int, published: bool) -> str:
     """A line per system: picked or published settings, over all seeds."""
     rows = []
@@ -245,13 +231,13 @@ def table(studies: Sequence[Sequence[Measured]], num_pick: int, published: bool)
             {
                 "system": system,
                 "setting": "" if system == BASELINE else ", ".join(settings),
-                "accuracy %": with_interval([accuracy for accuracy, _ in parts], 1),
-                "change": with_interval(
+                "accuracy %": measuring.with_interval([accuracy for accuracy, _ in parts], 1),
+                "change": measuring.with_interval(
                     [a - base for (a, _), (base, _) in zip(parts, bases, strict=True)], 1
                 ),
-                "forwards": with_interval([forwards for _, forwards in parts], 2),
-                "tokens/forward": with_interval(tokens, 2),
-                "fewer forwards": with_interval(
+                "forwards": measuring.with_interval([forwards for _, forwards in parts], 2),
+                "tokens/forward": measuring.with_interval(tokens, 2),
+                "fewer forwards": measuring.with_interval(
                     [base / f for (_, f), (_, base) in zip(parts, bases, strict=True)], 2
                 ),
             }
@@ -268,13 +254,13 @@ def goals(studies: Sequence[Sequence[Measured]], num_pick: int) -> str:
         values = [
             chosen[other].part(examples)[1] / chosen[system].part(examples)[1] for chosen in picked
         ]
-        return with_interval(values, 2)
+        return measuring.with_interval(values, 2)
 
     def loss(system: str, other: str) -> str:
         values = [
             chosen[other].part(examples)[0] - chosen[system].part(examples)[0] for chosen in picked
         ]
-        return with_interval(values, 1)
+        return measuring.with_interval(values, 1)
 
     threshold = "base + threshold"
     lines = [
@@ -354,7 +340,7 @@ def main(argv: list[str]) -> None:
     seeds = [int(seed) for seed in flags.FLAGS.seeds]
     out = pathlib.Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    page = [_INTRODUCTION]
+    page = read_sections(out / "study.md")
     for task in flags.FLAGS.tasks:
         folders = [pathlib.Path(flags.FLAGS.workdir) / task / f"seed{seed}" for seed in seeds]
         studies = []
@@ -378,15 +364,24 @@ def main(argv: list[str]) -> None:
             first = sum(i < num_pick for i in members)
             head = f"{group} ({len(members) - first} examples), settings picked on {first} others"
             sections.append(f"{head}:\n\n" + table(own, first, published=False))
-        sections = [f"## {task}", f"![Speed and quality](study_{task}.png)", *sections]
-        page += sections
+        sections = [task, f"![Speed and quality](study_{task}.png)", *sections]
+        page[task] = "\n\n".join(sections)
         draw(studies, num_pick, out / f"study_{task}.png")
         (out / f"study_{task}.json").write_text(
             json.dumps([[summary(m, num_pick) for m in study] for study in studies], indent=1)
         )
         print("\n" + "\n\n".join(sections) + "\n")
-    (out / "study.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    text = "\n\n## ".join([_INTRODUCTION, *page.values()])
+    (out / "study.md").write_text(text + "\n", encoding="utf-8")
     print(f"Written: study.md and, per task, a figure and the numbers behind it in {out}/")
+
+
+def read_sections(path: pathlib.Path) -> dict[str, str]:
+    """The page's section of each task, those of earlier runs of other tasks."""
+    if not path.is_file():
+        return {}
+    sections = path.read_text(encoding="utf-8").rstrip("\n").split("\n\n## ")[1:]
+    return {section.partition("\n")[0]: section for section in sections}
 
 
 def summary(m: Measured, num_pick: int) -> dict[str, Any]:

@@ -109,13 +109,19 @@ def test_bench_kernels_reports_every_case_and_what_failed(tmp_path):
 
 @pytest.mark.exhaustive
 def test_quickstart_spec_writes_the_same_text_with_every_drafter(tmp_path):
-    out = run("scripts.quickstart_spec", f"--workdir={tmp_path}", "--smoke", "--tasks=scan")
+    flags = [f"--workdir={tmp_path}", f"--out={tmp_path}", "--smoke", "--tasks=scan"]
+    out = run("scripts.quickstart_spec", *flags, "--heads=all")
     assert "| Hydra, tree" in out and "| NO" not in out
-    results = json.loads((tmp_path / "scan" / "results.json").read_text())
-    assert len(results["rows"]) == 7 and results["about"]["task"] == "scan"
+    folder = tmp_path / "scan" / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["rows"]) == 14 and results["about"]["task"] == "scan"
     for row in results["rows"]:
         assert row["is_identical"] and sum(row["accepted"]) == pytest.approx(1)
         assert row["acceptance_length"] >= 1 and row["seconds"] > 0
     assert results["rows"][0]["forwards"] >= max(row["forwards"] for row in results["rows"])
-    assert (tmp_path / "scan" / "acceptance.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "scan" / "results.csv").read_text().count("\n") == 8
+    assert (folder / "acceptance.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "results.csv").read_text().count("\n") == 15
+    page = (tmp_path / "drafters.md").read_text()
+    assert "## scan" in page and "| EAGLE-3, tree" in page and "## python" not in page
+    wrong = run("scripts.quickstart_spec", *flags, "--heads=medusae", ok=False)
+    assert "--heads has 'medusae'; there are medusa, hydra" in wrong

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dlm
-from scripts import study
+from scripts import measuring, study
 from scripts.study import BASELINE, Measured
 from train import trajectories
 
@@ -45,10 +45,10 @@ def test_settings_are_picked_on_other_examples():
 
 
 def test_intervals_over_seeds():
-    mean, half = study.interval([1.0, 2.0, 3.0])
+    mean, half = measuring.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 * 1 / math.sqrt(3))
-    assert study.with_interval([1.5], 1) == "1.5"
-    assert study.with_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
+    assert measuring.with_interval([1.5], 1) == "1.5"
+    assert measuring.with_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
 
 
 def test_groups_keep_their_own_examples():
@@ -76,3 +76,13 @@ def test_the_whole_study_once_and_once_more(tmp_path):
     assert (folder / "measured.jsonl").read_text() == log
     assert [m.forwards.tolist() for m in again] == [m.forwards.tolist() for m in found]
     assert times.keys() == {p for p in folder.rglob("*.safetensors")}
+
+
+def test_a_run_of_some_tasks_keeps_the_sections_of_the_others(tmp_path):
+    page = tmp_path / "study.md"
+    assert study.read_sections(page) == {}
+    page.write_text("# Title\n\nText.\n\n## scan\n\nOld.\n\n| a |\n\n## waiting_line\n\nMore.\n")
+    assert study.read_sections(page) == {
+        "scan": "scan\n\nOld.\n\n| a |",
+        "waiting_line": "waiting_line\n\nMore.",
+    }
