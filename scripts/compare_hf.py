@@ -1,0 +1,195 @@
+"""The same model, the same prompts, the same machine: this library and Hugging Face's `generate`.
+
+    pip install -e '.[parity]'
+    python -m scripts.compare_hf --models=runs/quickstart_spec/python/seed0 --task=python
+
+Both read the target and the draft model that `scripts.quickstart_spec` has trained, and decode
+held-out prompts greedily, one at a time: plainly, with the draft model (assisted generation), and
+by prompt lookup, with as many drafts each. Runs alternate, and the median over prompts of the time
+per token is reported; compilation is not (there is one per method). Texts are compared with those
+of Hugging Face's plain decoding.
+
+Forwards are those of the target; the first one of `generate` reads the prompt, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from tqdm import tqdm
+
+import dlm
+from configs import causal_lm
+from decode.complete import collect
+from decode.drafters.contracts import Drafter
+from decode.drafters.draft_model import DraftModel
+from decode.drafters.no_draft import NoDraft
+from decode.drafters.prompt_lookup import PromptLookup
+from decode.speculative import SpeculativeMethod, decode, init_state, prefill
+from scripts.measuring import device, markdown
+from train.config import build
+from train.host import keep_freed_memory
+
+NUM_DRAFTS = {"draft model": 4, "prompt lookup": 8}
+MAX_NGRAM = 3  # of prompt lookup
+Decoder = Callable[[list[int]], tuple[list[int], int, float]]  # tokens, forwards, seconds
+
+
+@dataclasses.dataclass
+class Tally:
+    """One method of one library, over all prompts.
+
+    Attributes:
+      texts: what it wrote.
+      forwards: of the target.
+      seconds: per prompt.
+    """
+
+    texts: list[list[int]] = dataclasses.field(default_factory=list)
+    forwards: list[int] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / float(
+            np.median([s / len(t) for s, t in zip(self.seconds, self.texts, strict=True)])
+        )
+
+
+def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[str, Decoder]]:
+    """Decoders of this library, by method."""
+    lm, draft = (dlm.load(folder / name / "model") for name in ("target", "draft"))
+    drafters: dict[str, Drafter] = {
+        "none": NoDraft(),
+        "draft model": DraftModel(draft.params, draft.cfg, num_drafts=NUM_DRAFTS["draft model"]),
+        "prompt lookup": PromptLookup(NUM_DRAFTS["prompt lookup"], MAX_NGRAM),
+    }
+
+    def decoder(drafter: Drafter) -> Decoder:
+        method = SpeculativeMethod(drafter)
+
+        def run(prompt: list[int]) -> tuple[list[int], int, float]:
+            began = time.perf_counter()
+            state = init_state(lm.cfg, method, [prompt], gen_len=gen_len, prompt_len=prompt_len)
+            state = prefill(lm.params, lm.cfg, method, state)
+            state = jax.block_until_ready(decode(lm.params, lm.cfg, method, state))
+            seconds = time.perf_counter() - began
+            (found,) = collect(state, lm, method)
+            return found.canvas.tolist(), found.num_forwards, seconds
+
+        return run
+
+    for name, drafter in drafters.items():
+        yield name, decoder(drafter)
+
+
+def theirs(folder: pathlib.Path, gen_len: int, eos: int, pad: int) -> Iterator[tuple[str, Decoder]]:
+    """Decoders of Hugging Face, by method."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32).eval()
+        for name in ("target", "draft")
+    )
+    draft.generation_config.num_assistant_tokens = NUM_DRAFTS["draft model"]
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    options: dict[str, dict[str, Any]] = {
+        "none": {},
+        "draft model": {"assistant_model": draft},
+        "prompt lookup": {
+            "prompt_lookup_num_tokens": NUM_DRAFTS["prompt lookup"],
+            "max_matching_ngram_size": MAX_NGRAM,
+        },
+    }
+    calls = [0]
+    target.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+
+    def decoder(extra: dict[str, Any]) -> Decoder:
+        def run(prompt: list[int]) -> tuple[list[int], int, float]:
+            calls[0] = 0
+            tokens = torch.tensor([prompt])
+            began = time.perf_counter()
+            with torch.inference_mode():
+                out = target.generate(
+                    tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=gen_len,
+                    do_sample=False, eos_token_id=eos, pad_token_id=pad, **extra,
+                )  # fmt: skip
+            seconds = time.perf_counter() - began
+            return out[0, len(prompt) :].tolist(), calls[0], seconds
+
+        return run
+
+    for name, extra in options.items():
+        yield name, decoder(extra)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    logging.set_verbosity(logging.WARNING)
+    keep_freed_memory()
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
+    folder, gen_len = pathlib.Path(flags.FLAGS.models), flags.FLAGS.gen_len
+    try:
+        lm = dlm.load(folder / "target" / "model")
+    except OSError as error:
+        sys.exit(f"error: {error}: run scripts.quickstart_spec first")
+    assert lm.tokenizer is not None
+    config = causal_lm.get_config(flags.FLAGS.task).data
+    held_out = build({**config.task, **config.valid}, "task")
+    order = np.random.default_rng(0).permutation(len(held_out))[: flags.FLAGS.num_prompts]
+    prompts = [lm.tokenizer.encode(held_out[int(i)].prompt) for i in order]
+
+    decoders = {("ours", name): run for name, run in ours(folder, gen_len, max(map(len, prompts)))}
+    eos, pad = lm.cfg.eos_token_id, lm.cfg.pad_token_id
+    decoders |= {("transformers", name): run for name, run in theirs(folder, gen_len, eos, pad)}
+    for run in decoders.values():
+        run(prompts[0])  # compiles, or warms up
+    tallies = {key: Tally() for key in decoders}
+    for prompt in tqdm(prompts, unit="prompt"):
+        for key, run in decoders.items():
+            tokens, forwards, seconds = run(prompt)
+            tallies[key].texts.append(tokens)
+            tallies[key].forwards.append(forwards)
+            tallies[key].seconds.append(seconds)
+
+    plain = tallies["transformers", "none"]
+    same = lambda t: sum(a == b for a, b in zip(t.texts, plain.texts, strict=True))  # noqa: E731
+    rows = [
+        {
+            "drafter": name,
+            "library": library,
+            "same text": f"{same(t)}/{len(prompts)}",
+            "forwards": f"{np.mean(t.forwards):.1f}",
+            "tokens/s": f"{t.tokens_per_s:.0f}",
+            "over transformers, plain": f"{t.tokens_per_s / plain.tokens_per_s:.2f}x",
+        }
+        for (library, name), t in sorted(tallies.items(), key=lambda item: item[0][::-1])
+    ]
+    print(
+        f"\n{flags.FLAGS.task}: {len(prompts)} held-out prompts, batch 1, {gen_len} tokens, greedy, "
+        f"float32, {device()}, jax {jax.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}:\n\n{markdown(rows)}\n"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("models", None, "A folder of `scripts.quickstart_spec`.", required=True)
+    flags.DEFINE_enum("task", "python", causal_lm.TASKS, "What they were trained on.")
+    flags.DEFINE_integer("num_prompts", 16, "Held-out prompts.", lower_bound=1)
+    flags.DEFINE_integer("gen_len", 128, "Most tokens of a text.", lower_bound=1)
+    app.run(main)
