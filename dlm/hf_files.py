@@ -183,7 +183,7 @@ def raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
         "architectures": [form.architecture],
         "model_type": form.model_type,
         "torch_dtype": cfg.dtype,
-        "use_cache": False,
+        "use_cache": form.is_causal,
         "vocab_size": cfg.vocab_size,
         **form.extra,
         **{key: supported[0] for key, (supported, _) in form.fixed.items()},

@@ -122,7 +122,7 @@ def theirs(folder: pathlib.Path, gen_len: int, eos: int, pad: int) -> Iterator[t
             with torch.inference_mode():
                 out = target.generate(
                     tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=gen_len,
-                    do_sample=False, eos_token_id=eos, pad_token_id=pad, **extra,
+                    do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad, **extra,
                 )  # fmt: skip
             seconds = time.perf_counter() - began
             return out[0, len(prompt) :].tolist(), calls[0], seconds
@@ -181,8 +181,8 @@ def main(argv: list[str]) -> None:
         for (library, name), t in sorted(tallies.items(), key=lambda item: item[0][::-1])
     ]
     print(
-        f"\n{flags.FLAGS.task}: {len(prompts)} held-out prompts, batch 1, {gen_len} tokens, greedy, "
-        f"float32, {device()}, jax {jax.__version__}, torch {torch.__version__}, "
+        f"\n{flags.FLAGS.task}: {len(prompts)} held-out prompts, batch 1, {gen_len} tokens, "
+        f"greedy, float32, {device()}, jax {jax.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}:\n\n{markdown(rows)}\n"
     )
 

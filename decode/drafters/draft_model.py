@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter, Seen
-from decode.drafters.expansion import check_sizes, expand, expand_best
+from decode.drafters.expansion import BestTree, expand, expand_best
 from decode.sampling import draw, fold_in
 from decode.tree import DraftTree, TreeShape, chain
 from dlm import transformer
@@ -159,38 +159,21 @@ class DraftModelTree(_Model):
 
 
 @struct.dataclass
-class DraftModelBest(_Model):
+class DraftModelBest(BestTree, _Model):
     """The most probable tree of the draft model, another one in every round.
 
     Reference: EAGLE-2, arXiv:2406.16858; see `decode.drafters.expansion.expand_best`. Which nodes
     there are follows from the context alone, so any rule for drafts that were not drawn is exact.
-
-    Attributes:
-      width: nodes that are expanded per level, and children of each. Static.
-      levels: levels below the root, and forwards of the draft model. Static.
-      budget: nodes that are judged, the root aside. Static.
     """
 
-    width: int = struct.field(pytree_node=False, default=10)
-    levels: int = struct.field(pytree_node=False, default=6)
-    budget: int = struct.field(pytree_node=False, default=59)
-
     def validate(self, cfg: ModelConfig) -> None:
-        check_sizes(self.width, self.levels, self.budget, self.draft.vocab_size)
+        super().validate(cfg)
         if self.is_sampled:
             raise ValueError("is_sampled=True does not go with the most probable tree")
 
     @property
-    def is_chain(self) -> bool:
-        return False
-
-    @property
-    def num_nodes(self) -> int:
-        return self.budget + 1
-
-    @property
-    def depth(self) -> int:
-        return self.levels
+    def num_ids(self) -> int:
+        return self.draft.vocab_size
 
     @property
     def forwards_per_round(self) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter, Seen
-from decode.drafters.expansion import check_sizes, expand, expand_best
+from decode.drafters.expansion import BestTree, expand, expand_best
 from decode.drafters.heads import misfit
 from decode.tree import DraftTree, TreeShape, from_paths
 from dlm.cache import KVCache, init_cache, up_to
@@ -221,36 +221,16 @@ class Eagle(_Network):
 
 
 @struct.dataclass
-class EagleBest(_Network):
+class EagleBest(BestTree, _Network):
     """The most probable tree of the network (EAGLE-2), another one in every round.
 
     Which nodes there are follows from the context alone, so any rule for drafts that were not drawn
     is exact.
-
-    Attributes:
-      width: nodes that are expanded per level, and children of each. Static.
-      levels: levels below the root, and forwards of the network. Static.
-      budget: nodes that are judged, the root aside. Static.
     """
 
-    width: int = struct.field(pytree_node=False, default=10)
-    levels: int = struct.field(pytree_node=False, default=6)
-    budget: int = struct.field(pytree_node=False, default=59)
-
-    def validate(self, cfg: ModelConfig) -> None:
-        check_sizes(self.width, self.levels, self.budget, self.network.num_ids)
-
     @property
-    def is_chain(self) -> bool:
-        return False
-
-    @property
-    def num_nodes(self) -> int:
-        return self.budget + 1
-
-    @property
-    def depth(self) -> int:
-        return self.levels
+    def num_ids(self) -> int:
+        return self.network.num_ids
 
     @property
     def forwards_per_round(self) -> int:

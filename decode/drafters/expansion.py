@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from decode.drafters.contracts import Context
+from decode.drafters.contracts import Context, Drafter
 from decode.sampling import fold_in
 from decode.tree import DraftTree, TreeShape
+from dlm.config import ModelConfig
 
 Score = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -126,16 +128,48 @@ def expand_best(
     )
 
 
-def check_sizes(width: int, levels: int, budget: int, num_ids: int) -> None:
-    """Raises ValueError unless `expand_best` can make such a tree of so many different tokens."""
-    if not 1 <= width <= num_ids:
-        raise ValueError(f"width={width} must be in [1, {num_ids}], the tokens it can draft")
-    most = width + (levels - 1) * width**2
-    if levels < 1 or not 1 <= budget <= most:
-        raise ValueError(
-            f"levels={levels} must be at least 1 and budget={budget} in [1, {most}], the nodes "
-            "that are seen"
-        )
+@struct.dataclass
+class BestTree(Drafter):
+    """What drafters of the most probable tree share.
+
+    Attributes:
+      width: nodes that are expanded per level, and children of each. Static.
+      levels: levels below the root, and forwards of who drafts. Static.
+      budget: nodes that are judged, the root aside. Static.
+    """
+
+    width: int = struct.field(pytree_node=False, default=10)
+    levels: int = struct.field(pytree_node=False, default=6)
+    budget: int = struct.field(pytree_node=False, default=59)
+
+    @property
+    def num_ids(self) -> int:
+        """Different tokens that can be drafted."""
+        raise NotImplementedError
+
+    def validate(self, cfg: ModelConfig) -> None:
+        if not 1 <= self.width <= self.num_ids:
+            raise ValueError(
+                f"width={self.width} must be in [1, {self.num_ids}], the tokens it can draft"
+            )
+        most = self.width + (self.levels - 1) * self.width**2
+        if self.levels < 1 or not 1 <= self.budget <= most:
+            raise ValueError(
+                f"levels={self.levels} must be at least 1 and budget={self.budget} in [1, {most}], "
+                "the nodes that are seen"
+            )
+
+    @property
+    def is_chain(self) -> bool:
+        return False
+
+    @property
+    def num_nodes(self) -> int:
+        return self.budget + 1
+
+    @property
+    def depth(self) -> int:
+        return self.levels
 
 
 def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
