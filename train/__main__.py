@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from train import loop
 from train.config import ConfigError
-from train.host import keep_freed_memory
+from train.host import join_cluster, keep_freed_memory
 from train.metrics import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,10 +40,7 @@ def main(argv: Sequence[str]) -> None:
     logging.get_absl_handler().addFilter(_is_ours_or_serious)
     if _COMPILE_CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value)
-    try:
-        jax.distributed.initialize()  # before any other JAX call
-    except ValueError:
-        logging.info("No cluster found: running as a single process.")
+    join_cluster()
     keep_freed_memory()
     try:
         result = loop.run(_CONFIG.value, _WORKDIR.value)

@@ -6,6 +6,7 @@ import ctypes
 import sys
 
 import jax
+from absl import logging
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -24,3 +25,11 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def join_cluster() -> None:
+    """Joins the cluster that JAX finds, if any: before any other JAX call."""
+    try:
+        jax.distributed.initialize()
+    except ValueError:
+        logging.info("No cluster found: running as a single process.")

@@ -22,8 +22,9 @@ rounds that Learn2PD's filter learns from, C positions of the open block each:
     rounds/undecided   [S, C] bool. Positions of the block not decided yet
 
 as a TensorFlow data set in ArrayRecord format (`tfds.builder_from_directory(out)`), without
-TensorFlow. Every shard is written whole or not at all: a rerun goes on behind the last one.
-Processes of a cluster write shards in turn, each on its own devices.
+TensorFlow; and for people results.jsonl, a line per example in their order: index, text, score,
+num_forwards. Every shard is written whole or not at all: a rerun goes on where shards are missing,
+with any number of processes. Processes of a cluster write shards in turn, each on its own devices.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
 from dlm.sharding import make_mesh
+from dlm.tokenizer import Tokenizer
 from train.config import ConfigError, build, to_dict
+from train.host import join_cluster
 
 _NAME = "trajectories"
-_SETTINGS = "settings.json"
+_SETTINGS, _RESULTS = "settings.json", "results.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +203,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
             description=f"Trajectories of {settings.checkpoint}, see {_SETTINGS}",
             check_data=False,
         )
+        _write_results(folder, model.tokenizer)
     return tokens / seconds if seconds else 0.0
 
 
@@ -437,6 +441,24 @@ def open_records(path: str | os.PathLike[str]) -> Sequence[dict[str, Any]]:
     return tfds.builder_from_directory(path).as_data_source("train")
 
 
+def _write_results(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """results.jsonl, from finished shards; whole or not at all."""
+    partial = folder / f"{_RESULTS}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        for record in open_records(folder):
+            tokens = record["completion"].tolist()
+            if tokenizer.eos_token_id in tokens:
+                tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+            line = {
+                "index": int(record["index"]),
+                "text": tokenizer.decode(tokens),
+                "score": float(record["score"]),
+                "num_forwards": int(record["num_forwards"]),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.replace(folder / _RESULTS)
+
+
 # ---- The command -------------------------------------------------------------------------------
 
 
@@ -455,6 +477,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.field=…")
+    join_cluster()
     try:
         tokens_per_s = run(flags.FLAGS.config, flags.FLAGS.out)
     except ConfigError as error:

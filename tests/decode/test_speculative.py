@@ -36,7 +36,7 @@ from dlm.heads.dflash import DFlashHeads
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.heads.hydra import HydraHeads
-from dlm.params import init_from_specs, init_params
+from dlm.params import init_from_specs, init_params, param_shardings
 from dlm.sharding import make_mesh
 from tests.decode.drafters import Adversary
 
@@ -284,17 +284,20 @@ def test_a_row_alone_gives_the_same(toy_cfg, toy_params, name, temperature):
         assert np.allclose(alone.log_prob[0][:n], together.log_prob[b][:n], atol=1e-5)
 
 
-def test_sharded_equals_unsharded(toy_cfg, toy_params):
-    from dlm.params import param_shardings
-
+@pytest.mark.parametrize("name", ["recycling", "eagle 3, best", "dflash", "hydra++", "draft model"])
+def test_sharded_equals_unsharded(toy_cfg, toy_params, name):
+    """Heads and key/value heads that the mesh does not divide are replicated, rows are not."""
     prompts = random_prompts(toy_cfg, 8, seed=4)
-    method = SpeculativeMethod(drafters(toy_cfg, toy_params)["recycling"])
+    method = SpeculativeMethod(drafters(toy_cfg, toy_params)[name])
     expected = texts(run(toy_params, toy_cfg, method, prompts), 8)
-    for axes in (dict(data=8), dict(fsdp=2, tensor=2)):
+    meshes = [dict(data=2, tensor=4), dict(fsdp=2, tensor=2)]
+    if name == "recycling":
+        meshes += [dict(data=8), dict(data=4, tensor=2), dict(tensor=8)]
+    for axes in meshes:
         mesh = make_mesh(**axes)
         params = jax.device_put(toy_params, param_shardings(toy_cfg, mesh))
         with jax.set_mesh(mesh):
-            assert texts(run(params, toy_cfg, method, prompts), 8) == expected
+            assert texts(run(params, toy_cfg, method, prompts), 8) == expected, axes
 
 
 def test_one_compile_for_prompts_seeds_and_temperatures(toy_cfg, toy_params):

@@ -5,11 +5,13 @@ objective draws nothing, so that the order of rows does not matter. With buckets
 all examples, and batches have the same rows whatever the training set.
 """
 
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 
 import dlm
 from tests.train import toy
-from train import loop
+from train import loop, trajectories
 from train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,7 +53,8 @@ def get_config(mode):
     return config
 
 
-def run_two_processes(workdir, num_steps, mode):
+def start_processes(program, *arguments):
+    """Two processes of a cluster on this machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -61,9 +64,9 @@ def run_two_processes(workdir, num_steps, mode):
         "XLA_FLAGS": "",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(i), str(workdir), str(num_steps), mode],
+            [sys.executable, "-c", program, address, str(i), *arguments],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
@@ -71,7 +74,10 @@ def run_two_processes(workdir, num_steps, mode):
         )
         for i in range(2)
     ]
-    for process in processes:
+
+
+def run_two_processes(workdir, num_steps, mode):
+    for process in start_processes(PROGRAM, str(workdir), str(num_steps), mode):
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err[-3000:]
 
@@ -93,3 +99,47 @@ def test_two_processes_train_and_resume_as_one(tmp_path, mode):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-3, err_msg=name)
     models = (dlm.load(tmp_path / name / "model").params for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *models)
+
+
+COLLECT = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from tests.train.test_multiprocess import collect
+collect(sys.argv[3], sys.argv[4])
+"""
+
+
+def collect(checkpoint, out):
+    config = trajectories.TrajectoryConfig(
+        checkpoint=checkpoint, task={"make": "tests.train.toy:Copy"}, block_len=3, num_examples=24,
+        prompt_len=5, gen_len=6, batch_size=2, examples_per_shard=2,
+    )  # fmt: skip
+    trajectories.run(config, out)
+
+
+@pytest.mark.slow
+def test_a_data_set_decoded_by_two_processes_of_which_one_is_killed(tmp_path):
+    """Any number of processes goes on; the file is complete, and has every example once."""
+    config = toy.get_config()
+    config.train.num_steps = 2
+    checkpoint = str(loop.run(config, tmp_path / "run").model_path)
+    out = tmp_path / "two"
+    processes = start_processes(COLLECT, checkpoint, str(out))
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("*array_record*"))) < 3:  # some are written, others are not
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.02)
+    processes[1].kill()
+    processes[1].communicate()
+    processes[0].kill()  # it would wait for the other one
+    processes[0].communicate()
+    assert not (out / "results.jsonl").exists()
+    for process in start_processes(COLLECT, checkpoint, str(out)):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+    collect(checkpoint, str(tmp_path / "one"))
+    lines = (out / "results.jsonl").read_text()
+    assert lines == (tmp_path / "one" / "results.jsonl").read_text()
+    assert [json.loads(line)["index"] for line in lines.splitlines()] == [*range(24)]

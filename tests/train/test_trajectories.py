@@ -69,6 +69,10 @@ def collected(model_path, tmp_path_factory):
     return out
 
 
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*array_record*")}
 
@@ -77,6 +81,9 @@ def test_records_are_what_the_method_decodes(collected, model_path):
     records, model, task = open_records(collected), dlm.load(model_path), toy.Copy()
     assert len(records) == 10 and "tensorflow" not in sys.modules
     prompts = [model.tokenizer.encode(task[i].prompt) for i in range(10)]
+    for i, (line, record) in enumerate(zip(results(collected), records, strict=True)):
+        assert line["index"] == record["index"] == i
+        assert task.score(task[i], line["text"])["score"] == line["score"] == record["score"]
     method = named("one_per_step", C)
     state = decode(
         model.params, model.cfg, method, init_state(model.cfg, method, prompts, gen_len=G)
