@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from train import loop
 from train.config import ConfigError
-from train.host import join_cluster, keep_freed_memory
+from train.host import STOPPED, join_cluster, keep_freed_memory
 from train.metrics import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     logging.info("Step %d: %s", result.step, result.metrics)
     if result.model_path is None:
         logging.info("Stopped as asked; the same command goes on from here.")
+        sys.exit(STOPPED)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import jax
 from absl import logging
 
+STOPPED = 75  # exit code of a run that was told to stop and has saved: start it again
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -28,8 +30,14 @@ def keep_freed_memory() -> bool:
 
 
 def join_cluster() -> None:
-    """Joins the cluster that JAX finds, if any: before any other JAX call."""
+    """Joins the cluster that JAX finds, if any: before any other JAX call.
+
+    JAX knows TPU pods, Slurm, Kubernetes and Open MPI. Elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say it (`scripts.launch.local`).
+    """
+    number = lambda name: int(os.environ[name]) if name in os.environ else None  # noqa: E731
+    num_processes, process_id = number("JAX_NUM_PROCESSES"), number("JAX_PROCESS_ID")
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
     except ValueError:
         logging.info("No cluster found: running as a single process.")

@@ -78,7 +78,7 @@ def test_command_line_end_to_end(tmp_path):
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "the same command goes on from here" in err
+    assert process.returncode == 75 and "the same command goes on from here" in err
     assert "Starting from fresh parameters" in err and out == ""
     assert "orbax" not in err  # other packages' notes are left out
 

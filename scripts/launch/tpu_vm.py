@@ -1,0 +1,106 @@
+"""A slice of TPU VMs: makes it (or queues for it), and runs one command on all of its hosts.
+
+    python -m scripts.launch.tpu_vm --name=llada --zone=us-west4-a --type=v5litepod-16 \\
+        --dry_run -- python -m train --config=configs/llada_8b_dparallel.py \\
+        --workdir=gs://bucket/llada --config.train.init_from=gs://bucket/LLaDA-8B-Instruct
+
+Steps: queue for the slice and wait until it is there (`--queued`), or make it at once; copy what is
+committed here to every host; install it with the `tpu` extra; run the command on every host at
+once. The account, the project and permissions are those of `gcloud`. A command that was told to
+stop is run again. `--delete` gives the slice back at the end.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+
+from absl import app, flags
+
+from train.host import STOPPED
+
+FOLDER = "parallel-decoding"  # on every host
+
+
+def steps(command: list[str]) -> list[list[str]]:
+    """The commands to run here, in order."""
+    F = flags.FLAGS
+    tpus = ["gcloud", "compute", "tpus"]
+    where = [F.name, f"--zone={F.zone}"]
+    spot = ["--spot"] if F.spot else []
+    kind = [f"--accelerator-type={F.type}", *spot]
+    make = [[*tpus, "tpu-vm", "create", *where, f"--version={F.version}", *kind]]
+    if F.queued:
+        queue = [*tpus, "queued-resources"]
+        state = shlex.join([*queue, "describe", *where, "--format=value(state.state)"])
+        make = [
+            [
+                *queue,
+                "create",
+                *where,
+                f"--node-id={F.name}",
+                f"--runtime-version={F.version}",
+                *kind,
+            ],
+            ["sh", "-c", f"until {state} | grep -q ACTIVE; do sleep 30; done"],
+        ]
+    archive = "repository.tar.gz"
+    unpack = (
+        f"mkdir -p {FOLDER} && tar -xzf {archive} -C {FOLDER} && cd {FOLDER} && "
+        "python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
+    )
+    run = f"cd {FOLDER} && PATH=$PWD/.venv/bin:$PATH {shlex.join(command)}"
+    on_all = [*tpus, "tpu-vm", "ssh", *where, "--worker=all", "--command"]
+    return [
+        *([] if F.exists else make),
+        ["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"],
+        [*tpus, "tpu-vm", "scp", archive, f"{F.name}:", f"--zone={F.zone}", "--worker=all"],
+        [*on_all, unpack],
+        [*on_all, run],
+    ]
+
+
+def main(argv: list[str]) -> None:
+    command = argv[1:]
+    if not command:
+        raise app.UsageError("there is no command: put one behind --")
+    *before, run = steps(command)
+    F = flags.FLAGS
+    delete = [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "delete",
+        F.name,
+        f"--zone={F.zone}",
+        "--quiet",
+    ]
+    if F.dry_run:
+        for step in (*before, run, *([delete] if F.delete else [])):
+            print(shlex.join(step))
+        return
+    for step in before:
+        print("+", shlex.join(step), file=sys.stderr)
+        subprocess.run(step, check=True)
+    code = STOPPED
+    while code == STOPPED:
+        print("+", shlex.join(run), file=sys.stderr)
+        code = subprocess.run(run).returncode
+    if F.delete:
+        subprocess.run(delete, check=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("name", None, "Of the slice.", required=True)
+    flags.DEFINE_string("zone", None, "Where.", required=True)
+    flags.DEFINE_string("type", "v5litepod-16", "Accelerator type, as gcloud calls it.")
+    flags.DEFINE_string("version", "v2-alpha-tpuv5-lite", "Runtime version.")
+    flags.DEFINE_bool("queued", False, "Queue for it (queued resources).")
+    flags.DEFINE_bool("spot", False, "Cheaper, and may be taken away.")
+    flags.DEFINE_bool("exists", False, "The slice is there already.")
+    flags.DEFINE_bool("delete", False, "Give it back at the end.")
+    flags.DEFINE_bool("dry_run", False, "Only print the commands.")
+    app.run(main)

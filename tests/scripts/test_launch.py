@@ -1,0 +1,112 @@
+"""Launchers: processes of one machine for real, everything else as it would be run."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import yaml
+
+from tests.scripts.test_scripts import ROOT
+
+COMMAND = ["python", "-m", "train", "--config=configs/x.py:a b", "--workdir=gs://bucket/x"]
+
+
+def launch(name, *arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.launch.{name}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def local(tmp_path, program, *flags, num=2, code=0):
+    """Runs a Python program in every process; who writes where."""
+    flags = (f"--processes={num}", f"--logs={tmp_path}", *flags)
+    out = launch("local", *flags, "--", sys.executable, "-c", program, str(tmp_path), code=code)
+    return out, [p.read_text() for p in sorted(tmp_path.glob("process_*.log"))]
+
+
+def test_every_process_knows_who_it_is(tmp_path):
+    out, logs = local(
+        tmp_path,
+        "import os; print(*(os.environ[f'JAX_{n}'] for n in "
+        "('PROCESS_ID', 'NUM_PROCESSES', 'COORDINATOR_ADDRESS')))",
+        num=3,
+    )
+    lines = [text.split() for text in (out, *logs)]
+    assert [line[:2] for line in lines] == [["0", "3"], ["1", "3"], ["2", "3"]]
+    assert len({line[2] for line in lines}) == 1 and lines[0][2].startswith("localhost:")
+
+
+def test_processes_are_a_cluster_of_jax(tmp_path):
+    out, _ = local(
+        tmp_path,
+        "from train.host import join_cluster; join_cluster()\n"
+        "import jax; from jax.experimental import multihost_utils as m\n"
+        "print(m.process_allgather(jax.numpy.int32(jax.process_index() + 5)).tolist())",
+    )
+    assert [5, 6] in [json.loads(line) for line in out.splitlines() if line[:2] == "[5"]
+
+
+def test_one_that_fails_ends_the_others(tmp_path):
+    program = (
+        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit(3)\ntime.sleep(100)"
+    )
+    assert local(tmp_path, program, code=3)[0] == ""
+
+
+def test_those_that_stopped_are_started_again(tmp_path):
+    """Each process counts its starts; at the third one it is done."""
+    program = """
+import os, pathlib, sys
+count = pathlib.Path(sys.argv[1], os.environ["JAX_PROCESS_ID"])
+count.write_text(count.read_text() + "." if count.exists() else ".")
+sys.exit(0 if len(count.read_text()) == 3 else 75)
+"""
+    local(tmp_path, program, "--restarts=1", code=75)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == ".."
+    local(tmp_path, program, "--restarts=1")
+    assert (tmp_path / "1").read_text() == "..."
+
+
+def test_dry_runs_say_what_would_be_run():
+    out = launch("local", "--processes=2", "--dry_run", "--", *COMMAND)
+    assert [shlex.split(line)[-5:] for line in out.splitlines()] == [COMMAND, COMMAND]
+
+    flags = ["--name=a", "--zone=z", "--type=v5litepod-16", "--dry_run"]
+    lines = launch("tpu_vm", *flags, "--", *COMMAND).splitlines()
+    steps = [shlex.split(line) for line in lines]
+    assert steps[0][:5] == ["gcloud", "compute", "tpus", "tpu-vm", "create"]
+    assert "--accelerator-type=v5litepod-16" in steps[0] and "--worker=all" in steps[-1]
+    assert steps[-1][-1].endswith(shlex.join(COMMAND))  # quoted once more for the hosts
+    queued = launch("tpu_vm", *flags, "--queued", "--spot", "--delete", "--", *COMMAND)
+    assert "queued-resources create a --zone=z" in queued and "--spot" in queued
+    assert queued.splitlines()[-1].startswith("gcloud compute tpus tpu-vm delete a")
+    assert "create" not in launch("tpu_vm", *flags, "--exists", "--", *COMMAND)
+
+    script = launch("slurm", "--nodes=2", "--gpus_per_node=4", "--dry_run", "--", *COMMAND)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "#SBATCH --nodes=2\n" in script and "#SBATCH --ntasks-per-node=4\n" in script
+    assert f"srun --kill-on-bad-exit=1 {shlex.join(COMMAND)}\n" in script
+    assert '-eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"' in script
+
+    flags = ["--name=a", "--image=i:1", "--topology=4x4", "--dry_run"]
+    jobset = yaml.safe_load(launch("gke", *flags, "--", *COMMAND))
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 4
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"] == COMMAND
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pathlib.Path(ROOT, "scripts", "launch").is_dir()
+
+
+def test_a_launcher_without_a_command_says_so():
+    for name, flags in (("local", []), ("gke", ["--name=a", "--image=i"])):
+        done = subprocess.run(
+            [sys.executable, "-m", f"scripts.launch.{name}", *flags],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 1 and "there is no command" in done.stdout + done.stderr
