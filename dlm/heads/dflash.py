@@ -65,6 +65,11 @@ class DFlashNetwork(struct.PyTreeNode):
     block_len: int = struct.field(pytree_node=False)
     mask_id: int = struct.field(pytree_node=False)
 
+    @property
+    def feature_width(self) -> int:
+        """Numbers per position of what it reads."""
+        return self.cfg.d_model * len(self.feature_layers)
+
     def context(self, features: jax.Array) -> jax.Array:
         """c [B, T, D] of features [B, T, n D]."""
         return rms_norm(

@@ -37,20 +37,23 @@ def network_of(cfg, params, heads=HEADS):
 
 def one_block(network, params, features, root):
     """Final states [b, D] of the block behind positions 0 .. n - 1 with `features` [n, F]."""
-    cfg, n, b = network.cfg, len(features), network.block_len
-    c = network.context(features[None]) if n else jnp.zeros((1, 0, cfg.d_model))
+    cfg, n, b, most = network.cfg, len(features), network.block_len, 24  # one length of contexts
+    padded = np.zeros((1, most, network.feature_width), np.float32)
+    padded[0, :n] = features
+    c = network.context(jnp.asarray(padded))
     x = params["embed"][jnp.array([root] + [network.mask_id] * (b - 1))][None]
-    place = jnp.arange(n + b)[None]
+    place = jnp.asarray([*range(n), *[0] * (most - n), *range(n, n + b)])[None]
     for i in range(cfg.n_layers):
         p = jax.tree.map(lambda x, i=i: x[i], network.own["layers"])
         h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
         both = jnp.concatenate([c, h], axis=1)
-        q, k, v = project_qkv(both, p["attention"], cfg, rotary_angles(place, cfg))
-        q = np.asarray(q[0, n:], np.float64)
-        k, v = (
-            np.repeat(np.asarray(a[0], np.float64), q.shape[1] // a.shape[2], axis=1)
-            for a in (k, v)
+        q, k, v = (
+            np.asarray(a[0], np.float64)
+            for a in project_qkv(both, p["attention"], cfg, rotary_angles(place, cfg))
         )
+        q = q[most:]
+        k, v = (np.concatenate([a[:n], a[most:]]) for a in (k, v))
+        k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
         s = np.einsum("tnh,snh->tns", q, k) / np.sqrt(q.shape[-1])
         w = np.exp(s - s.max(axis=-1, keepdims=True))
         out = np.einsum("tns,snh->tnh", w / w.sum(axis=-1, keepdims=True), v)

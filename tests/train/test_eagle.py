@@ -41,32 +41,42 @@ def network_of(kind, cfg, params):
     return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
 
 
+MOST = 40  # positions; one length, so that little is compiled
+
+
 def features_of(network, cfg, params, tokens):
     """[n, F] of a row."""
+    padded = jnp.asarray([[*tokens, *[0] * (MOST - len(tokens))]], jnp.int32)
     output = transformer.forward(
-        params, cfg, jnp.asarray([tokens], jnp.int32), positions=jnp.arange(len(tokens))[None],
-        mask="causal", feature_layers=network.feature_layers,
+        params, cfg, padded, positions=jnp.arange(MOST)[None], mask="causal",
+        feature_layers=network.feature_layers,
     )  # fmt: skip
-    return (output.features if network.feature_layers else output.hidden)[0]
+    return (output.features if network.feature_layers else output.hidden)[0, : len(tokens)]
 
 
 def last_state(network, params, pairs):
     """What the network leaves at the last of pairs (state, token, position), all in a row."""
-    states, tokens, positions = zip(*pairs, strict=True)
-    embedded = params["embed"][jnp.asarray(tokens)][None]
-    x, residual = network.enter(embedded, jnp.stack(states)[None])
+    n = len(pairs)
+    states, tokens, positions = (
+        np.asarray([*x, *[x[0]] * (MOST - n)]) for x in zip(*pairs, strict=True)
+    )
+    x, residual = network.enter(params["embed"][tokens][None], jnp.asarray(states)[None])
     q, k, v = network.project(x, jnp.asarray(positions, jnp.int32)[None])
-    q, k, v = (np.asarray(a[0], np.float64) for a in (q, k, v))
+    q, k, v = (np.asarray(a[0, :n], np.float64) for a in (q, k, v))
     k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
     s = np.einsum("nh,snh->ns", q[-1], k) / np.sqrt(q.shape[-1])
     w = np.exp(s - s.max(axis=1, keepdims=True))
     attended = np.einsum("ns,snh->nh", w / w.sum(axis=1, keepdims=True), v)
-    return network.leave(jnp.asarray(attended, jnp.float32)[None, None], residual[:, -1:])[0, 0]
+    return network.leave(jnp.asarray(attended, jnp.float32)[None, None], residual[:, n - 1 : n])[
+        0, 0
+    ]
 
 
 def roll(network, params, features, tokens, drafted):
     """The state behind the text x_0 .. x_n, its features f_0 .. f_{n-1}, and some drafts."""
-    begun = network.begin(features[None])[0]
+    num = len(tokens) - 1
+    padded = np.pad(np.asarray(features[:num]), ((0, MOST - num), (0, 0)))
+    begun = np.asarray(network.begin(jnp.asarray(padded)[None])[0])
     pairs = [(begun[t], tokens[t + 1], t) for t in range(len(tokens) - 1)]
     state = last_state(network, params, pairs)
     for i, token in enumerate(drafted):
