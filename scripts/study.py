@@ -296,6 +296,10 @@ def draw(studies: Sequence[Sequence[Measured]], num_pick: int, path: pathlib.Pat
             markersize=12 if system == BASELINE else 4, capsize=2, label=system,
         )  # fmt: skip
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [t for t in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("forwards per answer (log)")
     axes.set_ylabel("accuracy (%)")
     axes.grid(alpha=0.3, which="both")
