@@ -60,9 +60,10 @@ LENGTHS = ("prompt_len", "gen_len", "block_len", "tokens_per_round")
 USABLE = 0.98
 _INTRODUCTION = """# Models on TPU slices
 
-Written by `python -m scripts.plan_pod --out=docs` on a machine without a TPU: every program was
-compiled ahead of time for the slice that is named, and none has run on one. `scripts/plan_pod.py`
-says how each column is counted. GiB per device (a chip; half a chip on v4 and tpu7x)."""
+Written by `python -m scripts.plan_pod --slices={slices} --out=docs` on a machine without a TPU: every
+program was compiled ahead of time for the slice that is named, and none has run on one.
+`scripts/plan_pod.py` says how each column is counted. GiB per device (a chip; half a chip on v4 and
+tpu7x)."""
 
 
 Mesh = tuple[tuple[str, int], ...]  # sizes of axes
@@ -273,7 +274,10 @@ def draw(found: dict[Case, dict[str, Any]], path: pathlib.Path) -> None:
         hbm = aot.chip_of(case.slice).hbm_gib
         axes.plot([hbm, hbm], [i - 0.4, i + 0.4], color="tab:red", linewidth=2)
     axes.set_xscale("symlog", linthresh=16)
-    axes.set_xlabel("GiB per chip (linear up to 16); red: what a chip has")
+    most = max(aot.chip_of(case.slice).hbm_gib for case in chosen)
+    ticks = [t for t in (0, 4, 8, 12, 16, 32, 64, 96) if t <= most]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xlabel("GiB per chip (logarithmic from 16 on); red: what a chip has")
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
@@ -312,7 +316,8 @@ def main(argv: list[str]) -> None:
     )
     print("\n" + text)
     draw(found, out / "pods.png")
-    page = f"{_INTRODUCTION}\n\n![Memory](pods.png)\n\n{text}"
+    introduction = _INTRODUCTION.format(slices=",".join(flags.FLAGS.slices))
+    page = f"{introduction}\n\n![Memory](pods.png)\n\n{text}"
     (out / "pods.md").write_text(page, encoding="utf-8")
     print(f"Written: pods.md, pods.png and pods.json in {out}")
 
