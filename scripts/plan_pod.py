@@ -60,8 +60,8 @@ LENGTHS = ("prompt_len", "gen_len", "block_len", "tokens_per_round")
 USABLE = 0.98
 _INTRODUCTION = """# Models on TPU slices
 
-Written by `python -m scripts.plan_pod --slices={slices} --out=docs` on a machine without a TPU: every
-program was compiled ahead of time for the slice that is named, and none has run on one.
+Written by `python -m scripts.plan_pod --slices={slices} --out=docs` on a machine without a TPU:
+every program was compiled ahead of time for the slice that is named, and none has run on one.
 `scripts/plan_pod.py` says how each column is counted. GiB per device (a chip; half a chip on v4 and
 tpu7x)."""
 
