@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -50,12 +51,11 @@ def make_mesh(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, "
             f"but there are {len(devices)}: choose sizes whose product is at most that"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor),
-        MESH_AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=devices[:size],
+    # Axes may share a dimension of the slice: 8 tensor shards on 4 x 4 chips, for example.
+    placed = mesh_utils.create_device_mesh(
+        (data, fsdp, tensor), devices[:size], allow_split_physical_axes=True
     )
+    return Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def _partition_spec(

@@ -102,6 +102,22 @@ print(json.dumps([
 
 
 @needs_libtpu
+def test_meshes_lie_on_slices_of_any_kind():
+    """Axes that no dimension of the slice has the size of."""
+    code = """
+import json
+from scripts import aot
+from dlm.sharding import make_mesh
+print(json.dumps([
+    make_mesh(**axes, devices=aot.devices_of(target)).devices.size
+    for target in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")
+    for axes in (dict(tensor=16), dict(data=2, tensor=8), dict(fsdp=8, tensor=2))
+]))
+"""
+    assert in_a_process(code) == [16] * 9
+
+
+@needs_libtpu
 @pytest.mark.exhaustive
 def test_a_plan_of_llada_8b(tmp_path):
     """No full logits and no cache travel between chips; a second call compiles nothing."""
