@@ -48,13 +48,11 @@ def up_to(start: jax.Array) -> jax.Array:
     return jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None]
 
 
-def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
-    """Puts keys and values [L, B, T, K, H] into slots start [B] and behind it."""
+def write(cache: KVCache, new: KVCache, start: jax.Array) -> KVCache:
+    """Puts the slots of `new` into slots start [B] and behind it."""
     put = lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0))  # noqa: E731
     by_row = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
-    return KVCache(
-        k=by_row(cache.k, k.swapaxes(2, 3), start), v=by_row(cache.v, v.swapaxes(2, 3), start)
-    )
+    return jax.tree.map(lambda x, new: by_row(x, new, start), cache, new)
 
 
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
@@ -67,6 +65,5 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
     """
     source = (start[:, None] + index)[None, :, None, :, None]
 
-    # Read before anything is written.
-    k, v = (jnp.take_along_axis(x, source, axis=3).swapaxes(2, 3) for x in (cache.k, cache.v))
-    return write(cache, k, v, start)
+    kept = jax.tree.map(lambda x: jnp.take_along_axis(x, source, axis=3), cache)
+    return write(cache, kept, start)  # all was read before anything is written

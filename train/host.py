@@ -40,4 +40,6 @@ def join_cluster() -> None:
     try:
         jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
     except ValueError:
+        if num_processes is not None:  # a cluster was named, and cannot be joined
+            raise
         logging.info("No cluster found: running as a single process.")

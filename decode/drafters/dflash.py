@@ -72,8 +72,8 @@ class DFlash(Drafter):
         """Context rows of all positions seen; what is behind `seen.count` is overwritten later."""
         assert seen.features is not None
         place = seen.start[:, None] + jnp.arange(seen.features.shape[1])[None]
-        k, v = self.network.keys_values(self.network.context(seen.features), place)
-        return write(state, k, v, seen.start)
+        new = self.network.keys_values(self.network.context(seen.features), place)
+        return write(state, new, seen.start)
 
     def propose(
         self, cfg: ModelConfig, context: Context, state: KVCache

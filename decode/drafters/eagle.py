@@ -210,8 +210,9 @@ class Eagle(_Network):
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             nonlocal states
             if nodes != (0,):
-                tree = self.shape.tree(tokens)
-                read = self._read_nodes(context, tree, states, cache, self.depth)
+                known = slice(nodes[-1] + 1)  # nodes behind the last one are above none of them
+                tree = jax.tree.map(lambda x: x[:, known], self.shape.tree(tokens))
+                read = self._read_nodes(context, tree, states[:, known], cache, self.depth)
                 index = jnp.array(nodes)
                 states = states.at[:, index].set(read[:, index - 1])
             return self.network.logits(context.params, states[:, jnp.array(nodes)])

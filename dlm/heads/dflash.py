@@ -36,7 +36,6 @@ from dlm.heads import files
 from dlm.heads.published import (
     from_published,
     published_layer,
-    published_width,
     read_published,
     to_published,
     write_published,
@@ -76,10 +75,14 @@ class DFlashNetwork(struct.PyTreeNode):
             linear(features, self.own["fc"]), self.own["context_norm"], self.cfg.norm_eps
         )
 
-    def keys_values(self, c: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What all layers attend to, [m, B, T, K, H] each, of context rows at positions [B, T]."""
+    def keys_values(self, c: jax.Array, positions: jax.Array) -> KVCache:
+        """What all layers attend to, a slot per context row of c [B, T, D] at positions [B, T]."""
         angles = rotary_angles(positions, self.cfg)
-        of_layer = lambda p: project_qkv(c, p, self.cfg, angles)[1:]  # noqa: E731
+
+        def of_layer(p: Params) -> KVCache:
+            _, k, v = project_qkv(c, p, self.cfg, angles)
+            return KVCache(k=k.swapaxes(1, 2), v=v.swapaxes(1, 2))
+
         return jax.lax.map(of_layer, self.own["layers"]["attention"])
 
     def blocks(self, roots: jax.Array) -> jax.Array:
@@ -234,8 +237,8 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         head_dim=layers.head_dim,
         mask_id=about["mask_token_id"],
     )
-    stored, names = read_published(root), _names(heads.n_layers)
-    published_width(root, stored, names)
+    names = _names(heads.n_layers)
+    stored = read_published(root, names)
     specs = heads.specs(cfg)
     of_one = jax.tree.map(lambda x: ParamSpec(x.shape[1:], x.axes[1:]), specs["layers"])
     flat = specs | {"layers": [of_one] * heads.n_layers}

@@ -26,7 +26,6 @@ from dlm.heads.eagle import EagleHeads, EagleNetwork, layer_specs
 from dlm.heads.published import (
     from_published,
     published_layer,
-    published_width,
     read_published,
     to_published,
     write_published,
@@ -100,8 +99,8 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> Eagle1Network:
       FileNotFoundError: a file is missing.
       ValueError: it does not fit the target, as EAGLE-3's do not.
     """
-    stored = read_published(path)
-    heads = Eagle1Heads(d_ff=published_width(path, stored, _TENSORS))
+    stored = read_published(path, _TENSORS)
+    heads = Eagle1Heads(d_ff=len(stored["mlp/gate"]))
     own = from_published(path, stored, _TENSORS, heads.specs(cfg), cfg.jnp_dtype)
     return heads.network(cfg, own)
 

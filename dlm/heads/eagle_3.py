@@ -29,7 +29,6 @@ from dlm.heads.eagle import EagleHeads, EagleNetwork, layer_specs
 from dlm.heads.published import (
     from_published,
     published_layer,
-    published_width,
     read_published,
     to_published,
     write_published,
@@ -163,7 +162,7 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> Eagle3Network:
       FileNotFoundError: a file is missing.
       ValueError: it does not fit the target, as EAGLE-1's do not.
     """
-    stored = read_published(path)
+    stored = read_published(path, _TENSORS)
     vocab: tuple[int, ...] = ()
     if "d2t" in stored:
         offsets = stored["d2t"].astype(np.int64)
@@ -171,7 +170,7 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> Eagle3Network:
         if sorted(set(vocab)) != list(vocab):
             raise ValueError(f"{path}: the tokens that d2t stands for must ascend")
         vocab = () if len(vocab) == cfg.vocab_size else vocab
-    heads = Eagle3Heads(d_ff=published_width(path, stored, _TENSORS), vocab=vocab)
+    heads = Eagle3Heads(d_ff=len(stored["mlp/gate"]), vocab=vocab)
     own = from_published(path, stored, _TENSORS, heads.specs(cfg), cfg.jnp_dtype)
     return heads.network(cfg, own)
 

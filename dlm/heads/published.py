@@ -28,20 +28,19 @@ def published_layer(prefix: str) -> dict[str, str]:
     return names | {"mlp_norm": f"{prefix}.post_attention_layernorm.weight"}
 
 
-def read_published(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory; FileNotFoundError if there are none."""
+def read_published(path: str | pathlib.Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """All tensors of a directory, by our names where they have one.
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: one of `names` is missing.
+    """
     with contextlib.ExitStack() as stack:
-        return {k: x[:] for k, x in open_tensors(pathlib.Path(path), stack).items()}
-
-
-def published_width(
-    path: str | pathlib.Path, stored: Mapping[str, np.ndarray], names: Mapping[str, str]
-) -> int:
-    """Width of the MLP; ValueError unless all tensors are there."""
-    if missing := sorted(set(names.values()) - set(stored)):
-        raise ValueError(f"{path} does not hold such a network: {missing[0]} is missing")
-    gate = next(name for ours, name in names.items() if ours.endswith("mlp/gate"))
-    return len(stored[gate])
+        files = open_tensors(pathlib.Path(path), stack)
+        if missing := sorted(set(names.values()) - set(files)):
+            raise ValueError(f"{path} does not hold such a network: {missing[0]} is missing")
+        ours = {theirs: name for name, theirs in names.items()}
+        return {ours.get(theirs, theirs): x[:] for theirs, x in files.items()}
 
 
 def from_published(
@@ -56,12 +55,12 @@ def from_published(
     expected, structure = jax.tree_util.tree_flatten_with_path(specs)
     for at, spec in expected:
         name = jax.tree_util.keystr(at, simple=True, separator="/")
-        x = stored[names[name]]
+        x = stored[name]
         x = x.T if name.endswith(_OUTPUT_FIRST) else x
         merged = (int(np.prod(spec.shape[:-1])), spec.shape[-1])
         if x.shape not in (spec.shape, merged):
             raise ValueError(
-                f"{path}: {names[name]} of shape {list(stored[names[name]].shape)} must have the "
+                f"{path}: {names[name]} of shape {list(stored[name].shape)} must have the "
                 f"numbers of {list(spec.shape)} to go with this target"
             )
         leaves.append(jnp.asarray(x.reshape(spec.shape), dtype))

@@ -1,7 +1,6 @@
 """Launchers: processes of one machine for real, everything else as it would be run."""
 
 import json
-import pathlib
 import shlex
 import subprocess
 import sys
@@ -100,7 +99,6 @@ def test_dry_runs_say_what_would_be_run():
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"] == COMMAND
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert pathlib.Path(ROOT, "scripts", "launch").is_dir()
 
 
 def test_a_launcher_without_a_command_says_so():

@@ -1,17 +1,15 @@
 """AdaSPEC: which tokens are learned, by hand, and a run from target to draft."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import causal_lm, distill_draft
+from configs import distill_draft
 from dlm import transformer
 from dlm.params import init_params
 from tests.conftest import spread
-from tests.train.test_distill_spec import models
+from tests.train.test_distill_spec import models, target_and_draft
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError
@@ -84,10 +82,7 @@ def test_the_largest_of_those_that_count():
 
 @pytest.mark.slow
 def test_a_run_with_a_reference(tmp_path):
-    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
-    config = causal_lm.get_config("scan,runlocal")
-    config.model.n_layers, config.train.seed = 1, 7
-    draft = loop.run(config, tmp_path / "draft")
+    target, draft = target_and_draft(tmp_path)
     for name, arg in (("reference", "scan,runlocal"), ("adaspec", "scan,adaspec,runlocal")):
         config = distill_draft.get_config(arg)
         config.train.init_from = str(target.model_path)
@@ -107,4 +102,3 @@ def test_a_run_with_a_reference(tmp_path):
 def test_refusals():
     with pytest.raises(ValueError, match=r"share=0.0 must be in \(0, 1\]"):
         AdaSpec(share=0.0)
-    assert dataclasses.replace(AdaSpec(), share=1.0).share == 1.0

@@ -87,12 +87,17 @@ def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
     assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
 
 
-@pytest.mark.slow
-def test_a_draft_model_comes_closer_to_its_target(tmp_path):
-    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+def target_and_draft(folder):
+    """The runs of a small target and of a smaller model with its vocabulary."""
+    target = loop.run(causal_lm.get_config("scan,runlocal"), folder / "target")
     config = causal_lm.get_config("scan,runlocal")
     config.model.n_layers, config.train.seed = 1, 7
-    draft = loop.run(config, tmp_path / "draft")
+    return target, loop.run(config, folder / "draft")
+
+
+@pytest.mark.slow
+def test_a_draft_model_comes_closer_to_its_target(tmp_path):
+    target, draft = target_and_draft(tmp_path)
     config = distill_draft.get_config("scan,runlocal")
     config.train.init_from = str(target.model_path)
     config.train.trainable.checkpoint = str(tmp_path / "nowhere")
