@@ -18,12 +18,16 @@ ones included (`gflop`); `needed_gflop` leaves those out. All are timed in turn,
 range between the quartiles over the median. `input_wait` is the share of its time that the training
 loop waits for a batch from `train.data.train_iterator`.
 
-`spec` times rounds of drafting and verifying with trees of 1 to 64 nodes against a bare forward of
-one token, see `scripts.bench_spec`.
+`mfu` is the share of the time of a step that the needed operations take at the speed of that large
+product (of the published peak it would be less). `--preset` and `--dtype` choose the larger model.
+
+`spec` times rounds of drafting and verifying, with trees of 1 to 64 nodes and with every kind of
+drafter, against a bare forward of one token, see `scripts.bench_spec`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import resource
@@ -46,6 +50,7 @@ from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medi
 from train.host import keep_freed_memory
 
 _PRESET = flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
+_DTYPE = flags.DEFINE_string("dtype", "", "Of that model, such as bfloat16; empty: the preset's.")
 _BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
 _PROMPT_LEN = flags.DEFINE_integer("prompt_len", 64, "Prompt tokens.")
 _GEN_LEN = flags.DEFINE_integer("gen_len", 128, "Completion tokens.")
@@ -62,6 +67,9 @@ STEP_COLUMNS = ["batch", "cache", "window", "step_ms", "bare_forward_ms", "step_
                 "roofline_share"]  # fmt: skip
 DECODE_COLUMNS = ["batch", "cache", "rule", "compile_s", "seconds", "tokens_per_s",
                   "forwards_per_row", "peak_memory_mb"]  # fmt: skip
+
+# Of the separate draft model: Llama's own small sibling, or two layers of the model's width.
+DRAFTS = {"llama3_1_8b": PRESETS["llama3_2_1b"]}
 
 STEPS_PER_CALL = 4  # the loop's own overhead is part of a step; dispatch from Python is not
 
@@ -203,11 +211,15 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"benchmarks are `decode`, `train` and `spec`, got {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     cfg = BENCH if _PRESET.value == "bench" else PRESETS[_PRESET.value]
+    if _DTYPE.value:
+        cfg = dataclasses.replace(cfg, dtype=_DTYPE.value)
     batches, repeats = [int(b) for b in _BATCH.value], _REPEATS.value
     lengths = (_PROMPT_LEN.value, _GEN_LEN.value)
     results = []
     if argv[1] == "train":
         keep_freed_memory()  # as `python -m train` does
+        if cfg.mask_token_id is None:  # of an autoregressive preset: as if it were to be converted
+            cfg = dataclasses.replace(cfg, mask_token_id=cfg.vocab_size - 1)
         largest = (max(batches), *lengths)
         made = bench_train.bench_train(_PRESET.value, cfg, largest, repeats)
         for result in tqdm(made, desc="cases", total=4):
@@ -217,8 +229,9 @@ def main(argv: list[str]) -> None:
         return
     ceilings = measure_ceilings(cfg.dtype, repeats)
     if argv[1] == "spec":
+        draft = DRAFTS.get(_PRESET.value, dataclasses.replace(cfg, n_layers=2))
         for batch in tqdm(batches, desc="batch sizes"):
-            for result in bench_spec.bench_spec(cfg, batch, lengths[0], repeats, ceilings):
+            for result in bench_spec.bench_spec(cfg, draft, batch, lengths[0], repeats, ceilings):
                 print(json.dumps(result), flush=True)
                 results.append(result)
         print("\n" + table(results, "spec", bench_spec.COLUMNS))

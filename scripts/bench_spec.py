@@ -1,13 +1,16 @@
-"""What judging a draft tree costs: rounds of W nodes against a one-token forward.
+"""What drafting and verifying cost: rounds of W nodes against a one-token forward.
 
-Used by `python -m scripts.bench spec`. Weights are random, so nothing is said about how much is
-accepted; `break_even` is the acceptance length from which a round of that size pays, drafting for
-free.
+Used by `python -m scripts.bench spec`. Rounds of trees of 1 to 64 nodes that are drafted for free
+say what judging costs; rounds of real drafters, all with one tree (chains: as many drafts as it is
+deep, DFlash a block of 8), say what drafting adds. Weights are random, so nothing is said about how
+much is accepted: `break_even` is the acceptance length from which a round pays, and an acceptance
+length over it is the speed-up.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +19,12 @@ import numpy as np
 from flax import struct
 
 from decode.drafters.contracts import Context, Drafter
+from decode.drafters.dflash import DFlash
+from decode.drafters.draft_model import DraftModel
+from decode.drafters.eagle import Eagle
+from decode.drafters.hydra import Hydra
+from decode.drafters.medusa import Medusa
+from decode.drafters.prompt_lookup import PromptLookup
 from decode.speculative import (
     SpeculativeMethod,
     SpeculativeState,
@@ -25,12 +34,20 @@ from decode.speculative import (
 )
 from decode.tree import DraftTree, TreeShape, chain
 from dlm.config import ModelConfig
-from dlm.params import Params, init_params, num_params
+from dlm.heads.dflash import DFlashHeads
+from dlm.heads.eagle_1 import Eagle1Heads
+from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.heads.hydra import HydraHeads
+from dlm.heads.medusa import MedusaHeads
+from dlm.params import Params, init_from_specs, init_params, num_params
 from dlm.transformer import forward, vocab_stats
+from scripts.quickstart_spec import NUM_DRAFTS, TREE
 from scripts.timing import Ceilings, forward_cost, paired_medians_s
 
 NODES = (1, 8, 32, 64)
-COLUMNS = ["batch", "nodes", "round_ms", "one_token_ms", "break_even", "bound", "roofline_share"]
+COLUMNS = ["batch", "drafter", "nodes", "round_ms", "one_token_ms", "break_even", "bound",
+           "roofline_share"]  # fmt: skip
+FREE = "none"
 ROUNDS_PER_CALL = 4  # the loop's own overhead is part of a round; dispatch from Python is not
 
 
@@ -55,37 +72,66 @@ def binary_tree(num_nodes: int) -> TreeShape:
     )
 
 
+def drafters(cfg: ModelConfig, draft: ModelConfig) -> Iterator[tuple[str, Drafter]]:
+    """Drafters of a target `cfg`, by name, with random weights.
+
+    Args:
+      cfg: the target.
+      draft: of the separate draft model.
+    """
+    keys = iter(jax.random.split(jax.random.key(1), 8))
+
+    def own(heads: Any) -> Params:
+        return init_from_specs(next(keys), heads.specs(cfg), cfg.jnp_dtype)
+
+    yield "prompt lookup", PromptLookup(NUM_DRAFTS)
+    yield "Medusa", Medusa(own(MedusaHeads()), TREE)
+    yield "Hydra", Hydra(own(HydraHeads()), TREE)
+    for name, heads in (("EAGLE-1", Eagle1Heads()), ("EAGLE-3", Eagle3Heads())):
+        yield name, Eagle(heads.network(cfg, own(heads)), TREE)
+    dflash = DFlashHeads(block_len=8, n_layers=min(5, cfg.n_layers - 1), mask_id=0)
+    yield "DFlash", DFlash(dflash.network(cfg, own(dflash)))
+    yield "draft model", DraftModel(init_params(next(keys), draft), draft, NUM_DRAFTS)
+
+
 def bench_spec(
-    cfg: ModelConfig, batch: int, prompt_len: int, repeats: int, ceilings: Ceilings
+    cfg: ModelConfig,
+    draft: ModelConfig,
+    batch: int,
+    prompt_len: int,
+    repeats: int,
+    ceilings: Ceilings,
 ) -> list[dict[str, Any]]:
-    """Rounds of every size, and a bare jitted forward of one token with an arg-max, in turn."""
+    """Rounds of every size and drafter, and a bare jitted forward of one token, in turn."""
     params = jax.block_until_ready(init_params(jax.random.key(0), cfg))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, cfg.vocab_size - 2, (batch, prompt_len)).tolist()
-    runs: dict[str, Any] = {}
-    for nodes in NODES:
-        method = SpeculativeMethod(Binary(binary_tree(nodes)))
-        state = init_state(cfg, method, prompts, gen_len=nodes)
+    given = [(FREE, Binary(binary_tree(nodes))) for nodes in NODES] + [*drafters(cfg, draft)]
+    runs: dict[Any, Any] = {}
+    for name, drafter in given:
+        method = SpeculativeMethod(drafter)
+        state = init_state(cfg, method, prompts, gen_len=max(NODES))
         state = prefill(params, cfg, method, state)
         rounds = jax.jit(_repeat_round, static_argnames=("cfg",))
-        runs[str(nodes)] = functools.partial(rounds, params, cfg, method, state)
+        runs[name, drafter.num_nodes] = functools.partial(rounds, params, cfg, method, state)
     bare = jax.jit(_repeat_bare, static_argnames=("cfg",))
-    runs["bare"] = functools.partial(bare, params, cfg, state)
-    medians = {
+    runs[None] = functools.partial(bare, params, cfg, state)
+    medians: dict[Any, float] = {
         name: seconds / ROUNDS_PER_CALL for name, seconds in paired_medians_s(runs, repeats).items()
     }
     results = []
-    for nodes in NODES:
+    for name, nodes in (key for key in runs if key is not None):
         flops, num_bytes = forward_cost(cfg, batch, nodes, prompt_len, nodes)
         floor_s = max(flops / ceilings.flops_per_s, num_bytes / ceilings.bytes_per_s)
-        seconds = medians[str(nodes)]
+        seconds = medians[name, nodes]
         results.append(
             {
                 "case": "spec", "device": jax.devices()[0].device_kind, "jax": jax.__version__,
                 "dtype": cfg.dtype, "params_m": round(num_params(cfg) / 1e6, 1), "batch": batch,
-                "prompt_len": prompt_len, "nodes": nodes, "round_ms": round(1e3 * seconds, 3),
-                "one_token_ms": round(1e3 * medians["bare"], 3),
-                "break_even": round(seconds / medians["bare"], 2),
+                "prompt_len": prompt_len, "drafter": name, "nodes": nodes,
+                "round_ms": round(1e3 * seconds, 3),
+                "one_token_ms": round(1e3 * medians[None], 3),
+                "break_even": round(seconds / medians[None], 2),
                 "bound": "compute" if flops / ceilings.flops_per_s == floor_s else "bandwidth",
                 "roofline_share": round(floor_s / seconds, 3),
                 "ceiling_gflops": round(ceilings.flops_per_s / 1e9, 1),
@@ -97,15 +143,18 @@ def bench_spec(
 
 def _repeat_round(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """Rounds that all start from the same length, so that all read as much of the cache."""
 
-    def body(_: int, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        tokens, cache = carry
-        after = step(params, cfg, method, state.replace(tokens=tokens, cache=cache))
-        return after.tokens, after.cache
+    def body(_: int, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+        tokens, cache, drafter = carry
+        before = state.replace(tokens=tokens, cache=cache, drafter=drafter)
+        after = step(params, cfg, method, before)
+        return after.tokens, after.cache, after.drafter
 
-    return jax.lax.fori_loop(0, ROUNDS_PER_CALL, body, (state.tokens, state.cache))[0]
+    start = (state.tokens, state.cache, state.drafter)
+    tokens, _, drafter = jax.lax.fori_loop(0, ROUNDS_PER_CALL, body, start)
+    return tokens, drafter  # what it keeps is part of the work
 
 
 def _repeat_bare(params: Params, cfg: ModelConfig, state: SpeculativeState) -> jax.Array:

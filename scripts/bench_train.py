@@ -29,8 +29,8 @@ from train.config import RunConfig, build, from_config_dict
 from train.objectives import Context
 
 COLUMNS = ["model", "remat", "tokens", "step_ms", "spread", "gradient_ms", "forward_ms", "gflop",
-           "needed_gflop", "ceiling_gflops", "products_gflops", "ceiling_share", "over_ceiling",
-           "over_products", "input_wait"]  # fmt: skip
+           "needed_gflop", "ceiling_gflops", "products_gflops", "ceiling_share", "mfu",
+           "over_ceiling", "over_products", "input_wait"]  # fmt: skip
 
 Shape = tuple[int, ...]
 Product = tuple[Shape, Shape, tuple[int, int]]  # two shapes; the axis multiplied over, from the end
@@ -106,6 +106,7 @@ def _bench_model(
     medians = {name: float(np.median(t)) for name, t in times.items()}
     speed = product_flops(square) / medians[square]
     B, P, G = lengths
+    needed = 3 * forward_cost(cfg, B, P + G, 0, G)[0]
     for remat in made:
         seconds = medians["step", remat]
         quarters = np.quantile(times["step", remat], (0.25, 0.75))
@@ -120,10 +121,11 @@ def _bench_model(
             "gradient_ms": round(1e3 * medians["gradient", remat], 1),
             "forward_ms": round(1e3 * medians["forward", remat], 1),
             "gflop": round(flops / 1e9, 3),
-            "needed_gflop": round(3 * forward_cost(cfg, B, P + G, 0, G)[0] / 1e9, 3),
+            "needed_gflop": round(needed / 1e9, 3),
             "ceiling_gflops": round(speed / 1e9, 1),
             "products_gflops": round(flops / products / 1e9, 1),
             "ceiling_share": round(flops / speed / seconds, 2),
+            "mfu": round(needed / speed / seconds, 3),
             "over_ceiling": round(seconds * speed / flops, 2),
             "over_products": round(seconds / products, 2),
             "input_wait": iterator and _input_wait(steps[remat], iterator, repeats),

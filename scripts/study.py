@@ -2,6 +2,7 @@
 
     make study                                     all tasks, three seeds: some hours on two cores
     python -m scripts.study --tasks=waiting_line --seeds=0 --out=runs/study
+    python -m scripts.study --tasks=word_problems --size=large   on an accelerator: 26 M parameters
 
 Per task and seed, everything is made from nothing and differs by its seed:
 
@@ -50,6 +51,7 @@ from decode.rules import (
     Threshold,
 )
 from dlm.heads.learn2pd import load_filter
+from dlm.params import num_params
 from scripts import measuring
 from scripts.measuring import Point, markdown
 from train import learn2pd, loop, trajectories
@@ -59,9 +61,8 @@ from train.host import keep_freed_memory
 _INTRODUCTION = """# What learned parallelism buys
 
 Written by `make study` (`scripts/study.py`, which says how systems are made and settings picked):
-models of about 0.35 M parameters, float32, trained on the CPU they are measured on, everything from
-one seed to the next made anew. Forwards are those of the whole model per answer, up to its end.
-Accuracy is that of the task's own scorer."""
+everything is made anew for every seed, on the device that is named. Forwards are those of the whole
+model per answer, up to its end. Accuracy is that of the task's own scorer."""
 BASELINE = "base, one token per step"
 # System -> what it is compared with; in the order of the table.
 SYSTEMS = {
@@ -80,6 +81,14 @@ PUBLISHED = {
     "dParallel": "0.5",
     "d3LLM": "0.5",
 }
+# `--size=large`: sections of the configs; ours.
+LARGE = {
+    "model": {"d_model": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64,
+              "d_ff": 1408, "dtype": "bfloat16"},
+    "base": {"optim": {"learning_rate": 6e-4, "warmup_steps": 200}, "train": {"num_steps": 4_000},
+             "data": {"batch_size": 128}},
+    "student": {"optim": {"learning_rate": 2e-4}},
+}  # fmt: skip
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 ENTROPIES = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.96, 0.99)
@@ -111,7 +120,7 @@ class Measured:
 # ---- Making ------------------------------------------------------------------------------------
 
 
-def make(task: str, seed: int, folder: pathlib.Path, smoke: bool) -> None:
+def make(task: str, size: str, seed: int, folder: pathlib.Path, smoke: bool) -> None:
     """Trains everything of one seed that is not there yet."""
     variant = "runlocal" if smoke else ""
     arg = f"{task},{variant}" if smoke else task
@@ -119,6 +128,9 @@ def make(task: str, seed: int, folder: pathlib.Path, smoke: bool) -> None:
 
     config = importlib.import_module(f"configs.mdlm_{task}").get_config(variant)
     config.train.seed = config.data.seed = seed
+    if size == "large":
+        config.model.update(LARGE["model"])
+        config.update(LARGE["base"])
     loop.run(config, folder / "base", "base")
     base = str(folder / "base" / "model")
 
@@ -139,6 +151,8 @@ def make(task: str, seed: int, folder: pathlib.Path, smoke: bool) -> None:
         config.data.task.only_right = not smoke  # a model of a few steps has no right answer
         config.train.init_from = base
         config.train.seed = config.data.seed = seed
+        if size == "large":
+            config.update(LARGE["student"])
         loop.run(config, folder / name, name)
 
 
@@ -345,18 +359,21 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     page = read_sections(out / "study.md")
+    size = flags.FLAGS.size
     for task in flags.FLAGS.tasks:
-        folders = [pathlib.Path(flags.FLAGS.workdir) / task / f"seed{seed}" for seed in seeds]
+        name = task if size == "small" else f"{task}_{size}"
+        folders = [pathlib.Path(flags.FLAGS.workdir) / name / f"seed{seed}" for seed in seeds]
         studies = []
         try:
             for seed, folder in zip(seeds, folders, strict=True):
-                make(task, seed, folder, flags.FLAGS.smoke)
+                make(task, size, seed, folder, flags.FLAGS.smoke)
                 studies.append(measure(task, folder, num_pick + num_examples))
         except (ConfigError, OSError, ValueError) as error:
             sys.exit(f"error: {error}")
         sections = [
-            f"{num_examples} held-out examples, settings picked on {num_pick} others; "
-            f"{len(seeds)} seeds, 95 % intervals over seeds (Student's t).\n",
+            f"{about(folders[0])}; {num_examples} held-out examples, "
+            f"settings picked on {num_pick} others; {len(seeds)} seeds, "
+            "95 % intervals over seeds (Student's t).\n",
             "Settings picked by the rule above:\n\n" + table(studies, num_pick, published=False),
             "Published settings:\n\n" + table(studies, num_pick, published=True),
             "Goals:\n\n" + goals(studies, num_pick),
@@ -368,16 +385,22 @@ def main(argv: list[str]) -> None:
             first = sum(i < num_pick for i in members)
             head = f"{group} ({len(members) - first} examples), settings picked on {first} others"
             sections.append(f"{head}:\n\n" + table(own, first, published=False))
-        sections = [task, f"![Speed and quality](study_{task}.png)", *sections]
-        page[task] = "\n\n".join(sections)
-        draw(studies, num_pick, out / f"study_{task}.png")
-        (out / f"study_{task}.json").write_text(
+        sections = [name, f"![Speed and quality](study_{name}.png)", *sections]
+        page[name] = "\n\n".join(sections)
+        draw(studies, num_pick, out / f"study_{name}.png")
+        (out / f"study_{name}.json").write_text(
             json.dumps([[summary(m, num_pick) for m in study] for study in studies], indent=1)
         )
         print("\n" + "\n\n".join(sections) + "\n")
     text = "\n\n## ".join([_INTRODUCTION, *page.values()])
     (out / "study.md").write_text(text + "\n", encoding="utf-8")
     print(f"Written: study.md and, per task, a figure and the numbers behind it in {out}/")
+
+
+def about(folder: pathlib.Path) -> str:
+    """The base model of a seed, and where it runs."""
+    lm = dlm.load(folder / "base" / "model")
+    return f"{num_params(lm.cfg) / 1e6:.2f} M parameters, {lm.cfg.dtype}, {measuring.device()}"
 
 
 def read_sections(path: pathlib.Path) -> dict[str, str]:
@@ -403,6 +426,9 @@ if __name__ == "__main__":
         "tasks", [*collect_trajectories.TASKS], "Keys of `collect_trajectories.TASKS`."
     )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "One whole study each.")
+    flags.DEFINE_enum(
+        "size", "small", ["small", "large"], "Of the models: the configs', or `LARGE`."
+    )
     flags.DEFINE_integer("num_pick", 200, "Examples on which settings are picked.")
     flags.DEFINE_integer("num_examples", 400, "Examples that are reported.")
     flags.DEFINE_string("workdir", "runs/study", "Folder of models and measurements.")

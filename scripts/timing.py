@@ -34,7 +34,7 @@ def median_s(run: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
-def paired_medians_s(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def paired_medians_s(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
     """Medians of `paired_times_s`."""
     return {name: float(np.median(t)) for name, t in paired_times_s(runs, repeats).items()}
 

@@ -7,6 +7,7 @@ tokenizer/      the tokenizer
 metrics.jsonl   see `train.metrics`
 checkpoints/    Orbax checkpoints: training state and data iterator
 model/          the finished model, as `dlm.load` reads it
+exported.json   the step whose model that is
 """
 
 from __future__ import annotations
@@ -122,6 +123,20 @@ def latest_step(workdir: pathlib.Path) -> int | None:
         return None
     found = ocp.path.step.standard_name_format().find_all(root.absolute())
     return max((metadata.step for metadata in found), default=None)
+
+
+def write_exported(workdir: pathlib.Path, step: int) -> None:
+    """Notes that the model of a step is all there."""
+    _write_json(workdir / "exported.json", {"step": step})
+
+
+def exported_step(workdir: pathlib.Path) -> int | None:
+    """The step whose model is all there; None: there is none."""
+    path = workdir / "exported.json"
+    if not path.is_file() or not (workdir / "model").is_dir():
+        return None
+    step: int = json.loads(path.read_text(encoding="utf-8"))["step"]
+    return step
 
 
 def open_manager(workdir: pathlib.Path, config: CheckpointConfig) -> ocp.CheckpointManager:

@@ -99,6 +99,8 @@ def run(
     start = checkpoint.latest_step(folder)
     if start is not None:
         checkpoint.check_same_run(folder, settings, start)
+        if start == num_steps == checkpoint.exported_step(folder):
+            return _result(folder, start, folder / "model")  # nothing is left to do
     with contextlib.ExitStack() as stack:
         mesh = _make_mesh(settings)
         stack.enter_context(jax.set_mesh(mesh))
@@ -229,6 +231,12 @@ def run(
             model_path = folder / "model"
             own = state.params if state.ema is None else state.ema
             _export(folder, trainable, own, frozen, cfg, tokenizer)
+            if jax.process_index() == 0:
+                checkpoint.write_exported(folder, step)
+    return _result(folder, step, model_path)
+
+
+def _result(folder: pathlib.Path, step: int, model_path: pathlib.Path | None) -> RunResult:
     lines = read_metrics(folder)
     return RunResult(step=step, metrics=lines[-1] if lines else {}, model_path=model_path)
 

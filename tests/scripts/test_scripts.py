@@ -68,10 +68,12 @@ def test_bench_prints_one_json_line_per_case():
 
 
 @pytest.mark.slow
-def test_bench_spec_times_trees_of_every_size():
+def test_bench_spec_times_trees_of_every_size_and_drafters():
     out = run("scripts.bench", "spec", "--preset=tiny", "--batch=2", "--repeats=5")
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert [row["nodes"] for row in rows] == [1, 8, 32, 64]
+    free = [row["nodes"] for row in rows if row["drafter"] == "none"]
+    assert free == [1, 8, 32, 64]
+    assert {row["drafter"] for row in rows} >= {"Medusa", "Hydra", "EAGLE-3", "DFlash"}
     assert all(row["round_ms"] > 0 and row["break_even"] > 0 for row in rows)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import doctest
+import json
 import os
 import pathlib
 import shutil
@@ -96,6 +97,21 @@ def test_running_a_finished_run_again_changes_nothing(finished, tmp_path):
     weights = "model/model.safetensors"
     assert (copy / weights).read_bytes() == (workdir / weights).read_bytes()
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("noted", [None, 4])
+def test_a_model_that_was_not_written_to_its_end_is_written_again(finished, tmp_path, noted):
+    workdir, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    (copy / "exported.json").unlink()
+    if noted is not None:  # the model of an earlier end
+        (copy / "exported.json").write_text(json.dumps({"step": noted}))
+    weights = "model/model.safetensors"
+    (copy / weights).write_bytes(b"")
+    loop.run(toy_config(), copy)
+    assert (copy / weights).read_bytes() == (workdir / weights).read_bytes()
+    assert json.loads((copy / "exported.json").read_text()) == {"step": 8}
 
 
 def test_another_config_is_refused(finished):
