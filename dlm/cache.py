@@ -36,7 +36,11 @@ class KVCache:
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
-    """An empty cache for `batch_size` rows of `num_slots` positions, in `cfg.dtype`."""
+    """An empty cache for `batch_size` rows of at least `num_slots` positions, in `cfg.dtype`.
+
+    There are as many slots as the GPU kernel can read: a multiple of 8.
+    """
+    num_slots += -num_slots % 8
     shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, num_slots, cfg.head_dim)
     axes = (None, "batch", "kv_heads", None, None)
     zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731

@@ -102,6 +102,10 @@ def refusal(
     for x in (q, *(cache or ())):
         if x.dtype != jnp.bfloat16:
             return f"{x.dtype} is not bfloat16"
+    if cache is not None and cache[0].shape[3] % 8:
+        return (
+            f"{cache[0].shape[3]} cache slots are not a multiple of 8, as `init_cache` makes them"
+        )
     return None
 
 

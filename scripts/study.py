@@ -33,6 +33,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 from matplotlib.figure import Figure
@@ -89,6 +90,7 @@ LARGE = {
              "data": {"batch_size": 128}},
     "student": {"optim": {"learning_rate": 2e-4}},
 }  # fmt: skip
+MIN_GROUP = 4  # examples of a kind of question, picked on or reported, below which it has no table
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 ENTROPIES = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.96, 0.99)
@@ -379,10 +381,10 @@ def main(argv: list[str]) -> None:
             "Goals:\n\n" + goals(studies, num_pick),
         ]
         for group, members in groups(task, num_pick + num_examples, folders[0]).items():
-            if group == measuring.ALL:
+            first = sum(i < num_pick for i in members)
+            if group == measuring.ALL or min(first, len(members) - first) < MIN_GROUP:
                 continue
             own = [restrict(measured, members) for measured in studies]
-            first = sum(i < num_pick for i in members)
             head = f"{group} ({len(members) - first} examples), settings picked on {first} others"
             sections.append(f"{head}:\n\n" + table(own, first, published=False))
         sections = [name, f"![Speed and quality](study_{name}.png)", *sections]
@@ -400,7 +402,12 @@ def main(argv: list[str]) -> None:
 def about(folder: pathlib.Path) -> str:
     """The base model of a seed, and where it runs."""
     lm = dlm.load(folder / "base" / "model")
-    return f"{num_params(lm.cfg) / 1e6:.2f} M parameters, {lm.cfg.dtype}, {measuring.device()}"
+    precision = jax.config.read("jax_default_matmul_precision")
+    return (
+        f"{num_params(lm.cfg) / 1e6:.2f} M parameters, {lm.cfg.dtype}"
+        + (f" (matmul precision {precision})" if precision else "")
+        + f", {measuring.device()}"
+    )
 
 
 def read_sections(path: pathlib.Path) -> dict[str, str]:

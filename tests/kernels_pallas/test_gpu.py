@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dlm.cache import init_cache
+from dlm.config import ModelConfig
 from kernels_pallas import (
     hopper,
     shapes,
@@ -247,10 +249,30 @@ def test_stats_lower_for_cuda_at_real_shapes(name):
     assert "mosaic_gpu" in lower_for_cuda(judge, *stats_arguments(shapes.STATS[name]))
 
 
+def attend_cache(q, cache):
+    ranges = jnp.array([[[0, 100]]])
+    return window_attention(q, q, q, cache=cache, cache_ranges=ranges, layer=0)[0]
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("num_slots", [1, 100, 130, 1089])
+def test_attention_reads_caches_of_any_length_that_init_cache_makes(num_slots):
+    cfg = ModelConfig(
+        d_model=128, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=64, d_ff=64, vocab_size=32,
+        max_seq_len=2048, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    cache = init_cache(cfg, 1, num_slots)
+    q = jnp.zeros((1, 4, 2, 64), BF16)
+    assert "mosaic_gpu" in lower_for_cuda(lambda q: attend_cache(q, (cache.k, cache.v)), q)
+
+
 @needs_mosaic_gpu
 def test_calls_that_are_refused_are_served_by_xla():
     q = jnp.zeros((1, 4, 2, 64))
     text = lower_for_cuda(lambda q: window_attention(q, q, q)[0], q)
+    assert "mosaic_gpu" not in text
+    cached = (jnp.zeros((1, 1, 2, 130, 64), BF16),) * 2  # slots that TMA cannot read in tiles
+    text = lower_for_cuda(lambda q: attend_cache(q.astype(BF16), cached), q)
     assert "mosaic_gpu" not in text
     head = jnp.zeros((512, 64), BF16)
     text = lower_for_cuda(lambda h, w: unembed_stats(h, w, k=3), head[:4], head)
