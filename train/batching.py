@@ -24,6 +24,12 @@ def stack(rows: Iterable[Row]) -> Row:
     return {name: np.stack([first[name], *(row[name] for row in others)]) for name in first}
 
 
+def rows_of(num_rows: int, process: tuple[int, int]) -> slice:
+    """Which rows of a batch are those of process (i, n): as many for each, in their order."""
+    index, count = process
+    return slice(num_rows * index // count, num_rows * (index + 1) // count)
+
+
 class Packed(grain.DatasetIterator):
     """Texts one after another, cut into rows of G tokens; for pre-training.
 
@@ -45,7 +51,7 @@ class Packed(grain.DatasetIterator):
         encode: Callable[[int], Row],
         num_rows: int,
         row_len: int,
-        share: slice = slice(None),
+        process: tuple[int, int] = (0, 1),
     ) -> None:
         """Nothing is read yet.
 
@@ -54,12 +60,12 @@ class Packed(grain.DatasetIterator):
           encode: makes such a text of its index.
           num_rows: of a batch.
           row_len: G.
-          share: which of the rows are returned.
+          process: whose rows are returned, see `rows_of`.
         """
         super().__init__(texts)
         self._encode = encode
         self._num_rows, self._row_len = num_rows, row_len
-        self._share = share
+        self._process = process
         self._index, self._offset = -1, 0  # the next token is this one of that text
         self._tokens = np.zeros(0, np.int32)
 
@@ -76,9 +82,9 @@ class Packed(grain.DatasetIterator):
             owners.append(np.full(len(part), self._index, np.int32))
             self._offset += len(part)
             missing -= len(part)
+        mine = rows_of(self._num_rows, self._process)
         completion, owner = (
-            np.concatenate(x).reshape(self._num_rows, self._row_len)[self._share]
-            for x in (parts, owners)
+            np.concatenate(x).reshape(self._num_rows, self._row_len)[mine] for x in (parts, owners)
         )
         num_rows = len(completion)
         return {
@@ -116,7 +122,7 @@ class Bucketed(grain.DatasetIterator):
         rows: grain.DatasetIterator,
         encode: Callable[[int], Row],
         sizes: Mapping[Shape, int],
-        share: slice = slice(None),
+        process: tuple[int, int] = (0, 1),
     ) -> None:
         """Nothing is read yet.
 
@@ -124,12 +130,12 @@ class Bucketed(grain.DatasetIterator):
           rows: of the largest bucket's shape, with "index".
           encode: makes such a row of its index.
           sizes: rows per batch of each bucket, as `bucket_sizes`.
-          share: which of a batch's rows are returned.
+          process: whose rows of a batch are returned, see `rows_of`.
         """
         super().__init__(rows)
         self._encode = encode
         self._sizes = sizes
-        self._share = share
+        self._process = process
         self._waiting: dict[Shape, list[Row]] = {shape: [] for shape in sizes}
 
     def __next__(self) -> Row:
@@ -138,7 +144,7 @@ class Bucketed(grain.DatasetIterator):
                 num = self._sizes[shape]
                 if len(rows) >= num:
                     self._waiting[shape] = rows[num:]
-                    return stack(rows[:num][self._share])
+                    return stack(rows[:num][rows_of(num, self._process)])
             self._add(next(self._parent))
 
     def get_state(self) -> dict[str, Any]:

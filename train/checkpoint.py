@@ -22,6 +22,7 @@ import tempfile
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 
 from dlm.config import ModelConfig
@@ -172,6 +173,7 @@ def restore(
     step: int,
     abstract_state: Any,
     iterator: grain.DatasetIterator,
+    is_packed: bool = False,
 ) -> Any:
     """The state saved at `step`; `iterator` is set to the batch that follows.
 
@@ -180,14 +182,28 @@ def restore(
       step: one of its steps.
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings that are wanted.
       iterator: a fresh one over the same data.
+      is_packed: whether the data are packed: then every process has its own place in them.
+
+    Raises:
+      ConfigError: another number of processes saved places in packed data.
     """
+    found = ocp.path.step.standard_name_format().find_step(manager.directory, step)
+    places = sorted((found.path / "data").glob("process_*-of-*.json"))
+    own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+    place = next((path for path in places if path.name == own), None)
+    if place is None:
+        count = places[0].stem.rpartition("-")[2]
+        if is_packed:
+            raise ConfigError(
+                f"step {step} in {manager.directory} was saved by {count} processes, each with its "
+                f"own packed texts: it can be resumed by {count} processes, not by "
+                f"{jax.process_count()}"
+            )
+        place = places[0]  # all have seen as many batches
     restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state),
-            data=grain.checkpoint.CheckpointRestore(iterator),
-        ),
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
     )
+    iterator.set_state(json.loads(place.read_text()))
     return restored["state"]
 
 

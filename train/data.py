@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from dlm import tasks
 from dlm.sharding import logical_sharding
 from dlm.tokenizer import Tokenizer
-from train.batching import Bucketed, Packed, Row, bucket_sizes, stack
+from train.batching import Bucketed, Packed, Row, bucket_sizes, rows_of, stack
 from train.config import ConfigError, DataConfig
 
 Batch = dict[str, Any]
@@ -132,9 +132,9 @@ def train_iterator(
     Args:
       task: examples.
       tokenizer: encodes them.
-      data: lengths, seed, batch size over all processes. Process i of n gets every n-th example,
-        from the i-th on; with buckets every n-th row of each batch, so that all processes work on
-        the same bucket.
+      data: lengths, seed, batch size over all processes. Batches do not depend on how many
+        processes there are, each of which makes its own rows of them; but with packing each has
+        every n-th text, and packs its rows of those.
       num_shards: that the rows of a batch are to be divided into; matters for buckets only.
 
     Raises:
@@ -142,31 +142,38 @@ def train_iterator(
         longest is too long (where the task has `examples`). While iterating: an example is too
         long or cannot be read.
     """
-    process_index, process_count = jax.process_index(), jax.process_count()
+    process = process_index, process_count = jax.process_index(), jax.process_count()
     if data.batch_size % process_count:
         raise ConfigError(
             f"data.batch_size={data.batch_size} must be a multiple of {process_count} processes"
         )
-    if len(task) < process_count:
+    if data.packing and len(task) < process_count:
         raise ConfigError(f"data.train has {len(task)} examples for {process_count} processes")
     encode = _encoder(task, tokenizer, data)
     for index in _longest(task):
         encode(index)
     local_batch_size = data.batch_size // process_count
-    share = slice(process_index, None, process_count)
-    indices = range(len(task)) if data.buckets else range(len(task))[share]
-    rows = (
-        grain.MapDataset.range(indices.start, indices.stop, indices.step)
-        .seed(data.seed)
-        .shuffle()
-        .repeat()
-        .map(encode)
-    )
+    # With packing every process has texts of its own; else all know the order of all examples.
+    texts = range(len(task))[process_index::process_count] if data.packing else range(len(task))
+    order = grain.MapDataset.range(texts.start, texts.stop, texts.step)
+    order = order.seed(data.seed).shuffle().repeat()
+    rows = order.map(encode)
     if not data.buckets and not data.packing:
         options = grain.ReadOptions(
             num_threads=data.num_threads,
             prefetch_buffer_size=max(data.prefetch, data.num_threads) if data.num_threads else 0,
         )
+        if process_count > 1:
+            first = rows_of(data.batch_size, process).start
+
+            def example(i: int) -> int:
+                """Which one is the i-th row of this process."""
+                batch, row = divmod(i, local_batch_size)
+                place: int = order[batch * data.batch_size + first + row]
+                return place
+
+            num_batches = len(order) // data.batch_size
+            rows = grain.MapDataset.range(num_batches * local_batch_size).map(example).map(encode)
         # An endless stream has no remainder, but keeping one overflows in grain for batches of 1.
         batches = rows.batch(local_batch_size, drop_remainder=True)
         return iter(batches.to_iter_dataset(options))
@@ -181,7 +188,7 @@ def train_iterator(
     if data.packing:
         made = Packed(iterator, encode, local_batch_size, data.completion_len)
     else:
-        made = Bucketed(iterator, encode, _bucket_sizes(data, num_shards), share)
+        made = Bucketed(iterator, encode, _bucket_sizes(data, num_shards), process)
     return grain.experimental.ThreadPrefetchDatasetIterator(
         made, data.prefetch if data.num_threads else 0
     )
@@ -206,25 +213,26 @@ def valid_batches(
     if task is None:
         return []
     encode = _encoder(task, tokenizer, data)
-    share = slice(jax.process_index(), None, jax.process_count())
+    process = jax.process_index(), jax.process_count()
     if not data.buckets and not data.packing:
         if len(task) < num_batches * data.batch_size:
             raise ConfigError(
                 f"data.valid has {len(task)} examples; train.num_eval_batches={num_batches} of "
                 f"data.batch_size={data.batch_size} need {num_batches * data.batch_size}"
             )
+        mine = rows_of(data.batch_size, process)
         starts = range(0, num_batches * data.batch_size, data.batch_size)
         return [
-            stack(encode(index) for index in range(start, start + data.batch_size)[share])
+            stack(encode(index) for index in range(start, start + data.batch_size)[mine])
             for start in starts
         ]
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     rows = iter(grain.MapDataset.range(len(task)).map(encode).to_iter_dataset(options))
     found: grain.DatasetIterator
     if data.packing:
-        found = Packed(rows, encode, data.batch_size, data.completion_len, share)
+        found = Packed(rows, encode, data.batch_size, data.completion_len, process)
     else:
-        found = Bucketed(rows, encode, _bucket_sizes(data, num_shards), share)
+        found = Bucketed(rows, encode, _bucket_sizes(data, num_shards), process)
     batches = list(itertools.islice(found, num_batches))
     if len(batches) < num_batches:
         raise ConfigError(

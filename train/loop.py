@@ -161,7 +161,7 @@ def run(
             state = first_state(init_key, given, specs, master_dtype, optim, shardings)
         else:
             abstract = abstract_state(specs, master_dtype, optim, shardings)
-            state = checkpoint.restore(manager, start, abstract, iterator)
+            state = checkpoint.restore(manager, start, abstract, iterator, settings.data.packing)
         del given
         if jax.process_index() == 0:
             checkpoint.write_settings(folder, settings, cfg, tokenizer)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pathlib
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -80,20 +81,39 @@ def test_without_git_there_is_no_revision(monkeypatch):
     assert checkpoint._git_revision() is None
 
 
-class FakeIterator:
+class FakeIterator(grain.DatasetIterator):
     """Counts, and has a state to be saved."""
 
     def __init__(self):
+        super().__init__()
         self.count = 0
 
+    def __next__(self):
+        self.count += 1
+        return self.count
+
     def get_state(self):
-        return json.dumps(self.count).encode()
+        return {"count": self.count}
 
     def set_state(self, state):
-        self.count = json.loads(state)
+        self.count = state["count"]
 
-    def start_prefetch(self):
-        pass
+
+def test_places_of_another_number_of_processes(tmp_path, monkeypatch):
+    state, iterator = {"x": jax.numpy.arange(3.0)}, FakeIterator()
+    config = from_config_dict(toy.get_config()).checkpoint
+    with checkpoint.open_manager(tmp_path, config) as manager:
+        iterator.count = 10
+        checkpoint.save(manager, 1, state, iterator)
+        manager.wait_until_finished()
+        (place,) = manager.directory.glob("1/data/process*")
+        place.rename(place.with_name("process_2-of-4.json"))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        fresh = FakeIterator()
+        checkpoint.restore(manager, 1, abstract, fresh)
+        assert fresh.count == 10
+        with pytest.raises(ConfigError, match=r"saved by 4 processes, .* not by 1"):
+            checkpoint.restore(manager, 1, abstract, fresh, is_packed=True)
 
 
 def test_save_and_restore(tmp_path):

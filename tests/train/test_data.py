@@ -95,24 +95,37 @@ def test_iterator_state_can_be_restored():
     assert_equal(take(fresh, 3), following)
 
 
-def test_processes_share_out_the_examples(monkeypatch):
-    task = toy.Copy(num_examples=32, length=4)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    seen, valid = [], []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        batches = take(data.train_iterator(task, TOKENIZER, CONFIG), 8)
-        assert all(batch["prompt"].shape == (2, 5) for batch in batches)
-        seen += [row.tolist() for batch in batches for row in batch["completion"]]
-        valid.append(data.valid_batches(task, TOKENIZER, CONFIG, 2))
-    all_rows = [data.encode_example(task[i], TOKENIZER, 5, 5) for i in range(32)]
-    assert sorted(seen) == sorted(row["completion"].tolist() for row in all_rows)
-    both = [
-        np.stack([a["prompt"], b["prompt"]], axis=1).reshape(4, 5)
-        for a, b in zip(*valid, strict=True)
-    ]
-    np.testing.assert_array_equal(np.concatenate(both), [row["prompt"] for row in all_rows[:8]])
-    with pytest.raises(ConfigError, match="batch_size=3 must be a multiple of 2 processes"):
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_batches_do_not_depend_on_the_number_of_processes(monkeypatch, num_threads):
+    """Over several epochs, and from a state that another number of processes saved."""
+    task = toy.Copy(num_examples=10, length=4)
+    config = dataclasses.replace(CONFIG, num_threads=num_threads)
+
+    def make(state=None):
+        iterator = data.train_iterator(task, TOKENIZER, config)
+        if state is not None:
+            iterator.set_state(state)
+        batches = take(iterator, 5), iterator.get_state(), take(iterator, 4)
+        return *batches, data.valid_batches(task, TOKENIZER, config, 2)
+
+    first, state, then, valid = make()
+    for count in (2, 4):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        made = []
+        for index in range(count):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            made.append((*make(), make(state)[0]))
+            assert made[-1][1] == state
+        for whole, *parts in (
+            (first, *(m[0] for m in made)),
+            (then, *(m[2] for m in made)),
+            (valid, *(m[3] for m in made)),
+            (then, *(m[4][:4] for m in made)),
+        ):
+            for one, *shares in zip(whole, *parts, strict=True):
+                for name, x in one.items():
+                    np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), x)
+    with pytest.raises(ConfigError, match="batch_size=3 must be a multiple of 4 processes"):
         data.train_iterator(task, TOKENIZER, dataclasses.replace(CONFIG, batch_size=3))
 
 
