@@ -13,6 +13,7 @@ from decode.accept import AcceptanceRule, Match
 from decode.drafters.contracts import Drafter
 from decode.drafters.no_draft import NoDraft
 from decode.generate import PROMPT_BUCKET, Completion, Prompt, encode, is_single
+from decode.requests import round_batch
 from decode.sampling import Sampling
 from decode.speculative import (
     SpeculativeMethod,
@@ -104,7 +105,7 @@ def complete(
             gen_len=gen_len,
             seeds=seed,
             prompt_len=max(longest, min(bucket, limit)),
-            batch_size=1 << (len(encoded) - 1).bit_length() if encoded else None,
+            batch_size=round_batch(len(encoded)),
         )
         state = prefill(lm.params, lm.cfg, method, state)
         if not stops:

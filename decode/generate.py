@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state
+from decode.requests import round_batch
 from decode.rules import (
     CACHES,
     CONFIDENCES,
@@ -176,8 +177,8 @@ def prepare(
 ) -> DiffusionState:
     """`init_state` with shapes rounded up, so that similar requests share a compilation.
 
-    Prompt lengths go up to a multiple of 32 (never beyond the model's limit), batches to a power
-    of two. Rounding changes no result.
+    Prompt lengths go up to a multiple of 32 (never beyond the model's limit), batches as
+    `round_batch` says. Rounding changes no result.
     """
     longest = max(map(len, prompts), default=0)
     lengths = [gen_len] if isinstance(gen_len, int) else list(gen_len)
@@ -190,7 +191,7 @@ def prepare(
         gen_len=gen_len,
         seeds=seed,
         prompt_len=max(longest, min(bucket, limit)),
-        batch_size=1 << (len(prompts) - 1).bit_length() if prompts else None,
+        batch_size=round_batch(len(prompts)),
     )
 
 

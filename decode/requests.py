@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlm.config import ModelConfig
+from dlm.sharding import batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Requests:
     P: int
     G: int
     B: int
+
+
+def round_batch(num: int) -> int | None:
+    """Rows for `num` requests: a power of two, and as many for every device of the mesh in use.
+
+    None for no requests, which `read_requests` refuses.
+    """
+    if not num:
+        return None
+    shards = batch_shards()
+    return -(-(1 << (num - 1).bit_length()) // shards) * shards
 
 
 def read_requests(

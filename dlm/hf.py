@@ -2,7 +2,7 @@
 
 A directory holds `config.json` and `model.safetensors`, or several `model-*.safetensors` with
 `model.safetensors.index.json`. Every tensor is read straight into the dtype and the sharding in
-which it is used, one stacked leaf after the other, so the host never holds the whole model.
+which it is used, one shard of a stacked leaf after the other, so the host never holds the model.
 
 Example (from the root of the repository):
     >>> import tempfile
@@ -23,7 +23,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from dlm.config import ModelConfig
 from dlm.hf_files import (
@@ -41,12 +42,16 @@ from dlm.hf_files import (
     format_for,
     open_tensors,
     raw_config,
+    read_config,
     read_raw_config,
 )
 from dlm.hf_formats import Format, Stored, letter_sizes
 from dlm.params import Params, abstract_params, param_shardings, param_specs
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer
+
+# Kinds of files beside the weights that `convert_hf` keeps.
+COPIED = ("", ".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
 
 # ---- Loading ----------------------------------------------------------------------------------
 
@@ -77,28 +82,29 @@ def load_params(
     shardings = _flat(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
     with contextlib.ExitStack() as stack:
         files = open_tensors(root, stack)
-        _check_tensors(root, files, cfg, form)
+        check_tensors(root, files, cfg, form)
 
         def load_leaf(leaf: str) -> jax.Array:
             stored, shape = form.tensors[leaf], specs[leaf].shape
             if mesh is None:
                 whole = tuple(range(dim) for dim in shape)
                 return jnp.asarray(_read_leaf(files, stored, cfg, whole))
-            shards: dict[tuple[range, ...], np.ndarray] = {}  # replicas are read once
-
-            def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            sharding, placed = shardings[leaf], []
+            first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
+            for device, index in sharding.addressable_devices_indices_map(shape).items():
                 assert index is not None  # it is, for arrays without extended dtypes
                 part = tuple(
                     range(*axis.indices(dim)) for axis, dim in zip(index, shape, strict=True)
                 )
-                if part not in shards:
-                    shards[part] = _read_leaf(files, stored, cfg, part)
-                return shards[part]
+                values: jax.Array | np.ndarray | None = first.get(part)
+                if values is None:
+                    values = _read_leaf(files, stored, cfg, part)
+                # One shard after the other, so that no more than one waits on the host.
+                placed.append(jax.device_put(values, device).block_until_ready())
+                first.setdefault(part, placed[-1])
+            return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
-            return jax.make_array_from_callback(shape, shardings[leaf], read_shard)
-
-        # One leaf after the other, so that no more than one waits on the host to be copied.
-        return jax.tree.unflatten(tree, [load_leaf(leaf).block_until_ready() for leaf in specs])
+        return jax.tree.unflatten(tree, [load_leaf(leaf) for leaf in specs])
 
 
 def _flat(tree: Params) -> tuple[dict[str, Any], Any]:
@@ -108,10 +114,11 @@ def _flat(tree: Params) -> tuple[dict[str, Any], Any]:
     return named, structure
 
 
-def _check_tensors(
+def check_tensors(
     root: pathlib.Path, files: Mapping[str, Any], cfg: ModelConfig, form: Format
 ) -> None:
-    expected = dict(_expected_tensors(cfg, form))
+    """ValueError unless the tensors of a directory, of `open_tensors`, are those of `cfg`."""
+    expected = dict(expected_tensors(cfg, form))
     harmless = {"rotary_emb.inv_freq"}  # a constant that old files carry
     if cfg.tie_embeddings:
         harmless.add(form.tensors["unembed"].name)  # the embedding once more
@@ -137,7 +144,8 @@ def _check_tensors(
         raise ValueError(f"{root} does not hold the tensors of this {form.model_type}: {found}")
 
 
-def _expected_tensors(cfg: ModelConfig, form: Format) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_tensors(cfg: ModelConfig, form: Format) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a model in a format."""
     for leaf in _flat(param_specs(cfg))[0]:
         if leaf not in form.tensors:
             raise ValueError(f"the {form.model_type} format has no tensor for {leaf}")
@@ -204,19 +212,80 @@ def save_hf(
       FileExistsError: there is something at `path`.
       ValueError: no published format can express `cfg`, or the parameters are not its own.
     """
-    target = pathlib.Path(path).absolute()
     form = format_for(cfg)
     _check_params(params, cfg)
+    leaves = _flat(params)[0]
+    sources = {  # tensor -> (leaf, layer)
+        stored.name.format(layer): (leaf, layer)
+        for leaf, stored in form.tensors.items()
+        if leaf in leaves
+        for layer in (range(cfg.n_layers) if "{}" in stored.name else (None,))
+    }
+
+    def read(name: str) -> np.ndarray:
+        leaf, layer = sources[name]
+        array = np.asarray(leaves[leaf] if layer is None else _layer(leaves[leaf], layer))
+        return _to_stored(array, form.tensors[leaf], cfg)
+
+    with _new_directory(path) as unfinished:
+        _write_json(unfinished / "config.json", raw_config(cfg, form))
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
+        write_tensors(unfinished, cfg, form, read, shard_bytes)
+
+
+def convert_hf(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a published model again: in another dtype, in files of another size.
+
+    Tensors are read one by one, so that memory holds one file of what is written and no model.
+    What else is in the directory (tokenizer, generation settings, licence, code) is copied.
+
+    Args:
+      source: a directory that `read_config` can read.
+      path: the directory to make; it must not exist, or be empty.
+      dtype: such as "bfloat16"; None: as it is.
+      shard_bytes: as in `save_hf`.
+
+    Raises:
+      FileExistsError: there is something at `path`.
+      FileNotFoundError, ValueError: `source` does not hold a model, see `load_params`.
+    """
+    root = pathlib.Path(source)
+    cfg = read_config(root, dtype)
+    raw, form = read_raw_config(root)
+    with contextlib.ExitStack() as stack:
+        files = open_tensors(root, stack)
+        check_tensors(root, files, cfg, form)
+
+        def read(name: str) -> np.ndarray:
+            values: np.ndarray = files[name][:]
+            return values.astype(cfg.jnp_dtype, copy=False)
+
+        with _new_directory(path) as unfinished:
+            for file in sorted(root.iterdir()):
+                if file.suffix in COPIED and file.name not in ("config.json", INDEX):
+                    shutil.copy(file, unfinished)
+            key = "dtype" if "dtype" in raw else "torch_dtype"
+            _write_json(unfinished / "config.json", raw | {key: cfg.dtype})
+            write_tensors(unfinished, cfg, form, read, shard_bytes)
+
+
+@contextlib.contextmanager
+def _new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """One beside `path`, which gets its name at the end and vanishes after an error."""
+    target = pathlib.Path(path).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"path={str(path)!r} must be a new or an empty directory")
     unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write_json(unfinished / "config.json", raw_config(cfg, form))
-        if tokenizer is not None:
-            tokenizer.save(unfinished)
-        _write_tensors(unfinished, params, cfg, form, shard_bytes)
+        yield unfinished
         unfinished.replace(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -242,40 +311,42 @@ def _describe(leaf: Any) -> str:
     return "nothing" if leaf is None else f"{leaf.dtype} {list(leaf.shape)}"
 
 
-def _write_tensors(
-    directory: pathlib.Path, params: Params, cfg: ModelConfig, form: Format, shard_bytes: int
-) -> None:
-    leaves = _flat(params)[0]
-    sources = {  # tensor -> (leaf, layer)
-        stored.name.format(layer): (leaf, layer)
-        for leaf, stored in form.tensors.items()
-        if leaf in leaves
-        for layer in (range(cfg.n_layers) if "{}" in stored.name else (None,))
-    }
-    shapes = dict(_expected_tensors(cfg, form))
-    num_bytes = {name: math.prod(shapes[name]) * cfg.jnp_dtype.itemsize for name in sources}
-    shards: list[list[str]] = [[]]
+def plan_files(cfg: ModelConfig, form: Format, shard_bytes: int) -> list[list[str]]:
+    """The tensors of each file, none of which is larger than `shard_bytes` if it holds several."""
+    files: list[list[str]] = [[]]
     room = shard_bytes
-    for name in sorted(sources, key=_natural):
-        if num_bytes[name] > room and shards[-1]:
-            shards.append([])
+    shapes = dict(expected_tensors(cfg, form))
+    for name in sorted(shapes, key=_natural):
+        num_bytes = math.prod(shapes[name]) * cfg.jnp_dtype.itemsize
+        if num_bytes > room and files[-1]:
+            files.append([])
             room = shard_bytes
-        shards[-1].append(name)
-        room -= num_bytes[name]
+        files[-1].append(name)
+        room -= num_bytes
+    return files
 
+
+def write_tensors(
+    directory: pathlib.Path,
+    cfg: ModelConfig,
+    form: Format,
+    read: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """Writes the tensors that `read` gives by name, as one file or as several and an index."""
+    files = plan_files(cfg, form, shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    total = 0
+    bar = tqdm(files, desc="writing", unit="file", disable=None)  # shown on terminals
+    for number, names in enumerate(bar, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        tensors = {}
-        for name in names:
-            leaf, layer = sources[name]
-            array = np.asarray(leaves[leaf] if layer is None else _layer(leaves[leaf], layer))
-            tensors[name] = _to_stored(array, form.tensors[leaf], cfg)
+        tensors = {name: read(name) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
         safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = {"total_size": sum(num_bytes.values())}
-        _write_json(directory / INDEX, {"metadata": total, "weight_map": weight_map})
+    if len(files) > 1:
+        about = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / INDEX, about)
 
 
 @jax.jit

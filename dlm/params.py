@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dlm.config import ModelConfig
 from dlm.sharding import RULES, Rules, logical_sharding
@@ -154,7 +154,7 @@ def abstract_from_specs(
     return jax.tree.map(abstract, specs, *(() if shardings is None else (shardings,)))
 
 
-def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> Params:
+def param_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Params:
     """`NamedSharding` per parameter.
 
     A dimension that its mesh axes do not divide is replicated instead (for example two key/value
@@ -163,6 +163,6 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> Param
     return spec_shardings(param_specs(cfg), mesh, rules)
 
 
-def spec_shardings(specs: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
+def spec_shardings(specs: Params, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Params:
     """As `param_shardings`, of any tree of `ParamSpec`."""
     return jax.tree.map(lambda spec: logical_sharding(spec.shape, spec.axes, mesh, rules), specs)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -79,6 +79,12 @@ def _partition_spec(
     return PartitionSpec(*entries)
 
 
+def batch_shards() -> int:
+    """Into how many parts the mesh in use splits a batch; 1 without a mesh."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp"))
+
+
 def split_axes(**sizes: int) -> dict[str, tuple[str, ...] | None]:
     """Over which axes of the mesh in use each logical axis, of the size given, is split.
 
@@ -91,7 +97,10 @@ def split_axes(**sizes: int) -> dict[str, tuple[str, ...] | None]:
 
 
 def logical_sharding(
-    shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = RULES,
 ) -> NamedSharding:
     """The sharding of an array of `shape` whose dimensions are called `axes`."""
     return NamedSharding(mesh, _partition_spec(shape, axes, dict(mesh.shape), rules))

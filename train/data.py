@@ -135,7 +135,7 @@ def train_iterator(
       data: lengths, seed, batch size over all processes. Batches do not depend on how many
         processes there are, each of which makes its own rows of them; but with packing each has
         every n-th text, and packs its rows of those.
-      num_shards: that the rows of a batch are to be divided into; matters for buckets only.
+      num_shards: that the rows of a batch are to be divided into.
 
     Raises:
       ConfigError: the batch size cannot be divided, there are too few examples, or one of the
@@ -146,6 +146,11 @@ def train_iterator(
     if data.batch_size % process_count:
         raise ConfigError(
             f"data.batch_size={data.batch_size} must be a multiple of {process_count} processes"
+        )
+    if data.batch_size % num_shards:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} must be a multiple of mesh.data * mesh.fsdp = "
+            f"{num_shards}, so that every device has as many rows"
         )
     if data.packing and len(task) < process_count:
         raise ConfigError(f"data.train has {len(task)} examples for {process_count} processes")

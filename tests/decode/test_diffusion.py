@@ -140,8 +140,19 @@ def test_no_two_arrays_of_a_state_share_memory(toy_cfg):
         assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, tensor=4), dict(fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        dict(data=8),
+        dict(data=4, tensor=2),
+        dict(data=2, tensor=4),
+        dict(tensor=8),
+        dict(fsdp=2, tensor=2),
+    ],
+    ids=str,
+)
 def test_sharded_equals_unsharded(toy_cfg, toy_params, axes):
+    """Also where the mesh does not divide the key/value heads, or any heads."""
     from dlm.params import param_shardings
 
     method = DiffusionMethod(FixedBlocks(4), DualCache(), rule=Threshold(0.4))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import dlm
-from decode.diffusion import decode
-from decode.generate import Completion, generate
-from decode.rules import DualCache, Quota, Threshold
+from decode.diffusion import DiffusionMethod, decode
+from decode.generate import Completion, generate, prepare
+from decode.rules import DualCache, FixedBlocks, Quota, Threshold
 from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
 from dlm.config import PRESETS
 from dlm.params import init_params
@@ -97,9 +97,15 @@ def test_buckets_share_one_compilation(lm):
     assert decode._cache_size() == 2
 
 
-def test_sharded_model(lm):
-    mesh = make_mesh(data=2, tensor=2)
+@pytest.mark.parametrize("axes", [dict(data=2, tensor=2), dict(data=3, fsdp=2), dict(data=8)])
+def test_sharded_model(lm, axes):
+    """Three prompts, which no mesh divides: the batch is filled up, and the rows stay the same."""
+    mesh = make_mesh(**axes)
     sharded = dlm.load(GOLDEN / "llada_small", mesh=mesh)
+    with jax.set_mesh(mesh):
+        state = prepare(lm.cfg, DiffusionMethod(FixedBlocks(8), DualCache()), [[5]] * 3, gen_len=8)
+    rows = state.cache.kv.k.sharding.shard_shape(state.cache.kv.k.shape)[1]
+    assert rows == {4: 2, 6: 1, 8: 1}[len(state.tokens)]
     prompts = [PROMPT, PROMPT[:5], PROMPT[:7]]
     options = dict(gen_len=16, block_len=8, cache=DualCache())
     for a, b in zip(

@@ -136,6 +136,7 @@ def test_unwritable_workdir_comes_before_any_work(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"mesh__tensor": 64}, "needs 64 devices"),
+        ({"mesh__data": 3}, r"batch_size=\d+ must be a multiple of mesh.data \* mesh.fsdp = 3"),
         ({"model__max_seq_len": 8}, "max_seq_len=8 must be at least .* = 9"),
         ({"model__n_kv_heads": 3}, "model: n_heads=2 must be a multiple"),
         ({"data__tokenizer": "nowhere"}, "data.tokenizer='nowhere': .* not a directory"),
@@ -200,13 +201,18 @@ def test_bfloat16_products_with_float32_parameters(toy_cfg):
 # ---- Devices ----------------------------------------------------------------------------------
 
 
-def test_sharded_steps_equal_unsharded(toy_cfg):
+@pytest.mark.parametrize(
+    "axes",
+    [dict(data=8), dict(data=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=8)],
+    ids=str,
+)
+def test_sharded_steps_equal_unsharded(toy_cfg, axes):
     optim = OptimConfig(
         learning_rate=1e-2, decay_steps=9, accumulate=2, ema_decay=0.9, weight_decay=0.1
     )
     specs, batch = param_specs(toy_cfg), jax.device_get(make_batch(toy_cfg, rows=8))
     results = []
-    for mesh in (make_mesh(), make_mesh(data=2, fsdp=2, tensor=2)):
+    for mesh in (make_mesh(), make_mesh(**axes)):
         with jax.set_mesh(mesh):
             shardings = train_state.state_shardings(specs, optim, mesh)
             state = train_state.first_state(
@@ -228,6 +234,10 @@ def test_sharded_steps_equal_unsharded(toy_cfg):
                     optim=optim,
                 )
         results.append(jax.device_get((state.params, state.ema, metrics)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+    if "fsdp" not in axes:
+        return
     q = state.params["layers"]["attention"]["q"]  # [L, N, H, D]: N over tensor, D over fsdp
     assert q.sharding.shard_shape(q.shape) == (2, 2, 4, 8)
     sharded = [
@@ -237,8 +247,6 @@ def test_sharded_steps_equal_unsharded(toy_cfg):
     ]
     # Two moments and the accumulated gradients, of q and of o.
     assert len(sharded) == 6 and all(sharded)
-    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
 def test_state_is_donated(toy_cfg):
