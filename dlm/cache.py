@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from dlm.config import ModelConfig
-from dlm.sharding import constrain
+from dlm.sharding import constrain, per_shard, slots_axis, split_axes
+from kernels_pallas.slots import put_slots, take_slots
 
 
 @struct.dataclass
@@ -38,11 +43,13 @@ class KVCache:
 def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     """An empty cache for `batch_size` rows of at least `num_slots` positions, in `cfg.dtype`.
 
-    There are as many slots as the GPU kernel can read: a multiple of 8.
+    There are as many slots as the GPU kernel can read and the mesh in use can split: a multiple of
+    8 on every device.
     """
-    num_slots += -num_slots % 8
+    multiple = 8 * dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+    num_slots += -num_slots % multiple
     shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, num_slots, cfg.head_dim)
-    axes = (None, "batch", "kv_heads", None, None)
+    axes = (None, "batch", "kv_heads", "slots", None)
     zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
     return KVCache(k=zeros(), v=zeros())
 
@@ -54,9 +61,12 @@ def up_to(start: jax.Array) -> jax.Array:
 
 def write(cache: KVCache, new: KVCache, start: jax.Array) -> KVCache:
     """Puts the slots of `new` into slots start [B] and behind it."""
-    put = lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0))  # noqa: E731
-    by_row = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
-    return jax.tree.map(lambda x, new: by_row(x, new, start), cache, new)
+
+    def put(cache: KVCache, new: KVCache, start: jax.Array, axis: str | None) -> KVCache:
+        by_row = jax.vmap(functools.partial(put_slots, axis=axis), in_axes=(1, 1, 0), out_axes=1)
+        return jax.tree.map(lambda x, new: by_row(x, new, start), cache, new)
+
+    return _per_shard(put, cache, new=new, start=start)
 
 
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
@@ -67,7 +77,26 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
       start: [B] int32. First slot that is written.
       index: [B, n] int32. Where, from `start`, what belongs there lies.
     """
-    source = (start[:, None] + index)[None, :, None, :, None]
 
-    kept = jax.tree.map(lambda x: jnp.take_along_axis(x, source, axis=3), cache)
-    return write(cache, kept, start)  # all was read before anything is written
+    def move(x: jax.Array, start: jax.Array, index: jax.Array, axis: str | None) -> jax.Array:
+        kept = take_slots(x, start + index, axis)  # all is read before anything is written
+        return put_slots(x, kept, start, axis)
+
+    def by_row(cache: KVCache, start: jax.Array, index: jax.Array, axis: str | None) -> KVCache:
+        moved = jax.vmap(functools.partial(move, axis=axis), in_axes=(1, 0, 0), out_axes=1)
+        return jax.tree.map(lambda x: moved(x, start, index), cache)
+
+    return _per_shard(by_row, cache, start=start, index=index)
+
+
+def _per_shard(function: Any, cache: KVCache, **operands: Any) -> KVCache:
+    """On every device's part; `function` is told over which axis of the mesh slots are split."""
+    _, B, K, S, _ = cache.k.shape
+    split = split_axes(batch=B, kv_heads=K)
+    rows, heads, slots = split["batch"], split["kv_heads"], slots_axis(S)
+    specs = dict.fromkeys(operands, P(rows)) | {"cache": P(None, rows, heads, slots)}
+    if "new" in operands:
+        specs["new"] = P(None, rows, heads)
+    run = functools.partial(function, axis=slots)
+    written: KVCache = per_shard(run, {"cache": cache, **operands}, specs, specs["cache"])
+    return written

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from dlm.config import ModelConfig
 from dlm.params import LowRank, Params
-from dlm.sharding import constrain, split_axes
+from dlm.sharding import constrain, per_shard, slots_axis, split_axes
 from kernels_pallas.block_diffusion_attention import block_diffusion_attention
 from kernels_pallas.window_attention import Mask, window_attention
 
@@ -69,7 +69,7 @@ def decoder_layer(
 def attend(
     mask: Mask | BlockDiffusion, **operands: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Attention, each device working on its rows and heads."""
+    """Attention, each device working on its rows, heads and slots of the cache."""
     q, k = operands["q"], operands["k"]
     split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
     rows, heads = split["batch"], split["kv_heads"]
@@ -79,25 +79,17 @@ def attend(
         run = functools.partial(block_diffusion_attention, block_len=mask.block_len)
         specs = by_head | {"segment_ids": P(rows)}
         return per_shard(run, operands, specs, P(rows, None, heads)), None
-    stacked = P(None, rows, heads)
+    cache = operands.get("cache")
+    slots = None if cache is None else slots_axis(cache[0].shape[3])
+    stacked = P(None, rows, heads, slots)
     specs = dict.fromkeys(operands, P(rows)) | {"cache": stacked, "layer": P()}
     specs |= dict.fromkeys("qkv", P(rows, None, heads))
-    attend = window_attention
+    attend = functools.partial(window_attention, slots_axis=slots)
     if isinstance(mask, str):
         attend = functools.partial(attend, mask=mask)
     else:
         operands["mask"], specs["mask"] = mask, P(rows)
     return per_shard(attend, operands, specs, (P(rows, None, heads), stacked))
-
-
-def per_shard(
-    function: Any, operands: dict[str, Any], specs: dict[str, Any], out_specs: Any
-) -> Any:
-    """Calls `function` with `operands` by name: on every device's share of them, on a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(**operands)
-    run = lambda operands: function(**operands)  # noqa: E731
-    return jax.shard_map(run, in_specs=(specs,), out_specs=out_specs, check_vma=False)(operands)
 
 
 def project_qkv(

@@ -1,14 +1,15 @@
 """Meshes and logical axes: where arrays live, said once.
 
 Arrays name their dimensions with logical words ("batch", "heads", "vocab"); `RULES` maps those to
-the mesh axes `data`, `fsdp` and `tensor`. Without a mesh everything here does nothing, so the same
-model code runs on one CPU and on a pod.
+the mesh axes `data`, `fsdp`, `tensor` and `sequence`. Without a mesh everything here does nothing,
+so the same model code runs on one CPU and on a pod.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -16,13 +17,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("slots", "sequence"),
     ("ffn", "tensor"),
     ("vocab", "tensor"),
     ("rank", "fsdp"),
@@ -31,31 +33,38 @@ RULES: Rules = (
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes ("data", "fsdp", "tensor").
+    """A mesh with the axes `MESH_AXES`.
 
     Args:
       data: shards of the batch only.
       fsdp: shards of batch and parameters.
       tensor: shards of heads, MLP width and vocabulary.
-      devices: which devices; by default the first `data * fsdp * tensor` of `jax.devices()`.
+      sequence: shards of the slots of key/value caches, for prefixes that are too long for one
+        device; everything else is on all of them.
+      devices: which devices; by default the first ones of `jax.devices()`.
 
     Raises:
       ValueError: if there are not that many devices.
     """
-    size = data * fsdp * tensor
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
+    size = math.prod(sizes.values())
     devices = jax.devices() if devices is None else devices
     if size > len(devices) or size < 1:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, "
+            f"mesh {' x '.join(f'{axis}={n}' for axis, n in sizes.items())} needs {size} devices, "
             f"but there are {len(devices)}: choose sizes whose product is at most that"
         )
     # Axes may share a dimension of the slice: 8 tensor shards on 4 x 4 chips, for example.
     placed = mesh_utils.create_device_mesh(
-        (data, fsdp, tensor), devices[:size], allow_split_physical_axes=True
+        tuple(sizes.values()), devices[:size], allow_split_physical_axes=True
     )
-    return Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
 def _partition_spec(
@@ -96,6 +105,12 @@ def split_axes(**sizes: int) -> dict[str, tuple[str, ...] | None]:
     return dict(zip(sizes, spec, strict=True))
 
 
+def slots_axis(num_slots: int) -> str | None:
+    """The mesh axis over which a cache of so many slots is split; None: all devices have all."""
+    size = dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+    return "sequence" if size > 1 and num_slots % size == 0 else None
+
+
 def logical_sharding(
     shape: Sequence[int],
     axes: Sequence[str | None],
@@ -120,3 +135,13 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     return jax.lax.with_sharding_constraint(
         x, _partition_spec(x.shape, axes, dict(mesh.shape), rules)
     )
+
+
+def per_shard(
+    function: Any, operands: dict[str, Any], specs: dict[str, Any], out_specs: Any
+) -> Any:
+    """Calls `function` with `operands` by name: on every device's share of them, on a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(**operands)
+    run = lambda operands: function(**operands)  # noqa: E731
+    return jax.shard_map(run, in_specs=(specs,), out_specs=out_specs, check_vma=False)(operands)

@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
-from dlm.layers import BlockDiffusion, decoder_layer, per_shard, rms_norm, rotary_angles
+from dlm.layers import BlockDiffusion, decoder_layer, rms_norm, rotary_angles
 from dlm.params import Params
-from dlm.sharding import constrain, split_axes
+from dlm.sharding import constrain, per_shard, split_axes
 from kernels_pallas.unembed_loss import TargetStats, unembed_loss
 from kernels_pallas.unembed_stats import Noise, VocabStats, unembed_logits, unembed_stats
 from kernels_pallas.window_attention import Mask

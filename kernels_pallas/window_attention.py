@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from kernels_pallas import window_attention_gpu as gpu
 from kernels_pallas import window_attention_tpu as tpu
 from kernels_pallas.dispatch import choose
+from kernels_pallas.slots import first_slot, put_slots
 
 Implementation = Literal["xla", "tpu", "gpu", "reference"]
 Cache = tuple[jax.Array, jax.Array]
@@ -48,6 +49,7 @@ def window_attention(
     layer: jax.Array | int = 0,
     write_at: jax.Array | None = None,
     write_rows: jax.Array | None = None,
+    slots_axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Attends from a window of positions to a cache and to the window's own keys.
@@ -67,6 +69,8 @@ def window_attention(
       write_at: [B] int32. If given, the window's keys and values are written to slots
         write_at .. write_at + T of `layer` after attention has read the old contents.
       write_rows: [B] bool. Rows whose cache is written; None: all.
+      slots_axis: inside `jax.shard_map`: the mesh axis over which the cache's slots are split, in
+        order; ranges and `write_at` count the slots of all devices. Served by "xla".
       implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is
         compiled.
 
@@ -89,10 +93,14 @@ def window_attention(
         return serve(functools.partial(_with_xla_gradient, kernel))
 
     read = None if cache_ranges is None else cache
+    if slots_axis is not None and read is not None and cache_ranges is not None:
+        implementation = implementation or "xla"
+        num_slots = read[0].shape[3]
+        cache_ranges = jnp.clip(cache_ranges - first_slot(num_slots, slots_axis), 0, num_slots)
     attend = choose(
         "window_attention",
         implementation,
-        xla=serve(attend_xla),
+        xla=serve(functools.partial(attend_xla, slots_axis=slots_axis)),
         reference=serve(window_attention_reference),
         kernels={
             "tpu": (with_gradient(tpu.window_attention_tpu), tpu.refusal(q, mask)),
@@ -103,7 +111,7 @@ def window_attention(
     if cache is None or write_at is None:
         return out, None
     return out, tuple(  # type: ignore[return-value]
-        _write_window(c, new, layer, write_at, write_rows)
+        _write_window(c, new, layer, write_at, write_rows, slots_axis)
         for c, new in zip(cache, (k, v), strict=True)
     )
 
@@ -217,10 +225,12 @@ def attend_xla(
     cache: Cache | None = None,
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
+    slots_axis: str | None = None,
 ) -> jax.Array:
     """Plain matrix products: heads of a group folded into rows, softmax merged over both parts.
 
-    Bound by the [B, N, T, S + T] float32 scores it stores.
+    Bound by the [B, N, T, S + T] float32 scores it stores. Of slots that are split over devices
+    every device has its own part, and sums travel: [B, N, T, H + 2] numbers.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -244,15 +254,18 @@ def attend_xla(
     for part, _ in parts[1:]:
         top = jnp.maximum(top, part.max(axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
+    if slots_axis is not None:
+        top = jax.lax.pmax(top, slots_axis)
     total = jnp.zeros_like(top)
     out = jnp.zeros((B, K, N // K * T, H), jnp.float32)
-    for part, values in parts:
+    for is_cache, (part, values) in enumerate(parts):
         weights = jnp.where(part > _LOWEST, jnp.exp(part - top), 0.0)
-        total = total + weights.sum(axis=-1, keepdims=True)
+        summed = weights.sum(axis=-1, keepdims=True)
         weights = weights.reshape(B, K, N // K * T, -1).astype(values.dtype)
-        out = out + jnp.einsum(
-            "bkrs,bksh->bkrh", weights, values, preferred_element_type=jnp.float32
-        )
+        weighed = jnp.einsum("bkrs,bksh->bkrh", weights, values, preferred_element_type=jnp.float32)
+        if is_cache and slots_axis is not None:
+            summed, weighed = jax.lax.psum((summed, weighed), slots_axis)
+        total, out = total + summed, out + weighed
     out = out / jnp.where(total > 0, total, 1.0).reshape(B, K, -1, 1)
     out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return out.astype(q.dtype)
@@ -305,16 +318,15 @@ def _write_window(
     layer: jax.Array | int,
     write_at: jax.Array,
     write_rows: jax.Array | None,
+    slots_axis: str | None,
 ) -> jax.Array:
     """Writes `new` [B, T, K, H] into slots write_at .. write_at + T of one layer of the cache."""
     old = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)  # [B, K, S, H]
     new = new.astype(cache.dtype).swapaxes(1, 2)
-    if new.shape == old.shape:  # a whole canvas: write_at can only be zero
+    if new.shape == old.shape and slots_axis is None:  # all slots: write_at can only be zero
         written = new
     else:
-        written = jax.vmap(lambda c, n, at: jax.lax.dynamic_update_slice(c, n, (0, at, 0)))(
-            old, new, write_at
-        )
+        written = jax.vmap(functools.partial(put_slots, axis=slots_axis))(old, new, write_at)
     if write_rows is not None:
         written = jnp.where(write_rows[:, None, None, None], written, old)
     return jax.lax.dynamic_update_index_in_dim(cache, written, layer, axis=0)

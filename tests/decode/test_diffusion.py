@@ -148,11 +148,13 @@ def test_no_two_arrays_of_a_state_share_memory(toy_cfg):
         dict(data=2, tensor=4),
         dict(tensor=8),
         dict(fsdp=2, tensor=2),
+        dict(data=2, sequence=4),
+        dict(tensor=2, sequence=2),
     ],
     ids=str,
 )
 def test_sharded_equals_unsharded(toy_cfg, toy_params, axes):
-    """Also where the mesh does not divide the key/value heads, or any heads."""
+    """Also where the mesh does not divide the key/value heads, or any heads; slots may be split."""
     from dlm.params import param_shardings
 
     method = DiffusionMethod(FixedBlocks(4), DualCache(), rule=Threshold(0.4))

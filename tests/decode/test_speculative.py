@@ -291,7 +291,7 @@ def test_sharded_equals_unsharded(toy_cfg, toy_params, name):
     prompts = random_prompts(toy_cfg, 8, seed=4)
     method = SpeculativeMethod(drafters(toy_cfg, toy_params)[name])
     expected = texts(run(toy_params, toy_cfg, method, prompts), 8)
-    meshes = [dict(data=2, tensor=4), dict(fsdp=2, tensor=2)]
+    meshes = [dict(data=2, tensor=4), dict(fsdp=2, tensor=2), dict(data=2, sequence=4)]
     if name == "recycling":
         meshes += [dict(data=8), dict(data=4, tensor=2), dict(tensor=8)]
     for axes in meshes:

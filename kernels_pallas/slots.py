@@ -1,0 +1,53 @@
+"""Slots of a key/value cache that several devices may share: reading some, writing some.
+
+One row at a time; callers map over rows. Where the slots are split over a mesh axis, all this runs
+inside of `jax.shard_map`, and a slot's number is its number in the whole cache.
+
+Letters: S slots (of this device), T new ones, n some of them, H head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def first_slot(num_slots: int, axis: str | None) -> jax.Array | int:
+    """The number of this device's first slot, of which it has `num_slots`."""
+    return 0 if axis is None else jax.lax.axis_index(axis) * num_slots
+
+
+def put_slots(old: jax.Array, new: jax.Array, at: jax.Array, axis: str | None = None) -> jax.Array:
+    """`old` [..., S, H] with `new` [..., T, H] in slots at .. at + T, as far as they are here.
+
+    Args:
+      old, new: see above.
+      at: scalar int32.
+      axis: the mesh axis over which slots are split, in order; None: all are here.
+    """
+    if axis is None:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=old.ndim - 2)
+    S, T = old.shape[-2], new.shape[-2]
+    n = min(S, T)
+    first = at - first_slot(S, axis)
+    here = jnp.clip(first, 0, S - n)  # n slots, among them all that are written
+    source = here - first + jnp.arange(n)
+    is_new = ((source >= 0) & (source < T)).reshape((1,) * (old.ndim - 2) + (n, 1))
+    before = jax.lax.dynamic_slice_in_dim(old, here, n, axis=old.ndim - 2)
+    moved = jnp.take(new, jnp.clip(source, 0, T - 1), axis=-2)
+    after = jnp.where(is_new, moved, before)
+    return jax.lax.dynamic_update_slice_in_dim(old, after, here, axis=old.ndim - 2)
+
+
+def take_slots(old: jax.Array, slots: jax.Array, axis: str | None = None) -> jax.Array:
+    """[..., n, H]: the slots [n] int32 of `old` [..., S, H], on every device.
+
+    Args: as `put_slots`.
+    """
+    if axis is None:
+        return jnp.take(old, slots, axis=-2, mode="clip")
+    S = old.shape[-2]
+    local = slots - first_slot(S, axis)
+    is_here = ((local >= 0) & (local < S)).reshape((1,) * (old.ndim - 2) + (-1, 1))
+    found = jnp.take(old, jnp.clip(local, 0, S - 1), axis=-2)
+    return jax.lax.psum(jnp.where(is_here, found, 0), axis)
