@@ -92,7 +92,7 @@ def decoding(
     """A decoding loop on a mesh, whose state is given away."""
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
-        axes = (None, "batch", "kv_heads", None, None) if x.ndim == 5 else (None,) * x.ndim
+        axes = (None, "batch", "kv_heads", "slots", None) if x.ndim == 5 else (None,) * x.ndim
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=logical_sharding(x.shape, axes, mesh)
         )

@@ -38,6 +38,7 @@ from scripts import aot  # isort: skip  (before JAX)
 import jax
 from absl import app, flags
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from decode.diffusion import DiffusionMethod
@@ -95,19 +96,38 @@ def mesh_name(mesh: Mesh) -> str:
 
 
 def decoding_meshes(cfg: ModelConfig, chips: int, batch: int) -> Iterator[Mesh]:
-    """Data by tensor shards: as many tensor shards as heads allow, then fewer, while rows last."""
+    """As many tensor shards as heads allow, then fewer, while rows last; the rest are data shards.
+
+    Where there are more of those than rows, the cache may also be split by its slots instead.
+    """
     tensor = math.gcd(chips, cfg.n_heads)
-    yield ("data", chips // tensor), ("tensor", tensor)
+    rest = chips // tensor
+    yield ("data", rest), ("tensor", tensor), ("sequence", 1)
+    if rest > batch and rest % batch == 0:
+        yield ("data", batch), ("tensor", tensor), ("sequence", rest // batch)
     while tensor % 2 == 0 and 2 * chips // tensor <= batch:
         tensor //= 2
-        yield ("data", chips // tensor), ("tensor", tensor)
+        yield ("data", chips // tensor), ("tensor", tensor), ("sequence", 1)
 
 
-def training_meshes(chips: int) -> Iterator[Mesh]:
-    """Parameters spread over all chips, with and without tensor shards."""
-    for tensor in (1, 2, 4):
-        if chips % tensor == 0:
-            yield ("fsdp", chips // tensor), ("tensor", tensor)
+def training_meshes(chips: int, rows: int) -> Iterator[Mesh]:
+    """Parameters over all chips; the fewest tensor shards with which every chip has rows, and more.
+
+    Args:
+      chips: of the slice.
+      rows: of a batch.
+
+    Raises:
+      ValueError: no mesh divides the rows.
+    """
+    tensors = [t for t in (1, 2, 4, 8, 16) if chips % t == 0 and rows % (chips // t) == 0][:3]
+    if not tensors:
+        raise ValueError(
+            f"data.batch_size={rows} cannot be divided among {chips} chips with up to 16 tensor "
+            "shards: choose a multiple of a sixteenth of their number"
+        )
+    for tensor in tensors:
+        yield ("fsdp", chips // tensor), ("tensor", tensor)
 
 
 def cases() -> Iterator[Case]:
@@ -119,8 +139,18 @@ def cases() -> Iterator[Case]:
             for mesh in decoding_meshes(cfg, chips, batch):
                 yield Case(target, f"{flags.FLAGS.preset}, batch {batch}", mesh, batch)
         for recipe in flags.FLAGS.recipes:
-            for mesh in training_meshes(chips):
-                yield Case(target, recipe, mesh)
+            try:
+                for mesh in training_meshes(chips, recipe_config(recipe).data.batch_size):
+                    yield Case(target, recipe, mesh)
+            except ValueError as error:
+                raise ValueError(f"{recipe} on {target}: {error}") from error
+
+
+def recipe_config(recipe: str) -> ConfigDict:
+    """The settings of a recipe, such as "llada_8b_dparallel:released"."""
+    module, _, argument = recipe.partition(":")
+    config: ConfigDict = importlib.import_module(f"configs.{module}").get_config(argument)
+    return config
 
 
 def plan(case: Case) -> dict[str, Any]:
@@ -167,6 +197,7 @@ def floor_ms(case: Case, cfg: ModelConfig, window: int, cached: int, moved: floa
     chip, mesh = aot.chip_of(case.slice), dict(case.mesh)
     data, tensor = mesh["data"], mesh["tensor"]
     rows = case.batch // data if case.batch % data == 0 else case.batch  # else each chip has all
+    cached //= mesh["sequence"]
     flops, num_bytes = forward_cost(cfg, rows, window, cached, flags.FLAGS.block_len)
     compute_ms = 1e3 * flops / tensor / (chip.tflops * 1e12)
     memory_ms = 1e3 * num_bytes / tensor / (chip.hbm_gb_s * 1e9)
@@ -184,8 +215,7 @@ def _decoding(cfg: ModelConfig, mesh: jax.sharding.Mesh, batch: int) -> dict[str
 
 
 def _training(recipe: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    module, _, argument = recipe.partition(":")
-    config = importlib.import_module(f"configs.{module}").get_config(argument)
+    config = recipe_config(recipe)
     cfg = PRESETS[next(preset for preset in PRESETS if recipe.startswith(preset))]
     ((_, report),) = aot.training_step(config, cfg, mesh)
     frozen = abstract_params(cfg, mesh) if config.train.trainable is not None else {}
@@ -291,7 +321,7 @@ def main(argv: list[str]) -> None:
     try:
         wanted = list(cases())
     except ValueError as error:
-        sys.exit(f"error: --slices: {error}")
+        sys.exit(f"error: {error}")
     file = out / "pods.json"
     lengths = {
         name: getattr(flags.FLAGS, name)
@@ -315,6 +345,10 @@ def main(argv: list[str]) -> None:
         f"{table(found)}\n\nWhat moves most, on the best meshes:\n\n{moves(found)}\n"
     )
     print("\n" + text)
+    refused = {c.key: values["refused"] for c, values in found.items() if "refused" in values}
+    if refused:
+        text += "\nWhat the compiler says of those without figures:\n\n"
+        text += "".join(f"- {key}: {why}\n" for key, why in refused.items())
     draw(found, out / "pods.png")
     introduction = _INTRODUCTION.format(slices=",".join(flags.FLAGS.slices))
     page = f"{introduction}\n\n![Memory](pods.png)\n\n{text}"

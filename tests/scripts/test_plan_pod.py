@@ -83,6 +83,22 @@ print(json.dumps([dataclasses.asdict(m) | {"moved": m.bytes_moved} for m in move
         assert move["moved"] == pytest.approx(moved)
 
 
+def test_every_chip_trains_on_rows_of_its_own():
+    code = """
+import json
+from scripts.plan_pod import training_meshes
+made = [training_meshes(*n) for n in ((16, 64), (256, 64))]
+print(json.dumps([[list(dict(mesh).values()) for mesh in meshes] for meshes in made]))
+try:
+    list(training_meshes(256, 7))
+except ValueError as error:
+    assert "data.batch_size=7 cannot be divided among 256 chips" in str(error)
+else:
+    raise AssertionError
+"""
+    assert in_a_process(code) == [[[16, 1], [8, 2], [4, 4]], [[64, 4], [32, 8], [16, 16]]]
+
+
 def test_meshes_use_all_chips_and_no_more_rows_than_there_are():
     code = """
 import json
@@ -90,15 +106,19 @@ from scripts import plan_pod
 from dlm.config import PRESETS
 cfg = PRESETS["llada_8b"]
 print(json.dumps([
-    [dict(mesh) for mesh in plan_pod.decoding_meshes(cfg, chips, batch)]
-    for chips, batch in ((16, 1), (16, 8), (256, 64))
+    [
+        {axis: size for axis, size in mesh if size > 1}
+        for mesh in plan_pod.decoding_meshes(cfg, chips, batch)
+    ]
+    for chips, batch in ((16, 1), (16, 8), (256, 64), (256, 2))
 ]))
 """
-    of_one, of_eight, large = in_a_process(code)
+    of_one, of_eight, large, idle = in_a_process(code)
     assert PRESETS["llada_8b"].n_heads == 32
-    assert of_one == [{"data": 1, "tensor": 16}]
-    assert of_eight == [{"data": d, "tensor": 16 // d} for d in (1, 2, 4, 8)]
+    assert of_one == [{"tensor": 16}]
+    assert of_eight == [{"tensor": 16}, *({"data": d, "tensor": 16 // d} for d in (2, 4, 8))]
     assert large == [{"data": d, "tensor": 256 // d} for d in (8, 16, 32, 64)]
+    assert idle == [{"data": 8, "tensor": 32}, {"data": 2, "tensor": 32, "sequence": 4}]
 
 
 @needs_libtpu
@@ -147,4 +167,4 @@ def test_a_plan_of_llada_8b(tmp_path):
     assert (tmp_path / "pods.png").read_bytes().startswith(b"\x89PNG")
     command[3] = "--slices=v5e:3x7"
     wrong = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert wrong.returncode == 1 and "error: --slices: slice 'v5e:3x7' cannot be" in wrong.stderr
+    assert wrong.returncode == 1 and "error: slice 'v5e:3x7' cannot be" in wrong.stderr

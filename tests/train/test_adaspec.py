@@ -9,7 +9,7 @@ from configs import distill_draft
 from dlm import transformer
 from dlm.params import init_params
 from tests.conftest import spread
-from tests.train.test_distill_spec import models, target_and_draft
+from tests.train.test_distill_spec import models
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError
@@ -81,16 +81,15 @@ def test_the_largest_of_those_that_count():
 
 
 @pytest.mark.slow
-def test_a_run_with_a_reference(tmp_path):
-    target, draft = target_and_draft(tmp_path)
+def test_a_run_with_a_reference(scan_target, scan_draft, tmp_path):
     for name, arg in (("reference", "scan,runlocal"), ("adaspec", "scan,adaspec,runlocal")):
         config = distill_draft.get_config(arg)
-        config.train.init_from = str(target.model_path)
-        config.train.trainable.checkpoint = str(draft.model_path)
+        config.train.init_from = str(scan_target)
+        config.train.trainable.checkpoint = str(scan_draft)
         if name == "adaspec":
             with pytest.raises((ConfigError, ValueError), match=r"reference='' must be the folder"):
                 loop.run(config, tmp_path / name)
-            config.train.trainable.reference = str(target.model_path)
+            config.train.trainable.reference = str(scan_target)
             with pytest.raises((ConfigError, ValueError), match="they must be alike"):
                 loop.run(config, tmp_path / "other")
             config.train.trainable.reference = str(tmp_path / "reference" / "model")

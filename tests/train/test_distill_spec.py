@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dlm
-from configs import causal_lm, distill_draft
+from configs import distill_draft
 from dlm import transformer
 from dlm.heads.draft_lm import Draft
 from dlm.params import init_params
@@ -87,27 +87,18 @@ def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
     assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
 
 
-def target_and_draft(folder):
-    """The runs of a small target and of a smaller model with its vocabulary."""
-    target = loop.run(causal_lm.get_config("scan,runlocal"), folder / "target")
-    config = causal_lm.get_config("scan,runlocal")
-    config.model.n_layers, config.train.seed = 1, 7
-    return target, loop.run(config, folder / "draft")
-
-
 @pytest.mark.slow
-def test_a_draft_model_comes_closer_to_its_target(tmp_path):
-    target, draft = target_and_draft(tmp_path)
+def test_a_draft_model_comes_closer_to_its_target(scan_target, scan_draft, tmp_path):
     config = distill_draft.get_config("scan,runlocal")
-    config.train.init_from = str(target.model_path)
+    config.train.init_from = str(scan_target)
     config.train.trainable.checkpoint = str(tmp_path / "nowhere")
     with pytest.raises((ConfigError, FileNotFoundError), match="nowhere"):
         loop.run(config, tmp_path / "distilled")
-    config.train.trainable.checkpoint = str(draft.model_path)
+    config.train.trainable.checkpoint = str(scan_draft)
     result = loop.run(config, tmp_path / "distilled")
-    before, after = dlm.load(draft.model_path), dlm.load(result.model_path)
+    before, after = dlm.load(scan_draft), dlm.load(result.model_path)
     assert after.cfg == before.cfg and after.tokenizer is not None
-    lm = dlm.load(target.model_path)
+    lm = dlm.load(scan_target)
     batch = make_batch(lm.cfg)
     losses = [
         DistillSpec().loss(lm.params | {"draft": Draft(x.params, x.cfg)}, lm.cfg, batch, CONTEXT)[0]

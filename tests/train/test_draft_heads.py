@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dlm
-from configs import causal_lm, draft_heads
+from configs import draft_heads
 from decode.drafters.dflash import DFlash
 from decode.drafters.eagle import Eagle, EagleBest
 from decode.drafters.hydra import Hydra, HydraState
@@ -232,11 +232,10 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eagle_1", "eagle_3", "dflash"])
-def test_smoke_tests_of_networks(tmp_path, kind):
-    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
-    lm = dlm.load(target.model_path)
+def test_smoke_tests_of_networks(scan_target, tmp_path, kind):
+    lm = dlm.load(scan_target)
     config = draft_heads.get_config(f"scan,{kind},runlocal")
-    config.train.init_from = str(target.model_path)
+    config.train.init_from = str(scan_target)
     if kind == "eagle_3":
         (tmp_path / "vocab.json").write_text(json.dumps([*range(2, 12), lm.cfg.eos_token_id]))
         config.train.trainable.vocab = str(tmp_path / "vocab.json")
@@ -256,14 +255,13 @@ def test_smoke_tests_of_networks(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_smoke_tests_from_target_to_drafts(tmp_path, kind):
+def test_smoke_tests_from_target_to_drafts(scan_target, tmp_path, kind):
     """Train a target, then heads beside it; they draft its own greedy text."""
-    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
-    lm = dlm.load(target.model_path)
+    lm = dlm.load(scan_target)
     config = draft_heads.get_config(f"scan,{kind},runlocal")
     with pytest.raises(ConfigError, match=r"train\.init_from"):
         loop.run(config, tmp_path / "heads")
-    config.train.init_from = str(target.model_path)
+    config.train.init_from = str(scan_target)
     result = loop.run(config, tmp_path / "heads")
     module = {"medusa": medusa, "hydra": hydra}[kind]
     heads, own = module.load(result.model_path, lm)
@@ -296,16 +294,15 @@ def test_heads_that_do_not_fit_are_refused(toy_cfg, toy_params):
 
 
 @pytest.mark.slow
-def test_the_draft_vocabulary_is_what_comes_up_most(tmp_path):
-    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
-    lm = dlm.load(target.model_path)
+def test_the_draft_vocabulary_is_what_comes_up_most(scan_target, tmp_path):
+    lm = dlm.load(scan_target)
     task = build({"make": "dlm.tasks.scan:Scan", "split": "train"}, "task")
     counts = collections.Counter()
     for i in range(50):
         counts.update(lm.tokenizer.encode(task[i].completion))
     out = subprocess.run(
         [sys.executable, "-m", "scripts.draft_vocab", "--config=configs/causal_lm.py:scan",
-         f"--model={target.model_path}", "--size=3", "--num_examples=50",
+         f"--model={scan_target}", "--size=3", "--num_examples=50",
          f"--out={tmp_path / 'vocab.json'}"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip

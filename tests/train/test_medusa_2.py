@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import dlm
-from configs import causal_lm, draft_heads
+from configs import draft_heads
 from decode.drafters.medusa import Medusa
 from decode.speculative import SpeculativeMethod
 from dlm.heads import medusa
@@ -67,16 +67,15 @@ def test_the_model_learns_at_its_own_rate(toy_cfg, toy_params):
 
 
 @pytest.mark.slow
-def test_heads_fit_the_model_they_were_trained_with(tmp_path):
-    target = loop.run(causal_lm.get_config("scan,runlocal"), tmp_path / "target")
+def test_heads_fit_the_model_they_were_trained_with(scan_target, tmp_path):
     config = draft_heads.get_config("scan,medusa,runlocal")
-    config.train.init_from = str(target.model_path)
+    config.train.init_from = str(scan_target)
     first = loop.run(config, tmp_path / "medusa")
     config = draft_heads.get_config("scan,medusa_2,runlocal")
-    config.train.init_from = str(target.model_path)
+    config.train.init_from = str(scan_target)
     config.train.trainable.heads = str(first.model_path)
     result = loop.run(config, tmp_path / "joint")
-    before, after = dlm.load(target.model_path), dlm.load(result.model_path)
+    before, after = dlm.load(scan_target), dlm.load(result.model_path)
     assert bool((before.params["embed"] != after.params["embed"]).any())
     _, own = medusa.load(tmp_path / "joint" / "heads", after)
     with pytest.raises(ValueError, match="train heads for it"):
