@@ -67,7 +67,7 @@ def test_bench_prints_one_json_line_per_case():
     assert run("scripts.bench", "nope", ok=False).count("are `decode`, `train` and `spec`") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_spec_times_trees_of_every_size_and_drafters():
     out = run("scripts.bench", "spec", "--preset=tiny", "--batch=2", "--repeats=5")
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
