@@ -133,8 +133,9 @@ def train_iterator(
       task: examples.
       tokenizer: encodes them.
       data: lengths, seed, batch size over all processes. Batches do not depend on how many
-        processes there are, each of which makes its own rows of them; but with packing each has
-        every n-th text, and packs its rows of those.
+        processes there are, each of which makes its own rows of them. Two exceptions: with buckets
+        the rows of a batch are rounded to what processes and shards divide, and with packing each
+        process has every n-th text, and packs its rows of those.
       num_shards: that the rows of a batch are to be divided into.
 
     Raises:
