@@ -321,8 +321,22 @@ def compare(rows_of_seeds: list[list[dict[str, Any]]]) -> str:
     return markdown(found) if found else ""
 
 
+def mean(rows_of_seeds: list[list[dict[str, Any]]]) -> list[Measurement]:
+    """A measurement per drafter, whose acceptance is the mean over seeds."""
+    found = []
+    for row in rows_of_seeds[0]:
+        same = [r for rows in rows_of_seeds for r in rows if r["drafter"] == row["drafter"]]
+        length, accepted = (
+            np.mean([r[key] for r in same], axis=0).tolist()
+            for key in ("acceptance_length", "accepted")
+        )
+        both = {"acceptance_length": length, "accepted": accepted}
+        found.append(Measurement(**(row | both)))
+    return found
+
+
 def write_page(out: pathlib.Path) -> None:
-    """docs/drafters.md, from all results that lie beside it."""
+    """docs/drafters.md and its figures, from all results that lie beside it."""
     page = [_INTRODUCTION]
     for task in causal_lm.TASKS:
         file = out / f"drafters_{task}.json"
@@ -332,8 +346,11 @@ def write_page(out: pathlib.Path) -> None:
         results = [seeds[key] for key in sorted(seeds, key=int)]
         about, rows = results[0]["about"], [result["rows"] for result in results]
         devices = sorted({result["about"]["device"] for result in results})
+        title = f"{task}: drafts accepted per forward (tokens), {len(rows)} seeds"
+        draw(mean(rows), title, out / f"drafters_{task}.png")
         page += [
             f"## {task}",
+            f"![Drafts accepted](drafters_{task}.png)",
             f"{about['num_prompts']} held-out prompts, batch {about['batch']}, "
             f"{about['gen_len']} tokens, greedy, {about['dtype']}, {', '.join(devices)}; "
             f"{len(rows)} seeds, means and 95 % intervals (Student's t).",
@@ -395,7 +412,6 @@ def run(task: str, seed: int, heads: list[str]) -> None:
         seeds = json.loads(collected.read_text()) if collected.is_file() else {}
         seeds[str(seed)] = {"about": about, "rows": rows}
         collected.write_text(json.dumps(seeds, indent=1) + "\n")
-        draw(found, f"{task}: drafts accepted per forward (mean)", out / f"drafters_{task}.png")
         write_page(out)
     if not all(m.is_identical for m in found):
         sys.exit("error: drafts changed a text, which they never may")
