@@ -16,7 +16,8 @@ over that of its operations at the speed of one large product, `over_products` o
 products done one after the other, in their own shapes. Operations are those executed, recomputed
 ones included (`gflop`); `needed_gflop` leaves those out. All are timed in turn, and `spread` is the
 range between the quartiles over the median. `input_wait` is the share of its time that the training
-loop waits for a batch from `train.data.train_iterator`.
+loop waits for a batch from `train.data.train_iterator`; `input_cost` is the share by which it is
+faster with a batch that lies there already.
 
 `mfu` is the share of the time of a step that the needed operations take at the speed of that large
 product (of the published peak it would be less). `--preset` and `--dtype` choose the larger model.

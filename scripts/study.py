@@ -91,7 +91,7 @@ LARGE = {
     "student": {"optim": {"learning_rate": 2e-4}},
 }  # fmt: skip
 MIN_GROUP = 4  # examples of a kind of question, picked on or reported, below which it has no table
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 ENTROPIES = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.96, 0.99)
 
@@ -402,7 +402,7 @@ def main(argv: list[str]) -> None:
 def about(folder: pathlib.Path) -> str:
     """The base model of a seed, and where it runs."""
     lm = dlm.load(folder / "base" / "model")
-    precision = jax.config.read("jax_default_matmul_precision")
+    precision = jax.config.jax_default_matmul_precision
     return (
         f"{num_params(lm.cfg) / 1e6:.2f} M parameters, {lm.cfg.dtype}"
         + (f" (matmul precision {precision})" if precision else "")

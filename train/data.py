@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dlm import tasks
 from dlm.sharding import logical_sharding
@@ -254,21 +254,29 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
     Raises:
       ConfigError: a process would need rows of another one.
     """
-    rows = len(batch["prompt_start"]) * jax.process_count()
+    num_processes = jax.process_count()
+    rows = len(batch["prompt_start"]) * num_processes
 
-    def place(local: np.ndarray) -> jax.Array:
+    def sharding_of(local: np.ndarray) -> NamedSharding:
+        axes = ("batch",) + (None,) * (local.ndim - 1)
+        return logical_sharding((rows, *local.shape[1:]), axes, mesh)
+
+    shardings = jax.tree.map(sharding_of, batch)
+    if num_processes == 1:  # one call for all arrays costs a third of one for each
+        return jax.device_put(batch, shardings)
+
+    def place(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
         shape = (rows, *local.shape[1:])
-        sharding = logical_sharding(shape, ("batch",) + (None,) * (local.ndim - 1), mesh)
         indices = sharding.addressable_devices_indices_map(shape).values()
         needed = {index[0].indices(rows) for index in indices if index is not None}
         if sum(stop - first for first, stop, _ in needed) != len(local):
             raise ConfigError(
                 f"mesh.data * mesh.fsdp = {mesh.shape['data'] * mesh.shape['fsdp']} must be a "
-                f"multiple of {jax.process_count()} processes, so that each has its own rows"
+                f"multiple of {num_processes} processes, so that each has its own rows"
             )
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(place, batch, shardings)
 
 
 def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callable[[int], Row]:

@@ -388,7 +388,7 @@ class WaitingLine:
         return tasks.Example(
             prompt=_with_shots(shots, _render_question(question)),
             completion=answer,
-            metadata=dataclasses.asdict(question),
+            metadata=dict(vars(question)),
         )
 
     def _check_name(self, field: str, name: str) -> None:
