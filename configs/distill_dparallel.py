@@ -13,8 +13,7 @@ import ml_collections
 
 from configs.collect_trajectories import TASKS, parse
 
-# Highest one per task. A model that is nearly always right forgets at 1e-3 what it knew; one that is
-# often wrong learns more from its right answers.
+# The highest, per task. At 1e-3 models that are nearly always right become worse than they were.
 LEARNING_RATES = {"waiting_line": 1e-3, "scan": 3e-4, "word_problems": 3e-4}
 
 

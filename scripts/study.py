@@ -402,7 +402,7 @@ def main(argv: list[str]) -> None:
 def about(folder: pathlib.Path) -> str:
     """The base model of a seed, and where it runs."""
     lm = dlm.load(folder / "base" / "model")
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return (
         f"{num_params(lm.cfg) / 1e6:.2f} M parameters, {lm.cfg.dtype}"
         + (f" (matmul precision {precision})" if precision else "")

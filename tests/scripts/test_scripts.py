@@ -81,7 +81,7 @@ def test_bench_spec_times_trees_of_every_size_and_drafters():
 def test_bench_train_compares_steps_with_their_products():
     out = run(
         "scripts.bench", "train", "--preset=tiny", "--batch=2", "--prompt_len=8", "--gen_len=16",
-        "--repeats=2",
+        "--repeats=5",
     )  # fmt: skip
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert [(r["model"], r["remat"]) for r in rows] == [

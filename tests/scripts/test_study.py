@@ -2,12 +2,14 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
 import dlm
 from scripts import measuring, study
 from scripts.study import BASELINE, Measured
+from tests.scripts.test_scripts import run
 from train import trajectories
 
 
@@ -58,11 +60,11 @@ def test_groups_keep_their_own_examples():
 
 @pytest.mark.exhaustive
 def test_the_whole_study_once_and_once_more(tmp_path):
-    folder = tmp_path / "seed0"
-    study.make("waiting_line", 0, folder, smoke=True)
-    found = study.measure("waiting_line", folder, 8)
+    folder = tmp_path / "waiting_line" / "seed0"
+    study.make("waiting_line", "small", 0, folder, smoke=True)
+    found = study.measure("waiting_line", folder, 16)
     assert {m.system for m in found} == {BASELINE, *study.SYSTEMS}
-    assert all(len(m.score) == 8 and (m.forwards >= 1).all() for m in found)
+    assert all(len(m.score) == 16 and (m.forwards >= 1).all() for m in found)
     base = dlm.load(folder / "base" / "model")
     settings = trajectories.read_settings(folder / "rounds")
     assert settings["model"] == dlm.fingerprint(base) and settings["oracle"]
@@ -71,11 +73,28 @@ def test_the_whole_study_once_and_once_more(tmp_path):
 
     times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
     log = (folder / "measured.jsonl").read_text()
-    study.make("waiting_line", 0, folder, smoke=True)
-    again = study.measure("waiting_line", folder, 8)
+    study.make("waiting_line", "small", 0, folder, smoke=True)
+    again = study.measure("waiting_line", folder, 16)
     assert (folder / "measured.jsonl").read_text() == log
     assert [m.forwards.tolist() for m in again] == [m.forwards.tolist() for m in found]
     assert times.keys() == {p for p in folder.rglob("*.safetensors")}
+
+    out = tmp_path / "out"
+    run(
+        "scripts.study", "--smoke", "--tasks=waiting_line", "--seeds=0", f"--workdir={tmp_path}",
+        f"--out={out}",
+    )  # fmt: skip
+    assert (folder / "measured.jsonl").read_text() == log
+    page = (out / "study.md").read_text()
+    assert page.count("| dParallel ") >= 2 and "## waiting_line" in page
+    assert (out / "study_waiting_line.png").is_file()
+
+
+def test_the_page_names_model_and_device(tmp_path, toy_cfg, toy_params):
+    dlm.save(tmp_path / "base" / "model", dlm.LanguageModel(toy_params, toy_cfg))
+    assert study.about(tmp_path) == f"0.00 M parameters, float32, {measuring.device()}"
+    with jax.default_matmul_precision("highest"):
+        assert "float32 (matmul precision highest)" in study.about(tmp_path)
 
 
 def test_a_run_of_some_tasks_keeps_the_sections_of_the_others(tmp_path):
