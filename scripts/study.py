@@ -297,18 +297,27 @@ def goals(studies: Sequence[Sequence[Measured]], num_pick: int) -> str:
     )
 
 
-def draw(studies: Sequence[Sequence[Measured]], num_pick: int, path: pathlib.Path) -> None:
-    """Forwards against accuracy: a curve per system over its settings, means of all seeds."""
-    examples = slice(num_pick, None)
+def draw(studies: Sequence[Sequence[Mapping[str, Any]]], path: pathlib.Path) -> None:
+    """Forwards against change in accuracy: a curve per system over its settings, means over seeds.
+
+    Args:
+      studies: the `summary` of every measurement, by seed.
+      path: of the figure.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    of_base = [study[0]["accuracy"] for study in studies]
     for system in (BASELINE, *SYSTEMS):
-        curves = [[m.part(examples) for m in study if m.system == system] for study in studies]
-        values = np.array(curves)  # [seeds, settings, 2]
-        accuracy, forwards = values.mean(axis=0).T
+        values = np.array(
+            [
+                [(m["accuracy"] - base, m["forwards"]) for m in study if m["system"] == system]
+                for study, base in zip(studies, of_base, strict=True)
+            ]
+        )  # [seeds, settings, 2]
+        change, forwards = values.mean(axis=0).T
         spread = np.abs(np.stack([values.min(axis=0), values.max(axis=0)]) - values.mean(axis=0))
         axes.errorbar(
-            forwards, accuracy, yerr=spread[..., 0], fmt="*" if system == BASELINE else "o-",
+            forwards, change, yerr=spread[..., 0], fmt="*" if system == BASELINE else "o-",
             markersize=12 if system == BASELINE else 4, capsize=2, label=system,
         )  # fmt: skip
     axes.set_xscale("log")
@@ -317,10 +326,14 @@ def draw(studies: Sequence[Sequence[Measured]], num_pick: int, path: pathlib.Pat
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("forwards per answer (log)")
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel("change in accuracy (points)")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    axes.set_title(f"Mean of {len(studies)} seeds; bars: lowest and highest")
+    axes.set_title(
+        f"Against one token per step ({np.mean(of_base):.1f} %); "
+        f"mean of {len(studies)} seeds, bars: lowest and highest",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -389,10 +402,9 @@ def main(argv: list[str]) -> None:
             sections.append(f"{head}:\n\n" + table(own, first, published=False))
         sections = [name, f"![Speed and quality](study_{name}.png)", *sections]
         page[name] = "\n\n".join(sections)
-        draw(studies, num_pick, out / f"study_{name}.png")
-        (out / f"study_{name}.json").write_text(
-            json.dumps([[summary(m, num_pick) for m in study] for study in studies], indent=1)
-        )
+        summaries = [[summary(m, num_pick) for m in study] for study in studies]
+        draw(summaries, out / f"study_{name}.png")
+        (out / f"study_{name}.json").write_text(json.dumps(summaries, indent=1))
         print("\n" + "\n\n".join(sections) + "\n")
     text = "\n\n## ".join([_INTRODUCTION, *page.values()])
     (out / "study.md").write_text(text + "\n", encoding="utf-8")
@@ -419,6 +431,7 @@ def read_sections(path: pathlib.Path) -> dict[str, str]:
 
 
 def summary(m: Measured, num_pick: int) -> dict[str, Any]:
+    """One system at one setting, over the examples that are reported."""
     accuracy, forwards = m.part(slice(num_pick, None))
     return {
         "system": m.system,
