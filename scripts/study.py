@@ -306,7 +306,7 @@ def draw(studies: Sequence[Sequence[Mapping[str, Any]]], path: pathlib.Path) -> 
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    of_base = [study[0]["accuracy"] for study in studies]
+    of_base = [next(m["accuracy"] for m in study if m["system"] == BASELINE) for study in studies]
     for system in (BASELINE, *SYSTEMS):
         values = np.array(
             [
