@@ -13,7 +13,8 @@ import ml_collections
 
 from configs.collect_trajectories import TASKS, parse
 
-# The highest, per task. At 1e-3 models that are nearly always right become worse than they were.
+# The highest, per task. On SCAN 1e-3 costs one model (94 %) 8 points even one token per step, 3e-4
+# none; on word problems rates from 1e-4 to 1e-3 make no difference.
 LEARNING_RATES = {"waiting_line": 1e-3, "scan": 3e-4, "word_problems": 3e-4}
 
 
