@@ -2,5 +2,8 @@
 
 from dlm.config import PRESETS, ModelConfig
 from dlm.lm import LanguageModel, fingerprint, load, save
+from dlm.xla_flags import prefer_cublas
 
 __all__ = ["PRESETS", "LanguageModel", "ModelConfig", "fingerprint", "load", "save"]
+
+prefer_cublas()

@@ -31,8 +31,11 @@ Implementation = Literal["xla", "tpu", "gpu", "reference"]
 
 Summary = dict[str, jax.Array]  # columns of numbers per row, see `merge`
 
-VOCAB_TILE = 16384  # most vocabulary entries per pass of the XLA implementation
-TILE_LOGITS = 2**25  # most float32 logits it keeps at a time, as long as a tile has 1,024 entries
+# Of the XLA implementation. CPUs and GPUs copy a tile's weights out of the head first, which costs
+# more than the product itself where there are few rows: then there are no tiles.
+WHOLE_LOGITS = 2**23  # up to so many float32 logits are kept at once
+VOCAB_TILE = 16384  # else, most vocabulary entries per pass,
+TILE_LOGITS = 2**25  # and most logits that it keeps at a time, as long as a tile has 1,024 entries
 
 
 class Noise(struct.PyTreeNode):
@@ -211,7 +214,7 @@ def _summarize_xla(
 ) -> Summary:
     """Tiles of the vocabulary, merged one after the other; `first_id` is that of head's first row.
 
-    Moves the head once and keeps [M, tile] float32 logits at a time.
+    Keeps [M, tile] float32 logits at a time, see `tile_len`.
     """
     V = head.shape[0]
     size = tile_len(hidden.shape[0], V)
@@ -235,6 +238,8 @@ def _summarize_xla(
 
 def tile_len(M: int, V: int) -> int:
     """How many vocabulary entries the XLA passes over [M, V] logits take at a time."""
+    if M * V <= WHOLE_LOGITS:
+        return V
     return min(V, VOCAB_TILE, max(1024, TILE_LOGITS // M))
 
 
