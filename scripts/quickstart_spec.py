@@ -79,6 +79,7 @@ ORDER = (
     ("EAGLE-3, tree", "Hydra, tree"),
     ("EAGLE-3, tree", "EAGLE-1, tree"),
     ("EAGLE-3, best tree", "EAGLE-3, tree"),
+    ("DFlash, chain", "EAGLE-3, tree"),
     ("draft model, tree", "draft model, chain"),
 )
 _INTRODUCTION = """# Drafters side by side
