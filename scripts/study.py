@@ -88,7 +88,7 @@ LARGE = {
               "d_ff": 1408, "dtype": "bfloat16"},
     "base": {"optim": {"learning_rate": 6e-4, "warmup_steps": 200}, "train": {"num_steps": 4_000},
              "data": {"batch_size": 128}},
-    "student": {"optim": {"learning_rate": 2e-4}},
+    "student": {"optim": {"learning_rate": 2e-4}, "train": {"num_steps": 600}},
 }  # fmt: skip
 MIN_GROUP = 4  # examples of a kind of question, picked on or reported, below which it has no table
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
