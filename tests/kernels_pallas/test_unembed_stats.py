@@ -168,6 +168,14 @@ def test_logits_are_never_stored_for_a_large_vocabulary():
     assert compiled.memory_analysis().temp_size_in_bytes < M * V * 4 / 2
 
 
+def test_a_few_rows_need_no_copy_of_the_head():
+    """Tiles would be cut from the head, and copied, before they are multiplied."""
+    run = jax.jit(lambda h, w: unembed_stats(h, w, k=3))
+    for M, is_tiled in ((2, False), (128, True)):
+        text = run.lower(jnp.zeros((M, 8)), jnp.zeros((8 * 16384, 8))).as_text()
+        assert ("stablehlo.while" in text) == is_tiled, M
+
+
 def test_bad_shapes_and_implementations_are_refused():
     with pytest.raises(ValueError, match="must be"):
         unembed_stats(jnp.zeros((2, 3)), jnp.zeros((4, 5)))
