@@ -1,3 +1,8 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 from dlm import xla_flags
@@ -27,3 +32,18 @@ def test_only_where_a_gpu_may_be_and_nobody_decided(monkeypatch, plugins, given,
     assert environ.get("XLA_FLAGS") == expected
     prefer_cublas(environ)
     assert environ.get("XLA_FLAGS") == expected
+
+
+def test_importing_the_package_is_enough(tmp_path):
+    plugin = tmp_path / "plugin-1.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text("[jax_plugins]\nxla_cuda13 = nowhere\n")
+    result = subprocess.run(
+        [sys.executable, "-c", "import os, dlm; print(os.environ['XLA_FLAGS'])"],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == OFF, result.stderr
