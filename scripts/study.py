@@ -449,8 +449,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "size", "small", ["small", "large"], "Of the models: the configs', or `LARGE`."
     )
-    flags.DEFINE_integer("num_pick", 200, "Examples on which settings are picked.")
-    flags.DEFINE_integer("num_examples", 400, "Examples that are reported.")
+    flags.DEFINE_integer("num_pick", 500, "Examples on which settings are picked.")
+    flags.DEFINE_integer("num_examples", 1_000, "Examples that are reported.")
     flags.DEFINE_string("workdir", "runs/study", "Folder of models and measurements.")
     flags.DEFINE_string("out", "docs", "Folder of study.md and the figures.")
     flags.DEFINE_bool("smoke", False, "A few steps and examples: does it run?")
