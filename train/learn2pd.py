@@ -7,9 +7,11 @@ data are the rounds that `train.trajectories` records with `oracle`: the confide
 which proposals were right. The loss is the binary cross-entropy of sigmoid(o) with them, averaged
 over all C outputs and all rounds, decided positions included; AdamW on the full batch.
 
-Decided positions are nearly always right, so they flatter every measure: what is reported
-("false_positives", "recall") counts undecided positions only, at the acceptance threshold given.
-The filter with the lowest validation loss is kept.
+What a model proposes at decided positions does not matter for decoding. A large one repeats the
+token that is there, nearly always right. A small one that was trained on masked positions only may
+propose anything there: such labels teach the filter nothing and can be left out of the loss
+(`decided_weight`). What is reported ("false_positives", "recall") counts undecided positions only,
+at the acceptance threshold given. The filter with the lowest validation loss is kept.
 
 Writes into the workdir: filter/ (for `dlm.heads.learn2pd.load_filter`), metrics.jsonl,
 acceptance.png and acceptance.json (the share of right proposals accepted against the share of wrong
@@ -54,6 +56,7 @@ class FilterConfig:
       learning_rate: constant.
       weight_decay: decoupled, on all parameters.
       eval_every: steps between validations, and between checkpoints.
+      decided_weight: of decided positions in the loss; undecided ones weigh 1 (published: 1).
       tau: at which false positives are counted.
       seed: of the initial weights.
     """
@@ -63,6 +66,7 @@ class FilterConfig:
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     eval_every: int = 1_000
+    decided_weight: float = 1.0
     tau: float = 0.9
     seed: int = 0
 
@@ -75,6 +79,8 @@ class FilterConfig:
                 f"learning_rate={self.learning_rate} must be positive and "
                 f"weight_decay={self.weight_decay} at least 0"
             )
+        if not 0 <= self.decided_weight <= 1:
+            raise ConfigError(f"decided_weight={self.decided_weight} must be in [0, 1]")
         if not 0 <= self.tau <= 1:
             raise ConfigError(f"tau={self.tau} must be in [0, 1]")
 
@@ -93,11 +99,18 @@ class Rounds:
     is_right: np.ndarray
     undecided: np.ndarray
 
+    def weight(self, decided_weight: float) -> np.ndarray:
+        """Of each output in the loss: [N, C] float32."""
+        return np.where(self.undecided, 1, decided_weight).astype(np.float32)
 
-def filter_loss(filter: Filter, confidence: jax.Array, is_right: jax.Array) -> jax.Array:
-    """Mean binary cross-entropy over [N, C] outputs; scalar float32."""
+
+def filter_loss(
+    filter: Filter, confidence: jax.Array, is_right: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """Mean binary cross-entropy over [N, C] outputs, weighted [N, C]; scalar float32."""
     o = filter.logits(confidence)
-    return optax.sigmoid_binary_cross_entropy(o, is_right.astype(o.dtype)).mean()
+    losses = optax.sigmoid_binary_cross_entropy(o, is_right.astype(o.dtype))
+    return (losses * weight).sum() / weight.sum()
 
 
 def read_rounds(path: str | os.PathLike[str]) -> dict[str, Rounds]:
@@ -167,16 +180,18 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
         state = serialization.from_bytes(state, saved.read_bytes())
 
     @jax.jit
-    def many_steps(filter: Filter, optimizer: Any, count: jax.Array, x: Any, y: Any) -> Any:
+    def many_steps(filter: Filter, optimizer: Any, count: jax.Array, data: Any) -> Any:
         def one(_: int, carry: Any) -> Any:
             filter, optimizer, _ = carry
-            loss, gradient = jax.value_and_grad(filter_loss)(filter, x, y)
+            loss, gradient = jax.value_and_grad(filter_loss)(filter, *data)
             updates, optimizer = tx.update(gradient, optimizer, filter)
             return optax.apply_updates(filter, updates), optimizer, loss
 
         return jax.lax.fori_loop(0, count, one, (filter, optimizer, jnp.float32(0)))
 
-    x, y = jnp.asarray(rounds["train"].confidence), jnp.asarray(rounds["train"].is_right)
+    train = rounds["train"]
+    weight = train.weight(settings.decided_weight)
+    data = jax.device_put((train.confidence, train.is_right, weight))
     metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
     with (
         metrics,
@@ -191,9 +206,9 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
         while state["step"] < settings.num_steps:
             count = min(settings.eval_every, settings.num_steps - state["step"])
             filter, optimizer, loss = many_steps(
-                state["filter"], state["optimizer"], jnp.int32(count), x, y
+                state["filter"], state["optimizer"], jnp.int32(count), data
             )
-            valid = evaluate(filter, rounds["valid"], settings.tau)
+            valid = evaluate(filter, rounds["valid"], settings.tau, settings.decided_weight)
             state |= {"filter": filter, "optimizer": optimizer, "step": state["step"] + count}
             if valid["loss"] < state["best_loss"]:
                 state |= {"best": filter, "best_loss": np.float32(valid["loss"])}
@@ -213,14 +228,17 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     return best
 
 
-def evaluate(filter: Filter, rounds: Rounds, tau: float) -> dict[str, float]:
-    """Loss over all positions; false positives and recall over undecided ones.
+def evaluate(
+    filter: Filter, rounds: Rounds, tau: float, decided_weight: float = 1.0
+) -> dict[str, float]:
+    """Loss as in training; false positives and recall over undecided positions.
 
     Returns:
       "loss"; "false_positives", the share of wrong proposals that are accepted; "recall", the share
       of right proposals that are; "wrong_accepted", the share of accepted proposals that are wrong.
     """
-    loss = float(_loss_jitted(filter, rounds.confidence, rounds.is_right))
+    weight = rounds.weight(decided_weight)
+    loss = float(_loss_jitted(filter, rounds.confidence, rounds.is_right, weight))
     keep = np.asarray(jax.nn.sigmoid(filter.logits(jnp.asarray(rounds.confidence)))) > tau
     return {"loss": loss, **_rates(keep, rounds)}
 

@@ -20,23 +20,37 @@ def test_loss_by_hand():
     filter = init_filter(jax.random.key(0), 2).replace(
         w1=jnp.eye(2), b1=jnp.zeros(2), w2=jnp.eye(2), b2=jnp.array([0.0, -1.0])
     )
-    loss = filter_loss(filter, jnp.array([[0.5, 0.25]]), jnp.array([[True, False]]))
+    rounds = Rounds(
+        confidence=np.array([[0.5, 0.25]], np.float32),
+        is_right=np.array([[True, False]]),
+        undecided=np.array([[False, True]]),
+    )
     o = np.array([0.5, -0.75])
     p = 1 / (1 + np.exp(-o))
-    np.testing.assert_allclose(loss, -(np.log(p[0]) + np.log(1 - p[1])) / 2, rtol=1e-6)
+    right, wrong = -np.log(p[0]), -np.log(1 - p[1])
+    for decided, expected in (
+        (1.0, (right + wrong) / 2),
+        (0.5, (right / 2 + wrong) / 1.5),
+        (0.0, wrong),
+    ):
+        weight = rounds.weight(decided)
+        loss = filter_loss(filter, rounds.confidence, rounds.is_right, weight)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(evaluate(filter, rounds, 0.5, decided)["loss"], loss)
 
 
 def test_gradient_against_finite_differences_in_float64():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         c, y = jnp.asarray(rng.random((5, C))), jnp.asarray(rng.random((5, C)) < 0.5)
+        weight = jnp.asarray(rng.random((5, C)))
         filter = init_filter(jax.random.key(1), C)
-        gradient = jax.grad(filter_loss)(filter, c, y)
+        gradient = jax.grad(filter_loss)(filter, c, y, weight)
         for name in ("w1", "b1", "w2", "b2"):
             value = getattr(filter, name)
             direction = jnp.asarray(rng.normal(size=value.shape), value.dtype)
             up, down = (
-                filter_loss(filter.replace(**{name: value + sign * 1e-5 * direction}), c, y)
+                filter_loss(filter.replace(**{name: value + sign * 1e-5 * direction}), c, y, weight)
                 for sign in (1, -1)
             )
             slope = float((getattr(gradient, name) * direction).sum())
@@ -91,6 +105,25 @@ def test_it_learns_what_a_threshold_cannot_see(recorded, tmp_path):
     assert (tmp_path / "acceptance.png").stat().st_size > 10_000
 
 
+def test_decided_positions_can_be_left_out(recorded, tmp_path):
+    """Their labels are noise here, and half of all: with them sure proposals look unsure."""
+    rng = np.random.default_rng(1)
+    for record in recorded:
+        rounds = record["rounds"]
+        rounds["undecided"] = rng.random((6, C)) < 0.5
+        rounds["is_right"] = rounds["is_right"] & (rounds["undecided"] | (rng.random((6, C)) < 0.3))
+    rates = [
+        evaluate(
+            learn2pd.run(config(decided_weight=weight), tmp_path / str(weight)),
+            learn2pd.read_rounds("t")["test"],
+            0.7,
+        )
+        for weight in (0.0, 1.0)
+    ]
+    assert rates[0]["recall"] > 0.7 and rates[0]["wrong_accepted"] < 0.15
+    assert rates[1]["recall"] < 0.3
+
+
 def test_resuming_is_as_if_it_had_never_stopped(recorded, tmp_path):
     whole = learn2pd.run(config(), tmp_path / "whole")
     learn2pd.run(config(num_steps=600), tmp_path / "parts")
@@ -106,6 +139,8 @@ def test_other_settings_and_missing_rounds_are_refused(recorded, tmp_path):
         learn2pd.run(config(learning_rate=0.1), tmp_path)
     with pytest.raises(ConfigError, match="num_steps=0 must be at least 1"):
         config(num_steps=0)
+    with pytest.raises(ConfigError, match=r"decided_weight=-1 must be in \[0, 1\]"):
+        config(decided_weight=-1)
     with pytest.raises(ConfigError, match=r"tau=2 must be in \[0, 1\]"):
         config(tau=2)
     with pytest.raises(ConfigError, match="eval_evry"):
