@@ -39,7 +39,7 @@ from flax import serialization
 from matplotlib.figure import Figure
 from ml_collections import config_dict, config_flags
 
-from dlm.heads.learn2pd import Filter, init_filter, save_filter
+from dlm.heads.learn2pd import Filter, init_filter, load_filter, save_filter
 from train.config import ConfigError, to_dict
 from train.trajectories import open_records, read_settings
 
@@ -178,6 +178,8 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     saved = folder / "state.msgpack"
     if saved.exists():
         state = serialization.from_bytes(state, saved.read_bytes())
+        if state["step"] >= settings.num_steps and (folder / "acceptance.png").exists():
+            return load_filter(folder / "filter", None)  # finished
 
     @jax.jit
     def many_steps(filter: Filter, optimizer: Any, count: jax.Array, data: Any) -> Any:

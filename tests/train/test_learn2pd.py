@@ -131,6 +131,11 @@ def test_resuming_is_as_if_it_had_never_stopped(recorded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
+    written = [*(tmp_path / "whole" / "filter").iterdir(), tmp_path / "whole" / "acceptance.png"]
+    times = [path.stat().st_mtime_ns for path in written]
+    again = learn2pd.run(config(), tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert times == [path.stat().st_mtime_ns for path in written]  # it was finished
 
 
 def test_other_settings_and_missing_rounds_are_refused(recorded, tmp_path):
