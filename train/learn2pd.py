@@ -1,6 +1,6 @@
 """Trains Learn2PD's filter on rounds of decoding: minutes on a CPU.
 
-    python -m train.learn2pd --config=configs/learn2pd_waiting_line.py --workdir=runs/filter
+    python -m train.learn2pd --config=configs/filter_learn2pd.py:waiting_line --workdir=runs/filter
 
 Reference: Bao et al., "Learning to Parallel", arXiv:2509.25188, Sec. 3.2 and the public code. The
 data are the rounds that `train.trajectories` records with `oracle`: the confidences of a block and
@@ -39,7 +39,7 @@ from flax import serialization
 from matplotlib.figure import Figure
 from ml_collections import config_dict, config_flags
 
-from dlm.heads.learn2pd import Filter, init_filter, load_filter, save_filter
+from dlm.heads.learn2pd import Filter, init_filter, save_filter
 from train.config import ConfigError, to_dict
 from train.trajectories import open_records, read_settings
 
@@ -178,8 +178,6 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     saved = folder / "state.msgpack"
     if saved.exists():
         state = serialization.from_bytes(state, saved.read_bytes())
-        if state["step"] >= settings.num_steps and (folder / "acceptance.png").exists():
-            return load_filter(folder / "filter", None)  # finished
 
     @jax.jit
     def many_steps(filter: Filter, optimizer: Any, count: jax.Array, data: Any) -> Any:
@@ -237,12 +235,15 @@ def evaluate(
 
     Returns:
       "loss"; "false_positives", the share of wrong proposals that are accepted; "recall", the share
-      of right proposals that are; "wrong_accepted", the share of accepted proposals that are wrong.
+      of right proposals that are; "wrong_accepted", the share of accepted proposals that are wrong;
+      "decided_wrong", the share of decided positions whose proposal is (whatever the filter).
     """
     weight = rounds.weight(decided_weight)
     loss = float(_loss_jitted(filter, rounds.confidence, rounds.is_right, weight))
     keep = np.asarray(jax.nn.sigmoid(filter.logits(jnp.asarray(rounds.confidence)))) > tau
-    return {"loss": loss, **_rates(keep, rounds)}
+    decided = ~rounds.undecided
+    decided_wrong = float((decided & ~rounds.is_right).sum() / max(decided.sum(), 1))
+    return {"loss": loss, **_rates(keep, rounds), "decided_wrong": decided_wrong}
 
 
 _loss_jitted = jax.jit(filter_loss)

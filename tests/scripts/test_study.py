@@ -69,13 +69,13 @@ def test_the_whole_study_once_and_once_more(tmp_path):
     settings = trajectories.read_settings(folder / "rounds")
     assert settings["model"] == dlm.fingerprint(base) and settings["oracle"]
 
-    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    times = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
     log = (folder / "measured.jsonl").read_text()
     study.make("waiting_line", "small", 0, folder, smoke=True)
     again = study.measure("waiting_line", folder, 16)
     assert (folder / "measured.jsonl").read_text() == log
     assert [m.forwards.tolist() for m in again] == [m.forwards.tolist() for m in found]
-    assert times == {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert times == {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
 
     out = tmp_path / "out"
     run(

@@ -70,6 +70,7 @@ def test_rates_count_undecided_positions_only():
     # Undecided: right and kept, wrong and kept, right and not kept.
     assert found["false_positives"] == 1 and found["recall"] == 0.5
     assert found["wrong_accepted"] == 0.5
+    assert found["decided_wrong"] == 1 / 3
 
 
 @pytest.fixture
@@ -131,11 +132,22 @@ def test_resuming_is_as_if_it_had_never_stopped(recorded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
-    written = [*(tmp_path / "whole" / "filter").iterdir(), tmp_path / "whole" / "acceptance.png"]
-    times = [path.stat().st_mtime_ns for path in written]
-    again = learn2pd.run(config(), tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, again, whole)
-    assert times == [path.stat().st_mtime_ns for path in written]  # it was finished
+    # Once more: it is finished, and was not trained any further.
+    jax.tree.map(np.testing.assert_array_equal, learn2pd.run(config(), tmp_path / "whole"), whole)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == lines[0]
+
+
+def test_killed_before_the_filter_was_written(recorded, tmp_path, monkeypatch):
+    """Also one that was finished already and goes on for longer."""
+    whole = learn2pd.run(config(), tmp_path / "whole")
+    learn2pd.run(config(num_steps=600), tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(learn2pd, "save_filter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learn2pd.run(config(), tmp_path / "killed")
+    learn2pd.run(config(), tmp_path / "killed")
+    found = load_filter(tmp_path / "killed" / "filter", None)
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
 
 
 def test_other_settings_and_missing_rounds_are_refused(recorded, tmp_path):
