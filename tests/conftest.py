@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
     "XLA_FLAGS", ""
 )
 
+pytest_plugins = ["tests.lib.programs"]
+
 import jax
 import pytest
 from hypothesis import settings
