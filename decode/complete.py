@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from decode.accept import AcceptanceRule, Match
-from decode.drafters.contracts import Drafter
-from decode.drafters.no_draft import NoDraft
+from decode.core.requests import round_batch
+from decode.core.sampling import Sampling
 from decode.generate import PROMPT_BUCKET, Completion, Prompt, encode, is_single
-from decode.requests import round_batch
-from decode.sampling import Sampling
-from decode.speculative import (
+from decode.speculative.accept import AcceptanceRule, Match
+from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.loop import (
     SpeculativeMethod,
     SpeculativeState,
     decode,
@@ -59,11 +59,11 @@ def complete(
       prompts: a string or a list of token ids, or a list of these. Strings are encoded as they are;
         for chat models render them with `lm.tokenizer.apply_chat_template` first.
       drafter: who proposes, see `decode/drafters`.
-      acceptance: which drafts are kept, see `decode.accept`. `Match` is right for every drafter;
-        for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
+      acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
+        drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
       gen_len: most tokens to write, end-of-text included, for all or per prompt.
       temperature: 0: arg-max.
-      top_k, top_p, min_p, repetition_penalty: see `decode.sampling`.
+      top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
       stop: strings that end a text; the text is cut before the first of them.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state
-from decode.requests import round_batch
-from decode.rules import (
+from decode.core.requests import round_batch
+from decode.diffusion.caches.canvas import CachePolicy
+from decode.diffusion.components import (
     CACHES,
     CONFIDENCES,
     STOPPERS,
@@ -22,8 +22,7 @@ from decode.rules import (
     Threshold,
     TokenBan,
 )
-from decode.rules.caches import CachePolicy
-from decode.rules.contracts import (
+from decode.diffusion.contracts import (
     CommitRule,
     Confidence,
     Constraint,
@@ -32,6 +31,7 @@ from decode.rules.contracts import (
     Scheduler,
     Stopper,
 )
+from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 

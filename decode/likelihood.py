@@ -48,13 +48,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from decode.diffusion import DiffusionMethod, check_tokens, decode, init_state
+from decode.diffusion.components import FixedBlocks, MaskInputs, Quota
+from decode.diffusion.loop import DiffusionMethod, check_tokens, decode, init_state
+from decode.diffusion.round import mask_id
 from decode.generate import PROMPT_BUCKET
-from decode.rounds import mask_id
-from decode.rules import FixedBlocks, MaskInputs, Quota
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
+from dlm.models import decoder
 from dlm.params import Params
 from dlm.sharding import constrain
 
@@ -317,7 +318,7 @@ def _estimate(
         hidden = blind + (guidance + 1) * (hidden - blind)
     if cfg.shifted_logits:
         hidden = jnp.roll(hidden, 1, axis=1)  # hidden i - 1 predicts token i
-    log_prob = transformer.target_stats(params, hidden[:, T - G :], answer).log_prob
+    log_prob = vocab.target_stats(params, hidden[:, T - G :], answer).log_prob
 
     total = jnp.where(is_masked, log_prob.reshape(R, N, G), 0.0).sum(axis=2)
     return (total / is_masked.sum(axis=2) * answer_len[:, None]).mean(axis=1)
@@ -326,7 +327,7 @@ def _estimate(
 def _hidden(params: Params, cfg: ModelConfig, tokens: jax.Array, start: jax.Array) -> jax.Array:
     """[B, T, D] hidden states of whole rows that are padded on the left."""
     T = tokens.shape[1]
-    return transformer.forward(
+    return decoder.forward(
         params,
         cfg,
         constrain(tokens, "batch", None),

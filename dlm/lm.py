@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm.config import ModelConfig
-from dlm.hf import load_params, save_hf
-from dlm.hf_files import read_config
+from dlm.hf.files import read_config
+from dlm.hf.weights import load_params, save_hf
 from dlm.params import Params
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -76,7 +76,7 @@ def load(
 
 
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
-    """Writes a model and its tokenizer in a published format; see `dlm.hf.save_hf`.
+    """Writes a model and its tokenizer in a published format; see `dlm.hf.weights.save_hf`.
 
     Args:
       path: a new or an empty directory.

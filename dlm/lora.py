@@ -27,7 +27,7 @@ import safetensors.numpy
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.hf_files import format_for
+from dlm.hf.files import format_for
 from dlm.params import LowRank, Params, ParamSpec
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -25,8 +25,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from decode.diffusion import DiffusionMethod, decode, init_state
-from decode.methods import named, override
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from decode.diffusion.points import named, override
 from dlm.config import ModelConfig
 from dlm.params import abstract_params
 from dlm.sharding import logical_sharding

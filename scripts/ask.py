@@ -14,8 +14,8 @@ import pathlib
 from absl import app, flags, logging
 
 import dlm
+from decode.diffusion.components import CACHES, Threshold
 from decode.generate import Completion, generate
-from decode.rules import CACHES, Threshold
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from dlm.tokenizer import Tokenizer
 

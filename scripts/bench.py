@@ -41,11 +41,13 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from decode.diffusion import DiffusionMethod, DiffusionState, decode, init_state, step
-from decode.rules import CACHES, FixedBlocks, Quota, Threshold
-from dlm.config import PRESETS, ModelConfig
+from decode.diffusion.components import CACHES, FixedBlocks, Quota, Threshold
+from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state, step
+from dlm.config import ModelConfig
+from dlm.models.decoder import forward
 from dlm.params import Params, init_params, num_params
-from dlm.transformer import forward, vocab_stats
+from dlm.presets import PRESETS
+from dlm.vocab import vocab_stats
 from scripts import bench_spec, bench_train
 from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s, table
 from train.host import keep_freed_memory

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from decode.diffusion import DiffusionMethod, init_state, step
-from decode.rules import CACHES, FixedBlocks, Threshold
-from dlm.config import PRESETS
+from decode.diffusion.components import CACHES, FixedBlocks, Threshold
+from decode.diffusion.loop import DiffusionMethod, init_state, step
 from dlm.params import init_params
+from dlm.presets import PRESETS
 from kernels_pallas import shapes
 from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats, unembed_logits

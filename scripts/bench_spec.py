@@ -19,29 +19,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.drafters.contracts import Context, Drafter
-from decode.drafters.dflash import DFlash
-from decode.drafters.draft_model import DraftModel
-from decode.drafters.eagle import Eagle
-from decode.drafters.hydra import Hydra
-from decode.drafters.medusa import Medusa
-from decode.drafters.prompt_lookup import PromptLookup
-from decode.speculative import (
+from decode.speculative.contracts import Context, Drafter
+from decode.speculative.drafters.dflash import DFlash
+from decode.speculative.drafters.draft_model import DraftModel
+from decode.speculative.drafters.eagle import Eagle
+from decode.speculative.drafters.hydra import Hydra
+from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.loop import (
     SpeculativeMethod,
     SpeculativeState,
     init_state,
     prefill,
     step,
 )
-from decode.tree import DraftTree, TreeShape, chain
+from decode.speculative.tree import DraftTree, TreeShape, chain
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashHeads
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
+from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
-from dlm.transformer import forward, vocab_stats
+from dlm.vocab import vocab_stats
 from scripts.quickstart_spec import NUM_DRAFTS, TREE
 from scripts.timing import Ceilings, forward_cost, paired_medians_s
 

@@ -4,8 +4,9 @@
     python -m scripts.compare ... --methods=threshold,threshold_0.7,local_leap
     python -m scripts.compare ... --methods_file=mine.yaml
 
-Methods are those of `decode/methods.py` (default: all). A methods file (.yaml, .json, or .py with
-`get_config()`) is a list, or has one under "methods", of points that change fields of them:
+Methods are those of `decode/diffusion/points.py` (default: all). A methods file (.yaml, .json, or
+.py with `get_config()`) is a list, or has one under "methods", of points that change fields of
+them:
 
     - {name: threshold, label: threshold 0.8, rule: {threshold: 0.8}, scheduler: {block_len: 16}}
     - {name: klass, family: klass dual, cache: dual}
@@ -49,8 +50,8 @@ import yaml
 from absl import app, flags, logging
 
 import dlm
-from decode.methods import METHODS, family_of, named, override
-from decode.rules import AdaBlock, LearnedFilter
+from decode.diffusion.components import AdaBlock, LearnedFilter
+from decode.diffusion.points import METHODS, family_of, named, override
 from decode.view import OperatingPoint, plot_speed_quality
 from dlm.heads.learn2pd import load_filter
 from scripts.measuring import (
@@ -67,7 +68,7 @@ from scripts.measuring import (
 
 _TASK = flags.DEFINE_string("task", "waiting_line", "Key of `scripts.measuring.TASKS`.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
-_METHODS = flags.DEFINE_list("methods", [], "Names from decode/methods.py; default: all.")
+_METHODS = flags.DEFINE_list("methods", [], "Names from decode/diffusion/points.py; default: all.")
 _METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")
 _BLOCK_LEN = flags.DEFINE_integer("block_len", 8, "Positions per block.", lower_bound=1)
 _GEN_LEN = flags.DEFINE_integer("gen_len", 0, "Tokens per answer; 0: the task's.", lower_bound=0)
@@ -83,7 +84,7 @@ BASELINE = "one_per_step"
 
 
 def points_by_name(names: Iterable[str], block_len: int) -> list[Point]:
-    """Points of `decode/methods.py`."""
+    """Points of `decode/diffusion/points.py`."""
     return [Point(name, family_of(name), named(name, block_len)) for name in dict.fromkeys(names)]
 
 

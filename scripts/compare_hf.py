@@ -29,11 +29,11 @@ from tqdm import tqdm
 import dlm
 from configs import causal_lm
 from decode.complete import collect
-from decode.drafters.contracts import Drafter
-from decode.drafters.draft_model import DraftModel
-from decode.drafters.no_draft import NoDraft
-from decode.drafters.prompt_lookup import PromptLookup
-from decode.speculative import SpeculativeMethod, decode, init_state, prefill
+from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.draft_model import DraftModel
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
 from scripts.measuring import device, markdown
 from train.config import build
 from train.host import keep_freed_memory

@@ -35,9 +35,9 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from decode.diffusion import DiffusionMethod
-from decode.rules import DualCache, FixedBlocks, Threshold
-from dlm.config import PRESETS
+from decode.diffusion.components import DualCache, FixedBlocks, Threshold
+from decode.diffusion.loop import DiffusionMethod
+from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from kernels_pallas import shapes, unembed_stats_tpu, window_attention_tpu
 from kernels_pallas.block_diffusion_attention import block_diffusion_attention

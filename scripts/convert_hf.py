@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from dlm.config import ModelConfig
-from dlm.hf import check_tensors, convert_hf, expected_tensors, plan_files
-from dlm.hf_files import DTYPES, open_tensors, read_config, read_raw_config
+from dlm.hf.files import DTYPES, open_tensors, read_config, read_raw_config
+from dlm.hf.weights import check_tensors, convert_hf, expected_tensors, plan_files
 from dlm.params import num_params, param_shardings, param_specs
 from dlm.sharding import MESH_AXES
 from scripts.measuring import markdown

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dlm
-from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.generate import collect
 from dlm.tasks import Example, Task
 from train.config import build

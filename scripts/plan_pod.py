@@ -41,10 +41,11 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from decode.diffusion import DiffusionMethod
-from decode.rules import DualCache, FixedBlocks, Threshold
-from dlm.config import PRESETS, ModelConfig
+from decode.diffusion.components import DualCache, FixedBlocks, Threshold
+from decode.diffusion.loop import DiffusionMethod
+from dlm.config import ModelConfig
 from dlm.params import abstract_params
+from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from scripts.measuring import markdown
 from scripts.timing import forward_cost

@@ -27,9 +27,17 @@ from tqdm import tqdm
 
 import dlm
 from configs import mdlm_waiting_line
-from decode.diffusion import DiffusionMethod, decode
+from decode.diffusion.components import (
+    CACHES,
+    EntropyThreshold,
+    Eos,
+    Factor,
+    FixedBlocks,
+    Quota,
+    Threshold,
+)
+from decode.diffusion.loop import DiffusionMethod, decode
 from decode.generate import Completion, collect, prepare
-from decode.rules import CACHES, EntropyThreshold, Eos, Factor, FixedBlocks, Quota, Threshold
 from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
 from dlm.tasks import Example
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine

@@ -36,19 +36,19 @@ from tqdm import tqdm
 import dlm
 from configs import causal_lm, draft_heads
 from decode.complete import collect
-from decode.drafters.contracts import Drafter
-from decode.drafters.dflash import DFlash
-from decode.drafters.draft_model import DraftModel, DraftModelTree
-from decode.drafters.eagle import Eagle, EagleBest
-from decode.drafters.hydra import Hydra
-from decode.drafters.lookahead import Lookahead
-from decode.drafters.medusa import Medusa
-from decode.drafters.no_draft import NoDraft
-from decode.drafters.prompt_lookup import PromptLookup
-from decode.drafters.suffix import Suffix
-from decode.drafters.token_recycling import TokenRecycling
-from decode.speculative import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
-from decode.tree import from_paths
+from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.dflash import DFlash
+from decode.speculative.drafters.draft_model import DraftModel, DraftModelTree
+from decode.speculative.drafters.eagle import Eagle, EagleBest
+from decode.speculative.drafters.hydra import Hydra
+from decode.speculative.drafters.lookahead import Lookahead
+from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.drafters.suffix import Suffix
+from decode.speculative.drafters.token_recycling import TokenRecycling
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
+from decode.speculative.tree import from_paths
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from scripts.measuring import device, markdown, with_interval
 from train import loop

@@ -40,8 +40,7 @@ from matplotlib.figure import Figure
 
 import dlm
 from configs import collect_trajectories, distill_d3llm, distill_dparallel, filter_learn2pd
-from decode.diffusion import DiffusionMethod
-from decode.rules import (
+from decode.diffusion.components import (
     EntropyThreshold,
     Eos,
     Eotp,
@@ -51,6 +50,7 @@ from decode.rules import (
     Quota,
     Threshold,
 )
+from decode.diffusion.loop import DiffusionMethod
 from dlm.heads.learn2pd import load_filter
 from dlm.params import num_params
 from scripts import measuring

@@ -10,14 +10,14 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
     "XLA_FLAGS", ""
 )
 
-pytest_plugins = ["tests.lib.programs"]
-
 import jax
 import pytest
 from hypothesis import settings
 
 from dlm.config import ModelConfig
 from dlm.params import Params, init_params
+
+pytest_plugins = ["tests.lib.programs"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # programs here run briefly

@@ -1,11 +1,11 @@
 """What a machine without the training libraries can still do, and which way imports point."""
 
 import ast
-import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.lib.paths import ROOT
+
 TRAINING_ONLY = ("grain", "tensorflow_datasets", "ml_collections", "tensorflow", "torch", "orbax")
 LAYERS = {  # package: what it may import of this project
     "kernels_pallas": {"kernels_pallas"},
@@ -21,7 +21,7 @@ def test_models_and_decoding_need_no_training_libraries():
         "import sys\n"
         f"for name in {TRAINING_ONLY}: sys.modules[name] = None\n"
         "import dlm, decode, kernels_pallas\n"
-        "import decode.complete, decode.generate, decode.view, dlm.hf\n"
+        "import decode.complete, decode.generate, decode.view, dlm.hf.weights\n"
         "import dlm.tasks.waiting_line, dlm.tasks.tfds_source\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -9,12 +9,12 @@ import pytest
 
 import dlm
 from decode.generate import generate
-from dlm.config import PRESETS
 from dlm.params import init_params
+from dlm.presets import PRESETS
 from dlm.tasks.waiting_line import WaitingLine
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
+from tests.lib.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MODEL = "runs/quickstart/train/model"  # where the quickstart leaves it
 

@@ -3,7 +3,8 @@
     python -m train.trajectories --config=configs/trajectories_waiting_line.py \\
         --out=runs/waiting_line/trajectories
 
-Decodes the prompts of a task with any method of `decode/methods.py` and writes, per example,
+Decodes the prompts of a task with any method of `decode/diffusion/points.py` and writes, per
+example,
 
     index       which example of the task
     prompt      [n] int32. Token ids
@@ -14,8 +15,8 @@ Decodes the prompts of a task with any method of `decode/methods.py` and writes,
     score       float32 in [0, 1]. Of the task's scorer
     num_forwards  int32
 
-and with `oracle`, which decodes a second time, knowing the answer (`decode.rules.recorded`), the
-rounds that Learn2PD's filter learns from, C positions of the open block each:
+and with `oracle`, which decodes a second time, knowing the answer (`decode.diffusion.recorded`),
+the rounds that Learn2PD's filter learns from, C positions of the open block each:
 
     rounds/confidence  [S, C] float32 in [0, 1]. Of all proposals, decided positions included
     rounds/is_right    [S, C] bool. Whether the proposal is the answer's token
@@ -48,10 +49,10 @@ from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 from ml_collections import config_dict, config_flags
 
-from decode.diffusion import DiffusionMethod, decode, init_state
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from decode.diffusion.points import named, override
+from decode.diffusion.recorded import GreedyOracle, Record, Recorded
 from decode.generate import Completion, collect
-from decode.methods import named, override
-from decode.rules.recorded import GreedyOracle, Record, Recorded
 from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
@@ -71,9 +72,9 @@ class TrajectoryConfig:
     Attributes:
       checkpoint: folder of the model, for `dlm.load`.
       task: {"make": "module:Class", **fields}, see `dlm.tasks`.
-      method: name in `decode/methods.py`.
+      method: name in `decode/diffusion/points.py`.
       block_len: positions per block.
-      changes: fields of the method that differ, see `decode.methods.override`.
+      changes: fields of the method that differ, see `decode.diffusion.points.override`.
       oracle: whether to decode a second time for the filter.
       num_examples: the task's first ones; 0: all.
       prompt_len: P, tokens of the longest prompt.

@@ -29,7 +29,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dlm import transformer
+from dlm.blocks.attention import project_qkv
+from dlm.blocks.linear import linear
+from dlm.blocks.norm import rms_norm
+from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache, up_to
 from dlm.config import ModelConfig
 from dlm.heads import files
@@ -40,9 +43,9 @@ from dlm.heads.published import (
     to_published,
     write_published,
 )
-from dlm.hf_files import read_config
-from dlm.layers import linear, project_qkv, rms_norm, rotary_angles
+from dlm.hf.files import read_config
 from dlm.lm import LanguageModel
+from dlm.models import decoder
 from dlm.params import Params, ParamSpec, param_specs
 from dlm.tokenizer import read_json
 
@@ -53,7 +56,7 @@ class DFlashNetwork(struct.PyTreeNode):
     Attributes:
       own: its parameters.
       cfg: of its layers; width and vocabulary are the target's. Static.
-      feature_layers: what of the target it reads, see `dlm.transformer.forward`. Static.
+      feature_layers: what of the target it reads, see `dlm.models.decoder.forward`. Static.
       block_len: b, the root included. Static.
       mask_id: the token that stands for what is to be drafted. Static.
     """
@@ -103,7 +106,7 @@ class DFlashNetwork(struct.PyTreeNode):
             "layers": self.own["layers"],
             "final_norm": self.own["final_norm"],
         }
-        return transformer.forward(
+        return decoder.forward(
             params,
             self.cfg,
             self.blocks(roots),

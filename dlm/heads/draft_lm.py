@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.hf import load_params
-from dlm.hf_files import read_config
+from dlm.hf.files import read_config
+from dlm.hf.weights import load_params
 from dlm.params import Params, param_specs
 
 

@@ -22,10 +22,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dlm.blocks.attention import attend, project_qkv
+from dlm.blocks.linear import linear
+from dlm.blocks.mlp import mlp
+from dlm.blocks.norm import rms_norm
+from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
-from dlm.layers import attend, linear, mlp, project_qkv, rms_norm, rotary_angles
 from dlm.params import Params, ParamSpec
 from kernels_pallas.unembed_stats import unembed_logits
 from kernels_pallas.window_attention import Mask
@@ -38,8 +42,8 @@ class EagleNetwork(struct.PyTreeNode):
       own: its parameters.
       ids: [U] int32, ascending. The tokens it can draft; None: all.
       cfg: of its one layer; widths and vocabulary are the target's. Static.
-      feature_layers: what of the target it reads, see `dlm.transformer.forward`; empty: the final
-        hidden states. Static.
+      feature_layers: what of the target it reads, see `dlm.models.decoder.forward`; empty: the
+        final hidden states. Static.
     """
 
     own: Params
@@ -102,7 +106,7 @@ class EagleNetwork(struct.PyTreeNode):
           target: the target's parameters, for its embedding.
           tokens, states, positions: see above.
           mask, window_range, cache, cache_ranges, write_at, write_rows: as in
-            `dlm.transformer.forward`.
+            `dlm.models.decoder.forward`.
 
         Returns:
           States [B, T, D], and the cache.

@@ -20,6 +20,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm.blocks.linear import linear
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.heads.eagle import EagleHeads, EagleNetwork, layer_specs
@@ -30,10 +31,9 @@ from dlm.heads.published import (
     to_published,
     write_published,
 )
-from dlm.layers import linear
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.transformer import output_head
+from dlm.vocab import output_head
 
 
 class Eagle1Network(EagleNetwork):

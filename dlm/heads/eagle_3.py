@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlm.blocks.linear import linear
+from dlm.blocks.norm import rms_norm
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.heads.eagle import EagleHeads, EagleNetwork, layer_specs
@@ -33,10 +35,9 @@ from dlm.heads.published import (
     to_published,
     write_published,
 )
-from dlm.layers import linear, rms_norm
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.transformer import output_head
+from dlm.vocab import output_head
 
 
 class Eagle3Network(EagleNetwork):
@@ -65,7 +66,7 @@ class Eagle3Heads(EagleHeads):
 
     Attributes:
       layers: at whose entrance the target is read, three of them, see
-        `dlm.transformer.forward`; empty: 2, L/2 and L - 3 of a target of L layers, as published,
+        `dlm.models.decoder.forward`; empty: 2, L/2 and L - 3 of a target of L layers, as published,
         or L/4, L/2 and L of one of less than 8.
       vocab: tokens it can draft, or a JSON file with the list of them
         (`python -m scripts.draft_vocab`); empty: all.

@@ -26,13 +26,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
-from dlm.layers import decoder_layer, rotary_angles
 from dlm.lm import LanguageModel
+from dlm.models.decoder import decoder_layer
 from dlm.params import Params, ParamSpec, param_specs
-from dlm.transformer import output_head
+from dlm.vocab import output_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def read_prefix(
       own: the heads.
       cfg: the target.
       hidden: see above.
-      positions, window_range, cache, cache_ranges, write_at: as in `dlm.transformer.forward`.
+      positions, window_range, cache, cache_ranges, write_at: as in `dlm.models.decoder.forward`.
     """
     if "prefix" not in own:
         return hidden, cache

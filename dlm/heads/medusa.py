@@ -24,7 +24,7 @@ from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.transformer import output_head
+from dlm.vocab import output_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

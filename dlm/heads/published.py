@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dlm.hf_files import SINGLE, open_tensors
+from dlm.hf.files import SINGLE, open_tensors
 from dlm.params import Params
 
 _OUTPUT_FIRST = ("fc", "attention/o", "mlp/gate", "mlp/up", "mlp/down")

@@ -6,7 +6,7 @@ import pytest
 
 import dlm
 from decode.complete import complete
-from decode.drafters.prompt_lookup import PromptLookup
+from decode.speculative.drafters.prompt_lookup import PromptLookup
 from dlm.config import ModelConfig
 from dlm.params import init_params
 from dlm.tokenizer import byte_tokenizer

@@ -1,21 +1,19 @@
 import dataclasses
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 import dlm
-from decode.diffusion import DiffusionMethod, decode
+from decode.diffusion.components import DualCache, FixedBlocks, Quota, Threshold
+from decode.diffusion.loop import DiffusionMethod, decode
 from decode.generate import Completion, generate, prepare
-from decode.rules import DualCache, FixedBlocks, Quota, Threshold
 from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
-from dlm.config import PRESETS
 from dlm.params import init_params
+from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+from tests.lib.paths import GOLDEN
 
 
 @pytest.fixture(scope="module")

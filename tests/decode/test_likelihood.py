@@ -15,12 +15,12 @@ from decode.likelihood import (
     log_likelihood,
     mask_counts,
 )
-from dlm.config import PRESETS
 from dlm.lm import LanguageModel
 from dlm.params import init_params
+from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from tests.decode import oracle
+from tests.lib import oracle
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from decode import diffusion, speculative
-from decode.drafters.token_recycling import TokenRecycling
-from decode.rules import DualCache, FixedBlocks, Threshold
+from decode.diffusion import loop as diffusion
+from decode.diffusion.components import DualCache, FixedBlocks, Threshold
+from decode.speculative import loop as speculative
+from decode.speculative.drafters.token_recycling import TokenRecycling
 from dlm.sharding import make_mesh
 from scripts.aot import collectives
 

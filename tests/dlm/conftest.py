@@ -1,13 +1,12 @@
 """A published directory, changed as a test wants it."""
 
 import json
-import pathlib
 import shutil
 
 import pytest
 import safetensors.numpy
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+from tests.lib.paths import GOLDEN
 
 
 @pytest.fixture

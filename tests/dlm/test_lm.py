@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import pathlib
 import shutil
 
 import jax
@@ -12,13 +11,14 @@ import pytest
 
 import dlm
 import dlm.lm
-from dlm.hf import load_params
+from dlm.hf.weights import load_params
+from dlm.models.decoder import forward
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from dlm.transformer import forward, logits
+from dlm.vocab import logits
+from tests.lib.paths import GOLDEN, ROOT
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = ("llada_small", "dream_small")
 needs_mesh = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 (fake) devices")
 
@@ -48,7 +48,7 @@ def all_logits(lm, tokens):
 
 
 def test_docstring_example(monkeypatch):
-    monkeypatch.chdir(GOLDEN.parents[1])
+    monkeypatch.chdir(ROOT)
     assert doctest.testmod(dlm.lm).failed == 0
 
 

@@ -14,15 +14,15 @@ import safetensors.numpy
 
 import dlm
 from dlm import lora as lora_lib
-from dlm.hf import save_hf
+from dlm.hf.weights import save_hf
 from dlm.lora import TARGETS, Lora
+from dlm.models.decoder import forward
 from dlm.params import LowRank, init_from_specs, init_params, param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
-from dlm.transformer import forward
 from tests.conftest import TOY_CFG, dream_toy
-from tests.decode.oracle import Model
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.oracle import Model
 from tests.train.test_loop import assert_same, toy_config, without_times
 from tests.train.test_masked_diffusion import make_batch
 from train import data, loop, train_state
@@ -373,7 +373,7 @@ def base(tmp_path_factory):
     """The folder of a model for the toy task. Not to be written to."""
     path = tmp_path_factory.mktemp("base") / "model"
     settings = loop.from_config_dict(toy_config())
-    tokenizer = word_tokenizer(toy.Copy().pieces)
+    tokenizer = word_tokenizer(toys.Copy().pieces)
     cfg = loop._model_config(settings, tokenizer)
     dlm.save(path, dlm.LanguageModel(init_params(jax.random.key(3), cfg), cfg, tokenizer))
     return path

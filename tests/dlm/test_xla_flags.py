@@ -1,5 +1,4 @@
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -7,6 +6,7 @@ import pytest
 
 from dlm import xla_flags
 from dlm.xla_flags import prefer_cublas
+from tests.lib.paths import ROOT
 
 OFF = "--xla_gpu_enable_triton_gemm=false"
 
@@ -41,7 +41,7 @@ def test_importing_the_package_is_enough(tmp_path):
     (plugin / "entry_points.txt").write_text("[jax_plugins]\nxla_cuda13 = nowhere\n")
     result = subprocess.run(
         [sys.executable, "-c", "import os, dlm; print(os.environ['XLA_FLAGS'])"],
-        cwd=pathlib.Path(__file__).parents[2],
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
         capture_output=True,
         text=True,

@@ -1,9 +1,9 @@
 """A pytest plugin that counts the programs each test compiles, and what they cost.
 
-XLA programs are what makes this suite slow: a test that decodes once through a loop of its own waits
+Programs are what makes this suite slow: a test that decodes once through a loop of its own waits
 seconds for a compiler, and microseconds for the result. So every run ends with the tests that
-compiled most, and a module that asks for more programs than its budget fails. Seconds depend on the
-machine and are only printed.
+compiled most, and a module that asks for more programs than its budget fails. Seconds depend on
+the machine and are only printed.
 
 A program counts when it is asked for, whether XLA then compiles it or the compilation cache has it:
 the number does not depend on what ran before.
@@ -141,7 +141,7 @@ class Report:
             f"{sum(self.seconds.values()):.0f} s in tests; tracing {total.trace_s:.0f} s, "
             f"lowering {total.lower_s:.0f} s, compiling {total.compile_s:.0f} s"
         )
-        cost = lambda p: p.lower_s + p.compile_s  # noqa: E731
+        cost = lambda p: p.lower_s + p.compile_s
         worst = sorted(self.tests.items(), key=lambda item: -cost(item[1]))[:WORST]
         for test, programs in worst:
             out.write_line(

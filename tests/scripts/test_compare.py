@@ -13,15 +13,14 @@ import jax
 import pytest
 
 import dlm
-from decode.methods import FAMILIES, METHODS, family_of, named, override
-from dlm.config import PRESETS
+from decode.diffusion.points import FAMILIES, METHODS, family_of, named, override
 from dlm.params import init_params
+from dlm.presets import PRESETS
 from dlm.tasks.scan import Scan
 from dlm.tasks.waiting_line import WaitingLine
 from dlm.tokenizer import word_tokenizer
 from scripts import compare, measuring
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.lib.paths import ROOT
 
 
 def untrained(task) -> dlm.LanguageModel:

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from tests.lib.paths import ROOT
+
 LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it
-ROOT = pathlib.Path(__file__).parents[2]
 
 needs_libtpu = pytest.mark.skipif(
     not (LIBTPU / "libtpu").is_dir() and importlib.util.find_spec("libtpu") is None,

@@ -1,15 +1,12 @@
 """`scripts.convert_hf` says what a directory holds, writes it again, refuses what is none."""
 
-import pathlib
-
 import pytest
 
 import dlm
-from dlm.hf_files import read_config
+from dlm.hf.files import read_config
 from scripts.convert_hf import as_size, describe, parse_mesh
+from tests.lib.paths import GOLDEN
 from tests.scripts.test_scripts import run
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def test_what_each_device_would_hold():

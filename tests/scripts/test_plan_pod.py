@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dlm.config import PRESETS
+from dlm.presets import PRESETS
 from tests.scripts.test_compile_tpu import LIBTPU, ROOT, needs_libtpu
 
 PROGRAM = """\
@@ -103,7 +103,7 @@ def test_meshes_use_all_chips_and_no_more_rows_than_there_are():
     code = """
 import json
 from scripts import plan_pod
-from dlm.config import PRESETS
+from dlm.presets import PRESETS
 cfg = PRESETS["llada_8b"]
 print(json.dumps([
     [

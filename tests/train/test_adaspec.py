@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import distill_draft
-from dlm import transformer
+from dlm import vocab
+from dlm.models import decoder
 from dlm.params import init_params
 from tests.conftest import spread
 from tests.train.test_distill_spec import models
@@ -44,7 +45,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         p, q, r = (
-            np.asarray(jax.nn.softmax(transformer.logits(own, transformer.forward(
+            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
                 own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
             ).hidden)), np.float64)[0]
             for own, cfg in (

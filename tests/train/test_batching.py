@@ -3,24 +3,24 @@
 import collections
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm import transformer
+from dlm import vocab
 from dlm.tasks.jsonl import JsonlTask
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.paths import SHARED
 from train import data
 from train.batching import bucket_sizes, crop
 from train.config import ConfigError, DataConfig
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
-SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 TOKENIZER = word_tokenizer("abcdef>")  # a = 0, ..., > = 6, EOS = PAD = 7, MASK = 8
 EOS = 7
 
@@ -31,7 +31,7 @@ MODES = {"examples": EXAMPLES, "buckets": BUCKETS, "packing": PACKING}
 
 
 def make_iterator(config, task=None, **changes):
-    task = task or toy.Lines(has_prompts=not config.packing)
+    task = task or toys.Lines(has_prompts=not config.packing)
     return data.train_iterator(task, TOKENIZER, dataclasses.replace(config, **changes))
 
 
@@ -88,7 +88,7 @@ def test_bucket_sizes_by_hand():
 
 
 def test_every_row_is_in_the_smallest_bucket_it_fits_and_filled_up_with_eos():
-    task = toy.Lines()
+    task = toys.Lines()
     shapes = collections.Counter()
     for batch in take(make_iterator(BUCKETS, task), 60):
         num_rows, P = batch["prompt"].shape
@@ -127,9 +127,9 @@ def test_nothing_is_lost_on_another_mesh():
     """Its batches are smaller, so that more rows wait than one of them has."""
     config = dataclasses.replace(BUCKETS, batch_size=8)
     for num_before in range(1, 20):
-        before = data.train_iterator(toy.Lines(), TOKENIZER, config, 1)
+        before = data.train_iterator(toys.Lines(), TOKENIZER, config, 1)
         seen = np.concatenate([batch["index"] for batch in take(before, num_before)]).tolist()
-        after = data.train_iterator(toy.Lines(), TOKENIZER, config, 8)
+        after = data.train_iterator(toys.Lines(), TOKENIZER, config, 8)
         after.set_state(before.get_state())
         for batch in take(after, 9):
             assert len(batch["index"]) in (16, 8)
@@ -148,7 +148,7 @@ def test_one_bucket_is_the_plain_order():
 
 
 def test_cropping_takes_what_lies_along_the_completion_with_it():
-    row = data.encode_example(toy.Lines()[0], TOKENIZER, 7, 7)
+    row = data.encode_example(toys.Lines()[0], TOKENIZER, 7, 7)
     n = int(row["completion_len"])
     small = crop({**row, "step_map": np.arange(7)}, 7 - int(row["prompt_start"]), n)
     assert small["prompt_start"] == 0 and small["step_map"].tolist() == list(range(n))
@@ -171,7 +171,7 @@ def padding(iterator, num_batches):
 
 
 def test_buckets_on_real_problems():
-    path = SHARED / "gsm8k" / "test_dev.jsonl"
+    path = DATA / "gsm8k" / "test_dev.jsonl"
     if not path.is_file():
         pytest.skip("shared data is absent")
     task = JsonlTask(path, "{question}\n", "{answer}")
@@ -192,9 +192,9 @@ def test_buckets_on_real_problems():
 
 def test_eos_behind_the_end_counts_in_the_loss_of_a_bucket(toy_cfg, toy_params, monkeypatch):
     """Where only EOS costs anything, one nat each, the expected loss is the share of EOS."""
-    real = transformer.target_stats
+    real = vocab.target_stats
     monkeypatch.setattr(
-        transformer,
+        vocab,
         "target_stats",
         lambda params, hidden, targets: real(params, hidden, targets).replace(
             log_prob=jnp.where(targets == EOS, -1.0, 0.0)
@@ -229,7 +229,7 @@ def stream(config, task, num_texts):
 
 def test_no_token_is_lost():
     """Four epochs and more: the rows, put together, are the texts, put together."""
-    task = toy.Lines(has_prompts=False)
+    task = toys.Lines(has_prompts=False)
     batches = take(make_iterator(PACKING, task), 40)
     index, texts = stream(PACKING, task, 4 * 64 + 60)
     rows = np.concatenate([batch["completion"] for batch in batches])
@@ -245,7 +245,7 @@ def test_no_token_is_lost():
 
 
 def test_a_text_may_be_longer_than_a_batch():
-    class Long(toy.Lines):
+    class Long(toys.Lines):
         def __getitem__(self, index):
             example = super().__getitem__(index)
             return dataclasses.replace(example, completion=example.completion * 40)
@@ -266,7 +266,7 @@ def test_a_text_may_be_longer_than_a_batch():
 
 
 def test_validation_is_packed_in_the_order_of_the_task():
-    task = toy.Lines(num_examples=20, has_prompts=False)
+    task = toys.Lines(num_examples=20, has_prompts=False)
     text = np.concatenate([TOKENIZER.encode(task[i].completion) + [EOS] for i in range(20)])
     num_batches = len(text) // 32
     batches = data.valid_batches(task, TOKENIZER, PACKING, num_batches)
@@ -278,16 +278,16 @@ def test_validation_is_packed_in_the_order_of_the_task():
 
 
 def test_validation_with_buckets():
-    batches = data.valid_batches(toy.Lines(), TOKENIZER, BUCKETS, 8)
+    batches = data.valid_batches(toys.Lines(), TOKENIZER, BUCKETS, 8)
     seen = np.concatenate([batch["index"] for batch in batches])
     assert len(set(seen)) == len(seen)
     assert {batch["completion"].shape for batch in batches} <= {(9, 3), (5, 5), (4, 7)}
     with pytest.raises(ConfigError, match=r"has 64 examples, enough for .* whole batches"):
-        data.valid_batches(toy.Lines(), TOKENIZER, BUCKETS, 20)
+        data.valid_batches(toys.Lines(), TOKENIZER, BUCKETS, 20)
 
 
 def test_packing_a_real_text(tmp_path):
-    source = SHARED / "tiny_shakespeare" / "input.txt"
+    source = DATA / "tiny_shakespeare" / "input.txt"
     if not source.is_file():
         pytest.skip("shared data is absent")
     speeches = source.read_text(encoding="utf-8").split("\n\n")
@@ -321,10 +321,10 @@ def as_processes(monkeypatch, num, make):
 def test_processes_share_the_rows_of_the_same_buckets(monkeypatch):
     def shares():
         config = dataclasses.replace(BUCKETS, batch_size=4)
-        return take(data.train_iterator(toy.Lines(), TOKENIZER, config, 4), 40)
+        return take(data.train_iterator(toys.Lines(), TOKENIZER, config, 4), 40)
 
     def valid():
-        return data.valid_batches(toy.Lines(), TOKENIZER, BUCKETS, 5, 4)
+        return data.valid_batches(toys.Lines(), TOKENIZER, BUCKETS, 5, 4)
 
     for make in (shares, valid):
         whole = make()
@@ -336,7 +336,7 @@ def test_processes_share_the_rows_of_the_same_buckets(monkeypatch):
 
 
 def test_processes_share_out_the_texts(monkeypatch):
-    task = toy.Lines(has_prompts=False)
+    task = toys.Lines(has_prompts=False)
 
     def make():
         return take(data.train_iterator(task, TOKENIZER, PACKING), 12)
@@ -377,13 +377,13 @@ def test_settings_that_do_not_fit(changes, message):
 
 def test_packing_refuses_prompts():
     with pytest.raises(ConfigError, match=r"line .*: data\.packing=True .* a prompt: '[a-f]+>'"):
-        next(make_iterator(PACKING, toy.Lines()))
+        next(make_iterator(PACKING, toys.Lines()))
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
 @pytest.mark.parametrize("mode", ["examples", "buckets"])
 def test_a_long_example_is_named_when_its_turn_comes(monkeypatch, mode, num_threads):
-    monkeypatch.setattr(toy.Lines, "too_long", 40)
+    monkeypatch.setattr(toys.Lines, "too_long", 40)
     iterator = make_iterator(MODES[mode], num_threads=num_threads)
     with pytest.raises(
         ConfigError, match=r"^lines\.txt, line 41: the prompt has \d\d tokens, more"

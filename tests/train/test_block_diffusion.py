@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.diffusion import DiffusionMethod, decode, init_state
-from decode.rules import BlockCausal, EntropyThreshold, FixedBlocks
-from dlm import transformer
-from tests.decode.oracle import Model
+from decode.diffusion.components import BlockCausal, EntropyThreshold, FixedBlocks
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from dlm.models import decoder
+from tests.lib.oracle import Model
 from tests.train.test_masked_diffusion import (
     Recorder,
     assert_gradient_is_that_of_differences,
@@ -39,7 +39,7 @@ def run(params, batch, key, *, objective, cfg, fake=False):
     """Loss, metrics, predictions, and [noisy ; clean] with its positions."""
 
     def forward(params, cfg, tokens, **kwargs):
-        return transformer.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
 
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, *([forward] if fake else []))

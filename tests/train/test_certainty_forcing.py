@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.diffusion import DiffusionMethod, decode, init_state
-from decode.rules import EntropyThreshold, FixedBlocks
-from dlm import transformer
+from decode.diffusion.components import EntropyThreshold, FixedBlocks
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from dlm.models import decoder
 from dlm.params import init_params
 from tests.conftest import dream_toy
-from tests.decode.oracle import Model
+from tests.lib.oracle import Model
 from tests.train.test_masked_diffusion import (
     assert_gradient_is_that_of_differences,
     loss_and_canvas,
@@ -98,9 +98,9 @@ def test_loss_by_hand(toy_cfg, monkeypatch):
 
     def forward(params, cfg, tokens, **kwargs):
         canvas.append(tokens)
-        return transformer.ForwardOutput(jnp.asarray(table, jnp.float32), None)
+        return decoder.ForwardOutput(jnp.asarray(table, jnp.float32), None)
 
-    monkeypatch.setattr(transformer, "forward", forward)
+    monkeypatch.setattr(decoder, "forward", forward)
     batch = {
         "prompt": np.array([[7, 8], [9, 9]], np.int32),
         "prompt_start": np.array([0, 0], np.int32),

@@ -9,7 +9,7 @@ import pytest
 
 from dlm.config import ModelConfig
 from dlm.tokenizer import word_tokenizer
-from tests.train import toy
+from tests.lib import toys
 from train import checkpoint
 from train.config import ConfigError, from_config_dict
 
@@ -24,7 +24,7 @@ def write(folder, config):
 
 
 def test_folder_says_what_the_run_was(tmp_path):
-    cfg = write(tmp_path, toy.get_config())
+    cfg = write(tmp_path, toys.get_config())
     read_cfg, tokenizer = checkpoint.read_model(tmp_path)
     assert read_cfg == cfg
     assert tokenizer.encode("fa>") == [5, 0, 6] and tokenizer.mask_token_id == 8
@@ -35,8 +35,8 @@ def test_folder_says_what_the_run_was(tmp_path):
 
 
 def test_other_configs_are_refused_with_all_differences(tmp_path):
-    write(tmp_path, toy.get_config())
-    config = toy.get_config()
+    write(tmp_path, toys.get_config())
+    config = toys.get_config()
     config.optim.learning_rate = 0.5
     config.data.task.length = 4
     with pytest.raises(ConfigError) as error:
@@ -48,8 +48,8 @@ def test_other_configs_are_refused_with_all_differences(tmp_path):
 
 
 def test_what_may_change(tmp_path):
-    write(tmp_path, toy.get_config())
-    config = toy.get_config()
+    write(tmp_path, toys.get_config())
+    config = toys.get_config()
     config.train.num_steps = 100
     config.train.eval_every = 7
     config.log.every = 9
@@ -63,7 +63,7 @@ def test_what_may_change(tmp_path):
 
 def test_checkpoints_without_config_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        checkpoint.check_same_run(tmp_path, from_config_dict(toy.get_config()), 3)
+        checkpoint.check_same_run(tmp_path, from_config_dict(toys.get_config()), 3)
 
 
 def test_unwritable_workdir_is_one_sentence(tmp_path):
@@ -101,7 +101,7 @@ class FakeIterator(grain.DatasetIterator):
 
 def test_places_of_another_number_of_processes(tmp_path, monkeypatch):
     state, iterator = {"x": jax.numpy.arange(3.0)}, FakeIterator()
-    config = from_config_dict(toy.get_config()).checkpoint
+    config = from_config_dict(toys.get_config()).checkpoint
     with checkpoint.open_manager(tmp_path, config) as manager:
         iterator.count = 10
         checkpoint.save(manager, 1, state, iterator)
@@ -118,7 +118,7 @@ def test_places_of_another_number_of_processes(tmp_path, monkeypatch):
 
 def test_save_and_restore(tmp_path):
     state = {"x": jax.numpy.arange(3.0), "step": jax.numpy.int32(7)}
-    config = from_config_dict(toy.get_config()).checkpoint
+    config = from_config_dict(toys.get_config()).checkpoint
     iterator = FakeIterator()
     with checkpoint.open_manager(tmp_path, dataclasses.replace(config, keep=2)) as manager:
         assert manager.latest_step() is None

@@ -5,12 +5,12 @@ import pytest
 from ml_collections import config_dict
 
 from dlm.tasks.scan import Scan
-from tests.train import toy
+from tests.lib import toys
 from train.config import ConfigError, build, differences, from_config_dict, to_json
 
 
 def test_sections_become_frozen_dataclasses():
-    settings = from_config_dict(toy.get_config())
+    settings = from_config_dict(toys.get_config())
     assert settings.data.batch_size == 8 and settings.optim.beta1 == 0.9
     assert settings.model["d_model"] == 16
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -34,7 +34,7 @@ def test_sections_become_frozen_dataclasses():
     ],
 )
 def test_wrong_settings_say_what_is_wrong(changes, message):
-    flat = toy.get_config().to_dict()
+    flat = toys.get_config().to_dict()
     for name, value in changes.items():
         section, field = name.split(".")
         flat.setdefault(section, {})[field] = value
@@ -43,12 +43,12 @@ def test_wrong_settings_say_what_is_wrong(changes, message):
 
 
 def test_missing_and_required_values_are_named():
-    config = toy.get_config().to_dict()
+    config = toys.get_config().to_dict()
     del config["data"]["prompt_len"]
     with pytest.raises(ConfigError, match=r"lacks the field data\.prompt_len"):
         from_config_dict(ml_collections.ConfigDict(config))
     for make in (config_dict.required_placeholder, config_dict.placeholder):
-        config = toy.get_config()
+        config = toys.get_config()
         with config.unlocked():
             config.optim.learning_rate = make(float)
         with pytest.raises(ConfigError, match=r"--config\.optim\.learning_rate"):
@@ -71,8 +71,8 @@ def test_build():
 
 
 def test_differences_ignore_what_json_ignores():
-    one = to_json(from_config_dict(toy.get_config()))
-    config = toy.get_config()
+    one = to_json(from_config_dict(toys.get_config()))
+    config = toys.get_config()
     config.optim.learning_rate = 0.5
     two = to_json(from_config_dict(config))
     assert differences(one, one) == {}

@@ -2,17 +2,16 @@
 
 import importlib
 import math
-import pathlib
 
 import ml_collections
 import pytest
 
 import dlm
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
+from tests.lib.paths import ROOT
 from train import data, loop
 from train.config import ConfigError, build, from_config_dict
 
-ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*_*.py") if path.stem[0] != "_")
 FROM_FILES = ("llada_8b_sft", "pretrain_jsonl", "sft_jsonl")  # that the user gives
 ELSEWHERE = (  # have tests of their own

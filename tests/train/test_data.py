@@ -7,7 +7,7 @@ import pytest
 from dlm.sharding import make_mesh
 from dlm.tasks import Example
 from dlm.tokenizer import word_tokenizer
-from tests.train import toy
+from tests.lib import toys
 from train import data
 from train.config import ConfigError, DataConfig
 
@@ -49,11 +49,11 @@ def test_too_long_and_uncovered_texts_say_so():
 def test_errors_reach_the_loop_from_reading_threads():
     config = dataclasses.replace(CONFIG, prompt_len=2, num_threads=1)
     with pytest.raises(ConfigError, match=r"data\.prompt_len=2"):
-        next(data.train_iterator(toy.Copy(), TOKENIZER, config))
+        next(data.train_iterator(toys.Copy(), TOKENIZER, config))
 
 
 def test_every_example_once_per_epoch_in_another_order():
-    task = toy.Copy(num_examples=16, length=4)
+    task = toys.Copy(num_examples=16, length=4)
     batches = take(data.train_iterator(task, TOKENIZER, CONFIG), 8)
     rows = np.concatenate([batch["completion"] for batch in batches])
     expected = sorted(
@@ -64,7 +64,7 @@ def test_every_example_once_per_epoch_in_another_order():
 
 
 def test_batches_of_one():
-    task = toy.Copy(num_examples=8)
+    task = toys.Copy(num_examples=8)
     single = dataclasses.replace(CONFIG, batch_size=1)
     rows = take(data.train_iterator(task, TOKENIZER, single), 8)
     (whole,) = take(
@@ -74,7 +74,7 @@ def test_batches_of_one():
 
 
 def test_seed_and_threads():
-    task = toy.Copy()
+    task = toys.Copy()
     first = take(data.train_iterator(task, TOKENIZER, CONFIG), 3)
     threaded = dataclasses.replace(CONFIG, num_threads=2, prefetch=3)
     assert_equal(first, take(data.train_iterator(task, TOKENIZER, threaded), 3))
@@ -85,7 +85,7 @@ def test_seed_and_threads():
 
 
 def test_iterator_state_can_be_restored():
-    task = toy.Copy()
+    task = toys.Copy()
     iterator = data.train_iterator(task, TOKENIZER, dataclasses.replace(CONFIG, num_threads=1))
     take(iterator, 5)
     state = iterator.get_state()
@@ -98,7 +98,7 @@ def test_iterator_state_can_be_restored():
 @pytest.mark.parametrize("num_threads", [0, 1])
 def test_batches_do_not_depend_on_the_number_of_processes(monkeypatch, num_threads):
     """Over several epochs, and from a state that another number of processes saved."""
-    task = toy.Copy(num_examples=10, length=4)
+    task = toys.Copy(num_examples=10, length=4)
     config = dataclasses.replace(CONFIG, num_threads=num_threads)
 
     def make(state=None):
@@ -130,15 +130,15 @@ def test_batches_do_not_depend_on_the_number_of_processes(monkeypatch, num_threa
 
 
 def test_validation_batches():
-    batches = data.valid_batches(toy.Copy(), TOKENIZER, CONFIG, 2)
+    batches = data.valid_batches(toys.Copy(), TOKENIZER, CONFIG, 2)
     assert len(batches) == 2 and batches[0]["completion"].shape == (4, 5)
     assert data.valid_batches(None, TOKENIZER, CONFIG, 2) == []
     with pytest.raises(ConfigError, match=r"has 7 examples; .* need 8"):
-        data.valid_batches(toy.Copy(num_examples=7), TOKENIZER, CONFIG, 2)
+        data.valid_batches(toys.Copy(num_examples=7), TOKENIZER, CONFIG, 2)
 
 
 def test_global_batches_are_sharded_by_rows():
-    batch = data.valid_batches(toy.Copy(), TOKENIZER, CONFIG, 1)[0]
+    batch = data.valid_batches(toys.Copy(), TOKENIZER, CONFIG, 1)[0]
     placed = data.to_global(batch, make_mesh(data=2, fsdp=2, tensor=2))
     assert_equal(jax.device_get(placed), batch)
     assert placed["prompt"].sharding.shard_shape((4, 5)) == (1, 5)

@@ -8,17 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.accept import SpeculativeSampling
-from decode.drafters.dflash import DFlash
-from decode.sampling import Sampling
-from decode.speculative import SpeculativeMethod, _context, init_state, prefill, stream
-from dlm import transformer
+from decode.core.sampling import Sampling
+from decode.speculative.accept import SpeculativeSampling
+from decode.speculative.drafters.dflash import DFlash
+from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from dlm import vocab
+from dlm.blocks.attention import project_qkv
+from dlm.blocks.linear import linear
+from dlm.blocks.mlp import mlp
+from dlm.blocks.norm import rms_norm
+from dlm.blocks.rotary import rotary_angles
 from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
-from dlm.layers import linear, mlp, project_qkv, rms_norm, rotary_angles
 from dlm.params import init_from_specs
-from tests.decode.test_speculative import random_prompts
-from tests.train.gradients import check_gradients
+from tests.decode.speculative.test_loop import random_prompts
+from tests.lib.gradients import check_gradients
 from tests.train.test_draft_heads import shaken
 from tests.train.test_eagle import features_of
 from tests.train.test_masked_diffusion import make_batch
@@ -85,7 +89,7 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
             text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
             features = features_of(network, cfg, toy_params, text)[:-1]
             hidden = one_block(network, toy_params, features, text[-1])
-            said = np.asarray(transformer.logits(toy_params, hidden[1 : best.depth + 1]))
+            said = np.asarray(vocab.logits(toy_params, hidden[1 : best.depth + 1]))
             np.testing.assert_array_equal(greedy.tokens[b, 1:], said.argmax(axis=-1))
             law = jax.nn.softmax(said / 0.7)
             np.testing.assert_allclose(tree.laws[b, :-1], law, atol=2e-5)

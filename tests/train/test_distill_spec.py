@@ -9,8 +9,9 @@ import pytest
 
 import dlm
 from configs import distill_draft
-from dlm import transformer
+from dlm import vocab
 from dlm.heads.draft_lm import Draft
+from dlm.models import decoder
 from dlm.params import init_params
 from tests.conftest import spread
 from tests.train.test_masked_diffusion import make_batch
@@ -49,7 +50,7 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         laws = [
-            np.asarray(jax.nn.softmax(transformer.logits(own, transformer.forward(
+            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
                 own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
             ).hidden) / 1.3), np.float64)[0]
             for own, cfg in ((toy_params, toy_cfg), (draft.params, draft.cfg))

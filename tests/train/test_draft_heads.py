@@ -13,18 +13,19 @@ import pytest
 
 import dlm
 from configs import draft_heads
-from decode.drafters.dflash import DFlash
-from decode.drafters.eagle import Eagle, EagleBest
-from decode.drafters.hydra import Hydra, HydraState
-from decode.drafters.medusa import Medusa
-from decode.speculative import SpeculativeMethod, _context, init_state, prefill, stream
-from decode.tree import chain, from_paths
-from dlm import transformer
+from decode.speculative.drafters.dflash import DFlash
+from decode.speculative.drafters.eagle import Eagle, EagleBest
+from decode.speculative.drafters.hydra import Hydra, HydraState
+from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.tree import chain, from_paths
+from dlm import vocab
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
+from dlm.models import decoder
 from dlm.params import init_from_specs
-from tests.decode.test_speculative import random_prompts, run, texts
+from tests.decode.speculative.test_loop import random_prompts, run, texts
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError, build
@@ -62,7 +63,7 @@ def shaken(own, seed=2):
 def test_fresh_heads_say_what_the_model_says(toy_cfg, toy_params, kind):
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=2)
     hidden = jax.random.normal(jax.random.key(3), (5, toy_cfg.d_model))
-    expected = transformer.logits(toy_params, hidden)
+    expected = vocab.logits(toy_params, hidden)
     for k in range(3):
         if kind == "medusa":
             x = medusa.head_hidden(own, hidden, k)
@@ -120,7 +121,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         positions = jnp.arange(T - start)[None]
-        hidden[b, start:] = transformer.forward(
+        hidden[b, start:] = decoder.forward(
             toy_params, toy_cfg, row, positions=positions, mask="causal"
         ).hidden[0]
     embed = np.asarray(toy_params["embed"])
@@ -154,7 +155,7 @@ def prefix_by_hand(own, cfg, hidden):
     ones = jnp.ones(cfg.d_model)
     x = jnp.pad(jnp.asarray(hidden), ((0, n - len(hidden)), (0, 0)))[None]
     params = {"embed": jnp.zeros((1, cfg.d_model)), "layers": own["prefix"], "final_norm": ones}
-    return transformer.forward(
+    return decoder.forward(
         params, layer, jnp.zeros((1, n), jnp.int32), positions=jnp.arange(n)[None], mask="causal",
         mix=(jnp.ones((1, n)), x), feature_layers=(1,),
     ).features[0, : len(hidden)]  # fmt: skip
@@ -172,7 +173,7 @@ def test_the_layer_of_hydra_plus_plus_reads_the_whole_text(toy_cfg, toy_params):
     for state in stream(toy_params, cfg, method, first):
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):
             num = int(state.length[b]) - 1
-            hidden = transformer.forward(
+            hidden = decoder.forward(
                 toy_params, cfg, state.tokens[b : b + 1], positions=place, mask="causal"
             ).hidden[0, :num]
             expected = prefix_by_hand(own, cfg, hidden)[-1]

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.drafters.eagle import Eagle, EagleBest
-from decode.sampling import Sampling
-from decode.speculative import SpeculativeMethod, _context, init_state, prefill, stream
-from decode.tree import TreeShape, from_paths
-from dlm import transformer
+from decode.core.sampling import Sampling
+from decode.speculative.drafters.eagle import Eagle, EagleBest
+from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.tree import TreeShape, from_paths
 from dlm.heads import eagle_1, eagle_3
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.models import decoder
 from dlm.params import init_from_specs
-from tests.decode.test_speculative import random_prompts
-from tests.train.gradients import check_gradients
+from tests.decode.speculative.test_loop import random_prompts
+from tests.lib.gradients import check_gradients
 from tests.train.test_draft_heads import shaken
 from tests.train.test_masked_diffusion import make_batch
 from train.objectives import Context
@@ -47,7 +47,7 @@ MOST = 40  # positions; one length, so that little is compiled
 def features_of(network, cfg, params, tokens):
     """[n, F] of a row."""
     padded = jnp.asarray([[*tokens, *[0] * (MOST - len(tokens))]], jnp.int32)
-    output = transformer.forward(
+    output = decoder.forward(
         params, cfg, padded, positions=jnp.arange(MOST)[None], mask="causal",
         feature_layers=network.feature_layers,
     )  # fmt: skip

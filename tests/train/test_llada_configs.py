@@ -11,7 +11,7 @@ from dlm.lora import TARGETS, load
 from dlm.params import init_params
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.conftest import TOY_CFG
-from tests.train import toy
+from tests.lib import toys
 from train import loop, trajectories
 from train.config import ConfigError, build, from_config_dict
 
@@ -63,7 +63,7 @@ def test_learn2pd_needs_a_model_and_prompts_and_its_smoke_test_runs(tmp_path):
 
 @pytest.mark.slow
 def test_dparallel_smoke_test(tmp_path):
-    tokenizer = word_tokenizer(toy.Copy().pieces)
+    tokenizer = word_tokenizer(toys.Copy().pieces)
     cfg = dataclasses.replace(
         TOY_CFG, n_kv_heads=4, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -71,7 +71,7 @@ def test_dparallel_smoke_test(tmp_path):
     params = init_params(jax.random.key(0), cfg)
     dlm.save(tmp_path / "model", dlm.LanguageModel(params, cfg, tokenizer))
     collect = trajectories.TrajectoryConfig(
-        checkpoint=str(tmp_path / "model"), task={"make": "tests.train.toy:Copy"}, num_examples=80,
+        checkpoint=str(tmp_path / "model"), task={"make": "tests.lib.toys:Copy"}, num_examples=80,
         prompt_len=8, gen_len=24, block_len=8, batch_size=40,
     )  # fmt: skip
     trajectories.run(collect, tmp_path / "answers")

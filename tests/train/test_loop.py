@@ -2,7 +2,6 @@ import dataclasses
 import doctest
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,8 @@ import pytest
 import dlm
 from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.paths import ROOT
 from tests.train.test_masked_diffusion import make_batch
 from train import checkpoint, data, loop, train_state
 from train.config import ConfigError, OptimConfig, from_config_dict
@@ -27,12 +27,11 @@ from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
-ROOT = pathlib.Path(__file__).parents[2]
-CONFIG_FILE = "tests/train/toy.py"
+CONFIG_FILE = "tests/train/toys.py"
 
 
 def toy_config(**changes):
-    config = toy.get_config()
+    config = toys.get_config()
     for name, value in changes.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     return config
@@ -73,7 +72,7 @@ def test_exported_model_is_the_one_validated(finished):
     _, result = finished
     model = dlm.load(result.model_path)
     settings = from_config_dict(toy_config())
-    batches = data.valid_batches(toy.Copy(split="test"), model.tokenizer, settings.data, 2)
+    batches = data.valid_batches(toys.Copy(split="test"), model.tokenizer, settings.data, 2)
     key = jax.random.fold_in(jax.random.key(0), 2)
     losses = [
         MaskedDiffusion().loss(model.params, model.cfg, batch, context)[0]
@@ -323,9 +322,9 @@ def test_other_threads_cannot_and_need_not_handle_signals():
 
 
 def lines_config(mode, **changes):
-    """A run on `toy.Lines`, with buckets or packed."""
+    """A run on `toys.Lines`, with buckets or packed."""
     config = toy_config(data__prompt_len=7, data__completion_len=7, **changes)
-    config.data.task = {"make": "tests.train.toy:Lines", "has_prompts": mode == "buckets"}
+    config.data.task = {"make": "tests.lib.toys:Lines", "has_prompts": mode == "buckets"}
     config.data.train = config.data.valid = {}
     config.train.objective.weight_power = 0.0
     if mode == "buckets":
@@ -377,7 +376,7 @@ def test_resuming_with_buckets_and_with_packing(mode, tmp_path, monkeypatch):
 def test_a_bad_record_is_named_and_costs_nothing_that_was_saved(tmp_path, monkeypatch):
     config = lines_config("buckets", checkpoint__every=1)
     del config.data.valid
-    monkeypatch.setattr(toy.Lines, "too_long", 40)
+    monkeypatch.setattr(toys.Lines, "too_long", 40)
     with pytest.raises(ConfigError, match=r"^lines\.txt, line 41: the prompt has"):
         loop.run(config, tmp_path)
     lines = read_metrics(tmp_path)
@@ -423,7 +422,7 @@ def test_bad_files_come_before_any_step(tmp_path):
 
 @pytest.mark.parametrize("every", [0, 1, 4])
 def test_divergence_stops_names_the_batch_and_saves_the_state_before_it(tmp_path, every):
-    config = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
+    config = toy_config(train__objective={"make": "tests.lib.toys:Diverging"})
     config.checkpoint.every = every
     config.train.num_steps = 60
     config.train.seed = 2  # the seventh step is the first bad one
@@ -441,7 +440,7 @@ def test_divergence_stops_names_the_batch_and_saves_the_state_before_it(tmp_path
     index = [next(iterator)["index"] for _ in range(7)][-1]
     assert f"made with examples {', '.join(map(str, index))} of" in text
     # What is saved is what a run of six steps ends with.
-    kept = toy_config(train__objective={"make": "tests.train.toy:Diverging"})
+    kept = toy_config(train__objective={"make": "tests.lib.toys:Diverging"})
     kept.train.num_steps, kept.train.seed, kept.optim.decay_steps = 6, 2, 60
     loop.run(kept, tmp_path / "six")
     only_state = ocp.args.Composite(state=ocp.args.StandardRestore())

@@ -1,5 +1,4 @@
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -7,12 +6,12 @@ import sys
 import pytest
 from absl import flags
 
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.paths import ROOT
 from train import __main__ as main
 from train.metrics import read_metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = "--config=tests/train/toy.py"
+CONFIG = "--config=tests/train/toys.py"
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def test_overrides_reach_the_config(parse):
     assert parse(CONFIG, "--workdir=x", "--config.optim.learning_rate=0.5") is None
     config = flags.FLAGS.config
     assert config.optim.learning_rate == 0.5
-    config.optim.learning_rate = toy.get_config().optim.learning_rate
-    assert config.to_dict() == toy.get_config().to_dict()
+    config.optim.learning_rate = toys.get_config().optim.learning_rate
+    assert config.to_dict() == toys.get_config().to_dict()
     assert config.is_locked
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm import transformer
+from dlm import vocab
+from dlm.models import decoder
 from dlm.params import init_params
-from tests.decode.oracle import Model
+from tests.lib.oracle import Model
 from train.objectives import Context, masked_diffusion
 from train.objectives.masked_diffusion import MaskedDiffusion, weighted_loss
 
@@ -40,10 +41,10 @@ def judge(logits, targets):
 class Recorder:
     """Stands in for the forward and keeps what it was given."""
 
-    def __init__(self, monkeypatch, forward=transformer.forward):
+    def __init__(self, monkeypatch, forward=decoder.forward):
         self.calls = []
         self._forward = forward
-        monkeypatch.setattr(transformer, "forward", self)
+        monkeypatch.setattr(decoder, "forward", self)
 
     def __call__(self, params, cfg, tokens, **kwargs):
         self.calls.append((tokens, kwargs))
@@ -63,13 +64,13 @@ def loss_and_canvas(params, batch, context, *, objective, cfg):
 def mixing_forward(params, cfg, tokens, **kwargs):
     """Stands in for the transformer, whose norms are float32: smooth, and all tokens matter."""
     x = params["embed"][tokens]
-    return transformer.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
+    return decoder.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
 
 
 def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale=1.0):
     """Along random directions in float64, with a stand-in for the transformer."""
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "forward", mixing_forward)
+        patch.setattr(decoder, "forward", mixing_forward)
         rng = np.random.default_rng(0)
         shape = (cfg.vocab_size, 6)
         params = {name: scale * rng.normal(size=shape) for name in ("embed", "unembed")}
@@ -120,14 +121,14 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     loss, metrics = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(3)))
     ((tokens, kwargs),) = recorder.calls
     assert kwargs["mask"] == "full"
-    hidden = transformer.forward(
+    hidden = decoder.forward(
         toy_params,
         toy_cfg,
         tokens,
         positions=kwargs["positions"],
         window_range=kwargs["window_range"],
     ).hidden
-    log_probs = jax.nn.log_softmax(transformer.logits(toy_params, hidden))
+    log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))
     t_key, _ = jax.random.split(jax.random.key(3))
     p = 0.9 * masked_diffusion._draw_t(t_key, 4, True) + 0.1
     total = 0.0
@@ -143,7 +144,7 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
 
 def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypatch):
     def forward(params, cfg, tokens, **kwargs):
-        return transformer.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
 
     recorder = Recorder(monkeypatch, forward)
     batch = make_batch(toy_cfg, rows=16)
@@ -200,9 +201,7 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     ((tokens, kwargs),) = recorder.calls
     assert tokens.shape == (4, 8)
     y = batch["completion"]
-    z = transformer.logits(
-        toy_params, transformer.forward(toy_params, toy_cfg, tokens, **kwargs).hidden
-    )
+    z = vocab.logits(toy_params, decoder.forward(toy_params, toy_cfg, tokens, **kwargs).hidden)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
     t_key, _ = jax.random.split(jax.random.key(1))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
@@ -231,11 +230,11 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
     loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, Context(jax.random.key(0)))
     ((tokens, kwargs),) = recorder.calls
-    hidden = transformer.forward(toy_params, toy_cfg, tokens, **kwargs).hidden[:, 4:-1]
+    hidden = decoder.forward(toy_params, toy_cfg, tokens, **kwargs).hidden[:, 4:-1]
     t_key, _ = jax.random.split(jax.random.key(0))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
     is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
-    logits = transformer.logits(toy_params, hidden)
+    logits = vocab.logits(toy_params, hidden)
     expected, _ = weighted_loss(*judge(logits, batch["completion"]), is_masked, p)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
@@ -326,7 +325,7 @@ def mask_and_canvas(batch, context, objective, cfg):
     """What the objective hands to the forward: attention (None: full), its range, the tokens."""
 
     def forward(params, cfg, tokens, **kwargs):
-        return transformer.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
 
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, forward)

@@ -8,12 +8,12 @@ import pytest
 
 import dlm
 from configs import draft_heads
-from decode.drafters.medusa import Medusa
-from decode.speculative import SpeculativeMethod
+from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.loop import SpeculativeMethod
 from dlm.heads import medusa
 from dlm.heads.medusa_2 import MedusaJoint
 from dlm.params import init_from_specs
-from tests.decode.test_speculative import random_prompts, run, texts
+from tests.decode.speculative.test_loop import random_prompts, run, texts
 from tests.train.test_draft_heads import TREE, fresh, shaken
 from tests.train.test_masked_diffusion import make_batch
 from train import loop

@@ -5,14 +5,14 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from tests.train import toy
+from tests.lib import toys
 from train import metrics
 from train.config import ConfigError, from_config_dict
 from train.metrics import FILE_NAME, NonFiniteError, Reporter, is_due, read_metrics
 
 
 def make_settings(**log):
-    settings = from_config_dict(toy.get_config())
+    settings = from_config_dict(toys.get_config())
     return dataclasses.replace(settings, log=dataclasses.replace(settings.log, **log))
 
 

@@ -6,7 +6,6 @@ go on with another number.
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -17,11 +16,10 @@ import numpy as np
 import pytest
 
 import dlm
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.paths import ROOT
 from train import loop, trajectories
 from train.metrics import read_metrics
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 # What `python -m train` does on a cluster that JAX recognises.
 PROGRAM = """
@@ -42,9 +40,9 @@ NUM_STEPS = 20
 
 
 def get_config(mode):
-    config = toy.get_config()
+    config = toys.get_config()
     if mode == "buckets":  # batches of 8 and 16 rows, which any number of processes here divides
-        config.data.task = {"make": "tests.train.toy:Lines"}
+        config.data.task = {"make": "tests.lib.toys:Lines"}
         config.data.train = config.data.valid = {}
         config.data.prompt_len = config.data.completion_len = 7
         config.data.buckets = ((3, 4),)
@@ -128,13 +126,14 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
 from tests.train.test_multiprocess import collect
+from tests.lib.paths import ROOT
 collect(sys.argv[4], sys.argv[5])
 """
 
 
 def collect(checkpoint, out):
     config = trajectories.TrajectoryConfig(
-        checkpoint=checkpoint, task={"make": "tests.train.toy:Copy"}, block_len=3, num_examples=24,
+        checkpoint=checkpoint, task={"make": "tests.lib.toys:Copy"}, block_len=3, num_examples=24,
         prompt_len=5, gen_len=6, batch_size=2, examples_per_shard=2,
     )  # fmt: skip
     trajectories.run(config, out)
@@ -143,7 +142,7 @@ def collect(checkpoint, out):
 @pytest.mark.slow
 def test_a_data_set_decoded_by_two_processes_of_which_one_is_killed(tmp_path):
     """Any number of processes goes on; the file is complete, and has every example once."""
-    config = toy.get_config()
+    config = toys.get_config()
     config.train.num_steps = 2
     checkpoint = str(loop.run(config, tmp_path / "run").model_path)
     out = tmp_path / "two"

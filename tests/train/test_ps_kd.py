@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm import transformer
+from dlm import vocab
 from dlm.params import ParamSpec, init_params
 from tests.conftest import spread
-from tests.decode.oracle import Model
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.oracle import Model
 from tests.train.test_certainty_forcing import batch_of, by_card, easy, shown
 from tests.train.test_loop import toy_config
 from tests.train.test_masked_diffusion import (
@@ -39,7 +39,7 @@ class Table(TokenObjective):
         return Predictions(params["logits"], batch["completion"], batch["weight"])
 
     def score(self, params, said):
-        log_prob = transformer.target_stats(params, said.hidden, said.targets).log_prob
+        log_prob = vocab.target_stats(params, said.hidden, said.targets).log_prob
         loss = -(said.weight * log_prob).sum()
         return loss, {"loss": loss}
 
@@ -340,9 +340,9 @@ def test_objectives_from_settings():
 
 def test_refusals():
     with pytest.raises(ValueError, match="of=Diverging must be a TokenObjective"):
-        PsKd(of=toy.Diverging())
+        PsKd(of=toys.Diverging())
     with pytest.raises(ValueError, match="of=Diverging must be a TokenObjective"):
-        PsKd(of={"make": "tests.train.toy:Diverging"})
+        PsKd(of={"make": "tests.lib.toys:Diverging"})
     with pytest.raises(ConfigError, match=r"train\.objective\.of\.make='nowhere'"):
         PsKd(of={"make": "nowhere"})
     for alpha in (-0.1, 1.1, float("nan")):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -13,25 +12,25 @@ import numpy as np
 import pytest
 
 import dlm
-from decode.diffusion import decode, init_state
-from decode.methods import named
-from dlm.config import PRESETS
+from decode.diffusion.loop import decode, init_state
+from decode.diffusion.points import named
 from dlm.params import init_params
+from dlm.presets import PRESETS
 from dlm.tokenizer import word_tokenizer
 from tests.conftest import spread
-from tests.train import toy
+from tests.lib import toys
+from tests.lib.paths import ROOT
 from train import data, trajectories
 from train.config import ConfigError
 from train.trajectories import Trajectories, TrajectoryConfig, open_records
 
-ROOT = pathlib.Path(__file__).parents[2]
 P, G, C = 5, 6, 3
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     """A model that says all kinds of things, with the toy task's tokenizer."""
-    tokenizer = word_tokenizer(toy.Copy().pieces)
+    tokenizer = word_tokenizer(toys.Copy().pieces)
     cfg = dataclasses.replace(
         PRESETS["tiny"],
         n_kv_heads=4,
@@ -50,7 +49,7 @@ def model_path(tmp_path_factory):
 def settings(model_path, **changes):
     fields = dict(
         checkpoint=str(model_path),
-        task={"make": "tests.train.toy:Copy"},
+        task={"make": "tests.lib.toys:Copy"},
         block_len=C,
         num_examples=10,
         prompt_len=P,
@@ -78,7 +77,7 @@ def contents(folder):
 
 
 def test_records_are_what_the_method_decodes(collected, model_path):
-    records, model, task = open_records(collected), dlm.load(model_path), toy.Copy()
+    records, model, task = open_records(collected), dlm.load(model_path), toys.Copy()
     assert len(records) == 10 and "tensorflow" not in sys.modules
     prompts = [model.tokenizer.encode(task[i].prompt) for i in range(10)]
     for i, (line, record) in enumerate(zip(results(collected), records, strict=True)):
@@ -161,7 +160,7 @@ def test_kill_9_loses_the_open_shard_only(collected, model_path, tmp_path):
         (dict(method="treshold"), "method: there is no method 'treshold'; close: threshold"),
         (dict(num_examples=513), "num_examples=513 must be in 1 to 512"),
         (dict(prompt_len=3), "the prompt of example 0 has 4 tokens, more than prompt_len=3"),
-        (dict(task={"make": "tests.train.toy:Nothing"}), "task.make="),
+        (dict(task={"make": "tests.lib.toys:Nothing"}), "task.make="),
         (dict(checkpoint="nowhere"), "checkpoint='nowhere'"),
         (dict(changes={"rule": {"nope": 1}}), "method: rule .* has no field 'nope'"),
     ],

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.draft_lm import Draft
 from dlm.params import Params
@@ -75,7 +75,7 @@ class AdaSpec:
             hidden: jax.Array, of_target: jax.Array, of_reference: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             log_p, log_q, log_r = (
-                jax.nn.log_softmax(transformer.logits(own, x))
+                jax.nn.log_softmax(vocab.logits(own, x))
                 for own, x in (
                     (target, of_target), (ours.params, hidden), (reference, of_reference),
                 )

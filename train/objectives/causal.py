@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.models import decoder
 from dlm.params import Params
 from train.objectives import Context, Predictions, TokenObjective
 
@@ -46,7 +47,7 @@ class Causal(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: "loss" and "accuracy" (tokens whose arg-max is right)."""
-        stats = transformer.target_stats(params, said.hidden, said.targets)
+        stats = vocab.target_stats(params, said.hidden, said.targets)
         return mean_cross_entropy(stats.log_prob, stats.token == said.targets, said.weight > 0)
 
 
@@ -58,7 +59,7 @@ class Text(struct.PyTreeNode):
       hidden: [B, T, D]. Final hidden states; that of position t predicts token t + 1.
       counts: [B, T] bool. Tokens that are to be predicted.
       start: [B] int32. The first real position.
-      features: [B, T, n D], or None; see `dlm.transformer.forward`.
+      features: [B, T, n D], or None; see `dlm.models.decoder.forward`.
     """
 
     tokens: jax.Array
@@ -87,7 +88,7 @@ def read_text(
     P = prompt.shape[1]
     tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
     T = tokens.shape[1]
-    output = transformer.forward(
+    output = decoder.forward(
         params,
         cfg,
         tokens,

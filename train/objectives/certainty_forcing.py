@@ -28,7 +28,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
 from train.objectives import Context, Predictions, TokenObjective, row_mean_weight
@@ -167,11 +167,11 @@ def certainty_loss(
       Scalar float32, and metrics: "loss", "cross_entropy" (CE_1 + CE_2), "entropy" (the sum of
       ENT_v, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
     """
-    stats = transformer.target_stats(params, said.hidden, said.targets)
+    stats = vocab.target_stats(params, said.hidden, said.targets)
     cross_entropy = -(said.weight * stats.log_prob).sum()
     is_right = stats.token == said.targets
     weight = sum(row_mean_weight(view & is_right) for view in in_view)
-    entropy = transformer.target_stats(params, said.hidden / temperature, said.targets).entropy
+    entropy = vocab.target_stats(params, said.hidden / temperature, said.targets).entropy
     entropy = (weight * entropy).sum()
     loss = cross_entropy + beta * entropy
     is_scored = said.weight > 0

@@ -23,10 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
+from dlm.blocks.attention import project_qkv
+from dlm.blocks.linear import linear
+from dlm.blocks.mlp import mlp
+from dlm.blocks.norm import rms_norm
+from dlm.blocks.rotary import rotary_angles
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashNetwork
-from dlm.layers import linear, mlp, project_qkv, rms_norm, rotary_angles
 from dlm.params import Params
 from train.draft_attention import draft_attention
 from train.objectives import Context
@@ -91,9 +95,9 @@ class DFlashLoss:
         is_scored = text.counts.at[rows, place].get(mode="fill", fill_value=False)
         is_scored &= (found >= 1)[..., None]
         targets = text.tokens.at[rows, place].get(mode="clip")
-        head = {"unembed": transformer.output_head(target)}
+        head = {"unembed": vocab.output_head(target)}
         flat = hidden.reshape(B, -1, hidden.shape[-1])
-        stats = transformer.target_stats(head, flat, targets.reshape(B, -1))
+        stats = vocab.target_stats(head, flat, targets.reshape(B, -1))
         each = -stats.log_prob
         if self.teacher:
             theirs = text.hidden.at[rows, place - 1].get(mode="clip").reshape(flat.shape)

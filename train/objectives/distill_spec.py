@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
 from train.objectives import Context
@@ -74,7 +74,7 @@ class DistillSpec:
 
         def one_chunk(hidden: jax.Array, target_hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             log_p, log_q = (
-                jax.nn.log_softmax(transformer.logits(own, x) / self.temperature)
+                jax.nn.log_softmax(vocab.logits(own, x) / self.temperature)
                 for own, x in ((target, target_hidden), (draft.params, hidden))
             )
             return self._divergence(jax.lax.stop_gradient(log_p), log_q)

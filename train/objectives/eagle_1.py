@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
 from dlm.params import Params
@@ -74,7 +74,7 @@ class Eagle1Loss:
         ours, theirs = states[:, :-2], text.hidden[:, 1:-1]
         gap = jnp.abs(ours.astype(jnp.float32) - theirs)
         of_features = jnp.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean(axis=-1)
-        teacher = {"unembed": transformer.output_head(target)}
+        teacher = {"unembed": vocab.output_head(target)}
         of_laws = soft_cross_entropy(teacher, ours, teacher, theirs)
         scored = text.counts[:, 2:] & (jnp.arange(T - 2)[None] >= text.start[:, None])
         num = jnp.maximum(scored.sum(), 1)

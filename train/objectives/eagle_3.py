@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
 from dlm.params import Params
@@ -73,17 +73,17 @@ class Eagle3Loss:
             raise ValueError(
                 f"num_steps={self.num_steps} must be at most {T - 2} with rows of {T} tokens"
             )
-        teacher = {"unembed": transformer.output_head(target)}
+        teacher = {"unembed": vocab.output_head(target)}
         counts = text.counts & (jnp.arange(T)[None] >= text.start[:, None])
         if network.ids is not None:
             can_draft = jnp.zeros(cfg.vocab_size, bool).at[network.ids].set(True)
-            best = transformer.target_stats(teacher, text.hidden, text.tokens).token
+            best = vocab.target_stats(teacher, text.hidden, text.tokens).token
             counts = counts.at[:, 1:].set(counts[:, 1:] & can_draft[best[:, :-1]])
             teacher = {"unembed": teacher["unembed"][network.ids]}
 
         def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
-            z = transformer.logits({"unembed": network.head(target)}, ours)
-            p = jax.nn.softmax(transformer.logits(teacher, theirs))
+            z = vocab.logits({"unembed": network.head(target)}, ours)
+            p = jax.nn.softmax(vocab.logits(teacher, theirs))
             best = jnp.argmax(z, axis=-1).astype(jnp.int32)
             token = best if network.ids is None else network.ids[best]
             return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1), token

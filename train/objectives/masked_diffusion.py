@@ -35,8 +35,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.models import decoder
 from dlm.params import Params
 from kernels_pallas.window_attention import Mask, pack_mask
 from train.objectives import Context, Predictions, TokenObjective
@@ -91,7 +92,7 @@ class MaskedDiffusion(TokenObjective):
           "masked_accuracy" (masked tokens whose arg-max is right) and "mask_fraction".
         """
         is_masked, p = said.extra
-        stats = transformer.target_stats(params, said.hidden, said.targets)
+        stats = vocab.target_stats(params, said.hidden, said.targets)
         is_right = stats.token == said.targets
         loss, metrics = weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
         nll_bound, _ = weighted_loss(stats.log_prob, is_right, is_masked, p)
@@ -128,7 +129,7 @@ def read_completion(
     Args:
       params, cfg, batch: as `train.objectives` says.
       is_masked: [B, G] bool.
-      mask: attention over prompt and completion, see `dlm.transformer.forward`.
+      mask: attention over prompt and completion, see `dlm.models.decoder.forward`.
       remat: whether the backward pass recomputes each layer.
 
     Raises:
@@ -142,7 +143,7 @@ def read_completion(
     if cfg.shifted_logits and P == 0:
         raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
     noisy = jnp.where(is_masked, cfg.mask_token_id, batch["completion"])
-    output = transformer.forward(
+    output = decoder.forward(
         params,
         cfg,
         jnp.concatenate([prompt, noisy], axis=1),

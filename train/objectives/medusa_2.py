@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
 from dlm.params import Params
@@ -61,7 +61,7 @@ class Medusa2Loss:
         own, original = params["heads"], params["original"]
         model = {name: x for name, x in params.items() if name not in ("heads", "original")}
         text = read_text(model, cfg, batch, self.on_prompt)
-        head = transformer.output_head(model)
+        head = vocab.output_head(model)
         total, accuracy = score_head(text.hidden, head, text, ahead=1)
         if self.from_itself:
             before = read_text(original, cfg, batch, self.on_prompt)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dlm import transformer
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
 from train.config import build
@@ -68,7 +68,7 @@ class PsKd:
         said = self.of.predict(params, cfg, batch, context)
         loss, metrics = self.of.score(params, said)
         before = self.of.predict(context.teacher, cfg, batch, context)
-        hard = -transformer.target_stats(params, said.hidden, said.targets).log_prob
+        hard = -vocab.target_stats(params, said.hidden, said.targets).log_prob
         soft = soft_cross_entropy(params, said.hidden, context.teacher, before.hidden)
         alpha = self.alpha * context.progress
         loss = loss + alpha * (said.weight * (soft - hard)).sum()
@@ -94,7 +94,7 @@ def soft_cross_entropy(
     teacher, teacher_hidden = jax.lax.stop_gradient((teacher, teacher_hidden))
 
     def one_chunk(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-        z, p = transformer.logits(params, ours), jax.nn.softmax(transformer.logits(teacher, theirs))
+        z, p = vocab.logits(params, ours), jax.nn.softmax(vocab.logits(teacher, theirs))
         return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1)
 
     return in_chunks(one_chunk, hidden, teacher_hidden)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import pathlib
 import pickle
 import statistics
 import subprocess
@@ -14,8 +13,7 @@ import pytest
 
 from dlm import tasks
 from dlm.tasks import countdown, scan, splits, sudoku, waiting_line, word_problems
-
-ROOT = pathlib.Path(__file__).parents[3]
+from tests.lib.paths import ROOT
 
 GENERATED: dict[str, Any] = {
     "scan simple": scan.Scan(),

@@ -1,10 +1,9 @@
-import pathlib
-
 import pytest
 
 from dlm.tasks import countdown
+from tests.lib.paths import SHARED
 
-DATA = pathlib.Path(__file__).parents[4] / "shared" / "data" / "countdown"
+DATA = SHARED / "data" / "countdown"
 
 
 @pytest.mark.parametrize(

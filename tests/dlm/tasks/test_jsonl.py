@@ -6,8 +6,9 @@ import pytest
 
 from dlm import tasks
 from dlm.tasks import jsonl
+from tests.lib.paths import SHARED
 
-DATA = pathlib.Path(__file__).parents[4] / "shared" / "data"
+DATA = SHARED / "data"
 
 
 def write(path: pathlib.Path, *records: object) -> pathlib.Path:

@@ -1,10 +1,9 @@
-import pathlib
-
 import pytest
 
 from dlm.tasks import scan
+from tests.lib.paths import SHARED
 
-DATA = pathlib.Path(__file__).parents[4] / "shared" / "data" / "scan"
+DATA = SHARED / "data" / "scan"
 
 
 def actions_of(command: str) -> str:

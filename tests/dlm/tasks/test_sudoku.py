@@ -1,13 +1,13 @@
 import itertools
-import pathlib
 import time
 
 import pytest
 
 from dlm import tasks
 from dlm.tasks import sudoku
+from tests.lib.paths import SHARED
 
-DATA = pathlib.Path(__file__).parents[4] / "shared" / "data" / "sudoku"
+DATA = SHARED / "data" / "sudoku"
 
 SOLUTION = "1234\n3412\n4123\n2341"
 

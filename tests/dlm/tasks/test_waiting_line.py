@@ -7,8 +7,9 @@ import pytest
 
 from dlm import tasks
 from dlm.tasks import waiting_line
+from tests.lib.paths import SHARED
 
-DATA = pathlib.Path(__file__).parents[4] / "shared" / "data" / "parallel_bench"
+DATA = SHARED / "data" / "parallel_bench"
 
 A, B, C, D = "Alice Adams", "Bruno Baker", "Clara Carter", "Daniel Dixon"
 NEW = "Zoe Garcia"

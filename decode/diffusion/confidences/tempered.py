@@ -1,0 +1,62 @@
+"""Confidences of the distribution that proposals are drawn from, temperature included.
+
+Letters: B rows, W window positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+from flax import struct
+
+from decode.diffusion.confidences.probability import Probability
+from decode.diffusion.contracts import Confidence, Round
+from dlm.config import ModelConfig
+from kernels_pallas.unembed_stats import logits_stats
+
+
+@struct.dataclass
+class Tempered(Confidence):
+    """Another measure, taken of softmax(z / temperature) instead of softmax(z).
+
+    z are the logits that the constraint left, so with `Nucleus` these are Dream's confidences:
+
+        Tempered(Probability())   p[y]                      maskgit_plus
+        Tempered(Margin())        p_(1) - p_(2)             topk_margin
+        Tempered(NegEntropy())    minus the entropy of p    entropy
+
+    Only the confidence changes; `log_prob` stays that without temperature. In a greedy method
+    this is the measure itself.
+
+    Deviation: the entropy is exact; the public code's ln(p + 1e-10) makes it smaller by up to 1e-10
+    nats per token of the vocabulary.
+
+    Reference: Ye et al., "Dream 7B", arXiv:2508.15487, `sample_tokens` of the public code.
+
+    Attributes:
+      base: the measure; one that reads only `stats` and `log_prob` of a round.
+    """
+
+    needs_logits: ClassVar[bool] = True
+
+    base: Confidence = Probability()
+
+    def validate(self, cfg: ModelConfig) -> None:
+        self.base.validate(cfg)
+        if self.base.needs_logits or jax.tree.leaves(self.base.init(cfg, 1, 1)):
+            raise ValueError(
+                f"Tempered(base={type(self.base).__name__}) must be of a measure without logits "
+                "or memory of its own: use Probability, Margin or NegEntropy"
+            )
+
+    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
+        assert view.logits is not None
+        B, W, V = view.logits.shape
+        z = view.logits if view.temperature is None else view.logits / view.temperature
+        stats = logits_stats(z.reshape(B * W, V), given_ids=view.proposal.reshape(B * W, 1))
+        stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
+        assert stats.given_log_probs is not None
+        tempered = view.replace(stats=stats, log_prob=stats.given_log_probs[..., 0])
+        tempered, _ = self.base.measure(tempered, ())
+        return view.replace(confidence=tempered.confidence), state

@@ -1,0 +1,176 @@
+"""The masked-diffusion loop: propose at every undecided position, judge with one forward, commit.
+
+A method is one pytree of components, one per axis:
+
+    scheduler   which positions are eligible now?      decode/rules/{fixed_blocks,adablock,...}.py
+    cache       which positions are recomputed?        decode/rules/{caches,block_causal,...}.py
+    confidence  how sure is each proposal?             decode/rules/{confidences,credit,...}.py
+    rule        which proposals stay?                  decode/rules/{quota,threshold,...}.py
+    reviser     may something be taken back?           decode/rules/{revisers,wino,...}.py
+    stopper     when is a row done?                    decode/rules/{stoppers,prophet,...}.py
+    constraint  what is allowed at all?                decode/rules/{constraints,nucleus}.py
+    inputs      what is seen where nothing is decided? decode/diffusion/inputs/inputs.py
+
+Its structure picks the program; its leaves are data. `step` is one round, see
+`decode.diffusion.round`. `decode` runs it in a `while_loop`; `stream` drives the same `step` from
+Python.
+
+Rows are left-padded to a common prompt length, so every completion starts at the same position, and
+proceed on their own: each has its own block, its own counters, its own end. Row i of a batch gives
+exactly what it gives alone.
+
+Letters: B rows, P padded prompt length, G completion positions, S = P + G, W window positions, D
+model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode.core.requests import check_tokens, read_requests
+from decode.diffusion.lookahead import freedave_round, no_drafts
+from decode.diffusion.round import apply, judge, mask_id
+from decode.diffusion.state import DiffusionMethod, DiffusionState
+from dlm.config import ModelConfig
+from dlm.params import Params
+
+__all__ = [
+    "DiffusionMethod",
+    "DiffusionState",
+    "check_tokens",
+    "decode",
+    "init_state",
+    "step",
+    "stream",
+]
+
+
+def init_state(
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    prompts: Sequence[Sequence[int]],
+    *,
+    gen_len: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    prompt_len: int | None = None,
+    canvas_len: int | None = None,
+    batch_size: int | None = None,
+) -> DiffusionState:
+    """The state before the first round.
+
+    Args:
+      cfg: the model.
+      method: how to decode; checked here.
+      prompts: token ids per row, of any lengths.
+      gen_len: completion length, one for all rows or one per row.
+      seeds: random seed, one for all rows (row i then uses seed + i) or one per row.
+      prompt_len: P >= the longest prompt; default: just that. Buckets of it save compilations.
+      canvas_len: G >= the longest `gen_len`; default: just that.
+      batch_size: B >= the number of prompts; the rows added are done from the start.
+
+    Raises:
+      ValueError: on an empty list, a prompt that holds MASK or ids the model does not have, lengths
+        the model does not allow, or a method that makes no sense.
+    """
+    method.validate(cfg)
+    asked = read_requests(
+        cfg, prompts, gen_len, seeds, prompt_len, canvas_len, batch_size,
+        may_be_empty=not cfg.shifted_logits,
+    )  # fmt: skip
+    P, G, B = asked.P, asked.G, asked.B
+    tokens = np.full((B, P + G), cfg.pad_token_id, np.int32)
+    start = np.full(B, P, np.int32)
+    end = np.full(B, P, np.int32)
+    for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
+        start[b], end[b] = P - len(prompt), P + length
+        tokens[b, start[b] : P] = prompt
+        tokens[b, P : end[b]] = mask_id(cfg)
+
+    num_rows = 2 * B if method.guidance is not None else B
+    # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
+    zeros = functools.partial(jnp.zeros, B, jnp.int32)
+    block_end = P + method.scheduler.open_block(zeros(), jnp.array(end - P), jnp.array(P - start))
+    window_len = method.window_len(G)
+    return DiffusionState(
+        tokens=jnp.array(tokens),
+        start=jnp.array(start),
+        end=jnp.array(end),
+        block_start=jnp.full(B, P, jnp.int32),
+        block_end=block_end,
+        block_step=zeros(),
+        num_open=zeros(),
+        step_map=jnp.full((B, G), -1, jnp.int32),
+        log_prob=jnp.zeros((B, G), jnp.float32),
+        confidence=jnp.zeros((B, G), jnp.float32),
+        row_step=zeros(),
+        num_forwards=zeros(),
+        has_stopped=jnp.array(end == P),
+        stopped_early=jnp.zeros(B, bool),
+        key=jnp.array(asked.key),
+        cache=method.cache.allocate(
+            cfg, num_rows, P + G + (window_len if method.needs_shadow else 0)
+        ),
+        components=tuple(
+            component.init(cfg, B, window_len)
+            for component in (
+                method.scheduler,
+                method.confidence,
+                method.rule,
+                method.reviser,
+                method.stopper,
+                method.inputs,
+            )
+        ),
+        num_steps=jnp.zeros((), jnp.int32),
+        drafts=no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
+        prompt_len=P,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def decode(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> DiffusionState:
+    """Runs rounds until every row is done: one device program, no host in between.
+
+    Compiles once per model, method structure and shapes. The state is donated.
+    """
+    return jax.lax.while_loop(
+        lambda state: ~state.has_stopped.all(),
+        lambda state: step(params, cfg, method, state),
+        state,
+    )
+
+
+def stream(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> Iterator[DiffusionState]:
+    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
+
+    A yielded state must be read before the next one is asked for: its buffers are donated.
+    """
+    while not bool(state.has_stopped.all()):
+        state = _step_jitted(params, cfg, method, state)
+        yield state
+
+
+def step(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> DiffusionState:
+    """One round. Pure; rows that are done, or wait for their cache, stay as they are."""
+    if method.lookahead:
+        return freedave_round(params, cfg, method, state)
+    with jax.named_scope("judge"):
+        view, cache, served = judge(params, cfg, method, state)
+    with jax.named_scope("commit"):
+        return apply(cfg, method, state.replace(cache=cache), view, served)
+
+
+_step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
+    step
+)

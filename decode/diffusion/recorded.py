@@ -1,0 +1,116 @@
+"""What a decoding saw, round by round: for training, not for use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from decode.diffusion.confidences.probability import Probability
+from decode.diffusion.contracts import Confidence, Reviser, Revision, Round
+from dlm.config import ModelConfig
+
+
+class Record(struct.PyTreeNode):
+    """Rounds of a batch; those that did not happen hold zeros and MASK nothing.
+
+    Attributes:
+      confidence: [B, R, W] float32 in [0, 1]. Of every position's proposal.
+      proposal: [B, R, W] int32.
+      undecided: [B, R, W] bool. Before the round's commits; False outside of the open block.
+      block_start: [B, R] int32. First completion position of the open block.
+    """
+
+    confidence: jax.Array
+    proposal: jax.Array
+    undecided: jax.Array
+    block_start: jax.Array
+
+
+@struct.dataclass
+class Recorded(Confidence):
+    """Another measure, with a record of the first rounds as its state.
+
+    The window must be the open block, position by position.
+
+    Attributes:
+      num_rounds: R >= 1; later rounds are not recorded. Static.
+      base: the measure; one without a memory of its own.
+    """
+
+    num_rounds: int = struct.field(pytree_node=False)
+    base: Confidence = Probability()
+
+    def validate(self, cfg: ModelConfig) -> None:
+        self.base.validate(cfg)
+        if self.base.needs_logits or jax.tree.leaves(self.base.init(cfg, 1, 1)):
+            raise ValueError(
+                f"Recorded(base={type(self.base).__name__}) must be of a measure without logits or "
+                "memory of its own: use Probability, Margin or NegEntropy"
+            )
+
+    def refuse(self, method: Any) -> str | None:
+        if method.width != "block":
+            return "Recorded needs windows of one block, and another component wants to see more"
+        return None
+
+    def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> Record:
+        shape = (batch_size, self.num_rounds, window_len)
+        return Record(
+            confidence=jnp.zeros(shape, jnp.float32),
+            proposal=jnp.zeros(shape, jnp.int32),
+            undecided=jnp.zeros(shape, bool),
+            block_start=jnp.zeros(shape[:2], jnp.int32),
+        )
+
+    def measure(self, view: Round, state: Record) -> tuple[Round, Record]:
+        view, _ = self.base.measure(view, ())
+        rows, at = jnp.arange(view.row_step.shape[0]), view.row_step
+
+        def note(where: jax.Array, what: jax.Array) -> jax.Array:
+            return where.at[rows, at].set(what, mode="drop")
+
+        return view, Record(
+            confidence=note(
+                state.confidence, jnp.where(view.in_block, jnp.exp(view.confidence), 0.0)
+            ),
+            proposal=note(state.proposal, view.proposal),
+            undecided=note(state.undecided, view.undecided & view.in_block),
+            block_start=note(state.block_start, view.block_start),
+        )
+
+
+@struct.dataclass
+class GreedyOracle(Reviser):
+    """Extremely greedy parallel decoding (EGP): commits whatever a reference answer confirms.
+
+    Every undecided position of the open block whose proposal is the reference's token is committed,
+    whatever the commit rule says. If no proposal of the block has changed since the round before,
+    the rest of the block is filled with the reference.
+
+    Reference: Bao et al., "Learning to Parallel", arXiv:2509.25188, Sec. 3.1 and the public code:
+    how training data of the filter is made, with the model's own answer as the reference.
+
+    Attributes:
+      reference: [B, G] int32. Per row of the batch, the answer.
+    """
+
+    reference: jax.Array | np.ndarray
+
+    def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> jax.Array:
+        """[B, W] int32: the block's proposals in the round before; -1: it is the first."""
+        return jnp.full((batch_size, window_len), -1, jnp.int32)
+
+    def revise(self, view: Round, commit: jax.Array, state: jax.Array) -> tuple[Revision, Any]:
+        place = jnp.minimum(view.index, self.reference.shape[1] - 1)
+        right = jnp.take_along_axis(jnp.asarray(self.reference), place, axis=-1)
+        before = jnp.where((view.block_step == 0)[:, None], -1, state)
+        is_stuck = ((view.proposal == before) | ~view.in_block).all(axis=-1, keepdims=True)
+        wanted = view.undecided & view.in_block
+        return Revision(
+            commit=wanted & (is_stuck | (view.proposal == right)),
+            proposal=jnp.where(is_stuck, right, view.proposal),
+        ), view.proposal

@@ -1,0 +1,33 @@
+"""Commit everything the model is sure enough of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from decode.diffusion.contracts import CommitRule, Round, check_range, log_confidence
+from dlm.config import ModelConfig
+
+
+@struct.dataclass
+class Threshold(CommitRule):
+    """Commits every eligible position whose confidence is at least `threshold`.
+
+    If there is none, the loop commits the surest one. At 1 this is one token per step; at 0 a block
+    is one step.
+
+    Reference: Wu et al., "Fast-dLLM", arXiv:2505.22618, Alg. 1.
+
+    Attributes:
+      threshold: in [0, 1]; the paper's tau, 0.9 there.
+    """
+
+    threshold: jax.Array | float = 0.9
+
+    def validate(self, cfg: ModelConfig) -> None:
+        check_range("threshold", self.threshold, 0, 1)
+
+    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+        return view.eligible & (view.confidence >= log_confidence(self.threshold)), state

@@ -1,0 +1,97 @@
+"""A pipeline of blocks: the next one opens before the last one is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.diffusion.contracts import Progress, Round, Scheduler, check_range, log_confidence
+from decode.diffusion.revisers.keep import Keep
+from decode.diffusion.rules.quota import Quota
+from dlm.config import ModelConfig
+
+
+@struct.dataclass
+class MultiBlock(Scheduler):
+    """Opens a block when the one before it is partly decided; decodes all open blocks at once.
+
+    After each round, the next block opens if a share `open_at` of the last open one is decided, as
+    long as no more than `max_open` are. A block whose predecessor is decided to less than
+    `active_at` is half active: there, positions are eligible only with confidence >= `gate`. The
+    step's guaranteed commit is the surest eligible position of all open blocks.
+
+    Block caches refresh whenever the first open block is done. Confidences and rules that remember
+    a block start over at that moment too.
+
+    Reference: Wang et al., "D2F", arXiv:2508.09192, section 3.3 (pipelined decoding; 0.1, 0.95,
+    gate 0.9 there); Qian et al., "d3LLM", arXiv:2601.07568 (0.5, no gate).
+
+    Attributes:
+      block_len: positions per block; the last one may be shorter. Static.
+      max_open: >= 1, blocks decoded at once; the window is that long. Static. 1: `FixedBlocks`.
+      open_at: in [0, 1], share of the last open block that opens the next. 1: when it is full.
+      active_at: in [0, 1], share of the predecessor that makes a block fully active.
+      gate: in [0, 1], confidence needed in half active blocks. 0: no gate.
+    """
+
+    block_len: int = struct.field(pytree_node=False, default=32)
+    max_open: int = struct.field(pytree_node=False, default=4)
+    open_at: jax.Array | float = 0.5
+    active_at: jax.Array | float = 1.0
+    gate: jax.Array | float = 0.0
+
+    def validate(self, cfg: ModelConfig) -> None:
+        check_range("block_len", self.block_len, 1, float("inf"))
+        check_range("max_open", self.max_open, 1, float("inf"), " blocks")
+        for name in ("open_at", "active_at", "gate"):
+            check_range(name, getattr(self, name), 0, 1)
+
+    def refuse(self, method: Any) -> str | None:
+        if isinstance(method.rule, Quota):
+            return "Quota spreads a block over steps, but MultiBlock decodes several: use Threshold"
+        if not isinstance(method.reviser, Keep):
+            return (
+                f"{type(method.reviser).__name__} works on one block until it is done, but "
+                "MultiBlock moves on: use FixedBlocks with it"
+            )
+        return None
+
+    def window_len(self, gen_len: int) -> int:
+        return min(self.max_open * self.block_len, gen_len)
+
+    def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
+        return jnp.minimum(start + self.block_len, end)
+
+    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        block = (view.index - view.block_start[:, None]) // self.block_len  # [B, W]
+        same = block[:, :, None] == block[:, None, :] + 1  # the predecessor's positions
+        same &= view.in_block[:, None]
+        share = (same & ~view.undecided[:, None]).sum(axis=-1) / jnp.maximum(same.sum(axis=-1), 1)
+        is_active = (block == 0) | (share >= self.active_at)
+        passes = view.confidence >= log_confidence(self.gate)
+        return view.eligible & (is_active | passes), view.block_end, state
+
+    def advance(self, progress: Progress) -> tuple[jax.Array, jax.Array]:
+        B, G = progress.decided.shape
+        num_blocks = -(-G // self.block_len)
+        short = num_blocks * self.block_len - G
+        first = jnp.arange(num_blocks)[None] * self.block_len
+        there = jnp.arange(G)[None] < progress.end[:, None]
+
+        def count(where: jax.Array) -> jax.Array:
+            return jnp.pad(where, ((0, 0), (0, short))).reshape(B, num_blocks, -1).sum(axis=-1)
+
+        size, done = count(there), count(there & progress.decided)
+        is_open = (first >= progress.block_start[:, None]) & (first < progress.block_end[:, None])
+        complete = jnp.cumprod((done == size) | (first < progress.block_start[:, None]), axis=-1)
+        start = jnp.minimum((complete.astype(bool) & is_open).sum(axis=-1) * self.block_len, G)
+        start = jnp.minimum(progress.block_start + start, progress.end)
+        is_last = is_open & (first + self.block_len >= progress.block_end[:, None])
+        ripe = is_last & (done >= self.open_at * size)
+        stop = progress.block_end + jnp.where(ripe.any(axis=-1), self.block_len, 0)
+        stop = jnp.maximum(stop, start + self.block_len)
+        limit = jnp.minimum(start + self.max_open * self.block_len, progress.end)
+        return start, jnp.minimum(stop, limit)

@@ -1,0 +1,54 @@
+"""Blocks decoded part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.diffusion.contracts import Round, Scheduler
+from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
+from dlm.config import ModelConfig
+
+
+@struct.dataclass
+class SubBlocks(Scheduler):
+    """Blocks of `block_len`, in each of which the leftmost unfinished sub-block is eligible.
+
+    The block stays what is cached and refreshed; sub-blocks only order commits. They are counted
+    from the start of the open block.
+
+    Reference: Wu et al., "Fast-dLLM v2: Efficient Block-Diffusion LLM", arXiv:2509.26328, section
+    3.3 (block 32, sub-block 8).
+
+    Attributes:
+      block_len: positions per block; None: the whole completion. Static.
+      sub_len: positions per sub-block. Static.
+      aligned: as for `FixedBlocks`. Static.
+    """
+
+    block_len: int | None = struct.field(pytree_node=False, default=32)
+    sub_len: int = struct.field(pytree_node=False, default=8)
+    aligned: bool = struct.field(pytree_node=False, default=False)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        self._blocks.validate(cfg)
+        if not 1 <= self.sub_len <= (self.block_len or self.sub_len):
+            raise ValueError(f"sub_len={self.sub_len} must be in [1, block_len={self.block_len}]")
+
+    @property
+    def _blocks(self) -> FixedBlocks:
+        return FixedBlocks(self.block_len, self.aligned)
+
+    def window_len(self, gen_len: int) -> int:
+        return self._blocks.window_len(gen_len)
+
+    def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
+        return self._blocks.open_block(start, end, prompt_len)
+
+    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        part = (view.index - view.block_start[:, None]) // self.sub_len
+        leftmost = jnp.where(view.eligible, part, jnp.iinfo(jnp.int32).max).min(axis=-1)
+        return view.eligible & (part == leftmost[:, None]), view.block_end, state

@@ -1,0 +1,131 @@
+"""What a drafter is told, and what it must do.
+
+A drafter proposes a tree of guesses per round (`decode.speculative.tree`). Its parameters are
+leaves of it, its shape is static, and what it remembers is its state, which the loop carries.
+
+Letters: B rows, S token slots, T positions seen at once, D width of the target, W nodes, J depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from decode.core.component import Part
+from decode.core.sampling import Sampling
+from decode.speculative.tree import DraftTree, TreeShape
+from dlm.config import ModelConfig
+from dlm.params import Params
+
+
+class Context(struct.PyTreeNode):
+    """What is known when a round begins.
+
+    Attributes:
+      params: the target's.
+      tokens: [B, S] int32. Prompts and what was written so far, from slot 0; what lies behind is
+        of no meaning.
+      length: [B] int32. Tokens of it. The last one is the root of the draft tree.
+      key: [B, 2] uint32. A random stream per row and round.
+      sampling: how the target's text is drawn.
+      active: [B] bool. Rows that are not done. States of the others need not be kept up.
+    """
+
+    params: Params
+    tokens: jax.Array
+    length: jax.Array
+    key: jax.Array
+    sampling: Sampling
+    active: jax.Array
+
+    @property
+    def root(self) -> jax.Array:
+        """[B] int32."""
+        last = jax.numpy.maximum(self.length - 1, 0)
+        return jax.numpy.take_along_axis(self.tokens, last[:, None], axis=1)[:, 0]
+
+
+class Seen(struct.PyTreeNode):
+    """Positions that the target has just read: a part of the prompt, or a root and its drafts.
+
+    Attributes:
+      tokens: [B, T] int32. What stands there.
+      hidden: [B, T, D]. The target's final hidden states there.
+      start: [B] int32. Where the first one is.
+      count: [B] int32. How many of the T there are; what is behind them is of no meaning.
+      features: [B, T, n D]. The target's features there; None unless the drafter has
+        `feature_layers`.
+      tree_hidden: [B, W, D], or None in the prompt. Hidden states of all nodes, kept or not.
+      tree: of them.
+      chosen: [B, W] int32. What the target itself puts after each node.
+    """
+
+    tokens: jax.Array
+    hidden: jax.Array
+    start: jax.Array
+    count: jax.Array
+    features: jax.Array | None = None
+    tree_hidden: jax.Array | None = None
+    tree: DraftTree | None = None
+    chosen: jax.Array | None = None
+
+
+@struct.dataclass
+class Drafter(Part):
+    """Who proposes?
+
+    Most trees have one shape: a static field or a property `shape` of the class. Where another tree
+    is made in every round, `num_nodes` and `depth` say how large it may be.
+    """
+
+    @property
+    def shape(self) -> TreeShape:
+        """Of every tree."""
+        raise NotImplementedError
+
+    @property
+    def num_nodes(self) -> int:
+        """W, with the root."""
+        return self.shape.num_nodes
+
+    @property
+    def depth(self) -> int:
+        """J, of the deepest node."""
+        return self.shape.depth
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has at most one child, stored right behind it."""
+        return self.shape.is_chain
+
+    @property
+    def forwards_per_round(self) -> int:
+        """Forwards of a draft model per round; 0 if there is none."""
+        return 0
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """What it wants to see of the target, as in `dlm.models.decoder.forward`."""
+        return ()
+
+    def refuse(self, cfg: ModelConfig) -> str | None:
+        """Why it cannot draft for this target, or None."""
+        return None
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
+        """Its state before anything was seen. Default: none."""
+        return ()
+
+    def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
+        """The state after a part of the prompt, all but its last token. Default: the same."""
+        return state
+
+    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
+        """A tree under `context.root`, and the next state."""
+        raise NotImplementedError
+
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
+        """The state after a round; `context` is as before it. Default: the same."""
+        return state

@@ -1,0 +1,93 @@
+"""DFlash: a small diffusion model drafts a whole block in one forward.
+
+Reference: Chen et al., arXiv:2602.06036; see `dlm.heads.dflash`. The network's cache holds a
+context row for every position before the root, made of what the target saw there; its block begins
+at the root, and nothing of the block is kept. The drafts, a chain, are drawn independently of each
+other given the context.
+
+Letters: B rows, b block length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from decode.core.sampling import draw
+from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.drafters.heads import misfit
+from decode.speculative.tree import DraftTree, TreeShape, chain
+from dlm import vocab
+from dlm.cache import KVCache, init_cache, write
+from dlm.config import ModelConfig
+from dlm.heads.dflash import DFlashNetwork
+
+
+@struct.dataclass
+class DFlash(Drafter):
+    """A block of a diffusion model, as a chain.
+
+    Attributes:
+      network: of `dlm.heads.dflash.load`.
+      num_drafts: how many of its b - 1 tokens are judged; 0: all. Static.
+      is_sampled: whether they are drawn from the network's laws, for `SpeculativeSampling` and
+        `BlockVerification`; else they are its most probable tokens (as published). Static.
+    """
+
+    network: DFlashNetwork
+    num_drafts: int = struct.field(pytree_node=False, default=0)
+    is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        most = self.network.block_len - 1
+        if not 0 <= self.num_drafts <= most:
+            raise ValueError(
+                f"num_drafts={self.num_drafts} must be in [0, {most}]: the network's block has "
+                f"{most + 1} positions with the root"
+            )
+
+    @property
+    def shape(self) -> TreeShape:
+        return chain(self.num_drafts or self.network.block_len - 1)
+
+    @property
+    def forwards_per_round(self) -> int:
+        return 1
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return self.network.feature_layers
+
+    def refuse(self, cfg: ModelConfig) -> str | None:
+        return misfit(self.network.cfg, self.feature_layers, cfg)
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
+        """The context's keys and values, a slot per position."""
+        return init_cache(self.network.cfg, batch_size, num_slots)
+
+    def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
+        return self.observe(cfg, context, seen, state)
+
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
+        """Context rows of all positions seen; what is behind `seen.count` is overwritten later."""
+        assert seen.features is not None
+        place = seen.start[:, None] + jnp.arange(seen.features.shape[1])[None]
+        new = self.network.keys_values(self.network.context(seen.features), place)
+        return write(state, new, seen.start)
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: KVCache
+    ) -> tuple[DraftTree, KVCache]:
+        root, J = context.root, self.depth
+        hidden = self.network.read(context.params, root, context.length - 1, state)
+        hidden, laws = hidden[:, 1 : J + 1], None
+        if self.is_sampled and context.sampling.temperature is not None:
+            logits = vocab.logits(context.params, hidden)
+            law = context.sampling.replace(repetition_penalty=None).law(logits)
+            drafts = draw(context.key, law)
+            laws = jnp.pad(law, ((0, 0), (0, 1), (0, 0)))  # the last node has no child
+        else:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            drafts = vocab.vocab_stats(context.params, rows).token.reshape(-1, J)
+        tokens = jnp.concatenate([root[:, None], drafts], axis=1)
+        return self.shape.tree(tokens, laws=laws), state

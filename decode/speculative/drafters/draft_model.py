@@ -1,0 +1,203 @@
+"""A smaller model drafts, token by token or as a tree.
+
+References: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
+arXiv:2211.17192; Chen et al., "Accelerating Large Language Model Decoding with Speculative
+Sampling", arXiv:2302.01318; trees: Miao et al. (SpecInfer), arXiv:2305.09781, and Chen et al.
+(Sequoia), arXiv:2402.12374.
+
+The draft model reads what the target reads, with a cache of its own.
+
+Letters: B rows, S slots, W nodes, J depth, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.core.sampling import draw, fold_in
+from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.drafters.expansion import BestTree, expand, expand_best
+from decode.speculative.tree import DraftTree, TreeShape, chain
+from dlm import vocab
+from dlm.cache import KVCache, init_cache, up_to
+from dlm.config import ModelConfig
+from dlm.models import decoder
+from dlm.params import Params
+from kernels_pallas.window_attention import pack_mask
+
+
+@struct.dataclass
+class _Model(Drafter):
+    """What both ways of drafting share.
+
+    Attributes:
+      params: of the draft model.
+      draft: the draft model. Static.
+      is_sampled: whether drafts are drawn from the draft's law (filtered as the target's, but for
+        the repetition penalty), which wants `SpeculativeSampling` or `BlockVerification`; else they
+        are its most probable tokens. Static.
+    """
+
+    params: Params
+    draft: ModelConfig = struct.field(pytree_node=False)
+    is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
+
+    def refuse(self, cfg: ModelConfig) -> str | None:
+        if self.draft.vocab_size != cfg.vocab_size:
+            return (
+                f"the draft model has a vocabulary of {self.draft.vocab_size} tokens and the "
+                f"target one of {cfg.vocab_size}: they must have the same"
+            )
+        return None
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
+        return init_cache(self.draft, batch_size, num_slots)
+
+    def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
+        return self._read(seen, state, None)
+
+    def _read(self, seen: Seen, cache: KVCache, rows: jax.Array | None) -> KVCache:
+        """Keys and values of tokens in a row."""
+        positions = seen.start[:, None] + jnp.arange(seen.tokens.shape[1])[None]
+        output = decoder.forward(
+            self.params, self.draft, seen.tokens, positions=positions, mask="causal", cache=cache,
+            cache_ranges=up_to(seen.start), write_at=seen.start, write_rows=rows,
+        )  # fmt: skip
+        assert output.cache is not None
+        return output.cache
+
+
+@struct.dataclass
+class DraftModel(_Model):
+    """A chain, one forward of the draft model per token.
+
+    One forward more reads the last draft, which the next round needs if all were accepted.
+
+    Attributes:
+      num_drafts: tokens per round. Static.
+    """
+
+    num_drafts: int = struct.field(pytree_node=False, default=4)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        if self.num_drafts < 1:
+            raise ValueError(f"num_drafts={self.num_drafts} must be at least 1")
+
+    @property
+    def shape(self) -> TreeShape:
+        return chain(self.num_drafts)
+
+    @property
+    def forwards_per_round(self) -> int:
+        return self.num_drafts + 1
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: KVCache
+    ) -> tuple[DraftTree, KVCache]:
+        is_drawn = self.is_sampled and context.sampling.temperature is not None
+
+        def draft(carry: tuple[jax.Array, KVCache], i: jax.Array) -> Any:
+            token, cache = carry
+            at = context.length - 1 + i
+            output = decoder.forward(
+                self.params, self.draft, token[:, None], positions=at[:, None], cache=cache,
+                cache_ranges=up_to(at), write_at=at, write_rows=context.active,
+            )  # fmt: skip
+            hidden = output.hidden[:, 0]
+            if is_drawn:
+                law = context.sampling.replace(repetition_penalty=None).law(
+                    vocab.logits(self.params, hidden)
+                )
+                following = draw(fold_in(context.key, i), law)
+                return (following, output.cache), (token, law)
+            following = vocab.vocab_stats(self.params, hidden).token
+            return (following, output.cache), (token, None)
+
+        start = (context.root, state)
+        (_, cache), (tokens, laws) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
+        tree = chain(self.num_drafts).tree(tokens.T)
+        return tree.replace(laws=None if laws is None else laws.swapaxes(0, 1)), cache
+
+
+@struct.dataclass
+class DraftModelTree(_Model):
+    """A tree of one shape, one forward of the draft model per level.
+
+    Drafts of a node are its most probable tokens, or drawn without replacement. Every forward runs
+    the whole tree: nothing is written to the cache before it is accepted.
+
+    Attributes:
+      shape: of the tree. Static.
+    """
+
+    shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
+
+    @property
+    def forwards_per_round(self) -> int:
+        return self.shape.depth + 1
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: KVCache
+    ) -> tuple[DraftTree, KVCache]:
+        def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
+            tree = self.shape.tree(tokens)
+            start = context.length - 1
+            hidden = decoder.forward(
+                self.params, self.draft, tokens, positions=start[:, None] + tree.depths,
+                mask=pack_mask(tree.ancestors(self.depth)), cache=state,
+                cache_ranges=up_to(start),
+            ).hidden  # fmt: skip
+            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+
+        return expand(self.shape, context, score, self.is_sampled), state
+
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
+        return self._read(seen, state, context.active)
+
+
+@struct.dataclass
+class DraftModelBest(BestTree, _Model):
+    """The most probable tree of the draft model, another one in every round.
+
+    Reference: EAGLE-2, arXiv:2406.16858; see `expand_best`. Which nodes there are follows from the
+    context alone, so any rule for drafts that were not drawn is exact.
+    """
+
+    def validate(self, cfg: ModelConfig) -> None:
+        super().validate(cfg)
+        if self.is_sampled:
+            raise ValueError("is_sampled=True does not go with the most probable tree")
+
+    @property
+    def num_ids(self) -> int:
+        return self.draft.vocab_size
+
+    @property
+    def forwards_per_round(self) -> int:
+        return self.levels + 1
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: KVCache
+    ) -> tuple[DraftTree, KVCache]:
+        start = context.length - 1
+
+        def score(
+            tokens: jax.Array, parents: jax.Array, depths: tuple[int, ...], nodes: tuple[int, ...]
+        ) -> jax.Array:
+            rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
+            tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
+            hidden = decoder.forward(
+                self.params, self.draft, tokens, positions=start[:, None] + rows,
+                mask=pack_mask(tree.ancestors(self.levels)), cache=state,
+                cache_ranges=up_to(start),
+            ).hidden  # fmt: skip
+            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+
+        return expand_best(self.width, self.levels, self.budget, context, score), state
+
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
+        return self._read(seen, state, context.active)

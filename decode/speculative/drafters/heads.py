@@ -1,0 +1,82 @@
+"""What drafters that are trained beside a target share.
+
+Letters: D width of the target, V vocabulary, J heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.tree import TreeShape, from_paths
+from dlm.config import ModelConfig
+from dlm.params import Params
+
+# Medusa's published tree for Vicuna-7B: 64 nodes with the root.
+PUBLISHED = from_paths(
+    [
+        *([i] for i in range(10)),
+        *([i, j] for i, n in enumerate((10, 7, 3, 2, *[1] * 6)) for j in range(n)),
+        *([0, i, j] for i, n in enumerate((10, 3, 2, *[1] * 5)) for j in range(n)),
+        *([1, 0, 0], [1, 0, 1], [2, 0, 0]),
+        *([0, 0, 0, 0], [0, 0, 0, 1]),
+    ]
+)
+
+
+@struct.dataclass
+class HeadsDrafter(Drafter):
+    """Remembers the hidden state that predicted the root.
+
+    Attributes:
+      own: the heads' parameters; "unembed" [J, V, D] is among them.
+      shape: of the tree, no deeper than there are heads. Static.
+    """
+
+    own: Params
+    shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
+
+    def refuse(self, cfg: ModelConfig) -> str | None:
+        num_heads, vocab_size, d_model = self.own["unembed"].shape
+        if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
+            return (
+                f"the heads are for a model of vocab_size={vocab_size} and d_model={d_model}, and "
+                f"the target has {cfg.vocab_size} and {cfg.d_model}: train heads for it"
+            )
+        if self.depth > num_heads:
+            return (
+                f"the tree has depth {self.depth}, more than the {num_heads} heads: use a flatter "
+                "one"
+            )
+        return None
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
+        """[B, D]."""
+        return jnp.zeros((batch_size, cfg.d_model), cfg.jnp_dtype)
+
+    def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
+        return self.observe(cfg, context, seen, state)
+
+    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
+        index = jnp.maximum(seen.count - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(seen.hidden, index, axis=1)[:, 0]
+        return jnp.where((seen.count > 0)[:, None], last, state)
+
+
+def misfit(network: ModelConfig, feature_layers: tuple[int, ...], cfg: ModelConfig) -> str | None:
+    """Why a network that reads features does not go with the target `cfg`, or None."""
+    if (network.vocab_size, network.d_model) != (cfg.vocab_size, cfg.d_model):
+        return (
+            f"the network is for a target of vocab_size={network.vocab_size} and d_model="
+            f"{network.d_model}, and this one has {cfg.vocab_size} and {cfg.d_model}: train one "
+            "for it"
+        )
+    if any(layer > cfg.n_layers for layer in feature_layers):
+        return (
+            f"the network reads layers {feature_layers} of a target that has {cfg.n_layers}: "
+            "train one for it"
+        )
+    return None

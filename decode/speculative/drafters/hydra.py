@@ -1,0 +1,90 @@
+"""Hydra: heads that see what was drafted above them, level by level.
+
+Reference: Ankner et al., arXiv:2402.05109; see `dlm.heads.hydra`.
+
+Letters: B rows, W nodes, n nodes of a level, D model width, J heads.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.speculative.contracts import Context, Seen
+from decode.speculative.drafters.expansion import expand
+from decode.speculative.drafters.heads import HeadsDrafter
+from decode.speculative.tree import DraftTree
+from dlm.cache import KVCache, init_cache, up_to
+from dlm.config import ModelConfig
+from dlm.heads.hydra import head_hidden, prefix_config, read_prefix
+from kernels_pallas.unembed_stats import unembed_logits
+
+
+class HydraState(struct.PyTreeNode):
+    """What is known of the text.
+
+    Attributes:
+      hidden: [B, D]. c of the position before the root.
+      cache: of Hydra++'s layer, a slot per position; None without it.
+    """
+
+    hidden: jax.Array
+    cache: KVCache | None
+
+
+@struct.dataclass
+class Hydra(HeadsDrafter):
+    """Drafts of Hydra's or Hydra++'s heads, `own` of `dlm.heads.hydra.load`.
+
+    Attributes:
+      is_sampled: whether siblings are drawn without replacement, for `SpeculativeSampling`; else
+        they are the most probable tokens (as published). Static.
+    """
+
+    is_sampled: bool = struct.field(pytree_node=False, default=False)
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> HydraState:
+        cache = None
+        if "prefix" in self.own:
+            cache = init_cache(prefix_config(cfg), batch_size, num_slots)
+        return HydraState(super().init(cfg, batch_size, num_slots), cache)
+
+    def observe(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: HydraState
+    ) -> HydraState:
+        """c of the last position seen; what is behind `seen.count` is overwritten later."""
+        c, cache = read_prefix(
+            self.own,
+            cfg,
+            seen.hidden,
+            positions=seen.start[:, None] + jnp.arange(seen.hidden.shape[1])[None],
+            cache=state.cache,
+            cache_ranges=up_to(seen.start),
+            write_at=seen.start,
+        )
+        last = super().observe(cfg, context, seen.replace(hidden=c), state.hidden)
+        return HydraState(last, cache)
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: HydraState
+    ) -> tuple[DraftTree, HydraState]:
+        embed, c = context.params["embed"], state.hidden
+
+        def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
+            """Logits [B, n, V] of the head of this level, which sees the way to each node."""
+            ways = []
+            for v in nodes:
+                way = [v]
+                while way[0]:
+                    way.insert(0, self.shape.parents[way[0] - 1])
+                ways.append(way)
+            depth = len(ways[0]) - 1
+            drafted = embed.at[tokens[:, jnp.array(ways)]].get(mode="clip")  # [B, n, d + 1, D]
+            hidden = jnp.broadcast_to(c[:, None], (*drafted.shape[:2], c.shape[-1]))
+            seen = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
+            x = head_hidden(self.own, seen, depth)
+            flat = unembed_logits(x.reshape(-1, x.shape[-1]), self.own["unembed"][depth])
+            return flat.reshape(*x.shape[:2], -1)
+
+        return expand(self.shape, context, score, self.is_sampled), state

@@ -1,0 +1,182 @@
+"""Lookahead decoding: Jacobi iterates leave n-grams behind, and those that fit are judged.
+
+Reference: Fu et al., "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding",
+arXiv:2402.02057, Sec. 3, and the public code. With the root at position p, one forward holds
+
+    window      N - 1 rows of W guesses; cell (r, j) is at p + r + j, cell (0, 0) is the root. A
+                cell sees row 0 up to its own column, and its column from row 1 down to itself.
+    candidates  the n-grams of N tokens that were seen to begin with the root, without it.
+
+What the target puts behind the last row's cells, new[j], is the next row, while the oldest row
+goes; and (cell(1, j), .., cell(N - 2, j), new[j]) is remembered as what may follow cell (0, j).
+When a + 1 tokens are written, the window moves on by a columns; those that are missing on its right
+are filled with tokens of the text, as the whole window is at first.
+
+Seen from the root, the window is a tree like any other: row 0 is a chain, and under each of its
+nodes hangs a column. So both go into one draft tree, where the nodes of the window are not valid:
+they are read, but never accepted.
+
+Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per first token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from decode.core.sampling import fold_in, uniforms
+from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.tree import DraftTree
+from dlm import vocab
+from dlm.config import ModelConfig
+
+
+class LookaheadState(struct.PyTreeNode):
+    """Guesses and n-grams.
+
+    Attributes:
+      window: [B, N - 1, W] int32. Cell (0, 0) is of no meaning; -1: nothing is known yet.
+      pool: [B, V, G, N - 1] int32. By first token, what followed it, the latest last; -1: nothing.
+      rounds: [B] int32. Rounds so far: as long as a row is filler, nothing is remembered.
+    """
+
+    window: jax.Array
+    pool: jax.Array
+    rounds: jax.Array
+
+
+@struct.dataclass
+class Lookahead(Drafter):
+    """Drafts that the target's own iterates have left behind.
+
+    The pool takes V G (N - 1) numbers per row of the batch.
+
+    Attributes:
+      ngram: N >= 3 (published for 7B: 5). Static.
+      window: W >= 1 (7). Static.
+      num_candidates: G >= 1 (7). Static.
+    """
+
+    ngram: int = struct.field(pytree_node=False, default=5)
+    window: int = struct.field(pytree_node=False, default=7)
+    num_candidates: int = struct.field(pytree_node=False, default=7)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        if self.ngram < 3 or self.window < 1 or self.num_candidates < 1:
+            raise ValueError(
+                f"ngram={self.ngram} must be at least 3, window={self.window} and "
+                f"num_candidates={self.num_candidates} 1"
+            )
+
+    @property
+    def is_chain(self) -> bool:
+        return False
+
+    @property
+    def num_nodes(self) -> int:
+        return (self.ngram - 1) * (self.window + self.num_candidates)
+
+    @property
+    def depth(self) -> int:
+        return max(self.ngram - 1, self.ngram - 2 + self.window - 1)
+
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> LookaheadState:
+        pool = (batch_size, cfg.vocab_size, self.num_candidates, self.ngram - 1)
+        return LookaheadState(
+            window=jnp.full((batch_size, self.ngram - 1, self.window), -1, jnp.int32),
+            pool=jnp.full(pool, -1, jnp.int32),
+            rounds=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: LookaheadState
+    ) -> tuple[DraftTree, LookaheadState]:
+        n, W, G = self.ngram - 1, self.window, self.num_candidates
+        root = context.root
+        B = root.shape[0]
+        window = jnp.where(state.window < 0, self._filler(context, n * W), state.window)
+        window = window.at[:, 0, 0].set(root)
+        # -- The window: row after row.
+        cell = np.arange(n * W)
+        above = np.where(cell < W, cell - 1, cell - W)
+        depths = cell // W + cell % W
+        # -- Candidates: those that begin alike share the nodes of the first one.
+        found = state.pool[jnp.arange(B), root]  # [B, G, n]
+        alike = jnp.cumprod(found[:, :, None] == found[:, None], axis=-1)  # [B, G, G, n]
+        first = jnp.argmax(alike, axis=2)  # [B, G, n]: whose node it is
+        node = n * W + first * n + jnp.arange(n)[None, None]
+        parents = jnp.concatenate([jnp.zeros((B, G, 1), node.dtype), node[:, :, :-1]], axis=2)
+        is_own = (first == jnp.arange(G)[None, :, None]) & (found >= 0)
+
+        def both(window: Any, candidates: jax.Array, dtype: Any) -> jax.Array:
+            window = jnp.broadcast_to(jnp.asarray(window, dtype).reshape(-1, n * W), (B, n * W))
+            candidates = jnp.broadcast_to(candidates.astype(dtype), (B, G, n)).reshape(B, G * n)
+            return jnp.concatenate([window, candidates], axis=1)
+
+        tree = DraftTree(
+            tokens=both(window, found, jnp.int32),
+            parents=both(above, parents, jnp.int32),
+            depths=both(depths, jnp.arange(1, n + 1)[None, None], jnp.int32),
+            is_valid=both(cell == 0, is_own, bool),
+        )
+        return tree, state.replace(window=window)
+
+    def observe(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: LookaheadState
+    ) -> LookaheadState:
+        n, W = self.ngram - 1, self.window
+        assert seen.tree_hidden is not None and seen.chosen is not None
+        last = slice((n - 1) * W, n * W)
+        new = seen.chosen[:, last]
+        if context.sampling.temperature is not None:  # guesses are never drawn
+            hidden = seen.tree_hidden[:, last]
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            new = vocab.vocab_stats(context.params, rows).token.reshape(new.shape)
+        filler = self._filler(context, n * W)
+        new = jnp.where(new == cfg.eos_token_id, filler[:, 0], new)  # nothing follows it
+
+        rows = jnp.concatenate([state.window[:, 1:], new[:, None]], axis=1)
+        is_known = (state.rounds >= n - 1) & context.active
+        pool = jax.vmap(_remember)(state.pool, state.window[:, 0], rows.swapaxes(1, 2), is_known)
+
+        column = jnp.arange(W)[None, None] + (seen.count - 1)[:, None, None]
+        moved = jnp.take_along_axis(rows, jnp.minimum(column, W - 1), axis=2)
+        return LookaheadState(
+            window=jnp.where(column < W, moved, filler), pool=pool, rounds=state.rounds + 1
+        )
+
+    def _filler(self, context: Context, num: int) -> jax.Array:
+        """[B, N - 1, W] int32: tokens of the text."""
+        share = uniforms(fold_in(context.key, 20), num)
+        place = jnp.floor(share * context.length[:, None]).astype(jnp.int32)
+        tokens = jnp.take_along_axis(context.tokens, place, axis=1)
+        return tokens.reshape(-1, self.ngram - 1, self.window)
+
+
+def _remember(
+    pool: jax.Array, first: jax.Array, following: jax.Array, is_known: jax.Array
+) -> jax.Array:
+    """One row's pool with what followed some tokens, which becomes the latest.
+
+    Args:
+      pool: [V, G, n] int32.
+      first: [W] int32.
+      following: [W, n] int32.
+      is_known: [] bool. Whether to remember anything.
+    """
+    G = pool.shape[1]
+
+    def add(pool: jax.Array, entry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        token, ngram = entry
+        old = pool[token]
+        is_there = (old == ngram[None]).all(axis=1)
+        gone = jnp.argmax(is_there)  # the same one, or else the oldest
+        later = jnp.minimum(jnp.arange(G) + (jnp.arange(G) >= gone), G - 1)
+        new = old[later].at[-1].set(ngram)
+        return pool.at[token].set(jnp.where(is_known, new, old)), None
+
+    return jax.lax.scan(add, pool, (first, following))[0]

@@ -1,0 +1,43 @@
+"""Medusa: heads on the last hidden state draft a tree at once.
+
+Reference: Cai et al., arXiv:2401.10774; see `dlm.heads.medusa`. The token of a node at depth d with
+rank r is the r-th best of head d, whatever its parent is, so nothing but the heads has to run.
+
+Letters: B rows, W nodes, D model width, J heads.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.speculative.contracts import Context
+from decode.speculative.drafters.heads import HeadsDrafter
+from decode.speculative.tree import DraftTree
+from dlm.config import ModelConfig
+from dlm.heads.medusa import head_hidden
+from kernels_pallas.unembed_stats import unembed_stats
+
+
+@struct.dataclass
+class Medusa(HeadsDrafter):
+    """Drafts of Medusa's heads, `own` of `dlm.heads.medusa.load`."""
+
+    def propose(
+        self, cfg: ModelConfig, context: Context, state: jax.Array
+    ) -> tuple[DraftTree, jax.Array]:
+        columns = [context.root]
+        best = {}
+        for depth in range(1, self.depth + 1):
+            ranks = [self.shape.ranks[v - 1] for v in self.shape.level(depth)]
+            stats = unembed_stats(
+                head_hidden(self.own, state, depth - 1),
+                self.own["unembed"][depth - 1],
+                k=max(ranks) + 1,
+            )
+            assert stats.top_tokens is not None
+            best[depth] = stats.top_tokens
+        for v in range(1, self.num_nodes):
+            columns.append(best[self.shape.depths[v]][:, self.shape.ranks[v - 1]])
+        return self.shape.tree(jnp.stack(columns, axis=1)), state

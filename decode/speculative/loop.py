@@ -1,0 +1,428 @@
+"""The draft-and-verify loop: propose a tree, judge it with one forward, keep a path of it.
+
+A method is a pytree of three choices, whose structure picks the program and whose leaves are data:
+
+    drafter      who proposes what may come next?    decode/drafters/
+    acceptance   which of it is kept?                decode/speculative/accept.py
+    sampling     what law is the text drawn from?    decode/core/sampling.py
+
+Without a drafter (`NoDraft`) this is plain autoregressive decoding, one token per forward.
+
+Rows are independent: each has its own length, its own accepted path, its own end. Between rounds
+the cache covers all tokens of a row but its last one, the root, which is judged together with the
+drafts under it. A token lies in the cache slot of its position.
+
+Letters: B rows, S cache slots, G completion positions, W tree nodes, J largest depth, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from decode.core.requests import read_requests
+from decode.core.sampling import Sampling, draw, fold_in
+from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
+from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.tree import DraftTree
+from dlm import vocab
+from dlm.cache import KVCache, compact, init_cache, up_to
+from dlm.config import ModelConfig
+from dlm.models import decoder
+from dlm.params import Params
+from kernels_pallas.unembed_stats import Noise
+from kernels_pallas.window_attention import pack_mask
+
+PREFILL = 256  # most prompt tokens per forward
+GREEDY = Sampling(temperature=None)
+FOREVER = 2**31 - 1
+
+
+class SpeculativeMethod(struct.PyTreeNode):
+    """How an autoregressive text is made.
+
+    Attributes:
+      drafter: who proposes.
+      acceptance: which drafts are kept.
+      sampling: the law of the text.
+      stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
+    """
+
+    drafter: Drafter = NoDraft()
+    acceptance: AcceptanceRule = Match()
+    sampling: Sampling = GREEDY
+    stop_ids: jax.Array | tuple[int, ...] = ()
+
+    def validate(self, cfg: ModelConfig) -> None:
+        """Raises ValueError, in one sentence, unless the choices make sense for the model."""
+        for part in (self.drafter, self.acceptance, self.sampling):
+            part.validate(cfg)
+        for reason in (
+            self.drafter.refuse(cfg),
+            self.acceptance.refuse(self.drafter.is_chain),
+        ):
+            if reason:
+                raise ValueError(reason)
+        for token in np.asarray(self.stop_ids, np.int64):
+            if not 0 <= token < cfg.vocab_size:
+                raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+
+    @property
+    def needs_laws(self) -> bool:
+        """Whether [B, W, V] probabilities are made."""
+        return self.acceptance.needs_laws or self.sampling.has_filters
+
+
+class SpeculativeState(struct.PyTreeNode):
+    """Everything the loop carries, and everything that is reported afterwards.
+
+    Attributes:
+      tokens: [B, S] int32. Prompts and completions from slot 0; behind them there is padding.
+      length: [B] int32. Tokens of a row so far.
+      prompt_len: [B] int32.
+      end: [B] int32. `prompt_len` plus the most tokens to write.
+      step_map: [B, G] int32. The row's 0-based round that wrote a token; -1: none did.
+      log_prob: [B, G] float32. Of the token, by the target itself: no filter, no temperature.
+      num_forwards: [B] int32. Forwards of the target made for the row, those of its prompt aside.
+      draft_forwards: [B] int32. Forwards of the draft model.
+      acceptance_histogram: [B, J + 1] int32. Rounds by how many drafts they accepted.
+      has_stopped: [B] bool.
+      seen: [B, V] bool, or None without a repetition penalty. Tokens that came up.
+      key: [B, 2] uint32. One random stream per row.
+      cache: of the target.
+      drafter: the drafter's state.
+      num_steps: scalar int32. Rounds of the loop, for the whole batch.
+      chunk: prompt tokens read per forward. Static.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    prompt_len: jax.Array
+    end: jax.Array
+    step_map: jax.Array
+    log_prob: jax.Array
+    num_forwards: jax.Array
+    draft_forwards: jax.Array
+    acceptance_histogram: jax.Array
+    has_stopped: jax.Array
+    seen: jax.Array | None
+    key: jax.Array
+    cache: KVCache
+    drafter: Any
+    num_steps: jax.Array
+    chunk: int = struct.field(pytree_node=False)
+
+
+def init_state(
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    prompts: Sequence[Sequence[int]],
+    *,
+    gen_len: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    prompt_len: int | None = None,
+    canvas_len: int | None = None,
+    batch_size: int | None = None,
+    chunk: int = PREFILL,
+) -> SpeculativeState:
+    """The state before anything was read.
+
+    Args:
+      cfg: the target.
+      method: how to decode; checked here.
+      prompts: token ids per row, at least one each.
+      gen_len: most tokens to write, end-of-text included; one for all rows or one per row.
+      seeds: random seed, one for all rows (row i then uses seed + i) or one per row.
+      prompt_len: at least the longest prompt; default: just that. Buckets of it save compilations.
+      canvas_len: G >= the longest `gen_len`; default: just that.
+      batch_size: B >= the number of prompts; the rows added are done from the start.
+      chunk: prompt tokens read per forward.
+
+    Raises:
+      ValueError: on an empty list or prompt, ids the model does not have, lengths the model does
+        not allow, or a method that makes no sense.
+    """
+    method.validate(cfg)
+    asked = read_requests(
+        cfg, prompts, gen_len, seeds, prompt_len, canvas_len, batch_size, may_be_empty=False
+    )
+    P, G, B = asked.P, asked.G, asked.B
+    chunk = min(P, chunk)
+    W, J = method.drafter.num_nodes, method.drafter.depth
+    # A tree may be judged at the last position, and prompts are read in whole chunks.
+    S = max(P + G + W, -(-P // chunk) * chunk)
+
+    tokens = np.full((B, S), cfg.pad_token_id, np.int32)
+    lengths, ends = np.ones(B, np.int32), np.ones(B, np.int32)
+    for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
+        tokens[b, : len(prompt)] = prompt
+        lengths[b], ends[b] = len(prompt), len(prompt) + length
+    seen = None
+    if method.sampling.repetition_penalty is not None:
+        seen = np.zeros((B, cfg.vocab_size), bool)
+        for b, prompt in enumerate(prompts):
+            seen[b, list(prompt)] = True
+    # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
+    zeros = functools.partial(jnp.zeros, B, jnp.int32)
+    return SpeculativeState(
+        tokens=jnp.array(tokens),
+        length=jnp.array(lengths),
+        prompt_len=jnp.array(lengths),
+        end=jnp.array(ends),
+        step_map=jnp.full((B, G), -1, jnp.int32),
+        log_prob=jnp.zeros((B, G), jnp.float32),
+        num_forwards=zeros(),
+        draft_forwards=zeros(),
+        acceptance_histogram=jnp.zeros((B, J + 1), jnp.int32),
+        has_stopped=jnp.array(ends == lengths),
+        seen=None if seen is None else jnp.array(seen),
+        key=jnp.array(asked.key),
+        cache=init_cache(cfg, B, S),
+        drafter=method.drafter.init(cfg, B, S),
+        num_steps=jnp.zeros((), jnp.int32),
+        chunk=chunk,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def prefill(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
+) -> SpeculativeState:
+    """Reads all prompts but their last tokens, `chunk` positions per forward."""
+    B, chunk = len(state.tokens), state.chunk
+    context = _context(params, method, state)
+
+    def read(i: jax.Array, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
+        cache, drafter = carry
+        start = jnp.broadcast_to(i * chunk, B)
+        tokens = jax.lax.dynamic_slice_in_dim(state.tokens, start[0], chunk, axis=1)
+        count = jnp.clip(state.prompt_len - 1 - start, 0, chunk)
+        output = decoder.forward(
+            params,
+            cfg,
+            tokens,
+            positions=start[:, None] + jnp.arange(chunk)[None],
+            mask="causal",
+            cache=cache,
+            cache_ranges=up_to(start),
+            write_at=start,
+            feature_layers=method.drafter.feature_layers,
+        )
+        seen = Seen(tokens, output.hidden, start, count, output.features)
+        assert output.cache is not None
+        return output.cache, method.drafter.prefill(cfg, context, seen, drafter)
+
+    num_chunks = (state.prompt_len.max() - 1 + chunk - 1) // chunk
+    cache, drafter = jax.lax.fori_loop(0, num_chunks, read, (state.cache, state.drafter))
+    return state.replace(cache=cache, drafter=drafter)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def decode(
+    params: Params,
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    state: SpeculativeState,
+    max_rounds: jax.Array | int = FOREVER,
+) -> SpeculativeState:
+    """Runs rounds until every row is done: one device program, no host in between.
+
+    Compiles once per model, method structure and shapes. The state, after `prefill`, is donated.
+
+    Args:
+      params, cfg: the target.
+      method: how to decode.
+      state: of `prefill`, or of an earlier call.
+      max_rounds: to return after so many, whoever is not done.
+    """
+    last = state.num_steps + jnp.minimum(max_rounds, FOREVER - state.num_steps)
+    return jax.lax.while_loop(
+        lambda state: ~state.has_stopped.all() & (state.num_steps < last),
+        lambda state: step(params, cfg, method, state),
+        state,
+    )
+
+
+def stream(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
+) -> Iterator[SpeculativeState]:
+    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
+
+    A yielded state must be read before the next one is asked for: its buffers are donated.
+    """
+    while not bool(state.has_stopped.all()):
+        state = _step_jitted(params, cfg, method, state)
+        yield state
+
+
+def step(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
+) -> SpeculativeState:
+    """One round. Pure; rows that are done stay as they are."""
+    context = _context(params, method, state)
+    with jax.named_scope("draft"):
+        tree, drafter = method.drafter.propose(cfg, context, state.drafter)
+        above = tree.ancestors(method.drafter.depth)
+        tree = _existing(tree, above, cfg.vocab_size)
+    with jax.named_scope("judge"):
+        output, verdict, log_probs = _judge(params, cfg, method, state, context, tree, above)
+    with jax.named_scope("accept"):
+        walk = method.acceptance.walk(verdict, method.drafter.depth)
+    with jax.named_scope("commit"):
+        start, cache = state.length - 1, output.cache
+        assert cache is not None
+        if not method.drafter.is_chain:
+            cache = compact(cache, start, walk.path)
+        of_path = lambda x: jnp.take_along_axis(x, walk.path[..., None], axis=1)  # noqa: E731
+        seen = Seen(
+            tokens=jnp.take_along_axis(tree.tokens, walk.path, axis=1),
+            hidden=of_path(output.hidden),
+            start=start,
+            count=walk.num_accepted + 1,
+            features=None if output.features is None else of_path(output.features),
+            tree_hidden=output.hidden,
+            tree=tree,
+            chosen=verdict.chosen,
+        )
+        state = _commit(cfg, method, state, tree, walk, log_probs)
+        drafter = method.drafter.observe(cfg, context, seen, drafter)
+    return state.replace(cache=cache, drafter=drafter)
+
+
+_step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
+    step
+)
+
+
+def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState) -> Context:
+    return Context(
+        params=params,
+        tokens=state.tokens,
+        length=state.length,
+        key=fold_in(fold_in(state.key, state.num_forwards), 0),
+        sampling=method.sampling,
+        active=~state.has_stopped,
+    )
+
+
+def _existing(tree: DraftTree, above: jax.Array, vocab_size: int) -> DraftTree:
+    """The tree without nodes whose token the target does not have, and those below them."""
+    is_known = (tree.tokens >= 0) & (tree.tokens < vocab_size)
+    is_missing = ~(tree.is_valid & is_known)
+    is_valid = ~(above & is_missing[:, None]).any(axis=2)
+    return tree.replace(is_valid=is_valid, tokens=jnp.where(is_known, tree.tokens, 0))
+
+
+def _judge(
+    params: Params,
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    state: SpeculativeState,
+    context: Context,
+    tree: DraftTree,
+    above: jax.Array,
+) -> tuple[decoder.ForwardOutput, Verdict, jax.Array]:
+    """One forward over the tree, whose nodes see those `above` them [B, W, W].
+
+    Returns:
+      The forward, whose cache has the tree's keys and values behind its last token, the verdict,
+      and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
+    """
+    start = state.length - 1
+    output = decoder.forward(
+        params,
+        cfg,
+        tree.tokens,
+        positions=start[:, None] + tree.depths,
+        mask="causal" if method.drafter.is_chain else pack_mask(above),
+        cache=state.cache,
+        cache_ranges=up_to(start),
+        write_at=start,
+        write_rows=context.active,
+        feature_layers=method.drafter.feature_layers,
+    )
+    hidden = output.hidden
+    B, W, D = hidden.shape
+    key = fold_in(state.key, state.num_forwards)
+    sampling, laws, log_probs = method.sampling, None, None
+    if method.needs_laws:
+        logits = vocab.logits(params, hidden)
+        seen = None
+        if state.seen is not None:  # what came before a node: the text, and the nodes above it
+            of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
+            seen = state.seen[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
+        laws = sampling.law(logits, seen)
+        log_probs = jax.nn.log_softmax(logits)
+        if sampling.temperature is None:
+            chosen = jnp.argmax(laws, axis=-1).astype(jnp.int32)
+        else:
+            chosen = draw(fold_in(key, 1), laws)
+    else:
+        noise = None
+        if sampling.temperature is not None:
+            by_node = jax.vmap(lambda v: fold_in(fold_in(key, 1), v), out_axes=1)(jnp.arange(W))
+            noise = Noise(by_node.reshape(B * W, 2), jnp.float32(sampling.temperature))
+        stats = vocab.vocab_stats(params, hidden.reshape(B * W, D), noise=noise)
+        sampled = stats.token if noise is None else stats.sample
+        log_prob = stats.log_prob if noise is None else stats.sample_log_prob
+        assert sampled is not None and log_prob is not None
+        chosen, log_probs = sampled.reshape(B, W), log_prob.reshape(B, W)
+    verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, 2))
+    return output, verdict, log_probs
+
+
+def _commit(
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    state: SpeculativeState,
+    tree: DraftTree,
+    walk: Walk,
+    log_probs: jax.Array,
+) -> SpeculativeState:
+    """Writes what was accepted and the token behind it, up to an end."""
+    B, G = state.step_map.shape
+    J = walk.path.shape[1] - 1
+    index = jnp.arange(J + 1)[None]
+    drafts = jnp.take_along_axis(tree.tokens, jnp.roll(walk.path, -1, axis=1), axis=1)
+    written = jnp.where(index < walk.num_accepted[:, None], drafts, walk.bonus[:, None])
+    is_end = written == cfg.eos_token_id
+    stop_ids = jnp.asarray(method.stop_ids, jnp.int32).reshape(-1)
+    is_end |= (written[..., None] == stop_ids[None, None]).any(axis=-1)
+    count = jnp.minimum(walk.num_accepted + 1, state.end - state.length)
+    has_end = (is_end & (index < count[:, None])).any(axis=1)
+    count = jnp.where(has_end, jnp.argmax(is_end, axis=1) + 1, count)
+    active = ~state.has_stopped
+    count = jnp.where(active, count, 0)
+
+    rows = jnp.arange(B)[:, None]
+    is_new = index < count[:, None]
+    slot = jnp.where(is_new, state.length[:, None] + index, state.tokens.shape[1])
+    place = jnp.where(is_new, state.length[:, None] - state.prompt_len[:, None] + index, G)
+    of_path = log_probs[rows, walk.path]  # [B, J + 1] or [B, J + 1, V]
+    if of_path.ndim == 3:
+        of_path = jnp.take_along_axis(of_path, written[..., None], axis=2)[..., 0]
+    length = state.length + count
+    accepted = jax.nn.one_hot(walk.num_accepted, J + 1, dtype=jnp.int32)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[rows, jnp.where(is_new, written, cfg.vocab_size)].set(True, mode="drop")
+    forwards = method.drafter.forwards_per_round
+    return state.replace(
+        tokens=state.tokens.at[rows, slot].set(written, mode="drop"),
+        length=length,
+        step_map=state.step_map.at[rows, place].set(state.num_forwards[:, None], mode="drop"),
+        log_prob=state.log_prob.at[rows, place].set(of_path, mode="drop"),
+        num_forwards=state.num_forwards + active,
+        draft_forwards=state.draft_forwards + forwards * active,
+        acceptance_histogram=state.acceptance_histogram + accepted * active[:, None],
+        has_stopped=state.has_stopped | has_end | (length >= state.end),
+        seen=seen,
+        num_steps=state.num_steps + 1,
+    )

@@ -1,0 +1,45 @@
+"""Products with weights, which may have a low-rank change beside them.
+
+Letters: B batch, T window positions, D width, H head width, M rows, I and O widths in and out.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dlm.params import LowRank
+
+
+def to_heads(x: jax.Array, w: jax.Array | LowRank) -> jax.Array:
+    """x [B, T, D] times w [heads, H, D]: [B, T, heads, H]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, LowRank):
+        weight, change = w.weight, low_rank(rows, w)
+    else:
+        weight, change = w, None
+    flat = weight.reshape(-1, weight.shape[-1])
+    product = jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
+    product = product if change is None else product + change
+    return product.reshape(*x.shape[:2], *weight.shape[:2])
+
+
+def linear(x: jax.Array, w: jax.Array | LowRank, num_in: int = 1) -> jax.Array:
+    """x [B, T, *in] times w [*in, *out], as one two-dimensional product.
+
+    Products of more dimensions are several times slower in the backward pass on CPU.
+    """
+    B, T = x.shape[:2]
+    rows = x.reshape(B * T, -1)
+    if isinstance(w, LowRank):
+        weight, change = w.weight, low_rank(rows, w)
+    else:
+        weight, change = w, None
+    product = jnp.dot(rows, weight.reshape(rows.shape[1], -1))
+    product = product if change is None else product + change
+    return product.reshape(B, T, *weight.shape[num_in:])
+
+
+def low_rank(rows: jax.Array, w: LowRank) -> jax.Array:
+    """What the change of a weight adds to the product of rows [M, I]: [M, O]."""
+    return jnp.dot(jnp.dot(rows, w.down), w.up) * w.scale

@@ -1,0 +1,369 @@
+"""Published checkpoints: Hugging Face directories <-> (ModelConfig, params); see `FORMATS`.
+
+A directory holds `config.json` and `model.safetensors`, or several `model-*.safetensors` with
+`model.safetensors.index.json`. Every tensor is read straight into the dtype and the sharding in
+which it is used, one shard of a stacked leaf after the other, so the host never holds the model.
+
+Example (from the root of the repository):
+    >>> import tempfile
+    >>> from dlm.hf.files import read_config
+    >>> cfg = read_config("tests/golden/llada_small", dtype="bfloat16")
+    >>> params = load_params("tests/golden/llada_small", cfg)
+    >>> params["embed"].shape, params["embed"].dtype
+    ((96, 64), dtype(bfloat16))
+    >>> save_hf(tempfile.mkdtemp() + "/copy", params, cfg)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from dlm.config import ModelConfig
+from dlm.hf.files import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    format_for,
+    open_tensors,
+    raw_config,
+    read_config,
+    read_raw_config,
+)
+from dlm.hf.formats import Format, Stored, letter_sizes
+from dlm.params import Params, abstract_params, param_shardings, param_specs
+from dlm.sharding import RULES, Rules
+from dlm.tokenizer import Tokenizer
+
+# Kinds of files beside the weights that `convert_hf` keeps.
+COPIED = ("", ".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
+
+# ---- Loading ----------------------------------------------------------------------------------
+
+
+def load_params(
+    path: str | os.PathLike[str], cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = RULES
+) -> Params:
+    """The parameters of a published model, as `param_specs(cfg)`.
+
+    Args:
+      path: a directory that `read_config` can read.
+      cfg: what `read_config` gave, maybe with another dtype.
+      mesh: where to put them; each process and device reads its own shards only. None: on the
+        default device.
+      rules: logical axes to mesh axes.
+
+    Returns:
+      The parameters in `cfg.dtype`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is broken, or the tensors are not those of `cfg`; all that are missing,
+        unexpected or of another shape or type are listed.
+    """
+    root = pathlib.Path(path)
+    _, form = read_raw_config(root)
+    specs, tree = _flat(param_specs(cfg))
+    shardings = _flat(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
+    with contextlib.ExitStack() as stack:
+        files = open_tensors(root, stack)
+        check_tensors(root, files, cfg, form)
+
+        def load_leaf(leaf: str) -> jax.Array:
+            stored, shape = form.tensors[leaf], specs[leaf].shape
+            if mesh is None:
+                whole = tuple(range(dim) for dim in shape)
+                return jnp.asarray(_read_leaf(files, stored, cfg, whole))
+            sharding, placed = shardings[leaf], []
+            first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
+            for device, index in sharding.addressable_devices_indices_map(shape).items():
+                assert index is not None  # it is, for arrays without extended dtypes
+                part = tuple(
+                    range(*axis.indices(dim)) for axis, dim in zip(index, shape, strict=True)
+                )
+                values: jax.Array | np.ndarray | None = first.get(part)
+                if values is None:
+                    values = _read_leaf(files, stored, cfg, part)
+                # One shard after the other, so that no more than one waits on the host.
+                placed.append(jax.device_put(values, device).block_until_ready())
+                first.setdefault(part, placed[-1])
+            return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+        return jax.tree.unflatten(tree, [load_leaf(leaf) for leaf in specs])
+
+
+def _flat(tree: Params) -> tuple[dict[str, Any], Any]:
+    """{path: leaf} in the tree's order, and its structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+    return named, structure
+
+
+def check_tensors(
+    root: pathlib.Path, files: Mapping[str, Any], cfg: ModelConfig, form: Format
+) -> None:
+    """ValueError unless the tensors of a directory, of `open_tensors`, are those of `cfg`."""
+    expected = dict(expected_tensors(cfg, form))
+    harmless = {"rotary_emb.inv_freq"}  # a constant that old files carry
+    if cfg.tie_embeddings:
+        harmless.add(form.tensors["unembed"].name)  # the embedding once more
+    missing = [
+        f"{name} {list(expected[name])}"
+        for name in sorted(set(expected) - set(files), key=_natural)
+    ]
+    unexpected = [
+        f"{name} {files[name].get_shape()}"
+        for name in sorted(set(files) - set(expected), key=_natural)
+        if not name.endswith(tuple(harmless))
+    ]
+    wrong = []
+    for name in sorted(set(files) & set(expected), key=_natural):
+        shape, kind = files[name].get_shape(), files[name].get_dtype()
+        if tuple(shape) != expected[name]:
+            wrong.append(f"{name} {shape} instead of {list(expected[name])}")
+        if kind not in DTYPES:
+            wrong.append(f"{name} {kind} instead of a float")
+    if missing or unexpected or wrong:
+        lists = {"missing": missing, "unexpected": unexpected, "not as expected": wrong}
+        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+        raise ValueError(f"{root} does not hold the tensors of this {form.model_type}: {found}")
+
+
+def expected_tensors(cfg: ModelConfig, form: Format) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a model in a format."""
+    for leaf in _flat(param_specs(cfg))[0]:
+        if leaf not in form.tensors:
+            raise ValueError(f"the {form.model_type} format has no tensor for {leaf}")
+        stored = form.tensors[leaf]
+        for layer in range(cfg.n_layers) if "{}" in stored.name else (0,):
+            yield stored.name.format(layer), stored.shape(cfg)
+
+
+def _read_leaf(
+    files: Mapping[str, Any], stored: Stored, cfg: ModelConfig, part: tuple[range, ...]
+) -> np.ndarray:
+    """A part of one of our leaves, in `cfg.dtype`; `part` says which range of each dimension."""
+    if "{}" not in stored.name:
+        return _read_tensor(files[stored.name], stored, cfg, part).astype(cfg.jnp_dtype, copy=False)
+    out = np.empty([len(axis) for axis in part], cfg.jnp_dtype)
+    for row, layer in enumerate(part[0]):
+        out[row] = _read_tensor(files[stored.name.format(layer)], stored, cfg, part[1:])
+    return out
+
+
+def _read_tensor(
+    tensor: Any, stored: Stored, cfg: ModelConfig, part: tuple[range, ...]
+) -> np.ndarray:
+    """A part of one tensor in our order of dimensions, in the file's dtype; reads no more."""
+    size, wanted = letter_sizes(cfg), dict(zip(stored.ours, part, strict=True))
+    read: list[slice] = []  # per dimension of the file
+    shape: list[int] = []  # per letter, of what is read
+    keep: list[slice] = []  # per letter: read whole where a dimension's inner letter is cut
+    for group in stored.stored:
+        outer, inner = group[0], group[1:]
+        stride = math.prod(size[letter] for letter in inner)
+        read.append(slice(wanted[outer].start * stride, wanted[outer].stop * stride))
+        shape += [len(wanted[outer]), *(size[letter] for letter in inner)]
+        keep += [slice(None), *(slice(wanted[i].start, wanted[i].stop) for i in inner)]
+    values = tensor[tuple(read)].reshape(shape)[tuple(keep)]
+    letters = "".join(stored.stored)
+    return values.transpose([letters.index(letter) for letter in stored.ours])
+
+
+# ---- Saving -----------------------------------------------------------------------------------
+
+
+def save_hf(
+    path: str | os.PathLike[str],
+    params: Params,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a model in the published format that can hold it, see `format_for`.
+
+    Everything is written to a directory beside `path` that gets its name at the very end, so an
+    interrupted save never looks like a model.
+
+    Args:
+      path: the directory to make; it must not exist, or be empty.
+      params: as `abstract_params(cfg)`.
+      cfg: the model.
+      tokenizer: written too, if given.
+      shard_bytes: largest file, except for single tensors above it; beyond it the model goes to
+        several files and an index.
+
+    Raises:
+      FileExistsError: there is something at `path`.
+      ValueError: no published format can express `cfg`, or the parameters are not its own.
+    """
+    form = format_for(cfg)
+    _check_params(params, cfg)
+    leaves = _flat(params)[0]
+    sources = {  # tensor -> (leaf, layer)
+        stored.name.format(layer): (leaf, layer)
+        for leaf, stored in form.tensors.items()
+        if leaf in leaves
+        for layer in (range(cfg.n_layers) if "{}" in stored.name else (None,))
+    }
+
+    def read(name: str) -> np.ndarray:
+        leaf, layer = sources[name]
+        array = np.asarray(leaves[leaf] if layer is None else _layer(leaves[leaf], layer))
+        return _to_stored(array, form.tensors[leaf], cfg)
+
+    with _new_directory(path) as unfinished:
+        _write_json(unfinished / "config.json", raw_config(cfg, form))
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
+        write_tensors(unfinished, cfg, form, read, shard_bytes)
+
+
+def convert_hf(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a published model again: in another dtype, in files of another size.
+
+    Tensors are read one by one, so that memory holds one file of what is written and no model.
+    What else is in the directory (tokenizer, generation settings, licence, code) is copied.
+
+    Args:
+      source: a directory that `read_config` can read.
+      path: the directory to make; it must not exist, or be empty.
+      dtype: such as "bfloat16"; None: as it is.
+      shard_bytes: as in `save_hf`.
+
+    Raises:
+      FileExistsError: there is something at `path`.
+      FileNotFoundError, ValueError: `source` does not hold a model, see `load_params`.
+    """
+    root = pathlib.Path(source)
+    cfg = read_config(root, dtype)
+    raw, form = read_raw_config(root)
+    with contextlib.ExitStack() as stack:
+        files = open_tensors(root, stack)
+        check_tensors(root, files, cfg, form)
+
+        def read(name: str) -> np.ndarray:
+            values: np.ndarray = files[name][:]
+            return values.astype(cfg.jnp_dtype, copy=False)
+
+        with _new_directory(path) as unfinished:
+            for file in sorted(root.iterdir()):
+                if file.suffix in COPIED and file.name not in ("config.json", INDEX):
+                    shutil.copy(file, unfinished)
+            key = "dtype" if "dtype" in raw else "torch_dtype"
+            _write_json(unfinished / "config.json", raw | {key: cfg.dtype})
+            write_tensors(unfinished, cfg, form, read, shard_bytes)
+
+
+@contextlib.contextmanager
+def _new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """One beside `path`, which gets its name at the end and vanishes after an error."""
+    target = pathlib.Path(path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"path={str(path)!r} must be a new or an empty directory")
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _check_params(params: Params, cfg: ModelConfig) -> None:
+    expected, got = _flat(abstract_params(cfg))[0], _flat(params)[0]
+    wrong = [
+        f"{leaf}: {_describe(got.get(leaf))} instead of {_describe(expected.get(leaf))}"
+        for leaf in sorted(set(expected) | set(got))
+        if _describe(got.get(leaf)) != _describe(expected.get(leaf))
+    ]
+    if wrong:
+        raise ValueError(f"params must be those of cfg, but {'; '.join(wrong)}")
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in got.values()):
+        raise ValueError(
+            "params are spread over several processes: load them in one process to save them"
+        )
+
+
+def _describe(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{leaf.dtype} {list(leaf.shape)}"
+
+
+def plan_files(cfg: ModelConfig, form: Format, shard_bytes: int) -> list[list[str]]:
+    """The tensors of each file, none of which is larger than `shard_bytes` if it holds several."""
+    files: list[list[str]] = [[]]
+    room = shard_bytes
+    shapes = dict(expected_tensors(cfg, form))
+    for name in sorted(shapes, key=_natural):
+        num_bytes = math.prod(shapes[name]) * cfg.jnp_dtype.itemsize
+        if num_bytes > room and files[-1]:
+            files.append([])
+            room = shard_bytes
+        files[-1].append(name)
+        room -= num_bytes
+    return files
+
+
+def write_tensors(
+    directory: pathlib.Path,
+    cfg: ModelConfig,
+    form: Format,
+    read: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """Writes the tensors that `read` gives by name, as one file or as several and an index."""
+    files = plan_files(cfg, form, shard_bytes)
+    weight_map: dict[str, str] = {}
+    total = 0
+    bar = tqdm(files, desc="writing", unit="file", disable=None)  # shown on terminals
+    for number, names in enumerate(bar, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        tensors = {name: read(name) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        about = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / INDEX, about)
+
+
+@jax.jit
+def _layer(leaf: jax.Array, layer: int) -> jax.Array:
+    """One compilation per shape; indexing outside would compile once per layer."""
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _to_stored(array: np.ndarray, stored: Stored, cfg: ModelConfig) -> np.ndarray:
+    order = [stored.ours.index(letter) for letter in "".join(stored.stored)]
+    return np.ascontiguousarray(array.transpose(order).reshape(stored.shape(cfg)))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

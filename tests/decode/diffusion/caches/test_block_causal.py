@@ -1,0 +1,122 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.diffusion.components import (
+    BlockCausal,
+    FixedBlocks,
+    MultiBlock,
+    NarrowOut,
+    SubBlocks,
+    Threshold,
+)
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from dlm.models.decoder import forward
+from kernels_pallas.block_diffusion_attention import block_diffusion_mask
+from kernels_pallas.window_attention import pack_mask
+from tests.lib.oracle import Model
+
+C = 4
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2, 2, 2], [9] * 8]
+LENGTHS = [12, 10, 5, 12, 1]
+
+
+def decode_plainly(model, prompt, gen_len, threshold, sub_len=C):
+    """Threshold decoding with the whole canvas recomputed under the block-causal mask."""
+    cfg, P, n = model.cfg, len(prompt), len(prompt) + gen_len
+    canvas, step_map, step = list(prompt) + [cfg.mask_token_id] * gen_len, [-1] * gen_len, 0
+    block = np.arange(n) // C
+    shift = int(cfg.shifted_logits)
+    for b in range(P // C, block[-1] + 1):
+        here = [i for i in range(P, n) if block[i] == b]
+        parts = [here[i : i + sub_len] for i in range(0, len(here), sub_len)]
+        for part in parts:
+            while any(step_map[i - P] < 0 for i in part):
+                allowed = block[:, None] >= block[None]
+                hidden, _ = model.run(canvas, range(n), allowed=allowed)
+                sure = {}
+                for i in part:
+                    if step_map[i - P] < 0:
+                        z = model.logits(hidden[i - shift])
+                        z[cfg.mask_token_id] = -np.inf
+                        p = np.exp(z - z.max())
+                        sure[i] = (p.max() / p.sum(), int(z.argmax()))
+                best = max(sure, key=lambda i: (sure[i][0], -i))
+                for i, (p, token) in sure.items():
+                    if p >= threshold or i == best:
+                        canvas[i], step_map[i - P] = token, step
+                step += 1
+    return canvas[P:], step_map, step
+
+
+@pytest.mark.parametrize("sub_len", [4, 2])
+def test_cached_decoding_equals_recomputing_everything(toy_model, sub_len):
+    cfg, params = toy_model
+    scheduler = SubBlocks(C, sub_len, aligned=True)
+    method = DiffusionMethod(scheduler, BlockCausal(C), rule=Threshold(0.5))
+    state = init_state(cfg, method, PROMPTS, gen_len=LENGTHS, prompt_len=11, batch_size=8)
+    state = decode(params, cfg, method, state)
+    model = Model(params, cfg)
+    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        tokens, step_map, steps = decode_plainly(model, prompt, length, 0.5, sub_len)
+        assert state.tokens[b, 11 : 11 + length].tolist() == tokens
+        assert state.step_map[b, :length].tolist() == step_map
+        assert int(state.num_forwards[b]) == steps
+
+
+def test_blocks_of_one_are_autoregressive(toy_cfg, toy_params):
+    """Fast-dLLM card, v2: block size 1 is the causal model, token by token."""
+    method = DiffusionMethod(FixedBlocks(1, aligned=True), BlockCausal(1))
+    state = init_state(toy_cfg, method, PROMPTS[:3], gen_len=6)
+    state = decode(toy_params, toy_cfg, method, state)
+    assert np.asarray(state.step_map).tolist() == [list(range(6))] * 3
+    model = Model(toy_params, toy_cfg)
+    for b, prompt in enumerate(PROMPTS[:3]):
+        canvas = list(prompt)
+        for _ in range(6):
+            n = len(canvas) + 1
+            seen = [*canvas, toy_cfg.mask_token_id]
+            hidden, _ = model.run(seen, range(n), allowed=np.tri(n, dtype=bool))
+            z = model.logits(hidden[-1])
+            z[toy_cfg.mask_token_id] = -np.inf
+            canvas.append(int(z.argmax()))
+        assert state.tokens[b, state.prompt_len :].tolist() == canvas[len(prompt) :]
+
+
+def test_decoding_sees_what_training_saw(toy_cfg, toy_params):
+    """The [noisy ; clean] pass gives a noisy block the states that decoding gives it."""
+    rng = np.random.default_rng(0)
+    clean, L = rng.integers(1, 20, 12), 12
+    noisy = np.where(rng.random(L) < 0.6, toy_cfg.mask_token_id, clean)
+    mask = pack_mask(jnp.asarray(block_diffusion_mask(L, C))[None])
+    trained = forward(
+        toy_params, toy_cfg, jnp.asarray(np.concatenate([noisy, clean]))[None],
+        positions=jnp.tile(jnp.arange(L), 2)[None], mask=mask,
+    ).hidden  # fmt: skip
+    model = Model(toy_params, toy_cfg)
+    block = np.arange(L) // C
+    for b in range(3):
+        canvas = np.where(block < b, clean, noisy)[: (b + 1) * C]
+        allowed = block[: len(canvas), None] >= block[None, : len(canvas)]
+        decoded, _ = model.run(canvas, range(len(canvas)), allowed=allowed)
+        np.testing.assert_allclose(trained[0, b * C : (b + 1) * C], decoded[-C:], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(scheduler=FixedBlocks(4)),
+        dict(scheduler=FixedBlocks(8, aligned=True)),
+        dict(scheduler=MultiBlock(4), rule=Threshold(0.9)),
+    ],
+)
+def test_other_blocks_are_refused(toy_cfg, change):
+    method = DiffusionMethod(FixedBlocks(C, aligned=True), BlockCausal(C)).replace(**change)
+    with pytest.raises(ValueError, match=r"use FixedBlocks\(4, aligned=True\)"):
+        init_state(toy_cfg, method, [[1]], gen_len=4)
+
+
+def test_what_it_cannot_do_is_refused(toy_cfg):
+    method = DiffusionMethod(FixedBlocks(C, aligned=True), BlockCausal(C), reviser=NarrowOut())
+    with pytest.raises(ValueError, match="BlockCausal has no shadow"):
+        init_state(toy_cfg, method, [[1]], gen_len=4)

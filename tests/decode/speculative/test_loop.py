@@ -1,0 +1,424 @@
+"""Whatever is drafted, what is written is what the target alone would have written."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm
+from decode.core.sampling import Sampling
+from decode.speculative.accept import BlockVerification, Match, SpeculativeSampling, Typical
+from decode.speculative.drafters.dflash import DFlash
+from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
+from decode.speculative.drafters.eagle import Eagle, EagleBest
+from decode.speculative.drafters.hydra import Hydra
+from decode.speculative.drafters.jacobi import Jacobi
+from decode.speculative.drafters.layer_skip import layer_skip
+from decode.speculative.drafters.lookahead import Lookahead
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.drafters.suffix import Suffix
+from decode.speculative.drafters.token_recycling import TokenRecycling
+from decode.speculative.loop import (
+    SpeculativeMethod,
+    decode,
+    init_state,
+    prefill,
+    stream,
+)
+from decode.speculative.tree import TreeShape, chain, from_paths
+from dlm import vocab
+from dlm.heads.dflash import DFlashHeads
+from dlm.heads.eagle_1 import Eagle1Heads
+from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.heads.hydra import HydraHeads
+from dlm.models import decoder
+from dlm.params import init_from_specs, init_params, param_shardings
+from dlm.sharding import make_mesh
+from tests.lib.drafters import Adversary
+from tests.lib.paths import GOLDEN
+
+CAUSAL = ("llama_target", "llama_draft", "qwen2_small")
+BUSHY = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0, 0]])
+
+
+def run(params, cfg, method, prompts, *, gen_len=12, chunk=8, **options):
+    """The rows of a finished state: tokens after the prompt, and what is reported."""
+    state = init_state(cfg, method, prompts, gen_len=gen_len, chunk=chunk, **options)
+    state = prefill(params, cfg, method, state)
+    return decode(params, cfg, method, state)
+
+
+def texts(state, num):
+    tokens, start, length = (np.asarray(x) for x in (state.tokens, state.prompt_len, state.length))
+    return [tokens[b, start[b] : length[b]].tolist() for b in range(num)]
+
+
+def random_prompts(cfg, num, seed=0):
+    rng = np.random.default_rng(seed)
+    high = min(cfg.vocab_size, 20)
+    return [rng.integers(0, high, rng.integers(1, 14)).tolist() for _ in range(num)]
+
+
+@pytest.fixture(scope="module")
+def plain(toy_cfg, toy_params):
+    """64 prompts, and their greedy texts, prompt included; some of them end by themselves."""
+    prompts = random_prompts(toy_cfg, 64)
+    state = run(toy_params, toy_cfg, SpeculativeMethod(), prompts)
+    used = np.bincount(np.concatenate(texts(state, 64)), minlength=toy_cfg.vocab_size)
+    eos = int(np.argsort(used)[-4])  # comes up now and then
+    cfg = dataclasses.replace(toy_cfg, eos_token_id=eos, mask_token_id=None)
+    state = run(toy_params, cfg, SpeculativeMethod(), prompts)
+    rows = texts(state, 64)
+    assert 5 < sum(row[-1] == eos for row in rows) < 60
+    return cfg, prompts, rows, np.asarray(state.tokens)
+
+
+# ---- Plain decoding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_golden_logits(name):
+    lm = dlm.load(GOLDEN / name)
+    golden = np.load(GOLDEN / name / "logits.npz")
+    tokens = jnp.asarray(golden["tokens"])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    output = decoder.forward(lm.params, lm.cfg, tokens, positions=positions, mask="causal")
+    np.testing.assert_allclose(vocab.logits(lm.params, output.hidden), golden["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_golden_greedy(name):
+    lm = dlm.load(GOLDEN / name)
+    traces = json.loads((GOLDEN / name / "traces.json").read_text())
+    (case,) = (case for case in traces["cases"] if case["method"] == "greedy")
+    expected = [result["sequences"][0] for result in case["results"]]
+    prompts = traces["prompts"]
+    state = run(lm.params, lm.cfg, SpeculativeMethod(), prompts, gen_len=32)
+    got = [p + t for p, t in zip(prompts, texts(state, len(prompts)), strict=True)]
+    assert got == expected
+
+
+def test_prompts_are_read_in_chunks_of_any_length(plain, toy_params):
+    cfg, prompts, expected, _ = plain
+    for chunk in (1, 3, 256):
+        state = run(toy_params, cfg, SpeculativeMethod(), prompts, chunk=chunk)
+        assert texts(state, 64) == expected
+
+
+def test_the_cache_is_that_of_a_fresh_prefill(plain, toy_params):
+    """KV-EQ: after rounds of a tree, keys and values of what was kept lie in order."""
+    cfg, prompts, _, truth = plain
+    drafter = Adversary(jnp.asarray(truth), jnp.full(64, 0.7), shape=BUSHY)
+    method = SpeculativeMethod(drafter)
+    first = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=12))
+    for state in stream(toy_params, cfg, method, first):
+        length = int(state.length.max())
+        tokens = state.tokens[:, :length]
+        fresh = decoder.forward(
+            toy_params, cfg, tokens,
+            positions=jnp.broadcast_to(jnp.arange(length)[None], tokens.shape), mask="causal",
+            cache=dlm.cache.init_cache(cfg, 64, state.cache.num_slots),
+            write_at=jnp.zeros(64, jnp.int32),
+        ).cache  # fmt: skip
+        is_kept = np.arange(length)[None] < np.asarray(state.length)[:, None] - 1
+        is_kept &= ~np.asarray(state.has_stopped)[:, None]
+        for got, expected in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)):
+            difference = np.abs(np.asarray((got - expected)[..., :length, :])).max(axis=(0, 2, 4))
+            assert difference[is_kept].max(initial=0) < 1e-5
+
+
+# ---- Losslessness, greedy ---------------------------------------------------------------------
+
+
+def random_shape(seed):
+    """Any tree, its nodes in any order that has parents first."""
+    rng = np.random.default_rng(seed)
+    size, parents, ranks = int(rng.integers(1, 12)), [], []
+    for v in range(1, size):
+        parents.append(int(rng.integers(0, v)))
+        ranks.append(sum(p == parents[-1] for p in parents[:-1]))
+    return TreeShape(tuple(parents), tuple(ranks))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_tree_writes_the_greedy_text(plain, toy_params, seed):
+    """64 rows each: drafts that are never right, always right, and anything in between."""
+    cfg, prompts, expected, truth = plain
+    shape = (
+        [chain(1), chain(5), BUSHY][seed] if seed < 3 else random_shape(np.random.default_rng(seed))
+    )
+    rate = jnp.concatenate([jnp.zeros(8), jnp.ones(8), jnp.linspace(0.2, 0.9, 48)])
+    drafter = Adversary(jnp.asarray(truth), rate, shape=shape)
+    state = run(toy_params, cfg, SpeculativeMethod(drafter), prompts, seeds=seed)
+    assert texts(state, 64) == expected
+    check_statistics(state, shape.depth)
+    sampled = SpeculativeMethod(drafter, SpeculativeSampling(), Sampling(temperature=None))
+    assert texts(run(toy_params, cfg, sampled, prompts, seeds=seed), 64) == expected
+    if shape.is_chain:
+        block = sampled.replace(acceptance=BlockVerification())
+        assert texts(run(toy_params, cfg, block, prompts, seeds=seed), 64) == expected
+
+
+def check_statistics(state, depth):
+    histogram = np.asarray(state.acceptance_histogram)
+    assert (histogram.sum(axis=1) == state.num_forwards).all()
+    written = np.asarray(state.length - state.prompt_len)
+    committed = (histogram * np.arange(1, depth + 2)).sum(axis=1)
+    assert (committed >= written).all() and (committed - written <= depth).all()
+    step_map = np.asarray(state.step_map)
+    for b, n in enumerate(written):
+        steps = step_map[b, :n]
+        assert (np.diff(steps) >= 0).all() and (step_map[b, n:] == -1).all()
+        assert set(steps) == set(range(int(state.num_forwards[b])))
+
+
+def test_always_right_and_always_wrong(plain, toy_params):
+    """The first takes ceil(n / (J + 1)) forwards, the second as many as without drafts."""
+    cfg, prompts, expected, truth = plain
+    lengths = np.array([len(row) for row in expected])
+    wrong = Adversary(jnp.asarray(truth), jnp.zeros(64), low=24, high=30)
+    state = run(toy_params, cfg, SpeculativeMethod(wrong), prompts)
+    assert (np.asarray(state.num_forwards) == lengths).all()
+    right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1))
+    state = run(toy_params, cfg, SpeculativeMethod(right), prompts)
+    assert (np.asarray(state.num_forwards) >= -(-lengths // 4)).all()
+    # Now and then the drafter leaves nodes out, so a forward more may be needed.
+    assert np.asarray(state.num_forwards).sum() < 0.5 * lengths.sum()
+
+
+DRAFTERS = (
+    "draft model", "itself", "sampled", "tree", "sampled tree", "prompt lookup", "latest lookup",
+    "recycling", "jacobi", "layer skip", "best tree", "eagle 1", "eagle 3", "eagle 3, best",
+    "dflash", "lookahead", "suffix", "hydra++",
+)  # fmt: skip
+
+
+def drafters(toy_cfg, toy_params):
+    smaller = dataclasses.replace(toy_cfg, n_layers=1)
+    params = init_params(jax.random.key(5), smaller)
+
+    def heads_of(heads):
+        own = init_from_specs(jax.random.key(6), heads.specs(toy_cfg), toy_cfg.jnp_dtype)
+        return heads.start(toy_cfg, toy_params, own)
+
+    def network(heads):
+        return heads.network(toy_cfg, heads_of(heads))
+
+    blocks = DFlashHeads(n_layers=2, block_len=5, mask_id=23)
+    return {
+        "draft model": DraftModel(params, smaller, num_drafts=3),
+        "itself": DraftModel(toy_params, toy_cfg, num_drafts=3),
+        "sampled": DraftModel(params, smaller, num_drafts=3, is_sampled=True),
+        "tree": DraftModelTree(params, smaller, shape=BUSHY),
+        "sampled tree": DraftModelTree(toy_params, toy_cfg, shape=BUSHY, is_sampled=True),
+        "prompt lookup": PromptLookup(num_drafts=4),
+        "latest lookup": PromptLookup(num_drafts=4, latest=True),
+        "hydra++": Hydra(heads_of(HydraHeads(num_heads=4, num_blocks=2, has_prefix=True)), BUSHY),
+        "recycling": TokenRecycling(shape=BUSHY),
+        "lookahead": Lookahead(4, 5, 3),
+        "suffix": Suffix(jnp.arange(30) % 7, num_drafts=5, factor=2.0),
+        "jacobi": Jacobi(num_guesses=5),
+        "layer skip": layer_skip(toy_params, toy_cfg, [0], num_drafts=3),
+        "best tree": DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
+        "eagle 1": Eagle(network(Eagle1Heads()), BUSHY),
+        "eagle 3": Eagle(network(Eagle3Heads()), BUSHY, is_sampled=True),
+        "dflash": DFlash(network(blocks)),
+        "eagle 3, best": EagleBest(network(Eagle3Heads(vocab=tuple(range(20)))), 3, 3, 9),
+    }
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_writes_the_greedy_text(plain, toy_params, name):
+    cfg, prompts, expected, _ = plain
+    drafter = drafters(cfg, toy_params)[name]
+    state = run(toy_params, cfg, SpeculativeMethod(drafter), prompts)
+    assert texts(state, 64) == expected
+    check_statistics(state, drafter.depth)
+    forwards = np.asarray(state.num_forwards)
+    assert (np.asarray(state.draft_forwards) == drafter.forwards_per_round * forwards).all()
+    if name == "best tree":  # the best chain of the target itself is in it
+        assert forwards.sum() < 0.6 * sum(map(len, expected))
+    if name == "itself":  # every draft is right
+        lengths = np.array([len(row) for row in expected])
+        assert (forwards == -(-lengths // 4)).all()
+    if name == "sampled tree":
+        assert forwards.sum() < 0.5 * sum(map(len, expected))  # the first child is always right
+
+
+# ---- Rows and shapes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [
+        ("draft model", None),
+        ("sampled", 0.8),
+        ("tree", 0.8),
+        ("recycling", None),
+        ("eagle 3", 0.8),
+        ("eagle 3, best", None),
+    ],
+)
+def test_a_row_alone_gives_the_same(toy_cfg, toy_params, name, temperature):
+    drafter = drafters(toy_cfg, toy_params)[name]
+    acceptance = SpeculativeSampling() if name in ("sampled", "eagle 3") else Match()
+    method = SpeculativeMethod(drafter, acceptance, Sampling(temperature=temperature))
+    prompts = random_prompts(toy_cfg, 4, seed=3)
+    lengths = [3, 12, 7, 9]
+    together = run(toy_params, toy_cfg, method, prompts, gen_len=lengths, seeds=5, prompt_len=20,
+                   canvas_len=16, batch_size=8)  # fmt: skip
+    for b in range(4):
+        alone = run(
+            toy_params, toy_cfg, method, prompts[b : b + 1], gen_len=lengths[b], seeds=[5 + b],
+            prompt_len=14, canvas_len=12,
+        )  # fmt: skip
+        assert texts(alone, 1)[0] == texts(together, 4)[b]
+        for field in ("num_forwards", "draft_forwards", "acceptance_histogram"):
+            assert getattr(alone, field)[0].tolist() == getattr(together, field)[b].tolist()
+        n = lengths[b]
+        assert np.allclose(alone.log_prob[0][:n], together.log_prob[b][:n], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["recycling", "eagle 3, best", "dflash", "hydra++", "draft model"])
+def test_sharded_equals_unsharded(toy_cfg, toy_params, name):
+    """Heads and key/value heads that the mesh does not divide are replicated, rows are not."""
+    prompts = random_prompts(toy_cfg, 8, seed=4)
+    method = SpeculativeMethod(drafters(toy_cfg, toy_params)[name])
+    expected = texts(run(toy_params, toy_cfg, method, prompts), 8)
+    meshes = [dict(data=2, tensor=2, sequence=2)]
+    if name == "recycling":
+        meshes += [
+            dict(data=8), dict(data=4, tensor=2), dict(data=2, tensor=4), dict(tensor=8),
+            dict(fsdp=2, tensor=2), dict(data=2, sequence=4),
+        ]  # fmt: skip
+    for axes in meshes:
+        mesh = make_mesh(**axes)
+        params = jax.device_put(toy_params, param_shardings(toy_cfg, mesh))
+        with jax.set_mesh(mesh):
+            assert texts(run(params, toy_cfg, method, prompts), 8) == expected, axes
+
+
+def test_one_compile_for_prompts_seeds_and_temperatures(toy_cfg, toy_params):
+    decode.clear_cache()
+    for temperature in (0.5, 1.0):
+        for prompt in ([1], [1, 2, 3]):
+            method = SpeculativeMethod(PromptLookup(), Match(), Sampling(temperature=temperature))
+            run(toy_params, toy_cfg, method, [prompt], prompt_len=8, seeds=len(prompt))
+    assert decode._cache_size() == 1
+
+
+def test_the_loop_never_talks_to_the_host_and_gives_its_cache_away(toy_cfg, toy_params):
+    method = SpeculativeMethod(PromptLookup(num_drafts=3))
+    make = lambda: prefill(
+        toy_params, toy_cfg, method, init_state(toy_cfg, method, [[1, 2, 3]], gen_len=8)
+    )
+    state = make()
+    cache_bytes = state.cache.num_bytes
+    compiled = decode.lower(toy_params, toy_cfg, method, state).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+    rounds = jax.device_put(100)
+    placed = jax.device_put((toy_params, method, state))
+    decode(placed[0], toy_cfg, *placed[1:], rounds)
+    placed = jax.device_put((toy_params, method, make()))
+    with jax.transfer_guard("disallow"):
+        out = decode(placed[0], toy_cfg, *placed[1:], rounds)
+    assert placed[2].cache.k.is_deleted() and bool(out.has_stopped.all())
+
+
+def test_decoding_in_pieces_is_decoding(plain, toy_params):
+    cfg, prompts, expected, _ = plain
+    method = SpeculativeMethod(PromptLookup(num_drafts=3))
+    state = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=12))
+    for rounds in range(1, 30):
+        state = decode(toy_params, cfg, method, state, 1)
+        assert int(state.num_steps) == rounds
+        if bool(state.has_stopped.all()):
+            break
+    assert texts(state, 64) == expected
+
+
+def test_stop_ids_end_a_text(plain, toy_params):
+    cfg, prompts, expected, _ = plain
+    stops = [expected[0][0], expected[1][2]]
+    method = SpeculativeMethod(PromptLookup(num_drafts=3), stop_ids=tuple(stops))
+    cut = [
+        row[: min([row.index(s) + 1 for s in stops if s in row], default=len(row))]
+        for row in expected
+    ]
+    assert texts(run(toy_params, cfg, method, prompts), 64) == cut
+
+
+def test_log_probs_are_the_targets_own(plain, toy_params):
+    cfg, prompts, _, _ = plain
+    for sampling in (Sampling(temperature=None), Sampling(0.7, top_k=5)):
+        state = run(toy_params, cfg, SpeculativeMethod(PromptLookup(), Match(), sampling), prompts)
+        tokens, length = state.tokens, int(state.length.max())
+        output = decoder.forward(
+            toy_params, cfg, tokens[:, :length], mask="causal",
+            positions=jnp.broadcast_to(jnp.arange(length)[None], (64, length)),
+        )  # fmt: skip
+        log_p = jax.nn.log_softmax(vocab.logits(toy_params, output.hidden))
+        for b in range(64):
+            first, last = int(state.prompt_len[b]), int(state.length[b])
+            places = np.arange(first, last)
+            own = np.asarray(log_p)[b, places - 1, np.asarray(tokens)[b, places]]
+            assert np.allclose(state.log_prob[b, : last - first], own, atol=1e-4)
+
+
+# ---- Refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(prompts=[]), "empty list"),
+        (dict(prompts=[[]]), "prompt 0 is empty"),
+        (dict(prompts=[[24]]), r"token 24, which must be in \[0, vocab_size=24\)"),
+        (dict(prompts=[[1] * 60]), "60 tokens, which with gen_len=8 is more than .*64"),
+        (dict(gen_len=0), "gen_len=0 of prompt 0 must be at least 1"),
+        (dict(seeds=[1, 2]), "seeds has 2 entries"),
+        (dict(prompt_len=1), "prompt_len=1"),
+    ],
+)
+def test_bad_requests_are_refused(toy_cfg, options, message):
+    options = dict(prompts=[[1, 2]], gen_len=8) | options
+    prompts = options.pop("prompts")
+    with pytest.raises(ValueError, match=message):
+        init_state(toy_cfg, SpeculativeMethod(), prompts, **options)
+
+
+def test_bad_methods_are_refused(toy_cfg, toy_params):
+    other = dataclasses.replace(toy_cfg, vocab_size=30)
+    small = DraftModel(init_params(jax.random.key(0), other), other)
+    for method, message in (
+        (SpeculativeMethod(small), "vocabulary of 30 tokens and the target one of 24"),
+        (SpeculativeMethod(TokenRecycling(), BlockVerification()), "judges chains"),
+        (SpeculativeMethod(PromptLookup(num_drafts=0)), "num_drafts=0 must be at least 1"),
+        (SpeculativeMethod(PromptLookup(max_ngram=0)), "min_ngram=1 must be at least 1 and at"),
+        (SpeculativeMethod(sampling=Sampling(-1.0)), "temperature=-1 must be positive"),
+        (SpeculativeMethod(sampling=Sampling(top_p=0.0)), r"top_p=0 must be in \(0, 1\]"),
+        (SpeculativeMethod(sampling=Sampling(top_k=99)), r"top_k=99 must be in \[1, vocab"),
+        (SpeculativeMethod(acceptance=Typical(epsilon=2.0)), r"epsilon=2 must be in \[0, 1\]"),
+        (SpeculativeMethod(stop_ids=(99,)), "stop_ids has 99"),
+        (SpeculativeMethod(Jacobi(num_guesses=0)), "num_guesses=0 must be at least 1"),
+        (
+            SpeculativeMethod(DraftModelBest(toy_params, toy_cfg, width=2, levels=2, budget=7)),
+            r"budget=7 in \[1, 6\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            init_state(toy_cfg, method, [[1]], gen_len=4)
+
+
+def test_layers_to_keep_must_exist(toy_cfg, toy_params):
+    for keep in ([], [2], [1, 0], [-1]):
+        with pytest.raises(ValueError, match=r"must be rising layers of the 2 there are"):
+            layer_skip(toy_params, toy_cfg, keep)
+
+
+def test_no_draft_is_the_default():
+    assert SpeculativeMethod().drafter == NoDraft()

@@ -1,0 +1,120 @@
+"""Tree shapes, ancestors, and the optimal tree against exhaustive search."""
+
+import functools
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.speculative.tree import (
+    DraftTree,
+    TreeShape,
+    chain,
+    expected_tokens,
+    from_paths,
+    optimal_tree,
+)
+
+
+def test_shapes_from_paths():
+    shape = from_paths([[1], [0, 0], [0], [0, 1, 0], [0, 1]])
+    assert shape.parents == (0, 0, 1, 1, 4) and shape.ranks == (0, 1, 0, 1, 0)
+    assert shape.depths == (0, 1, 1, 2, 2, 3) and shape.depth == 3
+    assert shape.level(2) == (3, 4) and not shape.is_chain
+    assert chain(3).is_chain and chain(0).num_nodes == 1 and chain(0).depth == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: from_paths([[0, 0]]), r"path \[0, 0\] has no parent: add \[0\]"),
+        (lambda: from_paths([[0], [0]]), r"path \[0\] must have at least one number and be there"),
+        (lambda: TreeShape((0, 2), (0, 0)), "node 2 has parent 2 and rank 0"),
+        (lambda: TreeShape((0, 0), (1, 1)), "two children of one node have the same rank"),
+        (lambda: TreeShape((0,), ()), "parents has 1 entries and ranks 0"),
+        (lambda: optimal_tree([0.9, 0.9], 3, 2), "must be probabilities of exclusive events"),
+        (lambda: optimal_tree([0.9], 0, 2), "num_nodes=0 must be at least 1"),
+    ],
+)
+def test_bad_shapes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_ancestors_by_hand():
+    rng = np.random.default_rng(0)
+    parents = np.array([[-1, *(rng.integers(0, v) for v in range(1, 9))] for _ in range(20)])
+    depths = np.zeros_like(parents)
+    expected = np.zeros((20, 9, 9), bool)
+    for b, v in itertools.product(range(20), range(9)):
+        u = v
+        while u >= 0:
+            expected[b, v, u] = True
+            depths[b, v] += u != v
+            u = parents[b, u]
+    tree = DraftTree(*(jnp.asarray(x) for x in (parents, parents, depths, parents == parents)))
+    np.testing.assert_array_equal(tree.ancestors(int(depths.max())), expected)
+
+
+def all_shapes(num_nodes, num_ranks, max_depth):
+    """Every ancestor-closed set of paths with contiguous ranks, as sets of paths."""
+
+    @functools.cache
+    def subtrees(m, depth):
+        """All trees of exactly m nodes, as frozensets of paths of the nodes below their root."""
+        if m == 1:
+            return [frozenset()]
+        found = []
+        if depth == 0:
+            return found
+        for sizes in partitions(m - 1, num_ranks):
+            parts = [subtrees(size, depth - 1) for size in sizes]
+            for choice in itertools.product(*parts):
+                paths = set()
+                for rank, below in enumerate(choice):
+                    paths |= {(rank,), *((rank, *path) for path in below)}
+                found.append(frozenset(paths))
+        return found
+
+    return subtrees(num_nodes, max_depth)
+
+
+def partitions(total, most):
+    """Ordered sums of at most `most` positive numbers."""
+    if total == 0:
+        return [()]
+    if most == 0:
+        return []
+    return [(n, *rest) for n in range(1, total + 1) for rest in partitions(total - n, most - 1)]
+
+
+@pytest.mark.parametrize("rates", [(0.6, 0.2, 0.1), (0.3, 0.25, 0.2), (0.9, 0.05, 0.0)])
+@pytest.mark.parametrize("max_depth", [1, 2, 4])
+def test_optimal_trees_are_the_best_there_are(rates, max_depth):
+    for num_nodes in range(1, 8):
+        shape = optimal_tree(rates, num_nodes, max_depth)
+        assert shape.num_nodes <= num_nodes and shape.depth <= max_depth
+        best = max(
+            expected_tokens(from_paths(sorted(paths)), rates)
+            for m in range(1, num_nodes + 1)
+            for paths in all_shapes(m, len(rates), max_depth)
+        )
+        assert expected_tokens(shape, rates) == pytest.approx(best)
+
+
+def test_expected_tokens_is_what_happens():
+    """Drawing which child is accepted, round by round."""
+    rates, rng = (0.5, 0.3), np.random.default_rng(1)
+    shape = optimal_tree(rates, 12, 4)
+    children = {
+        (p, r): v for v, (p, r) in enumerate(zip(shape.parents, shape.ranks, strict=True), 1)
+    }
+    lengths = []
+    for _ in range(20_000):
+        node, length = 0, 1
+        while (node := children.get((node, rng.choice(3, p=(0.5, 0.3, 0.2))))) is not None:
+            length += 1
+        lengths.append(length)
+    error = np.std(lengths) / np.sqrt(len(lengths))
+    assert abs(np.mean(lengths) - expected_tokens(shape, rates)) < 4 * error

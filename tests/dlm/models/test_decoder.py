@@ -1,0 +1,236 @@
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm.blocks.rotary import rotary_angles
+from dlm.cache import init_cache
+from dlm.config import ModelConfig, RopeScaling
+from dlm.models.decoder import forward
+from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
+from dlm.presets import PRESETS
+from dlm.sharding import constrain, logical_sharding, make_mesh
+from dlm.vocab import logits
+
+VARIANTS = {
+    "llada": {},
+    "dream": dict(qkv_bias=True, shifted_logits=True),
+    "qwen3": dict(qk_norm=True, tie_embeddings=True),
+}
+
+
+def model(name, **changes):
+    cfg = dataclasses.replace(PRESETS["tiny"], **VARIANTS[name], **changes)
+    params = init_params(jax.random.key(0), cfg)
+    noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
+    return cfg, jax.tree.map(noisy, params)  # so that biases and norms are not trivial
+
+
+def random_tokens(cfg, B=2, T=12):
+    tokens = jax.random.randint(jax.random.key(2), (B, T), 0, cfg.vocab_size)
+    return tokens, jnp.broadcast_to(jnp.arange(T), (B, T))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_causal_prefill_in_chunks_equals_one_forward(name):
+    cfg, params = model(name)
+    tokens, positions = random_tokens(cfg)
+    whole = forward(params, cfg, tokens, positions=positions, mask="causal").hidden
+    cache = init_cache(cfg, 2, 16)
+    outputs, filled = [], 0
+    for length in (5, 1, 6):
+        window = slice(filled, filled + length)
+        out = forward(
+            params,
+            cfg,
+            tokens[:, window],
+            positions=positions[:, window],
+            mask="causal",
+            cache=cache,
+            cache_ranges=jnp.array([[[0, filled]]] * 2),
+            write_at=jnp.full(2, filled),
+        )
+        outputs.append(out.hidden)
+        cache, filled = out.cache, filled + length
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_window_against_the_cache_of_the_same_tokens_equals_the_whole_canvas(name):
+    """With unchanged tokens the stale cache is not stale: both caches must then be exact."""
+    cfg, params = model(name)
+    tokens, positions = random_tokens(cfg)
+    full = forward(
+        params,
+        cfg,
+        tokens,
+        positions=positions,
+        cache=init_cache(cfg, 2, 12),
+        write_at=jnp.zeros(2, jnp.int32),
+    )
+    inside = forward(
+        params,
+        cfg,
+        tokens[:, 4:8],
+        positions=positions[:, 4:8],
+        cache=full.cache,
+        cache_ranges=jnp.array([[[0, 4], [8, 12]]] * 2),
+    )
+    np.testing.assert_allclose(inside.hidden, full.hidden[:, 4:8], atol=2e-5)
+    suffix = forward(
+        params,
+        cfg,
+        tokens[:, 4:],
+        positions=positions[:, 4:],
+        cache=full.cache,
+        cache_ranges=jnp.array([[[0, 4]]] * 2),
+    )
+    np.testing.assert_allclose(suffix.hidden, full.hidden[:, 4:], atol=2e-5)
+
+
+def test_left_padding_changes_nothing():
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg, B=1)
+    alone = forward(params, cfg, tokens, positions=positions).hidden
+    padded = jnp.concatenate([jnp.full((1, 5), 7), tokens], axis=1)
+    got = forward(
+        params,
+        cfg,
+        padded,
+        positions=(jnp.arange(17) - 5)[None],
+        window_range=jnp.array([[5, 17]]),
+    ).hidden
+    np.testing.assert_allclose(got[:, 5:], alone, atol=2e-5)
+
+
+def test_causal_does_not_look_ahead_and_bidirectional_does():
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg)
+    other = tokens.at[:, 8].set((tokens[:, 8] + 1) % cfg.vocab_size)
+    for mask, sees_ahead in (("causal", False), ("full", True)):
+        a = forward(params, cfg, tokens, positions=positions, mask=mask).hidden[:, :8]
+        b = forward(params, cfg, other, positions=positions, mask=mask).hidden[:, :8]
+        assert bool((a != b).any()) == sees_ahead
+
+
+def test_remat_changes_no_gradient():
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg)
+
+    def loss(params, remat):
+        hidden = forward(params, cfg, tokens, positions=positions, remat=remat).hidden
+        return (logits(params, hidden) ** 2).mean()
+
+    a, b = jax.grad(loss)(params, False), jax.grad(loss)(params, True)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+
+
+def test_published_sizes():
+    assert num_params(PRESETS["llada_8b"]) == 8_015_581_184
+    assert num_params(PRESETS["dream_7b"]) == 7_615_616_512
+    non_embedding = num_params(PRESETS["llada_8b"]) - 2 * 126464 * 4096
+    assert round(non_embedding / 1e9, 2) == 6.98
+
+
+def test_specs_init_and_abstract_agree():
+    for name in VARIANTS:
+        cfg, params = model(name)
+        specs, abstract = param_specs(cfg), abstract_params(cfg)
+        jax.tree.map(
+            lambda p, s, a: (p.shape == s.shape == a.shape) or 1 / 0, params, specs, abstract
+        )
+        assert ("unembed" in params) != cfg.tie_embeddings
+
+
+def test_sharded_forward_equals_unsharded():
+    cfg, params = model("dream", n_heads=8, n_kv_heads=2)
+    tokens, positions = random_tokens(cfg, B=4)
+    run = jax.jit(lambda p, t: logits(p, forward(p, cfg, t, positions=positions).hidden))
+    expected = run(params, tokens)
+    mesh = make_mesh(data=2, fsdp=1, tensor=4)  # two kv heads on four shards: replicated
+    shardings = param_shardings(cfg, mesh)
+    assert shardings["layers"]["attention"]["q"].spec[1] == "tensor"
+    assert shardings["layers"]["attention"]["k"].spec[1] is None
+    with jax.set_mesh(mesh):
+        got = run(jax.device_put(params, shardings), tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_mesh_errors_say_what_is_wrong():
+    with pytest.raises(ValueError, match="needs 64 devices, but there are 8"):
+        make_mesh(data=64)
+    with pytest.raises(ValueError, match="logical axis 'head'"):
+        logical_sharding((4,), ("head",), make_mesh(data=2))
+    x = jnp.ones(3)
+    assert constrain(x, "batch") is x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(n_kv_heads=3), "n_heads=4 must be a multiple of n_kv_heads=3"),
+        (dict(head_dim=15), "head_dim=15 must be even"),
+        (dict(n_layers=0), "n_layers=0 must be at least 1"),
+        (dict(mask_token_id=128), r"mask_token_id=128 must be in \[0, vocab_size=128\)"),
+        (dict(pad_token_id=127), "must differ from mask_token_id"),
+        (dict(dtype="int8"), "dtype='int8' must be"),
+    ],
+)
+def test_bad_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PRESETS["tiny"], **change)
+
+
+def test_config_is_hashable():
+    assert hash(PRESETS["tiny"]) == hash(ModelConfig(**dataclasses.asdict(PRESETS["tiny"])))
+
+
+def test_stretched_frequencies_by_hand():
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those in between partly."""
+    scaling = RopeScaling(
+        factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_seq_len=64
+    )
+    cfg = dataclasses.replace(PRESETS["tiny"], rope_theta=1000.0, rope_scaling=scaling)
+    cos, sin = rotary_angles(jnp.ones((1, 1), jnp.int32), cfg)
+    kinds = set()
+    for i, angle in enumerate(np.arctan2(sin[0, 0, 0], cos[0, 0, 0])):
+        frequency = 1000.0 ** (-2 * i / cfg.head_dim)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 64 / 3:
+            kinds.add("kept")
+        elif wavelength > 64:
+            kinds.add("stretched")
+            frequency /= 4
+        else:
+            kinds.add("between")
+            smooth = (64 / wavelength - 1) / (3 - 1)
+            frequency = (1 - smooth) * frequency / 4 + smooth * frequency
+        np.testing.assert_allclose(angle, frequency, rtol=1e-5)
+    assert kinds == {"kept", "between", "stretched"}
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 0), (0, 1, 2), (2,)])
+def test_features_are_the_residual_stream(layers):
+    """Layer by layer: a model of the first i layers leaves what the i-th layer receives."""
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg)
+    run = functools.partial(forward, positions=positions)
+    found = run(params, cfg, tokens, feature_layers=layers)
+    plain = run(params, cfg, tokens)
+    np.testing.assert_array_equal(found.hidden, plain.hidden)
+    assert plain.features is None
+    parts = jnp.split(found.features, len(layers), axis=-1)
+    for layer, part in zip(layers, parts, strict=True):
+        if layer == 0:
+            np.testing.assert_array_equal(part, params["embed"][tokens])
+        else:
+            below = jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])
+            short = dataclasses.replace(cfg, n_layers=layer)
+            ones = {"layers": below, "final_norm": jnp.ones_like(params["final_norm"])}
+            normed = run(params | ones, short, tokens).hidden
+            scale = jnp.sqrt(jnp.mean(part**2, axis=-1, keepdims=True) + cfg.norm_eps)
+            np.testing.assert_allclose(part / scale, normed, rtol=1e-5, atol=1e-6)
