@@ -21,10 +21,10 @@ quickstart-spec: $(READY)  ## train a small autoregressive model and drafters, t
 	$(BIN)/python -m scripts.quickstart_spec --workdir=runs/quickstart_spec
 
 test: $(READY) $(VENV)/libtpu  ## the test suite, on CPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(READY) $(VENV)/libtpu  ## the same, and what takes too long for every change
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 # TPU kernels are compiled ahead of time in the tests. libtpu stays out of the environment itself,
 # where it would make every start of JAX look for a TPU; Linux x86-64 only, the tests skip elsewhere.

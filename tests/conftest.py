@@ -1,14 +1,10 @@
-"""Test set-up, before JAX starts: CPU, eight fake devices, no silent rank promotion."""
+"""Test set-up: no silent rank promotion, toy models."""
+
+from tests.lib import set_up  # isort: skip  (before JAX)
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest -m gpu: on a GPU
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
-    "XLA_FLAGS", ""
-)
 
 import jax
 import pytest
@@ -23,6 +19,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # programs here run briefly
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+
+def pytest_unconfigure() -> None:
+    set_up.remove_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
