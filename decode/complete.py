@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
 
-from decode.core.requests import round_batch
+from decode.core.requests import (
+    ManyPrompts,
+    OnePrompt,
+    Prompt,
+    encode,
+    is_single,
+    repeat_requests,
+    round_batch,
+    round_prompt,
+)
+from decode.core.results import (
+    Completion,
+    gather_samples,
+    read_bias,
+    read_stops,
+    run_until,
+    to_text,
+)
 from decode.core.sampling import Sampling
-from decode.generate import PROMPT_BUCKET, Completion, Prompt, encode, is_single
-from decode.speculative.accept import AcceptanceRule, Match
+from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
-from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.loop import (
     SpeculativeMethod,
     SpeculativeState,
@@ -22,27 +37,54 @@ from decode.speculative.loop import (
     init_state,
     prefill,
 )
+from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
-STOP_ROUNDS = 16  # after so many rounds, texts are searched for stop strings
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `complete`."""
+
+    method: str | SpeculativeMethod
+    drafter: Drafter
+    acceptance: AcceptanceRule
+    gen_len: int | Sequence[int]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    stop: str | Sequence[str]
+    stop_ids: Sequence[int]
+    seed: int | Sequence[int]
+    num_return: int
 
 
+@overload
+def complete(lm: LanguageModel, prompts: OnePrompt, **options: Unpack[Options]) -> Completion: ...
+@overload
+def complete(
+    lm: LanguageModel, prompts: ManyPrompts, **options: Unpack[Options]
+) -> list[Completion]: ...
 def complete(
     lm: LanguageModel,
     prompts: Prompt | Sequence[Prompt],
     *,
-    drafter: Drafter = NoDraft(),  # noqa: B008  components are immutable
-    acceptance: AcceptanceRule = Match(),  # noqa: B008
+    method: str | SpeculativeMethod | None = None,
+    drafter: Drafter | None = None,
+    acceptance: AcceptanceRule | None = None,
     gen_len: int | Sequence[int] = 256,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
-) -> Any:
+    num_return: int = 1,
+) -> Completion | list[Completion]:
     """Writes on with an autoregressive model, several tokens per forward where a drafter helps.
 
     The text does not depend on the drafter: at temperature 0 it is the greedy one, token for token,
@@ -58,15 +100,19 @@ def complete(
       lm: from `dlm.load`.
       prompts: a string or a list of token ids, or a list of these. Strings are encoded as they are;
         for chat models render them with `lm.tokenizer.apply_chat_template` first.
+      method: where to start from: a name of `decode.speculative.points.METHODS`, or a method; what
+        else is given replaces its choices. None: one token per forward.
       drafter: who proposes, see `decode/drafters`.
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
       gen_len: most tokens to write, end-of-text included, for all or per prompt.
       temperature: 0: arg-max.
       top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
+      logit_bias: token id -> what is added to its logit.
       stop: strings that end a text; the text is cut before the first of them.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
+      num_return: samples per prompt; the further ones are the first one's `others`.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts. Its `tokens` end before
@@ -77,45 +123,57 @@ def complete(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if stops and lm.tokenizer is None:
-        raise ValueError("stop has strings but the checkpoint has no tokenizer: use stop_ids")
-    if not all(stops):
-        raise ValueError("stop has an empty string, which is found everywhere: remove it")
+    stops = read_stops(lm, stop)
     single = is_single(prompts)
     requests: Any = [prompts] if single else prompts
-    encoded = [encode(lm, prompt) for prompt in requests]
-    sampling = Sampling(
-        temperature=None if temperature == 0 else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
+    encoded, lengths, seeds = repeat_requests(
+        [encode(lm, prompt) for prompt in requests], gen_len, seed, num_return
     )
-    method = SpeculativeMethod(drafter, acceptance, sampling, tuple(stop_ids))
-    longest = max(map(len, encoded), default=0)
-    lengths = [gen_len] if isinstance(gen_len, int) else list(gen_len)
-    bucket = -(-max(longest, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
-    limit = lm.cfg.max_seq_len - max(lengths, default=0)
+    bias = read_bias(lm, logit_bias)
+    sampling = Sampling(temperature or None, top_k, top_p, min_p, repetition_penalty, bias)
+    given = {
+        "drafter": drafter,
+        "acceptance": acceptance,
+        "sampling": sampling if temperature or sampling.has_filters else None,
+        "stop_ids": tuple(stop_ids) or None,
+    }
+    if method is None:
+        method = SpeculativeMethod()
+    elif isinstance(method, str):
+        method = named(method)
+    chosen = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
     with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        state = init_state(
-            lm.cfg,
-            method,
-            encoded,
-            gen_len=gen_len,
-            seeds=seed,
-            prompt_len=max(longest, min(bucket, limit)),
-            batch_size=round_batch(len(encoded)),
+        state = prepare(lm, chosen, encoded, gen_len=lengths, seed=seeds)
+        state = run_until(
+            lambda state, rounds: decode(lm.params, lm.cfg, chosen, state, rounds),
+            state,
+            lambda state: _texts(state, lm),
+            stops,
         )
-        state = prefill(lm.params, lm.cfg, method, state)
-        if not stops:
-            state = decode(lm.params, lm.cfg, method, state)
-        while stops and not bool(state.has_stopped.all()):
-            state = decode(lm.params, lm.cfg, method, state, STOP_ROUNDS)
-            has_stop = [_cut(text, stops) < len(text) for text in _texts(state, lm)]
-            state = state.replace(has_stopped=state.has_stopped | np.array(has_stop))
-    completions = collect(state, lm, method, stops, num=len(encoded))
+    completions = collect(state, lm, chosen, stops, num=len(encoded))
+    completions = gather_samples(completions, num_return)
     return completions[0] if single else completions
+
+
+def prepare(
+    lm: LanguageModel,
+    method: SpeculativeMethod,
+    prompts: Sequence[Sequence[int]],
+    *,
+    gen_len: int | Sequence[int],
+    seed: int | Sequence[int] = 0,
+) -> SpeculativeState:
+    """`init_state` with shapes rounded up, see `decode.core.requests`, and the prompts read."""
+    state = init_state(
+        lm.cfg,
+        method,
+        prompts,
+        gen_len=gen_len,
+        seeds=seed,
+        prompt_len=round_prompt(lm.cfg, prompts, gen_len),
+        batch_size=round_batch(len(prompts)),
+    )
+    return prefill(lm.params, lm.cfg, method, state)
 
 
 def collect(
@@ -144,15 +202,8 @@ def collect(
         reason = "length"
         if n and int(canvas[-1]) in ends:
             n, reason = n - 1, "eos"
-        text = None
-        if lm.tokenizer is not None:
-            text = lm.tokenizer.decode([int(t) for t in canvas[:n]])
-            if (place := _cut(text, stops)) < len(text):
-                text, reason = text[:place], "stop"
-                n = next(
-                    k for k in range(n + 1)
-                    if len(lm.tokenizer.decode([int(t) for t in canvas[:k]])) >= place
-                )  # fmt: skip
+        text, n, was_cut = to_text(lm.tokenizer, canvas[:n], stops)
+        reason = "stop" if was_cut else reason
         num_forwards = int(fetched.num_forwards[b])
         log_prob = fetched.log_prob[b, : len(canvas)]
         completions.append(
@@ -177,12 +228,6 @@ def _texts(state: SpeculativeState, lm: LanguageModel) -> list[str]:
     assert lm.tokenizer is not None
     tokens, start, length = jax.device_get((state.tokens, state.prompt_len, state.length))
     return [
-        lm.tokenizer.decode([int(t) for t in row[first:last]])
+        lm.tokenizer.decode(row[first:last].tolist())
         for row, first, last in zip(tokens, start, length, strict=True)
     ]
-
-
-def _cut(text: str, stops: Sequence[str]) -> int:
-    """Where the first stop string begins; the text's length if there is none."""
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(found, default=len(text))

@@ -1,27 +1,36 @@
-"""The notebook API: strings or token ids in, completions with their statistics out."""
+"""The notebook API of masked diffusion: prompts in, completions with statistics out."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
 
-from decode.core.requests import round_batch
-from decode.diffusion.caches.canvas import CachePolicy
-from decode.diffusion.components import (
-    CACHES,
-    CONFIDENCES,
-    STOPPERS,
-    FixedBlocks,
-    Keep,
-    MaskInputs,
-    Threshold,
-    TokenBan,
+from decode.constraints.filters import Filters
+from decode.core.requests import (
+    ManyPrompts,
+    OnePrompt,
+    Prompt,
+    encode,
+    is_single,
+    repeat_requests,
+    round_batch,
+    round_prompt,
 )
+from decode.core.results import (
+    Completion,
+    gather_samples,
+    read_bias,
+    read_stops,
+    run_until,
+    to_text,
+)
+from decode.core.sampling import Sampling
+from decode.diffusion.caches.canvas import CachePolicy
+from decode.diffusion.components import by_name
 from decode.diffusion.contracts import (
     CommitRule,
     Confidence,
@@ -32,80 +41,73 @@ from decode.diffusion.contracts import (
     Stopper,
 )
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state
+from decode.diffusion.points import complete, named
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 
-PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `generate`."""
+
+    method: str | DiffusionMethod
+    rule: CommitRule
+    cache: str | CachePolicy
+    confidence: str | Confidence
+    stopper: str | Stopper
+    scheduler: Scheduler
+    reviser: Reviser
+    constraint: Constraint
+    inputs: Inputs
+    gen_len: int | Sequence[int]
+    block_len: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    guidance: float
+    lookahead: int
+    stop: str | Sequence[str]
+    stop_ids: Sequence[int]
+    seed: int | Sequence[int]
+    num_return: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One decoded answer.
-
-    Arrays have one entry per canvas position: `gen_len`, or fewer if the stopper cut the canvas
-    (`Eotp`). -1 in `step_map` marks positions left undecided because the row was done before.
-
-    Attributes:
-      text: the completion as text, up to the first end-of-text token; None without a tokenizer.
-      tokens: [n] int32. Token ids up to and excluding the first end-of-text token.
-      num_forwards: forwards of the model made for this request (NFE).
-      tokens_per_forward: n / num_forwards: end-of-text padding does not count as work done.
-      finish_reason: "eos" if the model ended the text, "length" if the canvas did.
-      canvas: [gen_len] int32. All completion positions.
-      step_map: [gen_len] int32. The 0-based step at which each was decided.
-      confidence: [gen_len] float32 in [0, 1]. Confidence at that step.
-      log_prob: [gen_len] float32. Log-probability of the token at that step.
-      draft_forwards: forwards of a draft model made for this request.
-      acceptance_histogram: [J + 1] int32. Of `decode.complete`: how many forwards accepted 0, 1, ..
-        J drafts; None elsewhere.
-    """
-
-    text: str | None
-    tokens: np.ndarray
-    num_forwards: int
-    tokens_per_forward: float
-    finish_reason: str
-    canvas: np.ndarray
-    step_map: np.ndarray
-    confidence: np.ndarray
-    log_prob: np.ndarray
-    draft_forwards: int = 0
-    acceptance_histogram: np.ndarray | None = None
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens per forward of the target that were accepted, the one behind the drafts included.
-
-        Not cut at the end of the text. nan without forwards, or where nothing is drafted.
-        """
-        if self.acceptance_histogram is None or not self.acceptance_histogram.sum():
-            return float("nan")
-        lengths = np.arange(1, len(self.acceptance_histogram) + 1)
-        return float((self.acceptance_histogram * lengths).sum() / self.acceptance_histogram.sum())
-
-
-Prompt = str | Sequence[int]
-
-
+@overload
+def generate(lm: LanguageModel, prompts: OnePrompt, **options: Unpack[Options]) -> Completion: ...
+@overload
+def generate(
+    lm: LanguageModel, prompts: ManyPrompts, **options: Unpack[Options]
+) -> list[Completion]: ...
 def generate(
     lm: LanguageModel,
     prompts: Prompt | Sequence[Prompt],
     *,
-    rule: CommitRule = Threshold(0.9),  # noqa: B008  components are immutable
-    cache: str | CachePolicy = "none",
-    confidence: str | Confidence = "probability",
-    stopper: str | Stopper = "eos",
+    method: str | DiffusionMethod | None = None,
+    rule: CommitRule | None = None,
+    cache: str | CachePolicy | None = None,
+    confidence: str | Confidence | None = None,
+    stopper: str | Stopper | None = None,
     scheduler: Scheduler | None = None,
-    reviser: Reviser = Keep(),  # noqa: B008
-    constraint: Constraint = TokenBan(),  # noqa: B008
-    inputs: Inputs = MaskInputs(),  # noqa: B008
+    reviser: Reviser | None = None,
+    constraint: Constraint | None = None,
+    inputs: Inputs | None = None,
     gen_len: int | Sequence[int] = 256,
     block_len: int | None = 32,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
     guidance: float = 0.0,
     lookahead: int = 0,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
-) -> Any:
+    num_return: int = 1,
+) -> Completion | list[Completion]:
     """Decodes completions with a masked-diffusion model, many tokens per forward.
 
     The first call with a method and shapes compiles; thresholds, seeds, and prompt lengths within a
@@ -113,13 +115,16 @@ def generate(
 
     Example:
       >>> lm = dlm.load("path/to/checkpoint")
-      >>> answer = generate(lm, "Reverse the list: a b c", rule=Threshold(0.9), cache="dual")
+      >>> answer = generate(lm, "Reverse the list: a b c", method="klass", cache="dual")
       >>> answer.text, answer.num_forwards
 
     Args:
       lm: from `dlm.load`.
       prompts: a string or a list of token ids, or a list of these. Strings are encoded as they are;
         for chat models render them with `lm.tokenizer.apply_chat_template` first.
+      method: where to start from: a name of `decode.diffusion.points.METHODS` ("klass"), or a
+        method; what else is given replaces its choices. None: `Threshold(0.9)` in blocks, done at
+        the end of the text.
       rule: which proposals to commit, e.g. `Threshold(0.9)`, `Quota(32)`.
       cache: "none", "prefix", "dual", or a cache policy. The latter two are approximations.
       confidence: "probability", "margin", "neg_entropy", "random", or a component.
@@ -130,12 +135,17 @@ def generate(
       constraint: which tokens are allowed; default: all but MASK.
       inputs: what the model sees at undecided positions; default: MASK.
       gen_len: completion length in tokens, for all or per prompt.
-      block_len: positions per block; None: one block. Unused with a `scheduler`.
+      block_len: positions per block; None: one block. Unused with a `scheduler` or a method object.
       temperature: 0: arg-max; > 0: proposals are sampled.
+      top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
+      logit_bias: token id -> what is added to its logit.
       guidance: classifier-free guidance scale; 0: off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with
         fewer forwards, each of them larger. Only without cache.
+      stop: strings that end a text; the text is cut before the first of them.
+      stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
+      num_return: samples per prompt; the further ones are the first one's `others`.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -144,26 +154,52 @@ def generate(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
+    stops = read_stops(lm, stop)
     single = is_single(prompts)
     requests: Any = [prompts] if single else prompts
-    encoded = [encode(lm, prompt) for prompt in requests]
-    method = DiffusionMethod(
-        scheduler=FixedBlocks(block_len) if scheduler is None else scheduler,
-        cache=named_component("cache", cache, CACHES),
-        confidence=named_component("confidence", confidence, CONFIDENCES),
-        rule=rule,
-        reviser=reviser,
-        stopper=named_component("stopper", stopper, STOPPERS),
-        constraint=constraint,
-        temperature=None if temperature == 0 else temperature,
-        inputs=inputs,
-        guidance=None if guidance == 0 else guidance,
-        lookahead=lookahead,
+    encoded, lengths, seeds = repeat_requests(
+        [encode(lm, prompt) for prompt in requests], gen_len, seed, num_return
     )
+    bias = read_bias(lm, logit_bias)
+    filters = Sampling(None, top_k, top_p, min_p, repetition_penalty, bias)
+    if filters.has_filters:
+        if constraint is not None:
+            raise ValueError(
+                f"constraint={constraint} and top_k, top_p, min_p, repetition_penalty or "
+                "logit_bias are two constraints: give one"
+            )
+        constraint = Filters(filters)
+    given = {
+        "rule": rule,
+        "cache": by_name("cache", cache),
+        "confidence": by_name("confidence", confidence),
+        "stopper": by_name("stopper", stopper),
+        "scheduler": scheduler,
+        "reviser": reviser,
+        "constraint": constraint,
+        "inputs": inputs,
+        "temperature": temperature or None,
+        "guidance": guidance or None,
+        "lookahead": lookahead or None,
+        "stop_ids": tuple(stop_ids) or None,
+    }
+    choices = {name: choice for name, choice in given.items() if choice is not None}
+    if method is None:
+        method = complete(block_len, **choices)
+    else:
+        if isinstance(method, str):
+            method = named(method, max(lengths, default=1) if block_len is None else block_len)
+        method = method.replace(**choices)
     with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        state = prepare(lm.cfg, method, encoded, gen_len=gen_len, seed=seed)
-        state = decode(lm.params, lm.cfg, method, state)
-    completions = collect(state, lm, num=len(encoded))
+        state = prepare(lm.cfg, method, encoded, gen_len=lengths, seed=seeds)
+        state = run_until(
+            lambda state, rounds: decode(lm.params, lm.cfg, method, state, rounds),
+            state,
+            lambda state: _texts(state, lm),
+            stops,
+        )
+    completions = collect(state, lm, num=len(encoded), stops=stops, stop_ids=stop_ids)
+    completions = gather_samples(completions, num_return)
     return completions[0] if single else completions
 
 
@@ -175,33 +211,33 @@ def prepare(
     gen_len: int | Sequence[int],
     seed: int | Sequence[int] = 0,
 ) -> DiffusionState:
-    """`init_state` with shapes rounded up, so that similar requests share a compilation.
-
-    Prompt lengths go up to a multiple of 32 (never beyond the model's limit), batches as
-    `round_batch` says. Rounding changes no result.
-    """
-    longest = max(map(len, prompts), default=0)
-    lengths = [gen_len] if isinstance(gen_len, int) else list(gen_len)
-    limit = cfg.max_seq_len - max(lengths, default=0)
-    bucket = -(-max(longest, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    """`init_state` with shapes rounded up, see `decode.core.requests`."""
     return init_state(
         cfg,
         method,
         prompts,
         gen_len=gen_len,
         seeds=seed,
-        prompt_len=max(longest, min(bucket, limit)),
+        prompt_len=round_prompt(cfg, prompts, gen_len),
         batch_size=round_batch(len(prompts)),
     )
 
 
-def collect(state: DiffusionState, lm: LanguageModel, num: int | None = None) -> list[Completion]:
+def collect(
+    state: DiffusionState,
+    lm: LanguageModel,
+    num: int | None = None,
+    stops: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+) -> list[Completion]:
     """Completions of the first `num` rows of a state, fetched from the device in one go.
 
     Args:
       state: a finished state, or one that is under way.
       lm: for its end-of-text id and tokenizer.
       num: how many rows; None: all.
+      stops: strings before the first of which texts are cut.
+      stop_ids: of the method.
     """
     P = state.prompt_len
     reported = (
@@ -213,22 +249,21 @@ def collect(state: DiffusionState, lm: LanguageModel, num: int | None = None) ->
         state.num_forwards,
     )
     tokens, end, step_map, confidence, log_prob, num_forwards = jax.device_get(reported)
+    ends = [lm.cfg.eos_token_id, *stop_ids]
     completions = []
     for b in range(tokens.shape[0] if num is None else num):
         length = end[b] - P
         canvas = tokens[b, P : P + length]
-        is_eos = (canvas == lm.cfg.eos_token_id) & (step_map[b, :length] >= 0)
-        n = int(is_eos.argmax()) if is_eos.any() else int(length)
-        text = None
-        if lm.tokenizer is not None:
-            text = lm.tokenizer.decode([int(t) for t in canvas[:n]])
+        is_end = np.isin(canvas, ends) & (step_map[b, :length] >= 0)
+        n = int(is_end.argmax()) if is_end.any() else int(length)
+        text, n, was_cut = to_text(lm.tokenizer, canvas[:n], stops)
         completions.append(
             Completion(
                 text=text,
                 tokens=canvas[:n],
                 num_forwards=int(num_forwards[b]),
                 tokens_per_forward=n / max(int(num_forwards[b]), 1),
-                finish_reason="eos" if is_eos.any() else "length",
+                finish_reason="stop" if was_cut else "eos" if is_end.any() else "length",
                 canvas=canvas,
                 step_map=step_map[b, :length],
                 confidence=confidence[b, :length],
@@ -238,34 +273,9 @@ def collect(state: DiffusionState, lm: LanguageModel, num: int | None = None) ->
     return completions
 
 
-def is_single(prompts: Any) -> bool:
-    """Whether `prompts` is one prompt: a string, or a non-empty sequence of integers."""
-    if isinstance(prompts, str):
-        return True
-    if not isinstance(prompts, (Sequence, np.ndarray)):
-        raise TypeError(
-            f"prompts is a {type(prompts).__name__}; it must be a string, a list of token ids, or "
-            "a list of these"
-        )
-    return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
-
-
-def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
-    """A prompt as token ids."""
-    if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise ValueError(
-                "prompts are strings but the checkpoint has no tokenizer: give token ids, or load "
-                "a directory that has a tokenizer.json"
-            )
-        return lm.tokenizer.encode(prompt)
-    return [int(token) for token in prompt]
-
-
-def named_component(axis: str, value: Any, table: dict[str, Any]) -> Any:
-    """A component as given, or the default one of a short name."""
-    if not isinstance(value, str):
-        return value
-    if value not in table:
-        raise ValueError(f"{axis}={value!r} must be one of {sorted(table)} or a component")
-    return table[value]()
+def _texts(state: DiffusionState, lm: LanguageModel) -> list[str]:
+    """What stands in each row up to the first undecided position."""
+    assert lm.tokenizer is not None
+    tokens, step_map = jax.device_get((state.tokens[:, state.prompt_len :], state.step_map))
+    settled = np.cumprod(step_map >= 0, axis=1).sum(axis=1)
+    return [lm.tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, settled, strict=True)]

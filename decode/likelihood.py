@@ -48,10 +48,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from decode.core.requests import PROMPT_BUCKET
 from decode.diffusion.components import FixedBlocks, MaskInputs, Quota
 from decode.diffusion.loop import DiffusionMethod, check_tokens, decode, init_state
-from decode.diffusion.round import mask_id
-from decode.generate import PROMPT_BUCKET
+from decode.diffusion.step import mask_id
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel

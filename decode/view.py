@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from decode.generate import Completion
+from decode.core.results import Completion
 from dlm.tokenizer import Tokenizer
 
 

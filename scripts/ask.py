@@ -14,8 +14,9 @@ import pathlib
 from absl import app, flags, logging
 
 import dlm
-from decode.diffusion.components import CACHES, Threshold
-from decode.generate import Completion, generate
+from decode.core.results import Completion
+from decode.diffusion.components import Threshold, short_names
+from decode.generate import generate
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from dlm.tokenizer import Tokenizer
 
@@ -27,7 +28,9 @@ _PEOPLE = flags.DEFINE_string("people", None, "Full names, separated by commas."
 _PERSON = flags.DEFINE_string("person", None, "The new person, for insert and replace.")
 _INDEX = flags.DEFINE_integer("index", None, "The position, from 0, for operations at a position.")
 _THRESHOLD = flags.DEFINE_float("threshold", 0.9, "Commits what the model is at least so sure of.")
-_CACHE = flags.DEFINE_enum("cache", "none", sorted(CACHES), "Which positions are recomputed.")
+_CACHE = flags.DEFINE_enum(
+    "cache", "none", sorted(short_names("cache")), "Which positions are recomputed."
+)
 
 
 def commit_order(completion: Completion, tokenizer: Tokenizer) -> str:

@@ -41,7 +41,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from decode.diffusion.components import CACHES, FixedBlocks, Quota, Threshold
+from decode.diffusion.components import FixedBlocks, Quota, Threshold, by_name
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state, step
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
@@ -103,7 +103,7 @@ def bench_decode(
                "dual": (block_len, canvas - block_len)}  # fmt: skip
     for cache, (window, cached) in windows.items():
         method = DiffusionMethod(
-            scheduler=FixedBlocks(block_len), cache=CACHES[cache](), rule=Threshold(0.9)
+            scheduler=FixedBlocks(block_len), cache=by_name("cache", cache), rule=Threshold(0.9)
         )
         state = init_state(cfg, method, prompts, gen_len=gen_len)
         if cache != "none":  # past the refresh, so that the timed step is a window forward

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from decode.diffusion.components import CACHES, FixedBlocks, Threshold
+from decode.diffusion.components import FixedBlocks, Threshold, by_name
 from decode.diffusion.loop import DiffusionMethod, init_state, step
 from dlm.params import init_params
 from dlm.presets import PRESETS
@@ -248,7 +248,7 @@ def step_cases(is_toy: bool) -> Iterator[Case]:
 
     def run() -> Callable[[], Any]:
         method = DiffusionMethod(
-            scheduler=FixedBlocks(block), cache=CACHES["dual"](), rule=Threshold(0.9)
+            scheduler=FixedBlocks(block), cache=by_name("cache", "dual"), rule=Threshold(0.9)
         )
         params = jax.block_until_ready(init_params(jax.random.key(0), cfg))
         prompt = np.random.default_rng(0).integers(0, cfg.vocab_size - 8, canvas // 2).tolist()

@@ -27,17 +27,18 @@ from tqdm import tqdm
 
 import dlm
 from configs import mdlm_waiting_line
+from decode.core.results import Completion
 from decode.diffusion.components import (
-    CACHES,
     EntropyThreshold,
     Eos,
     Factor,
     FixedBlocks,
     Quota,
     Threshold,
+    by_name,
 )
 from decode.diffusion.loop import DiffusionMethod, decode
-from decode.generate import Completion, collect, prepare
+from decode.generate import collect, prepare
 from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
 from dlm.tasks import Example
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
@@ -115,7 +116,10 @@ def measure(
 ) -> tuple[Measurement, list[Completion]]:
     """Decodes all examples as one batch and scores them."""
     method = DiffusionMethod(
-        scheduler=FixedBlocks(BLOCK_LEN), cache=CACHES[cache](), rule=RULES[rule], stopper=Eos()
+        scheduler=FixedBlocks(BLOCK_LEN),
+        cache=by_name("cache", cache),
+        rule=RULES[rule],
+        stopper=Eos(),
     )
     assert lm.tokenizer is not None
     prompts = [lm.tokenizer.encode(example.prompt) for example in examples]

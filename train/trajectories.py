@@ -49,10 +49,11 @@ from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 from ml_collections import config_dict, config_flags
 
+from decode.core.results import Completion
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.diffusion.points import named, override
 from decode.diffusion.recorded import GreedyOracle, Record, Recorded
-from decode.generate import Completion, collect
+from decode.generate import collect
 from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
@@ -309,7 +310,7 @@ def knowing(method: DiffusionMethod, answers: jax.Array | np.ndarray) -> Diffusi
 
 def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndarray] | None]:
     """The rounds of the second decoding, per example."""
-    record: Record = jax.tree.map(np.asarray, jax.device_get(state.components[1]))
+    record: Record = jax.tree.map(np.asarray, jax.device_get(state.components.confidence))
     found: list[dict[str, np.ndarray] | None] = []
     G = answers.shape[1]
     for b, count in enumerate(np.asarray(state.row_step)[:num]):

@@ -5,14 +5,15 @@ Letters: B rows, W window positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from decode.constraints.token_ban import TokenBan
-from decode.diffusion.contracts import Constraint, Round, check_range
+from decode.diffusion.contracts import Constraint, check_range
+from decode.diffusion.step import Frame
 from dlm.config import ModelConfig
 
 
@@ -38,7 +39,7 @@ class Nucleus(Constraint):
       ids, ban_mask: tokens banned as well, before the filters; as for `TokenBan`.
     """
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     top_p: jax.Array | float | None = None
     top_k: jax.Array | int | None = None
@@ -55,9 +56,9 @@ class Nucleus(Constraint):
     def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
         return TokenBan(self.ids, self.ban_mask).banned_ids(cfg)
 
-    def mask_logits(self, view: Round, logits: jax.Array) -> jax.Array:
+    def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
         """[B, W, V] logits, not divided by the temperature, with -inf where they are cut off."""
-        z = logits if view.temperature is None else logits / view.temperature
+        z = logits if frame.temperature is None else logits / frame.temperature
         ordered = jnp.sort(z, axis=-1, descending=True)
         size = jnp.full((*z.shape[:-1], 1), z.shape[-1])  # [B, W, 1], how many tokens stay
         if self.top_p is not None:

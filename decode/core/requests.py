@@ -1,5 +1,8 @@
 """What is asked of a decoding loop: prompts, lengths and seeds, checked and brought into one shape.
 
+Similar requests share a compilation: prompt lengths go up to a multiple of `PROMPT_BUCKET` (never
+beyond the model's limit), batches as `round_batch` says. Rounding changes no result.
+
 Letters: B rows, P prompt length, G completion positions.
 """
 
@@ -7,11 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from dlm.config import ModelConfig
+from dlm.lm import LanguageModel
 from dlm.sharding import batch_shards
+
+PROMPT_BUCKET = 32
+Prompt = str | Sequence[int]
+OnePrompt = str | list[int]  # and a list of prompts, as type checkers tell them apart:
+ManyPrompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +41,72 @@ class Requests:
     P: int
     G: int
     B: int
+
+
+def is_single(prompts: Any) -> bool:
+    """Whether `prompts` is one prompt: a string, or a non-empty sequence of integers."""
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, (Sequence, np.ndarray)):
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__}; it must be a string, a list of token ids, or "
+            "a list of these"
+        )
+    return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
+
+
+def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
+    """A prompt as token ids."""
+    if isinstance(prompt, str):
+        if lm.tokenizer is None:
+            raise ValueError(
+                "prompts are strings but the checkpoint has no tokenizer: give token ids, or load "
+                "a directory that has a tokenizer.json"
+            )
+        return lm.tokenizer.encode(prompt)
+    return [int(token) for token in prompt]
+
+
+def per_prompt(name: str, values: int | Sequence[int], num: int) -> list[int]:
+    """One value per prompt; ValueError unless there is one for all, or as many as prompts."""
+    values = [values] * num if isinstance(values, int) else list(values)
+    if len(values) != num:
+        raise ValueError(f"{name} has {len(values)} entries for {num} prompts: give one or {num}")
+    return values
+
+
+def per_prompt_seeds(seeds: int | Sequence[int], num: int) -> list[int]:
+    """One seed per prompt; of a single one, prompt i uses seeds + i."""
+    return per_prompt("seeds", range(seeds, seeds + num) if isinstance(seeds, int) else seeds, num)
+
+
+def repeat_requests(
+    prompts: Sequence[list[int]],
+    gen_len: int | Sequence[int],
+    seeds: int | Sequence[int],
+    num_return: int,
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Every request `num_return` times in a row: prompts, completion lengths, seeds.
+
+    The first of them has the seed it would have alone; the others' are 2^32 apart, in the upper of
+    the two words that a row's random stream begins with.
+    """
+    if num_return < 1:
+        raise ValueError(f"num_return={num_return} must be at least 1")
+    num, times = len(prompts), range(num_return)
+    return (
+        [prompt for prompt in prompts for _ in times],
+        [length for length in per_prompt("gen_len", gen_len, num) for _ in times],
+        [seed + (j << 32) for seed in per_prompt_seeds(seeds, num) for j in times],
+    )
+
+
+def round_prompt(cfg: ModelConfig, prompts: Sequence[Any], gen_len: int | Sequence[int]) -> int:
+    """The prompt length that requests are brought to."""
+    longest = max(map(len, prompts), default=0)
+    limit = cfg.max_seq_len - max(per_prompt("gen_len", gen_len, len(prompts)), default=0)
+    bucket = -(-max(longest, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    return max(longest, min(bucket, limit))
 
 
 def round_batch(num: int) -> int | None:
@@ -64,13 +140,8 @@ def read_requests(
     num = len(prompts)
     if num == 0:
         raise ValueError("prompts is an empty list: give at least one prompt")
-    gen_lens = [gen_len] * num if isinstance(gen_len, int) else list(gen_len)
-    seed_list = [seeds + i for i in range(num)] if isinstance(seeds, int) else list(seeds)
-    for name, values in (("gen_len", gen_lens), ("seeds", seed_list)):
-        if len(values) != num:
-            raise ValueError(
-                f"{name} has {len(values)} entries for {num} prompts: give one or {num}"
-            )
+    gen_lens = per_prompt("gen_len", gen_len, num)
+    seed_list = per_prompt_seeds(seeds, num)
     for i, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
         if length < 1:
             raise ValueError(f"gen_len={length} of prompt {i} must be at least 1")

@@ -1,118 +1,87 @@
-"""The components of the diffusion loop, and the short names under which users may ask for them.
+"""Every component of the diffusion loop: the table from which names, tests and pages are made.
 
-To add a method: one file beside these, and one line here if it should have a short name.
+A component is one file and one line here. See `decode.diffusion.contracts` for what it must do, and
+`decode.diffusion.points` for the named methods that are made of them.
 """
 
-from decode.constraints.nucleus import Nucleus
-from decode.constraints.token_ban import TokenBan
-from decode.diffusion.caches.block_causal import BlockCausal
-from decode.diffusion.caches.delayed_cache import DelayedCache
-from decode.diffusion.caches.dual_cache import DualCache
-from decode.diffusion.caches.no_cache import NoCache
-from decode.diffusion.caches.prefix_cache import PrefixCache
-from decode.diffusion.caches.vicinity_cache import VicinityCache
-from decode.diffusion.confidences.credit import Credit, SparseCredit
-from decode.diffusion.confidences.margin import Margin
-from decode.diffusion.confidences.neg_entropy import NegEntropy
-from decode.diffusion.confidences.probability import Probability
-from decode.diffusion.confidences.random import Random
-from decode.diffusion.confidences.tempered import Tempered
-from decode.diffusion.inputs.mask import MaskInputs
-from decode.diffusion.inputs.smoothing import Smoothing
-from decode.diffusion.inputs.uniform_noise import UniformNoise
-from decode.diffusion.revisers.canvas_sampler import Annealed, Renoise
-from decode.diffusion.revisers.keep import Keep
-from decode.diffusion.revisers.remask import Remask
-from decode.diffusion.revisers.remdm import ReMDM
-from decode.diffusion.revisers.running_confidence import RunningConfidence
-from decode.diffusion.revisers.token_edit import TokenEdit
-from decode.diffusion.revisers.wino import NarrowOut, WideIn
-from decode.diffusion.rules.dream_quota import DreamQuota
-from decode.diffusion.rules.entropy_budget import EntropyBudget
-from decode.diffusion.rules.entropy_threshold import EntropyThreshold
-from decode.diffusion.rules.factor import Factor
-from decode.diffusion.rules.hierarchical import Hierarchical
-from decode.diffusion.rules.klass import Klass
-from decode.diffusion.rules.learned_filter import LearnedFilter
-from decode.diffusion.rules.local_leap import LocalLeap
-from decode.diffusion.rules.origin import Origin
-from decode.diffusion.rules.quota import Quota
-from decode.diffusion.rules.threshold import Threshold
-from decode.diffusion.schedulers.adablock import AdaBlock
-from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
-from decode.diffusion.schedulers.multi_block import MultiBlock
-from decode.diffusion.schedulers.slow_fast import SlowFast
-from decode.diffusion.schedulers.sub_blocks import SubBlocks
-from decode.diffusion.stoppers.end_of_text import Eos, EosBlock, Filled
-from decode.diffusion.stoppers.eotp import Eotp
-from decode.diffusion.stoppers.prophet import Prophet
+from typing import Any
 
-CACHES = {
-    "none": NoCache,
-    "prefix": PrefixCache,
-    "dual": DualCache,
-    "vicinity": VicinityCache,
-    "delayed": DelayedCache,
-}
-CONFIDENCES = {
-    "probability": Probability,
-    "margin": Margin,
-    "neg_entropy": NegEntropy,
-    "random": Random,
-    "credit": Credit,
-}
-STOPPERS = {"filled": Filled, "eos": Eos, "eos_block": EosBlock}
+from decode.constraints.filters import Filters as Filters
+from decode.constraints.nucleus import Nucleus as Nucleus
+from decode.constraints.token_ban import TokenBan as TokenBan
+from decode.diffusion.caches.block_causal import BlockCausal as BlockCausal
+from decode.diffusion.caches.delayed_cache import DelayedCache as DelayedCache
+from decode.diffusion.caches.dual_cache import DualCache as DualCache
+from decode.diffusion.caches.no_cache import NoCache as NoCache
+from decode.diffusion.caches.prefix_cache import PrefixCache as PrefixCache
+from decode.diffusion.caches.vicinity_cache import VicinityCache as VicinityCache
+from decode.diffusion.confidences.credit import Credit as Credit
+from decode.diffusion.confidences.credit import SparseCredit as SparseCredit
+from decode.diffusion.confidences.margin import Margin as Margin
+from decode.diffusion.confidences.neg_entropy import NegEntropy as NegEntropy
+from decode.diffusion.confidences.probability import Probability as Probability
+from decode.diffusion.confidences.random import Random as Random
+from decode.diffusion.confidences.tempered import Tempered as Tempered
+from decode.diffusion.contracts import Component
+from decode.diffusion.inputs.mask import MaskInputs as MaskInputs
+from decode.diffusion.inputs.smoothing import Smoothing as Smoothing
+from decode.diffusion.inputs.uniform_noise import UniformNoise as UniformNoise
+from decode.diffusion.method import AXES
+from decode.diffusion.revisers.canvas_sampler import Annealed as Annealed
+from decode.diffusion.revisers.canvas_sampler import Renoise as Renoise
+from decode.diffusion.revisers.keep import Keep as Keep
+from decode.diffusion.revisers.remask import Remask as Remask
+from decode.diffusion.revisers.remdm import ReMDM as ReMDM
+from decode.diffusion.revisers.running_confidence import RunningConfidence as RunningConfidence
+from decode.diffusion.revisers.token_edit import TokenEdit as TokenEdit
+from decode.diffusion.revisers.wino import NarrowOut as NarrowOut
+from decode.diffusion.revisers.wino import WideIn as WideIn
+from decode.diffusion.rules.dream_quota import DreamQuota as DreamQuota
+from decode.diffusion.rules.entropy_budget import EntropyBudget as EntropyBudget
+from decode.diffusion.rules.entropy_threshold import EntropyThreshold as EntropyThreshold
+from decode.diffusion.rules.factor import Factor as Factor
+from decode.diffusion.rules.hierarchical import Hierarchical as Hierarchical
+from decode.diffusion.rules.klass import Klass as Klass
+from decode.diffusion.rules.learned_filter import LearnedFilter as LearnedFilter
+from decode.diffusion.rules.local_leap import LocalLeap as LocalLeap
+from decode.diffusion.rules.origin import Origin as Origin
+from decode.diffusion.rules.quota import Quota as Quota
+from decode.diffusion.rules.threshold import Threshold as Threshold
+from decode.diffusion.schedulers.adablock import AdaBlock as AdaBlock
+from decode.diffusion.schedulers.fixed_blocks import FixedBlocks as FixedBlocks
+from decode.diffusion.schedulers.multi_block import MultiBlock as MultiBlock
+from decode.diffusion.schedulers.slow_fast import SlowFast as SlowFast
+from decode.diffusion.schedulers.sub_blocks import SubBlocks as SubBlocks
+from decode.diffusion.stoppers.end_of_text import Eos as Eos
+from decode.diffusion.stoppers.end_of_text import EosBlock as EosBlock
+from decode.diffusion.stoppers.end_of_text import Filled as Filled
+from decode.diffusion.stoppers.eotp import Eotp as Eotp
+from decode.diffusion.stoppers.prophet import Prophet as Prophet
 
-__all__ = [
-    "CACHES",
-    "CONFIDENCES",
-    "STOPPERS",
-    "AdaBlock",
-    "Annealed",
-    "BlockCausal",
-    "Credit",
-    "DelayedCache",
-    "DreamQuota",
-    "DualCache",
-    "EntropyBudget",
-    "EntropyThreshold",
-    "Eos",
-    "EosBlock",
-    "Eotp",
-    "Factor",
-    "Filled",
-    "FixedBlocks",
-    "Hierarchical",
-    "Keep",
-    "Klass",
-    "LearnedFilter",
-    "LocalLeap",
-    "Margin",
-    "MaskInputs",
-    "MultiBlock",
-    "NarrowOut",
-    "NegEntropy",
-    "NoCache",
-    "Nucleus",
-    "Origin",
-    "PrefixCache",
-    "Probability",
-    "Prophet",
-    "Quota",
-    "Random",
-    "ReMDM",
-    "Remask",
-    "Renoise",
-    "RunningConfidence",
-    "SlowFast",
-    "Smoothing",
-    "SparseCredit",
-    "SubBlocks",
-    "Tempered",
-    "Threshold",
-    "TokenBan",
-    "TokenEdit",
-    "UniformNoise",
-    "VicinityCache",
-    "WideIn",
-]
+COMPONENTS: dict[str, tuple[type[Component], ...]] = {  # by axis
+    axis: tuple(
+        member
+        for member in tuple(globals().values())
+        if isinstance(member, type) and issubclass(member, kind)
+    )
+    for axis, kind in AXES.items()
+}
+
+
+def short_names(axis: str) -> dict[str, type[Component]]:
+    """The components of an axis that users may ask for by a short name."""
+    return {c.short_name: c for c in COMPONENTS[axis] if c.short_name}
+
+
+def by_name(axis: str, value: str | Component | None) -> Any:
+    """A component as given (None: None), or that of a short name, at its defaults.
+
+    Raises:
+      ValueError: the axis has no such name.
+    """
+    if not isinstance(value, str):
+        return value
+    names = short_names(axis)
+    if value not in names:
+        raise ValueError(f"{axis}={value!r} must be one of {sorted(names)} or a component")
+    return names[value]()

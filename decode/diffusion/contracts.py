@@ -1,126 +1,47 @@
-"""What a decoding component sees in one round, and what each kind of component must do.
+"""What each component of masked diffusion must do.
 
-A decoding method is a point in a product of small choices. Each choice is a frozen
-`flax.struct.dataclass`: numbers (thresholds, temperatures) are leaves and are traced, so changing
-them compiles nothing; sizes and options are static fields. Inherit from the class of the axis here
-and implement its one or two methods.
+A decoding method is a point in a product of small choices, one per axis (`decode.diffusion.state`).
+Each choice is a frozen `flax.struct.dataclass`: numbers (thresholds, temperatures) are leaves and
+are traced, so changing them compiles nothing; sizes and options are static fields. Inherit from the
+class of the axis here and implement its one or two methods.
+
+Components know each other by what they do, never by name: what one may ask of another is a
+property of the class of its axis here (`Scheduler.fixed_len`, `Inputs.shows_mask`, ...), and what
+it wants of the loop it says in `needs`.
 
 Letters: B rows, W window positions judged per round, V vocabulary, G completion positions.
-
-Confidences live on a log scale, in (-inf, 0]: the log of a number in (0, 1]. Probabilities of
-trained models crowd so close to 1 that float32 cannot tell them apart, while their logarithms keep
-full resolution, and decoding depends on their order. `log_confidence` turns a threshold in [0, 1]
-into that scale.
 """
 
 from __future__ import annotations
 
-import enum
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import Part
+from decode.diffusion.round import Frame, Progress, Revision, Round
 from dlm.config import ModelConfig
-from kernels_pallas.unembed_stats import VocabStats, threefry2x32
 
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
-class Round(struct.PyTreeNode):
-    """One round as components see it: W positions of each row, judged by one forward.
-
-    The window starts at the row's open block, or at its first completion position if a component
-    asked to see the whole canvas (`Component.width`).
-
-    Attributes:
-      tokens: [B, W] int32. What stands there now (MASK where undecided).
-      proposal: [B, W] int32. What the model proposes: its arg-max, or a sample.
-      log_prob: [B, W] float32. Log-probability of the proposal, without temperature.
-      confidence: [B, W] float32 on the log scale; set by the confidence component (before it
-        ran: `log_prob`).
-      eligible: [B, W] bool. Undecided positions that may be committed now.
-      undecided: [B, W] bool. Positions that hold no token yet; also those beyond the block.
-      in_block: [B, W] bool. Positions of the open block, decided or not.
-      stats: the model's statistics, each [B, W, ...]. Positions that hold a token have them too.
-      shadow_log_prob: [B, W] float32, or None unless a component has `needs_shadow`.
-        Log-probability of the token that stands at a position as MASK would predict it there, from
-        everything else.
-      expected: [B, W, D] float32, or None unless a component has `needs_expected`. The embedding of
-        the token to come, averaged over the model's probabilities.
-      logits: [B, W, V] float32, or None unless a component has `needs_logits`.
-      noise_key: [B, W, 2] uint32. A random stream per row, step and position.
-      temperature: scalar float32, or None if proposals are arg-maxes.
-      index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
-      block_start: [B] int32. First completion position of the open block.
-      block_end: [B] int32. Past its last.
-      block_step: [B] int32. Rounds since the row's block was opened, from 0.
-      row_step: [B] int32. The row's rounds so far, from 0.
-      num_open: [B] int32. Undecided positions of the block when it was opened.
-      gen_len: [B] int32. Completion positions of the row.
-    """
-
-    tokens: jax.Array
-    proposal: jax.Array
-    log_prob: jax.Array
-    confidence: jax.Array
-    eligible: jax.Array
-    undecided: jax.Array
-    in_block: jax.Array
-    stats: VocabStats
-    shadow_log_prob: jax.Array | None
-    expected: jax.Array | None
-    logits: jax.Array | None
-    noise_key: jax.Array
-    temperature: jax.Array | None
-    index: jax.Array
-    block_start: jax.Array
-    block_end: jax.Array
-    block_step: jax.Array
-    row_step: jax.Array
-    num_open: jax.Array
-    gen_len: jax.Array
-
-
-class Progress(struct.PyTreeNode):
-    """How far rows are, after a round. Positions are completion positions, from 0.
-
-    Attributes:
-      completion: [B, G] int32. What stands there.
-      decided: [B, G] bool.
-      block_start: [B] int32. First position of the open block.
-      block_end: [B] int32. Past its last.
-      end: [B] int32. Past the row's last.
-      is_full: [B] bool. The open block is done: nothing in it is undecided, a forward has seen it,
-        and no reviser holds it.
-      prompt_len: [B] int32. Tokens of the prompt.
-    """
-
-    completion: jax.Array
-    decided: jax.Array
-    block_start: jax.Array
-    block_end: jax.Array
-    end: jax.Array
-    is_full: jax.Array
-    prompt_len: jax.Array
-
-
-class Revision(struct.PyTreeNode):
-    """What a reviser makes of a round.
-
-    Attributes:
-      commit: [B, W] bool. Positions that get their proposal, also where a token stands.
-      take_back: [B, W] bool. Positions that become undecided again; None: none.
-      hold: [B] bool. Rows whose block stays open though it is full; None: none.
-      proposal: [B, W] int32. What committed positions get; None: the round's proposals.
-    """
-
-    commit: jax.Array
-    take_back: jax.Array | None = None
-    hold: jax.Array | None = None
-    proposal: jax.Array | None = None
-
-
+# What a component may need, and what that costs. "suffix" and "canvas" say what windows show.
+NEEDS: dict[str, str] = {
+    "suffix": "windows reach from the open block to the end of the row",
+    "canvas": "windows show the whole completion",
+    "occurred": "`Frame.occurred`: [B, V] bool, made anew in every round",
+    "logits": "`Round.logits`: [B, W, V] float32 live in memory",
+    "expected": "`Round.expected`, from the logits",
+    "shadow": "`Round.shadow_log_prob`: the forward is longer by W",
+    "given": "`Round.stats.given_log_probs` of `Confidence.given_ids`",
+    "idle": "a round that commits nothing is left so, instead of committing the surest position",
+    "second look": "a block stays open for at least two rounds",
+}
+IMPLIED: dict[str, frozenset[str]] = {"expected": frozenset({"logits"})}
+Points = Mapping[str, Mapping[str, "Component"]]  # name -> axis -> component
 WIDTHS = ("block", "suffix", "canvas")  # what a window may show, each more than the one before
 
 
@@ -129,21 +50,29 @@ class Component(Part):
     """What all components of masked diffusion share.
 
     Attributes:
-      needs_logits: whether `Round.logits` must be there. The loop materialises [B, W, V] logits
-        only if some component asks for them.
-      needs_shadow: whether `Round.shadow_log_prob` must be there: it makes the forward longer by W.
-      needs_expected: whether `Round.expected` must be there; goes with `needs_logits`.
-      width: what the window must show: the open "block", also the "suffix" after it, or the whole
-        "canvas".
+      needs: keys of `NEEDS`. What depends on options is a property.
+      short_name: by which users may ask for it at its defaults; "": by none.
     """
 
-    needs_logits: ClassVar[bool] = False
-    needs_shadow: ClassVar[bool] = False
-    needs_expected: ClassVar[bool] = False
-    width: ClassVar[str] = "block"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    short_name: ClassVar[str] = ""
 
-    def refuse(self, method: Any) -> str | None:
-        """Why this component makes no sense beside the others of a `DiffusionMethod`, or None."""
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        """Published settings, by the name under which users ask for them.
+
+        What is left out is as `decode.diffusion.points.complete` says; the shortest name is that of
+        the family.
+        """
+        return {}
+
+    @property
+    def name(self) -> str:
+        """Of the class."""
+        return type(self).__name__
+
+    def refuse(self, method: DiffusionMethod) -> str | None:
+        """Why this component makes no sense beside the others of a method, or None."""
         return None
 
     def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> Any:
@@ -152,7 +81,24 @@ class Component(Part):
 
 
 class Scheduler(Component):
-    """Which positions are eligible now? By default one block after the other."""
+    """Which positions are eligible now? By default one block after the other.
+
+    Attributes:
+      opens_early: whether a block may open before the one in front of it is done, so that what
+        works on one block until it is done makes no sense.
+    """
+
+    opens_early: ClassVar[bool] = False
+
+    @property
+    def fixed_len(self) -> int | None:
+        """Positions of every block, if they all have as many (those at an end may have fewer)."""
+        return None
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether blocks are counted from the start of the prompt, as block-diffusion models do."""
+        return False
 
     def window_len(self, gen_len: int) -> int:
         """W: the most positions a block may have. Static."""
@@ -165,9 +111,9 @@ class Scheduler(Component):
         """
         raise NotImplementedError
 
-    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+    def focus(self, round: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
         """With the proposals known: eligible [B, W], block_end [B], and the next state."""
-        return view.eligible, view.block_end, state
+        return round.eligible, round.block_end, state
 
     def advance(self, progress: Progress) -> tuple[jax.Array, jax.Array]:
         """After a round: where the open block starts and stops now, [B] each."""
@@ -177,7 +123,15 @@ class Scheduler(Component):
 
 
 class Inputs(Component):
-    """What does the model see where nothing is decided?"""
+    """What does the model see where nothing is decided?
+
+    Attributes:
+      shows_mask: whether tokens there are MASK.
+      remembers: whether what is seen depends on earlier rounds.
+    """
+
+    shows_mask: ClassVar[bool] = True
+    remembers: ClassVar[bool] = False
 
     def see(
         self, cfg: ModelConfig, tokens: jax.Array, undecided: jax.Array, noise_key: jax.Array
@@ -188,26 +142,29 @@ class Inputs(Component):
         """
         return tokens
 
-    def mix(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array] | None:
-        """Weight [B, W] and vectors [B, W, D]: x becomes (1 - w) x + w v. None: nothing.
-
-        Of `view`, only what is known without a forward is there.
-        """
+    def mix(self, frame: Frame, state: Any) -> tuple[jax.Array, jax.Array] | None:
+        """Weight [B, W] and vectors [B, W, D]: x becomes (1 - w) x + w v. None: nothing."""
         return None
 
-    def remember(self, view: Round, state: Any) -> Any:
+    def remember(self, round: Round, state: Any) -> Any:
         """The next state, once the round is judged."""
         return state
 
 
 class Confidence(Component):
-    """How sure is each proposal?"""
+    """How sure is each proposal?
 
-    def given_ids(self, state: Any) -> jax.Array | None:
-        """[B, W, n] int32 ids whose log-probabilities `stats` must have; default: none."""
-        return None
+    Attributes:
+      only_orders: whether values only say what comes before what: no threshold can be set on them.
+    """
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
+    only_orders: ClassVar[bool] = False
+
+    def given_ids(self, state: Any) -> jax.Array:
+        """[B, W, n] int32 ids whose log-probabilities `stats` has, for who needs "given"."""
+        raise NotImplementedError
+
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
         """Returns the round with `confidence` set, and the next state.
 
         Larger is surer, on the log scale. A measure that prefers other tokens sets `proposal` and
@@ -220,13 +177,14 @@ class CommitRule(Component):
     """Which proposals stay?
 
     Attributes:
-      may_idle: whether a round may commit nothing. Otherwise the loop adds the surest eligible
-        position to a round that would.
+      counts_rounds: whether it spreads a block over its rounds, whatever the confidences are.
+      only_ranks: whether confidences matter by their order alone.
     """
 
-    may_idle: bool = False
+    counts_rounds: ClassVar[bool] = False
+    only_ranks: ClassVar[bool] = False
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         """Returns [B, W] bool, positions whose proposal is committed, and the next state."""
         raise NotImplementedError
 
@@ -235,9 +193,16 @@ class Reviser(Component):
     """May something be taken back, or overwritten?
 
     A reviser that takes tokens back must bound how often it does, or the loop would not end.
+
+    Attributes:
+      changes: whether it ever changes what is decided.
+      decides: whether it decides by itself, whatever the rule says.
     """
 
-    def revise(self, view: Round, commit: jax.Array, state: Any) -> tuple[Revision, Any]:
+    changes: ClassVar[bool] = True
+    decides: ClassVar[bool] = False
+
+    def revise(self, round: Round, commit: jax.Array, state: Any) -> tuple[Revision, Any]:
         """Returns what becomes of the round that would commit `commit` [B, W], and the next state.
 
         Only positions of the open block may be named.
@@ -248,22 +213,22 @@ class Reviser(Component):
 class Stopper(Component):
     """When is a row done, before all its positions are decided?"""
 
-    def fill(self, view: Round, state: Any) -> tuple[jax.Array | None, Any]:
+    def fill(self, round: Round, state: Any) -> tuple[jax.Array | None, Any]:
         """Rows [B] bool that end with this round, all they lack filled with its proposals.
 
         Instead of the round's commits; None: none. Also returns the next state.
         """
         return None, state
 
-    def cut(self, view: Round, commit: jax.Array, state: Any) -> jax.Array | None:
+    def cut(self, round: Round, commit: jax.Array, state: Any) -> jax.Array | None:
         """Where rows end from now on, [B] completion positions; None: where they did.
 
         `state` is what `fill` returned. A row's end never moves back up.
         """
         return None
 
-    def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:
-        """Rows [B] bool that are done."""
+    def should_stop(self, progress: Progress, end_ids: jax.Array) -> jax.Array:
+        """Rows [B] bool that are done; `end_ids` [n] int32 are the tokens that end a text."""
         return jnp.zeros(progress.end.shape[0], bool)
 
 
@@ -272,67 +237,22 @@ class Constraint(Component):
 
     def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
         """[n] int32 ids that are never proposed and have no probability; None: all are allowed."""
-        raise NotImplementedError
+        return None
 
-    def mask_logits(self, view: Round, logits: jax.Array) -> jax.Array:
-        """Changes [B, W, V] logits before anything is proposed. Called if `needs_logits`."""
+    def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
+        """Changes [B, W, V] logits before anything is proposed. Called if it needs "logits"."""
         return logits
 
+    def propose(self, round: Round, state: Any) -> Round:
+        """May change proposals and their log-probabilities, before confidences are measured."""
+        return round
 
-def log_confidence(threshold: jax.Array | float) -> jax.Array:
-    """log(threshold), computed as confidences are, so that equal values compare equal."""
-    threshold = jnp.asarray(threshold, jnp.float32)
-    return -jnp.log1p((1 - threshold) / threshold)
+    def accept(self, round: Round, commit: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """Returns the commits [B, W] that stay, and the next state. The last word of a round.
 
-
-class Stream(enum.IntEnum):
-    """Counters under which components draw from a position's `noise_key`.
-
-    Proposals use vocabulary ids as counters, so these come down from 2^32 - 1.
-    """
-
-    RANDOM = 0xFFFFFFFF
-    DREAM_QUOTA = 0xFFFFFFFE
-    ORIGIN = 0xFFFFFFFD
-    REMDM = 0xFFFFFFFC
-    NOISE = 0xFFFFFFFB
-
-
-def draw_bits(noise_key: jax.Array, stream: Stream) -> jax.Array:
-    """Random words [...] uint32 of keys [..., 2] uint32."""
-    key, counter = noise_key, jnp.uint32(stream)
-    return threefry2x32(key[..., 0], key[..., 1], counter, jnp.uint32(0))[0]
-
-
-def draw_uniform(noise_key: jax.Array, stream: Stream) -> jax.Array:
-    """Uniform numbers [...] float32 in (0, 1) of keys [..., 2] uint32."""
-    return ((draw_bits(noise_key, stream) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-
-
-def rank(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
-    """[B, W] int32: 0 for a row's surest eligible position, then 1, ...; ties go to the left.
-
-    Positions that are not eligible come last.
-    """
-    order = jnp.argsort(_sortable(confidence, eligible), axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1)
-
-
-def sort_confidence(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
-    """[B, W] float32: eligible confidences from surest down, then -inf."""
-    return -jnp.sort(_sortable(confidence, eligible), axis=-1)
-
-
-def surest(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
-    """[B, W] bool: each row's surest eligible position (the leftmost on ties), if it has one."""
-    best = jnp.argmin(_sortable(confidence, eligible), axis=-1)
-    return (jnp.arange(confidence.shape[-1])[None] == best[:, None]) & eligible
-
-
-def _sortable(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
-    """Smallest first; an eligible position with confidence -inf still precedes the others."""
-    floor = jnp.finfo(jnp.float32).min
-    return jnp.where(eligible, -jnp.maximum(confidence, floor), jnp.inf)
+        Where it refuses all commits of a row, something must change before the next round.
+        """
+        return commit, state
 
 
 def check_range(name: str, value: Any, low: float, high: float, note: str = "") -> None:

@@ -18,9 +18,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from decode.diffusion.contracts import Round
-from decode.diffusion.round import apply, frame, judge, select_rows
-from decode.diffusion.state import DiffusionMethod, DiffusionState
+from decode.diffusion.method import DiffusionMethod
+from decode.diffusion.round import Round
+from decode.diffusion.state import DiffusionState
+from decode.diffusion.step import apply, judge, make_frame, reframe, select_rows
 from dlm.config import ModelConfig
 from dlm.params import Params
 
@@ -41,24 +42,25 @@ def freedave_round(
     tokens = jnp.concatenate([state.tokens[:, None], tokens], axis=1)  # [B, d + 1, S]
     ends = jnp.concatenate([state.end[:, None], ends], axis=1)
     with jax.named_scope("judge"):
-        views = _judge_lanes(params, cfg, method, state, tokens, ends)
+        rounds = _judge_lanes(params, cfg, method, state, tokens, ends)
 
     def verify(carry: tuple[DiffusionState, jax.Array, Round], lane: tuple) -> tuple:
-        state, vouched, seen = carry
-        view, canvas, end = lane
+        state, vouched, latest = carry
+        round, canvas, end = lane
         vouched &= (canvas == state.tokens).all(axis=-1) & (end == state.end)
         vouched &= ~state.has_stopped
-        state = apply(cfg, method, state, frame(method, state, view), vouched)
-        return (state, vouched, select_rows(vouched, view, seen)), None
+        state = apply(cfg, method, state, reframe(round, make_frame(cfg, method, state)), vouched)
+        return (state, vouched, select_rows(vouched, round, latest)), None
 
-    lanes = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (views, tokens, ends))
+    lanes = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (rounds, tokens, ends))
     first = jax.tree.map(lambda x: x[0], lanes[0])
     before = state
     with jax.named_scope("verify"):
-        (state, _, seen), _ = jax.lax.scan(verify, (state, active, first), lanes)
+        (state, _, latest), _ = jax.lax.scan(verify, (state, active, first), lanes)
 
     def draft(guess: DiffusionState, _: None) -> tuple[DiffusionState, tuple]:
-        guess = apply(cfg, method, guess, frame(method, guess, seen), ~guess.has_stopped)
+        round = reframe(latest, make_frame(cfg, method, guess))
+        guess = apply(cfg, method, guess, round, ~guess.has_stopped)
         return guess, (guess.tokens, guess.end)
 
     with jax.named_scope("draft"):
@@ -91,8 +93,8 @@ def _judge_lanes(
         end=ends.reshape(-1),
         row_step=wide.row_step + ahead,
     )
-    view, _, _ = judge(params, cfg, method, wide)
+    round, _, _ = judge(params, cfg, method, wide)
     return jax.tree.map(
         lambda x: x.reshape(B, lanes, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, (B, lanes)),
-        view,
+        round,
     )

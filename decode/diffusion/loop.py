@@ -27,15 +27,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decode.core import loop
 from decode.core.requests import check_tokens, read_requests
 from decode.diffusion.lookahead import freedave_round, no_drafts
-from decode.diffusion.round import apply, judge, mask_id
-from decode.diffusion.state import DiffusionMethod, DiffusionState
+from decode.diffusion.method import DiffusionMethod
+from decode.diffusion.state import DiffusionState, init_components
+from decode.diffusion.step import apply, judge, mask_id
 from dlm.config import ModelConfig
 from dlm.params import Params
 
@@ -91,60 +94,67 @@ def init_state(
         tokens[b, start[b] : P] = prompt
         tokens[b, P : end[b]] = mask_id(cfg)
 
-    num_rows = 2 * B if method.guidance is not None else B
-    # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
-    zeros = functools.partial(jnp.zeros, B, jnp.int32)
-    block_end = P + method.scheduler.open_block(zeros(), jnp.array(end - P), jnp.array(P - start))
-    window_len = method.window_len(G)
+    zeros = functools.partial(np.zeros, B, np.int32)
+    blank = _allocate(cfg, method, end - P, P - start, P, G)
+    array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
     return DiffusionState(
-        tokens=jnp.array(tokens),
-        start=jnp.array(start),
-        end=jnp.array(end),
-        block_start=jnp.full(B, P, jnp.int32),
-        block_end=block_end,
-        block_step=zeros(),
-        num_open=zeros(),
-        step_map=jnp.full((B, G), -1, jnp.int32),
-        log_prob=jnp.zeros((B, G), jnp.float32),
-        confidence=jnp.zeros((B, G), jnp.float32),
-        row_step=zeros(),
-        num_forwards=zeros(),
-        has_stopped=jnp.array(end == P),
-        stopped_early=jnp.zeros(B, bool),
-        key=jnp.array(asked.key),
-        cache=method.cache.allocate(
-            cfg, num_rows, P + G + (window_len if method.needs_shadow else 0)
-        ),
-        components=tuple(
-            component.init(cfg, B, window_len)
-            for component in (
-                method.scheduler,
-                method.confidence,
-                method.rule,
-                method.reviser,
-                method.stopper,
-                method.inputs,
-            )
-        ),
-        num_steps=jnp.zeros((), jnp.int32),
-        drafts=no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
+        tokens=array(tokens),
+        start=array(start),
+        end=array(end),
+        block_start=array(np.full(B, P, np.int32)),
+        block_step=array(zeros()),
+        num_open=array(zeros()),
+        step_map=array(np.full((B, G), -1, np.int32)),
+        log_prob=array(np.zeros((B, G), np.float32)),
+        confidence=array(np.zeros((B, G), np.float32)),
+        row_step=array(zeros()),
+        num_forwards=array(zeros()),
+        has_stopped=array(end == P),
+        stopped_early=array(np.zeros(B, bool)),
+        key=array(asked.key),
+        num_steps=array(np.zeros((), np.int32)),
         prompt_len=P,
+        **blank,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "P", "G"))
+def _allocate(
+    cfg: ModelConfig, method: DiffusionMethod, gen_len: jax.Array, prompt_len: jax.Array,
+    P: int, G: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What of a state components make, and what is too large to come from the host."""
+    B, W = len(gen_len), method.window_len(G)
+    rows = 2 * B if method.guidance is not None else B
+    shadow = W if "shadow" in method.needs else 0
+    first = method.scheduler.open_block(jnp.zeros(B, jnp.int32), gen_len, prompt_len)
+    return {
+        "block_end": P + first,
+        "cache": method.cache.allocate(cfg, rows, P + G + shadow),
+        "components": init_components(cfg, method, B, W),
+        "drafts": no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
 def decode(
-    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+    params: Params,
+    cfg: ModelConfig,
+    method: DiffusionMethod,
+    state: DiffusionState,
+    max_rounds: jax.Array | int = loop.FOREVER,
 ) -> DiffusionState:
     """Runs rounds until every row is done: one device program, no host in between.
 
     Compiles once per model, method structure and shapes. The state is donated.
+
+    Args:
+      params, cfg: the model.
+      method: how to decode.
+      state: of `init_state`, or of an earlier call.
+      max_rounds: to return after so many, whoever is not done.
     """
-    return jax.lax.while_loop(
-        lambda state: ~state.has_stopped.all(),
-        lambda state: step(params, cfg, method, state),
-        state,
-    )
+    return loop.run(lambda state: step(params, cfg, method, state), state, max_rounds)
 
 
 def stream(
@@ -154,9 +164,7 @@ def stream(
 
     A yielded state must be read before the next one is asked for: its buffers are donated.
     """
-    while not bool(state.has_stopped.all()):
-        state = _step_jitted(params, cfg, method, state)
-        yield state
+    return loop.stream(lambda state: _step_jitted(params, cfg, method, state), state)
 
 
 def step(
@@ -166,9 +174,9 @@ def step(
     if method.lookahead:
         return freedave_round(params, cfg, method, state)
     with jax.named_scope("judge"):
-        view, cache, served = judge(params, cfg, method, state)
+        round, cache, served = judge(params, cfg, method, state)
     with jax.named_scope("commit"):
-        return apply(cfg, method, state.replace(cache=cache), view, served)
+        return apply(cfg, method, state.replace(cache=cache), round, served)
 
 
 _step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(

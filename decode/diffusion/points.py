@@ -1,12 +1,13 @@
-"""Decoding methods by name: the table that `scripts/compare.py` measures, for notebooks too.
+"""Decoding methods by name: what `generate` takes and `scripts.compare` measures.
 
     from decode.diffusion.points import METHODS, named
 
     method = named("threshold_dual_cache", block_len=8)
     lm, method.rule, sorted(METHODS)
 
-To add a method: one line in its family, or a family of its own. A family is one method at several
-settings: its points are joined by a line in figures and have one AUP.
+A component's own published settings stand in its file (`Component.points`); here are the methods
+that are made of several. A family is one method at several settings: its points are joined by a
+line in figures and have one AUP.
 """
 
 from __future__ import annotations
@@ -16,80 +17,74 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from decode.diffusion.components import (
-    CACHES,
-    CONFIDENCES,
-    STOPPERS,
-    AdaBlock,
-    Annealed,
-    BlockCausal,
-    Credit,
-    DelayedCache,
-    DreamQuota,
-    DualCache,
-    EntropyBudget,
-    EntropyThreshold,
-    Eos,
-    EosBlock,
-    Eotp,
-    Factor,
-    FixedBlocks,
-    Hierarchical,
-    Klass,
-    LocalLeap,
-    Margin,
-    MultiBlock,
-    NarrowOut,
-    NegEntropy,
-    Nucleus,
-    Origin,
-    PrefixCache,
-    Prophet,
-    Quota,
-    Random,
-    Remask,
-    ReMDM,
-    Renoise,
-    RunningConfidence,
-    SlowFast,
-    Smoothing,
-    SparseCredit,
-    SubBlocks,
-    Tempered,
-    Threshold,
-    TokenEdit,
-    UniformNoise,
-    VicinityCache,
-    WideIn,
-)
+from decode.constraints.nucleus import Nucleus
+from decode.diffusion.caches.block_causal import BlockCausal
+from decode.diffusion.caches.dual_cache import DualCache
+from decode.diffusion.caches.prefix_cache import PrefixCache
+from decode.diffusion.components import COMPONENTS, short_names
+from decode.diffusion.confidences.credit import Credit
+from decode.diffusion.confidences.margin import Margin
+from decode.diffusion.confidences.neg_entropy import NegEntropy
+from decode.diffusion.confidences.probability import Probability
+from decode.diffusion.confidences.random import Random
+from decode.diffusion.confidences.tempered import Tempered
 from decode.diffusion.contracts import Component
-from decode.diffusion.loop import DiffusionMethod
+from decode.diffusion.inputs.uniform_noise import UniformNoise
+from decode.diffusion.method import DiffusionMethod
+from decode.diffusion.revisers.canvas_sampler import Annealed, Renoise
+from decode.diffusion.revisers.keep import Keep
+from decode.diffusion.revisers.remask import Remask
+from decode.diffusion.revisers.running_confidence import RunningConfidence
+from decode.diffusion.revisers.token_edit import TokenEdit
+from decode.diffusion.rules.dream_quota import DreamQuota
+from decode.diffusion.rules.quota import Quota
+from decode.diffusion.rules.threshold import Threshold
+from decode.diffusion.schedulers.adablock import AdaBlock
+from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
+from decode.diffusion.stoppers.end_of_text import Eos, EosBlock
+from decode.diffusion.stoppers.prophet import Prophet
 
 Maker = Callable[[int], DiffusionMethod]  # of the block length
 
 
-def _method(block_len: int, **components: Any) -> DiffusionMethod:
-    """Blocks of `block_len`, and done at the end of the text, unless `components` say otherwise."""
-    defaults = {"scheduler": FixedBlocks(block_len), "stopper": Eos()}
-    return DiffusionMethod(**(defaults | components))
+def complete(block_len: int | None, **choices: Any) -> DiffusionMethod:
+    """The method of some choices, and what goes with them on the other axes.
+
+    Blocks of `block_len` (None: one), `Threshold(0.9)`, and done at the end of the text; if
+    confidences only order, one token per step; if decided tokens may change, a block is finished
+    before its end of text counts.
+
+    Args:
+      block_len: positions per block, >= 1.
+      **choices: fields of `DiffusionMethod`.
+    """
+    reviser = choices.get("reviser", Keep())
+    confidence = choices.get("confidence", Probability())
+    rule = Quota(block_len or 1_000_000) if confidence.only_orders else Threshold(0.9)
+    defaults: dict[str, Any] = {
+        "scheduler": FixedBlocks(block_len),
+        "rule": rule,
+        "stopper": EosBlock() if reviser.changes else Eos(),
+    }
+    return DiffusionMethod(**(defaults | choices))
 
 
-def _quota(block_len: int, tokens_per_step: int = 1, **components: Any) -> DiffusionMethod:
+def _quota(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
     rule = Quota(max(block_len // tokens_per_step, 1))
-    return _method(block_len, rule=rule, **components)
+    return complete(block_len, rule=rule, **choices)
 
 
-def _threshold(block_len: int, threshold: float, **components: Any) -> DiffusionMethod:
-    return _method(block_len, rule=Threshold(threshold), **components)
+def _threshold(block_len: int, threshold: float, **choices: Any) -> DiffusionMethod:
+    return complete(block_len, rule=Threshold(threshold), **choices)
 
 
-def _dream(block_len: int, tokens_per_step: int = 1, **components: Any) -> DiffusionMethod:
+def _dream(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
     rule = DreamQuota(max(block_len // tokens_per_step, 1))
-    return _method(block_len, rule=rule, **components)
+    return complete(block_len, rule=rule, **choices)
 
 
 # fmt: off
-FAMILIES: dict[str, dict[str, Maker]] = {
+_COMBINED: dict[str, dict[str, Maker]] = {
     "quota": {
         "one_per_step": lambda n: _quota(n),
         "quota_2": lambda n: _quota(n, 2),
@@ -128,15 +123,6 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "threshold_dual_cache": lambda n: _threshold(n, 0.9, cache=DualCache()),
         "threshold_dual_cache_0.7": lambda n: _threshold(n, 0.7, cache=DualCache()),
     },
-    "vicinity_cache": {
-        "vicinity_cache": lambda n: _threshold(n, 0.9, cache=VicinityCache(before=n, after=n)),
-    },
-    "delayed_cache": {
-        "delayed_cache": lambda n: _threshold(n, 0.9, cache=DelayedCache()),
-    },
-    "dream_origin": {
-        "dream_origin": lambda n: _method(n, rule=Origin(n)),
-    },
     "dream_sampled": {  # the published temperature and top-p
         "dream_sampled": lambda n: _dream(
             n, confidence=Tempered(NegEntropy()), constraint=Nucleus(top_p=0.95), temperature=0.2
@@ -148,85 +134,30 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         ),
     },
     "uniform_noise": {  # for models trained on noise instead of MASK
-        "uniform_noise": lambda n: _method(
-            n, confidence=Annealed(), reviser=Renoise(), inputs=UniformNoise(), stopper=EosBlock()
+        "uniform_noise": lambda n: complete(
+            n, confidence=Annealed(), reviser=Renoise(), inputs=UniformNoise()
         ),
-    },
-    "eotp": {
-        "eotp": lambda n: _threshold(n, 0.9, stopper=Eotp()),
-        "eotp_committed": lambda n: _threshold(n, 0.9, stopper=Eotp("committed")),
-    },
-    "factor": {
-        "factor_0.5": lambda n: _method(n, rule=Factor(0.5)),
-        "factor": lambda n: _method(n, rule=Factor(1.0)),
-        "factor_1.9": lambda n: _method(n, rule=Factor(1.9)),
-    },
-    "entropy_threshold": {
-        "entropy_threshold_0.2": lambda n: _method(n, rule=EntropyThreshold(0.2)),
-        "entropy_threshold": lambda n: _method(n, rule=EntropyThreshold(0.5)),
-        "entropy_threshold_1": lambda n: _method(n, rule=EntropyThreshold(1.0)),
-    },
-    "entropy_budget": {
-        "entropy_budget_0.01": lambda n: _method(n, rule=EntropyBudget(0.01)),
-        "entropy_budget": lambda n: _method(n, rule=EntropyBudget(0.1)),
-        "entropy_budget_0.5": lambda n: _method(n, rule=EntropyBudget(0.5)),
-    },
-    "local_leap": {
-        "local_leap": lambda n: _method(n, rule=LocalLeap(0.9, relaxed=0.75)),
-        "local_leap_0.5": lambda n: _method(n, rule=LocalLeap(0.9, relaxed=0.5)),
-    },
-    "hierarchical": {
-        "hierarchical_0.62": lambda n: _method(n, rule=Hierarchical(0.9, low_threshold=0.62)),
-        "hierarchical": lambda n: _method(n, rule=Hierarchical(0.9, low_threshold=0.4)),
-    },
-    "klass": {
-        "klass": lambda n: _method(n, rule=Klass(0.9)),
-        "klass_0.6": lambda n: _method(n, rule=Klass(0.6)),
     },
     "credit": {
         "credit": lambda n: _threshold(n, 0.9, confidence=Credit()),
         "credit_0.7": lambda n: _threshold(n, 0.7, confidence=Credit()),
     },
-    "sparse_credit": {
-        "sparse_credit": lambda n: _threshold(n, 0.9, confidence=SparseCredit()),
-    },
-    "wino": {
-        "wino": lambda n: _method(n, rule=WideIn(0.6), reviser=NarrowOut(0.9), stopper=EosBlock()),
-    },
     "prophet": {  # the answer is the whole completion
         "prophet": lambda n: _quota(n, stopper=Prophet(0, answer_len=100_000)),
-    },
-    "multi_block": {
-        "multi_block": lambda n: _threshold(n, 0.9, scheduler=MultiBlock(n, 4)),
-        "multi_block_gated": lambda n: _threshold(
-            n, 0.9, scheduler=MultiBlock(n, 4, 0.1, active_at=0.95, gate=0.9)
-        ),
-    },
-    "slow_fast": {
-        "slow_fast": lambda n: _threshold(n, 0.9, scheduler=SlowFast()),
-    },
-    "sub_blocks": {
-        "sub_blocks": lambda n: _threshold(n, 0.9, scheduler=SubBlocks(n, max(n // 4, 1))),
     },
     "freedave": {  # the tokens of one_per_step and threshold
         "freedave": lambda n: _quota(n, lookahead=3),
         "freedave_threshold": lambda n: _threshold(n, 0.9, lookahead=3),
     },
-    "smoothing": {
-        "smoothing": lambda n: _threshold(n, 0.9, inputs=Smoothing()),
-    },
     "token_edit": {
-        "token_edit": lambda n: _threshold(n, 0.7, reviser=TokenEdit(0.5), stopper=EosBlock()),
-        "token_edit_fast": lambda n: _threshold(n, 0.5, reviser=TokenEdit(0.0), stopper=EosBlock()),
+        "token_edit": lambda n: _threshold(n, 0.7, reviser=TokenEdit(0.5)),
+        "token_edit_fast": lambda n: _threshold(n, 0.5, reviser=TokenEdit(0.0)),
     },
     "remask": {
-        "remask": lambda n: _quota(n, 2, reviser=Remask(), stopper=EosBlock()),
+        "remask": lambda n: _quota(n, 2, reviser=Remask()),
     },
     "running_confidence": {
-        "running_confidence": lambda n: _quota(n, 2, reviser=RunningConfidence()),
-    },
-    "remdm": {
-        "remdm": lambda n: _method(n, reviser=ReMDM(n), stopper=EosBlock()),
+        "running_confidence": lambda n: _quota(n, 2, reviser=RunningConfidence(), stopper=Eos()),
     },
     "adablock": {  # delimiter_ids depend on the tokenizer: fill them in
         "adablock": lambda n: _threshold(n, 0.9, scheduler=AdaBlock((), n)),
@@ -234,14 +165,25 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 }
 # fmt: on
 
-METHODS: dict[str, Maker] = {
-    name: make for members in FAMILIES.values() for name, make in members.items()
+
+def _own_points(component: type[Component]) -> dict[str, Maker]:
+    """The named points that a component brings along."""
+
+    def maker(name: str) -> Maker:
+        return lambda block_len: complete(block_len, **component.points(block_len)[name])
+
+    return {name: maker(name) for name in component.points(1)}
+
+
+FAMILIES: dict[str, dict[str, Maker]] = _COMBINED | {
+    min(points, key=len): points
+    for components in COMPONENTS.values()
+    for component in components
+    if (points := _own_points(component))
 }
 
-_SHORT_NAMES: dict[str, Mapping[str, Any]] = {
-    "cache": CACHES,
-    "confidence": CONFIDENCES,
-    "stopper": STOPPERS,
+METHODS: dict[str, Maker] = {
+    name: make for members in FAMILIES.values() for name, make in members.items()
 }
 
 
@@ -287,14 +229,13 @@ def override(method: DiffusionMethod, changes: Mapping[str, Any]) -> DiffusionMe
     for axis, change in changes.items():
         field = _field(axis, method, "a method")
         old: Any = getattr(method, axis)
-        if isinstance(change, str) and axis in _SHORT_NAMES:
-            table = _SHORT_NAMES[axis]
+        if isinstance(change, str) and (table := short_names(axis)):
             if change not in table:
                 raise ValueError(f"there is no {axis} {change!r}; {_suggest(change, table)}")
             new = table[change]()
         elif isinstance(old, Component):
             if not isinstance(change, Mapping):
-                kinds = "fields or a short name" if axis in _SHORT_NAMES else "fields"
+                kinds = "fields or a short name" if short_names(axis) else "fields"
                 raise ValueError(f"{axis}={change!r} must be {kinds} of the method's {axis}")
             for name, value in change.items():
                 own = _field(name, old, f"{axis} ({type(old).__name__})")

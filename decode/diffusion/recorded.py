@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,12 @@ import numpy as np
 from flax import struct
 
 from decode.diffusion.confidences.probability import Probability
-from decode.diffusion.contracts import Confidence, Reviser, Revision, Round
+from decode.diffusion.contracts import Confidence, Reviser
+from decode.diffusion.round import Revision, Round
 from dlm.config import ModelConfig
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 class Record(struct.PyTreeNode):
@@ -46,13 +50,13 @@ class Recorded(Confidence):
 
     def validate(self, cfg: ModelConfig) -> None:
         self.base.validate(cfg)
-        if self.base.needs_logits or jax.tree.leaves(self.base.init(cfg, 1, 1)):
+        if self.base.needs or jax.tree.leaves(self.base.init(cfg, 1, 1)):
             raise ValueError(
-                f"Recorded(base={type(self.base).__name__}) must be of a measure without logits or "
+                f"Recorded(base={self.base.name}) must be of a measure without logits or "
                 "memory of its own: use Probability, Margin or NegEntropy"
             )
 
-    def refuse(self, method: Any) -> str | None:
+    def refuse(self, method: DiffusionMethod) -> str | None:
         if method.width != "block":
             return "Recorded needs windows of one block, and another component wants to see more"
         return None
@@ -66,20 +70,20 @@ class Recorded(Confidence):
             block_start=jnp.zeros(shape[:2], jnp.int32),
         )
 
-    def measure(self, view: Round, state: Record) -> tuple[Round, Record]:
-        view, _ = self.base.measure(view, ())
-        rows, at = jnp.arange(view.row_step.shape[0]), view.row_step
+    def measure(self, round: Round, state: Record) -> tuple[Round, Record]:
+        round, _ = self.base.measure(round, ())
+        rows, at = jnp.arange(round.row_step.shape[0]), round.row_step
 
         def note(where: jax.Array, what: jax.Array) -> jax.Array:
             return where.at[rows, at].set(what, mode="drop")
 
-        return view, Record(
+        return round, Record(
             confidence=note(
-                state.confidence, jnp.where(view.in_block, jnp.exp(view.confidence), 0.0)
+                state.confidence, jnp.where(round.in_block, jnp.exp(round.confidence), 0.0)
             ),
-            proposal=note(state.proposal, view.proposal),
-            undecided=note(state.undecided, view.undecided & view.in_block),
-            block_start=note(state.block_start, view.block_start),
+            proposal=note(state.proposal, round.proposal),
+            undecided=note(state.undecided, round.undecided & round.in_block),
+            block_start=note(state.block_start, round.block_start),
         )
 
 
@@ -104,13 +108,13 @@ class GreedyOracle(Reviser):
         """[B, W] int32: the block's proposals in the round before; -1: it is the first."""
         return jnp.full((batch_size, window_len), -1, jnp.int32)
 
-    def revise(self, view: Round, commit: jax.Array, state: jax.Array) -> tuple[Revision, Any]:
-        place = jnp.minimum(view.index, self.reference.shape[1] - 1)
+    def revise(self, round: Round, commit: jax.Array, state: jax.Array) -> tuple[Revision, Any]:
+        place = jnp.minimum(round.index, self.reference.shape[1] - 1)
         right = jnp.take_along_axis(jnp.asarray(self.reference), place, axis=-1)
-        before = jnp.where((view.block_step == 0)[:, None], -1, state)
-        is_stuck = ((view.proposal == before) | ~view.in_block).all(axis=-1, keepdims=True)
-        wanted = view.undecided & view.in_block
+        before = jnp.where((round.block_step == 0)[:, None], -1, state)
+        is_stuck = ((round.proposal == before) | ~round.in_block).all(axis=-1, keepdims=True)
+        wanted = round.undecided & round.in_block
         return Revision(
-            commit=wanted & (is_stuck | (view.proposal == right)),
-            proposal=jnp.where(is_stuck, right, view.proposal),
-        ), view.proposal
+            commit=wanted & (is_stuck | (round.proposal == right)),
+            proposal=jnp.where(is_stuck, right, round.proposal),
+        ), round.proposal

@@ -1,363 +1,158 @@
-"""One round of masked-diffusion decoding: what the model says, and what the method makes of it.
+"""What components of masked diffusion see of a round, and what they make of it.
 
-`judge` runs the model and says what it thinks of each row's window; `apply` lets the method's
-components decide and writes down what they decided.
+Confidences live on a log scale, in (-inf, 0]: the log of a number in (0, 1]. Probabilities of
+trained models crowd so close to 1 that float32 cannot tell them apart, while their logarithms keep
+full resolution, and decoding depends on their order. `log_confidence` turns a threshold in [0, 1]
+into that scale.
 
-Letters: B rows, P padded prompt length, G completion positions, S = P + G, W window positions, D
-model width, V vocabulary.
+Letters: B rows, W window positions judged per round, V vocabulary, G completion positions.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from decode.diffusion.caches.canvas import Canvas
-from decode.diffusion.contracts import Progress, Revision, Round, surest
-from decode.diffusion.state import DiffusionMethod, DiffusionState
-from dlm.config import ModelConfig
-from dlm.params import Params
-from dlm.sharding import constrain
-from dlm.vocab import output_head, vocab_stats
-from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats, unembed_logits
+from kernels_pallas.unembed_stats import VocabStats
 
 
-def judge(
-    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
-) -> tuple[Round, Any, jax.Array]:
-    """One forward: the round for the components to see, the cache, and the rows [B] served."""
-    view = frame(method, state)
-    hidden, cache, served = _forward(params, cfg, method, state, view)
-    return _read_round(params, cfg, method, state, view, hidden), cache, served
+class Frame(struct.PyTreeNode):
+    """What is known of a round before its forward: W positions of each row.
 
+    The window starts at the row's open block, or at its first completion position if a component
+    needs the whole "canvas".
 
-def apply(
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    view: Round,
-    served: jax.Array,
-) -> DiffusionState:
-    """Lets the components decide on a round, and writes down what they decide."""
-    P, G = state.prompt_len, state.step_map.shape[1]
-    view, revision, ends, components = _choose(method, view, state)
-    window = _Window(view.index[:, 0], view.index.shape[1], G)
-    commit = revision.commit & served[:, None]
-    proposal = view.proposal if revision.proposal is None else revision.proposal
-    tokens = window.put(state.tokens[:, P:], commit, proposal)
-    step_map = window.put(state.step_map, commit, state.row_step[:, None])
-    log_prob = window.put(state.log_prob, commit, view.log_prob)
-    confidence = window.put(state.confidence, commit, jnp.exp(view.confidence))
-    if revision.take_back is not None:
-        take_back = revision.take_back & served[:, None] & (commit | ~view.undecided)
-        tokens = window.put(tokens, take_back, mask_id(cfg))
-        step_map = window.put(step_map, take_back, -1)
-
-    took_part = served.astype(jnp.int32)
-    new = state.replace(
-        tokens=jax.lax.dynamic_update_slice(state.tokens, tokens, (0, P)),
-        step_map=step_map,
-        log_prob=log_prob,
-        confidence=confidence,
-        end=jnp.where(served, P + ends, state.end),
-        block_end=jnp.where(served, P + jnp.minimum(view.block_end, ends), state.block_end),
-        num_open=jnp.where(served, view.num_open, state.num_open),
-        row_step=state.row_step + took_part,
-        block_step=state.block_step + took_part,
-        num_forwards=state.num_forwards + took_part * (1 if method.guidance is None else 2),
-        components=select_rows(served, components, state.components),
-        num_steps=state.num_steps + 1,
-    )
-    held = None if revision.hold is None else revision.hold | ~served  # who waits holds, too
-    return _advance(cfg, method, new, held)
-
-
-def _forward(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    view: Round,
-) -> tuple[jax.Array, Any, jax.Array]:
-    """Hidden states that predict the W positions of `view`, the cache, and the rows served.
-
-    [B, W, D], or [B, 2 W, D] with a shadow: the same positions again, as MASK sees them.
-
-    Guidance doubles the rows: the second half sees MASK in place of its prompt. Logits are linear
-    in hidden states, so the two are mixed here, in float32, and nothing else knows of it.
-    """
-    P, G, W = state.prompt_len, state.step_map.shape[1], view.index.shape[1]
-    start = P + view.index[:, 0]
-    every = jnp.broadcast_to(jnp.arange(G)[None], state.step_map.shape)
-    noise_key = _noise_key(state.key, state.row_step, every)
-    seen = method.inputs.see(cfg, state.tokens[:, P:], state.step_map < 0, noise_key)
-    tokens = jax.lax.dynamic_update_slice(state.tokens, seen, (0, P))
-    canvas = Canvas(
-        tokens=constrain(tokens, "batch", None),
-        start=state.start,
-        end=state.end,
-        block_start=state.block_start,
-        block_end=state.block_end,
-        is_active=~state.has_stopped,
-        block_is_new=state.block_step == 0,
-        mix=_spread_mix(method, state, view),
-        window_start=start,
-        prompt_len=state.prompt_len,
-        has_shadow=method.needs_shadow,
-    )
-    if method.guidance is None:
-        return method.cache.judge(params, cfg, canvas, W, state.cache)
-    B = state.tokens.shape[0]
-    in_prompt = (jnp.arange(state.tokens.shape[1]) < state.prompt_len)[None]
-    blind = canvas.replace(tokens=jnp.where(in_prompt, mask_id(cfg), tokens))
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), canvas, blind)
-    hidden, cache, served = method.cache.judge(params, cfg, both, W, state.cache)
-    sighted, blinded = hidden[:B].astype(jnp.float32), hidden[B:].astype(jnp.float32)
-    return blinded + (method.guidance + 1) * (sighted - blinded), cache, served[:B]
-
-
-def _spread_mix(
-    method: DiffusionMethod, state: DiffusionState, view: Round
-) -> tuple[jax.Array, jax.Array] | None:
-    """What embeddings of the window are mixed with, laid out over the canvas [B, S]."""
-    mix = method.inputs.mix(view, state.components[5])
-    if mix is None:
-        return None
-    B, S = state.tokens.shape
-    place = jnp.where(view.index < view.gen_len[:, None], state.prompt_len + view.index, S)
-    rows = jnp.arange(B)[:, None]
-    weight, vectors = mix
-    return (
-        jnp.zeros((B, S), jnp.float32).at[rows, place].set(weight, mode="drop"),
-        jnp.zeros((B, S, vectors.shape[-1]), jnp.float32).at[rows, place].set(vectors, mode="drop"),
-    )
-
-
-def frame(method: DiffusionMethod, state: DiffusionState, seen: Round | None = None) -> Round:
-    """The round as far as it is known without a forward; the rest as it was `seen` before."""
-    P, G = state.prompt_len, state.step_map.shape[1]
-    block_start, block_end = state.block_start - P, state.block_end - P
-    offset = jnp.zeros_like(block_start) if method.width == "canvas" else block_start
-    window = _Window(offset, method.window_len(G), G)
-    is_there = window.index < (state.end - P)[:, None]
-    undecided = (window.get(state.step_map) < 0) & is_there
-    in_block = (window.index >= block_start[:, None]) & (window.index < block_end[:, None])
-    temperature = method.temperature
-    unknown: Any = None
-    known: dict[str, Any] = {
-        "tokens": window.get(state.tokens[:, P:]),
-        "eligible": undecided & in_block,
-        "undecided": undecided,
-        "in_block": in_block,
-        "noise_key": _noise_key(state.key, state.row_step, window.index),
-        "temperature": None if temperature is None else jnp.asarray(temperature, jnp.float32),
-        "index": window.index,
-        "block_start": block_start,
-        "block_end": block_end,
-        "block_step": state.block_step,
-        "row_step": state.row_step,
-        "num_open": state.num_open,
-        "gen_len": state.end - P,
-    }
-    if seen is not None:
-        return seen.replace(confidence=seen.log_prob, **known)
-    return Round(
-        proposal=unknown,
-        log_prob=unknown,
-        confidence=unknown,
-        stats=unknown,
-        shadow_log_prob=None,
-        expected=None,
-        logits=None,
-        **known,
-    )
-
-
-def _read_round(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    view: Round,
-    hidden: jax.Array,
-) -> Round:
-    """Adds what hidden states [B, W, D], or [B, 2 W, D] with a shadow, say."""
-    B, W = view.tokens.shape
-    hidden, shadow = hidden[:, :W], hidden[:, W:]
-    noise = None
-    if view.temperature is not None:
-        noise = Noise(key=view.noise_key.reshape(B * W, 2), temperature=view.temperature)
-    given = method.confidence.given_ids(state.components[1])
-    logits, stats = _read(params, cfg, method, view, hidden, noise, given)
-    expected = None
-    if any(component.needs_expected for component in method.components):
-        assert logits is not None
-        law = jax.nn.softmax(logits).reshape(B * W, -1)
-        expected = jnp.dot(law, params["embed"].astype(law.dtype)).reshape(B, W, -1)
-    if shadow.shape[1]:
-        _, blind = _read(params, cfg, method, view, shadow, None, view.tokens[..., None])
-        assert blind.given_log_probs is not None
-        view = view.replace(shadow_log_prob=blind.given_log_probs[..., 0])
-    proposal = stats.token if stats.sample is None else stats.sample
-    log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
-    return view.replace(
-        stats=stats,
-        logits=logits,
-        expected=expected,
-        proposal=proposal,
-        log_prob=log_prob,
-        confidence=log_prob,
-    )
-
-
-def _read(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    view: Round,
-    hidden: jax.Array,
-    noise: Noise | None,
-    given_ids: jax.Array | None,
-) -> tuple[jax.Array | None, VocabStats]:
-    """What hidden states [B, W, D] say about the vocabulary, each [B, W, ...]."""
-    B, W, D = hidden.shape
-    rows, banned = hidden.reshape(B * W, D), method.constraint.banned_ids(cfg)
-    given_ids = None if given_ids is None else given_ids.reshape(B * W, -1)
-    logits = None
-    if method.needs_logits:
-        logits = unembed_logits(rows, output_head(params), banned).reshape(B, W, -1)
-        if method.constraint.needs_logits:
-            logits = method.constraint.mask_logits(view, logits)
-        stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given_ids)
-    else:
-        stats = vocab_stats(params, rows, banned_ids=banned, noise=noise, given_ids=given_ids)
-    return logits, jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
-
-
-def _choose(
-    method: DiffusionMethod, view: Round, state: DiffusionState
-) -> tuple[Round, Revision, jax.Array, tuple[Any, ...]]:
-    """Runs the components: the round judged, what to commit, where rows end [B], their states."""
-    scheduler, confidence, rule, reviser, stopper, inputs = state.components
-    inputs = method.inputs.remember(view, inputs)
-    view, confidence = method.confidence.measure(view, confidence)
-    eligible, block_end, scheduler = method.scheduler.focus(view, scheduler)
-    in_block = view.in_block & (view.index < block_end[:, None])
-    opened = (view.undecided & in_block).sum(axis=-1)
-    view = view.replace(
-        eligible=eligible & view.eligible,
-        in_block=in_block,
-        block_end=block_end,
-        num_open=jnp.where(view.block_step == 0, opened, view.num_open),
-    )
-    commit, rule = method.rule.commit(view, rule)
-    commit &= view.eligible
-    if not method.rule.may_idle:
-        idle = ~commit.any(axis=-1, keepdims=True)
-        commit |= idle & surest(view.confidence, view.eligible)
-    revision, reviser = method.reviser.revise(view, commit, reviser)
-    done, stopper = method.stopper.fill(view, stopper)
-    if done is not None:
-        revision = _fill(view, revision, done)
-    ends = method.stopper.cut(view, revision.commit, stopper)
-    ends = view.gen_len if ends is None else jnp.minimum(ends, view.gen_len)
-    return view, revision, ends, (scheduler, confidence, rule, reviser, stopper, inputs)
-
-
-def _fill(view: Round, revision: Revision, done: jax.Array) -> Revision:
-    """Commits everything that is undecided in rows that are `done` [B], and nothing else there."""
-    take_back, hold, proposal = revision.take_back, revision.hold, revision.proposal
-    return Revision(
-        commit=jnp.where(done[:, None], view.undecided, revision.commit),
-        take_back=None if take_back is None else take_back & ~done[:, None],
-        hold=None if hold is None else hold & ~done,
-        proposal=None if proposal is None else jnp.where(done[:, None], view.proposal, proposal),
-    )
-
-
-def _advance(
-    cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState, held: jax.Array | None
-) -> DiffusionState:
-    """Opens the next block of rows whose block is full, and ends rows that are done."""
-    P, G = state.prompt_len, state.step_map.shape[1]
-    position = P + jnp.arange(G)[None]
-    decided = state.step_map >= 0
-    open_now = (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
-    is_full = ~(open_now & ~decided).any(axis=-1) & (state.block_step > 0)
-    if method.cache.follow_up:
-        is_full &= state.block_step > 1
-    if held is not None:
-        is_full &= ~held
-    progress = Progress(
-        completion=state.tokens[:, P:],
-        decided=decided,
-        block_start=state.block_start - P,
-        block_end=state.block_end - P,
-        end=state.end - P,
-        is_full=is_full,
-        prompt_len=P - state.start,
-    )
-    start, end = method.scheduler.advance(progress)
-    filled = (start >= progress.end) | (is_full & _is_complete(progress))
-    early = method.stopper.should_stop(progress, cfg.eos_token_id)
-    early &= ~filled & ~state.has_stopped
-    return state.replace(
-        block_start=P + start,
-        block_end=P + end,
-        block_step=jnp.where(start == progress.block_start, state.block_step, 0),
-        has_stopped=state.has_stopped | filled | early,
-        stopped_early=state.stopped_early | early,
-    )
-
-
-def _is_complete(progress: Progress) -> jax.Array:
-    """[B] bool: rows that lack nothing, also beyond the open block."""
-    missing = ~progress.decided & (
-        jnp.arange(progress.decided.shape[1])[None] < progress.end[:, None]
-    )
-    return ~missing.any(axis=-1)
-
-
-class _Window:
-    """Reads and writes W consecutive completion positions per row of [B, G] arrays.
-
-    Positions past the end (of the last, shorter block) read the last entry and write nothing.
+    Attributes:
+      tokens: [B, W] int32. What stands there now (MASK where undecided).
+      eligible: [B, W] bool. Undecided positions that may be committed now.
+      undecided: [B, W] bool. Positions that hold no token yet; also those beyond the block.
+      in_block: [B, W] bool. Positions of the open block, decided or not.
+      noise_key: [B, W, 2] uint32. A random stream per row, step and position.
+      temperature: scalar float32, or None if proposals are arg-maxes.
+      index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
+      block_start: [B] int32. First completion position of the open block.
+      block_end: [B] int32. Past its last.
+      block_step: [B] int32. Rounds since the row's block was opened, from 0.
+      row_step: [B] int32. The row's rounds so far, from 0.
+      num_open: [B] int32. Undecided positions of the block when it was opened.
+      gen_len: [B] int32. Completion positions of the row.
+      occurred: [B, V] bool; None unless a component needs "occurred". Tokens that the prompt or a
+        decided position holds.
     """
 
-    def __init__(self, start: jax.Array, length: int, total: int):
-        self.index = start[:, None] + jnp.arange(length)[None]  # [B, W]
-        self.inside = self.index < total
-        self.total = total
-
-    def get(self, x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.minimum(self.index, self.total - 1), axis=1)
-
-    def put(self, x: jax.Array, where: jax.Array, value: jax.Array | int) -> jax.Array:
-        index = jnp.where(where & self.inside, self.index, self.total)  # out of bounds: dropped
-        value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
-        rows = jnp.arange(x.shape[0])[:, None]
-        return x.at[rows, index].set(value, mode="drop")
-
-
-def _noise_key(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:
-    """[B, W, 2] uint32: a stream per row's key, round and completion position."""
-
-    def fold(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:
-        row = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), row_step)
-        return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(row, i)))(index)
-
-    return jax.vmap(fold)(key, row_step, index)
+    tokens: jax.Array
+    eligible: jax.Array
+    undecided: jax.Array
+    in_block: jax.Array
+    noise_key: jax.Array
+    temperature: jax.Array | None
+    index: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
+    block_step: jax.Array
+    row_step: jax.Array
+    num_open: jax.Array
+    gen_len: jax.Array
+    occurred: jax.Array | None = struct.field(default=None, kw_only=True)
 
 
-def select_rows(rows: jax.Array, new: Any, old: Any) -> Any:
-    """Per-row selection over a pytree of arrays with a leading batch axis."""
-    return jax.tree.map(
-        lambda n, o: jnp.where(rows.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old
-    )
+class Round(Frame):
+    """A round after its forward: a frame, and what the model says.
+
+    Attributes:
+      proposal: [B, W] int32. What the model proposes: its arg-max, or a sample.
+      log_prob: [B, W] float32. Log-probability of the proposal, without temperature.
+      confidence: [B, W] float32 on the log scale; set by the confidence component (before it
+        ran: `log_prob`).
+      stats: the model's statistics, each [B, W, ...]. Positions that hold a token have them too.
+      logits: [B, W, V] float32; None unless a component needs "logits".
+      expected: [B, W, D] float32; None unless a component needs "expected". The embedding of the
+        token to come, averaged over the model's probabilities.
+      shadow_log_prob: [B, W] float32; None unless a component needs a "shadow". Log-probability of
+        the token that stands at a position as MASK would predict it there, from everything else.
+    """
+
+    proposal: jax.Array
+    log_prob: jax.Array
+    confidence: jax.Array
+    stats: VocabStats
+    logits: jax.Array | None = None
+    expected: jax.Array | None = None
+    shadow_log_prob: jax.Array | None = None
 
 
-def mask_id(cfg: ModelConfig) -> int:
-    """What undecided positions hold: MASK, or padding in models that have none."""
-    return cfg.pad_token_id if cfg.mask_token_id is None else cfg.mask_token_id
+class Progress(struct.PyTreeNode):
+    """How far rows are, after a round. Positions are completion positions, from 0.
+
+    Attributes:
+      completion: [B, G] int32. What stands there.
+      decided: [B, G] bool.
+      block_start: [B] int32. First position of the open block.
+      block_end: [B] int32. Past its last.
+      end: [B] int32. Past the row's last.
+      is_full: [B] bool. The open block is done: nothing in it is undecided, a forward has seen it,
+        and no reviser holds it.
+      prompt_len: [B] int32. Tokens of the prompt.
+    """
+
+    completion: jax.Array
+    decided: jax.Array
+    block_start: jax.Array
+    block_end: jax.Array
+    end: jax.Array
+    is_full: jax.Array
+    prompt_len: jax.Array
+
+
+class Revision(struct.PyTreeNode):
+    """What a reviser makes of a round.
+
+    Attributes:
+      commit: [B, W] bool. Positions that get their proposal, also where a token stands.
+      take_back: [B, W] bool. Positions that become undecided again; None: none.
+      hold: [B] bool. Rows whose block stays open though it is full; None: none.
+      proposal: [B, W] int32. What committed positions get; None: the round's proposals.
+    """
+
+    commit: jax.Array
+    take_back: jax.Array | None = None
+    hold: jax.Array | None = None
+    proposal: jax.Array | None = None
+
+
+def is_any(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    """[...] bool: whether tokens [...] are among ids [n]."""
+    return (tokens[..., None] == ids.reshape((1,) * tokens.ndim + (-1,))).any(axis=-1)
+
+
+def log_confidence(threshold: jax.Array | float) -> jax.Array:
+    """log(threshold), computed as confidences are, so that equal values compare equal."""
+    threshold = jnp.asarray(threshold, jnp.float32)
+    return -jnp.log1p((1 - threshold) / threshold)
+
+
+def rank(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """[B, W] int32: 0 for a row's surest eligible position, then 1, ...; ties go to the left.
+
+    Positions that are not eligible come last.
+    """
+    order = jnp.argsort(_sortable(confidence, eligible), axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1)
+
+
+def sort_confidence(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """[B, W] float32: eligible confidences from surest down, then -inf."""
+    return -jnp.sort(_sortable(confidence, eligible), axis=-1)
+
+
+def surest(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """[B, W] bool: each row's surest eligible position (the leftmost on ties), if it has one."""
+    best = jnp.argmin(_sortable(confidence, eligible), axis=-1)
+    return (jnp.arange(confidence.shape[-1])[None] == best[:, None]) & eligible
+
+
+def _sortable(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+    """Smallest first; an eligible position with confidence -inf still precedes the others."""
+    floor = jnp.finfo(jnp.float32).min
+    return jnp.where(eligible, -jnp.maximum(confidence, floor), jnp.inf)

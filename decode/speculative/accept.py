@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import Part
-from decode.core.sampling import draw, fold_in, uniforms
+from decode.core.sampling import draw
+from decode.core.streams import fold_in, uniforms
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
 

@@ -8,6 +8,7 @@ Letters: B rows, S token slots, T positions seen at once, D width of the target,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,6 +80,11 @@ class Drafter(Part):
     Most trees have one shape: a static field or a property `shape` of the class. Where another tree
     is made in every round, `num_nodes` and `depth` say how large it may be.
     """
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        """Published settings, by the name under which users ask for them; none if it is trained."""
+        return {}
 
     @property
     def shape(self) -> TreeShape:

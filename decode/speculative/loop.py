@@ -26,8 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core import loop
 from decode.core.requests import read_requests
-from decode.core.sampling import Sampling, draw, fold_in
+from decode.core.sampling import Sampling, draw
+from decode.core.streams import fold_in
 from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
 from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.drafters.no_draft import NoDraft
@@ -42,7 +44,6 @@ from kernels_pallas.window_attention import pack_mask
 
 PREFILL = 256  # most prompt tokens per forward
 GREEDY = Sampling(temperature=None)
-FOREVER = 2**31 - 1
 
 
 class SpeculativeMethod(struct.PyTreeNode):
@@ -169,26 +170,33 @@ def init_state(
         seen = np.zeros((B, cfg.vocab_size), bool)
         for b, prompt in enumerate(prompts):
             seen[b, list(prompt)] = True
-    # The state is donated, so no two of its arrays may share memory: `jnp.array` copies.
-    zeros = functools.partial(jnp.zeros, B, jnp.int32)
+    zeros = functools.partial(np.zeros, B, np.int32)
+    array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
+    cache, drafter = _allocate(cfg, method, B, S)
     return SpeculativeState(
-        tokens=jnp.array(tokens),
-        length=jnp.array(lengths),
-        prompt_len=jnp.array(lengths),
-        end=jnp.array(ends),
-        step_map=jnp.full((B, G), -1, jnp.int32),
-        log_prob=jnp.zeros((B, G), jnp.float32),
-        num_forwards=zeros(),
-        draft_forwards=zeros(),
-        acceptance_histogram=jnp.zeros((B, J + 1), jnp.int32),
-        has_stopped=jnp.array(ends == lengths),
-        seen=None if seen is None else jnp.array(seen),
-        key=jnp.array(asked.key),
-        cache=init_cache(cfg, B, S),
-        drafter=method.drafter.init(cfg, B, S),
-        num_steps=jnp.zeros((), jnp.int32),
+        tokens=array(tokens),
+        length=array(lengths),
+        prompt_len=array(lengths),
+        end=array(ends),
+        step_map=array(np.full((B, G), -1, np.int32)),
+        log_prob=array(np.zeros((B, G), np.float32)),
+        num_forwards=array(zeros()),
+        draft_forwards=array(zeros()),
+        acceptance_histogram=array(np.zeros((B, J + 1), np.int32)),
+        has_stopped=array(ends == lengths),
+        seen=None if seen is None else array(seen),
+        key=array(asked.key),
+        cache=cache,
+        drafter=drafter,
+        num_steps=array(np.zeros((), np.int32)),
         chunk=chunk,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "B", "S"))
+def _allocate(cfg: ModelConfig, method: SpeculativeMethod, B: int, S: int) -> tuple[KVCache, Any]:
+    """The target's cache and what the drafter remembers, both empty."""
+    return init_cache(cfg, B, S), method.drafter.init(cfg, B, S)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
@@ -230,7 +238,7 @@ def decode(
     cfg: ModelConfig,
     method: SpeculativeMethod,
     state: SpeculativeState,
-    max_rounds: jax.Array | int = FOREVER,
+    max_rounds: jax.Array | int = loop.FOREVER,
 ) -> SpeculativeState:
     """Runs rounds until every row is done: one device program, no host in between.
 
@@ -242,12 +250,7 @@ def decode(
       state: of `prefill`, or of an earlier call.
       max_rounds: to return after so many, whoever is not done.
     """
-    last = state.num_steps + jnp.minimum(max_rounds, FOREVER - state.num_steps)
-    return jax.lax.while_loop(
-        lambda state: ~state.has_stopped.all() & (state.num_steps < last),
-        lambda state: step(params, cfg, method, state),
-        state,
-    )
+    return loop.run(lambda state: step(params, cfg, method, state), state, max_rounds)
 
 
 def stream(
@@ -257,9 +260,7 @@ def stream(
 
     A yielded state must be read before the next one is asked for: its buffers are donated.
     """
-    while not bool(state.has_stopped.all()):
-        state = _step_jitted(params, cfg, method, state)
-        yield state
+    return loop.stream(lambda state: _step_jitted(params, cfg, method, state), state)
 
 
 def step(

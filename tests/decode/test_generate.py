@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 import dlm
+from decode.core.results import Completion
 from decode.diffusion.components import DualCache, FixedBlocks, Quota, Threshold
 from decode.diffusion.loop import DiffusionMethod, decode
-from decode.generate import Completion, generate, prepare
+from decode.generate import generate, prepare
 from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
 from dlm.params import init_params
 from dlm.presets import PRESETS

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.core.sampling import fold_in, uniforms
+from decode.core.streams import fold_in, uniforms
 from decode.speculative.contracts import Drafter
 from decode.speculative.tree import TreeShape, chain
 

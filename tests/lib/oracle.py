@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode.diffusion.contracts import Stream
+from decode.core.streams import Stream
 from kernels_pallas.unembed_stats import gumbel_noise, threefry2x32
 
 

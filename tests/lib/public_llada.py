@@ -25,7 +25,7 @@ PROMPT_LEN = 16  # of the traces; a row's ties depend on its whole length
 class Float32Softmax(Confidence):
     """softmax in float32, its sum taken in sixteen lanes that are then folded in halves."""
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def measure(self, view, state: Any):
         z = view.logits

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from decode.diffusion.contracts import Round
+from decode.diffusion.round import Round
 from kernels_pallas.unembed_stats import VocabStats
 
 

@@ -79,11 +79,16 @@ class BlockCache(CachePolicy):
         that one full forward serves them together. Changes no row's tokens or forward count, only
         how many forwards the batch takes: 1 is best where full forwards cost much more than window
         forwards, 0 where they cost the same.
-      follow_up: see `CachePolicy`.
+      follow_up: bit-faithful to the first public Fast-dLLM, which made a cached forward in every
+        block even when the refresh had already filled it. Static.
     """
 
     quorum: jax.Array | float = 1.0
     follow_up: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"second look"} if self.follow_up else ())
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("quorum", self.quorum, 0, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from flax import struct
 
 from decode.diffusion.caches.canvas import CachePolicy, Canvas
 from decode.diffusion.contracts import check_range
-from decode.diffusion.inputs.mask import MaskInputs
-from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
-from decode.diffusion.schedulers.sub_blocks import SubBlocks
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params
 from kernels_pallas.window_attention import pack_mask
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
@@ -44,8 +44,8 @@ class BlockCausal(CachePolicy):
     everything earlier is read. The prompt is filled in before the first round, by a forward that
     `num_forwards` does not count.
 
-    For models trained with this attention: others lose quality. Needs `FixedBlocks` or `SubBlocks`
-    with the same `block_len` and `aligned=True`.
+    For models trained with this attention: others lose quality. Needs aligned blocks of the same
+    length (`FixedBlocks(block_len, aligned=True)`).
 
     Reference: Arriola et al., "Block Diffusion", arXiv:2503.09573, section 3; Cheng et al., "SDAR",
     arXiv:2510.06303; Wu et al., "Fast-dLLM v2", arXiv:2509.26328.
@@ -61,20 +61,17 @@ class BlockCausal(CachePolicy):
     def validate(self, cfg: ModelConfig) -> None:
         check_range("block_len", self.block_len, 1, cfg.max_seq_len)
 
-    def refuse(self, method: Any) -> str | None:
+    def refuse(self, method: DiffusionMethod) -> str | None:
         blocks = method.scheduler
-        fits = isinstance(blocks, FixedBlocks | SubBlocks) and blocks.aligned
-        if not fits or blocks.block_len != self.block_len:
+        if not blocks.is_aligned or blocks.fixed_len != self.block_len:
             return (
                 f"BlockCausal(block_len={self.block_len}) needs the blocks that the model sees: "
-                f"use FixedBlocks({self.block_len}, aligned=True)"
+                f"use aligned blocks of {self.block_len}"
             )
-        if method.needs_shadow:
-            return f"BlockCausal has no shadow, which {type(method.reviser).__name__} needs"
-        if not isinstance(method.inputs, MaskInputs):
-            return (
-                f"BlockCausal shows MASK, and {type(method.inputs).__name__} wants something else"
-            )
+        if who := method.who_needs("shadow"):
+            return f"BlockCausal has no shadow, which {who} needs"
+        if not method.inputs.shows_mask or method.inputs.remembers:
+            return f"BlockCausal shows MASK, and {method.inputs.name} wants something else"
         return None
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCausalState:

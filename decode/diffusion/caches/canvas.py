@@ -56,12 +56,9 @@ class CachePolicy(Component):
 
     Attributes:
       covers: the most that its forwards show: the "block", the "suffix" too, or the "canvas".
-      follow_up: bit-faithful to the first public Fast-dLLM, which made a cached forward in every
-        block even when the refresh had already filled it.
     """
 
     covers: ClassVar[str] = "canvas"
-    follow_up: bool = False
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
         """The state the policy carries: a pytree, allocated once and donated."""

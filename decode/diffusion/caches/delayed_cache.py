@@ -23,18 +23,21 @@ positions judged, D model width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from decode.diffusion.caches.canvas import CachePolicy, Canvas, gather
-from decode.diffusion.contracts import Inputs, check_range
+from decode.diffusion.contracts import Points, check_range
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
@@ -82,25 +85,31 @@ class DelayedCache(CachePolicy):
       num_lengths: compiled lengths besides S, at least 1. Static.
     """
 
+    short_name: ClassVar[str] = "delayed"
+
     covers: ClassVar[str] = "suffix"
 
     refresh_every: jax.Array | int = 8
     num_lengths: int = struct.field(pytree_node=False, default=4)
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"delayed_cache": {"cache": cls()}}
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("refresh_every", self.refresh_every, 1, float("inf"))
         check_range("num_lengths", self.num_lengths, 1, float("inf"))
 
-    def refuse(self, method: Any) -> str | None:
-        if method.needs_shadow:
+    def refuse(self, method: DiffusionMethod) -> str | None:
+        if who := method.who_needs("shadow"):
             return (
-                f"{type(method.reviser).__name__} asks what the model predicts where a token "
+                f"{who} asks what the model predicts where a token "
                 "stands, which DelayedCache cannot hide from it once cached: use another cache"
             )
-        if type(method.inputs).see is not Inputs.see:
+        if not method.inputs.shows_mask:
             return (
                 "DelayedCache tells undecided positions by their MASK, and "
-                f"{type(method.inputs).__name__} shows something else: use another cache"
+                f"{method.inputs.name} shows something else: use another cache"
             )
         return None
 

@@ -14,6 +14,8 @@ from decode.diffusion.caches.canvas import Canvas
 class DualCache(BlockCache):
     """Approximate: everything but the open block is cached, the masked suffix too."""
 
+    short_name: ClassVar[str] = "dual"
+
     covers: ClassVar[str] = "block"
 
     def span(self, canvas: Canvas, window_len: int) -> Span:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import struct
@@ -15,6 +15,8 @@ from dlm.params import Params
 @struct.dataclass
 class NoCache(CachePolicy):
     """Every forward runs over the whole canvas. Exact."""
+
+    short_name: ClassVar[str] = "none"
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
         return ()

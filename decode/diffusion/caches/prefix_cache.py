@@ -14,6 +14,8 @@ from decode.diffusion.caches.canvas import Canvas
 class PrefixCache(BlockCache):
     """Approximate: what stands before the open block is cached; block and suffix are recomputed."""
 
+    short_name: ClassVar[str] = "prefix"
+
     covers: ClassVar[str] = "suffix"
 
     def span(self, canvas: Canvas, window_len: int) -> Span:

@@ -9,7 +9,7 @@ from flax import struct
 
 from decode.diffusion.caches.block_cache import BlockCache, Span
 from decode.diffusion.caches.canvas import Canvas
-from decode.diffusion.contracts import check_range
+from decode.diffusion.contracts import Points, check_range
 from dlm.config import ModelConfig
 
 
@@ -38,10 +38,16 @@ class VicinityCache(BlockCache):
       after: positions recomputed right of it, at least 0. Static.
     """
 
+    short_name: ClassVar[str] = "vicinity"
+
     covers: ClassVar[str] = "block"
 
     before: int = struct.field(pytree_node=False, default=16)
     after: int = struct.field(pytree_node=False, default=16)
+
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"vicinity_cache": {"cache": cls(before=block_len, after=block_len)}}
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)

@@ -8,15 +8,19 @@ Letters: B rows, W window positions, V vocabulary, K slots.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Confidence, Round, check_range
+from decode.diffusion.contracts import Confidence, Points, check_range
+from decode.diffusion.round import Round
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import Noise, logits_stats
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
@@ -33,7 +37,9 @@ class Credit(Confidence):
       beta: in [0, 1], what a credit keeps from step to step (0.8).
     """
 
-    needs_logits: ClassVar[bool] = True
+    short_name: ClassVar[str] = "credit"
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     alpha: jax.Array | float = 0.7
     gamma: jax.Array | float = 0.2
@@ -48,26 +54,26 @@ class Credit(Confidence):
         """[B, W, V] float32 credits."""
         return jnp.zeros((batch_size, window_len, cfg.vocab_size), jnp.float32)
 
-    def measure(self, view: Round, state: jax.Array) -> tuple[Round, jax.Array]:
-        assert view.logits is not None
-        B, W, V = view.logits.shape
-        credit = jnp.where(_is_first(view), 0.0, self.beta * state)
-        favourite = jnp.arange(V)[None, None] == view.stats.token[..., None]
-        gains = view.undecided & view.in_block
-        gain = jnp.where(gains, jnp.exp(self.gamma * view.stats.log_prob), 0.0)
+    def measure(self, round: Round, state: jax.Array) -> tuple[Round, jax.Array]:
+        assert round.logits is not None
+        B, W, V = round.logits.shape
+        credit = jnp.where(_is_first(round), 0.0, self.beta * state)
+        favourite = jnp.arange(V)[None, None] == round.stats.token[..., None]
+        gains = round.undecided & round.in_block
+        gain = jnp.where(gains, jnp.exp(self.gamma * round.stats.log_prob), 0.0)
         credit = credit + jnp.where(favourite, gain[..., None], 0.0)
-        fused = view.logits + self.alpha * jnp.log1p(credit)
+        fused = round.logits + self.alpha * jnp.log1p(credit)
         noise = None
-        if view.temperature is not None:
-            noise = Noise(view.noise_key.reshape(B * W, 2), view.temperature)
+        if round.temperature is not None:
+            noise = Noise(round.noise_key.reshape(B * W, 2), round.temperature)
         stats = logits_stats(fused.reshape(B * W, V), noise=noise)
         token, sure = stats.token, stats.log_prob
         if stats.sample is not None and stats.sample_log_prob is not None:
             token, sure = stats.sample, stats.sample_log_prob
         token, sure = token.reshape(B, W), sure.reshape(B, W)
-        logit = jnp.take_along_axis(view.logits, token[..., None], axis=-1)[..., 0]
-        log_prob = logit - view.stats.logsumexp
-        return view.replace(proposal=token, log_prob=log_prob, confidence=sure), credit
+        logit = jnp.take_along_axis(round.logits, token[..., None], axis=-1)[..., 0]
+        log_prob = logit - round.stats.logsumexp
+        return round.replace(proposal=token, log_prob=log_prob, confidence=sure), credit
 
 
 class Slots(struct.PyTreeNode):
@@ -94,16 +100,22 @@ class SparseCredit(Confidence):
       num_slots: K.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"given"})
+
     alpha: jax.Array | float = 0.7
     gamma: jax.Array | float = 0.2
     beta: jax.Array | float = 0.8
     num_slots: int = struct.field(pytree_node=False, default=8)
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"sparse_credit": {"confidence": cls()}}
+
     def validate(self, cfg: ModelConfig) -> None:
         Credit(self.alpha, self.gamma, self.beta).validate(cfg)
         check_range("num_slots", self.num_slots, 1, cfg.vocab_size)
 
-    def refuse(self, method: Any) -> str | None:
+    def refuse(self, method: DiffusionMethod) -> str | None:
         if method.temperature is not None:
             return "SparseCredit is greedy: use Credit with a temperature"
         if method.lookahead:
@@ -118,17 +130,17 @@ class SparseCredit(Confidence):
         """[B, W, K]: tokens whose probabilities the round must know."""
         return jnp.maximum(state.token, 0)
 
-    def measure(self, view: Round, state: Slots) -> tuple[Round, Slots]:
-        stats = view.stats
+    def measure(self, round: Round, state: Slots) -> tuple[Round, Slots]:
+        stats = round.stats
         assert stats.given_log_probs is not None
-        token = jnp.where(_is_first(view), -1, state.token)
+        token = jnp.where(_is_first(round), -1, state.token)
         credit = jnp.where(token >= 0, self.beta * state.credit, 0.0)
         # The favourite goes to its slot, or to the one with least credit: free slots have none.
         is_favourite = token == stats.token[..., None]
         least = jnp.argmin(jnp.where(token >= 0, credit, -1.0), axis=-1)
         is_least = jnp.arange(self.num_slots)[None, None] == least[..., None]
         is_new = ~is_favourite.any(axis=-1, keepdims=True) & is_least
-        takes = (view.undecided & view.in_block)[..., None] & (is_favourite | is_new)
+        takes = (round.undecided & round.in_block)[..., None] & (is_favourite | is_new)
         gain = jnp.exp(self.gamma * stats.log_prob)[..., None]
         credit = jnp.where(takes, jnp.where(is_new, 0.0, credit) + gain, credit)
         token = jnp.where(takes, stats.token[..., None], token)
@@ -148,14 +160,14 @@ class SparseCredit(Confidence):
         sure = -jnp.log1p(credited + uncredited * jnp.exp(-top[..., 0]))
         log_prob = jnp.where(is_best, log_p, -jnp.inf).max(axis=-1)
         # Decided positions have no slots and propose what they hold for the model.
-        settled = ~view.undecided
-        return view.replace(
-            proposal=jnp.where(settled, view.proposal, best),
-            log_prob=jnp.where(settled, view.log_prob, log_prob),
-            confidence=jnp.where(settled, view.log_prob, sure),
+        settled = ~round.undecided
+        return round.replace(
+            proposal=jnp.where(settled, round.proposal, best),
+            log_prob=jnp.where(settled, round.log_prob, log_prob),
+            confidence=jnp.where(settled, round.log_prob, sure),
         ), Slots(token, credit)
 
 
-def _is_first(view: Round) -> jax.Array:
+def _is_first(round: Round) -> jax.Array:
     """[B, 1, 1] bool: rows in the first round of their block."""
-    return (view.block_step == 0)[:, None, None]
+    return (round.block_step == 0)[:, None, None]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Confidence, Round
+from decode.diffusion.contracts import Confidence
+from decode.diffusion.round import Round
 
 
 @struct.dataclass
@@ -17,7 +18,9 @@ class Margin(Confidence):
     Reference: Ye et al., "Dream 7B", arXiv:2508.15487.
     """
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        gap = view.stats.second_log_prob - view.stats.log_prob  # <= 0
-        margin = view.stats.log_prob + jnp.log(-jnp.expm1(gap))
-        return view.replace(confidence=margin), state
+    short_name: ClassVar[str] = "margin"
+
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
+        gap = round.stats.second_log_prob - round.stats.log_prob  # <= 0
+        margin = round.stats.log_prob + jnp.log(-jnp.expm1(gap))
+        return round.replace(confidence=margin), state

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import struct
 
-from decode.diffusion.contracts import Confidence, Round
+from decode.diffusion.contracts import Confidence
+from decode.diffusion.round import Round
 
 
 @struct.dataclass
@@ -19,5 +20,7 @@ class NegEntropy(Confidence):
     Reference: Ye et al., "Dream 7B", arXiv:2508.15487.
     """
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        return view.replace(confidence=-view.stats.entropy), state
+    short_name: ClassVar[str] = "neg_entropy"
+
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
+        return round.replace(confidence=-round.stats.entropy), state

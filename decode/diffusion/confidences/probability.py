@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import struct
 
-from decode.diffusion.contracts import Confidence, Round
+from decode.diffusion.contracts import Confidence
+from decode.diffusion.round import Round
 
 
 @struct.dataclass
@@ -16,5 +17,7 @@ class Probability(Confidence):
     Reference: Nie et al., "Large Language Diffusion Models", arXiv:2502.09992.
     """
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        return view.replace(confidence=view.log_prob), state
+    short_name: ClassVar[str] = "probability"
+
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
+        return round.replace(confidence=round.log_prob), state

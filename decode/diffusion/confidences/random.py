@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Confidence, Round, Stream, draw_uniform
+from decode.core.streams import Stream, draw_uniform
+from decode.diffusion.contracts import Confidence
+from decode.diffusion.round import Round
 
 
 @struct.dataclass
@@ -17,6 +19,9 @@ class Random(Confidence):
     Reference: Nie et al., "Large Language Diffusion Models", arXiv:2502.09992.
     """
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        uniform = draw_uniform(view.noise_key, Stream.RANDOM)
-        return view.replace(confidence=jnp.log(uniform)), state
+    short_name: ClassVar[str] = "random"
+    only_orders: ClassVar[bool] = True
+
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
+        uniform = draw_uniform(round.noise_key, Stream.RANDOM)
+        return round.replace(confidence=jnp.log(uniform)), state

@@ -11,7 +11,8 @@ import jax
 from flax import struct
 
 from decode.diffusion.confidences.probability import Probability
-from decode.diffusion.contracts import Confidence, Round
+from decode.diffusion.contracts import Confidence
+from decode.diffusion.round import Round
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import logits_stats
 
@@ -38,25 +39,25 @@ class Tempered(Confidence):
       base: the measure; one that reads only `stats` and `log_prob` of a round.
     """
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     base: Confidence = Probability()
 
     def validate(self, cfg: ModelConfig) -> None:
         self.base.validate(cfg)
-        if self.base.needs_logits or jax.tree.leaves(self.base.init(cfg, 1, 1)):
+        if self.base.needs or jax.tree.leaves(self.base.init(cfg, 1, 1)):
             raise ValueError(
-                f"Tempered(base={type(self.base).__name__}) must be of a measure without logits "
+                f"Tempered(base={self.base.name}) must be of a measure without logits "
                 "or memory of its own: use Probability, Margin or NegEntropy"
             )
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        assert view.logits is not None
-        B, W, V = view.logits.shape
-        z = view.logits if view.temperature is None else view.logits / view.temperature
-        stats = logits_stats(z.reshape(B * W, V), given_ids=view.proposal.reshape(B * W, 1))
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
+        assert round.logits is not None
+        B, W, V = round.logits.shape
+        z = round.logits if round.temperature is None else round.logits / round.temperature
+        stats = logits_stats(z.reshape(B * W, V), given_ids=round.proposal.reshape(B * W, 1))
         stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
         assert stats.given_log_probs is not None
-        tempered = view.replace(stats=stats, log_prob=stats.given_log_probs[..., 0])
+        tempered = round.replace(stats=stats, log_prob=stats.given_log_probs[..., 0])
         tempered, _ = self.base.measure(tempered, ())
-        return view.replace(confidence=tempered.confidence), state
+        return round.replace(confidence=tempered.confidence), state

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Inputs, Round, check_range
+from decode.diffusion.contracts import Inputs, Points, check_range
 from decode.diffusion.inputs.mask import MaskInputs
+from decode.diffusion.round import Frame, Round
 from dlm.config import ModelConfig
 
 
@@ -32,12 +33,16 @@ class Smoothing(Inputs):
       limit: in [0, 1] (0.3).
     """
 
-    needs_logits: ClassVar[bool] = True
-    needs_expected: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"expected"})
+    remembers: ClassVar[bool] = True
 
     start: jax.Array | float = 0.15
     growth: jax.Array | float = 0.02
     limit: jax.Array | float = 0.3
+
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"smoothing": {"inputs": cls()}}
 
     def validate(self, cfg: ModelConfig) -> None:
         MaskInputs().validate(cfg)
@@ -49,12 +54,12 @@ class Smoothing(Inputs):
         """[B, W, D] float32: what was expected."""
         return jnp.zeros((batch_size, window_len, cfg.d_model), jnp.float32)
 
-    def mix(self, view: Round, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rounds = (view.block_step - 1).astype(jnp.float32)
+    def mix(self, frame: Frame, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rounds = (frame.block_step - 1).astype(jnp.float32)
         weight = jnp.minimum(self.start + self.growth * rounds, self.limit)
-        weight = jnp.where(view.block_step > 0, weight, 0.0)  # nothing is known of a new block
-        return jnp.where(view.eligible, weight[:, None], 0.0), state
+        weight = jnp.where(frame.block_step > 0, weight, 0.0)  # nothing is known of a new block
+        return jnp.where(frame.eligible, weight[:, None], 0.0), state
 
-    def remember(self, view: Round, state: jax.Array) -> jax.Array:
-        assert view.expected is not None
-        return view.expected
+    def remember(self, round: Round, state: jax.Array) -> jax.Array:
+        assert round.expected is not None
+        return round.expected

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Inputs, Round, Stream, check_range, draw_bits
+from decode.core.streams import Stream, draw_bits
+from decode.diffusion.contracts import Inputs, check_range
+from decode.diffusion.round import Frame, Round
 from dlm.config import ModelConfig
 
 
@@ -27,8 +29,9 @@ class UniformNoise(Inputs):
         all positions of the block. 0: none.
     """
 
-    needs_logits: ClassVar[bool] = True
-    needs_expected: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"expected"})
+    shows_mask: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
 
     self_condition: jax.Array | float = 0.0
 
@@ -46,10 +49,10 @@ class UniformNoise(Inputs):
         noise = (bits % jnp.uint32(cfg.vocab_size)).astype(jnp.int32)
         return jnp.where(undecided, noise, tokens)
 
-    def mix(self, view: Round, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        known = view.in_block & (view.block_step > 0)[:, None]
+    def mix(self, frame: Frame, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        known = frame.in_block & (frame.block_step > 0)[:, None]
         return jnp.where(known, self.self_condition, 0.0), state
 
-    def remember(self, view: Round, state: Any) -> jax.Array:
-        assert view.expected is not None
-        return view.expected
+    def remember(self, round: Round, state: Any) -> jax.Array:
+        assert round.expected is not None
+        return round.expected

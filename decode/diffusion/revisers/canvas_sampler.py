@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Confidence, Reviser, Revision, Round, check_range
+from decode.diffusion.contracts import Confidence, Reviser, check_range
+from decode.diffusion.round import Revision, Round
 from decode.diffusion.rules.entropy_budget import within_budget
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import Noise, logits_stats
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
@@ -29,7 +33,7 @@ class Annealed(Confidence):
       steps: >= 2, rounds (48).
     """
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     first: jax.Array | float = 0.8
     last: jax.Array | float = 0.4
@@ -40,25 +44,25 @@ class Annealed(Confidence):
         check_range("last", self.last, 1e-6, float("inf"))
         check_range("steps", self.steps, 2, float("inf"), " rounds")
 
-    def refuse(self, method: Any) -> str | None:
+    def refuse(self, method: DiffusionMethod) -> str | None:
         if method.temperature is not None:
             return "Annealed sets the temperature itself: leave temperature out"
         return None
 
-    def measure(self, view: Round, state: Any) -> tuple[Round, Any]:
-        assert view.logits is not None
-        B, W, V = view.logits.shape
-        done = jnp.clip(view.block_step / (jnp.asarray(self.steps) - 1), 0.0, 1.0)
+    def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
+        assert round.logits is not None
+        B, W, V = round.logits.shape
+        done = jnp.clip(round.block_step / (jnp.asarray(self.steps) - 1), 0.0, 1.0)
         temperature = self.first + (self.last - self.first) * done.astype(jnp.float32)
         # softmax(z / T) at temperature 1 is softmax(z) at temperature T, per row.
-        cooled = (view.logits / temperature[:, None, None]).reshape(B * W, V)
-        noise = Noise(view.noise_key.reshape(B * W, 2), jnp.float32(1.0))
+        cooled = (round.logits / temperature[:, None, None]).reshape(B * W, V)
+        noise = Noise(round.noise_key.reshape(B * W, 2), jnp.float32(1.0))
         token = logits_stats(cooled, noise=noise).sample
         assert token is not None
         token = token.reshape(B, W)
-        logit = jnp.take_along_axis(view.logits, token[..., None], axis=-1)[..., 0]
-        log_prob = logit - view.stats.logsumexp
-        return view.replace(proposal=token, log_prob=log_prob, confidence=log_prob), state
+        logit = jnp.take_along_axis(round.logits, token[..., None], axis=-1)[..., 0]
+        log_prob = logit - round.stats.logsumexp
+        return round.replace(proposal=token, log_prob=log_prob, confidence=log_prob), state
 
 
 @struct.dataclass
@@ -94,19 +98,19 @@ class Renoise(Reviser):
         return jnp.full((batch_size, window_len), -1, jnp.int32)
 
     def revise(
-        self, view: Round, commit: jax.Array, state: jax.Array
+        self, round: Round, commit: jax.Array, state: jax.Array
     ) -> tuple[Revision, jax.Array]:
-        block, best = view.in_block, view.stats.token
-        admitted = within_budget(view.stats.entropy, block, self.budget)
-        total = jnp.where(block, view.stats.entropy, 0.0).sum(axis=-1)
+        block, best = round.in_block, round.stats.token
+        admitted = within_budget(round.stats.entropy, block, self.budget)
+        total = jnp.where(block, round.stats.entropy, 0.0).sum(axis=-1)
         mean = total / jnp.maximum(block.sum(axis=-1), 1)
-        unchanged = ((best == state) | ~block).all(axis=-1) & (view.block_step > 0)
+        unchanged = ((best == state) | ~block).all(axis=-1) & (round.block_step > 0)
         settled = unchanged & (mean < self.max_mean_entropy)
-        is_last = settled | (view.block_step + 1 >= self.steps)
+        is_last = settled | (round.block_step + 1 >= self.steps)
         revision = Revision(
             commit=jnp.where(is_last[:, None], block, admitted),
             take_back=block & ~admitted & ~is_last[:, None],
             hold=~is_last,
-            proposal=jnp.where(is_last[:, None], best, view.proposal),
+            proposal=jnp.where(is_last[:, None], best, round.proposal),
         )
         return revision, best

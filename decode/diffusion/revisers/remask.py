@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Reviser, Revision, Round, check_range, rank
+from decode.diffusion.contracts import Reviser, check_range
+from decode.diffusion.round import Revision, Round, rank
 from dlm.config import ModelConfig
 
 
@@ -68,22 +69,22 @@ class Remask(Reviser):
         )
 
     def revise(
-        self, view: Round, commit: jax.Array, state: RemaskState
+        self, round: Round, commit: jax.Array, state: RemaskState
     ) -> tuple[Revision, RemaskState]:
-        is_new = view.block_step == 0
+        is_new = round.block_step == 0
         made = jnp.where(is_new, 0, state.made)
         taken = jnp.where(is_new, 0, state.taken)[:, None]
-        again = view.eligible & (rank(view.confidence, view.eligible) < taken)
+        again = round.eligible & (rank(round.confidence, round.eligible) < taken)
         commit = jnp.where(taken > 0, again, commit)
         recorded = jnp.where(is_new[:, None], jnp.inf, state.recorded)
-        recorded = jnp.where(commit, view.confidence, recorded)
+        recorded = jnp.where(commit, round.confidence, recorded)
 
-        share = jnp.floor(self.after * view.num_open.astype(jnp.float32)).astype(jnp.int32)
-        left = (view.in_block & view.undecided & ~commit).sum(axis=-1)
-        is_due = (made > 0) | (left <= view.num_open - jnp.maximum(share, 1))
+        share = jnp.floor(self.after * round.num_open.astype(jnp.float32)).astype(jnp.int32)
+        left = (round.in_block & round.undecided & ~commit).sum(axis=-1)
+        is_due = (made > 0) | (left <= round.num_open - jnp.maximum(share, 1))
         is_due &= made < self.rounds
 
-        own = view.in_block & (~view.undecided | commit) & (recorded < jnp.inf)
+        own = round.in_block & (~round.undecided | commit) & (recorded < jnp.inf)
         take_back = own & (rank(-recorded, own) < self.count) & is_due[:, None]
         made, taken = made + is_due, take_back.sum(axis=-1, dtype=jnp.int32)
         return Revision(commit, take_back), RemaskState(recorded, made, taken)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Reviser, Revision, Round, Stream, check_range, draw_uniform
+from decode.core.streams import Stream, draw_uniform
+from decode.diffusion.contracts import Points, Reviser, check_range
+from decode.diffusion.round import Revision, Round
 from dlm.config import ModelConfig
 
 
@@ -48,15 +50,19 @@ class ReMDM(Reviser):
     eta: jax.Array | float = 0.02
     schedule: str = struct.field(pytree_node=False, default="cap")
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"remdm": {"reviser": cls(block_len)}}
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps", self.steps, 1, float("inf"))
         check_range("eta", self.eta, 0, 1)
         if self.schedule not in ("cap", "rescale"):
             raise ValueError(f"schedule={self.schedule!r} must be 'cap' or 'rescale'")
 
-    def revise(self, view: Round, commit: jax.Array, state: tuple) -> tuple[Revision, tuple]:
+    def revise(self, round: Round, commit: jax.Array, state: tuple) -> tuple[Revision, tuple]:
         steps = jnp.asarray(self.steps, jnp.int32)
-        i = jnp.minimum(view.block_step, steps - 1)
+        i = jnp.minimum(round.block_step, steps - 1)
         # In units of 1 / steps: alpha = i, 1 - alpha' = after; exact at both ends.
         i, after = i.astype(jnp.float32), (steps - 1 - i).astype(jnp.float32)
         sigma_max = jnp.minimum(after / jnp.maximum(i, 1), 1)
@@ -65,7 +71,7 @@ class ReMDM(Reviser):
         )
         decide = (1 + sigma * i) / (after + 1)
 
-        uniform = draw_uniform(view.noise_key, Stream.REMDM)
-        take_back = view.in_block & ~view.undecided & (uniform < sigma[:, None])
-        hold = view.block_step + 1 < steps
-        return Revision(view.eligible & (uniform < decide[:, None]), take_back, hold), state
+        uniform = draw_uniform(round.noise_key, Stream.REMDM)
+        take_back = round.in_block & ~round.undecided & (uniform < sigma[:, None])
+        hold = round.block_step + 1 < steps
+        return Revision(round.eligible & (uniform < decide[:, None]), take_back, hold), state

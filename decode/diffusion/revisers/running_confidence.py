@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Reviser, Revision, Round, rank
+from decode.diffusion.contracts import Reviser
+from decode.diffusion.round import Revision, Round, rank
 from dlm.config import ModelConfig
 
 
@@ -33,11 +34,11 @@ class RunningConfidence(Reviser):
         return jnp.full((batch_size, window_len), jnp.inf, jnp.float32)
 
     def revise(
-        self, view: Round, commit: jax.Array, state: jax.Array
+        self, round: Round, commit: jax.Array, state: jax.Array
     ) -> tuple[Revision, jax.Array]:
-        recorded = jnp.where((view.block_step == 0)[:, None], jnp.inf, state)
-        running = jnp.where(view.eligible, view.confidence, recorded)
-        decided = view.in_block & ~view.undecided
+        recorded = jnp.where((round.block_step == 0)[:, None], jnp.inf, state)
+        running = jnp.where(round.eligible, round.confidence, recorded)
+        decided = round.in_block & ~round.undecided
         num_stay = decided.sum(axis=-1) + commit.sum(axis=-1)
-        stays = rank(running, decided | view.eligible) < num_stay[:, None]
-        return Revision(view.eligible & stays, decided & ~stays), running
+        stays = rank(running, decided | round.eligible) < num_stay[:, None]
+        return Revision(round.eligible & stays, decided & ~stays), running

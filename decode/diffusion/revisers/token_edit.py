@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Reviser, Revision, Round, check_range, log_confidence
+from decode.diffusion.contracts import Reviser, check_range
+from decode.diffusion.round import Revision, Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -49,16 +50,16 @@ class TokenEdit(Reviser):
         return jnp.zeros(batch_size, jnp.int32)
 
     def revise(
-        self, view: Round, commit: jax.Array, state: jax.Array
+        self, round: Round, commit: jax.Array, state: jax.Array
     ) -> tuple[Revision, jax.Array]:
-        undecided = view.undecided & view.in_block
+        undecided = round.undecided & round.in_block
         was_full = ~undecided.any(axis=-1)
         is_full = ~(undecided & ~commit).any(axis=-1)
-        rounds = jnp.where(view.block_step == 0, 0, state) + was_full
+        rounds = jnp.where(round.block_step == 0, 0, state) + was_full
         may_edit = ~was_full | (rounds <= self.max_rounds)
 
-        differs = view.in_block & ~view.undecided & (view.proposal != view.tokens)
-        edit = differs & (view.log_prob > log_confidence(self.threshold)) & may_edit[:, None]
+        differs = round.in_block & ~round.undecided & (round.proposal != round.tokens)
+        edit = differs & (round.log_prob > log_confidence(self.threshold)) & may_edit[:, None]
         settled = was_full & ~edit.any(axis=-1)
         hold = is_full & ~settled & (rounds < self.max_rounds)
         return Revision(commit | edit, hold=hold), rounds

@@ -8,15 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import (
-    CommitRule,
-    Reviser,
-    Revision,
-    Round,
-    check_range,
-    log_confidence,
-    rank,
-)
+from decode.diffusion.contracts import CommitRule, Points, Reviser, check_range
+from decode.diffusion.round import Revision, Round, log_confidence, rank
 from dlm.config import ModelConfig
 
 _ACCEPTED_BEFORE_THE_FIRST_ROUND = 30
@@ -38,12 +31,12 @@ class WideIn(CommitRule):
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        masks = view.eligible.sum(axis=-1)
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        masks = round.eligible.sum(axis=-1)
         limit = jnp.clip(jnp.floor(masks.astype(jnp.float32) * 0.7), 5, 20)
-        is_among_surest = rank(view.confidence, view.eligible) < limit[:, None]
-        is_sure = view.confidence > log_confidence(self.threshold)
-        return view.eligible & is_sure & is_among_surest, state
+        is_among_surest = rank(round.confidence, round.eligible) < limit[:, None]
+        is_sure = round.confidence > log_confidence(self.threshold)
+        return round.eligible & is_sure & is_among_surest, state
 
 
 @struct.dataclass
@@ -61,9 +54,13 @@ class NarrowOut(Reviser):
       threshold: in [0, 1], strict (0.9).
     """
 
-    needs_shadow: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"shadow"})
 
     threshold: jax.Array | float = 0.9
+
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"wino": {"rule": WideIn(0.6), "reviser": cls(0.9)}}
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
@@ -78,13 +75,13 @@ class NarrowOut(Reviser):
         return jnp.full(batch_size, _ACCEPTED_BEFORE_THE_FIRST_ROUND, jnp.int32)
 
     def revise(
-        self, view: Round, commit: jax.Array, state: jax.Array
+        self, round: Round, commit: jax.Array, state: jax.Array
     ) -> tuple[Revision, jax.Array]:
-        assert view.shadow_log_prob is not None
-        last = jnp.where(view.block_step == 0, _ACCEPTED_BEFORE_THE_FIRST_ROUND, state)
-        decided = view.in_block & ~view.undecided
-        fails = decided & (view.shadow_log_prob < log_confidence(self.threshold))
+        assert round.shadow_log_prob is not None
+        last = jnp.where(round.block_step == 0, _ACCEPTED_BEFORE_THE_FIRST_ROUND, state)
+        decided = round.in_block & ~round.undecided
+        fails = decided & (round.shadow_log_prob < log_confidence(self.threshold))
         accepted = commit.sum(axis=-1)
         limit = jnp.where(accepted > 1, last - 1, 0)
-        take_back = fails & (rank(-view.shadow_log_prob, fails) < limit[:, None])
+        take_back = fails & (rank(-round.shadow_log_prob, fails) < limit[:, None])
         return Revision(commit, take_back), accepted

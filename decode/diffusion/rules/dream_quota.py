@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, Stream, check_range, rank
+from decode.core.streams import Stream
+from decode.diffusion.contracts import CommitRule, check_range
+from decode.diffusion.round import Round, rank
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import gumbel_noise
 
@@ -50,6 +52,10 @@ class DreamQuota(CommitRule):
     alg_temp_units: str = struct.field(pytree_node=False, default="probability")
     may_idle: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"idle"} if self.may_idle else ())
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps", self.steps, 1, float("inf"))
         check_range("eps", self.eps, 1e-12, 1)
@@ -60,27 +66,27 @@ class DreamQuota(CommitRule):
                 f"alg_temp_units={self.alg_temp_units!r} must be 'probability' or 'nats'"
             )
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        masks = view.eligible.sum(axis=-1)
-        share = decided_share(view.block_step, self.steps, self.eps)
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        masks = round.eligible.sum(axis=-1)
+        share = decided_share(round.block_step, self.steps, self.eps)
         quota = jnp.floor(masks.astype(jnp.float32) * share).astype(jnp.int32)
         if not self.may_idle:  # here rather than by the loop, which would not draw it
             quota = jnp.minimum(jnp.maximum(quota, 1), masks)
-        return rank(self._score(view), view.eligible) < quota[:, None], state
+        return rank(self._score(round), round.eligible) < quota[:, None], state
 
-    def _score(self, view: Round) -> jax.Array:
+    def _score(self, round: Round) -> jax.Array:
         """[B, W] float32, of which the largest are committed (Gumbel top-k)."""
         if self.alg_temp is None:
-            return view.confidence
-        c = view.confidence
+            return round.confidence
+        c = round.confidence
         if self.alg_temp_units == "probability":
             c = jnp.expm1(c)  # p - 1 draws as p does, and tells apart what is almost certain
         B, W = c.shape
         stream = jnp.array([Stream.DREAM_QUOTA], jnp.uint32)
-        noise = gumbel_noise(view.noise_key.reshape(B * W, 2), stream)
+        noise = gumbel_noise(round.noise_key.reshape(B * W, 2), stream)
         alg_temp = jnp.asarray(self.alg_temp, jnp.float32)
         noisy = c + alg_temp * noise.reshape(B, W)
-        return jnp.where(alg_temp > 0, noisy, view.confidence)
+        return jnp.where(alg_temp > 0, noisy, round.confidence)
 
 
 def decided_share(step: jax.Array, steps: jax.Array | int, eps: jax.Array | float) -> jax.Array:

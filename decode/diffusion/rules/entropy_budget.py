@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round
 from dlm.config import ModelConfig
 
 
@@ -28,11 +29,19 @@ class EntropyBudget(CommitRule):
 
     budget: jax.Array | float = 0.1
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "entropy_budget_0.01": {"rule": cls(0.01)},
+            "entropy_budget": {"rule": cls(0.1)},
+            "entropy_budget_0.5": {"rule": cls(0.5)},
+        }
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("budget", self.budget, 0, float("inf"), " nats")
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        return within_budget(view.stats.entropy, view.eligible, self.budget), state
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        return within_budget(round.stats.entropy, round.eligible, self.budget), state
 
 
 def within_budget(entropy: jax.Array, where: jax.Array, budget: jax.Array | float) -> jax.Array:

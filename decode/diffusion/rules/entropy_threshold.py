@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, surest
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round, surest
 from dlm.config import ModelConfig
 
 
@@ -25,10 +26,18 @@ class EntropyThreshold(CommitRule):
 
     max_entropy: jax.Array | float = 0.5
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "entropy_threshold_0.2": {"rule": cls(0.2)},
+            "entropy_threshold": {"rule": cls(0.5)},
+            "entropy_threshold_1": {"rule": cls(1.0)},
+        }
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("max_entropy", self.max_entropy, 0, float("inf"), " nats")
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        entropy = view.stats.entropy
-        below = view.eligible & (entropy <= self.max_entropy)
-        return below | surest(-entropy, view.eligible), state
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        entropy = round.stats.entropy
+        below = round.eligible & (entropy <= self.max_entropy)
+        return below | surest(-entropy, round.eligible), state

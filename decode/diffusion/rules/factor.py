@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, rank, sort_confidence
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round, rank, sort_confidence
 from dlm.config import ModelConfig
 
 
@@ -31,15 +32,23 @@ class Factor(CommitRule):
     factor: jax.Array | float = 1.0
     commit_last: bool = struct.field(pytree_node=False, default=False)
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "factor_0.5": {"rule": cls(0.5)},
+            "factor": {"rule": cls(1.0)},
+            "factor_1.9": {"rule": cls(1.9)},
+        }
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("factor", self.factor, 0, float("inf"))
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        confidence = sort_confidence(view.confidence, view.eligible)
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        confidence = sort_confidence(round.confidence, round.eligible)
         n = jnp.arange(1, confidence.shape[-1] + 1)[None]
         bears = (n + 1) * -jnp.expm1(confidence) <= self.factor
         passed = jnp.cumprod((bears | (n == 1)).astype(jnp.int32), axis=-1).sum(axis=-1)
         if self.commit_last:
-            candidates = view.eligible.sum(axis=-1)
+            candidates = round.eligible.sum(axis=-1)
             passed = jnp.where(passed == candidates - 1, candidates, passed)
-        return view.eligible & (rank(view.confidence, view.eligible) < passed[:, None]), state
+        return round.eligible & (rank(round.confidence, round.eligible) < passed[:, None]), state

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, log_confidence
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -30,16 +31,23 @@ class Hierarchical(CommitRule):
     threshold: jax.Array | float = 0.9
     low_threshold: jax.Array | float = 0.4
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "hierarchical_0.62": {"rule": cls(0.9, low_threshold=0.62)},
+            "hierarchical": {"rule": cls(0.9, low_threshold=0.4)},
+        }
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
         check_range("low_threshold", self.low_threshold, 0, float(self.threshold), " (threshold)")
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        E = view.eligible
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        E = round.eligible
         before = jnp.pad(E, ((0, 0), (1, 0)))[:, :-1]
         run = jnp.cumsum((E & ~before).astype(jnp.int32), axis=-1)  # 1, 1, 2, 2, 2, ... where E
         same_run = (run[:, :, None] == run[:, None]) & E[:, None]  # [B, W, W]
-        confidence = jnp.where(E, view.confidence, -jnp.inf)
+        confidence = jnp.where(E, round.confidence, -jnp.inf)
         best = jnp.where(same_run, confidence[:, None], -jnp.inf).max(axis=-1)  # [B, W]
         is_best = E & (confidence == best) & (confidence > log_confidence(self.low_threshold))
         return is_best | (E & (confidence > log_confidence(self.threshold))), state

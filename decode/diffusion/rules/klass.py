@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, log_confidence
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -42,11 +43,18 @@ class Klass(CommitRule):
       history: rounds (2).
     """
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     threshold: jax.Array | float = 0.9
     max_kl: jax.Array | float = 0.01
     history: jax.Array | int = 2
+
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "klass": {"rule": cls(0.9)},
+            "klass_0.6": {"rule": cls(0.6)},
+        }
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
@@ -61,13 +69,13 @@ class Klass(CommitRule):
             jnp.zeros(shape, bool),
         )
 
-    def commit(self, view: Round, state: History) -> tuple[jax.Array, History]:
-        assert view.logits is not None
-        log_p = jax.nn.log_softmax(view.logits)
+    def commit(self, round: Round, state: History) -> tuple[jax.Array, History]:
+        assert round.logits is not None
+        log_p = jax.nn.log_softmax(round.logits)
         p = jnp.exp(log_p)
         kl = jnp.where(p > 0, p * (log_p - state.log_p), 0.0).sum(axis=-1)
-        was_seen = state.seen & (view.block_step > 0)[:, None]
+        was_seen = state.seen & (round.block_step > 0)[:, None]
         stable = jnp.where(was_seen & (kl < self.max_kl), state.stable + 1, 0)
-        is_sure = view.confidence > log_confidence(self.threshold)
+        is_sure = round.confidence > log_confidence(self.threshold)
         is_stable = stable >= self.history
-        return view.eligible & is_sure & is_stable, History(log_p, stable, view.in_block)
+        return round.eligible & is_sure & is_stable, History(log_p, stable, round.in_block)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, surest
+from decode.diffusion.contracts import CommitRule, check_range
+from decode.diffusion.round import Round, surest
 from dlm.config import ModelConfig
 from dlm.heads.learn2pd import Filter
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
@@ -35,13 +39,12 @@ class LearnedFilter(CommitRule):
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
 
-    def refuse(self, method: Any) -> str | None:
-        C, confidence = self.filter.block_len, type(method.confidence).__name__
-        block_len = getattr(method.scheduler, "block_len", None)
-        if type(method.scheduler).__name__ != "FixedBlocks" or block_len != C:
+    def refuse(self, method: DiffusionMethod) -> str | None:
+        C, confidence = self.filter.block_len, method.confidence.name
+        if method.scheduler.fixed_len != C:
             return (
                 f"LearnedFilter was trained with blocks of {C}, and {method.scheduler} makes other "
-                f"ones: use FixedBlocks({C})"
+                f"ones: use blocks of that length"
             )
         if confidence != self.filter.confidence:
             return (
@@ -50,14 +53,14 @@ class LearnedFilter(CommitRule):
             )
         return None
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        C, W = self.filter.block_len, view.index.shape[1]
-        confidence = jnp.where(view.in_block, jnp.exp(view.confidence), 0.0)
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        C, W = self.filter.block_len, round.index.shape[1]
+        confidence = jnp.where(round.in_block, jnp.exp(round.confidence), 0.0)
         # The window may start before the block: its columns, in the block's order.
-        column = view.block_start[:, None] - view.index[:, :1] + jnp.arange(C)[None]  # [B, C]
+        column = round.block_start[:, None] - round.index[:, :1] + jnp.arange(C)[None]  # [B, C]
         block = jnp.take_along_axis(confidence, jnp.minimum(column, W - 1), axis=-1)
         block = jnp.where(column < W, block, 0.0)
         keep = jax.nn.sigmoid(self.filter.logits(block)) > self.threshold  # [B, C]
-        place = jnp.clip(view.index - view.block_start[:, None], 0, C - 1)  # [B, W]
-        kept = jnp.take_along_axis(keep, place, axis=-1) & view.in_block
-        return (kept & view.eligible) | surest(view.confidence, view.eligible), state
+        place = jnp.clip(round.index - round.block_start[:, None], 0, C - 1)  # [B, W]
+        kept = jnp.take_along_axis(keep, place, axis=-1) & round.in_block
+        return (kept & round.eligible) | surest(round.confidence, round.eligible), state

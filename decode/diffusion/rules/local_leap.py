@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, log_confidence
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -33,15 +34,22 @@ class LocalLeap(CommitRule):
     relaxed: jax.Array | float = 0.75
     radius: jax.Array | int = 4
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "local_leap": {"rule": cls(0.9, relaxed=0.75)},
+            "local_leap_0.5": {"rule": cls(0.9, relaxed=0.5)},
+        }
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
         check_range("relaxed", self.relaxed, 0, float(self.threshold), " (the threshold)")
         check_range("radius", self.radius, 0, float("inf"))
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        is_anchor = view.eligible & (view.confidence >= log_confidence(self.threshold))
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        is_anchor = round.eligible & (round.confidence >= log_confidence(self.threshold))
         position = jnp.arange(is_anchor.shape[-1])
         is_near = jnp.abs(position[:, None] - position[None]) <= self.radius  # [W, W]
         near_anchor = (is_anchor[:, None] & is_near[None]).any(axis=-1)
-        passes = view.confidence >= log_confidence(self.relaxed)
-        return is_anchor | (view.eligible & near_anchor & passes), state
+        passes = round.confidence >= log_confidence(self.relaxed)
+        return is_anchor | (round.eligible & near_anchor & passes), state

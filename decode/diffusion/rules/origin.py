@@ -7,7 +7,9 @@ from typing import Any
 import jax
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, Stream, check_range, draw_uniform
+from decode.core.streams import Stream, draw_uniform
+from decode.diffusion.contracts import CommitRule, Points, check_range
+from decode.diffusion.round import Round
 from decode.diffusion.rules.dream_quota import decided_share
 from dlm.config import ModelConfig
 
@@ -34,11 +36,19 @@ class Origin(CommitRule):
     eps: jax.Array | float = 1e-3
     may_idle: bool = struct.field(pytree_node=False, default=True)
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"dream_origin": {"rule": cls(block_len)}}
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"idle"} if self.may_idle else ())
+
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps", self.steps, 1, float("inf"))
         check_range("eps", self.eps, 1e-12, 1)
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        uniform = draw_uniform(view.noise_key, Stream.ORIGIN)
-        share = decided_share(view.block_step, self.steps, self.eps)
-        return view.eligible & (uniform < share[:, None]), state
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        uniform = draw_uniform(round.noise_key, Stream.ORIGIN)
+        share = decided_share(round.block_step, self.steps, self.eps)
+        return round.eligible & (uniform < share[:, None]), state

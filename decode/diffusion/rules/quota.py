@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, rank
+from decode.diffusion.contracts import CommitRule, check_range
+from decode.diffusion.round import Round, rank
 from dlm.config import ModelConfig
 
 
@@ -26,12 +27,15 @@ class Quota(CommitRule):
       steps_per_block: S >= 1. The paper's `steps` is this times the number of blocks.
     """
 
+    counts_rounds: ClassVar[bool] = True
+    only_ranks: ClassVar[bool] = True
+
     steps_per_block: jax.Array | int = 32
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps_per_block", self.steps_per_block, 1, float("inf"))
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         steps = jnp.asarray(self.steps_per_block, jnp.int32)
-        quota = view.num_open // steps + (view.block_step < view.num_open % steps)
-        return rank(view.confidence, view.eligible) < quota[:, None], state
+        quota = round.num_open // steps + (round.block_step < round.num_open % steps)
+        return rank(round.confidence, round.eligible) < quota[:, None], state

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from flax import struct
 
-from decode.diffusion.contracts import CommitRule, Round, check_range, log_confidence
+from decode.diffusion.contracts import CommitRule, check_range
+from decode.diffusion.round import Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -29,5 +30,5 @@ class Threshold(CommitRule):
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)
 
-    def commit(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        return view.eligible & (view.confidence >= log_confidence(self.threshold)), state
+    def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        return round.eligible & (round.confidence >= log_confidence(self.threshold)), state

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.diffusion.contracts import Round, Scheduler, check_range, log_confidence
+from decode.diffusion.contracts import Scheduler, check_range
+from decode.diffusion.round import Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -60,19 +61,19 @@ class AdaBlock(Scheduler):
         ahead = jnp.floor(self.share * end).astype(jnp.int32)
         return jnp.minimum(start + jnp.maximum(ahead, self.block_len), end)
 
-    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
-        start, left = view.block_start, view.gen_len - view.block_start
-        reach = view.gen_len if self.window == "budget" else start
+    def focus(self, round: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        start, left = round.block_start, round.gen_len - round.block_start
+        reach = round.gen_len if self.window == "budget" else start
         ahead = jnp.floor(self.share * reach).astype(jnp.int32)
         ahead = ahead if self.window == "budget" else jnp.maximum(ahead, 1)
-        place = view.index - start[:, None]
+        place = round.index - start[:, None]
         ids = jnp.asarray(self.delimiter_ids, jnp.int32).reshape(-1)
-        is_delimiter = (view.proposal[..., None] == ids[None, None]).any(axis=-1)
+        is_delimiter = (round.proposal[..., None] == ids[None, None]).any(axis=-1)
         is_delimiter &= (place >= 0) & (place < jnp.minimum(ahead, left)[:, None])
-        sure = jnp.where(is_delimiter, view.log_prob, -jnp.inf)
+        sure = jnp.where(is_delimiter, round.log_prob, -jnp.inf)
         best = jnp.argmax(sure, axis=-1)  # the leftmost on ties
         found = is_delimiter.any(axis=-1) & (sure.max(axis=-1) >= log_confidence(self.threshold))
-        on_delimiter = jnp.take_along_axis(view.index, best[:, None], axis=-1)[:, 0] + 1
+        on_delimiter = jnp.take_along_axis(round.index, best[:, None], axis=-1)[:, 0] + 1
         settled = jnp.where(found, on_delimiter, start + jnp.minimum(self.block_len, left))
-        block_end = jnp.where(view.block_step == 0, settled, view.block_end)
-        return view.eligible & (view.index < block_end[:, None]), block_end, state
+        block_end = jnp.where(round.block_step == 0, settled, round.block_end)
+        return round.eligible & (round.index < block_end[:, None]), block_end, state

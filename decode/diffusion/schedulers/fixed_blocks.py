@@ -34,6 +34,14 @@ class FixedBlocks(Scheduler):
         if self.block_len is None and self.aligned:
             raise ValueError("aligned=True needs a block_len")
 
+    @property
+    def fixed_len(self) -> int | None:
+        return self.block_len
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.aligned
+
     def window_len(self, gen_len: int) -> int:
         return gen_len if self.block_len is None else min(self.block_len, gen_len)
 

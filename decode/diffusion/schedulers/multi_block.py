@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Progress, Round, Scheduler, check_range, log_confidence
-from decode.diffusion.revisers.keep import Keep
-from decode.diffusion.rules.quota import Quota
+from decode.diffusion.contracts import Points, Scheduler, check_range
+from decode.diffusion.round import Progress, Round, log_confidence
 from dlm.config import ModelConfig
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
@@ -37,11 +39,20 @@ class MultiBlock(Scheduler):
       gate: in [0, 1], confidence needed in half active blocks. 0: no gate.
     """
 
+    opens_early: ClassVar[bool] = True
+
     block_len: int = struct.field(pytree_node=False, default=32)
     max_open: int = struct.field(pytree_node=False, default=4)
     open_at: jax.Array | float = 0.5
     active_at: jax.Array | float = 1.0
     gate: jax.Array | float = 0.0
+
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "multi_block": {"scheduler": cls(block_len, 4)},
+            "multi_block_gated": {"scheduler": cls(block_len, 4, 0.1, active_at=0.95, gate=0.9)},
+        }
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("block_len", self.block_len, 1, float("inf"))
@@ -49,13 +60,16 @@ class MultiBlock(Scheduler):
         for name in ("open_at", "active_at", "gate"):
             check_range(name, getattr(self, name), 0, 1)
 
-    def refuse(self, method: Any) -> str | None:
-        if isinstance(method.rule, Quota):
-            return "Quota spreads a block over steps, but MultiBlock decodes several: use Threshold"
-        if not isinstance(method.reviser, Keep):
+    def refuse(self, method: DiffusionMethod) -> str | None:
+        if method.rule.counts_rounds:
             return (
-                f"{type(method.reviser).__name__} works on one block until it is done, but "
-                "MultiBlock moves on: use FixedBlocks with it"
+                f"{method.rule.name} spreads a block over its rounds, but MultiBlock decodes "
+                "several blocks at once: use a rule that goes by confidence"
+            )
+        if method.reviser.changes:
+            return (
+                f"{method.reviser.name} works on one block until it is done, but MultiBlock moves "
+                "on: use a scheduler of single blocks with it"
             )
         return None
 
@@ -65,14 +79,14 @@ class MultiBlock(Scheduler):
     def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
         return jnp.minimum(start + self.block_len, end)
 
-    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
-        block = (view.index - view.block_start[:, None]) // self.block_len  # [B, W]
+    def focus(self, round: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        block = (round.index - round.block_start[:, None]) // self.block_len  # [B, W]
         same = block[:, :, None] == block[:, None, :] + 1  # the predecessor's positions
-        same &= view.in_block[:, None]
-        share = (same & ~view.undecided[:, None]).sum(axis=-1) / jnp.maximum(same.sum(axis=-1), 1)
+        same &= round.in_block[:, None]
+        share = (same & ~round.undecided[:, None]).sum(axis=-1) / jnp.maximum(same.sum(axis=-1), 1)
         is_active = (block == 0) | (share >= self.active_at)
-        passes = view.confidence >= log_confidence(self.gate)
-        return view.eligible & (is_active | passes), view.block_end, state
+        passes = round.confidence >= log_confidence(self.gate)
+        return round.eligible & (is_active | passes), round.block_end, state
 
     def advance(self, progress: Progress) -> tuple[jax.Array, jax.Array]:
         B, G = progress.decided.shape

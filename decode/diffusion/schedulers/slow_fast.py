@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Round, Scheduler, check_range, log_confidence
+from decode.diffusion.contracts import Points, Scheduler, check_range
+from decode.diffusion.round import Round, log_confidence
 from dlm.config import ModelConfig
 
 
@@ -37,6 +38,10 @@ class SlowFast(Scheduler):
     floor: jax.Array | float = 0.3
     max_std: jax.Array | float = 1.0
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"slow_fast": {"scheduler": cls()}}
+
     def validate(self, cfg: ModelConfig) -> None:
         if self.block_len is not None:
             check_range("block_len", self.block_len, 1, float("inf"))
@@ -56,23 +61,23 @@ class SlowFast(Scheduler):
             return end
         return jnp.minimum((start // self.block_len + 1) * self.block_len, end)
 
-    def focus(self, view: Round, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        is_first = (view.block_step == 0)[:, None]
+    def focus(self, round: Round, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        is_first = (round.block_step == 0)[:, None]
         latest, before, stretch = jnp.split(jnp.where(is_first, -1, state), 3, axis=-1)
-        exploring = (view.block_step < self.explore)[:, None]
+        exploring = (round.block_step < self.explore)[:, None]
         undetermined = exploring & (stretch < 0)
 
-        seen = view.eligible & (view.confidence >= log_confidence(self.floor))
-        furthest = jnp.where(seen, view.index + 1, view.block_start[:, None] + 1)
+        seen = round.eligible & (round.confidence >= log_confidence(self.floor))
+        furthest = jnp.where(seen, round.index + 1, round.block_start[:, None] + 1)
         note = furthest.max(axis=-1, keepdims=True)
         before = jnp.where(undetermined, latest, before)
         latest = jnp.where(undetermined, note, latest)
         agree = jnp.abs(latest - before) / 2 < self.max_std  # the deviation of two numbers
         settled = undetermined & (before >= 0) & agree
-        is_last = (view.block_step + 1 >= self.explore)[:, None]
+        is_last = (round.block_step + 1 >= self.explore)[:, None]
         stretch = jnp.where(settled, latest, stretch)
         stretch = jnp.where(undetermined & is_last & ~settled, (latest + before) // 2, stretch)
 
         # The round that ends the slow phase still commits anywhere.
-        end = jnp.where(is_last & exploring, stretch, view.block_end[:, None])[:, 0]
-        return view.eligible, end, jnp.concatenate([latest, before, stretch], axis=-1)
+        end = jnp.where(is_last & exploring, stretch, round.block_end[:, None])[:, 0]
+        return round.eligible, end, jnp.concatenate([latest, before, stretch], axis=-1)

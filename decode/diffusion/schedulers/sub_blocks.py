@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Round, Scheduler
+from decode.diffusion.contracts import Points, Scheduler
+from decode.diffusion.round import Round
 from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
 from dlm.config import ModelConfig
 
@@ -33,6 +34,10 @@ class SubBlocks(Scheduler):
     sub_len: int = struct.field(pytree_node=False, default=8)
     aligned: bool = struct.field(pytree_node=False, default=False)
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {"sub_blocks": {"scheduler": cls(block_len, max(block_len // 4, 1))}}
+
     def validate(self, cfg: ModelConfig) -> None:
         self._blocks.validate(cfg)
         if not 1 <= self.sub_len <= (self.block_len or self.sub_len):
@@ -42,13 +47,21 @@ class SubBlocks(Scheduler):
     def _blocks(self) -> FixedBlocks:
         return FixedBlocks(self.block_len, self.aligned)
 
+    @property
+    def fixed_len(self) -> int | None:
+        return self.block_len
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.aligned
+
     def window_len(self, gen_len: int) -> int:
         return self._blocks.window_len(gen_len)
 
     def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
         return self._blocks.open_block(start, end, prompt_len)
 
-    def focus(self, view: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
-        part = (view.index - view.block_start[:, None]) // self.sub_len
-        leftmost = jnp.where(view.eligible, part, jnp.iinfo(jnp.int32).max).min(axis=-1)
-        return view.eligible & (part == leftmost[:, None]), view.block_end, state
+    def focus(self, round: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        part = (round.index - round.block_start[:, None]) // self.sub_len
+        leftmost = jnp.where(round.eligible, part, jnp.iinfo(jnp.int32).max).min(axis=-1)
+        return round.eligible & (part == leftmost[:, None]), round.block_end, state

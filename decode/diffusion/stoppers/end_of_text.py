@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Progress, Stopper
+from decode.diffusion.contracts import Stopper
+from decode.diffusion.round import Progress, is_any
 
 
 @struct.dataclass
 class Filled(Stopper):
     """Only when every position is decided, end-of-text tail and all (the published samplers)."""
+
+    short_name: ClassVar[str] = "filled"
 
 
 @struct.dataclass
@@ -22,9 +27,11 @@ class Eos(Stopper):
     decided tokens never change (without a reviser).
     """
 
-    def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:
+    short_name: ClassVar[str] = "eos"
+
+    def should_stop(self, progress: Progress, end_ids: jax.Array) -> jax.Array:
         settled = jnp.cumprod(progress.decided.astype(jnp.int32), axis=-1).astype(bool)
-        return (settled & (progress.completion == eos_id)).any(axis=-1)
+        return (settled & is_any(progress.completion, end_ids)).any(axis=-1)
 
 
 @struct.dataclass
@@ -34,7 +41,9 @@ class EosBlock(Stopper):
     Unlike `Eos` it lets a reviser finish its work on the block.
     """
 
-    def should_stop(self, progress: Progress, eos_id: int) -> jax.Array:
+    short_name: ClassVar[str] = "eos_block"
+
+    def should_stop(self, progress: Progress, end_ids: jax.Array) -> jax.Array:
         before = jnp.arange(progress.decided.shape[1])[None] < progress.block_end[:, None]
-        is_eos = progress.decided & (progress.completion == eos_id)
+        is_eos = progress.decided & is_any(progress.completion, end_ids)
         return progress.is_full & (is_eos & before).any(axis=-1)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Round, Stopper, check_range
+from decode.diffusion.contracts import Points, Stopper, check_range
+from decode.diffusion.round import Round
 from dlm.config import ModelConfig
 
 
@@ -43,9 +44,16 @@ class Eotp(Stopper):
     cut_at: str = struct.field(pytree_node=False, default="predicted")
     eot_id: jax.Array | int | None = None
 
+    @classmethod
+    def points(cls, block_len: int) -> Points:
+        return {
+            "eotp": {"stopper": cls()},
+            "eotp_committed": {"stopper": cls("committed")},
+        }
+
     @property
-    def width(self) -> str:  # type: ignore[override]
-        return "suffix" if self.cut_at == "predicted" else "block"
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"suffix"} if self.cut_at == "predicted" else ())
 
     def validate(self, cfg: ModelConfig) -> None:
         if self.cut_at not in ("predicted", "committed"):
@@ -58,16 +66,16 @@ class Eotp(Stopper):
         eot_id = cfg.eos_token_id if self.eot_id is None else self.eot_id
         return jnp.full(batch_size, eot_id, jnp.int32)
 
-    def cut(self, view: Round, commit: jax.Array, state: Any) -> jax.Array:
-        is_eot = (view.proposal == state[:, None]) & (view.index < view.gen_len[:, None])
+    def cut(self, round: Round, commit: jax.Array, state: Any) -> jax.Array:
+        is_eot = (round.proposal == state[:, None]) & (round.index < round.gen_len[:, None])
         here = is_eot & commit
         at, found = jnp.argmax(here, axis=-1), here.any(axis=-1)
         if self.cut_at == "predicted":
-            hoped = is_eot & view.undecided & ~commit
-            sure = jnp.where(hoped, view.confidence, -jnp.inf)
+            hoped = is_eot & round.undecided & ~commit
+            sure = jnp.where(hoped, round.confidence, -jnp.inf)
             # Without a finite confidence among them, the leftmost.
             best = jnp.argmax(hoped & (sure == sure.max(axis=-1, keepdims=True)), axis=-1)
             at = jnp.where(found, at, best)
             found |= hoped.any(axis=-1)
-        end = jnp.take_along_axis(view.index, at[:, None], axis=-1)[:, 0] + 1
-        return jnp.where(found, end, view.gen_len)
+        end = jnp.take_along_axis(round.index, at[:, None], axis=-1)[:, 0] + 1
+        return jnp.where(found, end, round.gen_len)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Round, Stopper, check_range
+from decode.diffusion.contracts import Stopper, check_range
+from decode.diffusion.round import Round
 from dlm.config import ModelConfig
 
 
@@ -30,7 +31,7 @@ class Prophet(Stopper):
       early, mid, late: thresholds for progress below 0.33, below 0.67, and beyond.
     """
 
-    width: ClassVar[str] = "canvas"
+    needs: ClassVar[frozenset[str]] = frozenset({"canvas"})
 
     answer_start: jax.Array | int
     answer_len: jax.Array | int = 5
@@ -45,14 +46,14 @@ class Prophet(Stopper):
         if self.total_steps is not None:
             check_range("total_steps", self.total_steps, 1, float("inf"))
 
-    def fill(self, view: Round, state: Any) -> tuple[jax.Array, Any]:
-        place = view.index - self.answer_start
-        answer = (place >= 0) & (place < self.answer_len) & (view.index < view.gen_len[:, None])
-        gap = view.stats.log_prob - view.stats.second_log_prob
+    def fill(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
+        place = round.index - self.answer_start
+        answer = (place >= 0) & (place < self.answer_len) & (round.index < round.gen_len[:, None])
+        gap = round.stats.log_prob - round.stats.second_log_prob
         count = answer.sum(axis=-1)
         mean = jnp.where(answer, gap, 0.0).sum(axis=-1) / jnp.maximum(count, 1)
-        total = view.gen_len if self.total_steps is None else jnp.asarray(self.total_steps)
-        progress = (view.row_step + 1).astype(jnp.float32) / total.astype(jnp.float32)
+        total = round.gen_len if self.total_steps is None else jnp.asarray(self.total_steps)
+        progress = (round.row_step + 1).astype(jnp.float32) / total.astype(jnp.float32)
         bar = jnp.where(progress < 0.67, self.mid, self.late)
         bar = jnp.where(progress < 0.33, self.early, bar)
         return (mean >= bar) & (count > 0), state

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.core.sampling import draw, fold_in
+from decode.core.sampling import draw
+from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
 from decode.speculative.tree import DraftTree, TreeShape, chain

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.core.sampling import fold_in
+from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Drafter
 from decode.speculative.tree import DraftTree, TreeShape
 from dlm.config import ModelConfig

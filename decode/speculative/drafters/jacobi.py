@@ -10,6 +10,8 @@ Letters: B rows, J guesses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -28,6 +30,10 @@ class Jacobi(Drafter):
     """
 
     num_guesses: int = struct.field(pytree_node=False, default=8)
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        return {"jacobi": cls()}
 
     def validate(self, cfg: ModelConfig) -> None:
         if self.num_guesses < 1:

@@ -21,6 +21,7 @@ Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per firs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.core.sampling import fold_in, uniforms
+from decode.core.streams import fold_in, uniforms
 from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.tree import DraftTree
 from dlm import vocab
@@ -64,6 +65,10 @@ class Lookahead(Drafter):
     ngram: int = struct.field(pytree_node=False, default=5)
     window: int = struct.field(pytree_node=False, default=7)
     num_candidates: int = struct.field(pytree_node=False, default=7)
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        return {"lookahead": cls()}
 
     def validate(self, cfg: ModelConfig) -> None:
         if self.ngram < 3 or self.window < 1 or self.num_candidates < 1:

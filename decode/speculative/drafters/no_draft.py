@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import struct
@@ -14,6 +15,10 @@ from dlm.config import ModelConfig
 @struct.dataclass
 class NoDraft(Drafter):
     """The tree is its root."""
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        return {"plain": cls()}
 
     @property
     def shape(self) -> TreeShape:

@@ -9,6 +9,7 @@ Letters: B rows, S slots.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +36,10 @@ class PromptLookup(Drafter):
     max_ngram: int = struct.field(pytree_node=False, default=3)
     min_ngram: int = struct.field(pytree_node=False, default=1)
     latest: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        return {"prompt_lookup": cls()}
 
     def validate(self, cfg: ModelConfig) -> None:
         if self.num_drafts < 1:

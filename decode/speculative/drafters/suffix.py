@@ -17,6 +17,7 @@ Letters: B rows, S slots, M slots that are searched, O places, Q suffixes, J dra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -50,6 +51,10 @@ class Suffix(Drafter):
     offset: float = struct.field(pytree_node=False, default=0.0)
     min_probability: float = struct.field(pytree_node=False, default=0.1)
     num_places: int = struct.field(pytree_node=False, default=64)
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        return {"suffix": cls()}
 
     def validate(self, cfg: ModelConfig) -> None:
         if min(self.num_drafts, self.max_suffix, self.num_places) < 1:

@@ -10,6 +10,7 @@ Letters: B rows, W nodes, V vocabulary, k successors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -49,6 +50,10 @@ class TokenRecycling(Drafter):
     """
 
     shape: TreeShape = struct.field(pytree_node=False, default=EIGHTY)
+
+    @classmethod
+    def points(cls) -> Mapping[str, Drafter]:
+        return {"token_recycling": cls()}
 
     @property
     def num_successors(self) -> int:

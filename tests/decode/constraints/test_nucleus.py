@@ -60,7 +60,7 @@ def read(logits, constraint, temperature=None):
     """A round with these [B, W, V] logits, read as the loop reads them; arg-max proposals."""
     B, W, V = logits.shape
     view = make_round(np.full((B, W), 0.5)).replace(temperature=temperature)
-    logits = constraint.mask_logits(view, jnp.asarray(logits, jnp.float32))
+    logits = constraint.mask_logits(view, jnp.asarray(logits, jnp.float32), ())
     stats = logits_stats(logits.reshape(B * W, V))
     stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
     return view.replace(

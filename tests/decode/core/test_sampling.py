@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode.core.sampling import Sampling, draw, fold_in, uniforms
+from decode.core.sampling import Sampling, draw
+from decode.core.streams import fold_in, uniforms
 
 RNG = np.random.default_rng(0)
 Z = jnp.asarray(RNG.normal(0, 2, (40, 12)), jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from decode.diffusion.components import Credit, Hierarchical, Probability, SparseCredit, Threshold
-from decode.diffusion.contracts import surest
+from decode.diffusion.round import surest
 from kernels_pallas.unembed_stats import logits_stats
 from tests.lib.paths import GOLDEN
 from tests.lib.rounds import make_round
@@ -45,7 +45,7 @@ def test_every_step_is_that_of_the_reference(case, sparse):
     state = confidence.init(cfg, 1, len(tokens))
     for step, expected in enumerate(case["state_after_each_step"]):
         z = jnp.asarray(logits[step], jnp.float32)
-        given_ids = confidence.given_ids(state)
+        given_ids = confidence.given_ids(state) if "given" in confidence.needs else None
         stats = logits_stats(z, given_ids=None if given_ids is None else given_ids[0])
         undecided = tokens == MASK
         view = make_round(np.exp(stats.log_prob), eligible=undecided).replace(

@@ -21,7 +21,7 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod, init_state
-from decode.diffusion.round import apply, frame
+from decode.diffusion.step import apply, frame
 from kernels_pallas.unembed_stats import Noise, logits_stats
 
 N = 4

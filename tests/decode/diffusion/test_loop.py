@@ -9,7 +9,6 @@ import pytest
 from flax import struct
 
 from decode.diffusion.components import (
-    CACHES,
     DreamQuota,
     DualCache,
     EntropyThreshold,
@@ -27,10 +26,12 @@ from decode.diffusion.components import (
     Random,
     Threshold,
     TokenBan,
+    by_name,
 )
-from decode.diffusion.contracts import CommitRule, Confidence, Constraint, Reviser, Revision
+from decode.diffusion.contracts import CommitRule, Confidence, Constraint, Reviser
 from decode.diffusion.loop import DiffusionMethod, _step_jitted, decode, init_state, stream
 from decode.diffusion.points import METHODS
+from decode.diffusion.round import Revision
 from dlm.params import init_params
 from dlm.sharding import make_mesh
 from tests.lib import oracle
@@ -66,7 +67,7 @@ def assert_same(got, expected, reports=True):
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_each_row_equals_itself_alone_for_every_quorum_and_padding(toy_cfg, toy_params, cache):
-    method = DiffusionMethod(FixedBlocks(4), CACHES[cache](), rule=Threshold(0.4))
+    method = DiffusionMethod(FixedBlocks(4), by_name("cache", cache), rule=Threshold(0.4))
     method = method.replace(temperature=0.5, stopper=Eos())
     alone = [
         run(toy_params, toy_cfg, method, [prompt], gen_len=12, seeds=[7 + b])[0]
@@ -242,7 +243,7 @@ def test_sampled_tokens_follow_softmax_and_seeds_are_per_request(toy_cfg, toy_pa
 class LogitConfidence(Confidence):
     """Probability read from logits: what a component that needs them looks like."""
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def measure(self, view, state: Any):
         log_p = jax.nn.log_softmax(view.logits)
@@ -254,12 +255,12 @@ class LogitConfidence(Confidence):
 class OddOnly(Constraint):
     """Allows odd ids only, through logits."""
 
-    needs_logits: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def banned_ids(self, cfg):
         return None
 
-    def mask_logits(self, view, logits):
+    def mask_logits(self, frame, logits, state):
         odd = (jnp.arange(logits.shape[-1]) % 2 == 1)[None, None]
         return jnp.where(odd, logits, -jnp.inf)
 
@@ -287,7 +288,7 @@ def test_no_logits_are_stored_unless_asked_for(toy_cfg):
 
     assert stores_logits(DiffusionMethod(FixedBlocks(4), confidence=LogitConfidence()))
     methods = [make(4) for make in METHODS.values()]
-    programs = {jax.tree.structure(m): m for m in methods if not m.needs_logits}
+    programs = {jax.tree.structure(m): m for m in methods if "logits" not in m.needs}
     assert len(programs) > 20
     wrong = [m for m in programs.values() if "AdaBlock" not in str(m) and stores_logits(m)]
     assert not wrong

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import dlm
 from decode.diffusion.components import (
-    CONFIDENCES,
     AdaBlock,
     Annealed,
     DelayedCache,
@@ -47,6 +46,7 @@ from decode.diffusion.components import (
     TokenEdit,
     VicinityCache,
     WideIn,
+    short_names,
 )
 from decode.diffusion.loop import DiffusionMethod
 from dlm.params import init_params
@@ -85,7 +85,7 @@ NAMED_CACHES = {
     "vicinity": lambda before, after: VicinityCache(before=before, after=after),
     "delayed": DelayedCache,
 }
-MEASURES = CONFIDENCES | {
+MEASURES = short_names("confidence") | {
     "tempered": lambda: Tempered(Margin()),
     "annealed": lambda: Annealed(steps=8),
 }

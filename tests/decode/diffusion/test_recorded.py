@@ -79,7 +79,7 @@ def test_the_oracle_is_the_cards_loop(toy_cfg, toy_params):
     answers = np.where(wrong, rng.integers(0, 20, answers.shape), answers).astype(np.int32)
     knowing = method.replace(confidence=Recorded(2 * G), reviser=GreedyOracle(jnp.asarray(answers)))
     state = run(toy_params, toy_cfg, knowing)
-    record, stuck = state.components[1], 0
+    record, stuck = state.components.confidence, 0
     for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
         assert state.tokens[b, P : P + length].tolist() == answers[b, :length].tolist()
         reference = answers[b, :length].tolist()

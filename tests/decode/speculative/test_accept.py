@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from flax import struct
 
-from decode.core.sampling import Sampling, draw, fold_in, uniforms
+from decode.core.sampling import Sampling, draw
+from decode.core.streams import fold_in, uniforms
 from decode.speculative.accept import (
     BlockVerification,
     Match,

@@ -112,7 +112,7 @@ def test_decoding_sees_what_training_saw(toy_cfg, toy_params):
 )
 def test_other_blocks_are_refused(toy_cfg, change):
     method = DiffusionMethod(FixedBlocks(C, aligned=True), BlockCausal(C)).replace(**change)
-    with pytest.raises(ValueError, match=r"use FixedBlocks\(4, aligned=True\)"):
+    with pytest.raises(ValueError, match=r"use aligned blocks of 4"):
         init_state(toy_cfg, method, [[1]], gen_len=4)
 
 

@@ -19,10 +19,11 @@ from decode.diffusion.components import (
     Quota,
     Threshold,
 )
-from decode.diffusion.contracts import Reviser, Revision
+from decode.diffusion.contracts import Reviser
 from decode.diffusion.inputs.smoothing import Smoothing
 from decode.diffusion.inputs.uniform_noise import UniformNoise
 from decode.diffusion.loop import DiffusionMethod, init_state, step, stream
+from decode.diffusion.round import Revision
 from decode.diffusion.stoppers.eotp import Eotp
 from dlm.params import init_params
 from tests.conftest import spread

@@ -20,7 +20,7 @@ def trace(confidence, logits, undecided=None):
     state = confidence.init(CFG, 1, logits.shape[1])
     rounds = []
     for step, z in enumerate(jnp.asarray(logits, jnp.float32)):
-        given_ids = confidence.given_ids(state)
+        given_ids = confidence.given_ids(state) if "given" in confidence.needs else None
         stats = logits_stats(z, given_ids=None if given_ids is None else given_ids[0])
         view = make_round(np.exp(stats.log_prob), eligible=undecided).replace(
             proposal=stats.token[None], log_prob=stats.log_prob[None], logits=z[None],

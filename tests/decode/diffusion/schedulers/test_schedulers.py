@@ -22,8 +22,8 @@ from decode.diffusion.components import (
     SubBlocks,
     Threshold,
 )
-from decode.diffusion.contracts import Progress
 from decode.diffusion.loop import DiffusionMethod, init_state, stream
+from decode.diffusion.round import Progress
 from tests.lib import batches
 from tests.lib.batches import PROMPTS, assert_same
 from tests.lib.rounds import make_round

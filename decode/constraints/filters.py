@@ -1,0 +1,54 @@
+"""The filters of autoregressive sampling, for proposals of masked diffusion.
+
+Letters: B rows, W window positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.constraints.token_ban import TokenBan
+from decode.core.sampling import Sampling
+from decode.diffusion.contracts import Constraint
+from decode.diffusion.round import Frame
+from dlm.config import ModelConfig
+
+
+@struct.dataclass
+class Filters(Constraint):
+    """Bias, repetition penalty, top-k, top-p and min-p, exactly as `decode.core.sampling` has them.
+
+    They act on each position's distribution before anything is proposed, over the method's
+    temperature if it has one; log-probabilities and confidences are of what they leave. Tokens
+    count as repeated if the prompt or a decided position holds them, also one further right.
+
+    Attributes:
+      sampling: the filters; its temperature is not used.
+      ids, ban_mask: tokens banned as well; as for `TokenBan`.
+    """
+
+    sampling: Sampling = Sampling(None)
+    ids: jax.Array | tuple[int, ...] = ()
+    ban_mask: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        repeats = self.sampling.repetition_penalty is not None
+        return frozenset({"logits"} | ({"occurred"} if repeats else set()))
+
+    def validate(self, cfg: ModelConfig) -> None:
+        TokenBan(self.ids, self.ban_mask).validate(cfg)
+        self.sampling.validate(cfg)
+
+    def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
+        return TokenBan(self.ids, self.ban_mask).banned_ids(cfg)
+
+    def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
+        occurred = None if frame.occurred is None else frame.occurred[:, None]
+        z = self.sampling.shift(logits, occurred)
+        over = z if frame.temperature is None else z / frame.temperature
+        return jnp.where(self.sampling.keeps(over), z, -jnp.inf)

@@ -1,0 +1,152 @@
+"""What decoding gives back, for all loops: completions, and where texts stop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode.core.loop import FOREVER
+from dlm.lm import LanguageModel
+from dlm.tokenizer import Tokenizer
+
+State = TypeVar("State", bound=Any)  # of either loop
+STOP_ROUNDS = 16  # after so many rounds, texts are searched for stop strings
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One decoded answer.
+
+    Arrays have one entry per canvas position: `gen_len`, or fewer if the stopper cut the canvas
+    (`Eotp`). -1 in `step_map` marks positions left undecided because the row was done before.
+
+    Attributes:
+      text: the completion as text, up to what ended it; None without a tokenizer.
+      tokens: [n] int32. Token ids up to and excluding the first end-of-text or stop token.
+      num_forwards: forwards of the model made for this request (NFE).
+      tokens_per_forward: n / num_forwards: end-of-text padding does not count as work done.
+      finish_reason: "eos" if the model ended the text, or a token of `stop_ids` did; "stop" if a
+        stop string did; "length" if the canvas did.
+      canvas: [gen_len] int32. All completion positions.
+      step_map: [gen_len] int32. The 0-based step at which each was decided.
+      confidence: [gen_len] float32 in [0, 1]. Confidence at that step.
+      log_prob: [gen_len] float32. Log-probability of the token at that step.
+      draft_forwards: forwards of a draft model made for this request.
+      others: further samples of the same request, where more than one was asked for.
+      acceptance_histogram: [J + 1] int32. Of `decode.complete`: how many forwards accepted 0, 1, ..
+        J drafts; None elsewhere.
+    """
+
+    text: str | None
+    tokens: np.ndarray
+    num_forwards: int
+    tokens_per_forward: float
+    finish_reason: str
+    canvas: np.ndarray
+    step_map: np.ndarray
+    confidence: np.ndarray
+    log_prob: np.ndarray
+    draft_forwards: int = 0
+    others: tuple[Completion, ...] = ()
+    acceptance_histogram: np.ndarray | None = None
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per forward of the target that were accepted, the one behind the drafts included.
+
+        Not cut at the end of the text. nan without forwards, or where nothing is drafted.
+        """
+        if self.acceptance_histogram is None or not self.acceptance_histogram.sum():
+            return float("nan")
+        lengths = np.arange(1, len(self.acceptance_histogram) + 1)
+        return float((self.acceptance_histogram * lengths).sum() / self.acceptance_histogram.sum())
+
+
+def gather_samples(completions: Sequence[Completion], num_return: int) -> list[Completion]:
+    """One completion per request, of `num_return` each in a row, the others behind the first."""
+    groups = zip(*[iter(completions)] * num_return, strict=True)
+    return [dataclasses.replace(first, others=tuple(others)) for first, *others in groups]
+
+
+def read_stops(lm: LanguageModel, stop: str | Sequence[str]) -> list[str]:
+    """Stop strings as a list.
+
+    Raises:
+      ValueError: one is empty, or there is no tokenizer to find them with.
+    """
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if stops and lm.tokenizer is None:
+        raise ValueError("stop has strings but the checkpoint has no tokenizer: use stop_ids")
+    if not all(stops):
+        raise ValueError("stop has an empty string, which is found everywhere: remove it")
+    return stops
+
+
+def read_bias(lm: LanguageModel, logit_bias: Mapping[int, float] | None) -> jax.Array | None:
+    """Token id -> bias as [V] float32; None: none.
+
+    Raises:
+      ValueError: there is no such token.
+    """
+    if not logit_bias:
+        return None
+    bias = np.zeros(lm.cfg.vocab_size, np.float32)
+    for token, value in logit_bias.items():
+        if not 0 <= token < lm.cfg.vocab_size:
+            raise ValueError(
+                f"logit_bias has token {token}, not in [0, vocab_size={lm.cfg.vocab_size})"
+            )
+        bias[token] = value
+    return jnp.asarray(bias)
+
+
+def cut(text: str, stops: Sequence[str]) -> int:
+    """Where the first stop string begins; the text's length if there is none."""
+    found = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found, default=len(text))
+
+
+def to_text(
+    tokenizer: Tokenizer | None, tokens: np.ndarray, stops: Sequence[str]
+) -> tuple[str | None, int, bool]:
+    """Token ids as text, cut before the first stop string; of how many tokens; whether it was cut.
+
+    The tokens that stay are the fewest whose text is as long as what is left.
+    """
+    if tokenizer is None:
+        return None, len(tokens), False
+    ids = tokens.tolist()
+    text = tokenizer.decode(ids)
+    place = cut(text, stops)
+    if place == len(text):
+        return text, len(ids), False
+    n = next(k for k in range(len(ids) + 1) if len(tokenizer.decode(ids[:k])) >= place)
+    return text[:place], n, True
+
+
+def run_until(
+    decode: Callable[[State, int], State],
+    state: State,
+    texts: Callable[[State], list[str]],
+    stops: Sequence[str],
+) -> State:
+    """Decodes until all rows are done or have written a stop string.
+
+    Args:
+      decode: makes at most so many rounds.
+      state: of a loop.
+      texts: what each row has written for certain.
+      stops: if there are none, everything is one program.
+    """
+    if not stops:
+        return decode(state, FOREVER)
+    while not bool(state.has_stopped.all()):
+        state = decode(state, STOP_ROUNDS)
+        has_stop = np.array([cut(text, stops) < len(text) for text in texts(state)])
+        state = state.replace(has_stopped=state.has_stopped | jnp.asarray(has_stop))
+    return state

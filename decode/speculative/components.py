@@ -1,0 +1,39 @@
+"""Every drafter and acceptance rule: the table from which names, tests and pages are made.
+
+One file and one line here each. See `decode.speculative.contracts` for what a drafter must do, and
+`decode.speculative.accept` for the rules.
+"""
+
+from decode.speculative.accept import AcceptanceRule
+from decode.speculative.accept import BlockVerification as BlockVerification
+from decode.speculative.accept import Match as Match
+from decode.speculative.accept import SpeculativeSampling as SpeculativeSampling
+from decode.speculative.accept import Typical as Typical
+from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.dflash import DFlash as DFlash
+from decode.speculative.drafters.draft_model import DraftModel as DraftModel
+from decode.speculative.drafters.draft_model import DraftModelBest as DraftModelBest
+from decode.speculative.drafters.draft_model import DraftModelTree as DraftModelTree
+from decode.speculative.drafters.eagle import Eagle as Eagle
+from decode.speculative.drafters.eagle import EagleBest as EagleBest
+from decode.speculative.drafters.hydra import Hydra as Hydra
+from decode.speculative.drafters.jacobi import Jacobi as Jacobi
+from decode.speculative.drafters.lookahead import Lookahead as Lookahead
+from decode.speculative.drafters.medusa import Medusa as Medusa
+from decode.speculative.drafters.no_draft import NoDraft as NoDraft
+from decode.speculative.drafters.prompt_lookup import PromptLookup as PromptLookup
+from decode.speculative.drafters.suffix import Suffix as Suffix
+from decode.speculative.drafters.token_recycling import TokenRecycling as TokenRecycling
+
+DRAFTERS: tuple[type[Drafter], ...] = tuple(
+    member
+    for member in tuple(globals().values())
+    if isinstance(member, type) and issubclass(member, Drafter) and member is not Drafter
+)
+ACCEPTANCE_RULES: tuple[type[AcceptanceRule], ...] = tuple(
+    member
+    for member in tuple(globals().values())
+    if isinstance(member, type)
+    and issubclass(member, AcceptanceRule)
+    and member is not AcceptanceRule
+)

@@ -1,0 +1,31 @@
+"""Ways of drafting by name: what `complete` takes; those that need nothing trained.
+
+    from decode.speculative.points import METHODS, named
+
+    complete(lm, prompts, method="prompt_lookup")
+
+A drafter's own published settings stand in its file (`Drafter.points`).
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from decode.speculative.components import DRAFTERS
+from decode.speculative.loop import SpeculativeMethod
+
+METHODS: dict[str, SpeculativeMethod] = {
+    name: SpeculativeMethod(drafter) for kind in DRAFTERS for name, drafter in kind.points().items()
+}
+
+
+def named(name: str) -> SpeculativeMethod:
+    """The method of the table.
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=4, cutoff=0.5) or METHODS
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(close)}")
+    return METHODS[name]
