@@ -1,4 +1,4 @@
-"""The product of all components: how much of it makes sense, and that the rest is refused."""
+"""The table of components and of named methods: what combines, and that the rest is refused."""
 
 import dataclasses
 import itertools
@@ -7,72 +7,63 @@ import re
 import jax
 import pytest
 
-from decode.diffusion import components as rules
-from decode.diffusion.caches.canvas import CachePolicy
-from decode.diffusion.components import FixedBlocks
-from decode.diffusion.contracts import (
-    CommitRule,
-    Component,
-    Confidence,
-    Constraint,
-    Inputs,
-    Reviser,
-    Scheduler,
-    Stopper,
-)
-from decode.diffusion.loop import DiffusionMethod
+from decode.diffusion.components import COMPONENTS, FixedBlocks, by_name, short_names
+from decode.diffusion.contracts import IMPLIED, NEEDS, WIDTHS
+from decode.diffusion.method import AXES, DiffusionMethod
 from decode.diffusion.points import FAMILIES, METHODS, family_of, named
 from dlm.heads.learn2pd import init_filter
 from tests.lib.paths import ROOT
 
-AXES = {
-    "scheduler": Scheduler,
-    "cache": CachePolicy,
-    "confidence": Confidence,
-    "rule": CommitRule,
-    "reviser": Reviser,
-    "stopper": Stopper,
-    "constraint": Constraint,
-    "inputs": Inputs,
-}
 REQUIRED = {
     "AdaBlock": ((1, 2),),
     "LearnedFilter": (init_filter(jax.random.key(0), 32),),
     "Prophet": (4,),
 }  # arguments without a default
-DOCS = ROOT / "docs" / "methods.md"
 
 
-def components(kind):
-    classes = [getattr(rules, name) for name in rules.__all__ if name[0].isupper()]
-    for cls in classes:
-        if isinstance(cls, type) and issubclass(cls, Component) and issubclass(cls, kind):
-            yield cls(*REQUIRED.get(cls.__name__, ()))
-    if kind is Scheduler:
-        yield FixedBlocks(aligned=True)
+def choices():
+    """By axis, every component; FixedBlocks in both its forms."""
+    found = {
+        axis: [cls(*REQUIRED.get(cls.__name__, ())) for cls in classes]
+        for axis, classes in COMPONENTS.items()
+    }
+    found["scheduler"].append(FixedBlocks(aligned=True))
+    return found
 
 
-def test_the_product_is_as_large_as_the_documentation_says(toy_cfg):
-    """Every combination is accepted, or refused in one sentence; docs/methods.md counts them."""
-    choices = {axis: list(components(kind)) for axis, kind in AXES.items()}
-    assert (
-        sum(map(len, choices.values()))
-        == len({type(c) for c in itertools.chain(*choices.values())}) + 1
-    )  # FixedBlocks comes in two forms
+def refusals(method):
+    reasons = [c.refuse(method) for c in method.components.values()]
+    if WIDTHS.index(method.width) > WIDTHS.index(method.cache.covers):
+        reasons.append("its windows are too narrow")
+    return [reason for reason in reasons if reason]
+
+
+def test_every_component_is_on_one_axis_and_needs_what_there_is():
+    for axis, components in choices().items():
+        for component in components:
+            assert [a for a, kind in AXES.items() if isinstance(component, kind)] == [axis]
+            assert component.needs <= set(NEEDS) and component.name == type(component).__name__
+    assert set(IMPLIED) <= set(NEEDS) and set(WIDTHS[1:]) <= set(NEEDS)
+
+
+def test_every_pair_is_accepted_or_refused_in_one_sentence():
+    found = choices()
+    for a, b in itertools.combinations(AXES, 2):
+        for x, y in itertools.product(found[a], found[b]):
+            for reason in refusals(DiffusionMethod(**{a: x, b: y})):
+                assert reason and "\n" not in reason and not reason.endswith(".")
+
+
+@pytest.mark.exhaustive
+def test_the_product_is_as_large_as_the_documentation_says():
+    """Every combination is accepted, or refused; docs/methods.md counts them."""
     total = valid = 0
-    for point in itertools.product(*choices.values()):
-        method = DiffusionMethod(*point)
+    for point in itertools.product(*choices().values()):
         total += 1
-        reasons = [c.refuse(method) for c in method.components]
-        valid += not any(reasons) and rules_width(method)
-    documented = re.search(r"([\d,]+) of the ([\d,]+) combinations", DOCS.read_text())
-    counts = tuple(int(n.replace(",", "")) for n in documented.groups())
-    assert (valid, total) == counts
-
-
-def rules_width(method):
-    order = ("block", "suffix", "canvas")
-    return order.index(method.width) <= order.index(method.cache.covers)
+        valid += not refusals(DiffusionMethod(*point))
+    text = (ROOT / "docs" / "methods.md").read_text()
+    documented = re.search(r"([\d,]+) of the ([\d,]+) combinations", text)
+    assert (valid, total) == tuple(int(n.replace(",", "")) for n in documented.groups())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,3 +73,12 @@ def test_every_name_makes_a_method(toy_cfg, name):
     if name.startswith("adablock"):
         method = method.replace(scheduler=dataclasses.replace(method.scheduler, delimiter_ids=(1,)))
     method.validate(toy_cfg)
+
+
+def test_short_names():
+    assert set(short_names("cache")) == {"none", "prefix", "dual", "vicinity", "delayed"}
+    assert by_name("stopper", "eos").name == "Eos" and by_name("cache", None) is None
+    with pytest.raises(ValueError, match=r"cache='daul' must be one of .*'dual'"):
+        by_name("cache", "daul")
+    with pytest.raises(ValueError, match=r"rule=Eos\(\) must be a CommitRule"):
+        DiffusionMethod(rule=by_name("stopper", "eos")).validate(None)

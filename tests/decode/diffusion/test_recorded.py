@@ -17,7 +17,7 @@ def test_recording_changes_nothing_and_notes_every_round(toy_cfg, toy_params):
     plain = run(toy_params, toy_cfg, method)
     recorded = run(toy_params, toy_cfg, method.replace(confidence=Recorded(G)))
     assert_same(recorded, plain)
-    record, P = recorded.components[1], plain.prompt_len
+    record, P = recorded.components.confidence, plain.prompt_len
     for b, length in enumerate(LENGTHS):
         rounds = int(plain.num_forwards[b])
         for i in range(length):
@@ -36,7 +36,7 @@ def test_recording_changes_nothing_and_notes_every_round(toy_cfg, toy_params):
 def test_rounds_beyond_the_record_are_left_out(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(C), rule=Quota(C))
     whole, short = (
-        run(toy_params, toy_cfg, method.replace(confidence=Recorded(n))).components[1]
+        run(toy_params, toy_cfg, method.replace(confidence=Recorded(n))).components.confidence
         for n in (G, 5)
     )
     for long, cut in zip(jax.tree.leaves(whole), jax.tree.leaves(short), strict=True):
@@ -122,6 +122,6 @@ def test_what_cannot_be_recorded_is_refused(toy_cfg, change, message):
 def test_a_record_can_be_streamed(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(C), confidence=Recorded(G), rule=Quota(C))
     state = init_state(toy_cfg, method, PROMPTS, gen_len=4)
-    noted = [int((s.components[1].confidence[0] > 0).any(axis=-1).sum())
+    noted = [int((s.components.confidence.confidence[0] > 0).any(axis=-1).sum())
              for s in stream(toy_params, toy_cfg, method, state)]  # fmt: skip
     assert noted == [1, 2, 3, 4]
