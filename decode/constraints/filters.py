@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.constraints.token_ban import TokenBan
 from decode.core.sampling import Sampling
 from decode.diffusion.contracts import Constraint
 from decode.diffusion.round import Frame
@@ -28,12 +27,10 @@ class Filters(Constraint):
 
     Attributes:
       sampling: the filters; its temperature is not used.
-      ids, ban_mask: tokens banned as well; as for `TokenBan`.
+      ids, ban_mask: tokens banned as well; as every constraint has them.
     """
 
     sampling: Sampling = Sampling(None)
-    ids: jax.Array | tuple[int, ...] = ()
-    ban_mask: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -41,11 +38,8 @@ class Filters(Constraint):
         return frozenset({"logits"} | ({"occurred"} if repeats else set()))
 
     def validate(self, cfg: ModelConfig) -> None:
-        TokenBan(self.ids, self.ban_mask).validate(cfg)
+        super().validate(cfg)
         self.sampling.validate(cfg)
-
-    def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
-        return TokenBan(self.ids, self.ban_mask).banned_ids(cfg)
 
     def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
         occurred = None if frame.occurred is None else frame.occurred[:, None]

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.constraints.token_ban import TokenBan
 from decode.diffusion.contracts import Constraint, check_range
 from decode.diffusion.step import Frame
 from dlm.config import ModelConfig
@@ -36,25 +35,20 @@ class Nucleus(Constraint):
     Attributes:
       top_p: in (0, 1]; 1 keeps everything. None: off.
       top_k: >= 1. None: off.
-      ids, ban_mask: tokens banned as well, before the filters; as for `TokenBan`.
+      ids, ban_mask: tokens banned as well, before the filters; as every constraint has them.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     top_p: jax.Array | float | None = None
     top_k: jax.Array | int | None = None
-    ids: jax.Array | tuple[int, ...] = ()
-    ban_mask: bool = struct.field(pytree_node=False, default=True)
 
     def validate(self, cfg: ModelConfig) -> None:
-        TokenBan(self.ids, self.ban_mask).validate(cfg)
+        super().validate(cfg)
         if self.top_p is not None and not 0 < float(self.top_p) <= 1:
             raise ValueError(f"top_p={float(self.top_p):g} must be in (0, 1], or None")
         if self.top_k is not None:
             check_range("top_k", self.top_k, 1, float("inf"), ", or None")
-
-    def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
-        return TokenBan(self.ids, self.ban_mask).banned_ids(cfg)
 
     def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
         """[B, W, V] logits, not divided by the temperature, with -inf where they are cut off."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from decode.core.component import Part
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 NEEDS: dict[str, str] = {
     "suffix": "windows reach from the open block to the end of the row",
     "canvas": "windows show the whole completion",
+    "values": "confidences that can be compared with a number, not only with each other",
     "occurred": "`Frame.occurred`: [B, V] bool, made anew in every round",
     "logits": "`Round.logits`: [B, W, V] float32 live in memory",
     "expected": "`Round.expected`, from the logits",
@@ -133,6 +135,13 @@ class Inputs(Component):
     shows_mask: ClassVar[bool] = True
     remembers: ClassVar[bool] = False
 
+    def validate(self, cfg: ModelConfig) -> None:
+        if self.shows_mask and cfg.mask_token_id is None:
+            raise ValueError(
+                "mask_token_id=None: masked diffusion needs a model with a MASK token; models "
+                "trained on noise take inputs that show noise"
+            )
+
     def see(
         self, cfg: ModelConfig, tokens: jax.Array, undecided: jax.Array, noise_key: jax.Array
     ) -> jax.Array:
@@ -155,7 +164,8 @@ class Confidence(Component):
     """How sure is each proposal?
 
     Attributes:
-      only_orders: whether values only say what comes before what: no threshold can be set on them.
+      only_orders: whether values only say what comes before what, so that nobody can be served
+        who needs "values".
     """
 
     only_orders: ClassVar[bool] = False
@@ -178,11 +188,9 @@ class CommitRule(Component):
 
     Attributes:
       counts_rounds: whether it spreads a block over its rounds, whatever the confidences are.
-      only_ranks: whether confidences matter by their order alone.
     """
 
     counts_rounds: ClassVar[bool] = False
-    only_ranks: ClassVar[bool] = False
 
     def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         """Returns [B, W] bool, positions whose proposal is committed, and the next state."""
@@ -232,12 +240,32 @@ class Stopper(Component):
         return jnp.zeros(progress.end.shape[0], bool)
 
 
+@struct.dataclass
 class Constraint(Component):
-    """What is allowed at all?"""
+    """What is allowed at all?
+
+    Attributes:
+      ids: [n] int32 or a sequence of ints. Tokens that are banned: they are never proposed, and
+        probabilities are renormalised without them.
+      ban_mask: whether the model's MASK token is banned too. Nothing in training stops a model from
+        predicting MASK, so this is on by default; the published samplers leave it off, and then
+        a committed MASK counts as decided. Static.
+    """
+
+    ids: jax.Array | tuple[int, ...] = struct.field(default=(), kw_only=True)
+    ban_mask: bool = struct.field(pytree_node=False, default=True, kw_only=True)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        for i in np.asarray(self.ids, np.int64):
+            if not 0 <= i < cfg.vocab_size:
+                raise ValueError(f"banned id {i} must be in [0, vocab_size={cfg.vocab_size})")
 
     def banned_ids(self, cfg: ModelConfig) -> jax.Array | None:
         """[n] int32 ids that are never proposed and have no probability; None: all are allowed."""
-        return None
+        ids = jnp.asarray(self.ids, jnp.int32).reshape(-1)
+        if self.ban_mask and cfg.mask_token_id is not None:
+            ids = jnp.append(ids, cfg.mask_token_id)
+        return ids if ids.shape[0] else None
 
     def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
         """Changes [B, W, V] logits before anything is proposed. Called if it needs "logits"."""

@@ -120,6 +120,11 @@ class DiffusionMethod(struct.PyTreeNode):
                     f"{who} must see the whole {width}, but {self.cache.name} recomputes only the "
                     f"{self.cache.covers}: use another cache"
                 )
+        if self.confidence.only_orders and (who := self.who_needs("values")):
+            raise ValueError(
+                f"{who} compares confidences with a number, but those of {self.confidence.name} "
+                "only order positions: use a rule that ranks, such as Quota"
+            )
         for component in self.components.values():
             if reason := component.refuse(self):
                 raise ValueError(reason)

@@ -152,6 +152,23 @@ def surest(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
     return (jnp.arange(confidence.shape[-1])[None] == best[:, None]) & eligible
 
 
+def within_budget(entropy: jax.Array, where: jax.Array, budget: jax.Array | float) -> jax.Array:
+    """[B, W] bool: from the lowest up, as long as those *before* add up to at most `budget`.
+
+    Args:
+      entropy: [B, W] float32, in nats.
+      where: [B, W] bool. Positions that count; others are not admitted.
+      budget: in nats.
+    """
+    entropy = jnp.where(where, entropy, jnp.inf)
+    order = jnp.argsort(entropy, axis=-1, stable=True)
+    ascending = jnp.take_along_axis(entropy, order, axis=-1)
+    before = jnp.cumsum(jnp.where(ascending < jnp.inf, ascending, 0.0), axis=-1)
+    before = jnp.pad(before, ((0, 0), (1, 0)))[:, :-1]
+    place = jnp.argsort(order, axis=-1)
+    return where & jnp.take_along_axis(before <= budget, place, axis=-1)
+
+
 def _sortable(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
     """Smallest first; an eligible position with confidence -inf still precedes the others."""
     floor = jnp.finfo(jnp.float32).min

@@ -20,7 +20,6 @@ class Random(Confidence):
     """
 
     short_name: ClassVar[str] = "random"
-    only_orders: ClassVar[bool] = True
 
     def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
         uniform = draw_uniform(round.noise_key, Stream.RANDOM)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.diffusion.contracts import Inputs, Points, check_range
-from decode.diffusion.inputs.mask import MaskInputs
 from decode.diffusion.round import Frame, Round
 from dlm.config import ModelConfig
 
@@ -45,7 +44,7 @@ class Smoothing(Inputs):
         return {"smoothing": {"inputs": cls()}}
 
     def validate(self, cfg: ModelConfig) -> None:
-        MaskInputs().validate(cfg)
+        super().validate(cfg)
         check_range("start", self.start, 0, 1)
         check_range("growth", self.growth, 0, 1)
         check_range("limit", self.limit, 0, 1)

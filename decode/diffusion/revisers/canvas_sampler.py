@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.diffusion.contracts import Confidence, Reviser, check_range
-from decode.diffusion.round import Revision, Round
-from decode.diffusion.rules.entropy_budget import within_budget
+from decode.diffusion.round import Revision, Round, within_budget
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import Noise, logits_stats
 

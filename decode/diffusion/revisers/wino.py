@@ -26,6 +26,8 @@ class WideIn(CommitRule):
       threshold: in [0, 1], strict (0.6).
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
+
     threshold: jax.Array | float = 0.6
 
     def validate(self, cfg: ModelConfig) -> None:

@@ -54,7 +54,8 @@ class DreamQuota(CommitRule):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"idle"} if self.may_idle else ())
+        needs = {"idle"} if self.may_idle else set()
+        return frozenset(needs | ({"values"} if self.alg_temp is not None else set()))
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps", self.steps, 1, float("inf"))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from decode.diffusion.contracts import CommitRule, Points, check_range
-from decode.diffusion.round import Round
+from decode.diffusion.round import Round, within_budget
 from dlm.config import ModelConfig
 
 
@@ -42,20 +41,3 @@ class EntropyBudget(CommitRule):
 
     def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         return within_budget(round.stats.entropy, round.eligible, self.budget), state
-
-
-def within_budget(entropy: jax.Array, where: jax.Array, budget: jax.Array | float) -> jax.Array:
-    """[B, W] bool: from the lowest up, as long as those *before* add up to at most `budget`.
-
-    Args:
-      entropy: [B, W] float32, in nats.
-      where: [B, W] bool. Positions that count; others are not admitted.
-      budget: in nats.
-    """
-    entropy = jnp.where(where, entropy, jnp.inf)
-    order = jnp.argsort(entropy, axis=-1, stable=True)
-    ascending = jnp.take_along_axis(entropy, order, axis=-1)
-    before = jnp.cumsum(jnp.where(ascending < jnp.inf, ascending, 0.0), axis=-1)
-    before = jnp.pad(before, ((0, 0), (1, 0)))[:, :-1]
-    place = jnp.argsort(order, axis=-1)
-    return where & jnp.take_along_axis(before <= budget, place, axis=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class Factor(CommitRule):
       commit_last: bit-faithful to the public code, which commits all candidates when only the last
         one fails. Off by default: that position has failed the test.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     factor: jax.Array | float = 1.0
     commit_last: bool = struct.field(pytree_node=False, default=False)

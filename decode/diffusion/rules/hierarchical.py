@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class Hierarchical(CommitRule):
       threshold: in [0, 1].
       low_threshold: in [0, threshold]; 0.4 to 0.62 there.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     threshold: jax.Array | float = 0.9
     low_threshold: jax.Array | float = 0.4

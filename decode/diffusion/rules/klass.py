@@ -43,7 +43,7 @@ class Klass(CommitRule):
       history: rounds (2).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "values"})
 
     threshold: jax.Array | float = 0.9
     max_kl: jax.Array | float = 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class LearnedFilter(CommitRule):
       filter: of `dlm.heads.learn2pd.load_filter`; trained with this block length and confidence.
       threshold: tau in [0, 1]; strict.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     filter: Filter
     threshold: jax.Array | float = 0.96

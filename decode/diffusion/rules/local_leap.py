@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class LocalLeap(CommitRule):
       relaxed: in [0, threshold]; the bar near an anchor (tau_r, 0.75 there).
       radius: positions to either side of an anchor (W, 4 there).
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     threshold: jax.Array | float = 0.9
     relaxed: jax.Array | float = 0.75

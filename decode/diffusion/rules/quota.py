@@ -28,7 +28,6 @@ class Quota(CommitRule):
     """
 
     counts_rounds: ClassVar[bool] = True
-    only_ranks: ClassVar[bool] = True
 
     steps_per_block: jax.Array | int = 32
 

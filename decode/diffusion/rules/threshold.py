@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import struct
@@ -24,6 +24,8 @@ class Threshold(CommitRule):
     Attributes:
       threshold: in [0, 1]; the paper's tau, 0.9 there.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     threshold: jax.Array | float = 0.9
 

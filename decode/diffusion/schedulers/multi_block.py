@@ -39,6 +39,8 @@ class MultiBlock(Scheduler):
       gate: in [0, 1], confidence needed in half active blocks. 0: no gate.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
+
     opens_early: ClassVar[bool] = True
 
     block_len: int = struct.field(pytree_node=False, default=32)

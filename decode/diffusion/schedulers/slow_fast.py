@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -32,6 +34,8 @@ class SlowFast(Scheduler):
       floor: in [0, 1], confidence of a position that the model sees (0.3).
       max_std: in positions, strict (1).
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     block_len: int | None = struct.field(pytree_node=False, default=None)
     explore: jax.Array | int = 6

@@ -140,7 +140,7 @@ def test_models_without_mask_are_sampled_from_noise(toy_cfg, toy_params):
     cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
     state = run(toy_params, cfg, CANVAS)
     assert bool(state.has_stopped.all())
-    with pytest.raises(ValueError, match=r"take inputs=UniformNoise\(\)"):
+    with pytest.raises(ValueError, match=r"take inputs that show noise"):
         init_state(cfg, DiffusionMethod(), [[1]], gen_len=4)
 
 
