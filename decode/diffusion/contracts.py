@@ -37,6 +37,7 @@ NEEDS: dict[str, str] = {
     "occurred": "`Frame.occurred`: [B, V] bool, made anew in every round",
     "logits": "`Round.logits`: [B, W, V] float32 live in memory",
     "expected": "`Round.expected`, from the logits",
+    "standing": "`Round.standing_log_prob`",
     "shadow": "`Round.shadow_log_prob`: the forward is longer by W",
     "given": "`Round.stats.given_log_probs` of `Confidence.given_ids`",
     "idle": "a round that commits nothing is left so, instead of committing the surest position",

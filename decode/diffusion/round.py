@@ -69,6 +69,8 @@ class Round(Frame):
       logits: [B, W, V] float32; None unless a component needs "logits".
       expected: [B, W, D] float32; None unless a component needs "expected". The embedding of the
         token to come, averaged over the model's probabilities.
+      standing_log_prob: [B, W] float32; None unless a component needs "standing". Log-probability
+        of the token that stands at a position, by a forward that sees it there.
       shadow_log_prob: [B, W] float32; None unless a component needs a "shadow". Log-probability of
         the token that stands at a position as MASK would predict it there, from everything else.
     """
@@ -79,6 +81,7 @@ class Round(Frame):
     stats: VocabStats
     logits: jax.Array | None = None
     expected: jax.Array | None = None
+    standing_log_prob: jax.Array | None = None
     shadow_log_prob: jax.Array | None = None
 
 

@@ -245,7 +245,15 @@ def _read_round(
         noise = Noise(key=frame.noise_key.reshape(B * W, 2), temperature=frame.temperature)
     if "given" in method.needs:
         given = method.confidence.given_ids(state.components.confidence)
+    standing = None
+    if "standing" in method.needs:
+        tokens = frame.tokens[..., None]
+        given = tokens if given is None else jnp.concatenate([given, tokens], axis=-1)
     stats = _stats(reading, reading.hidden, reading.logits, noise, given)
+    if "standing" in method.needs:
+        assert stats.given_log_probs is not None
+        standing = stats.given_log_probs[..., -1]
+        stats = stats.replace(given_log_probs=stats.given_log_probs[..., :-1])
     proposal = stats.token if stats.sample is None else stats.sample
     log_prob = stats.log_prob if stats.sample is None else stats.sample_log_prob
     assert log_prob is not None
@@ -257,6 +265,7 @@ def _read_round(
         log_prob=log_prob,
         confidence=log_prob,
         stats=stats,
+        standing_log_prob=standing,
         **fields,
     )
 
