@@ -40,6 +40,7 @@ from decode.diffusion.rules.dream_quota import DreamQuota as DreamQuota
 from decode.diffusion.rules.entropy_budget import EntropyBudget as EntropyBudget
 from decode.diffusion.rules.entropy_threshold import EntropyThreshold as EntropyThreshold
 from decode.diffusion.rules.factor import Factor as Factor
+from decode.diffusion.rules.frechet import Frechet as Frechet
 from decode.diffusion.rules.hierarchical import Hierarchical as Hierarchical
 from decode.diffusion.rules.klass import Klass as Klass
 from decode.diffusion.rules.learned_filter import LearnedFilter as LearnedFilter
