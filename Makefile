@@ -20,11 +20,14 @@ quickstart: $(READY)  ## train a small masked-diffusion model, then decode with 
 quickstart-spec: $(READY)  ## train a small autoregressive model and drafters, then decode with each
 	$(BIN)/python -m scripts.quickstart_spec --workdir=runs/quickstart_spec
 
-test: $(READY) $(VENV)/libtpu  ## the test suite, on CPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# A worker runs whole modules, whose tests share what they compile, in the order of tests/lib/tiers.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(READY) $(VENV)/libtpu  ## the same, and what takes too long for every change
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+test: $(READY) $(VENV)/libtpu  ## the test suite on CPU, with the day's share of the exhaustive tests
+	$(PYTEST)
+
+test-all: $(READY) $(VENV)/libtpu  ## the same, with every exhaustive test: an hour or so
+	$(PYTEST) --share=all
 
 # TPU kernels are compiled ahead of time in the tests. libtpu stays out of the environment itself,
 # where it would make every start of JAX look for a TPU; Linux x86-64 only, the tests skip elsewhere.

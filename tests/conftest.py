@@ -13,7 +13,7 @@ from hypothesis import settings
 from dlm.config import ModelConfig
 from dlm.params import Params, init_params
 
-pytest_plugins = ["tests.lib.programs"]
+pytest_plugins = ["tests.lib.programs", "tests.lib.tiers"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # programs here run briefly

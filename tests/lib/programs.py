@@ -6,7 +6,8 @@ compiled most, and a module that asks for more programs than its budget fails. S
 the machine and are only printed.
 
 A program counts when it is asked for, whether XLA then compiles it or the compilation cache has it:
-the number does not depend on what ran before.
+the number does not depend on what ran before. Programs of `exhaustive` tests count towards no
+budget, as not every run has them.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Report:
     def __init__(self, budgets: dict[str, int]) -> None:
         self.budgets = budgets
         self.tests: dict[str, Programs] = collections.defaultdict(Programs)
+        self.exhaustive: set[str] = set()  # of them
         self.seconds: dict[str, float] = collections.defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -105,12 +107,15 @@ class Report:
         if found is not None:
             self.tests[report.nodeid].add(Programs(**found))
             self.seconds[report.nodeid] += report.duration
+            if "exhaustive" in report.keywords:
+                self.exhaustive.add(report.nodeid)
 
     def modules(self) -> dict[str, Programs]:
-        """By path of the test module."""
+        """By path of the test module; without its exhaustive tests."""
         modules: dict[str, Programs] = collections.defaultdict(Programs)
         for test, programs in self.tests.items():
-            modules[test.split("::")[0]].add(programs)
+            if test not in self.exhaustive:
+                modules[test.split("::")[0]].add(programs)
         return modules
 
     def over_budget(self) -> list[str]:
