@@ -71,3 +71,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     rank = lambda item: next((i for i, f in enumerate(FIRST) if item.nodeid.startswith(f)), 9)
     items[:] = sorted(filter(kept, items), key=rank)
+
+
+def more(*cases: object) -> list[object]:
+    """Cases of a parametrisation that are more of the same: `[first, *more(second, third)]`.
+
+    A tuple stands for the values of several arguments.
+    """
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*value, marks=pytest.mark.exhaustive) for value in values]

@@ -21,8 +21,8 @@ from dlm.blocks.rotary import rotary_angles
 from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
 from dlm.params import init_from_specs
-from tests.decode.speculative.test_loop import random_prompts
 from tests.lib.gradients import check_gradients
+from tests.lib.speculation import random_prompts
 from tests.train.test_draft_heads import shaken
 from tests.train.test_eagle import features_of
 from tests.train.test_masked_diffusion import make_batch

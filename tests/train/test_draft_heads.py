@@ -25,7 +25,7 @@ from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models import decoder
 from dlm.params import init_from_specs
-from tests.decode.speculative.test_loop import random_prompts, run, texts
+from tests.lib.speculation import random_prompts, run, texts
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError, build

@@ -16,8 +16,8 @@ from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.models import decoder
 from dlm.params import init_from_specs
-from tests.decode.speculative.test_loop import random_prompts
 from tests.lib.gradients import check_gradients
+from tests.lib.speculation import random_prompts
 from tests.train.test_draft_heads import shaken
 from tests.train.test_masked_diffusion import make_batch
 from train.objectives import Context

@@ -13,7 +13,7 @@ from decode.speculative.loop import SpeculativeMethod
 from dlm.heads import medusa
 from dlm.heads.medusa_2 import MedusaJoint
 from dlm.params import init_from_specs
-from tests.decode.speculative.test_loop import random_prompts, run, texts
+from tests.lib.speculation import random_prompts, run, texts
 from tests.train.test_draft_heads import TREE, fresh, shaken
 from tests.train.test_masked_diffusion import make_batch
 from train import loop

@@ -51,10 +51,10 @@ from decode.diffusion.components import (
 from decode.diffusion.loop import DiffusionMethod
 from dlm.params import init_params
 from tests.conftest import TOY_CFG, dream_toy, spread
-from tests.decode.diffusion.test_loop import assert_same, run
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS
 from tests.lib.paths import GOLDEN
+from tests.lib.rows import assert_same, run
 
 RULES = {
     "quota": Quota,

@@ -8,8 +8,8 @@ import pytest
 from decode.diffusion.components import Credit, FixedBlocks, Probability, SparseCredit, Threshold
 from decode.diffusion.loop import DiffusionMethod
 from kernels_pallas.unembed_stats import logits_stats
-from tests.decode.diffusion.test_loop import assert_same, run
 from tests.lib.rounds import make_round
+from tests.lib.rows import assert_same, run
 
 V = 8
 CFG = types.SimpleNamespace(vocab_size=V)

@@ -6,9 +6,10 @@ from decode.diffusion.components import DualCache, Factor, FixedBlocks, Quota, S
 from decode.diffusion.loop import DiffusionMethod
 from decode.diffusion.revisers.remask import Remask
 from tests.decode.diffusion.revisers.test_token_edit import LENGTHS, look
-from tests.decode.diffusion.test_loop import PROMPTS, run
 from tests.lib import oracle
+from tests.lib.batches import PROMPTS
 from tests.lib.rounds import make_round
+from tests.lib.rows import run
 
 
 def decode_alone(model, prompt, gen_len, block_len, quota_steps, rounds, count, after):

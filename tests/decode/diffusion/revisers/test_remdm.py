@@ -8,8 +8,8 @@ from decode.diffusion.loop import DiffusionMethod
 from decode.diffusion.revisers.remdm import ReMDM
 from kernels_pallas.unembed_stats import gumbel_noise
 from tests.decode.diffusion.revisers.test_token_edit import LENGTHS
-from tests.decode.diffusion.test_loop import run
 from tests.lib.rounds import make_round
+from tests.lib.rows import run
 
 N = 40_000
 

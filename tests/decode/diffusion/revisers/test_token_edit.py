@@ -5,9 +5,10 @@ import pytest
 from decode.diffusion.components import DualCache, EosBlock, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
 from decode.diffusion.revisers.token_edit import TokenEdit
-from tests.decode.diffusion.test_loop import PROMPTS, run
 from tests.lib import oracle
+from tests.lib.batches import PROMPTS
 from tests.lib.rounds import make_round
+from tests.lib.rows import run
 
 LENGTHS = [12, 10, 12, 5]
 

@@ -13,7 +13,7 @@ from decode.speculative.drafters.lookahead import Lookahead
 from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
 from dlm import vocab
 from dlm.models import decoder
-from tests.decode.speculative.test_loop import random_prompts, run, texts
+from tests.lib.speculation import random_prompts, run, texts
 
 
 def next_token(params, cfg, tokens, positions, run=[]):  # noqa: B006
