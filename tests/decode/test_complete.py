@@ -10,7 +10,7 @@ from decode.speculative.drafters.prompt_lookup import PromptLookup
 from dlm.config import ModelConfig
 from dlm.params import init_params
 from dlm.tokenizer import byte_tokenizer
-from tests.conftest import spread
+from tests.lib.models import spread
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from dlm.models.decoder import forward
 from dlm.params import LowRank, init_from_specs, init_params, param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
-from tests.conftest import TOY_CFG, dream_toy
 from tests.lib import toys
+from tests.lib.models import TOY_CFG, dream_toy
+from tests.lib.objectives import make_batch
 from tests.lib.oracle import Model
-from tests.train.test_loop import assert_same, toy_config, without_times
-from tests.train.test_masked_diffusion import make_batch
+from tests.lib.runs import assert_same, toy_config, without_times
 from train import data, loop, train_state
 from train.config import ConfigError, OptimConfig
 from train.objectives.masked_diffusion import MaskedDiffusion

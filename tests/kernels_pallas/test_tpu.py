@@ -15,7 +15,7 @@ from kernels_pallas.unembed_stats import Noise, unembed_stats, unembed_stats_ref
 from kernels_pallas.unembed_stats_tpu import summarize_tpu
 from kernels_pallas.window_attention import window_attention, window_attention_reference
 from kernels_pallas.window_attention_tpu import window_attention_tpu as attend_tpu
-from tests.kernels_pallas.test_unembed_stats import assert_same, random_case
+from tests.lib.vocabulary import assert_same, random_case
 
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"

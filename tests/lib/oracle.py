@@ -547,3 +547,13 @@ def _key(seed, step, position):
 def _uniform(key, stream):
     bits, _ = threefry2x32(key[0], key[1], jnp.uint32(stream), jnp.uint32(0))
     return (float(bits >> 9) + 0.5) * 2.0**-23
+
+
+def look(model, prompt, completion):
+    """The best token of every completion position and its probability, seeing everything."""
+    hidden, _ = model.run([*prompt, *completion], range(len(prompt) + len(completion)))
+    z = model.logits(hidden[len(prompt) :])
+    z[:, model.cfg.mask_token_id] = -np.inf
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return p.argmax(-1), p.max(-1)

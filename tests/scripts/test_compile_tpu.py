@@ -1,23 +1,15 @@
 """Kernels, loops and training steps compile for TPUs, ahead of time, where libtpu is installed."""
 
-import importlib.util
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 
+from tests.lib.commands import LIBTPU, needs_libtpu
 from tests.lib.paths import ROOT
-
-LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it
-
-needs_libtpu = pytest.mark.skipif(
-    not (LIBTPU / "libtpu").is_dir() and importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: make test installs it on Linux x86-64",
-)
 
 
 def compile_for(target, *arguments):

@@ -5,8 +5,8 @@ import pytest
 import dlm
 from dlm.hf.files import read_config
 from scripts.convert_hf import as_size, describe, parse_mesh
+from tests.lib.commands import run
 from tests.lib.paths import GOLDEN
-from tests.scripts.test_scripts import run
 
 
 def test_what_each_device_would_hold():

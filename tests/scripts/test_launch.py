@@ -7,7 +7,7 @@ import sys
 
 import yaml
 
-from tests.scripts.test_scripts import ROOT
+from tests.lib.paths import ROOT
 
 COMMAND = ["python", "-m", "train", "--config=configs/x.py:a b", "--workdir=gs://bucket/x"]
 

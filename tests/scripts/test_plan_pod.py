@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from dlm.presets import PRESETS
-from tests.scripts.test_compile_tpu import LIBTPU, ROOT, needs_libtpu
+from tests.lib.commands import LIBTPU, needs_libtpu
+from tests.lib.paths import ROOT
 
 PROGRAM = """\
 HloModule jit_f

@@ -1,22 +1,11 @@
 """The commands a newcomer types, shrunk to seconds, as subprocesses."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from tests.lib.paths import ROOT
-
-
-def run(*arguments: str, ok: bool = True) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done.stdout + (done.stderr if not ok else "")
+from tests.lib.commands import run
 
 
 @pytest.fixture(scope="module")

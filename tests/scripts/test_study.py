@@ -9,7 +9,7 @@ import pytest
 import dlm
 from scripts import measuring, study
 from scripts.study import BASELINE, Measured
-from tests.scripts.test_scripts import run
+from tests.lib.commands import run
 from train import trajectories
 
 

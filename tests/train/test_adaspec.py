@@ -9,9 +9,9 @@ from configs import distill_draft
 from dlm import vocab
 from dlm.models import decoder
 from dlm.params import init_params
-from tests.conftest import spread
-from tests.train.test_distill_spec import models
-from tests.train.test_masked_diffusion import make_batch
+from tests.lib.heads import models
+from tests.lib.models import spread
+from tests.lib.objectives import make_batch
 from train import loop
 from train.config import ConfigError
 from train.objectives import Context

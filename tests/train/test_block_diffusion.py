@@ -11,12 +11,12 @@ import pytest
 from decode.diffusion.components import BlockCausal, EntropyThreshold, FixedBlocks
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from dlm.models import decoder
-from tests.lib.oracle import Model
-from tests.train.test_masked_diffusion import (
+from tests.lib.objectives import (
     Recorder,
     assert_gradient_is_that_of_differences,
     make_batch,
 )
+from tests.lib.oracle import Model
 from train.objectives import Context
 from train.objectives.block_diffusion import BlockDiffusion
 from train.objectives.causal import Causal

@@ -5,7 +5,7 @@ import pytest
 
 from dlm import vocab
 from dlm.models import decoder
-from tests.train.test_masked_diffusion import judge, make_batch
+from tests.lib.objectives import judge, make_batch
 from train.objectives import Context
 from train.objectives.causal import Causal, mean_cross_entropy
 

@@ -22,10 +22,9 @@ from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
 from dlm.params import init_from_specs
 from tests.lib.gradients import check_gradients
+from tests.lib.heads import features_of, shaken
+from tests.lib.objectives import make_batch
 from tests.lib.speculation import random_prompts
-from tests.train.test_draft_heads import shaken
-from tests.train.test_eagle import features_of
-from tests.train.test_masked_diffusion import make_batch
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.dflash import DFlashLoss, DPaceLoss, read_blocks

@@ -1,7 +1,5 @@
 """DistillSpec's divergences by hand, their gradients, and a draft model that gets better."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,20 +10,14 @@ from configs import distill_draft
 from dlm import vocab
 from dlm.heads.draft_lm import Draft
 from dlm.models import decoder
-from dlm.params import init_params
-from tests.conftest import spread
-from tests.train.test_masked_diffusion import make_batch
+from tests.lib.heads import models
+from tests.lib.objectives import make_batch
 from train import loop
 from train.config import ConfigError
 from train.objectives import Context
 from train.objectives.distill_spec import DIVERGENCES, DistillSpec
 
 CONTEXT = Context(jax.random.key(0))
-
-
-def models(toy_cfg, toy_params, dtype="float32"):
-    cfg = dataclasses.replace(toy_cfg, n_layers=1, dtype=dtype)
-    return toy_params | {"draft": Draft(spread(init_params(jax.random.key(9), cfg)), cfg)}
 
 
 def by_hand(divergence, p, q, beta=0.5):

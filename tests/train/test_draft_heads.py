@@ -18,45 +18,22 @@ from decode.speculative.drafters.eagle import Eagle, EagleBest
 from decode.speculative.drafters.hydra import Hydra, HydraState
 from decode.speculative.drafters.medusa import Medusa
 from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
-from decode.speculative.tree import chain, from_paths
+from decode.speculative.tree import chain
 from dlm import vocab
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models import decoder
-from dlm.params import init_from_specs
+from tests.lib.heads import KINDS, TREE, fresh, shaken
+from tests.lib.objectives import make_batch
 from tests.lib.speculation import random_prompts, run, texts
-from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError, build
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.hydra import HydraLoss
-from train.objectives.medusa import MedusaLoss
 
-KINDS = {"medusa": (MedusaHeads, Medusa, MedusaLoss), "hydra": (HydraHeads, Hydra, HydraLoss)}
 CONTEXT = Context(jax.random.key(0))
-TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-
-
-def fresh(kind, cfg, params, **sizes):
-    heads = KINDS[kind][0](num_heads=3, **sizes)
-    return heads, heads.start(
-        cfg, params, init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
-    )
-
-
-def shaken(own, seed=2):
-    """Heads that are not what they start as."""
-    leaves, tree = jax.tree.flatten(own)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree,
-        [
-            x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
-            for x, k in zip(leaves, keys, strict=True)
-        ],
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

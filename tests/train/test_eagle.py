@@ -14,12 +14,11 @@ from decode.speculative.tree import TreeShape, from_paths
 from dlm.heads import eagle_1, eagle_3
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
-from dlm.models import decoder
 from dlm.params import init_from_specs
 from tests.lib.gradients import check_gradients
+from tests.lib.heads import MOST, features_of, shaken
+from tests.lib.objectives import make_batch
 from tests.lib.speculation import random_prompts
-from tests.train.test_draft_heads import shaken
-from tests.train.test_masked_diffusion import make_batch
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.eagle_1 import Eagle1Loss
@@ -39,19 +38,6 @@ def network_of(kind, cfg, params):
     heads = KINDS[kind]
     fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
     return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
-
-
-MOST = 40  # positions; one length, so that little is compiled
-
-
-def features_of(network, cfg, params, tokens):
-    """[n, F] of a row."""
-    padded = jnp.asarray([[*tokens, *[0] * (MOST - len(tokens))]], jnp.int32)
-    output = decoder.forward(
-        params, cfg, padded, positions=jnp.arange(MOST)[None], mask="causal",
-        feature_layers=network.feature_layers,
-    )  # fmt: skip
-    return (output.features if network.feature_layers else output.hidden)[0, : len(tokens)]
 
 
 def last_state(network, params, pairs):

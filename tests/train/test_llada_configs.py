@@ -10,8 +10,8 @@ from configs import llada_8b_dparallel, llada_8b_learn2pd, llada_8b_sft
 from dlm.lora import TARGETS, load
 from dlm.params import init_params
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from tests.conftest import TOY_CFG
 from tests.lib import toys
+from tests.lib.models import TOY_CFG
 from train import loop, trajectories
 from train.config import ConfigError, build, from_config_dict
 

@@ -19,8 +19,9 @@ import dlm
 from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
 from tests.lib import toys
+from tests.lib.objectives import make_batch
 from tests.lib.paths import ROOT
-from tests.train.test_masked_diffusion import make_batch
+from tests.lib.runs import assert_same, toy_config, without_times
 from train import checkpoint, data, loop, train_state
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
@@ -28,24 +29,6 @@ from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
 CONFIG_FILE = "tests/train/toys.py"
-
-
-def toy_config(**changes):
-    config = toys.get_config()
-    for name, value in changes.items():
-        config.update_from_flattened_dict({name.replace("__", "."): value})
-    return config
-
-
-def without_times(workdir):
-    return [
-        {name: value for name, value in line.items() if name != "tokens_per_s"}
-        for line in read_metrics(workdir)
-    ]
-
-
-def assert_same(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.fixture(scope="module")

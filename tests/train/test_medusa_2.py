@@ -13,9 +13,9 @@ from decode.speculative.loop import SpeculativeMethod
 from dlm.heads import medusa
 from dlm.heads.medusa_2 import MedusaJoint
 from dlm.params import init_from_specs
+from tests.lib.heads import TREE, fresh, shaken
+from tests.lib.objectives import make_batch
 from tests.lib.speculation import random_prompts, run, texts
-from tests.train.test_draft_heads import TREE, fresh, shaken
-from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.objectives import Context
 from train.objectives.causal import Causal

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dlm.params import init_params
-from tests.train.test_masked_diffusion import make_batch
+from tests.lib.objectives import make_batch
 from train import train_state
 from train.config import ConfigError, OptimConfig
 from train.objectives.causal import Causal

@@ -10,16 +10,16 @@ import pytest
 
 from dlm import vocab
 from dlm.params import ParamSpec, init_params
-from tests.conftest import spread
 from tests.lib import toys
-from tests.lib.oracle import Model
-from tests.train.test_certainty_forcing import batch_of, by_card, easy, shown
-from tests.train.test_loop import toy_config
-from tests.train.test_masked_diffusion import (
+from tests.lib.certainty import batch_of, by_card, easy, shown
+from tests.lib.models import spread
+from tests.lib.objectives import (
     Recorder,
     assert_gradient_is_that_of_differences,
     make_batch,
 )
+from tests.lib.oracle import Model
+from tests.lib.runs import toy_config
 from train import loop, train_state
 from train.config import ConfigError, OptimConfig
 from train.objectives import Context, Predictions, TokenObjective

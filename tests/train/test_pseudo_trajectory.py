@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.test_certainty_forcing import batch_of, by_card, easy, shown
-from tests.train.test_masked_diffusion import (
+from tests.lib.certainty import batch_of, by_card, easy, shown
+from tests.lib.objectives import (
     assert_gradient_is_that_of_differences,
     loss_and_canvas,
     make_batch,

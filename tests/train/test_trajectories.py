@@ -17,8 +17,8 @@ from decode.diffusion.points import named
 from dlm.params import init_params
 from dlm.presets import PRESETS
 from dlm.tokenizer import word_tokenizer
-from tests.conftest import spread
 from tests.lib import toys
+from tests.lib.models import spread
 from tests.lib.paths import ROOT
 from train import data, trajectories
 from train.config import ConfigError

@@ -50,9 +50,9 @@ from decode.diffusion.components import (
 )
 from decode.diffusion.loop import DiffusionMethod
 from dlm.params import init_params
-from tests.conftest import TOY_CFG, dream_toy, spread
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS
+from tests.lib.models import TOY_CFG, dream_toy, spread
 from tests.lib.paths import GOLDEN
 from tests.lib.rows import assert_same, run
 

@@ -10,7 +10,7 @@ from dlm.hf.files import read_config
 from dlm.hf.weights import load_params, save_hf
 from dlm.presets import PRESETS
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from tests.dlm.hf.test_weights import _TINY, GOLDEN, NAMES, SCALING, assert_same, random_params
+from tests.lib.checkpoints import GOLDEN, NAMES, SCALING, TINY, assert_same, random_params
 
 # The published config.json files, where they differ from those of the small models.
 LLADA_8B = {
@@ -118,8 +118,8 @@ def test_rope_parameters_of_newer_files(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_causal_formats_come_back(tmp_path, kind):
     cfg = dataclasses.replace(
-        _TINY, shifted_logits=True, mask_token_id=None, qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3", head_dim=32 if kind == "qwen3" else _TINY.head_dim,
+        TINY, shifted_logits=True, mask_token_id=None, qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3", head_dim=32 if kind == "qwen3" else TINY.head_dim,
         rope_scaling=SCALING if kind == "llama" else None,
     )  # fmt: skip
     params = random_params(cfg)

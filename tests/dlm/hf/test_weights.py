@@ -12,21 +12,15 @@ import safetensors
 import safetensors.numpy
 
 import dlm.hf.weights
-from dlm.config import RopeScaling
 from dlm.hf.files import read_config
 from dlm.hf.formats import DREAM
 from dlm.hf.weights import load_params, save_hf
 from dlm.params import abstract_params, num_params, param_shardings
-from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
+from tests.lib.checkpoints import NAMES, SCALING, TINY, assert_same, random_params
 from tests.lib.paths import GOLDEN, ROOT
 
-NAMES = ("llada_small", "dream_small")
 needs_mesh = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 (fake) devices")
-
-SCALING = RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
-)
 
 
 def tensors_of(name):
@@ -35,18 +29,6 @@ def tensors_of(name):
 
 def cast(params, dtype):
     return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def random_params(cfg):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), abstract_params(cfg))
 
 
 def test_docstring_example(monkeypatch):
@@ -324,19 +306,16 @@ def test_save_gives_the_published_tensors(tmp_path, name, shard_bytes):
     }
 
 
-_TINY = PRESETS["tiny"]
-
-
 @pytest.mark.parametrize(
     ("cfg", "model_type"),
     [
-        (_TINY, "llada"),
-        (dataclasses.replace(_TINY, tie_embeddings=True, bos_token_id=7), "llada"),
-        (dataclasses.replace(_TINY, qkv_bias=True, pad_token_id=3, dtype="bfloat16"), "llada"),
-        (dataclasses.replace(_TINY, qkv_bias=True, shifted_logits=True, n_layers=11), "Dream"),
+        (TINY, "llada"),
+        (dataclasses.replace(TINY, tie_embeddings=True, bos_token_id=7), "llada"),
+        (dataclasses.replace(TINY, qkv_bias=True, pad_token_id=3, dtype="bfloat16"), "llada"),
+        (dataclasses.replace(TINY, qkv_bias=True, shifted_logits=True, n_layers=11), "Dream"),
         (
             dataclasses.replace(
-                _TINY, qkv_bias=True, shifted_logits=True, tie_embeddings=True, dtype="float16"
+                TINY, qkv_bias=True, shifted_logits=True, tie_embeddings=True, dtype="float16"
             ),
             "Dream",
         ),
@@ -375,19 +354,19 @@ def test_save_from_a_mesh(tmp_path):
     ],
 )
 def test_save_refuses_what_the_formats_cannot_say(tmp_path, changes, message):
-    cfg = dataclasses.replace(_TINY, **changes)
+    cfg = dataclasses.replace(TINY, **changes)
     with pytest.raises(ValueError, match=message):
         save_hf(tmp_path / "saved", abstract_params(cfg), cfg)
     assert not list(tmp_path.iterdir())
 
 
 def test_save_refuses_other_parameters(tmp_path):
-    params = random_params(_TINY)
+    params = random_params(TINY)
     params["embed"] = params["embed"][:5]
     params["final_norm"] = params["final_norm"].astype("bfloat16")
     params["extra"] = params.pop("unembed")
     with pytest.raises(ValueError) as error:
-        save_hf(tmp_path / "saved", params, _TINY)
+        save_hf(tmp_path / "saved", params, TINY)
     assert str(error.value) == (
         "params must be those of cfg, but embed: float32 [5, 64] instead of float32 [128, 64]; "
         "extra: float32 [128, 64] instead of nothing; "
@@ -397,17 +376,17 @@ def test_save_refuses_other_parameters(tmp_path):
 
 
 def test_save_never_overwrites(tmp_path):
-    params = random_params(_TINY)
+    params = random_params(TINY)
     (tmp_path / "empty").mkdir()
-    save_hf(tmp_path / "empty", params, _TINY)
+    save_hf(tmp_path / "empty", params, TINY)
     for taken in (tmp_path / "empty", tmp_path / "empty" / "config.json"):
         with pytest.raises(FileExistsError, match="must be a new or an empty directory"):
-            save_hf(taken, params, _TINY)
-    assert read_config(tmp_path / "empty") == _TINY
+            save_hf(taken, params, TINY)
+    assert read_config(tmp_path / "empty") == TINY
 
 
 def test_an_interrupted_save_leaves_no_model(tmp_path, monkeypatch):
-    params = random_params(_TINY)
+    params = random_params(TINY)
     seen, save_file = [], safetensors.numpy.save_file
 
     def interrupted(tensors, file, **kwargs):
@@ -419,6 +398,6 @@ def test_an_interrupted_save_leaves_no_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_hf(tmp_path / "saved", params, _TINY, shard_bytes=20_000)
+        save_hf(tmp_path / "saved", params, TINY, shard_bytes=20_000)
     assert len(seen) == 2
     assert not list(tmp_path.iterdir())

@@ -26,9 +26,9 @@ from decode.diffusion.loop import DiffusionMethod, init_state, step, stream
 from decode.diffusion.round import Revision
 from decode.diffusion.stoppers.eotp import Eotp
 from dlm.params import init_params
-from tests.conftest import spread
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS, assert_same, run
+from tests.lib.models import spread
 
 
 @pytest.mark.parametrize(

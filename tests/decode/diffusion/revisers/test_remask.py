@@ -5,9 +5,9 @@ import pytest
 from decode.diffusion.components import DualCache, Factor, FixedBlocks, Quota, SubBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
 from decode.diffusion.revisers.remask import Remask
-from tests.decode.diffusion.revisers.test_token_edit import LENGTHS, look
 from tests.lib import oracle
-from tests.lib.batches import PROMPTS
+from tests.lib.batches import LENGTHS, PROMPTS
+from tests.lib.oracle import look
 from tests.lib.rounds import make_round
 from tests.lib.rows import run
 

@@ -7,7 +7,7 @@ from decode.diffusion.components import DualCache, FixedBlocks, Random, SubBlock
 from decode.diffusion.loop import DiffusionMethod
 from decode.diffusion.revisers.remdm import ReMDM
 from kernels_pallas.unembed_stats import gumbel_noise
-from tests.decode.diffusion.revisers.test_token_edit import LENGTHS
+from tests.lib.batches import LENGTHS
 from tests.lib.rounds import make_round
 from tests.lib.rows import run
 

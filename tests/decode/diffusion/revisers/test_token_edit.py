@@ -6,21 +6,10 @@ from decode.diffusion.components import DualCache, EosBlock, FixedBlocks, Thresh
 from decode.diffusion.loop import DiffusionMethod
 from decode.diffusion.revisers.token_edit import TokenEdit
 from tests.lib import oracle
-from tests.lib.batches import PROMPTS
+from tests.lib.batches import LENGTHS, PROMPTS
+from tests.lib.oracle import look
 from tests.lib.rounds import make_round
 from tests.lib.rows import run
-
-LENGTHS = [12, 10, 12, 5]
-
-
-def look(model, prompt, completion):
-    """The best token of every completion position and its probability, seeing everything."""
-    hidden, _ = model.run([*prompt, *completion], range(len(prompt) + len(completion)))
-    z = model.logits(hidden[len(prompt) :])
-    z[:, model.cfg.mask_token_id] = -np.inf
-    p = np.exp(z - z.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    return p.argmax(-1), p.max(-1)
 
 
 def decode_alone(model, prompt, gen_len, block_len, tau, tau_edit, max_rounds):

@@ -1,0 +1,73 @@
+"""Draft heads, networks and models beside a toy target."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode.speculative.drafters.hydra import Hydra
+from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.tree import from_paths
+from dlm.heads.draft_lm import Draft
+from dlm.heads.hydra import HydraHeads
+from dlm.heads.medusa import MedusaHeads
+from dlm.models import decoder
+from dlm.params import init_from_specs
+from tests.lib.models import random_model
+from train.objectives.hydra import HydraLoss
+from train.objectives.medusa import MedusaLoss
+
+KINDS = {"medusa": (MedusaHeads, Medusa, MedusaLoss), "hydra": (HydraHeads, Hydra, HydraLoss)}
+
+TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+
+MOST = 40  # positions; one length, so that little is compiled
+
+
+def init(heads, cfg):
+    """Random weights."""
+    make = lambda key: init_from_specs(key, heads.specs(cfg), cfg.jnp_dtype)
+    return jax.jit(make)(jax.random.key(1))
+
+
+def fresh(kind, cfg, params, **sizes):
+    """Heads of a kind, and what they start as."""
+    heads = KINDS[kind][0](num_heads=3, **sizes)
+    return heads, heads.start(cfg, params, init(heads, cfg))
+
+
+@jax.jit
+def shaken(own):
+    """Heads that are not what they start as."""
+    leaves, tree = jax.tree.flatten(own)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
+            for x, k in zip(leaves, keys, strict=True)
+        ],
+    )
+
+
+def features_of(network, cfg, params, tokens):
+    """What a network reads of a text: [n, F]."""
+    padded = np.pad(np.asarray(tokens, np.int32), (0, MOST - len(tokens)))
+    return np.asarray(_features(params, cfg, padded[None], network.feature_layers))[: len(tokens)]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layers"))
+def _features(params, cfg, tokens, layers):
+    positions = jnp.arange(MOST)[None]
+    output = decoder.forward(
+        params, cfg, tokens, positions=positions, mask="causal", feature_layers=layers
+    )
+    return (output.features if layers else output.hidden)[0]
+
+
+def models(toy_cfg, toy_params, dtype="float32"):
+    """A target, and a draft model of one layer."""
+    cfg = dataclasses.replace(toy_cfg, n_layers=1, dtype=dtype)
+    return toy_params | {"draft": Draft(random_model(9, cfg), cfg)}

@@ -1,0 +1,115 @@
+"""Batches, and losses as one program each; what an objective shows its model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm.models import decoder
+from train.objectives import Context
+
+CONTEXT = Context(jax.random.key(0))
+
+
+def make_batch(cfg, *, rows=4, prompt_len=5, completion_len=6, seed=0):
+    """Rows with prompts of other lengths, one of them cut short by the end of the text."""
+    rng = np.random.default_rng(seed)
+    ids = cfg.vocab_size - 3  # no MASK, EOS or PAD
+    start = rng.integers(0, prompt_len + 1, rows).astype(np.int32)
+    prompt = rng.integers(0, ids, (rows, prompt_len)).astype(np.int32)
+    prompt[np.arange(prompt_len) < start[:, None]] = cfg.pad_token_id
+    completion = rng.integers(0, ids, (rows, completion_len)).astype(np.int32)
+    length = rng.integers(1, completion_len + 1, rows).astype(np.int32)
+    completion[np.arange(completion_len) >= length[:, None] - 1] = cfg.eos_token_id
+    return jax.device_put(
+        {
+            "prompt": prompt,
+            "prompt_start": start,
+            "completion": completion,
+            "completion_len": length,
+        }
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "cfg"))
+def value(objective, params, cfg, batch, context=CONTEXT):
+    """The loss and its metrics, as one program."""
+    return objective.loss(params, cfg, batch, context)
+
+
+def judge(logits, targets):
+    """Log-probabilities of the targets, and whether they are the arg-max."""
+    log_probs = jax.nn.log_softmax(logits)
+    right = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return right, jnp.argmax(logits, axis=-1) == targets
+
+
+class Recorder:
+    """Stands in for the forward and keeps what it was given."""
+
+    def __init__(self, monkeypatch, forward=decoder.forward):
+        self.calls = []
+        self._forward = forward
+        monkeypatch.setattr(decoder, "forward", self)
+
+    def __call__(self, params, cfg, tokens, **kwargs):
+        self.calls.append((tokens, kwargs))
+        return self._forward(params, cfg, tokens, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "cfg"))
+def loss_and_canvas(params, batch, context, *, objective, cfg):
+    """The loss, its metrics, and the tokens that the model was shown, in one forward."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch)
+        loss, metrics = objective.loss(params, cfg, batch, context)
+    ((tokens, _),) = recorder.calls
+    return loss, metrics, tokens
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "cfg"))
+def mask_and_canvas(batch, context, objective, cfg):
+    """What the objective hands to the forward: attention (None: full), its range, the tokens."""
+
+    def forward(params, cfg, tokens, **kwargs):
+        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch, forward)
+        objective.predict({}, cfg, batch, context)
+    ((tokens, kwargs),) = recorder.calls
+    mask = None if kwargs["mask"] == "full" else kwargs["mask"]
+    return mask, kwargs.get("window_range"), tokens
+
+
+def mixing_forward(params, cfg, tokens, **kwargs):
+    """Stands in for the transformer, whose norms are float32: smooth, and all tokens matter."""
+    x = params["embed"][tokens]
+    return decoder.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
+
+
+def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale=1.0):
+    """Along random directions in float64, with a stand-in for the transformer."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "forward", mixing_forward)
+        rng = np.random.default_rng(0)
+        shape = (cfg.vocab_size, 6)
+        params = {name: scale * rng.normal(size=shape) for name in ("embed", "unembed")}
+        steps = {name: rng.normal(size=(5, *shape)) for name in params}
+
+        @jax.jit
+        def slopes(params, steps, context):
+            loss = lambda params: objective.loss(params, cfg, batch, context)[0]
+            moved = lambda step, size: jax.tree.map(lambda x, dx: x + size * dx, params, step)
+            gradient = jax.grad(loss)(params)
+            products = jax.tree.map(lambda g, dx: (g[None] * dx).sum((1, 2)), gradient, steps)
+            differences = jax.lax.map(
+                lambda step: (loss(moved(step, 1e-5)) - loss(moved(step, -1e-5))) / 2e-5, steps
+            )
+            return sum(products.values()), differences
+
+        analytic, numeric = slopes(params, steps, context)
+        assert analytic.dtype == jnp.float64 and (jnp.abs(analytic) > 1e-3).all()
+        np.testing.assert_allclose(analytic, numeric, rtol=1e-6, atol=1e-8)
