@@ -1,7 +1,6 @@
 """Gradients against differences of values."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -11,12 +10,12 @@ def check_gradients(value, own):
     Float32: the step is large, and the tolerance too.
     """
     value = jax.jit(value)
-    gradient = jax.jit(jax.grad(value))(own)
+    gradient = jax.device_get(jax.jit(jax.grad(value))(own))
     rng = np.random.default_rng(0)
-    leaves, tree = jax.tree.flatten(own)
+    leaves, tree = jax.tree.flatten(jax.device_get(own))
     for i, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
-        direction = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-        step = 2e-2 / float(jnp.linalg.norm(direction))
+        direction = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        step = np.float32(2e-2 / np.linalg.norm(direction))
         moved = lambda by, i=i, leaf=leaf, d=direction: value(
             jax.tree.unflatten(tree, [*leaves[:i], leaf + by * d, *leaves[i + 1 :]])
         )

@@ -1,11 +1,8 @@
 """Draft heads, networks and models beside a toy target."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from decode.speculative.drafters.hydra import Hydra
 from decode.speculative.drafters.medusa import Medusa
@@ -13,17 +10,14 @@ from decode.speculative.tree import from_paths
 from dlm.heads.draft_lm import Draft
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
-from dlm.models import decoder
 from dlm.params import init_from_specs
-from tests.lib.models import random_model
+from tests.lib.models import hidden_of, random_model
 from train.objectives.hydra import HydraLoss
 from train.objectives.medusa import MedusaLoss
 
 KINDS = {"medusa": (MedusaHeads, Medusa, MedusaLoss), "hydra": (HydraHeads, Hydra, HydraLoss)}
 
 TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-
-MOST = 40  # positions; one length, so that little is compiled
 
 
 def init(heads, cfg):
@@ -54,17 +48,7 @@ def shaken(own):
 
 def features_of(network, cfg, params, tokens):
     """What a network reads of a text: [n, F]."""
-    padded = np.pad(np.asarray(tokens, np.int32), (0, MOST - len(tokens)))
-    return np.asarray(_features(params, cfg, padded[None], network.feature_layers))[: len(tokens)]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "layers"))
-def _features(params, cfg, tokens, layers):
-    positions = jnp.arange(MOST)[None]
-    output = decoder.forward(
-        params, cfg, tokens, positions=positions, mask="causal", feature_layers=layers
-    )
-    return (output.features if layers else output.hidden)[0]
+    return hidden_of(params, cfg, tokens, network.feature_layers)
 
 
 def models(toy_cfg, toy_params, dtype="float32"):

@@ -4,8 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.models import decoder
 from dlm.params import Params, init_params
 
 # A masked-diffusion model small enough for a plain-Python oracle.
@@ -33,3 +37,38 @@ def dream_toy() -> tuple[ModelConfig, Params]:
     """A toy with the conventions of Dream: shifted logits, biases."""
     cfg = dataclasses.replace(TOY_CFG, qkv_bias=True, shifted_logits=True)
     return cfg, random_model(5, cfg)
+
+
+MOST = 40  # tokens of a text below; one length, so that little is compiled
+
+
+def hidden_of(
+    params: Params, cfg: ModelConfig, tokens: np.ndarray, layers: tuple[int, ...] = ()
+) -> np.ndarray:
+    """What a causal model makes of a text without padding: [n, D], or features of layers [n, F]."""
+    padded = np.pad(np.asarray(tokens, np.int32), (0, MOST - len(tokens)))
+    return np.asarray(_hidden(params, cfg, padded[None], layers))[: len(tokens)]
+
+
+def laws_of(
+    params: Params, cfg: ModelConfig, tokens: np.ndarray, temperature: float = 1.0
+) -> np.ndarray:
+    """The law of the token behind each token of a text: [n, V] float64."""
+    z = np.asarray(_logits(params, hidden_of(params, cfg, tokens)), np.float64) / temperature
+    p = np.exp(z - z.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layers"))
+def _hidden(
+    params: Params, cfg: ModelConfig, tokens: jax.Array, layers: tuple[int, ...]
+) -> jax.Array:
+    positions = jnp.arange(MOST)[None]
+    output = decoder.forward(
+        params, cfg, tokens, positions=positions, mask="causal", feature_layers=layers
+    )
+    return (output.features if layers else output.hidden)[0]
+
+
+def _logits(params: Params, hidden: np.ndarray) -> np.ndarray:
+    return hidden @ np.asarray(vocab.output_head(params)).T

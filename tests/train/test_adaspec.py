@@ -6,36 +6,31 @@ import numpy as np
 import pytest
 
 from configs import distill_draft
-from dlm import vocab
-from dlm.models import decoder
-from dlm.params import init_params
 from tests.lib.heads import models
-from tests.lib.models import spread
-from tests.lib.objectives import make_batch
+from tests.lib.models import laws_of, random_model
+from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.tiers import more
 from train import loop
 from train.config import ConfigError
-from train.objectives import Context
 from train.objectives.adaspec import AdaSpec, largest
 from train.objectives.distill_spec import DistillSpec
-
-CONTEXT = Context(jax.random.key(0))
 
 
 def with_reference(toy_cfg, toy_params):
     params = models(toy_cfg, toy_params)
-    return params | {"reference": spread(init_params(jax.random.key(4), params["draft"].cfg))}
+    return params | {"reference": random_model(4, params["draft"].cfg)}
 
 
 def test_everything_is_plain_distillation(toy_cfg, toy_params):
     batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
     plain = {name: x for name, x in params.items() if name != "reference"}
-    value = lambda objective, params: objective.loss(params, toy_cfg, batch, CONTEXT)
-    ours, theirs = value(AdaSpec(share=1.0), params), value(DistillSpec(), plain)
+    ours = value(AdaSpec(share=1.0), params, toy_cfg, batch)
+    theirs = value(DistillSpec(), plain, toy_cfg, batch)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     np.testing.assert_allclose(ours[1]["acceptance"], theirs[1]["acceptance"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.4, 0.9])
+@pytest.mark.parametrize("share", [0.4, *more(0.25, 0.9)])
 def test_the_loss_by_hand(toy_cfg, toy_params, share):
     batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
     draft = params["draft"]
@@ -43,29 +38,29 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
     P, found = batch["prompt"].shape[1], []
     for b in range(len(tokens)):
         start = int(batch["prompt_start"][b])
-        row = jnp.asarray(tokens[b : b + 1, start:])
         p, q, r = (
-            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
-                own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
-            ).hidden)), np.float64)[0]
+            laws_of(own, cfg, tokens[b, start:])
             for own, cfg in (
-                (toy_params, toy_cfg), (draft.params, draft.cfg), (params["reference"], draft.cfg),
+                (toy_params, toy_cfg),
+                (draft.params, draft.cfg),
+                (params["reference"], draft.cfg),
             )
-        )  # fmt: skip
+        )
         for i in range(max(P, start + 1), P + int(batch["completion_len"][b])):
             at = i - 1 - start
             kl = lambda other, at=at, p=p: (p[at] * np.log(p[at] / other[at])).sum()
             found.append((kl(q) - kl(r), kl(q)))
     num = int(np.ceil(share * len(found) - 1e-4))
     best = sorted(found, key=lambda pair: -pair[0])[:num]
-    loss, metrics = AdaSpec(share=share).loss(params, toy_cfg, batch, CONTEXT)
+    loss, metrics = value(AdaSpec(share=share), params, toy_cfg, batch)
     np.testing.assert_allclose(loss, np.mean([kl for _, kl in best]), rtol=1e-4)
     np.testing.assert_allclose(metrics["gap"], np.mean([gap for gap, _ in best]), rtol=1e-3)
 
 
 def test_only_the_draft_learns(toy_cfg, toy_params):
     batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    gradient = jax.grad(lambda p: AdaSpec().loss(p, toy_cfg, batch, CONTEXT)[0])(params)
+    loss = lambda params: AdaSpec().loss(params, toy_cfg, batch, CONTEXT)[0]
+    gradient = jax.jit(jax.grad(loss))(params)
     of_draft = gradient.pop("draft").params
     assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
     assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))

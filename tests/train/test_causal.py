@@ -3,13 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm import vocab
-from dlm.models import decoder
-from tests.lib.objectives import judge, make_batch
-from train.objectives import Context
+from tests.lib.models import laws_of
+from tests.lib.objectives import judge, make_batch, value
 from train.objectives.causal import Causal, mean_cross_entropy
-
-CONTEXT = Context(jax.random.key(0))
 
 
 def test_mean_by_hand():
@@ -25,37 +21,31 @@ def test_mean_by_hand():
 @pytest.mark.parametrize("on_prompt", [False, True])
 def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
     """Against one forward per row, without padding, over exactly the tokens that count."""
-    batch = make_batch(toy_cfg, rows=3)
-    loss, _ = Causal(on_prompt=on_prompt).loss(toy_params, toy_cfg, batch, CONTEXT)
-    forward = jax.jit(
-        lambda params, tokens, positions: decoder.forward(
-            params, toy_cfg, tokens, positions=positions, mask="causal"
-        )
-    )
+    batch = jax.device_get(make_batch(toy_cfg, rows=3))
+    loss, _ = value(Causal(on_prompt=on_prompt), toy_params, toy_cfg, batch)
     total, count = 0.0, 0
     for row in range(3):
         start, length = int(batch["prompt_start"][row]), int(batch["completion_len"][row])
         prompt, completion = batch["prompt"][row, start:], batch["completion"][row, :length]
-        tokens = jnp.concatenate([prompt, completion])[None]
-        hidden = forward(toy_params, tokens, jnp.arange(tokens.shape[1])[None]).hidden
-        log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))[0]
-        for i in range(1, tokens.shape[1]):
+        tokens = np.concatenate([prompt, completion])
+        laws = laws_of(toy_params, toy_cfg, tokens)
+        for i in range(1, len(tokens)):
             if on_prompt or i >= len(prompt):
-                total -= float(log_probs[i - 1, tokens[0, i]])
+                total -= np.log(laws[i - 1, tokens[i]])
                 count += 1
     np.testing.assert_allclose(loss, total / count, rtol=1e-5)
 
 
 def test_tokens_after_the_end_do_not_count(toy_cfg, toy_params):
-    batch = make_batch(toy_cfg)
+    batch = jax.device_get(make_batch(toy_cfg))
     longer = dict(batch)
-    eos = jnp.full((4, 3), toy_cfg.eos_token_id, jnp.int32)
-    longer["completion"] = jnp.concatenate([batch["completion"], eos], axis=1)
-    losses = [Causal().loss(toy_params, toy_cfg, b, CONTEXT)[0] for b in (batch, longer)]
+    eos = np.full((4, 3), toy_cfg.eos_token_id, np.int32)
+    longer["completion"] = np.concatenate([batch["completion"], eos], axis=1)
+    losses = [value(Causal(), toy_params, toy_cfg, b)[0] for b in (batch, longer)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_without_prompt_the_first_token_is_given(toy_cfg, toy_params):
     batch = make_batch(toy_cfg, prompt_len=0)
-    loss, metrics = Causal().loss(toy_params, toy_cfg, batch, CONTEXT)
+    loss, metrics = value(Causal(), toy_params, toy_cfg, batch)
     assert jnp.isfinite(loss) and metrics["loss"] == loss

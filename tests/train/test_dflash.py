@@ -12,7 +12,6 @@ from decode.core.sampling import Sampling
 from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.drafters.dflash import DFlash
 from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
-from dlm import vocab
 from dlm.blocks.attention import project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
@@ -20,52 +19,82 @@ from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotary_angles
 from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
-from dlm.params import init_from_specs
 from tests.lib.gradients import check_gradients
-from tests.lib.heads import features_of, shaken
-from tests.lib.objectives import make_batch
+from tests.lib.heads import features_of, init, shaken
+from tests.lib.objectives import CONTEXT, make_batch, value
 from tests.lib.speculation import random_prompts
+from tests.lib.tiers import more
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.dflash import DFlashLoss, DPaceLoss, read_blocks
 
-CONTEXT = Context(jax.random.key(0))
 HEADS = DFlashHeads(n_layers=3, block_len=5, d_ff=20)
 
 
 def network_of(cfg, params, heads=HEADS):
-    fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
+    fresh = init(heads, cfg)
     return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
 
 
 def one_block(network, params, features, root):
     """Final states [b, D] of the block behind positions 0 .. n - 1 with `features` [n, F]."""
-    cfg, n, b, most = network.cfg, len(features), network.block_len, 24  # one length of contexts
-    padded = np.zeros((1, most, network.feature_width), np.float32)
+    cfg, n, b = network.cfg, len(features), network.block_len
+    padded = np.zeros((1, MOST, network.feature_width), np.float32)
     padded[0, :n] = features
-    c = network.context(jnp.asarray(padded))
-    x = params["embed"][jnp.array([root] + [network.mask_id] * (b - 1))][None]
-    place = jnp.asarray([*range(n), *[0] * (most - n), *range(n, n + b)])[None]
+    place = np.asarray([*range(n), *[0] * (MOST - n), *range(n, n + b)])[None]
+    c, x = _entered(network, params["embed"], padded, np.int32(root))
     for i in range(cfg.n_layers):
-        p = jax.tree.map(lambda x, i=i: x[i], network.own["layers"])
-        h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
-        both = jnp.concatenate([c, h], axis=1)
-        q, k, v = (
-            np.asarray(a[0], np.float64)
-            for a in project_qkv(both, p["attention"], cfg, rotary_angles(place, cfg))
-        )
-        q = q[most:]
-        k, v = (np.concatenate([a[:n], a[most:]]) for a in (k, v))
+        q, k, v = (np.asarray(a[0], np.float64) for a in _projected(network, c, x, place, i))
+        q = q[MOST:]
+        k, v = (np.concatenate([a[:n], a[MOST:]]) for a in (k, v))
         k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
         s = np.einsum("tnh,snh->tns", q, k) / np.sqrt(q.shape[-1])
         w = np.exp(s - s.max(axis=-1, keepdims=True))
         out = np.einsum("tns,snh->tnh", w / w.sum(axis=-1, keepdims=True), v)
-        x = x + linear(jnp.asarray(out, jnp.float32)[None], p["attention"]["o"], num_in=2)
-        x = x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])
-    return rms_norm(x, network.own["final_norm"], cfg.norm_eps)[0]
+        x = _left(network, x, out.astype(np.float32)[None], i)
+    return np.asarray(_final(network, x))
 
 
-@pytest.mark.parametrize("num_drafts", [0, 2])
+MOST = 24  # positions of contexts; one length, so that little is compiled
+
+
+@jax.jit
+def _entered(network, embed, features, root):
+    drafts = jnp.full(network.block_len - 1, network.mask_id)
+    return network.context(features), embed[jnp.concatenate([root[None], drafts])][None]
+
+
+@jax.jit
+def _projected(network, c, x, place, i):
+    cfg, p = network.cfg, jax.tree.map(lambda x: x[i], network.own["layers"])
+    both = jnp.concatenate([c, rms_norm(x, p["attention_norm"], cfg.norm_eps)], axis=1)
+    return project_qkv(both, p["attention"], cfg, rotary_angles(place, cfg))
+
+
+@jax.jit
+def _left(network, x, out, i):
+    cfg, p = network.cfg, jax.tree.map(lambda x: x[i], network.own["layers"])
+    x = x + linear(out, p["attention"]["o"], num_in=2)
+    return x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])
+
+
+@jax.jit
+def _final(network, x):
+    return rms_norm(x, network.own["final_norm"], network.cfg.norm_eps)[0]
+
+
+def log_softmax(z):
+    return z - np.log(np.exp(z - z.max()).sum()) - z.max()
+
+
+def read(network, cfg, params, batch):
+    """Texts and what the network reads of them, in NumPy."""
+    read = jax.jit(read_text, static_argnums=(1, 3), static_argnames="feature_layers")
+    text = read(params, cfg, batch, False, feature_layers=network.feature_layers)
+    return jax.device_get(text)
+
+
+@pytest.mark.parametrize("num_drafts", [2, *more(0)])
 def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
     """In the middle of texts, prompts of one token among them; drawn drafts say their laws."""
     cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
@@ -82,15 +111,17 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
         if rounds not in (0, 2):
             continue
         context = _context(toy_params, drawn, state)
-        tree, _ = drawn.drafter.propose(cfg, context, state.drafter)
-        greedy, _ = best.propose(cfg, context, state.drafter)
+        tree, greedy = (
+            jax.jit(drafter.propose, static_argnums=0)(cfg, context, state.drafter)[0]
+            for drafter in (drawn.drafter, best)
+        )
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):
             text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
             features = features_of(network, cfg, toy_params, text)[:-1]
             hidden = one_block(network, toy_params, features, text[-1])
-            said = np.asarray(vocab.logits(toy_params, hidden[1 : best.depth + 1]))
+            said = hidden[1 : best.depth + 1] @ np.asarray(toy_params["unembed"]).T
             np.testing.assert_array_equal(greedy.tokens[b, 1:], said.argmax(axis=-1))
-            law = jax.nn.softmax(said / 0.7)
+            law = np.exp([log_softmax(z) for z in said / 0.7])
             np.testing.assert_allclose(tree.laws[b, :-1], law, atol=2e-5)
             assert int(tree.tokens[b, 0]) == text[-1]
 
@@ -99,10 +130,10 @@ def test_blocks_of_training_are_those_of_drafts(toy_cfg, toy_params):
     """Card: a block's rows depend on no other block, and on nothing from its anchor on."""
     batch = make_batch(toy_cfg)
     network = network_of(toy_cfg, toy_params)
-    text = read_text(toy_params, toy_cfg, batch, False, feature_layers=network.feature_layers)
+    text = read(network, toy_cfg, toy_params, batch)
     T = text.tokens.shape[1]
-    anchors = jnp.broadcast_to(jnp.arange(3, T - 1, 2)[None], (len(text.tokens), (T - 3) // 2))
-    hidden = read_blocks(network, toy_params, text, anchors)
+    anchors = np.tile(np.arange(3, T - 1, 2), (len(text.tokens), 1))
+    hidden = np.asarray(jax.jit(read_blocks)(network, toy_params, text, anchors))
     checked = 0
     for b in range(len(text.tokens)):
         start = int(text.start[b])
@@ -117,16 +148,17 @@ def test_blocks_of_training_are_those_of_drafts(toy_cfg, toy_params):
     assert checked > 6
 
 
-@pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("kind", [DFlashLoss, DPaceLoss])
+@pytest.mark.parametrize(
+    ("kind", "teacher"),
+    [(DFlashLoss, False), (DPaceLoss, True), *more((DFlashLoss, True), (DPaceLoss, False))],
+)
 def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
     """With as many anchors as there are positions, each position that may be one is."""
     batch = make_batch(toy_cfg)
     network = network_of(toy_cfg, toy_params)
-    text = read_text(toy_params, toy_cfg, batch, False, feature_layers=network.feature_layers)
+    text = read(network, toy_cfg, toy_params, batch)
     P, b = batch["prompt"].shape[1], network.block_len
     head = np.asarray(toy_params["unembed"], np.float64)
-    log_softmax = lambda z: z - np.log(np.exp(z - z.max()).sum()) - z.max()
     total, weights, right = 0.0, 0.0, [[] for _ in range(b - 1)]
     for row in range(len(text.tokens)):
         start, end = int(text.start[row]), P + int(batch["completion_len"][row])
@@ -150,9 +182,8 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
                 w = np.array([reached[i:].sum() for i in range(n)])
             total += (w * ce).sum()
             weights += w.sum()
-    loss, metrics = kind(num_anchors=99, reach=3.0, teacher=teacher).loss(
-        toy_params | {"heads": network}, toy_cfg, batch, CONTEXT
-    )
+    objective = kind(num_anchors=99, reach=3.0, teacher=teacher)
+    loss, metrics = value(objective, toy_params | {"heads": network}, toy_cfg, batch)
     np.testing.assert_allclose(loss, total / weights, rtol=1e-4)
     accuracy = [np.mean(x) for x in right]
     np.testing.assert_allclose(metrics["accuracy_3"], accuracy[1], atol=1e-6)
@@ -166,7 +197,7 @@ def test_anchors_are_drawn_anew(toy_cfg, toy_params):
     params = toy_params | {"heads": network_of(toy_cfg, toy_params)}
     few = DFlashLoss(num_anchors=1)
     losses = {
-        float(few.loss(params, toy_cfg, batch, Context(jax.random.key(seed)))[0])
+        float(value(few, params, toy_cfg, batch, Context(jax.random.key(seed)))[0])
         for seed in range(4)
     }
     assert len(losses) == 4
@@ -176,11 +207,11 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
     network = network_of(toy_cfg, toy_params)
 
-    def value(own):
+    def loss(own):
         params = toy_params | {"heads": network.replace(own=own)}
         return DFlashLoss(teacher=True).loss(params, toy_cfg, batch, CONTEXT)[0]
 
-    check_gradients(value, network.own)
+    check_gradients(loss, network.own)
 
 
 # ---- Files and refusals -----------------------------------------------------------------------

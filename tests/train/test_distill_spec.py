@@ -7,17 +7,13 @@ import pytest
 
 import dlm
 from configs import distill_draft
-from dlm import vocab
 from dlm.heads.draft_lm import Draft
-from dlm.models import decoder
 from tests.lib.heads import models
-from tests.lib.objectives import make_batch
+from tests.lib.models import laws_of
+from tests.lib.objectives import CONTEXT, make_batch, value
 from train import loop
 from train.config import ConfigError
-from train.objectives import Context
 from train.objectives.distill_spec import DIVERGENCES, DistillSpec
-
-CONTEXT = Context(jax.random.key(0))
 
 
 def by_hand(divergence, p, q, beta=0.5):
@@ -40,19 +36,16 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
     P, values, accepted = batch["prompt"].shape[1], [], []
     for b in range(len(tokens)):
         start = int(batch["prompt_start"][b])
-        row = jnp.asarray(tokens[b : b + 1, start:])
         laws = [
-            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
-                own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
-            ).hidden) / 1.3), np.float64)[0]
+            laws_of(own, cfg, tokens[b, start:], temperature=1.3)
             for own, cfg in ((toy_params, toy_cfg), (draft.params, draft.cfg))
-        ]  # fmt: skip
+        ]
         for i in range(max(P, start + 1), P + int(batch["completion_len"][b])):
             p, q = (law[i - 1 - start] for law in laws)
             values.append(by_hand(divergence, p, q, beta=0.3))
             accepted.append(np.minimum(p, q).sum())
     objective = DistillSpec(divergence=divergence, beta=0.3, temperature=1.3)
-    loss, metrics = objective.loss(params, toy_cfg, batch, CONTEXT)
+    loss, metrics = value(objective, params, toy_cfg, batch)
     np.testing.assert_allclose(loss, np.mean(values), rtol=1e-4)
     np.testing.assert_allclose(metrics["acceptance"], np.mean(accepted), rtol=1e-4)
 
@@ -64,17 +57,17 @@ def test_gradients_of_divergences_in_float64(divergence):
         log_p = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(3, 7))))
         z = jnp.asarray(rng.normal(size=(3, 7)))
         objective = DistillSpec(divergence=divergence, beta=0.3)
-        value = lambda z: objective._divergence(log_p, jax.nn.log_softmax(z))[0].sum()
-        gradient, step = jax.grad(value)(z), 1e-6
-        for index in np.ndindex(3, 7):
-            numeric = (value(z.at[index].add(step)) - value(z.at[index].add(-step))) / (2 * step)
-            np.testing.assert_allclose(gradient[index], numeric, atol=1e-8)
+        loss = lambda z: objective._divergence(log_p, jax.nn.log_softmax(z))[0].sum()
+        gradient, step = jax.jit(jax.grad(loss))(z), 1e-6
+        steps = step * np.eye(z.size).reshape(-1, *z.shape)
+        differences = jax.jit(jax.vmap(lambda by: loss(z + by) - loss(z - by)))(steps)
+        np.testing.assert_allclose(gradient.ravel(), differences / (2 * step), atol=1e-8)
 
 
 def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
     batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
     loss = lambda params: DistillSpec().loss(params, toy_cfg, batch, CONTEXT)[0]
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     of_draft = gradient.pop("draft").params
     assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
     assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
@@ -94,7 +87,7 @@ def test_a_draft_model_comes_closer_to_its_target(scan_target, scan_draft, tmp_p
     lm = dlm.load(scan_target)
     batch = make_batch(lm.cfg)
     losses = [
-        DistillSpec().loss(lm.params | {"draft": Draft(x.params, x.cfg)}, lm.cfg, batch, CONTEXT)[0]
+        value(DistillSpec(), lm.params | {"draft": Draft(x.params, x.cfg)}, lm.cfg, batch)[0]
         for x in (before, after)
     ]
     assert losses[1] < losses[0]

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,17 +13,16 @@ from decode.speculative.tree import TreeShape, from_paths
 from dlm.heads import eagle_1, eagle_3
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
-from dlm.params import init_from_specs
 from tests.lib.gradients import check_gradients
-from tests.lib.heads import MOST, features_of, shaken
-from tests.lib.objectives import make_batch
+from tests.lib.heads import features_of, init, shaken
+from tests.lib.models import MOST
+from tests.lib.objectives import CONTEXT, make_batch, value
 from tests.lib.speculation import random_prompts
-from train.objectives import Context
+from tests.lib.tiers import more
 from train.objectives.causal import read_text
 from train.objectives.eagle_1 import Eagle1Loss
 from train.objectives.eagle_3 import Eagle3Loss, unroll
 
-CONTEXT = Context(jax.random.key(0))
 SOME = tuple(range(2, 20))  # a draft vocabulary
 KINDS = {
     "1": Eagle1Heads(),
@@ -36,7 +34,7 @@ TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [2, 0, 1], 
 
 def network_of(kind, cfg, params):
     heads = KINDS[kind]
-    fresh = init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
+    fresh = init(heads, cfg)
     return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
 
 
@@ -46,23 +44,52 @@ def last_state(network, params, pairs):
     states, tokens, positions = (
         np.asarray([*x, *[x[0]] * (MOST - n)]) for x in zip(*pairs, strict=True)
     )
-    x, residual = network.enter(params["embed"][tokens][None], jnp.asarray(states)[None])
-    q, k, v = network.project(x, jnp.asarray(positions, jnp.int32)[None])
-    q, k, v = (np.asarray(a[0, :n], np.float64) for a in (q, k, v))
+    q, k, v, residual = _entered(network, params["embed"], states, tokens, positions)
+    q, k, v = (np.asarray(a[:n], np.float64) for a in (q, k, v))
     k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
     s = np.einsum("nh,snh->ns", q[-1], k) / np.sqrt(q.shape[-1])
     w = np.exp(s - s.max(axis=1, keepdims=True))
     attended = np.einsum("ns,snh->nh", w / w.sum(axis=1, keepdims=True), v)
-    return network.leave(jnp.asarray(attended, jnp.float32)[None, None], residual[:, n - 1 : n])[
-        0, 0
-    ]
+    return np.asarray(_left(network, attended.astype(np.float32), np.asarray(residual)[n - 1]))
+
+
+@jax.jit
+def _entered(network, embed, states, tokens, positions):
+    x, residual = network.enter(embed[tokens][None], states[None])
+    return *(a[0] for a in network.project(x, positions[None])), residual[0]
+
+
+@jax.jit
+def _left(network, attended, residual):
+    return network.leave(attended[None, None], residual[None, None])[0, 0]
+
+
+@jax.jit
+def _begun(network, features):
+    return network.begin(features[None])[0]
+
+
+@jax.jit
+def said_by(network, params, state):
+    """Logits of the network, [number of draft ids], of a state [D]."""
+    return network.logits(params, state[None, None])[0, 0]
+
+
+def log_softmax(z):
+    return z - np.log(np.exp(z - z.max()).sum()) - z.max()
+
+
+def proposal(cfg, params, method, state):
+    """The tree that a method's drafter proposes in a state."""
+    context = _context(params, method, state)
+    return jax.jit(method.drafter.propose, static_argnums=0)(cfg, context, state.drafter)[0]
 
 
 def roll(network, params, features, tokens, drafted):
     """The state behind the text x_0 .. x_n, its features f_0 .. f_{n-1}, and some drafts."""
     num = len(tokens) - 1
     padded = np.pad(np.asarray(features[:num]), ((0, MOST - num), (0, 0)))
-    begun = np.asarray(network.begin(jnp.asarray(padded)[None])[0])
+    begun = np.asarray(_begun(network, padded))
     pairs = [(begun[t], tokens[t + 1], t) for t in range(len(tokens) - 1)]
     state = last_state(network, params, pairs)
     for i, token in enumerate(drafted):
@@ -71,7 +98,7 @@ def roll(network, params, features, tokens, drafted):
     return state
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["1", "3, some tokens", *more("3")])
 def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind):
     """In the middle of texts: the network's cache, positions and masks, and the drafts' laws."""
     cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
@@ -85,8 +112,7 @@ def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind)
     for rounds, state in enumerate(stream(toy_params, cfg, method, first)):
         if rounds not in (0, 2):
             continue
-        drawn, _ = method.drafter.propose(cfg, _context(toy_params, method, state), state.drafter)
-        best, _ = greedy.drafter.propose(cfg, _context(toy_params, greedy, state), state.drafter)
+        drawn, best = (proposal(cfg, toy_params, m, state) for m in (method, greedy))
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):
             text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
             features = features_of(network, cfg, toy_params, text)
@@ -98,29 +124,29 @@ def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind)
                         way.insert(0, int(tokens[u]))
                         u = TREE.parents[u - 1]
                     last = roll(network, toy_params, features, text, way)
-                    said = network.logits(toy_params, last[None, None])[0]
+                    said = np.asarray(said_by(network, toy_params, last))
                     if tree is drawn:
-                        law = jax.nn.softmax(said / 0.7)[0]
+                        law = np.exp(log_softmax(said / 0.7))
                         np.testing.assert_allclose(tree.laws[b, v], law, atol=2e-5)
                         continue
-                    order = np.argsort(-np.asarray(said[0]), kind="stable")
+                    order = np.argsort(-said, kind="stable")
                     for child in np.flatnonzero(np.asarray(TREE.parents) == v):
                         assert tokens[child + 1] == order[TREE.ranks[child]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["1", "3, some tokens", *more("3")])
 def test_the_best_tree_is_the_best_of_what_the_network_says(toy_cfg, toy_params, kind):
     network = network_of(kind, toy_cfg, toy_params)
     drafter = EagleBest(network, width=3, levels=3, budget=8)
     method = SpeculativeMethod(drafter)
     state = init_state(toy_cfg, method, [[3, 1, 4, 1, 5]], gen_len=6)
     state = prefill(toy_params, toy_cfg, method, state)
-    tree, _ = drafter.propose(toy_cfg, _context(toy_params, method, state), state.drafter)
+    tree = proposal(toy_cfg, toy_params, method, state)
     features = features_of(network, toy_cfg, toy_params, [3, 1, 4, 1, 5])
 
     def log_law(way):
         last = roll(network, toy_params, features, [3, 1, 4, 1, 5], way)
-        return np.asarray(jax.nn.log_softmax(network.logits(toy_params, last[None, None])[0, 0]))
+        return log_softmax(np.asarray(said_by(network, toy_params, last)))
 
     frontier, seen = {(): 0.0}, {}
     for _ in range(3):
@@ -142,16 +168,26 @@ def test_the_best_tree_is_the_best_of_what_the_network_says(toy_cfg, toy_params,
 
 
 def read(network, cfg, params, batch, on_prompt=False):
-    return read_text(params, cfg, batch, on_prompt, feature_layers=network.feature_layers)
+    read = jax.jit(read_text, static_argnums=(1, 3), static_argnames="feature_layers")
+    text = read(params, cfg, batch, on_prompt, feature_layers=network.feature_layers)
+    return jax.device_get(text)
 
 
-@pytest.mark.parametrize("kind", ["3", "3, some tokens"])
+unrolled = jax.jit(lambda *arguments: list(unroll(*arguments)), static_argnums=3)
+
+
+@jax.jit
+def normed(network, states):
+    return network.normed(states)
+
+
+@pytest.mark.parametrize("kind", ["3", *more("3, some tokens")])
 def test_steps_are_those_of_a_draft(toy_cfg, toy_params, kind):
     """Card: step j at t is the network run over the true pairs up to t, then on its own states."""
     batch = make_batch(toy_cfg)
     network = network_of(kind, toy_cfg, toy_params)
     text = read(network, toy_cfg, toy_params, batch)
-    steps = list(unroll(network, toy_params, text, 4))
+    steps = jax.device_get(unrolled(network, toy_params, text, 4))
     tokens = np.asarray(text.tokens)
     checked = 0
     for b in range(len(tokens)):
@@ -161,16 +197,14 @@ def test_steps_are_those_of_a_draft(toy_cfg, toy_params, kind):
         for t in range(0, len(row) - 5, 2):
             for j in range(4):
                 drafted = row[t + 2 : t + 2 + j]
-                expected = roll(
-                    network, toy_params, jnp.asarray(features[: t + 1]), row[: t + 2], drafted
-                )
+                expected = roll(network, toy_params, features[: t + 1], row[: t + 2], drafted)
                 np.testing.assert_allclose(steps[j][b, start + t], expected, atol=2e-5)
                 checked += 1
     assert checked > 20
 
 
 @pytest.mark.parametrize("on_prompt", [False, True])
-@pytest.mark.parametrize("kind", ["3", "3, some tokens"])
+@pytest.mark.parametrize("kind", ["3, some tokens", *more("3")])
 def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
     batch = make_batch(toy_cfg)
     network = network_of(kind, toy_cfg, toy_params)
@@ -178,9 +212,9 @@ def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
     P, tokens = batch["prompt"].shape[1], np.asarray(text.tokens)
     ids = np.arange(toy_cfg.vocab_size) if network.ids is None else np.asarray(network.ids)
     head, own = np.asarray(toy_params["unembed"]), np.asarray(network.own["unembed"])
-    total, log_softmax = 0.0, lambda z: z - np.log(np.exp(z - z.max()).sum()) - z.max()
-    accuracies = {}
-    for j, states in enumerate(unroll(network, toy_params, text, 3)):
+    total, accuracies = 0.0, {}
+    for j, states in enumerate(unrolled(network, toy_params, text, 3)):
+        of_states = np.asarray(normed(network, states), np.float64)
         losses, right = [], []
         for b in range(len(tokens)):
             start = int(batch["prompt_start"][b])
@@ -190,18 +224,16 @@ def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
                 if int(z.argmax()) not in ids:
                     continue
                 p = np.exp(log_softmax(z[ids]))
-                said = network.normed(states[b : b + 1, token - 2 - j][None])[0, 0]
-                log_q = log_softmax(np.asarray(said, np.float64) @ own.T)
+                log_q = log_softmax(of_states[b, token - 2 - j] @ own.T)
                 losses.append(-(p * log_q).sum())
                 right.append(ids[log_q.argmax()] == tokens[b, token])
         total += 0.7**j * np.mean(losses)
         accuracies[f"accuracy_{j + 2}"] = np.mean(right)
-    loss, metrics = Eagle3Loss(num_steps=3, decay=0.7, on_prompt=on_prompt).loss(
-        toy_params | {"heads": network}, toy_cfg, batch, CONTEXT
-    )
+    objective = Eagle3Loss(num_steps=3, decay=0.7, on_prompt=on_prompt)
+    loss, metrics = value(objective, toy_params | {"heads": network}, toy_cfg, batch)
     np.testing.assert_allclose(loss, total, rtol=1e-4)
-    for name, value in accuracies.items():
-        np.testing.assert_allclose(metrics[name], value, atol=1e-6)
+    for name, accuracy in accuracies.items():
+        np.testing.assert_allclose(metrics[name], accuracy, atol=1e-6)
 
 
 @pytest.mark.parametrize("on_prompt", [False, True])
@@ -210,7 +242,6 @@ def test_the_loss_of_eagle_1_by_hand(toy_cfg, toy_params, on_prompt):
     network = network_of("1", toy_cfg, toy_params)
     text = read(network, toy_cfg, toy_params, batch)
     P, head = batch["prompt"].shape[1], np.asarray(toy_params["unembed"], np.float64)
-    log_softmax = lambda z: z - np.log(np.exp(z - z.max()).sum()) - z.max()
     of_features, of_laws = [], []
     for b in range(len(text.tokens)):
         start = int(batch["prompt_start"][b])
@@ -219,44 +250,43 @@ def test_the_loss_of_eagle_1_by_hand(toy_cfg, toy_params, on_prompt):
         first = start if on_prompt else P
         for token in range(max(first, start + 2), P + int(batch["completion_len"][b])):
             t = token - start - 2
-            state = roll(network, toy_params, jnp.asarray(hidden[: t + 1]), row[: t + 2], [])
+            state = roll(network, toy_params, hidden[: t + 1], row[: t + 2], [])
             gap = np.abs(np.asarray(state, np.float64) - hidden[t + 1])
             of_features.append(np.where(gap < 1, gap**2 / 2, gap - 0.5).mean())
             p = np.exp(log_softmax(hidden[t + 1] @ head.T))
             of_laws.append(-(p * log_softmax(np.asarray(state, np.float64) @ head.T)).sum())
     params = toy_params | {"heads": network}
-    loss, metrics = Eagle1Loss(weight=0.3, noise=0, on_prompt=on_prompt).loss(
-        params, toy_cfg, batch, CONTEXT
-    )
+    objective = Eagle1Loss(weight=0.3, noise=0, on_prompt=on_prompt)
+    loss, metrics = value(objective, params, toy_cfg, batch)
     np.testing.assert_allclose(metrics["feature_loss"], np.mean(of_features), rtol=1e-4)
     np.testing.assert_allclose(metrics["soft_cross_entropy"], np.mean(of_laws), rtol=1e-4)
     np.testing.assert_allclose(loss, np.mean(of_features) + 0.3 * np.mean(of_laws), rtol=1e-4)
-    noisy, _ = Eagle1Loss(weight=0.3, on_prompt=on_prompt).loss(params, toy_cfg, batch, CONTEXT)
+    noisy, _ = value(Eagle1Loss(weight=0.3, on_prompt=on_prompt), params, toy_cfg, batch)
     assert abs(float(noisy - loss)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["1", "3, some tokens", *more("3")])
 def test_gradients_against_finite_differences(toy_cfg, toy_params, kind):
     batch = make_batch(toy_cfg)
     network = network_of(kind, toy_cfg, toy_params)
     objective = Eagle1Loss() if kind == "1" else Eagle3Loss(num_steps=3)
 
-    def value(own):
+    def loss(own):
         params = toy_params | {"heads": network.replace(own=own)}
         return objective.loss(params, toy_cfg, batch, CONTEXT)[0]
 
-    check_gradients(value, network.own)
+    check_gradients(loss, network.own)
 
 
 def test_the_target_learns_nothing(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
     network = network_of("3", toy_cfg, toy_params)
 
-    def value(params):
+    def loss(params):
         return Eagle3Loss(num_steps=2).loss(params | {"heads": network}, toy_cfg, batch, CONTEXT)[0]
 
-    gradient = jax.grad(value)(toy_params)
-    assert not jax.tree.reduce(lambda a, g: a or bool(jnp.any(g != 0)), gradient["layers"], False)
+    gradient = jax.device_get(jax.jit(jax.grad(loss))(toy_params))
+    assert not any(np.any(g != 0) for g in jax.tree.leaves(gradient["layers"]))
 
 
 # ---- Files and refusals -----------------------------------------------------------------------

@@ -19,7 +19,7 @@ import dlm
 from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
 from tests.lib import toys
-from tests.lib.objectives import make_batch
+from tests.lib.objectives import make_batch, value
 from tests.lib.paths import ROOT
 from tests.lib.runs import assert_same, toy_config, without_times
 from train import checkpoint, data, loop, train_state
@@ -58,7 +58,7 @@ def test_exported_model_is_the_one_validated(finished):
     batches = data.valid_batches(toys.Copy(split="test"), model.tokenizer, settings.data, 2)
     key = jax.random.fold_in(jax.random.key(0), 2)
     losses = [
-        MaskedDiffusion().loss(model.params, model.cfg, batch, context)[0]
+        value(MaskedDiffusion(), model.params, model.cfg, batch, context)[0]
         for i, batch in enumerate(batches)
         for context in [Context(jax.random.fold_in(key, i))]
     ]

@@ -15,6 +15,7 @@ from tests.lib.objectives import (
     make_batch,
     mask_and_canvas,
     mixing_forward,
+    value,
 )
 from tests.lib.oracle import Model
 from train.objectives import Context, masked_diffusion
@@ -148,7 +149,7 @@ def test_padding_does_not_matter(toy_cfg, toy_params):
     wider["prompt_start"] = batch["prompt_start"] + 2
     key = jax.random.key(0)
     losses = [
-        MaskedDiffusion().loss(toy_params, toy_cfg, b, Context(key))[0] for b in (batch, wider)
+        value(MaskedDiffusion(), toy_params, toy_cfg, b, Context(key))[0] for b in (batch, wider)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
@@ -234,11 +235,9 @@ def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
 
 
 def test_weight_power_zero_counts_every_masked_token_alike(toy_cfg, toy_params):
-    batch, key = make_batch(toy_cfg), jax.random.key(1)
+    batch, context = make_batch(toy_cfg), Context(jax.random.key(1))
     published, flat = (
-        MaskedDiffusion(eps=0.1, weight_power=power).loss(toy_params, toy_cfg, batch, Context(key))[
-            0
-        ]
+        value(MaskedDiffusion(eps=0.1, weight_power=power), toy_params, toy_cfg, batch, context)[0]
         for power in (1.0, 0.0)
     )
     assert published > flat > 0
@@ -348,8 +347,9 @@ def test_the_bound_is_reported_whatever_the_weights(toy_cfg, toy_params, weight_
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.05, weight_power=weight_power, stratified=stratified)
     published = dataclasses.replace(objective, weight_power=1.0)
-    bound = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))[1]["nll_bound"]
-    loss = published.loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))[0]
+    context = Context(jax.random.key(1))
+    bound = value(objective, toy_params, toy_cfg, batch, context)[1]["nll_bound"]
+    loss = value(published, toy_params, toy_cfg, batch, context)[0]
     np.testing.assert_allclose(bound, loss, rtol=1e-6)
 
     knows_nothing = {**toy_params, "unembed": jnp.zeros_like(toy_params["unembed"])}
