@@ -15,6 +15,7 @@ from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer
 from tests.lib.paths import GOLDEN
+from tests.lib.tiers import more
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ def test_buckets_share_one_compilation(lm):
     assert decode._cache_size() == 2
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, tensor=2), dict(data=3, fsdp=2), dict(data=8)])
+@pytest.mark.parametrize(
+    "axes", [dict(data=3, fsdp=2), *more(dict(data=2, tensor=2), dict(data=8))]
+)
 def test_sharded_model(lm, axes):
     """Three prompts, which no mesh divides: the batch is filled up, and the rows stay the same."""
     mesh = make_mesh(**axes)

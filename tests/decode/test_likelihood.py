@@ -21,6 +21,7 @@ from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib import oracle
+from tests.lib.tiers import more
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +96,10 @@ def greedy(lm, prompt, length, guidance):
 PROMPT, ANSWER = [3, 1, 4, 1, 5], [9, 2, 6]
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
-@pytest.mark.parametrize("model", ["lm", "shifted_lm"])
+@pytest.mark.parametrize(
+    ("model", "guidance"),
+    [("lm", 1.5), ("shifted_lm", 0.0), *more(("lm", 0.0), ("shifted_lm", 1.5))],
+)
 def test_one_token_is_exact(model, guidance, request):
     lm = request.getfixturevalue(model)
     answers = [[7], [0], [20]]
@@ -109,9 +112,21 @@ def test_one_token_is_exact(model, guidance, request):
         assert result.num_forwards == (2 if guidance else 1)
 
 
-@pytest.mark.parametrize("guidance, antithetic", [(0.0, False), (0.5, True)])
-@pytest.mark.parametrize("prompt_len, answer_len", [(5, 3), (2, 17), (1, 39)])
-@pytest.mark.parametrize("model", ["lm", "shifted_lm"])
+@pytest.mark.parametrize(
+    ("model", "prompt_len", "answer_len", "guidance", "antithetic"),
+    [
+        ("lm", 5, 3, 0.5, True),
+        ("shifted_lm", 1, 39, 0.0, False),
+        *more(
+            *[
+                (model, *lengths, *options)
+                for model in ("lm", "shifted_lm")
+                for lengths in ((5, 3), (2, 17), (1, 39))
+                for options in ((0.0, False), (0.5, True))
+            ]
+        ),
+    ],
+)
 def test_estimate_is_that_of_the_masks_drawn(
     model, prompt_len, answer_len, guidance, antithetic, request
 ):
@@ -147,8 +162,10 @@ def test_estimate_is_that_of_the_masks_drawn(
     assert result.num_forwards == (16 if guidance else 8)
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("model", ["lm", "shifted_lm"])
+@pytest.mark.parametrize(
+    ("model", "antithetic"),
+    [("lm", True), ("shifted_lm", False), *more(("lm", False), ("shifted_lm", True))],
+)
 def test_estimate_is_unbiased(model, antithetic, request):
     lm = request.getfixturevalue(model)
     exact = expectation(lm, PROMPT, ANSWER)
@@ -217,7 +234,7 @@ def test_mask_counts_are_those_of_the_paper():
     assert mask_counts(4000, 4096, 16).min() >= 1
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("antithetic", [True, *more(False)])
 def test_independent_tokens_give_the_sum(lm, antithetic):
     """Without attention the tokens know nothing of each other."""
     attention = lm.params["layers"]["attention"]
@@ -244,7 +261,7 @@ def test_independent_tokens_give_the_sum(lm, antithetic):
         assert result.standard_error < plain.standard_error
 
 
-@pytest.mark.parametrize("num_samples", [4, 16])
+@pytest.mark.parametrize("num_samples", [16, *more(4)])
 def test_results_do_not_depend_on_other_pairs(lm, num_samples):
     pairs = [
         (PROMPT, ANSWER),
@@ -317,8 +334,10 @@ def test_text_is_cut_where_the_prompt_ends(text_lm):
         log_likelihood(lm, [("a", "b")], **options)
 
 
-@pytest.mark.parametrize("model", ["lm", "shifted_lm"])
-@pytest.mark.parametrize("guidance", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("model", "guidance"),
+    [("lm", 0.5), ("shifted_lm", 0.0), *more(("lm", 0.0), ("shifted_lm", 0.5))],
+)
 def test_greedy_match_is_greedy_decoding(model, guidance, request):
     lm = request.getfixturevalue(model)
     pairs, expected = [], []

@@ -51,14 +51,13 @@ def test_everything_compiles(target):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("recipe", "target", "state_bytes"),
     [
         # What is learned and its two moments, float32, over all chips.
         ("llada_8b_dparallel", "v5e:2x4", 12 * 335_544_320 // 8),
-        pytest.param(
-            "llada_8b_sft", "v5p:2x4x4", 12 * 8_015_581_184 // 32, marks=pytest.mark.exhaustive
-        ),
+        ("llada_8b_sft", "v5p:2x4x4", 12 * 8_015_581_184 // 32),
     ],
 )
 def test_training_8b_fits(recipe, target, state_bytes):
@@ -90,6 +89,7 @@ def test_collecting_with_8b_fits():
 
 
 @needs_libtpu
+@pytest.mark.exhaustive
 def test_a_slice_of_another_size_than_the_mesh_is_refused():
     done = compile_for("v5e:2x2", "--recipes=llada_8b_dparallel")
     assert done.returncode != 0 and "has 4 devices and llada_8b_dparallel is for" in done.stderr

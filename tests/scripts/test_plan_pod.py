@@ -123,6 +123,7 @@ print(json.dumps([
 
 
 @needs_libtpu
+@pytest.mark.exhaustive
 def test_meshes_lie_on_slices_of_any_kind():
     """Axes that no dimension of the slice has the size of."""
     code = """

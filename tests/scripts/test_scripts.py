@@ -18,6 +18,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quickstart_writes_what_it_says(workdir):
     out = (workdir / "stdout.txt").read_text()
     assert "| one per step" in out and "speed-up" in out
@@ -32,6 +33,7 @@ def test_quickstart_writes_what_it_says(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ask_decodes_your_own_line(workdir):
     flags = [f"--checkpoint={workdir / 'train/model'}", "--operation=insert_index"]
     people = "--people=Alice Young, Zoe Parker, Liam Davis"

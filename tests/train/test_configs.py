@@ -9,6 +9,7 @@ import pytest
 import dlm
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib.paths import ROOT
+from tests.lib.tiers import more
 from train import data, loop
 from train.config import ConfigError, build, from_config_dict
 
@@ -88,7 +89,17 @@ def test_fine_tuning_starts_from_a_pre_trained_model(tmp_path):
 
 # The example of `train.loop.run` is the smoke test of mdlm_scan.
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n not in ("mdlm_scan", "pretrain_jsonl", *ELSEWHERE)]
+    "name",
+    [
+        "llada_8b_sft",
+        *more(
+            *(
+                name
+                for name in NAMES
+                if name not in ("mdlm_scan", "llada_8b_sft", "pretrain_jsonl", *ELSEWHERE)
+            )
+        ),
+    ],
 )
 def test_smoke_test_runs(name, tmp_path):
     result = loop.run(get_config(name, "runlocal"), tmp_path)

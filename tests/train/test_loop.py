@@ -22,13 +22,14 @@ from tests.lib import toys
 from tests.lib.objectives import make_batch, value
 from tests.lib.paths import ROOT
 from tests.lib.runs import assert_same, toy_config, without_times
+from tests.lib.tiers import more
 from train import checkpoint, data, loop, train_state
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
-CONFIG_FILE = "tests/train/toys.py"
+CONFIG_FILE = "tests/lib/toys.py"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_running_a_finished_run_again_changes_nothing(finished, tmp_path):
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("noted", [None, 4])
+@pytest.mark.parametrize("noted", [4, *more(None)])
 def test_a_model_that_was_not_written_to_its_end_is_written_again(finished, tmp_path, noted):
     workdir, _ = finished
     copy = tmp_path / "copy"
@@ -185,7 +186,10 @@ def test_bfloat16_products_with_float32_parameters(toy_cfg):
 
 @pytest.mark.parametrize(
     "axes",
-    [dict(data=8), dict(data=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=8)],
+    [
+        dict(data=2, fsdp=2, tensor=2),
+        *more(dict(data=8), dict(data=4, tensor=2), dict(tensor=8)),
+    ],
     ids=str,
 )
 def test_sharded_steps_equal_unsharded(toy_cfg, axes):
@@ -319,7 +323,7 @@ def lines_config(mode, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["buckets", "packing"])
+@pytest.mark.parametrize("mode", ["buckets", *more("packing")])
 def test_resuming_with_buckets_and_with_packing(mode, tmp_path, monkeypatch):
     """Stopped in the middle and not: the same numbers, and one compilation per shape."""
     traced = []
@@ -447,6 +451,7 @@ def command(workdir, num_steps):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kill_9_and_the_same_command_is_as_if_nothing_had_happened(tmp_path):
     num_steps = 300
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUMPY_RANK_PROMOTION": "raise"}

@@ -18,6 +18,7 @@ import pytest
 import dlm
 from tests.lib import toys
 from tests.lib.paths import ROOT
+from tests.lib.tiers import more
 from train import loop, trajectories
 from train.metrics import read_metrics
 
@@ -98,15 +99,16 @@ def wait_for(is_there, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode", ["examples", pytest.param("buckets", marks=pytest.mark.exhaustive)]
+    ("mode", "first", "then"), [("examples", 2, 0), *more(("examples", 4, 2), ("buckets", 4, 2))]
 )
-def test_four_processes_are_killed_two_go_on_and_one_finishes(tmp_path, mode):
+def test_processes_are_killed_fewer_go_on_and_one_finishes(tmp_path, mode, first, then):
     """The same loss curve and model as of a run in one process that nothing happened to."""
     folder = tmp_path / "several"
-    four = start_processes(PROGRAM, 4, str(folder), "12", mode)
-    wait_for((folder / "checkpoints" / "2").exists, four)
-    kill_one(four)
-    finish(start_processes(PROGRAM, 2, str(folder), "16", mode))
+    processes = start_processes(PROGRAM, first, str(folder), "12", mode)
+    wait_for((folder / "checkpoints" / "2").exists, processes)
+    kill_one(processes)
+    if then:
+        finish(start_processes(PROGRAM, then, str(folder), "16", mode))
     loop.run(get_config(mode), folder)
     loop.run(get_config(mode), tmp_path / "one")
 
@@ -140,6 +142,7 @@ def collect(checkpoint, out):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_data_set_decoded_by_two_processes_of_which_one_is_killed(tmp_path):
     """Any number of processes goes on; the file is complete, and has every example once."""
     config = toys.get_config()

@@ -125,6 +125,7 @@ def test_a_finished_collection_is_left_alone(collected, model_path):
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
+@pytest.mark.exhaustive
 def test_kill_9_loses_the_open_shard_only(collected, model_path, tmp_path):
     """Killed at a random point, the same command comes to the same records."""
     values = dataclasses.asdict(settings(model_path, examples_per_shard=2))

@@ -10,7 +10,8 @@ from dlm.hf.files import read_config
 from dlm.hf.weights import load_params, save_hf
 from dlm.presets import PRESETS
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from tests.lib.checkpoints import GOLDEN, NAMES, SCALING, TINY, assert_same, random_params
+from tests.lib.checkpoints import NAMES, SCALING, TINY, assert_same, random_params
+from tests.lib.paths import GOLDEN
 
 # The published config.json files, where they differ from those of the small models.
 LLADA_8B = {

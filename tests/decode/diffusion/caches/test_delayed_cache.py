@@ -29,14 +29,15 @@ from dlm.params import init_params
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS, assert_same, run
 from tests.lib.models import spread
+from tests.lib.tiers import more
 
 
 @pytest.mark.parametrize(
     ("refresh_every", "block_len", "rule", "guidance"),
     [
-        (100, 12, ("quota", 12), None),
         (3, 12, ("threshold", 0.6), None),
         (2, 4, ("quota", 4), 0.5),
+        *more((100, 12, ("quota", 12), None)),
     ],
 )
 def test_a_ragged_batch_equals_the_oracle_row_by_row(
@@ -77,7 +78,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ["smoothed", "eotp", *more("plain")])
 def test_refreshed_in_every_round_it_is_exact(toy_cfg, toy_params, point):
     cfg, params = toy_cfg, toy_params
     method = DiffusionMethod(FixedBlocks(4)).replace(**POINTS[point])

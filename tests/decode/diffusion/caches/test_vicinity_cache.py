@@ -19,14 +19,15 @@ from decode.diffusion.inputs.smoothing import Smoothing
 from decode.diffusion.loop import DiffusionMethod, decode, init_state, stream
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS, assert_same, run
+from tests.lib.tiers import more
 
 
 @pytest.mark.parametrize(
     ("before", "after", "rule", "guidance"),
     [
         (2, 3, ("threshold", 0.4), None),
-        (1, 0, ("quota", 3), None),
         (0, 9, ("quota", 4), 0.5),
+        *more((1, 0, ("quota", 3), None)),
     ],
 )
 def test_a_ragged_batch_equals_the_oracle_row_by_row(toy_model, before, after, rule, guidance):
@@ -71,7 +72,7 @@ def build(point, cfg):
     return DiffusionMethod(FixedBlocks(4)).replace(**POINTS[point])
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ["guided", *more("smoothed", "shadow")])
 def test_without_a_vicinity_it_is_the_dual_cache(toy_model, point):
     cfg, params = toy_model
     method = build(point, cfg)
@@ -82,7 +83,7 @@ def test_without_a_vicinity_it_is_the_dual_cache(toy_model, point):
     np.testing.assert_array_equal(a.confidence, b.confidence)  # to the last bit
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ["smoothed", *more("guided", "shadow")])
 def test_with_everything_in_the_vicinity_nothing_is_stale(toy_model, point):
     cfg, params = toy_model
     method = build(point, cfg)

@@ -27,11 +27,12 @@ from decode.diffusion.round import Progress
 from tests.lib import batches
 from tests.lib.batches import PROMPTS, assert_same
 from tests.lib.rounds import make_round
+from tests.lib.tiers import more
 
 run = functools.partial(batches.run, gen_len=12)
 
 
-@pytest.mark.parametrize("cache", [NoCache(), DualCache()])
+@pytest.mark.parametrize("cache", [DualCache(), *more(NoCache())])
 def test_adablock_that_never_finds_a_delimiter_has_fixed_blocks(toy_cfg, toy_params, cache):
     """AdaBlock card, check 1; 10 positions end inside a block."""
     method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
@@ -74,16 +75,15 @@ def test_adablock_lengths_add_up_and_no_forward_probes(toy_cfg, toy_params, wind
         assert steps.tolist() == list(range(int(state.num_forwards[b])))
 
 
-def test_one_open_block_is_fixed_blocks(toy_cfg, toy_params):
-    for cache in (NoCache(), DualCache()):
-        method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
-        go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
-        fixed = go(method.replace(scheduler=FixedBlocks(4)))
-        one = go(method.replace(scheduler=MultiBlock(4, max_open=1)))
-        assert_same(one, fixed)
-        late = method.replace(scheduler=MultiBlock(4, max_open=3, open_at=1.0))
-        late = go(late)
-        np.testing.assert_array_equal(late.tokens, fixed.tokens)
+@pytest.mark.parametrize("cache", [DualCache(), *more(NoCache())])
+def test_one_open_block_is_fixed_blocks(toy_cfg, toy_params, cache):
+    method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
+    go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
+    fixed = go(method.replace(scheduler=FixedBlocks(4)))
+    one = go(method.replace(scheduler=MultiBlock(4, max_open=1)))
+    assert_same(one, fixed)
+    late = go(method.replace(scheduler=MultiBlock(4, max_open=3, open_at=1.0)))
+    np.testing.assert_array_equal(late.tokens, fixed.tokens)
 
 
 def test_a_pipeline_works_on_several_blocks_and_never_too_many(toy_cfg, toy_params):
@@ -129,12 +129,12 @@ def test_a_gate_of_one_waits_for_the_block_before(toy_cfg, toy_params):
     )
 
 
-def test_sub_blocks_of_a_whole_block_are_fixed_blocks(toy_cfg, toy_params):
-    for rule in (Threshold(0.5), Quota(4)):
-        method = DiffusionMethod(cache=DualCache(), rule=rule)
-        go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
-        sub, fixed = (go(method.replace(scheduler=s)) for s in (SubBlocks(4, 4), FixedBlocks(4)))
-        assert_same(sub, fixed)
+@pytest.mark.parametrize("rule", [Threshold(0.5), *more(Quota(4))])
+def test_sub_blocks_of_a_whole_block_are_fixed_blocks(toy_cfg, toy_params, rule):
+    method = DiffusionMethod(cache=DualCache(), rule=rule)
+    go = functools.partial(run, toy_params, toy_cfg, gen_len=10)
+    sub, fixed = (go(method.replace(scheduler=s)) for s in (SubBlocks(4, 4), FixedBlocks(4)))
+    assert_same(sub, fixed)
 
 
 def test_sub_blocks_of_one_are_left_to_right(toy_cfg, toy_params):

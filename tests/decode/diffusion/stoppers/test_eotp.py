@@ -14,6 +14,7 @@ from decode.generate import collect
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS, run
 from tests.lib.rounds import make_round
+from tests.lib.tiers import more
 
 
 def row(state, b):
@@ -25,9 +26,21 @@ def row(state, b):
     }
 
 
-@pytest.mark.parametrize("cut_at", ["predicted", "committed"])
-@pytest.mark.parametrize("block_len", [4, 12])
-@pytest.mark.parametrize("rule", [("quota", 4), ("threshold", 0.7)])
+@pytest.mark.parametrize(
+    ("rule", "block_len", "cut_at"),
+    [
+        (("quota", 4), 4, "predicted"),
+        (("threshold", 0.7), 12, "committed"),
+        *more(
+            (("quota", 4), 4, "committed"),
+            (("quota", 4), 12, "predicted"),
+            (("quota", 4), 12, "committed"),
+            (("threshold", 0.7), 4, "predicted"),
+            (("threshold", 0.7), 4, "committed"),
+            (("threshold", 0.7), 12, "predicted"),
+        ),
+    ],
+)
 def test_masking_behind_the_end_is_taking_the_tail_off(toy_model, rule, block_len, cut_at):
     """Card, check 5: what stands before the cut is what a model gives that never saw the rest."""
     cfg, params = toy_model
