@@ -4,11 +4,11 @@ ParallelBench's closed forms (arXiv:2510.04767, section 3), which tell strategie
 network: what a strategy loses here is what committing several tokens at once costs.
 """
 
-import dataclasses
+import functools
 import itertools
 import math
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +21,8 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod, init_state
-from decode.diffusion.step import apply, frame
+from decode.diffusion.round import Round
+from decode.diffusion.step import apply, make_frame
 from kernels_pallas.unembed_stats import Noise, logits_stats
 
 N = 4
@@ -47,6 +48,24 @@ def marginals(answers, canvas, cfg):
     return law / law.sum(-1, keepdims=True)
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def decide(cfg, method, state, logits):
+    """The round in which the model says `logits` [B, N, V], applied."""
+    frame = make_frame(cfg, method, state)
+    noise = None
+    if method.temperature is not None:
+        noise = Noise(frame.noise_key.reshape(-1, 2), frame.temperature)
+    stats = logits_stats(logits.reshape(-1, logits.shape[-1]), noise=noise)
+    stats = jax.tree.map(lambda x: x.reshape(-1, N), stats)
+    proposal, log_prob = stats.token, stats.log_prob
+    if noise is not None:
+        proposal, log_prob = stats.sample, stats.sample_log_prob
+    round = Round(
+        **vars(frame), proposal=proposal, log_prob=log_prob, confidence=log_prob, stats=stats
+    )
+    return apply(cfg, method, state, round, ~state.has_stopped)
+
+
 def accuracy(cfg, task, method, runs=1):
     """Share of right answers, and tokens per step, over `runs` seeds in one batch."""
     method = method.replace(scheduler=FixedBlocks(None))
@@ -55,23 +74,7 @@ def accuracy(cfg, task, method, runs=1):
         canvas = np.asarray(state.tokens)[:, 1:]
         laws = np.stack([marginals(TASKS[task], row, cfg) for row in canvas])
         with np.errstate(divide="ignore"):
-            logits = jnp.asarray(np.log(laws), jnp.float32).reshape(runs * N, -1)
-        view = frame(method, state)
-        noise = None
-        if method.temperature is not None:
-            noise = Noise(view.noise_key.reshape(runs * N, 2), view.temperature)
-        stats = logits_stats(logits, noise=noise)
-        pick = lambda x: x.reshape(runs, N)
-        token, log_prob = stats.token, stats.log_prob
-        if noise is not None:
-            token, log_prob = stats.sample, stats.sample_log_prob
-        stats = dataclasses.replace(
-            stats, **{k: None if v is None else pick(v) for k, v in vars(stats).items()}
-        )
-        view = view.replace(
-            stats=stats, proposal=pick(token), log_prob=pick(log_prob), confidence=pick(log_prob)
-        )
-        state = apply(cfg, method, state, view, ~state.has_stopped)
+            state = decide(cfg, method, state, np.log(laws).astype(np.float32))
     right = [tuple(row) in TASKS[task] for row in np.asarray(state.tokens)[:, 1:].tolist()]
     return np.mean(right), N / float(state.num_forwards.mean())
 
