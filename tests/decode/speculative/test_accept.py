@@ -28,6 +28,7 @@ from decode.speculative.accept import (
 )
 from decode.speculative.tree import DraftTree, TreeShape, chain, from_paths
 from tests.lib.paths import GOLDEN
+from tests.lib.tiers import more
 
 TRACES = GOLDEN / "medusa_tree"
 V, N = 5, 200_000
@@ -113,13 +114,25 @@ CHAIN = chain(2)
 TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
 DEPTH_FIRST = TreeShape((0, 1, 1, 0, 4, 0), (0, 0, 1, 1, 0, 2))  # the same, stored otherwise
 CASES = [
-    *((Match(), shape, how) for shape in (CHAIN, TREE) for how in ("top", "without")),
-    *((SpeculativeSampling(), shape, how)
-      for shape in (CHAIN, TREE, DEPTH_FIRST) for how in ("top", "without")),
-    *((SpeculativeSampling(replacement=True), shape, "with") for shape in (CHAIN, TREE)),
-    *((BlockVerification(), shape, how)
-      for shape in (CHAIN, chain(1)) for how in ("top", "without")),
-]  # fmt: skip
+    (Match(), CHAIN, "top"),
+    (Match(), TREE, "without"),
+    (SpeculativeSampling(), CHAIN, "without"),
+    (SpeculativeSampling(), TREE, "top"),
+    (SpeculativeSampling(), DEPTH_FIRST, "without"),
+    (SpeculativeSampling(replacement=True), TREE, "with"),
+    (BlockVerification(), CHAIN, "without"),
+    (BlockVerification(), CHAIN, "top"),
+    *more(
+        (Match(), CHAIN, "without"),
+        (Match(), TREE, "top"),
+        (SpeculativeSampling(), CHAIN, "top"),
+        (SpeculativeSampling(), TREE, "without"),
+        (SpeculativeSampling(), DEPTH_FIRST, "top"),
+        (SpeculativeSampling(replacement=True), CHAIN, "with"),
+        (BlockVerification(), chain(1), "without"),
+        (BlockVerification(), chain(1), "top"),
+    ),
+]
 
 
 @pytest.mark.parametrize(("rule", "shape", "how"), CASES)
@@ -229,6 +242,7 @@ def test_a_perfect_draft_is_always_accepted():
         assert (rule.walk(verdict, 2).num_accepted == 2).all()
 
 
+@pytest.mark.exhaustive
 def test_siblings_help_and_blocks_accept_more():
     accepted = {
         name: first_two(rule, shape, how)[1]

@@ -10,7 +10,7 @@ import pytest
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
 from dlm.config import ModelConfig, RopeScaling
-from dlm.models.decoder import forward
+from dlm.models import decoder
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.presets import PRESETS
 from dlm.sharding import constrain, logical_sharding, make_mesh
@@ -25,9 +25,16 @@ VARIANTS = {
 
 def model(name, **changes):
     cfg = dataclasses.replace(PRESETS["tiny"], **VARIANTS[name], **changes)
-    params = init_params(jax.random.key(0), cfg)
-    noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
-    return cfg, jax.tree.map(noisy, params)  # so that biases and norms are not trivial
+
+    @jax.jit
+    def make():
+        noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
+        return jax.tree.map(noisy, init_params(jax.random.key(0), cfg))
+
+    return cfg, make()  # so that biases and norms are not trivial
+
+
+forward = jax.jit(decoder.forward, static_argnames=("cfg", "mask", "feature_layers", "remat"))
 
 
 def random_tokens(cfg, B=2, T=12):
@@ -125,7 +132,8 @@ def test_remat_changes_no_gradient():
         hidden = forward(params, cfg, tokens, positions=positions, remat=remat).hidden
         return (logits(params, hidden) ** 2).mean()
 
-    a, b = jax.grad(loss)(params, False), jax.grad(loss)(params, True)
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    a, b = gradient(params, False), gradient(params, True)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
 
 

@@ -119,7 +119,8 @@ def test_short_rounds_are_short(toy_cfg, monkeypatch):
     seen, real = [], delayed_cache.forward
 
     def spy(params, cfg, tokens, **options):
-        seen.append(tokens.shape[1])
+        width = tokens.shape[1]
+        jax.debug.callback(lambda: seen.append(width))  # in the branch that is taken
         return real(params, cfg, tokens, **options)
 
     monkeypatch.setattr(delayed_cache, "forward", spy)
@@ -127,9 +128,10 @@ def test_short_rounds_are_short(toy_cfg, monkeypatch):
     toy_cfg = dataclasses.replace(toy_cfg, n_layers=1)
     params = spread(init_params(jax.random.key(3), toy_cfg))
     state = init_state(toy_cfg, method, [[1, 2, 3], [4, 5]], gen_len=4, prompt_len=5)
-    with jax.disable_jit():  # only the branch that is taken runs
-        while not bool(state.has_stopped.all()):
-            state = step(params, toy_cfg, method, state)
+    run = jax.jit(step, static_argnames="cfg")
+    while not bool(state.has_stopped.all()):
+        state = run(params, cfg=toy_cfg, method=method, state=state)
+        jax.effects_barrier()
     # 9 positions; then 4, 3, 2 of 4, 4, 2: what is undecided, and what was decided last.
     assert seen == [9, 4, 4, 2]
 
