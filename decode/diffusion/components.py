@@ -19,6 +19,7 @@ from decode.diffusion.confidences.credit import Credit as Credit
 from decode.diffusion.confidences.credit import SparseCredit as SparseCredit
 from decode.diffusion.confidences.margin import Margin as Margin
 from decode.diffusion.confidences.neg_entropy import NegEntropy as NegEntropy
+from decode.diffusion.confidences.pc_sampler import PcSampler as PcSampler
 from decode.diffusion.confidences.probability import Probability as Probability
 from decode.diffusion.confidences.random import Random as Random
 from decode.diffusion.confidences.tempered import Tempered as Tempered
