@@ -31,6 +31,7 @@ from decode.diffusion.method import AXES
 from decode.diffusion.revisers.canvas_sampler import Annealed as Annealed
 from decode.diffusion.revisers.canvas_sampler import Renoise as Renoise
 from decode.diffusion.revisers.keep import Keep as Keep
+from decode.diffusion.revisers.p2 import P2 as P2
 from decode.diffusion.revisers.remask import Remask as Remask
 from decode.diffusion.revisers.remdm import ReMDM as ReMDM
 from decode.diffusion.revisers.running_confidence import RunningConfidence as RunningConfidence
