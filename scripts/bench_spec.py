@@ -43,6 +43,7 @@ from dlm.heads.medusa import MedusaHeads
 from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
 from dlm.vocab import vocab_stats
+from dlm.window import Slots, Window
 from scripts.quickstart_spec import NUM_DRAFTS, TREE
 from scripts.timing import Ceilings, forward_cost, paired_medians_s
 
@@ -170,15 +171,11 @@ def _repeat_round(
 def _repeat_bare(params: Params, cfg: ModelConfig, state: SpeculativeState) -> jax.Array:
     """One token and its arg-max, written to the cache."""
     at = state.length - 1
-    ranges = jnp.stack([jnp.zeros_like(at), at], axis=1)[:, None]
     rows = jnp.arange(len(at))
 
     def body(_: int, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         token, cache = carry
-        output = forward(
-            params, cfg, token[:, None], positions=at[:, None], cache=cache, cache_ranges=ranges,
-            write_at=at,
-        )  # fmt: skip
+        output = forward(params, cfg, Window.at(token[:, None], at), Slots.append(cache, at))
         return vocab_stats(params, output.hidden[:, 0]).token, output.cache
 
     start = (state.tokens[rows, at], state.cache)

@@ -35,10 +35,11 @@ from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.tree import DraftTree
 from dlm import vocab
-from dlm.cache import KVCache, compact, init_cache, up_to
+from dlm.cache import KVCache, compact, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.window import Slots, Window
 from kernels_pallas.unembed_stats import Noise
 from kernels_pallas.window_attention import pack_mask
 
@@ -215,12 +216,8 @@ def prefill(
         output = decoder.forward(
             params,
             cfg,
-            tokens,
-            positions=start[:, None] + jnp.arange(chunk)[None],
-            mask="causal",
-            cache=cache,
-            cache_ranges=up_to(start),
-            write_at=start,
+            Window.at(tokens, start, is_causal=True),
+            Slots.append(cache, start),
             feature_layers=method.drafter.feature_layers,
         )
         seen = Seen(tokens, output.hidden, start, count, output.features)
@@ -336,17 +333,13 @@ def _judge(
       The forward, whose cache has the tree's keys and values behind its last token, the verdict,
       and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
     """
-    start = state.length - 1
+    start, is_chain = state.length - 1, method.drafter.is_chain
+    mask = None if is_chain else pack_mask(above)
     output = decoder.forward(
         params,
         cfg,
-        tree.tokens,
-        positions=start[:, None] + tree.depths,
-        mask="causal" if method.drafter.is_chain else pack_mask(above),
-        cache=state.cache,
-        cache_ranges=up_to(start),
-        write_at=start,
-        write_rows=context.active,
+        Window(tree.tokens, start[:, None] + tree.depths, mask, is_causal=is_chain),
+        Slots.append(state.cache, start, context.active),
         feature_layers=method.drafter.feature_layers,
     )
     hidden = output.hidden

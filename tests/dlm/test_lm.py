@@ -17,6 +17,7 @@ from dlm.params import param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from dlm.vocab import logits
+from dlm.window import Window
 from tests.lib.paths import GOLDEN, ROOT
 
 NAMES = ("llada_small", "dream_small")
@@ -41,7 +42,7 @@ def all_logits(lm, tokens):
 
     @jax.jit
     def run(params, tokens):
-        out = forward(params, lm.cfg, tokens, positions=positions, mask="full")
+        out = forward(params, lm.cfg, Window(tokens, positions))
         return logits(params, out.hidden)
 
     return run(lm.params, tokens)

@@ -5,6 +5,7 @@ import pytest
 
 from dlm import vocab
 from dlm.models import decoder
+from dlm.window import Window
 from tests.train.test_masked_diffusion import judge, make_batch
 from train.objectives import Context
 from train.objectives.causal import Causal, mean_cross_entropy
@@ -29,7 +30,7 @@ def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
     loss, _ = Causal(on_prompt=on_prompt).loss(toy_params, toy_cfg, batch, CONTEXT)
     forward = jax.jit(
         lambda params, tokens, positions: decoder.forward(
-            params, toy_cfg, tokens, positions=positions, mask="causal"
+            params, toy_cfg, Window(tokens, positions, is_causal=True)
         )
     )
     total, count = 0.0, 0

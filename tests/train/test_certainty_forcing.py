@@ -96,8 +96,8 @@ def test_loss_by_hand(toy_cfg, monkeypatch):
     )
     canvas = []
 
-    def forward(params, cfg, tokens, **kwargs):
-        canvas.append(tokens)
+    def forward(params, cfg, window, **kwargs):
+        canvas.append(window.tokens)
         return decoder.ForwardOutput(jnp.asarray(table, jnp.float32), None)
 
     monkeypatch.setattr(decoder, "forward", forward)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden, read_prefix
 from dlm.params import Params
+from dlm.window import Window
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.medusa import score_head
@@ -49,9 +50,9 @@ class HydraLoss:
         embedded = params["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
         T = embedded.shape[1]
         total, metrics = jnp.float32(0), {}
-        index = jnp.stack([text.start, jnp.full_like(text.start, T)], axis=1)
+        window = Window.left_padded(text.tokens, text.start, is_causal=True)
         hidden = jax.lax.stop_gradient(text.hidden)
-        seen, _ = read_prefix(own, cfg, hidden, positions=text.positions, window_range=index)
+        seen, _ = read_prefix(own, cfg, hidden, window)
         for i in range(own["unembed"].shape[0]):
             shifted = jnp.pad(embedded[:, 1 + i :], ((0, 0), (0, 1 + i), (0, 0)))
             seen = jnp.concatenate([seen, shifted], axis=-1)
