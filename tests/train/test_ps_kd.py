@@ -172,7 +172,7 @@ def run_model(params, teacher, batch, progress, *, of, cfg):
         recorder = Recorder(patch)
         context = Context(jax.random.key(1), progress, teacher)
         loss, metrics = PsKd(of=of, alpha=1.0).loss(params, cfg, batch, context)
-    return loss, metrics, [tokens for tokens, _ in recorder.calls]
+    return loss, metrics, [window.tokens for window in recorder.calls]
 
 
 @pytest.fixture(scope="module")
