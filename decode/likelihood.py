@@ -319,7 +319,7 @@ def _estimate(
         hidden = blind + (guidance + 1) * (hidden - blind)
     if cfg.shifted_logits:
         hidden = jnp.roll(hidden, 1, axis=1)  # hidden i - 1 predicts token i
-    log_prob = vocab.target_stats(params, hidden[:, T - G :], answer).log_prob
+    log_prob = vocab.score(vocab.head(params), hidden[:, T - G :], answer).log_prob
 
     total = jnp.where(is_masked, log_prob.reshape(R, N, G), 0.0).sum(axis=2)
     return (total / is_masked.sum(axis=2) * answer_len[:, None]).mean(axis=1)

@@ -43,11 +43,11 @@ from tqdm import tqdm
 
 from decode.diffusion.components import FixedBlocks, Quota, Threshold, by_name
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state, step
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params, init_params, num_params
 from dlm.presets import PRESETS
-from dlm.vocab import vocab_stats
 from dlm.window import Slots, Window
 from scripts import bench_spec, bench_train
 from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s, table
@@ -161,8 +161,8 @@ def _repeat_bare(
     def body(_: int, tokens: jax.Array) -> jax.Array:
         seen = Window.at(tokens[:, start : start + window], jnp.full(batch, start))
         hidden = forward(params, cfg, seen, slots).hidden[:, -judged:]
-        stats = vocab_stats(params, hidden.reshape(-1, cfg.d_model))
-        return tokens.at[:, start : start + judged].set(stats.token.reshape(batch, judged))
+        best = vocab.read(vocab.head(params), hidden).token
+        return tokens.at[:, start : start + judged].set(best)
 
     return jax.lax.fori_loop(0, STEPS_PER_CALL, body, state.tokens)
 

@@ -34,6 +34,7 @@ from decode.speculative.loop import (
     step,
 )
 from decode.speculative.tree import DraftTree, TreeShape, chain
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashHeads
 from dlm.heads.eagle_1 import Eagle1Heads
@@ -42,7 +43,6 @@ from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
-from dlm.vocab import vocab_stats
 from dlm.window import Slots, Window
 from scripts.quickstart_spec import NUM_DRAFTS, TREE
 from scripts.timing import Ceilings, forward_cost, paired_medians_s
@@ -176,7 +176,7 @@ def _repeat_bare(params: Params, cfg: ModelConfig, state: SpeculativeState) -> j
     def body(_: int, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         token, cache = carry
         output = forward(params, cfg, Window.at(token[:, None], at), Slots.append(cache, at))
-        return vocab_stats(params, output.hidden[:, 0]).token, output.cache
+        return vocab.read(vocab.head(params), output.hidden[:, 0]).token, output.cache
 
     start = (state.tokens[rows, at], state.cache)
     return jax.lax.fori_loop(0, ROUNDS_PER_CALL, body, start)[0]

@@ -343,11 +343,11 @@ def _judge(
         feature_layers=method.drafter.feature_layers,
     )
     hidden = output.hidden
-    B, W, D = hidden.shape
+    W = hidden.shape[1]
     key = fold_in(state.key, state.num_forwards)
     sampling, laws, log_probs = method.sampling, None, None
     if method.needs_laws:
-        logits = vocab.logits(params, hidden)
+        logits = vocab.logits(vocab.head(params), hidden)
         seen = None
         if state.seen is not None:  # what came before a node: the text, and the nodes above it
             of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
@@ -362,12 +362,12 @@ def _judge(
         noise = None
         if sampling.temperature is not None:
             by_node = jax.vmap(lambda v: fold_in(fold_in(key, 1), v), out_axes=1)(jnp.arange(W))
-            noise = Noise(by_node.reshape(B * W, 2), jnp.float32(sampling.temperature))
-        stats = vocab.vocab_stats(params, hidden.reshape(B * W, D), noise=noise)
+            noise = Noise(by_node, jnp.float32(sampling.temperature))
+        stats = vocab.read(vocab.head(params), hidden, noise=noise)
         sampled = stats.token if noise is None else stats.sample
-        log_prob = stats.log_prob if noise is None else stats.sample_log_prob
-        assert sampled is not None and log_prob is not None
-        chosen, log_probs = sampled.reshape(B, W), log_prob.reshape(B, W)
+        log_probs = stats.log_prob if noise is None else stats.sample_log_prob
+        assert sampled is not None and log_probs is not None
+        chosen = sampled
     verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, 2))
     return output, verdict, log_probs
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dlm import vocab
 from dlm.blocks.attention import attend, project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
@@ -32,7 +33,6 @@ from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.params import Params, ParamSpec
 from dlm.window import Slots, Window
-from kernels_pallas.unembed_stats import unembed_logits
 
 
 class EagleNetwork(struct.PyTreeNode):
@@ -112,12 +112,12 @@ class EagleNetwork(struct.PyTreeNode):
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
         """[B, T, V] float32 of states [B, T, D]; tokens that it cannot draft have -inf."""
-        rows = self.normed(states).reshape(-1, states.shape[-1])
-        said = unembed_logits(rows, self.head(target))
+        said = vocab.logits(self.head(target), self.normed(states))
         if self.ids is not None:
-            every = jnp.full((len(rows), target["embed"].shape[0]), -jnp.inf, said.dtype)
-            said = every.at[:, self.ids].set(said)
-        return said.reshape(*states.shape[:-1], -1)
+            num_tokens = target["embed"].shape[0]
+            every = jnp.full((*states.shape[:-1], num_tokens), -jnp.inf, said.dtype)
+            said = every.at[..., self.ids].set(said)
+        return said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
@@ -33,7 +34,6 @@ from dlm.heads import files
 from dlm.lm import LanguageModel
 from dlm.models.decoder import decoder_layer
 from dlm.params import Params, ParamSpec, param_specs
-from dlm.vocab import output_head
 from dlm.window import Slots, Window
 
 
@@ -83,7 +83,7 @@ class HydraHeads(files.Heads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, which say what the model says."""
-        head = output_head(params).astype(own["unembed"].dtype)
+        head = vocab.head(params).astype(own["unembed"].dtype)
         first = [
             f | {"r": jnp.eye(f["r"].shape[0], f["r"].shape[1], dtype=f["r"].dtype)}
             for f in own["first"]

@@ -36,7 +36,7 @@ class ForwardOutput:
 
     Attributes:
       hidden: [B, T, D] in the model's dtype. Final hidden states, normalised: multiply by
-        `output_head` for logits.
+        `dlm.vocab.head` for logits.
       cache: the written cache, or the one that was given.
       features: [B, T, n * D] in the model's dtype. The residual stream at the n `feature_layers`,
         side by side; None if there are none.

@@ -46,7 +46,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         p, q, r = (
-            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
+            np.asarray(jax.nn.softmax(vocab.logits(vocab.head(own), decoder.forward(
                 own, cfg, Window.at(row, jnp.zeros(1, jnp.int32), is_causal=True)
             ).hidden)), np.float64)[0]
             for own, cfg in (

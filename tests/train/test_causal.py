@@ -39,7 +39,7 @@ def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
         prompt, completion = batch["prompt"][row, start:], batch["completion"][row, :length]
         tokens = jnp.concatenate([prompt, completion])[None]
         hidden = forward(toy_params, tokens, jnp.arange(tokens.shape[1])[None]).hidden
-        log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))[0]
+        log_probs = jax.nn.log_softmax(vocab.logits(vocab.head(toy_params), hidden))[0]
         for i in range(1, tokens.shape[1]):
             if on_prompt or i >= len(prompt):
                 total -= float(log_probs[i - 1, tokens[0, i]])

@@ -51,7 +51,7 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         laws = [
-            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
+            np.asarray(jax.nn.softmax(vocab.logits(vocab.head(own), decoder.forward(
                 own, cfg, Window.at(row, jnp.zeros(1, jnp.int32), is_causal=True)
             ).hidden) / 1.3), np.float64)[0]
             for own, cfg in ((toy_params, toy_cfg), (draft.params, draft.cfg))

@@ -64,7 +64,7 @@ def shaken(own, seed=2):
 def test_fresh_heads_say_what_the_model_says(toy_cfg, toy_params, kind):
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=2)
     hidden = jax.random.normal(jax.random.key(3), (5, toy_cfg.d_model))
-    expected = vocab.logits(toy_params, hidden)
+    expected = vocab.logits(vocab.head(toy_params), hidden)
     for k in range(3):
         if kind == "medusa":
             x = medusa.head_hidden(own, hidden, k)

@@ -122,7 +122,7 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     (window,) = recorder.calls
     assert window.attention == "full"
     tokens, hidden = window.tokens, decoder.forward(toy_params, toy_cfg, window).hidden
-    log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))
+    log_probs = jax.nn.log_softmax(vocab.logits(vocab.head(toy_params), hidden))
     t_key, _ = jax.random.split(jax.random.key(3))
     p = 0.9 * masked_diffusion._draw_t(t_key, 4, True) + 0.1
     total = 0.0
@@ -197,7 +197,7 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     tokens = window.tokens
     assert tokens.shape == (4, 8)
     y = batch["completion"]
-    z = vocab.logits(toy_params, decoder.forward(toy_params, toy_cfg, window).hidden)
+    z = vocab.logits(vocab.head(toy_params), decoder.forward(toy_params, toy_cfg, window).hidden)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
     t_key, _ = jax.random.split(jax.random.key(1))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
@@ -231,7 +231,7 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     t_key, _ = jax.random.split(jax.random.key(0))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
     is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
-    logits = vocab.logits(toy_params, hidden)
+    logits = vocab.logits(vocab.head(toy_params), hidden)
     expected, _ = weighted_loss(*judge(logits, batch["completion"]), is_masked, p)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 

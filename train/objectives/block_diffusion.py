@@ -100,7 +100,7 @@ class BlockDiffusion(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: "loss" and "masked_accuracy"."""
-        stats = vocab.target_stats(params, said.hidden, said.targets)
+        stats = vocab.score(vocab.head(params), said.hidden, said.targets)
         loss = -(said.weight * stats.log_prob).sum()
         is_scored = said.weight > 0
         is_right = (stats.token == said.targets) & is_scored

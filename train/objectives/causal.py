@@ -48,7 +48,7 @@ class Causal(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: "loss" and "accuracy" (tokens whose arg-max is right)."""
-        stats = vocab.target_stats(params, said.hidden, said.targets)
+        stats = vocab.score(vocab.head(params), said.hidden, said.targets)
         return mean_cross_entropy(stats.log_prob, stats.token == said.targets, said.weight > 0)
 
 

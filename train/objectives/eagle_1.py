@@ -73,14 +73,14 @@ class Eagle1Loss:
         ours, theirs = states[:, :-2], text.hidden[:, 1:-1]
         gap = jnp.abs(ours.astype(jnp.float32) - theirs)
         of_features = jnp.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean(axis=-1)
-        teacher = {"unembed": vocab.output_head(target)}
+        teacher = vocab.head(target)
         of_laws = soft_cross_entropy(teacher, ours, teacher, theirs)
         scored = text.counts[:, 2:] & (jnp.arange(T - 2)[None] >= text.start[:, None])
         num = jnp.maximum(scored.sum(), 1)
         feature_loss, cross_entropy = (
             jnp.where(scored, x, 0.0).sum() / num for x in (of_features, of_laws)
         )
-        _, accuracy = score_head(jax.lax.stop_gradient(states), teacher["unembed"], text, ahead=2)
+        _, accuracy = score_head(jax.lax.stop_gradient(states), teacher, text, ahead=2)
         loss = feature_loss + self.weight * cross_entropy
         return loss, {
             "loss": loss,

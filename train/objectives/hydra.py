@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden, read_prefix
 from dlm.params import Params
@@ -62,9 +63,9 @@ class HydraLoss:
                 counts = text.counts[:, ahead:]
                 counts &= jnp.arange(T - ahead)[None] >= text.start[:, None]
                 soft = soft_cross_entropy(
-                    {"unembed": own["unembed"][i]},
+                    own["unembed"][i],
                     hidden[:, :-ahead],
-                    params,
+                    vocab.head(params),
                     text.hidden[:, ahead - 1 : -1],
                 )
                 loss = jnp.where(counts, soft, 0.0).sum() / jnp.maximum(counts.sum(), 1)

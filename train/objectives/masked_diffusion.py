@@ -93,7 +93,7 @@ class MaskedDiffusion(TokenObjective):
           "masked_accuracy" (masked tokens whose arg-max is right) and "mask_fraction".
         """
         is_masked, p = said.extra
-        stats = vocab.target_stats(params, said.hidden, said.targets)
+        stats = vocab.score(vocab.head(params), said.hidden, said.targets)
         is_right = stats.token == said.targets
         loss, metrics = weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
         nll_bound, _ = weighted_loss(stats.log_prob, is_right, is_masked, p)

@@ -108,11 +108,11 @@ class DraftModel(_Model):
             hidden = output.hidden[:, 0]
             if is_drawn:
                 law = context.sampling.replace(repetition_penalty=None).law(
-                    vocab.logits(self.params, hidden)
+                    vocab.logits(vocab.head(self.params), hidden)
                 )
                 following = draw(fold_in(context.key, i), law)
                 return (following, output.cache), (token, law)
-            following = vocab.vocab_stats(self.params, hidden).token
+            following = vocab.read(vocab.head(self.params), hidden).token
             return (following, output.cache), (token, None)
 
         start = (context.root, state)
@@ -148,7 +148,7 @@ class DraftModelTree(_Model):
             window = Window(tokens, start[:, None] + tree.depths, above)
             slots = Slots.below(state, start)
             hidden = decoder.forward(self.params, self.draft, window, slots).hidden
-            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
         return expand(self.shape, context, score, self.is_sampled), state
 
@@ -190,7 +190,7 @@ class DraftModelBest(BestTree, _Model):
             window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
             slots = Slots.below(state, start)
             hidden = decoder.forward(self.params, self.draft, window, slots).hidden
-            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
         return expand_best(self.width, self.levels, self.budget, context, score), state
 

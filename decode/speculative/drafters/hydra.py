@@ -15,11 +15,11 @@ from decode.speculative.contracts import Context, Seen
 from decode.speculative.drafters.expansion import expand
 from decode.speculative.drafters.heads import HeadsDrafter
 from decode.speculative.tree import DraftTree
+from dlm import vocab
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden, prefix_config, read_prefix
 from dlm.window import Slots, Window
-from kernels_pallas.unembed_stats import unembed_logits
 
 
 class HydraState(struct.PyTreeNode):
@@ -79,7 +79,6 @@ class Hydra(HeadsDrafter):
             hidden = jnp.broadcast_to(c[:, None], (*drafted.shape[:2], c.shape[-1]))
             seen = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
             x = head_hidden(self.own, seen, depth)
-            flat = unembed_logits(x.reshape(-1, x.shape[-1]), self.own["unembed"][depth])
-            return flat.reshape(*x.shape[:2], -1)
+            return vocab.logits(self.own["unembed"][depth], x)
 
         return expand(self.shape, context, score, self.is_sampled), state

@@ -88,7 +88,9 @@ def test_golden_logits(name):
     tokens = jnp.asarray(golden["tokens"])
     window = Window.at(tokens, jnp.zeros(len(tokens), jnp.int32), is_causal=True)
     output = decoder.forward(lm.params, lm.cfg, window)
-    np.testing.assert_allclose(vocab.logits(lm.params, output.hidden), golden["logits"], atol=1e-4)
+    np.testing.assert_allclose(
+        vocab.logits(vocab.head(lm.params), output.hidden), golden["logits"], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -361,7 +363,7 @@ def test_log_probs_are_the_targets_own(plain, toy_params):
         tokens, length = state.tokens, int(state.length.max())
         window = Window.at(tokens[:, :length], jnp.zeros(64, jnp.int32), is_causal=True)
         output = decoder.forward(toy_params, cfg, window)
-        log_p = jax.nn.log_softmax(vocab.logits(toy_params, output.hidden))
+        log_p = jax.nn.log_softmax(vocab.logits(vocab.head(toy_params), output.hidden))
         for b in range(64):
             first, last = int(state.prompt_len[b]), int(state.length[b])
             places = np.arange(first, last)

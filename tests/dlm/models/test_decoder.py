@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
 from dlm.config import ModelConfig, RopeScaling
@@ -13,7 +14,6 @@ from dlm.models.decoder import forward
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.presets import PRESETS
 from dlm.sharding import constrain, logical_sharding, make_mesh
-from dlm.vocab import logits
 from dlm.window import BlockDiffusion, Slots, Window
 
 VARIANTS = {
@@ -104,7 +104,7 @@ def test_remat_changes_no_gradient():
 
     def loss(params, remat):
         hidden = forward(params, cfg, Window(tokens, positions), remat=remat).hidden
-        return (logits(params, hidden) ** 2).mean()
+        return (vocab.logits(vocab.head(params), hidden) ** 2).mean()
 
     a, b = jax.grad(loss)(params, False), jax.grad(loss)(params, True)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
@@ -130,7 +130,9 @@ def test_specs_init_and_abstract_agree():
 def test_sharded_forward_equals_unsharded():
     cfg, params = model("dream", n_heads=8, n_kv_heads=2)
     tokens, positions = random_tokens(cfg, B=4)
-    run = jax.jit(lambda p, t: logits(p, forward(p, cfg, Window(t, positions)).hidden))
+    run = jax.jit(
+        lambda p, t: vocab.logits(vocab.head(p), forward(p, cfg, Window(t, positions)).hidden)
+    )
     expected = run(params, tokens)
     mesh = make_mesh(data=2, fsdp=1, tensor=4)  # two kv heads on four shards: replicated
     shardings = param_shardings(cfg, mesh)

@@ -24,7 +24,7 @@ def next_token(params, cfg, tokens, positions, run=[]):  # noqa: B006
     padded = jnp.asarray([*tokens, *[0] * (64 - len(tokens))], jnp.int32)[None]
     place = jnp.asarray([*positions, *[0] * (64 - len(positions))], jnp.int32)[None]
     hidden = run[0](params, cfg, Window(padded, place, is_causal=True)).hidden
-    return int(jnp.argmax(vocab.logits(params, hidden[:, len(tokens) - 1])))
+    return int(jnp.argmax(vocab.logits(vocab.head(params), hidden[:, len(tokens) - 1])))
 
 
 @pytest.mark.parametrize(("ngram", "window"), [(3, 4), (4, 3), (5, 1)])
