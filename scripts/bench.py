@@ -43,11 +43,12 @@ from tqdm import tqdm
 
 from decode.diffusion.components import FixedBlocks, Quota, Threshold, by_name
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state, step
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params, init_params, num_params
 from dlm.presets import PRESETS
-from dlm.vocab import vocab_stats
+from dlm.window import Slots, Window
 from scripts import bench_spec, bench_train
 from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s, table
 from train.host import keep_freed_memory
@@ -152,19 +153,16 @@ def _repeat_bare(
     start = state.tokens.shape[1] - window if window != judged else P
     cache = getattr(state.cache, "kv", None)
     batch, canvas = state.tokens.shape
-    ranges = None
+    slots = None
     if cache is not None:
         one = [[0, start]] if window != judged else [[0, start], [start + window, canvas]]
-        ranges = jnp.array([one] * batch)
-    positions = start + jnp.broadcast_to(jnp.arange(window)[None], (batch, window))
+        slots = Slots(cache, jnp.array([one] * batch))
 
     def body(_: int, tokens: jax.Array) -> jax.Array:
-        hidden = forward(
-            params, cfg, tokens[:, start : start + window], positions=positions, cache=cache,
-            cache_ranges=ranges,
-        ).hidden[:, -judged:]  # fmt: skip
-        stats = vocab_stats(params, hidden.reshape(-1, cfg.d_model))
-        return tokens.at[:, start : start + judged].set(stats.token.reshape(batch, judged))
+        seen = Window.at(tokens[:, start : start + window], jnp.full(batch, start))
+        hidden = forward(params, cfg, seen, slots).hidden[:, -judged:]
+        best = vocab.read(vocab.head(params), hidden).token
+        return tokens.at[:, start : start + judged].set(best)
 
     return jax.lax.fori_loop(0, STEPS_PER_CALL, body, state.tokens)
 

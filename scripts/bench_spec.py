@@ -34,6 +34,7 @@ from decode.speculative.loop import (
     step,
 )
 from decode.speculative.tree import DraftTree, TreeShape, chain
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashHeads
 from dlm.heads.eagle_1 import Eagle1Heads
@@ -42,7 +43,7 @@ from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
-from dlm.vocab import vocab_stats
+from dlm.window import Slots, Window
 from scripts.quickstart_spec import NUM_DRAFTS, TREE
 from scripts.timing import Ceilings, forward_cost, paired_medians_s
 
@@ -170,16 +171,12 @@ def _repeat_round(
 def _repeat_bare(params: Params, cfg: ModelConfig, state: SpeculativeState) -> jax.Array:
     """One token and its arg-max, written to the cache."""
     at = state.length - 1
-    ranges = jnp.stack([jnp.zeros_like(at), at], axis=1)[:, None]
     rows = jnp.arange(len(at))
 
     def body(_: int, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         token, cache = carry
-        output = forward(
-            params, cfg, token[:, None], positions=at[:, None], cache=cache, cache_ranges=ranges,
-            write_at=at,
-        )  # fmt: skip
-        return vocab_stats(params, output.hidden[:, 0]).token, output.cache
+        output = forward(params, cfg, Window.at(token[:, None], at), Slots.append(cache, at))
+        return vocab.read(vocab.head(params), output.hidden[:, 0]).token, output.cache
 
     start = (state.tokens[rows, at], state.cache)
     return jax.lax.fori_loop(0, ROUNDS_PER_CALL, body, start)[0]

@@ -35,10 +35,11 @@ from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.tree import DraftTree
 from dlm import vocab
-from dlm.cache import KVCache, compact, init_cache, up_to
+from dlm.cache import KVCache, compact, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.window import Slots, Window
 from kernels_pallas.unembed_stats import Noise
 from kernels_pallas.window_attention import pack_mask
 
@@ -215,12 +216,8 @@ def prefill(
         output = decoder.forward(
             params,
             cfg,
-            tokens,
-            positions=start[:, None] + jnp.arange(chunk)[None],
-            mask="causal",
-            cache=cache,
-            cache_ranges=up_to(start),
-            write_at=start,
+            Window.at(tokens, start, is_causal=True),
+            Slots.append(cache, start),
             feature_layers=method.drafter.feature_layers,
         )
         seen = Seen(tokens, output.hidden, start, count, output.features)
@@ -336,25 +333,21 @@ def _judge(
       The forward, whose cache has the tree's keys and values behind its last token, the verdict,
       and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
     """
-    start = state.length - 1
+    start, is_chain = state.length - 1, method.drafter.is_chain
+    mask = None if is_chain else pack_mask(above)
     output = decoder.forward(
         params,
         cfg,
-        tree.tokens,
-        positions=start[:, None] + tree.depths,
-        mask="causal" if method.drafter.is_chain else pack_mask(above),
-        cache=state.cache,
-        cache_ranges=up_to(start),
-        write_at=start,
-        write_rows=context.active,
+        Window(tree.tokens, start[:, None] + tree.depths, mask, is_causal=is_chain),
+        Slots.append(state.cache, start, context.active),
         feature_layers=method.drafter.feature_layers,
     )
     hidden = output.hidden
-    B, W, D = hidden.shape
+    W = hidden.shape[1]
     key = fold_in(state.key, state.num_forwards)
     sampling, laws, log_probs = method.sampling, None, None
     if method.needs_laws:
-        logits = vocab.logits(params, hidden)
+        logits = vocab.logits(vocab.head(params), hidden)
         seen = None
         if state.seen is not None:  # what came before a node: the text, and the nodes above it
             of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
@@ -369,12 +362,12 @@ def _judge(
         noise = None
         if sampling.temperature is not None:
             by_node = jax.vmap(lambda v: fold_in(fold_in(key, 1), v), out_axes=1)(jnp.arange(W))
-            noise = Noise(by_node.reshape(B * W, 2), jnp.float32(sampling.temperature))
-        stats = vocab.vocab_stats(params, hidden.reshape(B * W, D), noise=noise)
+            noise = Noise(by_node, jnp.float32(sampling.temperature))
+        stats = vocab.read(vocab.head(params), hidden, noise=noise)
         sampled = stats.token if noise is None else stats.sample
-        log_prob = stats.log_prob if noise is None else stats.sample_log_prob
-        assert sampled is not None and log_prob is not None
-        chosen, log_probs = sampled.reshape(B, W), log_prob.reshape(B, W)
+        log_probs = stats.log_prob if noise is None else stats.sample_log_prob
+        assert sampled is not None and log_probs is not None
+        chosen = sampled
     verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, 2))
     return output, verdict, log_probs
 

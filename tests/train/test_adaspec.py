@@ -9,6 +9,7 @@ from configs import distill_draft
 from dlm import vocab
 from dlm.models import decoder
 from dlm.params import init_params
+from dlm.window import Window
 from tests.conftest import spread
 from tests.train.test_distill_spec import models
 from tests.train.test_masked_diffusion import make_batch
@@ -45,8 +46,8 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         p, q, r = (
-            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
-                own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
+            np.asarray(jax.nn.softmax(vocab.logits(vocab.head(own), decoder.forward(
+                own, cfg, Window.at(row, jnp.zeros(1, jnp.int32), is_causal=True)
             ).hidden)), np.float64)[0]
             for own, cfg in (
                 (toy_params, toy_cfg), (draft.params, draft.cfg), (params["reference"], draft.cfg),

@@ -5,6 +5,7 @@ import pytest
 
 from dlm import vocab
 from dlm.models import decoder
+from dlm.window import Window
 from tests.train.test_masked_diffusion import judge, make_batch
 from train.objectives import Context
 from train.objectives.causal import Causal, mean_cross_entropy
@@ -29,7 +30,7 @@ def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
     loss, _ = Causal(on_prompt=on_prompt).loss(toy_params, toy_cfg, batch, CONTEXT)
     forward = jax.jit(
         lambda params, tokens, positions: decoder.forward(
-            params, toy_cfg, tokens, positions=positions, mask="causal"
+            params, toy_cfg, Window(tokens, positions, is_causal=True)
         )
     )
     total, count = 0.0, 0
@@ -38,7 +39,7 @@ def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
         prompt, completion = batch["prompt"][row, start:], batch["completion"][row, :length]
         tokens = jnp.concatenate([prompt, completion])[None]
         hidden = forward(toy_params, tokens, jnp.arange(tokens.shape[1])[None]).hidden
-        log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))[0]
+        log_probs = jax.nn.log_softmax(vocab.logits(vocab.head(toy_params), hidden))[0]
         for i in range(1, tokens.shape[1]):
             if on_prompt or i >= len(prompt):
                 total -= float(log_probs[i - 1, tokens[0, i]])

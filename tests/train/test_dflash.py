@@ -89,7 +89,7 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
             text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
             features = features_of(network, cfg, toy_params, text)[:-1]
             hidden = one_block(network, toy_params, features, text[-1])
-            said = np.asarray(vocab.logits(toy_params, hidden[1 : best.depth + 1]))
+            said = np.asarray(vocab.logits(vocab.head(toy_params), hidden[1 : best.depth + 1]))
             np.testing.assert_array_equal(greedy.tokens[b, 1:], said.argmax(axis=-1))
             law = jax.nn.softmax(said / 0.7)
             np.testing.assert_allclose(tree.laws[b, :-1], law, atol=2e-5)

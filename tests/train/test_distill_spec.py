@@ -13,6 +13,7 @@ from dlm import vocab
 from dlm.heads.draft_lm import Draft
 from dlm.models import decoder
 from dlm.params import init_params
+from dlm.window import Window
 from tests.conftest import spread
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
@@ -50,8 +51,8 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
         start = int(batch["prompt_start"][b])
         row = jnp.asarray(tokens[b : b + 1, start:])
         laws = [
-            np.asarray(jax.nn.softmax(vocab.logits(own, decoder.forward(
-                own, cfg, row, positions=jnp.arange(row.shape[1])[None], mask="causal"
+            np.asarray(jax.nn.softmax(vocab.logits(vocab.head(own), decoder.forward(
+                own, cfg, Window.at(row, jnp.zeros(1, jnp.int32), is_causal=True)
             ).hidden) / 1.3), np.float64)[0]
             for own, cfg in ((toy_params, toy_cfg), (draft.params, draft.cfg))
         ]  # fmt: skip

@@ -25,6 +25,7 @@ from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models import decoder
 from dlm.params import init_from_specs
+from dlm.window import Window
 from tests.decode.speculative.test_loop import random_prompts, run, texts
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
@@ -63,7 +64,7 @@ def shaken(own, seed=2):
 def test_fresh_heads_say_what_the_model_says(toy_cfg, toy_params, kind):
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=2)
     hidden = jax.random.normal(jax.random.key(3), (5, toy_cfg.d_model))
-    expected = vocab.logits(toy_params, hidden)
+    expected = vocab.logits(vocab.head(toy_params), hidden)
     for k in range(3):
         if kind == "medusa":
             x = medusa.head_hidden(own, hidden, k)
@@ -122,7 +123,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
         row = jnp.asarray(tokens[b : b + 1, start:])
         positions = jnp.arange(T - start)[None]
         hidden[b, start:] = decoder.forward(
-            toy_params, toy_cfg, row, positions=positions, mask="causal"
+            toy_params, toy_cfg, Window(row, positions, is_causal=True)
         ).hidden[0]
     embed = np.asarray(toy_params["embed"])
     for on_prompt in (False, True):
@@ -155,10 +156,10 @@ def prefix_by_hand(own, cfg, hidden):
     ones = jnp.ones(cfg.d_model)
     x = jnp.pad(jnp.asarray(hidden), ((0, n - len(hidden)), (0, 0)))[None]
     params = {"embed": jnp.zeros((1, cfg.d_model)), "layers": own["prefix"], "final_norm": ones}
-    return decoder.forward(
-        params, layer, jnp.zeros((1, n), jnp.int32), positions=jnp.arange(n)[None], mask="causal",
-        mix=(jnp.ones((1, n)), x), feature_layers=(1,),
-    ).features[0, : len(hidden)]  # fmt: skip
+    window = Window.at(jnp.zeros((1, n), jnp.int32), jnp.zeros(1, jnp.int32), is_causal=True)
+    window = window.replace(mix=(jnp.ones((1, n)), x))
+    output = decoder.forward(params, layer, window, feature_layers=(1,))
+    return output.features[0, : len(hidden)]
 
 
 def test_the_layer_of_hydra_plus_plus_reads_the_whole_text(toy_cfg, toy_params):
@@ -174,7 +175,7 @@ def test_the_layer_of_hydra_plus_plus_reads_the_whole_text(toy_cfg, toy_params):
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):
             num = int(state.length[b]) - 1
             hidden = decoder.forward(
-                toy_params, cfg, state.tokens[b : b + 1], positions=place, mask="causal"
+                toy_params, cfg, Window(state.tokens[b : b + 1], place, is_causal=True)
             ).hidden[0, :num]
             expected = prefix_by_hand(own, cfg, hidden)[-1]
             checked += 1

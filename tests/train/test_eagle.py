@@ -16,6 +16,7 @@ from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.models import decoder
 from dlm.params import init_from_specs
+from dlm.window import Window
 from tests.decode.speculative.test_loop import random_prompts
 from tests.lib.gradients import check_gradients
 from tests.train.test_draft_heads import shaken
@@ -47,10 +48,8 @@ MOST = 40  # positions; one length, so that little is compiled
 def features_of(network, cfg, params, tokens):
     """[n, F] of a row."""
     padded = jnp.asarray([[*tokens, *[0] * (MOST - len(tokens))]], jnp.int32)
-    output = decoder.forward(
-        params, cfg, padded, positions=jnp.arange(MOST)[None], mask="causal",
-        feature_layers=network.feature_layers,
-    )  # fmt: skip
+    window = Window.at(padded, jnp.zeros(1, jnp.int32), is_causal=True)
+    output = decoder.forward(params, cfg, window, feature_layers=network.feature_layers)
     return (output.features if network.feature_layers else output.hidden)[0, : len(tokens)]
 
 

@@ -46,9 +46,9 @@ class Recorder:
         self._forward = forward
         monkeypatch.setattr(decoder, "forward", self)
 
-    def __call__(self, params, cfg, tokens, **kwargs):
-        self.calls.append((tokens, kwargs))
-        return self._forward(params, cfg, tokens, **kwargs)
+    def __call__(self, params, cfg, window, **kwargs):
+        self.calls.append(window)
+        return self._forward(params, cfg, window, **kwargs)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "cfg"))
@@ -57,13 +57,13 @@ def loss_and_canvas(params, batch, context, *, objective, cfg):
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         loss, metrics = objective.loss(params, cfg, batch, context)
-    ((tokens, _),) = recorder.calls
-    return loss, metrics, tokens
+    (window,) = recorder.calls
+    return loss, metrics, window.tokens
 
 
-def mixing_forward(params, cfg, tokens, **kwargs):
+def mixing_forward(params, cfg, window, **kwargs):
     """Stands in for the transformer, whose norms are float32: smooth, and all tokens matter."""
-    x = params["embed"][tokens]
+    x = params["embed"][window.tokens]
     return decoder.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
 
 
@@ -119,16 +119,10 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.1)
     loss, metrics = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(3)))
-    ((tokens, kwargs),) = recorder.calls
-    assert kwargs["mask"] == "full"
-    hidden = decoder.forward(
-        toy_params,
-        toy_cfg,
-        tokens,
-        positions=kwargs["positions"],
-        window_range=kwargs["window_range"],
-    ).hidden
-    log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))
+    (window,) = recorder.calls
+    assert window.attention == "full"
+    tokens, hidden = window.tokens, decoder.forward(toy_params, toy_cfg, window).hidden
+    log_probs = jax.nn.log_softmax(vocab.logits(vocab.head(toy_params), hidden))
     t_key, _ = jax.random.split(jax.random.key(3))
     p = 0.9 * masked_diffusion._draw_t(t_key, 4, True) + 0.1
     total = 0.0
@@ -143,15 +137,16 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
 
 
 def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypatch):
-    def forward(params, cfg, tokens, **kwargs):
-        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+    def forward(params, cfg, window, **kwargs):
+        return decoder.ForwardOutput(jnp.zeros((*window.tokens.shape, cfg.d_model)), None)
 
     recorder = Recorder(monkeypatch, forward)
     batch = make_batch(toy_cfg, rows=16)
     for seed in range(4):
         MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
     num_masked = 0
-    for tokens, kwargs in recorder.calls:
+    for window in recorder.calls:
+        tokens = window.tokens
         np.testing.assert_array_equal(tokens[:, :5], batch["prompt"])
         is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
         unmasked = jnp.where(is_masked, batch["completion"], tokens[:, 5:])
@@ -159,9 +154,9 @@ def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypat
         num_masked += int(is_masked.sum())
         # EOS padding is masked like any other token.
         assert is_masked[batch["completion"] == toy_cfg.eos_token_id].any()
-        np.testing.assert_array_equal(kwargs["window_range"][:, 0], batch["prompt_start"])
+        np.testing.assert_array_equal(window.range[:, 0], batch["prompt_start"])
         first = np.asarray(batch["prompt_start"])
-        np.testing.assert_array_equal(kwargs["positions"][np.arange(16), first], 0)
+        np.testing.assert_array_equal(window.positions[np.arange(16), first], 0)
     assert 0.3 < num_masked / (4 * 16 * 6) < 0.7
 
 
@@ -198,10 +193,11 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg, prompt_len=0, completion_len=8)
     loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))
-    ((tokens, kwargs),) = recorder.calls
+    (window,) = recorder.calls
+    tokens = window.tokens
     assert tokens.shape == (4, 8)
     y = batch["completion"]
-    z = vocab.logits(toy_params, decoder.forward(toy_params, toy_cfg, tokens, **kwargs).hidden)
+    z = vocab.logits(vocab.head(toy_params), decoder.forward(toy_params, toy_cfg, window).hidden)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
     t_key, _ = jax.random.split(jax.random.key(1))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
@@ -229,12 +225,13 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     batch = make_batch(toy_cfg)
     shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
     loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, Context(jax.random.key(0)))
-    ((tokens, kwargs),) = recorder.calls
-    hidden = decoder.forward(toy_params, toy_cfg, tokens, **kwargs).hidden[:, 4:-1]
+    (window,) = recorder.calls
+    tokens = window.tokens
+    hidden = decoder.forward(toy_params, toy_cfg, window).hidden[:, 4:-1]
     t_key, _ = jax.random.split(jax.random.key(0))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
     is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
-    logits = vocab.logits(toy_params, hidden)
+    logits = vocab.logits(vocab.head(toy_params), hidden)
     expected, _ = weighted_loss(*judge(logits, batch["completion"]), is_masked, p)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
@@ -324,15 +321,15 @@ def test_weight_power_zero_counts_every_masked_token_alike(toy_cfg, toy_params):
 def mask_and_canvas(batch, context, objective, cfg):
     """What the objective hands to the forward: attention (None: full), its range, the tokens."""
 
-    def forward(params, cfg, tokens, **kwargs):
-        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+    def forward(params, cfg, window, **kwargs):
+        return decoder.ForwardOutput(jnp.zeros((*window.tokens.shape, cfg.d_model)), None)
 
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, forward)
         objective.predict({}, cfg, batch, context)
-    ((tokens, kwargs),) = recorder.calls
-    mask = None if kwargs["mask"] == "full" else kwargs["mask"]
-    return mask, kwargs.get("window_range"), tokens
+    (window,) = recorder.calls
+    assert not window.is_causal
+    return window.mask, window.range, window.tokens
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +418,7 @@ def test_without_annealing_attention_is_full(toy_cfg, monkeypatch):
     params = {"embed": jnp.zeros((toy_cfg.vocab_size, toy_cfg.d_model))}
     context = Context(jax.random.key(0))
     jax.eval_shape(lambda: MaskedDiffusion().predict(params, toy_cfg, make_batch(toy_cfg), context))
-    assert recorder.calls[0][1]["mask"] == "full"
+    assert recorder.calls[0].attention == "full"
     for anneal in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"anneal={anneal} must be in"):
             MaskedDiffusion(anneal=anneal)

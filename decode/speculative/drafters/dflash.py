@@ -81,13 +81,13 @@ class DFlash(Drafter):
         root, J = context.root, self.depth
         hidden = self.network.read(context.params, root, context.length - 1, state)
         hidden, laws = hidden[:, 1 : J + 1], None
+        head = vocab.head(context.params)
         if self.is_sampled and context.sampling.temperature is not None:
-            logits = vocab.logits(context.params, hidden)
+            logits = vocab.logits(head, hidden)
             law = context.sampling.replace(repetition_penalty=None).law(logits)
             drafts = draw(context.key, law)
             laws = jnp.pad(law, ((0, 0), (0, 1), (0, 0)))  # the last node has no child
         else:
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            drafts = vocab.vocab_stats(context.params, rows).token.reshape(-1, J)
+            drafts = vocab.read(head, hidden).token
         tokens = jnp.concatenate([root[:, None], drafts], axis=1)
         return self.shape.tree(tokens, laws=laws), state

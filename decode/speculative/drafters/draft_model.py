@@ -24,10 +24,11 @@ from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
 from decode.speculative.tree import DraftTree, TreeShape, chain
 from dlm import vocab
-from dlm.cache import KVCache, init_cache, up_to
+from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
 
@@ -63,11 +64,9 @@ class _Model(Drafter):
 
     def _read(self, seen: Seen, cache: KVCache, rows: jax.Array | None) -> KVCache:
         """Keys and values of tokens in a row."""
-        positions = seen.start[:, None] + jnp.arange(seen.tokens.shape[1])[None]
-        output = decoder.forward(
-            self.params, self.draft, seen.tokens, positions=positions, mask="causal", cache=cache,
-            cache_ranges=up_to(seen.start), write_at=seen.start, write_rows=rows,
-        )  # fmt: skip
+        window = Window.at(seen.tokens, seen.start, is_causal=True)
+        slots = Slots.append(cache, seen.start, rows)
+        output = decoder.forward(self.params, self.draft, window, slots)
         assert output.cache is not None
         return output.cache
 
@@ -104,18 +103,16 @@ class DraftModel(_Model):
         def draft(carry: tuple[jax.Array, KVCache], i: jax.Array) -> Any:
             token, cache = carry
             at = context.length - 1 + i
-            output = decoder.forward(
-                self.params, self.draft, token[:, None], positions=at[:, None], cache=cache,
-                cache_ranges=up_to(at), write_at=at, write_rows=context.active,
-            )  # fmt: skip
+            window, slots = Window.at(token[:, None], at), Slots.append(cache, at, context.active)
+            output = decoder.forward(self.params, self.draft, window, slots)
             hidden = output.hidden[:, 0]
             if is_drawn:
                 law = context.sampling.replace(repetition_penalty=None).law(
-                    vocab.logits(self.params, hidden)
+                    vocab.logits(vocab.head(self.params), hidden)
                 )
                 following = draw(fold_in(context.key, i), law)
                 return (following, output.cache), (token, law)
-            following = vocab.vocab_stats(self.params, hidden).token
+            following = vocab.read(vocab.head(self.params), hidden).token
             return (following, output.cache), (token, None)
 
         start = (context.root, state)
@@ -147,12 +144,11 @@ class DraftModelTree(_Model):
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             tree = self.shape.tree(tokens)
             start = context.length - 1
-            hidden = decoder.forward(
-                self.params, self.draft, tokens, positions=start[:, None] + tree.depths,
-                mask=pack_mask(tree.ancestors(self.depth)), cache=state,
-                cache_ranges=up_to(start),
-            ).hidden  # fmt: skip
-            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+            above = pack_mask(tree.ancestors(self.depth))
+            window = Window(tokens, start[:, None] + tree.depths, above)
+            slots = Slots.below(state, start)
+            hidden = decoder.forward(self.params, self.draft, window, slots).hidden
+            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
         return expand(self.shape, context, score, self.is_sampled), state
 
@@ -191,12 +187,10 @@ class DraftModelBest(BestTree, _Model):
         ) -> jax.Array:
             rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
             tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
-            hidden = decoder.forward(
-                self.params, self.draft, tokens, positions=start[:, None] + rows,
-                mask=pack_mask(tree.ancestors(self.levels)), cache=state,
-                cache_ranges=up_to(start),
-            ).hidden  # fmt: skip
-            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+            window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
+            slots = Slots.below(state, start)
+            hidden = decoder.forward(self.params, self.draft, window, slots).hidden
+            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
         return expand_best(self.width, self.levels, self.budget, context, score), state
 

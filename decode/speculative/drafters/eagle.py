@@ -24,9 +24,10 @@ from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
 from decode.speculative.drafters.heads import misfit
 from decode.speculative.tree import DraftTree, TreeShape, from_paths
-from dlm.cache import KVCache, init_cache, up_to
+from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
+from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
 # EAGLE-1's published tree: 25 nodes and the root.
@@ -95,13 +96,9 @@ class _Network(Drafter):
         place = seen.start[:, None] + jnp.arange(T)[None]
         _, cache = self.network.read(
             context.params,
-            _tokens_at(context, place + 1),
             self.network.begin(features),
-            positions=place,
-            mask="causal",
-            cache=state.cache,
-            cache_ranges=up_to(seen.start),
-            write_at=seen.start,
+            Window(_tokens_at(context, place + 1), place, is_causal=True),
+            Slots.append(state.cache, seen.start),
         )
         assert cache is not None
         index = jnp.maximum(seen.count - 1, 0)[:, None, None]
@@ -136,14 +133,9 @@ class _Network(Drafter):
         place = start[:, None] + jnp.arange(T)[None]
         states, cache = self.network.read(
             context.params,
-            _tokens_at(context, place + 1),
             self.network.begin(state.features),
-            positions=place,
-            mask="causal",
-            cache=state.cache,
-            cache_ranges=up_to(start),
-            write_at=start,
-            write_rows=context.active,
+            Window(_tokens_at(context, place + 1), place, is_causal=True),
+            Slots.append(state.cache, start, context.active),
         )
         assert cache is not None
         last = jnp.maximum(state.count - 1, 0)[:, None, None]
@@ -164,15 +156,12 @@ class _Network(Drafter):
         """
         start = context.length - 1
         above = jnp.take_along_axis(states, tree.parents[:, 1:, None], axis=1)
-        return self.network.read(
-            context.params,
-            tree.tokens[:, 1:],
-            above,
+        window = Window(
+            tokens=tree.tokens[:, 1:],
             positions=start[:, None] - 1 + tree.depths[:, 1:],
             mask=pack_mask(tree.ancestors(depth)[:, 1:, 1:]),
-            cache=cache,
-            cache_ranges=up_to(start),
-        )[0]
+        )
+        return self.network.read(context.params, above, window, Slots.below(cache, start))[0]
 
 
 @struct.dataclass

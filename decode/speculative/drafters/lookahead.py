@@ -138,9 +138,7 @@ class Lookahead(Drafter):
         last = slice((n - 1) * W, n * W)
         new = seen.chosen[:, last]
         if context.sampling.temperature is not None:  # guesses are never drawn
-            hidden = seen.tree_hidden[:, last]
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            new = vocab.vocab_stats(context.params, rows).token.reshape(new.shape)
+            new = vocab.read(vocab.head(context.params), seen.tree_hidden[:, last]).token
         filler = self._filler(context, n * W)
         new = jnp.where(new == cfg.eos_token_id, filler[:, 0], new)  # nothing follows it
 

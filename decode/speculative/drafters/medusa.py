@@ -15,9 +15,9 @@ from flax import struct
 from decode.speculative.contracts import Context
 from decode.speculative.drafters.heads import HeadsDrafter
 from decode.speculative.tree import DraftTree
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
-from kernels_pallas.unembed_stats import unembed_stats
 
 
 @struct.dataclass
@@ -31,9 +31,9 @@ class Medusa(HeadsDrafter):
         best = {}
         for depth in range(1, self.depth + 1):
             ranks = [self.shape.ranks[v - 1] for v in self.shape.level(depth)]
-            stats = unembed_stats(
-                head_hidden(self.own, state, depth - 1),
+            stats = vocab.read(
                 self.own["unembed"][depth - 1],
+                head_hidden(self.own, state, depth - 1),
                 k=max(ranks) + 1,
             )
             assert stats.top_tokens is not None

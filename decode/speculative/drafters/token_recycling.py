@@ -101,10 +101,8 @@ class TokenRecycling(Drafter):
         table: jax.Array,
     ) -> jax.Array:
         """Notes what the target says after each token; of equal tokens, the last one counts."""
-        B, T, D = hidden.shape
-        stats = vocab.vocab_stats(context.params, hidden.reshape(B * T, D), k=self.num_successors)
-        assert stats.top_tokens is not None
-        best = stats.top_tokens.reshape(B, T, -1)
+        B, T, _ = hidden.shape
+        best = vocab.read(vocab.head(context.params), hidden, k=self.num_successors).top_tokens
         later = jnp.triu(jnp.ones((T, T), bool), 1)[None]
         again = (tokens[:, :, None] == tokens[:, None, :]) & exists[:, None, :] & later
         is_last = exists & ~again.any(axis=2)

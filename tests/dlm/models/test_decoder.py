@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import operator
 
 import jax
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
 from dlm.config import ModelConfig, RopeScaling
@@ -14,7 +14,7 @@ from dlm.models.decoder import forward
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.presets import PRESETS
 from dlm.sharding import constrain, logical_sharding, make_mesh
-from dlm.vocab import logits
+from dlm.window import BlockDiffusion, Slots, Window
 
 VARIANTS = {
     "llada": {},
@@ -39,21 +39,13 @@ def random_tokens(cfg, B=2, T=12):
 def test_causal_prefill_in_chunks_equals_one_forward(name):
     cfg, params = model(name)
     tokens, positions = random_tokens(cfg)
-    whole = forward(params, cfg, tokens, positions=positions, mask="causal").hidden
+    whole = forward(params, cfg, Window(tokens, positions, is_causal=True)).hidden
     cache = init_cache(cfg, 2, 16)
     outputs, filled = [], 0
     for length in (5, 1, 6):
-        window = slice(filled, filled + length)
-        out = forward(
-            params,
-            cfg,
-            tokens[:, window],
-            positions=positions[:, window],
-            mask="causal",
-            cache=cache,
-            cache_ranges=jnp.array([[[0, filled]]] * 2),
-            write_at=jnp.full(2, filled),
-        )
+        start = jnp.full(2, filled)
+        window = Window.at(tokens[:, filled : filled + length], start, is_causal=True)
+        out = forward(params, cfg, window, Slots.append(cache, start))
         outputs.append(out.hidden)
         cache, filled = out.cache, filled + length
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-5)
@@ -64,46 +56,23 @@ def test_window_against_the_cache_of_the_same_tokens_equals_the_whole_canvas(nam
     """With unchanged tokens the stale cache is not stale: both caches must then be exact."""
     cfg, params = model(name)
     tokens, positions = random_tokens(cfg)
-    full = forward(
-        params,
-        cfg,
-        tokens,
-        positions=positions,
-        cache=init_cache(cfg, 2, 12),
-        write_at=jnp.zeros(2, jnp.int32),
-    )
-    inside = forward(
-        params,
-        cfg,
-        tokens[:, 4:8],
-        positions=positions[:, 4:8],
-        cache=full.cache,
-        cache_ranges=jnp.array([[[0, 4], [8, 12]]] * 2),
-    )
+    empty = Slots(init_cache(cfg, 2, 12), write_at=jnp.zeros(2, jnp.int32))
+    full = forward(params, cfg, Window(tokens, positions), empty)
+    around = Slots(full.cache, jnp.array([[[0, 4], [8, 12]]] * 2))
+    inside = forward(params, cfg, Window(tokens[:, 4:8], positions[:, 4:8]), around)
     np.testing.assert_allclose(inside.hidden, full.hidden[:, 4:8], atol=2e-5)
-    suffix = forward(
-        params,
-        cfg,
-        tokens[:, 4:],
-        positions=positions[:, 4:],
-        cache=full.cache,
-        cache_ranges=jnp.array([[[0, 4]]] * 2),
-    )
+    before = Slots.below(full.cache, jnp.full(2, 4))
+    suffix = forward(params, cfg, Window(tokens[:, 4:], positions[:, 4:]), before)
+    assert inside.cache is suffix.cache is full.cache
     np.testing.assert_allclose(suffix.hidden, full.hidden[:, 4:], atol=2e-5)
 
 
 def test_left_padding_changes_nothing():
     cfg, params = model("llada")
     tokens, positions = random_tokens(cfg, B=1)
-    alone = forward(params, cfg, tokens, positions=positions).hidden
+    alone = forward(params, cfg, Window(tokens, positions)).hidden
     padded = jnp.concatenate([jnp.full((1, 5), 7), tokens], axis=1)
-    got = forward(
-        params,
-        cfg,
-        padded,
-        positions=(jnp.arange(17) - 5)[None],
-        window_range=jnp.array([[5, 17]]),
-    ).hidden
+    got = forward(params, cfg, Window.left_padded(padded, jnp.array([5]))).hidden
     np.testing.assert_allclose(got[:, 5:], alone, atol=2e-5)
 
 
@@ -111,10 +80,22 @@ def test_causal_does_not_look_ahead_and_bidirectional_does():
     cfg, params = model("llada")
     tokens, positions = random_tokens(cfg)
     other = tokens.at[:, 8].set((tokens[:, 8] + 1) % cfg.vocab_size)
-    for mask, sees_ahead in (("causal", False), ("full", True)):
-        a = forward(params, cfg, tokens, positions=positions, mask=mask).hidden[:, :8]
-        b = forward(params, cfg, other, positions=positions, mask=mask).hidden[:, :8]
-        assert bool((a != b).any()) == sees_ahead
+    for is_causal in (True, False):
+        a = forward(params, cfg, Window(tokens, positions, is_causal=is_causal)).hidden[:, :8]
+        b = forward(params, cfg, Window(other, positions, is_causal=is_causal)).hidden[:, :8]
+        assert bool((a != b).any()) == (not is_causal)
+
+
+def test_windows_that_contradict_themselves_are_refused():
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg)
+    window = Window(tokens, positions, jnp.zeros((2, 12, 1), jnp.uint32), is_causal=True)
+    with pytest.raises(ValueError, match="is_causal=True goes without a mask"):
+        forward(params, cfg, window)
+    window = Window(tokens, positions, BlockDiffusion(jnp.zeros((2, 6), jnp.int32), 3))
+    slots = Slots(init_cache(cfg, 2, 12), write_at=jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match="goes without slots and range"):
+        forward(params, cfg, window, slots)
 
 
 def test_remat_changes_no_gradient():
@@ -122,8 +103,8 @@ def test_remat_changes_no_gradient():
     tokens, positions = random_tokens(cfg)
 
     def loss(params, remat):
-        hidden = forward(params, cfg, tokens, positions=positions, remat=remat).hidden
-        return (logits(params, hidden) ** 2).mean()
+        hidden = forward(params, cfg, Window(tokens, positions), remat=remat).hidden
+        return (vocab.logits(vocab.head(params), hidden) ** 2).mean()
 
     a, b = jax.grad(loss)(params, False), jax.grad(loss)(params, True)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
@@ -149,7 +130,9 @@ def test_specs_init_and_abstract_agree():
 def test_sharded_forward_equals_unsharded():
     cfg, params = model("dream", n_heads=8, n_kv_heads=2)
     tokens, positions = random_tokens(cfg, B=4)
-    run = jax.jit(lambda p, t: logits(p, forward(p, cfg, t, positions=positions).hidden))
+    run = jax.jit(
+        lambda p, t: vocab.logits(vocab.head(p), forward(p, cfg, Window(t, positions)).hidden)
+    )
     expected = run(params, tokens)
     mesh = make_mesh(data=2, fsdp=1, tensor=4)  # two kv heads on four shards: replicated
     shardings = param_shardings(cfg, mesh)
@@ -218,9 +201,9 @@ def test_features_are_the_residual_stream(layers):
     """Layer by layer: a model of the first i layers leaves what the i-th layer receives."""
     cfg, params = model("llada")
     tokens, positions = random_tokens(cfg)
-    run = functools.partial(forward, positions=positions)
-    found = run(params, cfg, tokens, feature_layers=layers)
-    plain = run(params, cfg, tokens)
+    window = Window(tokens, positions)
+    found = forward(params, cfg, window, feature_layers=layers)
+    plain = forward(params, cfg, window)
     np.testing.assert_array_equal(found.hidden, plain.hidden)
     assert plain.features is None
     parts = jnp.split(found.features, len(layers), axis=-1)
@@ -231,6 +214,6 @@ def test_features_are_the_residual_stream(layers):
             below = jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])
             short = dataclasses.replace(cfg, n_layers=layer)
             ones = {"layers": below, "final_norm": jnp.ones_like(params["final_norm"])}
-            normed = run(params | ones, short, tokens).hidden
+            normed = forward(params | ones, short, window).hidden
             scale = jnp.sqrt(jnp.mean(part**2, axis=-1, keepdims=True) + cfg.norm_eps)
             np.testing.assert_allclose(part / scale, normed, rtol=1e-5, atol=1e-6)

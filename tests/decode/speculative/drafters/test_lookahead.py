@@ -13,17 +13,18 @@ from decode.speculative.drafters.lookahead import Lookahead
 from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
 from dlm import vocab
 from dlm.models import decoder
+from dlm.window import Window
 from tests.decode.speculative.test_loop import random_prompts, run, texts
 
 
 def next_token(params, cfg, tokens, positions, run=[]):  # noqa: B006
     """The most probable token behind a row, at positions of its own."""
     if not run:
-        run.append(jax.jit(decoder.forward, static_argnames=("cfg", "mask")))
+        run.append(jax.jit(decoder.forward, static_argnames="cfg"))
     padded = jnp.asarray([*tokens, *[0] * (64 - len(tokens))], jnp.int32)[None]
     place = jnp.asarray([*positions, *[0] * (64 - len(positions))], jnp.int32)[None]
-    hidden = run[0](params, cfg, padded, positions=place, mask="causal").hidden
-    return int(jnp.argmax(vocab.logits(params, hidden[:, len(tokens) - 1])))
+    hidden = run[0](params, cfg, Window(padded, place, is_causal=True)).hidden
+    return int(jnp.argmax(vocab.logits(vocab.head(params), hidden[:, len(tokens) - 1])))
 
 
 @pytest.mark.parametrize(("ngram", "window"), [(3, 4), (4, 3), (5, 1)])
