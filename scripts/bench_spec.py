@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter
+from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.drafters.dflash import DFlash
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.eagle import Eagle
@@ -33,7 +33,7 @@ from decode.speculative.loop import (
     prefill,
     step,
 )
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.tree import TreeShape, chain
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashHeads
@@ -60,9 +60,9 @@ class Binary(Drafter):
 
     shape: TreeShape = struct.field(pytree_node=False, default=chain(0))
 
-    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
+    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
         tokens = jnp.broadcast_to(context.root[:, None], (len(context.root), self.num_nodes))
-        return self.shape.tree(tokens), state
+        return Proposal(self.shape.tree(tokens), spent(context, 0), state)
 
 
 def binary_tree(num_nodes: int) -> TreeShape:

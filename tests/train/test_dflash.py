@@ -83,8 +83,8 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
         if rounds not in (0, 2):
             continue
         context = _context(toy_params, drawn, state)
-        tree, _ = drawn.drafter.propose(cfg, context, state.drafter)
-        greedy, _ = best.propose(cfg, context, state.drafter)
+        tree = drawn.drafter.propose(cfg, context, state.drafter).tree
+        greedy = best.propose(cfg, context, state.drafter).tree
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):
             text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
             features = features_of(network, cfg, toy_params, text)[:-1]

@@ -95,9 +95,9 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     prompts = [[3]]
     method = SpeculativeMethod(Hydra(own, TREE))
     state = init_state(toy_cfg, method, prompts, gen_len=4)
-    tree, _ = method.drafter.propose(
+    tree = method.drafter.propose(
         toy_cfg, _context(toy_params, method, state), HydraState(hidden[None], None)
-    )
+    ).tree
     tokens = np.asarray(tree.tokens[0])
     for v in range(1, TREE.num_nodes):
         way, u = [], v

@@ -98,8 +98,8 @@ def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind)
     for rounds, state in enumerate(stream(toy_params, cfg, method, first)):
         if rounds not in (0, 2):
             continue
-        drawn, _ = method.drafter.propose(cfg, _context(toy_params, method, state), state.drafter)
-        best, _ = greedy.drafter.propose(cfg, _context(toy_params, greedy, state), state.drafter)
+        drawn = method.drafter.propose(cfg, _context(toy_params, method, state), state.drafter).tree
+        best = greedy.drafter.propose(cfg, _context(toy_params, greedy, state), state.drafter).tree
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):
             text = np.asarray(state.tokens[b, : int(state.length[b])]).tolist()
             features = features_of(network, cfg, toy_params, text)
@@ -128,7 +128,7 @@ def test_the_best_tree_is_the_best_of_what_the_network_says(toy_cfg, toy_params,
     method = SpeculativeMethod(drafter)
     state = init_state(toy_cfg, method, [[3, 1, 4, 1, 5]], gen_len=6)
     state = prefill(toy_params, toy_cfg, method, state)
-    tree, _ = drafter.propose(toy_cfg, _context(toy_params, method, state), state.drafter)
+    tree = drafter.propose(toy_cfg, _context(toy_params, method, state), state.drafter).tree
     features = features_of(network, toy_cfg, toy_params, [3, 1, 4, 1, 5])
 
     def log_law(way):

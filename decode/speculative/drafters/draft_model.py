@@ -20,9 +20,9 @@ from flax import struct
 
 from decode.core.sampling import draw
 from decode.core.streams import fold_in
-from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.tree import DraftTree, Drawn, TreeShape, chain
 from dlm import vocab
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
@@ -48,13 +48,16 @@ class _Model(Drafter):
     draft: ModelConfig = struct.field(pytree_node=False)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
-    def refuse(self, cfg: ModelConfig) -> str | None:
+    @property
+    def drawn(self) -> Drawn:
+        return "without" if self.is_sampled else "none"
+
+    def validate(self, cfg: ModelConfig) -> None:
         if self.draft.vocab_size != cfg.vocab_size:
-            return (
+            raise ValueError(
                 f"the draft model has a vocabulary of {self.draft.vocab_size} tokens and the "
                 f"target one of {cfg.vocab_size}: they must have the same"
             )
-        return None
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
         return init_cache(self.draft, batch_size, num_slots)
@@ -84,6 +87,7 @@ class DraftModel(_Model):
     num_drafts: int = struct.field(pytree_node=False, default=4)
 
     def validate(self, cfg: ModelConfig) -> None:
+        super().validate(cfg)
         if self.num_drafts < 1:
             raise ValueError(f"num_drafts={self.num_drafts} must be at least 1")
 
@@ -91,13 +95,7 @@ class DraftModel(_Model):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.num_drafts + 1
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         is_drawn = self.is_sampled and context.sampling.temperature is not None
 
         def draft(carry: tuple[jax.Array, KVCache], i: jax.Array) -> Any:
@@ -117,8 +115,9 @@ class DraftModel(_Model):
 
         start = (context.root, state)
         (_, cache), (tokens, laws) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
-        tree = chain(self.num_drafts).tree(tokens.T)
-        return tree.replace(laws=None if laws is None else laws.swapaxes(0, 1)), cache
+        laws = None if laws is None else laws.swapaxes(0, 1)
+        tree = chain(self.num_drafts).tree(tokens.T, laws=laws)
+        return Proposal(tree, spent(context, self.num_drafts + 1), cache)
 
 
 @struct.dataclass
@@ -134,13 +133,7 @@ class DraftModelTree(_Model):
 
     shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.shape.depth + 1
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             tree = self.shape.tree(tokens)
             start = context.length - 1
@@ -150,7 +143,11 @@ class DraftModelTree(_Model):
             hidden = decoder.forward(self.params, self.draft, window, slots).hidden
             return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
-        return expand(self.shape, context, score, self.is_sampled), state
+        return Proposal(
+            expand(self.shape, context, score, self.is_sampled),
+            spent(context, self.shape.depth + 1),
+            state,
+        )
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, context.active)
@@ -173,13 +170,7 @@ class DraftModelBest(BestTree, _Model):
     def num_ids(self) -> int:
         return self.draft.vocab_size
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.levels + 1
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         start = context.length - 1
 
         def score(
@@ -192,7 +183,11 @@ class DraftModelBest(BestTree, _Model):
             hidden = decoder.forward(self.params, self.draft, window, slots).hidden
             return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
-        return expand_best(self.width, self.levels, self.budget, context, score), state
+        return Proposal(
+            expand_best(self.width, self.levels, self.budget, context, score),
+            spent(context, self.levels + 1),
+            state,
+        )
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, context.active)

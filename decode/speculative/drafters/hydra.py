@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Seen
+from decode.speculative.contracts import Context, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import expand
 from decode.speculative.drafters.heads import HeadsDrafter
-from decode.speculative.tree import DraftTree
+from decode.speculative.tree import Drawn
 from dlm import vocab
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
@@ -45,6 +45,10 @@ class Hydra(HeadsDrafter):
 
     is_sampled: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def drawn(self) -> Drawn:
+        return "without" if self.is_sampled else "none"
+
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> HydraState:
         cache = None
         if "prefix" in self.own:
@@ -61,9 +65,7 @@ class Hydra(HeadsDrafter):
         last = super().observe(cfg, context, seen.replace(hidden=c), state.hidden)
         return HydraState(last, cache)
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: HydraState
-    ) -> tuple[DraftTree, HydraState]:
+    def propose(self, cfg: ModelConfig, context: Context, state: HydraState) -> Proposal:
         embed, c = context.params["embed"], state.hidden
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
@@ -81,4 +83,6 @@ class Hydra(HeadsDrafter):
             x = head_hidden(self.own, seen, depth)
             return vocab.logits(self.own["unembed"][depth], x)
 
-        return expand(self.shape, context, score, self.is_sampled), state
+        return Proposal(
+            expand(self.shape, context, score, self.is_sampled), spent(context, 0), state
+        )

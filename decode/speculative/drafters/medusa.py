@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context
+from decode.speculative.contracts import Context, Proposal, spent
 from decode.speculative.drafters.heads import HeadsDrafter
-from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
@@ -24,9 +23,7 @@ from dlm.heads.medusa import head_hidden
 class Medusa(HeadsDrafter):
     """Drafts of Medusa's heads, `own` of `dlm.heads.medusa.load`."""
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: jax.Array
-    ) -> tuple[DraftTree, jax.Array]:
+    def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         columns = [context.root]
         best = {}
         for depth in range(1, self.depth + 1):
@@ -40,4 +37,4 @@ class Medusa(HeadsDrafter):
             best[depth] = stats.top_tokens
         for v in range(1, self.num_nodes):
             columns.append(best[self.shape.depths[v]][:, self.shape.ranks[v - 1]])
-        return self.shape.tree(jnp.stack(columns, axis=1)), state
+        return Proposal(self.shape.tree(jnp.stack(columns, axis=1)), spent(context, 0), state)

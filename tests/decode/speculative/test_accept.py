@@ -77,7 +77,7 @@ def drafted(shape, how, seed=3, num=N):
             tokens = tokens.at[:, v].set(pick.astype(jnp.int32))
             if how == "without":
                 rest = rest.at[jnp.arange(num), pick].set(0)
-    return shape.tree(tokens, laws=None if how == "top" else laws)
+    return shape.tree(tokens) if how == "top" else shape.tree(tokens, laws=laws, drawn=how)
 
 
 def verdict_of(tree, shape, seed=4):
@@ -101,6 +101,11 @@ def first_two(rule, shape, how, change=lambda verdict: verdict):
     return counts, float(walk.num_accepted.mean())
 
 
+def drawn(verdict, how):
+    """A tree that says it was drawn otherwise."""
+    return verdict.replace(tree=verdict.tree.replace(drawn=how))
+
+
 def chi_square(counts):
     p = np.asarray(TARGET, np.float64)
     p /= p.sum(-1, keepdims=True)
@@ -116,7 +121,7 @@ CASES = [
     *((Match(), shape, how) for shape in (CHAIN, TREE) for how in ("top", "without")),
     *((SpeculativeSampling(), shape, how)
       for shape in (CHAIN, TREE, DEPTH_FIRST) for how in ("top", "without")),
-    *((SpeculativeSampling(replacement=True), shape, "with") for shape in (CHAIN, TREE)),
+    *((SpeculativeSampling(), shape, "with") for shape in (CHAIN, TREE)),
     *((BlockVerification(), shape, how)
       for shape in (CHAIN, chain(1)) for how in ("top", "without")),
 ]  # fmt: skip
@@ -190,8 +195,8 @@ FORK = from_paths([[0], [1], [2]])
         (SpeculativeSampling(), FORK, "without", sorted_siblings),
         (SpeculativeSampling(), CHAIN, "without", other_law),
         (BlockVerification(), CHAIN, "without", other_law),
-        (SpeculativeSampling(), TREE, "with", lambda v: v),
-        (SpeculativeSampling(replacement=True), TREE, "without", lambda v: v),
+        (SpeculativeSampling(), TREE, "with", lambda v: drawn(v, "without")),
+        (SpeculativeSampling(), TREE, "without", lambda v: drawn(v, "with")),
         (Typical(), TREE, "top", lambda v: v),
     ],
     ids=[
@@ -237,7 +242,7 @@ def test_siblings_help_and_blocks_accept_more():
             ("match, drawn", Match(), TREE, "without"),
             ("chain", SpeculativeSampling(), CHAIN, "without"),
             ("tree", SpeculativeSampling(), TREE, "without"),
-            ("tree, with", SpeculativeSampling(replacement=True), TREE, "with"),
+            ("tree, with", SpeculativeSampling(), TREE, "with"),
             ("block", BlockVerification(), CHAIN, "without"),
         )
     }

@@ -201,6 +201,13 @@ DRAFTERS = (
 )  # fmt: skip
 
 
+COST = {  # forwards of a draft model per round, where there is one
+    "draft model": 4, "itself": 4, "sampled": 4, "layer skip": 4,
+    "tree": BUSHY.depth + 1, "sampled tree": BUSHY.depth + 1, "best tree": 4,
+    "eagle 1": BUSHY.depth, "eagle 3": BUSHY.depth, "eagle 3, best": 3, "dflash": 1,
+}  # fmt: skip
+
+
 def drafters(toy_cfg, toy_params):
     smaller = dataclasses.replace(toy_cfg, n_layers=1)
     params = init_params(jax.random.key(5), smaller)
@@ -243,7 +250,7 @@ def test_every_drafter_writes_the_greedy_text(plain, toy_params, name):
     assert texts(state, 64) == expected
     check_statistics(state, drafter.depth)
     forwards = np.asarray(state.num_forwards)
-    assert (np.asarray(state.draft_forwards) == drafter.forwards_per_round * forwards).all()
+    assert (np.asarray(state.draft_forwards) == COST.get(name, 0) * forwards).all()
     if name == "best tree":  # the best chain of the target itself is in it
         assert forwards.sum() < 0.6 * sum(map(len, expected))
     if name == "itself":  # every draft is right
