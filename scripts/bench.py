@@ -32,7 +32,6 @@ import dataclasses
 import functools
 import json
 import resource
-import time
 from typing import Any
 
 import jax
@@ -42,8 +41,10 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from decode.diffusion.components import CACHES, FixedBlocks, Quota, Threshold
-from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state, step
+from decode.diffusion.loop import DiffusionMethod, DiffusionState, init_state, step
+from decode.evaluation.run import Programs, timed
 from dlm.config import ModelConfig
+from dlm.lm import LanguageModel
 from dlm.models.decoder import forward
 from dlm.params import Params, init_params, num_params
 from dlm.presets import PRESETS
@@ -178,25 +179,18 @@ def _bench_whole(
     cache: str,
     repeats: int,
 ) -> dict[str, Any]:
-    def fresh() -> DiffusionState:
-        return jax.block_until_ready(init_state(cfg, method, prompts, gen_len=gen_len))
-
-    start = time.perf_counter()
-    compiled = decode.lower(params, cfg, method, fresh()).compile()
-    compile_s = time.perf_counter() - start
-    times, out = [], fresh()
-    for _ in range(repeats + 1):
-        state = fresh()  # donated, so made anew; not timed
-        start = time.perf_counter()
-        out = jax.block_until_ready(compiled(params, method, state))
-        times.append(time.perf_counter() - start)
-    seconds = float(np.median(times[1:]))
-    forwards = np.asarray(out.num_forwards)
+    lm = LanguageModel(params, cfg)
+    programs: Programs = {}
+    runs = [
+        timed(lm, method, prompts, gen_len=gen_len, programs=programs) for _ in range(repeats + 1)
+    ]
+    seconds = float(np.median([run.seconds for run in runs[1:]]))
+    forwards = [completion.num_forwards for completion in runs[-1].completions]
     return {
         "case": "decode", "cache": cache, "rule": type(method.rule).__name__.lower(),
-        "compile_s": round(compile_s, 2), "seconds": round(seconds, 4),
+        "compile_s": round(runs[0].compile_s, 2), "seconds": round(seconds, 4),
         "tokens_per_s": round(len(prompts) * gen_len / seconds, 1),
-        "forwards_per_row": round(float(forwards.mean()), 2),
+        "forwards_per_row": round(float(np.mean(forwards)), 2),
         "peak_memory_mb": round(_peak_bytes() / 2**20, 1),
     }  # fmt: skip
 

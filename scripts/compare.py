@@ -35,9 +35,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
 import json
-import math
 import pathlib
 import runpy
 import sys
@@ -52,21 +50,14 @@ from absl import app, flags, logging
 import dlm
 from decode.diffusion.components import AdaBlock, LearnedFilter
 from decode.diffusion.points import METHODS, family_of, named, override
-from decode.view import OperatingPoint, plot_speed_quality
+from decode.evaluation.figures import OperatingPoint, plot_speed_quality
+from decode.evaluation.job import ALL, TASKS, Job, Point, make_job, measure_points
+from decode.evaluation.run import device
+from decode.evaluation.statistics import aup, bootstrap
+from decode.evaluation.tables import markdown
 from dlm.heads.learn2pd import load_filter
-from scripts.measuring import (
-    ALL,
-    TASKS,
-    Job,
-    Point,
-    bootstrap,
-    device,
-    make_job,
-    markdown,
-    run,
-)
 
-_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `scripts.measuring.TASKS`.")
+_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `decode.evaluation.job.TASKS`.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
 _METHODS = flags.DEFINE_list("methods", [], "Names from decode/diffusion/points.py; default: all.")
 _METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")
@@ -169,30 +160,7 @@ def make_points(
     return kept, left_out
 
 
-# ---- Statistics --------------------------------------------------------------------------------
-
-
-def aup(points: Iterable[tuple[float, float]], best: float) -> float:
-    """Accuracy under parallelism: area under accuracy over tokens per forward, worse ones fading.
-
-    Reference: "d3LLM", arXiv:2601.07568. Points more than 5 below the slowest one are dropped; y is
-    weighted by min(exp(-3 (1 - y / best)), 1), and what lies left of the slowest one is not.
-
-    Args:
-      points: (tokens per forward, accuracy in per cent) of one family, in any order.
-      best: the best accuracy of all families compared, in per cent.
-    """
-    ordered = sorted(points, key=lambda point: (point[0], -point[1]))
-    rho, y = ordered[0]
-    area = rho * y
-    kept = [(rho_i, y_i) for rho_i, y_i in ordered if y_i >= y - 5]
-
-    def weighted(y: float) -> float:
-        return y * min(math.exp(-3 * (1 - y / best)), 1) if best > 0 else 0.0
-
-    for (rho_0, y_0), (rho_1, y_1) in itertools.pairwise(kept):
-        area += (rho_1 - rho_0) * (weighted(y_1) + weighted(y_0)) / 2
-    return area
+# ---- Summary -----------------------------------------------------------------------------------
 
 
 def summarise(
@@ -322,7 +290,7 @@ def main(argv: list[str]) -> None:
             log.unlink(missing_ok=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    records = run(job, points, log)
+    records = measure_points(job, points, log)
     rows, areas = summarise(points, records, job.groups)
     about = {
         "task": _TASK.value,

@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 import dlm
 from configs import causal_lm
-from decode.complete import collect
+from decode.evaluation.run import Programs, device, timed
+from decode.evaluation.tables import markdown
 from decode.speculative.contracts import Drafter
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup
-from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
-from scripts.measuring import device, markdown
+from decode.speculative.loop import SpeculativeMethod
 from train.config import build
 from train.host import keep_freed_memory
 
@@ -74,16 +74,15 @@ def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[
     }
 
     def decoder(drafter: Drafter) -> Decoder:
-        method = SpeculativeMethod(drafter)
+        programs: Programs = {}
 
         def run(prompt: list[int]) -> tuple[list[int], int, float]:
-            began = time.perf_counter()
-            state = init_state(lm.cfg, method, [prompt], gen_len=gen_len, prompt_len=prompt_len)
-            state = prefill(lm.params, lm.cfg, method, state)
-            state = jax.block_until_ready(decode(lm.params, lm.cfg, method, state))
-            seconds = time.perf_counter() - began
-            (found,) = collect(state, lm, method)
-            return found.canvas.tolist(), found.num_forwards, seconds
+            done = timed(
+                lm, SpeculativeMethod(drafter), [prompt], gen_len=gen_len, prompt_len=prompt_len,
+                programs=programs,
+            )  # fmt: skip
+            (found,) = done.completions
+            return found.canvas.tolist(), found.num_forwards, done.prepare_s + done.seconds
 
         return run
 

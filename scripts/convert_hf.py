@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from decode.evaluation.tables import markdown
 from dlm.config import ModelConfig
 from dlm.hf.files import DTYPES, open_tensors, read_config, read_raw_config
 from dlm.hf.weights import check_tensors, convert_hf, expected_tensors, plan_files
 from dlm.params import num_params, param_shardings, param_specs
 from dlm.sharding import MESH_AXES
-from scripts.measuring import markdown
 
 
 def as_size(num_bytes: int) -> str:

@@ -43,11 +43,11 @@ from tqdm import tqdm
 
 from decode.diffusion.components import DualCache, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
+from decode.evaluation.tables import markdown
 from dlm.config import ModelConfig
 from dlm.params import abstract_params
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
-from scripts.measuring import markdown
 from scripts.timing import forward_cost
 
 COLUMNS = {

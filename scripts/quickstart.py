@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import json
 import pathlib
-import platform
 import time
 
 import jax
@@ -36,9 +35,11 @@ from decode.diffusion.components import (
     Quota,
     Threshold,
 )
-from decode.diffusion.loop import DiffusionMethod, decode
-from decode.generate import Completion, collect, prepare
-from decode.view import Answer, OperatingPoint, plot_speed_quality, write_commit_order
+from decode.diffusion.loop import DiffusionMethod
+from decode.evaluation.figures import OperatingPoint, plot_speed_quality
+from decode.evaluation.run import device, timed
+from decode.generate import Completion
+from decode.view import Answer, write_commit_order
 from dlm.tasks import Example
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from train import loop
@@ -119,15 +120,8 @@ def measure(
     )
     assert lm.tokenizer is not None
     prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
-    state = prepare(lm.cfg, method, prompts, gen_len=GEN_LEN)
-    start = time.perf_counter()
-    compiled = decode.lower(lm.params, lm.cfg, method, state).compile()
-    compile_s = time.perf_counter() - start
-    start = time.perf_counter()
-    state = jax.block_until_ready(compiled(lm.params, method, state))
-    seconds = time.perf_counter() - start
-
-    completions = collect(state, lm, num=len(examples))
+    done = timed(lm, method, prompts, gen_len=GEN_LEN)
+    completions, seconds = done.completions, done.seconds
     scores: dict[str, list[float]] = {operation: [] for operation in OPERATIONS}
     for example, completion in zip(examples, completions, strict=True):
         score = task.score(example, completion.text or "")["score"]
@@ -142,7 +136,7 @@ def measure(
         tokens_per_forward=num_tokens / num_forwards,
         tokens_per_s=num_tokens / seconds,
         seconds=seconds,
-        compile_s=compile_s,
+        compile_s=done.compile_s,
     )
     return measurement, completions
 
@@ -180,9 +174,8 @@ def write(
     num_examples: int,
 ) -> None:
     """Results, picture and page."""
-    device = f"{jax.devices()[0].device_kind} ({platform.machine()})"
     about = {
-        "device": device,
+        "device": device(),
         "dtype": lm.cfg.dtype,
         "batch": num_examples,
         "gen_len": GEN_LEN,

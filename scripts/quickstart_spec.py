@@ -23,7 +23,6 @@ import itertools
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +34,10 @@ from tqdm import tqdm
 
 import dlm
 from configs import causal_lm, draft_heads
-from decode.complete import collect
+from decode.evaluation.run import Programs, batches, device
+from decode.evaluation.statistics import with_interval
+from decode.evaluation.tables import markdown
+from decode.generate import Completion
 from decode.speculative.contracts import Drafter
 from decode.speculative.drafters.dflash import DFlash
 from decode.speculative.drafters.draft_model import DraftModel, DraftModelTree
@@ -47,10 +49,9 @@ from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.suffix import Suffix
 from decode.speculative.drafters.token_recycling import TokenRecycling
-from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
+from decode.speculative.loop import SpeculativeMethod
 from decode.speculative.tree import from_paths
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
-from scripts.measuring import device, markdown, with_interval
 from train import loop
 from train.config import ConfigError, build
 from train.host import keep_freed_memory
@@ -180,38 +181,21 @@ def measure(
     repeats: int,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """What is to be known of one drafter, and the texts."""
-    method = SpeculativeMethod(drafter)
-    longest = max(map(len, prompts))
-
-    def start(first: int) -> SpeculativeState:
-        batch = prompts[first : first + batch_size]
-        state = init_state(
-            lm.cfg, method, batch, gen_len=gen_len, seeds=first, prompt_len=longest,
-            batch_size=batch_size,
-        )  # fmt: skip
-        return jax.block_until_ready(prefill(lm.params, lm.cfg, method, state))
-
-    began = time.perf_counter()
-    compiled = decode.lower(lm.params, lm.cfg, method, start(0)).compile()
-    compile_s = time.perf_counter() - began
-    seconds = np.zeros(repeats)
-    done: list[SpeculativeState] = []
-    for repeat in range(repeats):
-        done = []
-        for first in range(0, len(prompts), batch_size):
-            state = start(first)
-            began = time.perf_counter()
-            done.append(jax.block_until_ready(compiled(lm.params, method, state)))
-            seconds[repeat] += time.perf_counter() - began
-    completions = [
-        completion
-        for i, state in enumerate(done)
-        for completion in collect(
-            state, lm, method, num=min(batch_size, len(prompts) - i * batch_size)
-        )
-    ]
-    histogram = sum(np.asarray(state.acceptance_histogram).sum(axis=0) for state in done)
-    assert isinstance(histogram, np.ndarray)
+    programs: Programs = {}
+    seconds: list[float] = []
+    compile_s = 0.0
+    completions: list[Completion] = []
+    for _ in range(repeats):
+        seconds.append(0.0)
+        completions = []
+        for batch in batches(
+            lm, SpeculativeMethod(drafter), prompts, gen_len=gen_len, batch_size=batch_size,
+            programs=programs,
+        ):  # fmt: skip
+            seconds[-1] += batch.seconds
+            compile_s = batch.compile_s
+            completions += batch.completions
+    histogram = np.sum([np.asarray(c.acceptance_histogram) for c in completions], axis=0)
     num_tokens = sum(len(c.canvas) for c in completions)
     return {
         "nodes": drafter.num_nodes,

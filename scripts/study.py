@@ -51,10 +51,12 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod
+from decode.evaluation.job import ALL, TASKS, Job, Point, make_job, measure_points
+from decode.evaluation.run import device
+from decode.evaluation.statistics import with_interval
+from decode.evaluation.tables import markdown
 from dlm.heads.learn2pd import load_filter
 from dlm.params import num_params
-from scripts import measuring
-from scripts.measuring import Point, markdown
 from train import learn2pd, loop, trajectories
 from train.config import ConfigError
 from train.host import keep_freed_memory
@@ -185,14 +187,14 @@ def measure(task: str, folder: pathlib.Path, num_examples: int) -> list[Measured
     """All systems at all settings, on the same held-out examples."""
     models = {"dParallel": "dparallel", "d3LLM": "d3llm"}
     found = []
-    jobs: dict[str, measuring.Job] = {}
+    jobs: dict[str, Job] = {}
     block_len = collect_trajectories.TASKS[task]
     for system in (BASELINE, *SYSTEMS):
         model = models.get(system, "base")
         if model not in jobs:
-            jobs[model] = measuring.make_job(
+            jobs[model] = make_job(
                 dlm.load(folder / model / "model"),
-                measuring.TASKS[task],
+                TASKS[task],
                 num_examples=num_examples,
                 block_len=block_len,
             )
@@ -200,7 +202,7 @@ def measure(task: str, folder: pathlib.Path, num_examples: int) -> list[Measured
         settings = points(system, block_len, job.lm, folder)
         for point in settings:
             point.method.validate(job.lm.cfg)
-        records = measuring.run(job, settings, folder / "measured.jsonl")
+        records = measure_points(job, settings, folder / "measured.jsonl")
         for point, record in zip(settings, records, strict=True):
             arrays = (np.asarray(record[name], float) for name in ("score", "forwards", "tokens"))
             found.append(Measured(system, point.label, *arrays))
@@ -247,13 +249,13 @@ def table(studies: Sequence[Sequence[Measured]], num_pick: int, published: bool)
             {
                 "system": system,
                 "setting": "" if system == BASELINE else ", ".join(settings),
-                "accuracy %": measuring.with_interval([accuracy for accuracy, _ in parts], 1),
-                "change": measuring.with_interval(
+                "accuracy %": with_interval([accuracy for accuracy, _ in parts], 1),
+                "change": with_interval(
                     [a - base for (a, _), (base, _) in zip(parts, bases, strict=True)], 1
                 ),
-                "forwards": measuring.with_interval([forwards for _, forwards in parts], 2),
-                "tokens/forward": measuring.with_interval(tokens, 2),
-                "fewer forwards": measuring.with_interval(
+                "forwards": with_interval([forwards for _, forwards in parts], 2),
+                "tokens/forward": with_interval(tokens, 2),
+                "fewer forwards": with_interval(
                     [base / f for (_, f), (_, base) in zip(parts, bases, strict=True)], 2
                 ),
             }
@@ -270,13 +272,13 @@ def goals(studies: Sequence[Sequence[Measured]], num_pick: int) -> str:
         values = [
             chosen[other].part(examples)[1] / chosen[system].part(examples)[1] for chosen in picked
         ]
-        return measuring.with_interval(values, 2)
+        return with_interval(values, 2)
 
     def loss(system: str, other: str) -> str:
         values = [
             chosen[other].part(examples)[0] - chosen[system].part(examples)[0] for chosen in picked
         ]
-        return measuring.with_interval(values, 1)
+        return with_interval(values, 1)
 
     threshold = "base + threshold"
     lines = [
@@ -339,9 +341,9 @@ def draw(studies: Sequence[Sequence[Mapping[str, Any]]], path: pathlib.Path) -> 
 
 def groups(task: str, num_examples: int, folder: pathlib.Path) -> Mapping[str, list[int]]:
     """Examples by kind of question, as `scripts/compare.py` groups them."""
-    job = measuring.make_job(
+    job = make_job(
         dlm.load(folder / "base" / "model"),
-        measuring.TASKS[task],
+        TASKS[task],
         num_examples=num_examples,
         block_len=collect_trajectories.TASKS[task],
     )
@@ -395,7 +397,7 @@ def main(argv: list[str]) -> None:
         ]
         for group, members in groups(task, num_pick + num_examples, folders[0]).items():
             first = sum(i < num_pick for i in members)
-            if group == measuring.ALL or min(first, len(members) - first) < MIN_GROUP:
+            if group == ALL or min(first, len(members) - first) < MIN_GROUP:
                 continue
             own = [restrict(measured, members) for measured in studies]
             head = f"{group} ({len(members) - first} examples), settings picked on {first} others"
@@ -418,7 +420,7 @@ def about(folder: pathlib.Path) -> str:
     return (
         f"{num_params(lm.cfg) / 1e6:.2f} M parameters, {lm.cfg.dtype}"
         + (f" (matmul precision {precision})" if precision else "")
-        + f", {measuring.device()}"
+        + f", {device()}"
     )
 
 

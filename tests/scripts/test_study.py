@@ -1,13 +1,12 @@
 """The study: how settings are picked, by hand; and all of it once, on models of a few steps."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
 
 import dlm
-from scripts import measuring, study
+from decode.evaluation.run import device
+from scripts import study
 from scripts.study import BASELINE, Measured
 from tests.scripts.test_scripts import run
 from train import trajectories
@@ -44,13 +43,6 @@ def test_settings_are_picked_on_other_examples():
     assert cells["Learn2PD"] == ["0.96", "100.0", "50.0", "4.00", "1.50", "2.00"]
     goals = study.goals([a_study()], 2)
     assert "2.00x" in goals and "0.50x" in goals and "-50.0" in goals
-
-
-def test_intervals_over_seeds():
-    mean, half = measuring.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 * 1 / math.sqrt(3))
-    assert measuring.with_interval([1.5], 1) == "1.5"
-    assert measuring.with_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
 
 
 def test_groups_keep_their_own_examples():
@@ -90,7 +82,7 @@ def test_the_whole_study_once_and_once_more(tmp_path):
 
 def test_the_page_names_model_and_device(tmp_path, toy_cfg, toy_params):
     dlm.save(tmp_path / "base" / "model", dlm.LanguageModel(toy_params, toy_cfg))
-    assert study.about(tmp_path) == f"0.00 M parameters, float32, {measuring.device()}"
+    assert study.about(tmp_path) == f"0.00 M parameters, float32, {device()}"
     with jax.default_matmul_precision("highest"):
         assert "float32 (matmul precision highest)" in study.about(tmp_path)
 

@@ -1,25 +1,27 @@
-"""Measuring decoding methods on held-out examples: the part that `compare` and `study` share."""
+"""Measuring diffusion methods on a task's held-out examples."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import math
 import pathlib
-import platform
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-import dlm
-from decode.diffusion.loop import DiffusionMethod, decode, init_state
-from decode.generate import collect
+from decode.diffusion.loop import DiffusionMethod
+from decode.evaluation.run import Programs, batches, device
+from dlm.lm import LanguageModel, fingerprint
 from dlm.tasks import Example, Task
-from train.config import build
+from dlm.tasks.countdown import Countdown
+from dlm.tasks.scan import Scan
+from dlm.tasks.sudoku import Sudoku
+from dlm.tasks.waiting_line import WaitingLine
+from dlm.tasks.word_problems import WordProblems
 
 ALL = "all"  # the group of all examples
 
@@ -29,13 +31,13 @@ class TaskPreset:
     """A task as the configs train on it.
 
     Attributes:
-      spec: for `train.config.build`.
+      make: makes the task; takes its split.
       gen_len: tokens per answer, end-of-text included.
       delimiter: text at whose tokens AdaBlock may end a block; "": none.
       groups: examples reported together, by their operation; None: one group per operation.
     """
 
-    spec: Mapping[str, Any]
+    make: Callable[..., Task]
     gen_len: int
     delimiter: str = ""
     groups: Mapping[str, Sequence[str]] | None = None
@@ -44,7 +46,7 @@ class TaskPreset:
 _AT_A_POSITION = ("insert", "remove", "replace")
 TASKS = {
     "waiting_line": TaskPreset(
-        {"make": "dlm.tasks.waiting_line:WaitingLine", "num_shots": 0},
+        functools.partial(WaitingLine, num_shots=0),
         gen_len=24,
         delimiter='", "',
         groups={  # sorting belongs to neither
@@ -53,11 +55,11 @@ TASKS = {
         },
     ),
     "word_problems": TaskPreset(
-        {"make": "dlm.tasks.word_problems:WordProblems"}, gen_len=24, delimiter=" "
+        WordProblems, gen_len=24, delimiter=" "
     ),
-    "scan": TaskPreset({"make": "dlm.tasks.scan:Scan"}, gen_len=52),
-    "countdown": TaskPreset({"make": "dlm.tasks.countdown:Countdown"}, gen_len=48, delimiter=","),
-    "sudoku": TaskPreset({"make": "dlm.tasks.sudoku:Sudoku"}, gen_len=24, delimiter="\n"),
+    "scan": TaskPreset(Scan, gen_len=52),
+    "countdown": TaskPreset(Countdown, gen_len=48, delimiter=","),
+    "sudoku": TaskPreset(Sudoku, gen_len=24, delimiter="\n"),
 }  # fmt: skip
 
 
@@ -86,10 +88,12 @@ class Job:
       examples: what is asked.
       prompts: token ids of each.
       groups: indices of the examples per group; the first is `ALL`.
-      gen_len, block_len, batch_size: see the flags.
+      gen_len: tokens per answer, end-of-text included.
+      block_len: positions per block; of the methods, and of what `first_block_s` means.
+      batch_size: examples decoded at once.
     """
 
-    lm: dlm.LanguageModel
+    lm: LanguageModel
     task: Task
     examples: Sequence[Example]
     prompts: Sequence[list[int]]
@@ -100,7 +104,7 @@ class Job:
 
 
 def make_job(
-    lm: dlm.LanguageModel,
+    lm: LanguageModel,
     preset: TaskPreset,
     *,
     num_examples: int,
@@ -110,12 +114,20 @@ def make_job(
 ) -> Job:
     """Held-out examples, in an order of their own, as token ids.
 
+    Args:
+      lm: the model.
+      preset: what is asked.
+      num_examples: of the task's test split.
+      block_len: positions per block.
+      gen_len: tokens per answer; 0: the preset's.
+      batch_size: examples decoded at once.
+
     Raises:
       ValueError: the checkpoint cannot read them, or has no room for them.
     """
     if lm.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer, so it cannot read the task's prompts")
-    task = build({**preset.spec, "split": "test"}, "task")
+    task: Any = preset.make(split="test")
     if num_examples > len(task):
         raise ValueError(f"num_examples={num_examples} must be at most {len(task)}, the test split")
     if hasattr(task, "num_examples"):  # a stream: its first ones have all operations equally often
@@ -141,41 +153,33 @@ def make_job(
     return Job(lm, task, examples, prompts, groups, gen_len, block_len, batch_size)
 
 
-def measure(job: Job, method: DiffusionMethod, programs: dict[Any, Any]) -> dict[str, Any]:
-    """Decodes all examples; per example its score, tokens, forwards and seconds to the first block.
+def measure(job: Job, method: DiffusionMethod, programs: Programs) -> dict[str, Any]:
+    """Decodes all examples once.
 
     Args:
       job: what to decode.
       method: how.
-      programs: compiled programs and their compile times, by structure; added to.
+      programs: compiled programs, see `decode.evaluation.run`; added to.
+
+    Returns:
+      "score", "tokens", "forwards" and "first_block_s" (seconds until the first block was decided)
+      per example, and "seconds" and "compile_s" of all of them.
     """
-    lm = job.lm
     found: dict[str, list[float]] = {
         name: [] for name in ("score", "tokens", "forwards", "first_block_s")
     }
     seconds = compile_s = 0.0
-    for first in range(0, len(job.prompts), job.batch_size):
-        prompts = job.prompts[first : first + job.batch_size]
-        state = init_state(
-            lm.cfg, method, prompts, gen_len=job.gen_len, seeds=first,
-            prompt_len=max(map(len, job.prompts)), batch_size=job.batch_size,
-        )  # fmt: skip
-        leaves, structure = jax.tree.flatten((method, state))
-        key = structure, tuple(map(jax.typeof, leaves))
-        if key not in programs:
-            start = time.perf_counter()
-            compiled = decode.lower(lm.params, lm.cfg, method, state).compile()
-            programs[key] = compiled, time.perf_counter() - start
-        compiled, compile_s = programs[key]
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state = jax.block_until_ready(compiled(lm.params, method, state))
-        took = time.perf_counter() - start
-        seconds += took
-        round_s = took / int(state.num_steps)
-        batch = job.examples[first : first + job.batch_size]
-        for example, completion in zip(batch, collect(state, lm, len(batch)), strict=True):
-            found["score"].append(job.task.score(example, completion.text or "")["score"])
+    examples = iter(job.examples)
+    for batch in batches(
+        job.lm, method, job.prompts, gen_len=job.gen_len, batch_size=job.batch_size,
+        programs=programs,
+    ):  # fmt: skip
+        seconds += batch.seconds
+        compile_s = batch.compile_s
+        round_s = batch.seconds / int(batch.state.num_steps)
+        for completion in batch.completions:
+            score = job.task.score(next(examples), completion.text or "")["score"]
+            found["score"].append(score)
             found["tokens"].append(len(completion.tokens))
             found["forwards"].append(completion.num_forwards)
             rounds = float(completion.step_map[: job.block_len].max()) + 1
@@ -187,11 +191,20 @@ def measure(job: Job, method: DiffusionMethod, programs: dict[Any, Any]) -> dict
     return {"seconds": seconds, "compile_s": compile_s, **found}
 
 
-def run(job: Job, points: Sequence[Point], log: pathlib.Path) -> list[dict]:
-    """Measures each point, unless `log` has it with the same settings. Returns one dict each."""
+def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list[dict[str, Any]]:
+    """Measures each point, unless `log` has it with the same settings.
+
+    Args:
+      job: what all points decode.
+      points: what is measured.
+      log: JSON lines, to which every point is appended as it finishes; it need not be there yet.
+
+    Returns:
+      What `measure` returns, per point.
+    """
     same = {
         "task": repr(job.task),
-        "checkpoint": dlm.fingerprint(job.lm),
+        "checkpoint": fingerprint(job.lm),
         "num_examples": len(job.examples),
         "gen_len": job.gen_len,
         "block_len": job.block_len,
@@ -200,7 +213,7 @@ def run(job: Job, points: Sequence[Point], log: pathlib.Path) -> list[dict]:
         "jax": jax.__version__,
     }
     measured: dict[str, Any] = {}
-    programs: dict[Any, Any] = {}
+    programs: Programs = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         try:
             record = json.loads(line)
@@ -218,38 +231,3 @@ def run(job: Job, points: Sequence[Point], log: pathlib.Path) -> list[dict]:
             with log.open("a") as file:
                 file.write(f"\n{json.dumps(record)}\n")  # in front: the last write may be cut short
     return [measured[key] for key in keys]
-
-
-def bootstrap(values: Any, num: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, examples drawn with replacement."""
-    array, rng = np.asarray(values, float), np.random.default_rng(seed)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(num)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def device() -> str:
-    return f"{jax.devices()[0].device_kind} ({platform.machine()})"
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of equal keys as a table."""
-    body = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-    lines = [" | ".join(map(str.ljust, cells, widths)) for cells in body]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half of its 95 % interval (Student's t); nan of one seed."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.nan
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 2.262)
-    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def with_interval(values: Sequence[float], digits: int) -> str:
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
