@@ -48,7 +48,7 @@ from dlm.config import ModelConfig
 from dlm.params import abstract_params
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
-from scripts.timing import forward_cost
+from scripts.bench.timing import forward_cost
 
 COLUMNS = {
     "round_ms": "round, ms at least",

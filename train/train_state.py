@@ -1,6 +1,6 @@
 """What a training step changes, and the step: from a batch to the state after it.
 
-`train.loop.run` calls this in a loop; `scripts.compile_tpu` and `scripts.bench_train` compile the
+`train.loop.run` calls this in a loop; `scripts.compile_tpu` and `scripts.bench.train` compile the
 very same step without a run around it.
 """
 

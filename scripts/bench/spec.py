@@ -1,6 +1,6 @@
 """What drafting and verifying cost: rounds of W nodes against a one-token forward.
 
-Used by `python -m scripts.bench spec`. Rounds of trees of 1 to 64 nodes that are drafted for free
+Rounds of trees of 1 to 64 nodes that are drafted for free
 say what judging costs; rounds of real drafters, all with one tree (chains: as many drafts as it is
 deep, DFlash a block of 8), say what drafting adds. Weights are random, so nothing is said about how
 much is accepted: `break_even` is the acceptance length from which a round pays, and an acceptance
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from tqdm import tqdm
 
 from decode.speculative.contracts import Context, Drafter
 from decode.speculative.drafters.dflash import DFlash
@@ -43,8 +44,8 @@ from dlm.heads.medusa import MedusaHeads
 from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
 from dlm.vocab import vocab_stats
+from scripts.bench.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s
 from scripts.quickstart_spec import NUM_DRAFTS, TREE
-from scripts.timing import Ceilings, forward_cost, paired_medians_s
 
 NODES = (1, 8, 32, 64)
 COLUMNS = ["batch", "drafter", "nodes", "round_ms", "one_token_ms", "break_even", "bound",
@@ -97,6 +98,23 @@ def drafters(cfg: ModelConfig, draft: ModelConfig) -> Iterator[tuple[str, Drafte
 
 
 def bench_spec(
+    cfg: ModelConfig, draft: ModelConfig, batches: list[int], prompt_len: int, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Results of every batch size.
+
+    Args:
+      cfg: the target.
+      draft: of the separate draft model; all weights are random.
+      batches: rows.
+      prompt_len: tokens.
+      repeats: timed runs.
+    """
+    ceilings = measure_ceilings(cfg.dtype, repeats)
+    for batch in tqdm(batches, desc="batch sizes"):
+        yield from _bench_batch(cfg, draft, batch, prompt_len, repeats, ceilings)
+
+
+def _bench_batch(
     cfg: ModelConfig,
     draft: ModelConfig,
     batch: int,

@@ -1,4 +1,14 @@
-"""Training steps against their own matrix products: `python -m scripts.bench train`.
+"""Training steps against their own matrix products.
+
+Steps of the waiting-line config and of a larger model, with and without recomputed activations.
+`over_ceiling` is the time of a step over that of its operations at the speed of one large product,
+`over_products` over that of the same products done one after the other, in their own shapes.
+Operations are those executed, recomputed ones included (`gflop`); `needed_gflop` leaves those out.
+All are timed in turn, and `spread` is the range between the quartiles over the median. `mfu` is the
+share of the time of a step that the needed operations take at the speed of that large product (of
+the published peak it would be less). `input_wait` is the share of its time that the training loop
+waits for a batch from `train.data.train_iterator`; `input_cost` is the share by which it is faster
+with a batch that lies there already.
 
 Letters: B batch, T positions, D model width, N query heads, K key/value heads, H head width,
 F MLP width, V vocabulary, L layers.
@@ -23,9 +33,10 @@ from dlm.config import ModelConfig
 from dlm.params import Params, init_params, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
-from scripts.timing import forward_cost, large_sizes, paired_times_s
+from scripts.bench.timing import forward_cost, large_sizes, paired_times_s
 from train import data, train_state
 from train.config import RunConfig, build, from_config_dict
+from train.host import keep_freed_memory
 from train.objectives import Context
 
 COLUMNS = ["model", "remat", "tokens", "step_ms", "spread", "gradient_ms", "forward_ms", "gflop",
@@ -47,6 +58,9 @@ def bench_train(
       lengths: its rows per batch, prompt tokens, completion tokens.
       repeats: timed runs.
     """
+    keep_freed_memory()  # as `python -m train` does
+    if cfg.mask_token_id is None:  # of an autoregressive preset: as if it were to be converted
+        cfg = dataclasses.replace(cfg, mask_token_id=cfg.vocab_size - 1)
     settings = from_config_dict(mdlm_waiting_line.get_config())
     task = build({**settings.data.task, **settings.data.train}, "data.train")
     tokenizer = word_tokenizer(task.pieces)

@@ -1,55 +1,30 @@
-"""Timings of the two kernels at the shapes of real models, against XLA and library kernels.
-
-    python -m scripts.bench_kernels --out=runs/kernels      # on an accelerator, minutes
-    python -m scripts.bench_kernels --toy                   # anywhere, seconds
-
-Every case is first compared with float32 on the same random inputs. Times are medians over batches
-of calls inside one jitted loop, each call depending on the one before and reading other memory than
-it, so that neither dispatch nor the L2 cache is measured. Ceilings (a large copy, a large matrix
-product) are measured in the same run; `floor_share` is the time that the unavoidable bytes or
-operations take at those ceilings, over the measured time. A case that fails is a row that says why.
-
-Finally one decode step of a masked-diffusion model with the dual cache, against its weights' bytes.
-Random weights: speed only, no quality.
-"""
+"""What is timed of the kernels: every operation at a shape, as each implementation has it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-import json
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 
 from decode.diffusion.components import CACHES, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod, init_state, step
 from dlm.params import init_params
 from dlm.presets import PRESETS
-from kernels_pallas import shapes
 from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats, unembed_logits
 from kernels_pallas.unembed_stats import unembed_stats as stats_op
 from kernels_pallas.window_attention import window_attention
-from scripts.bench import STEPS_PER_CALL, repeat_step
-from scripts.timing import Ceilings, forward_cost, measure_ceilings, median_s
-
-_TOY = flags.DEFINE_bool("toy", False, "Toy shapes: checks the script, measures nothing.")
-_OUT = flags.DEFINE_string("out", None, "Directory for kernels.jsonl and kernels.md.")
-_CALLS = flags.DEFINE_integer("calls", 32, "Kernel calls per timed batch.", lower_bound=1)
-_ONLY = flags.DEFINE_string("only", "", "Runs only the cases whose name contains this.")
+from scripts.bench.decode import STEPS_PER_CALL, repeat_step
+from scripts.bench.timing import forward_cost
 
 DTYPE = jnp.bfloat16
 ROTATED_BYTES = 2**28  # what a batch of calls reads at least in turn; an H200 caches 60 MB
-TOLERANCE = 1e-2  # relative, in norm: operands and weights are rounded to 8 bits
-COLUMNS = ["case", "name", "implementation", "us", "gb_per_s", "tflops", "bound", "floor_share",
-           "error", "status"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,69 +237,3 @@ def step_cases(is_toy: bool) -> Iterator[Case]:
     yield Case(
         "step", f"{preset} dual cache", "default", run, None, STEPS_PER_CALL, flops, num_bytes
     )
-
-
-def measure(case: Case, ceilings: Ceilings, repeats: int) -> dict[str, Any]:
-    """One row: parity first, then the time; a failure is a row, too."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-    row |= {"case": case.case, "name": case.name, "implementation": case.implementation}
-    row |= {"flops": case.flops, "bytes": case.num_bytes, "calls": case.calls, "status": "ok"}
-    try:
-        if case.error is not None:
-            row["error"] = float(f"{case.error():.2g}")
-            if not row["error"] <= TOLERANCE:
-                row["status"] = f"wrong: more than {TOLERANCE} from float32"
-        seconds = median_s(case.run(), repeats) / case.calls
-    except Exception as failure:  # the other cases go on
-        row["status"] = f"failed: {type(failure).__name__}: {str(failure).strip()[:300]}"
-        return row
-    compute_s = case.flops / ceilings.flops_per_s
-    memory_s = case.num_bytes / ceilings.bytes_per_s
-    return row | {
-        "us": round(1e6 * seconds, 1),
-        "gb_per_s": round(case.num_bytes / seconds / 1e9, 1),
-        "tflops": round(case.flops / seconds / 1e12, 2),
-        "bound": "compute" if compute_s > memory_s else "bandwidth",
-        "floor_share": round(max(compute_s, memory_s) / seconds, 3),
-    }
-
-
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"there are only flags, got {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    repeats = flags.FLAGS.repeats  # of scripts.bench
-    on_cpu = jax.default_backend() == "cpu"
-    sizes = (256, 2**22) if _TOY.value else None
-    ceilings = measure_ceilings("float32" if on_cpu else "bfloat16", repeats, sizes)
-    about = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": DTYPE.__name__,
-        "repeats": repeats, "ceiling_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
-        "ceiling_tflops": round(ceilings.flops_per_s / 1e12, 2),
-    }  # fmt: skip
-    attention = shapes.TOY_ATTENTION if _TOY.value else shapes.ATTENTION
-    stats = shapes.TOY_STATS if _TOY.value else shapes.STATS
-    calls = min(2, _CALLS.value) if _TOY.value else _CALLS.value
-    makers: list[Iterator[Case]] = [attention_cases(*item, calls) for item in attention.items()]
-    makers += [stats_cases(*item, calls) for item in stats.items()]
-    makers.append(step_cases(_TOY.value))
-    rows = []
-    for cases in makers:
-        for case in cases:
-            if _ONLY.value in f"{case.case} {case.name} {case.implementation}":
-                rows.append(about | measure(case, ceilings, repeats))
-                print(json.dumps(rows[-1]), flush=True)
-    head = " ".join(f"{name}={value}" for name, value in about.items())
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row[c])[:80] for c in COLUMNS) + " |" for row in rows]
-    text = head + "\n\n" + "\n".join(lines)
-    print("\n" + text)
-    if _OUT.value:
-        out = pathlib.Path(_OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (out / "kernels.md").write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    app.run(main)

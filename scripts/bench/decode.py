@@ -1,43 +1,19 @@
-"""Timings, one JSON line per case, and a table.
+"""Decode steps of every cache against a bare forward of the same window, and whole decodes.
 
-    python -m scripts.bench decode                        # CPU sizes
-    python -m scripts.bench decode --preset=llada_8b      # on an accelerator: random weights
-    python -m scripts.bench train
-    python -m scripts.bench spec                          # --preset=llama3_1_8b on an accelerator
-
-`decode` times one decode step of each cache against a bare jitted forward of the same window, and
-whole decodes. Ceilings (a large matrix product, a large copy) are measured in the same run, and the
-bytes and operations a forward needs are counted from the shapes, so `roofline_share` says how much
-of the time is unavoidable on this device. Random weights: speed only, no quality.
-
-`train` times training steps of the waiting-line config and of the larger model above, with and
-without recomputed activations, against their matrix products: `over_ceiling` is the time of a step
-over that of its operations at the speed of one large product, `over_products` over that of the same
-products done one after the other, in their own shapes. Operations are those executed, recomputed
-ones included (`gflop`); `needed_gflop` leaves those out. All are timed in turn, and `spread` is the
-range between the quartiles over the median. `input_wait` is the share of its time that the training
-loop waits for a batch from `train.data.train_iterator`; `input_cost` is the share by which it is
-faster with a batch that lies there already.
-
-`mfu` is the share of the time of a step that the needed operations take at the speed of that large
-product (of the published peak it would be less). `--preset` and `--dtype` choose the larger model.
-
-`spec` times rounds of drafting and verifying, with trees of 1 to 64 nodes and with every kind of
-drafter, against a bare forward of one token, see `scripts.bench_spec`.
+The bytes and operations a forward needs are counted from the shapes, so `roofline_share` says how
+much of the time is unavoidable on this device.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import resource
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 from tqdm import tqdm
 
 from decode.diffusion.components import CACHES, FixedBlocks, Quota, Threshold
@@ -47,38 +23,39 @@ from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 from dlm.models.decoder import forward
 from dlm.params import Params, init_params, num_params
-from dlm.presets import PRESETS
 from dlm.vocab import vocab_stats
-from scripts import bench_spec, bench_train
-from scripts.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s, table
-from train.host import keep_freed_memory
-
-_PRESET = flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
-_DTYPE = flags.DEFINE_string("dtype", "", "Of that model, such as bfloat16; empty: the preset's.")
-_BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
-_PROMPT_LEN = flags.DEFINE_integer("prompt_len", 64, "Prompt tokens.")
-_GEN_LEN = flags.DEFINE_integer("gen_len", 128, "Completion tokens.")
-_BLOCK_LEN = flags.DEFINE_integer("block_len", 32, "Block tokens.")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs; the median is reported.", lower_bound=5)
-
-# About 20 M parameters: large enough that matrix products and not dispatch decide on a CPU.
-BENCH = ModelConfig(
-    d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64, d_ff=1024, vocab_size=16384,
-    max_seq_len=1024, mask_token_id=16383, eos_token_id=16382, pad_token_id=16382, dtype="float32",
-)  # fmt: skip
+from scripts.bench.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s
 
 STEP_COLUMNS = ["batch", "cache", "window", "step_ms", "bare_forward_ms", "step_over_bare", "bound",
                 "roofline_share"]  # fmt: skip
 DECODE_COLUMNS = ["batch", "cache", "rule", "compile_s", "seconds", "tokens_per_s",
                   "forwards_per_row", "peak_memory_mb"]  # fmt: skip
 
-# Of the separate draft model: Llama's own small sibling, or two layers of the model's width.
-DRAFTS = {"llama3_1_8b": PRESETS["llama3_2_1b"]}
-
 STEPS_PER_CALL = 4  # the loop's own overhead is part of a step; dispatch from Python is not
 
 
 def bench_decode(
+    cfg: ModelConfig,
+    batches: list[int],
+    prompt_len: int,
+    gen_len: int,
+    block_len: int,
+    repeats: int,
+) -> Iterator[dict[str, Any]]:
+    """Results of every batch size.
+
+    Args:
+      cfg: the model, whose weights are random.
+      batches: rows.
+      prompt_len, gen_len, block_len: tokens.
+      repeats: timed runs.
+    """
+    ceilings = measure_ceilings(cfg.dtype, repeats)
+    for batch in tqdm(batches, desc="batch sizes"):
+        yield from _bench_batch(cfg, batch, prompt_len, gen_len, block_len, repeats, ceilings)
+
+
+def _bench_batch(
     cfg: ModelConfig,
     batch: int,
     prompt_len: int,
@@ -201,45 +178,3 @@ def _peak_bytes() -> float:
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def main(argv: list[str]) -> None:
-    if argv[1:] not in (["decode"], ["train"], ["spec"]):
-        raise app.UsageError(f"benchmarks are `decode`, `train` and `spec`, got {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    cfg = BENCH if _PRESET.value == "bench" else PRESETS[_PRESET.value]
-    if _DTYPE.value:
-        cfg = dataclasses.replace(cfg, dtype=_DTYPE.value)
-    batches, repeats = [int(b) for b in _BATCH.value], _REPEATS.value
-    lengths = (_PROMPT_LEN.value, _GEN_LEN.value)
-    results = []
-    if argv[1] == "train":
-        keep_freed_memory()  # as `python -m train` does
-        if cfg.mask_token_id is None:  # of an autoregressive preset: as if it were to be converted
-            cfg = dataclasses.replace(cfg, mask_token_id=cfg.vocab_size - 1)
-        largest = (max(batches), *lengths)
-        made = bench_train.bench_train(_PRESET.value, cfg, largest, repeats)
-        for result in tqdm(made, desc="cases", total=4):
-            print(json.dumps(result), flush=True)
-            results.append(result)
-        print("\n" + table(results, "train", bench_train.COLUMNS))
-        return
-    ceilings = measure_ceilings(cfg.dtype, repeats)
-    if argv[1] == "spec":
-        draft = DRAFTS.get(_PRESET.value, dataclasses.replace(cfg, n_layers=2))
-        for batch in tqdm(batches, desc="batch sizes"):
-            for result in bench_spec.bench_spec(cfg, draft, batch, lengths[0], repeats, ceilings):
-                print(json.dumps(result), flush=True)
-                results.append(result)
-        print("\n" + table(results, "spec", bench_spec.COLUMNS))
-        return
-    for batch in tqdm(batches, desc="batch sizes"):
-        for result in bench_decode(cfg, batch, *lengths, _BLOCK_LEN.value, repeats, ceilings):
-            print(json.dumps(result), flush=True)
-            results.append(result)
-    print("\n" + table(results, "step", STEP_COLUMNS))
-    print("\n" + table(results, "decode", DECODE_COLUMNS))
-
-
-if __name__ == "__main__":
-    app.run(main)

@@ -7,8 +7,8 @@ import pytest
 from jax.extend import core
 
 from dlm.params import init_params
-from scripts.bench_train import _random_batch, product_flops, train_products
-from scripts.timing import forward_cost
+from scripts.bench.timing import forward_cost
+from scripts.bench.train import _random_batch, product_flops, train_products
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
