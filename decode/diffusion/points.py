@@ -1,4 +1,4 @@
-"""Decoding methods by name: the table that `scripts/compare.py` measures, for notebooks too.
+"""Decoding methods by name: the table that `scripts.compare` measures, for notebooks too.
 
     from decode.diffusion.points import METHODS, named
 

@@ -45,7 +45,7 @@ from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
 from dlm.vocab import vocab_stats
 from scripts.bench.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s
-from scripts.quickstart_spec import NUM_DRAFTS, TREE
+from scripts.quickstart_spec.drafters import NUM_DRAFTS, TREE
 
 NODES = (1, 8, 32, 64)
 COLUMNS = ["batch", "drafter", "nodes", "round_ms", "one_token_ms", "break_even", "bound",

@@ -13,7 +13,8 @@ import dlm
 from decode.diffusion.points import FAMILIES, METHODS, family_of, named, override
 from decode.evaluation.job import TASKS, Job, Point, make_job
 from dlm.tasks.waiting_line import WaitingLine
-from scripts import compare
+from scripts.compare.points import make_points
+from scripts.compare.report import summarise
 from tests.lib.paths import ROOT
 from tests.lib.untrained import untrained
 
@@ -49,7 +50,7 @@ def test_summary_of_two_points_by_hand():
     records = [
         record([1, 1], [4, 8], 6.0), record([1, 0], [2, 2], 2.0), record([1, 1], [6, 6], 3.0)
     ]  # fmt: skip
-    rows, areas = compare.summarise(points, records, {"all": [0, 1], "second": [1]})
+    rows, areas = summarise(points, records, {"all": [0, 1], "second": [1]})
     assert [row["method"] for row in rows] == ["one_per_step", "fast", "other"] * 2
     fast = rows[1]
     assert (fast["accuracy"], fast["nfe"], fast["tokens_per_forward"]) == (50, 2, 3)
@@ -131,7 +132,7 @@ METHODS_FILES = {
 @pytest.mark.parametrize("name", METHODS_FILES)
 def test_methods_files(name, job, tmp_path):
     (tmp_path / name).write_text(METHODS_FILES[name])
-    points, left_out = compare.make_points(job, methods_file=str(tmp_path / name))
+    points, left_out = make_points(job, methods_file=str(tmp_path / name))
     assert [(p.label, p.family) for p in points] == [
         ("one_per_step", "quota"), ("low", "threshold"), ("klass", "klass")
     ]  # fmt: skip
@@ -143,7 +144,7 @@ def test_labels_say_what_was_changed(job, tmp_path):
         "- {name: threshold, rule: {threshold: 0.8}, scheduler: {block_len: 2}}\n"
         "- {name: threshold, family: cached, cache: dual}\n"
     )
-    points, _ = compare.make_points(job, methods_file=str(tmp_path / "mine.yaml"))
+    points, _ = make_points(job, methods_file=str(tmp_path / "mine.yaml"))
     assert [p.label for p in points[1:]] == [
         "threshold threshold=0.8 block_len=2",
         "threshold cache=dual",
@@ -166,17 +167,17 @@ def test_labels_say_what_was_changed(job, tmp_path):
 def test_wrong_methods_files(text, message, job, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        compare.make_points(job, methods_file=str(tmp_path / "mine.yaml"))
+        make_points(job, methods_file=str(tmp_path / "mine.yaml"))
     assert "\n" not in str(error.value)
 
 
 def test_default_is_every_method_that_the_model_allows(job):
-    points, left_out = compare.make_points(job, delimiter='", "')
+    points, left_out = make_points(job, delimiter='", "')
     assert [p.label for p in points] == list(METHODS) and not left_out
-    points, left_out = compare.make_points(job)
+    points, left_out = make_points(job)
     assert left_out == [left_out[0]] and "adablock is left out: delimiter_ids" in left_out[0]
     with pytest.raises(ValueError, match="adablock: delimiter_ids is empty"):
-        compare.make_points(job, ["adablock"])
+        make_points(job, ["adablock"])
 
 
 # ---- Runs --------------------------------------------------------------------------------------

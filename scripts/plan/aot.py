@@ -6,8 +6,8 @@ would take). Import this module before anything starts JAX.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import importlib
 import math
 import os
 import re
@@ -29,7 +29,9 @@ from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.diffusion.points import named, override
 from dlm.config import ModelConfig
 from dlm.params import abstract_params
+from dlm.presets import PRESETS
 from dlm.sharding import logical_sharding
+from scripts.plan.collectives import collectives
 from train import train_state
 from train.config import OptimConfig, build
 from train.trajectories import knowing
@@ -83,7 +85,16 @@ def devices_of(target: str) -> Any:
         ) from error
 
 
-# ---- Programs ----------------------------------------------------------------------------------
+def recipe_config(recipe: str) -> ConfigDict:
+    """The settings of a recipe, such as "llada_8b_dparallel:released"."""
+    module, _, argument = recipe.partition(":")
+    config: ConfigDict = importlib.import_module(f"configs.{module}").get_config(argument)
+    return config
+
+
+def recipe_model(recipe: str) -> ModelConfig:
+    """The preset whose name a recipe begins with."""
+    return PRESETS[next(preset for preset in PRESETS if recipe.startswith(preset))]
 
 
 def decoding(
@@ -211,108 +222,3 @@ def _spanning(program: str, vocab: int) -> list[str]:
     shares = {vocab // n for n in (1, 2, 4, 8) if vocab % n == 0}
     shapes = set(re.findall(r"\b(?:f32|bf16)\[[\d,]+\]", program))
     return sorted(s for s in shapes if int(re.split(r"[\[,\]]", s)[-2]) in shares)
-
-
-# ---- What moves between chips ------------------------------------------------------------------
-
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_MOVES = re.compile(
-    r"= (?P<shape>.*?) (?P<op>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
-_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_LIMIT = re.compile(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT")
-_ARRAY = re.compile(r"\b(pred|bf|f|s|u)(\d*)\[([\d,]*)\]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of transfer in a program.
-
-    Attributes:
-      op: such as "all-gather".
-      shape: of what it gives, per chip.
-      num_bytes: of that.
-      group: chips that take part.
-      branch: of the conditional that it is in, from 0 (false); -1: it runs in any case.
-      times: how often it runs: loops over layers count their rounds, others once.
-    """
-
-    op: str
-    shape: str
-    num_bytes: int
-    group: int
-    branch: int
-    times: int
-
-    @property
-    def bytes_moved(self) -> float:
-        """Through the links of a chip, all times together, on a ring."""
-        share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.op, share)
-        if self.op == "reduce-scatter":
-            factor *= self.group  # what it gives is a share of what it takes
-        return self.times * factor * self.num_bytes
-
-
-def collectives(program: str) -> list[Collective]:
-    """All transfers of a compiled program (its text), those that move most first."""
-    lines: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in program.splitlines():
-        if header := _HEADER.match(line):
-            name = header[2]
-            lines[name] = []
-            entry = name if header[1] else entry
-        elif name:
-            lines[name].append(line)
-    found: collections.Counter[tuple[str, str, int, int, int]] = collections.Counter()
-    pending = [(entry, 1, -1)]
-    while pending:
-        name, times, branch = pending.pop()
-        for line in lines.get(name, ()):
-            if move := _MOVES.search(line):
-                shape, num_bytes = _largest_of(move["shape"])
-                found[move["op"], shape, num_bytes, _group_size(line), branch] += times
-            if loop := _LOOP.search(line):
-                rounds = _rounds(lines.get(loop[1], []))
-                pending.append((loop[2], times * rounds, branch))
-            pending += [(callee, times, branch) for callee in _CALLS.findall(line)]
-            if branches := _BRANCHES.search(line):
-                for i, callee in enumerate(branches[1].split(",")):
-                    pending.append((callee.strip(" %"), times, i if branch < 0 else branch))
-    moves = [Collective(*key, times) for key, times in found.items()]
-    return sorted(moves, key=lambda move: -move.bytes_moved)
-
-
-def _rounds(condition: list[str]) -> int:
-    """How often a loop runs that counts up to a constant; 1 of any other."""
-    for line in condition:
-        if limit := _LIMIT.search(line):
-            for other in condition:
-                if constant := re.search(rf"%{re.escape(limit[1])} = .* constant\((\d+)\)", other):
-                    return int(constant[1])
-    return 1
-
-
-def _largest_of(shapes: str) -> tuple[str, int]:
-    """The largest array of an array or a tuple of them, and its bytes."""
-    best = ("", 0)
-    for kind, bits, dims in _ARRAY.findall(shapes):
-        size = math.prod(int(d) for d in dims.split(",") if d) * max(int(bits or 8) // 8, 1)
-        if size > best[1]:
-            best = (f"{kind}{bits}[{dims}]", size)
-    return best
-
-
-def _group_size(line: str) -> int:
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(iota[2])
-    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(groups[1].split(","))
-    return 2  # a permutation names pairs

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from dlm.presets import PRESETS
-from tests.scripts.test_compile_tpu import LIBTPU, ROOT, needs_libtpu
+from scripts.plan.collectives import collectives
+from scripts.plan.meshes import decoding_meshes, training_meshes
+from tests.scripts.plan.test_compile_tpu import LIBTPU, ROOT, needs_libtpu
 
 PROGRAM = """\
 HloModule jit_f
@@ -52,7 +54,7 @@ ENTRY %main (p: bf16[2,4]) -> bf16[2,4] {
 
 
 def in_a_process(code, *arguments):
-    """`scripts.aot` changes what JAX looks for, so it stays out of this process."""
+    """`scripts.plan.aot` changes what JAX looks for, so it stays out of this process."""
     path = os.pathsep.join([str(ROOT), str(LIBTPU)])
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": path}
     done = subprocess.run(
@@ -63,13 +65,7 @@ def in_a_process(code, *arguments):
 
 
 def test_transfers_are_counted_as_often_as_they_run():
-    code = """
-import dataclasses, json, sys
-from scripts import aot
-moves = aot.collectives(sys.argv[1])
-print(json.dumps([dataclasses.asdict(m) | {"moved": m.bytes_moved} for m in moves]))
-"""
-    found = {move["op"]: move for move in in_a_process(code, PROGRAM)}
+    found = {move.op: move for move in collectives(PROGRAM)}
     assert found.keys() == {"all-reduce", "all-gather", "reduce-scatter", "collective-permute"}
     expected = {  # chips, branch, times, bytes through a chip's links
         "all-reduce": (4, 0, 7, 7 * 2 * 3 / 4 * 16),
@@ -79,42 +75,29 @@ print(json.dumps([dataclasses.asdict(m) | {"moved": m.bytes_moved} for m in move
     }
     for op, (group, branch, times, moved) in expected.items():
         move = found[op]
-        assert (move["group"], move["branch"], move["times"]) == (group, branch, times)
-        assert move["moved"] == pytest.approx(moved)
+        assert (move.group, move.branch, move.times) == (group, branch, times)
+        assert move.bytes_moved == pytest.approx(moved)
 
 
 def test_every_chip_trains_on_rows_of_its_own():
-    code = """
-import json
-from scripts.plan_pod import training_meshes
-made = [training_meshes(*n) for n in ((16, 64), (256, 64))]
-print(json.dumps([[list(dict(mesh).values()) for mesh in meshes] for meshes in made]))
-try:
-    list(training_meshes(256, 7))
-except ValueError as error:
-    assert "data.batch_size=7 cannot be divided among 256 chips" in str(error)
-else:
-    raise AssertionError
-"""
-    assert in_a_process(code) == [[[16, 1], [8, 2], [4, 4]], [[64, 4], [32, 8], [16, 16]]]
+    sizes = [
+        [list(dict(mesh).values()) for mesh in training_meshes(chips, 64)] for chips in (16, 256)
+    ]
+    assert sizes == [[[16, 1], [8, 2], [4, 4]], [[64, 4], [32, 8], [16, 16]]]
+    with pytest.raises(ValueError, match=r"data\.batch_size=7 cannot be divided among 256 chips"):
+        list(training_meshes(256, 7))
 
 
 def test_meshes_use_all_chips_and_no_more_rows_than_there_are():
-    code = """
-import json
-from scripts import plan_pod
-from dlm.presets import PRESETS
-cfg = PRESETS["llada_8b"]
-print(json.dumps([
-    [
-        {axis: size for axis, size in mesh if size > 1}
-        for mesh in plan_pod.decoding_meshes(cfg, chips, batch)
-    ]
-    for chips, batch in ((16, 1), (16, 8), (256, 64), (256, 2))
-]))
-"""
-    of_one, of_eight, large, idle = in_a_process(code)
-    assert PRESETS["llada_8b"].n_heads == 32
+    cfg = PRESETS["llada_8b"]
+    of_one, of_eight, large, idle = (
+        [
+            {axis: size for axis, size in mesh if size > 1}
+            for mesh in decoding_meshes(cfg, chips, batch)
+        ]
+        for chips, batch in ((16, 1), (16, 8), (256, 64), (256, 2))
+    )
+    assert cfg.n_heads == 32
     assert of_one == [{"tensor": 16}]
     assert of_eight == [{"tensor": 16}, *({"data": d, "tensor": 16 // d} for d in (2, 4, 8))]
     assert large == [{"data": d, "tensor": 256 // d} for d in (8, 16, 32, 64)]
@@ -126,7 +109,7 @@ def test_meshes_lie_on_slices_of_any_kind():
     """Axes that no dimension of the slice has the size of."""
     code = """
 import json
-from scripts import aot
+from scripts.plan import aot
 from dlm.sharding import make_mesh
 print(json.dumps([
     make_mesh(**axes, devices=aot.devices_of(target)).devices.size
@@ -144,7 +127,7 @@ def test_a_plan_of_llada_8b(tmp_path):
     path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": path}
     command = [
-        sys.executable, "-m", "scripts.plan_pod", "--slices=v5e:2x2", "--batch=1", "--recipes=",
+        sys.executable, "-m", "scripts.plan.pod", "--slices=v5e:2x2", "--batch=1", "--recipes=",
         f"--out={tmp_path}",
     ]  # fmt: skip
     for _ in range(2):

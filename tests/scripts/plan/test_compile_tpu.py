@@ -25,7 +25,7 @@ def compile_for(target, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": path, "JAX_OPTIMIZATION_LEVEL": "O1"}  # O2 takes twice as long
     return subprocess.run(
-        [sys.executable, "-m", "scripts.compile_tpu", f"--target={target}", *arguments],
+        [sys.executable, "-m", "scripts.plan.compile_tpu", f"--target={target}", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540,
     )  # fmt: skip
 

@@ -1,38 +1,14 @@
-"""Compiles kernels, whole decoding loops and training steps for TPUs, on a machine that has none.
-
-    python -m scripts.compile_tpu --target=v5e:2x2
-    python -m scripts.compile_tpu --target=v5e:2x4 --recipes=llada_8b_dparallel
-    python -m scripts.compile_tpu --target=v5e:2x2 --recipes=llada_8b_learn2pd
-
-libtpu's compiler needs no TPU: `pip install libtpu` (the version that `pip install 'jax[tpu]'`
-would take). Every program is compiled for real shapes and one JSON line is printed for it: seconds
-to compile, bytes of arguments, temporaries and donated (aliased) buffers per chip, how many Pallas
-kernels it calls, the VMEM their tiles take, and `full_logits`: shapes of any array that spans the
-vocabulary other than the embedding and the head, of which there should be none.
-
-`--recipes` compiles the training step of those configs instead, or the decoding loops of those that
-collect trajectories, on the mesh they ask for.
-
-Every line says `needed_bytes` of each device (arguments, temporaries, and results that are not
-written over arguments), to be compared with `hbm_bytes`; `largest`, the largest arrays that the
-program holds or streams; and `loop_flops`, operations as the compiler counts them: the body of a
-loop once, kernels not at all.
-"""
+"""The programs that `compile_tpu` compiles: kernels, decoding loops, recipes."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-from scripts import aot  # isort: skip  (before JAX)
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decode.diffusion.components import DualCache, FixedBlocks, Threshold
@@ -45,27 +21,18 @@ from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_loss import unembed_loss
 from kernels_pallas.unembed_stats import Noise, unembed_stats
 from kernels_pallas.window_attention import window_attention
+from scripts.plan import aot
 
-_TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
-_LOOPS = flags.DEFINE_list("loops", ["llada_8b", "dream_7b"], "models whose loop is compiled")
-_RECIPES = flags.DEFINE_list(
-    "recipes", [], "configs whose training step is compiled instead, e.g. llada_8b_sft"
-)
 OPTIONS: tuple[tuple[str, ...], ...] = ((), ("top 10", "given ids"))
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    try:
-        devices = aot.devices_of(_TARGET.value)
-    except ValueError as error:
-        raise SystemExit(f"--target: {error}") from error
-    named = recipes if _RECIPES.value else programs
-    for program in named(devices):
-        print(json.dumps({"target": _TARGET.value, **program}), flush=True)
+def programs(devices: Any, loops: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every kernel at real shapes, and the decoding loops of some presets, compiled.
 
-
-def programs(devices: Any) -> Iterator[dict[str, Any]]:
+    Args:
+      devices: of the slice.
+      loops: presets.
+    """
     one_chip = NamedSharding(make_mesh(devices=devices[:1]), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=one_chip)
     for name, shape, dtype in with_float32(shapes.ATTENTION):
@@ -83,25 +50,35 @@ def programs(devices: Any) -> Iterator[dict[str, Any]]:
         vocab = shapes.STATS["llada_8b block"].V
         yield {"program": f"training: {name}"} | aot.compile_for(function, operands, vocab=vocab)
     mesh = make_mesh(tensor=len(devices), devices=devices)
-    for name in _LOOPS.value:
+    for name in loops:
         yield {"program": f"decode: {name}", "chips": len(devices)} | _loop(name, mesh)
 
 
-def recipes(devices: Any) -> Iterator[dict[str, Any]]:
-    hbm = {"hbm_bytes": aot.chip_of(_TARGET.value).hbm_gib * 2**30}
-    for name in _RECIPES.value:
-        module, _, argument = name.partition(":")
-        config = importlib.import_module(f"configs.{module}").get_config(argument)
-        mesh = dict(config.get("mesh", {"tensor": config.get("tensor")}))
-        if math.prod(mesh.values()) != len(devices):
-            raise SystemExit(
-                f"--target={_TARGET.value} has {len(devices)} devices and {name} is for a mesh of "
-                f"{mesh}: choose a slice with as many"
-            )
-        cfg = PRESETS[next(preset for preset in PRESETS if name.startswith(preset))]
+def recipe_mesh(name: str, devices: Any) -> Mesh:
+    """The mesh that a recipe asks for; ValueError if the slice has another number of devices."""
+    config = aot.recipe_config(name)
+    mesh = dict(config.get("mesh", {"tensor": config.get("tensor")}))
+    if math.prod(mesh.values()) != len(devices):
+        raise ValueError(
+            f"the slice has {len(devices)} devices and {name} is for a mesh of {mesh}: choose a "
+            "slice with as many"
+        )
+    return make_mesh(**mesh, devices=devices)
+
+
+def recipes(target: str, meshes: Mapping[str, Mesh]) -> Iterator[dict[str, Any]]:
+    """Training steps, or the loops that collect trajectories, compiled.
+
+    Args:
+      target: the slice.
+      meshes: by the names of recipes, such as "llada_8b_dparallel:released".
+    """
+    hbm = {"hbm_bytes": aot.chip_of(target).hbm_gib * 2**30}
+    for name, mesh in meshes.items():
+        config = aot.recipe_config(name)
         recipe = aot.training_step if "train" in config else aot.collection
-        for label, report in recipe(config, cfg, make_mesh(**mesh, devices=devices)):
-            yield {"program": f"{label}: {name}", "chips": len(devices)} | report | hbm
+        for label, report in recipe(config, aot.recipe_model(name), mesh):
+            yield {"program": f"{label}: {name}", "chips": mesh.size} | report | hbm
 
 
 def with_float32(named: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -182,7 +159,3 @@ def _loop(name: str, mesh: Mesh) -> dict[str, Any]:
     """Threshold decoding with the dual cache: 256 new tokens in blocks of 32 after 3,840."""
     method = DiffusionMethod(FixedBlocks(32), cache=DualCache(), rule=Threshold(0.9))
     return aot.decoding(method, PRESETS[name], mesh, batch_size=1, gen_len=256, prompt_len=3840)
-
-
-if __name__ == "__main__":
-    app.run(main)

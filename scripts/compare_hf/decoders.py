@@ -1,42 +1,24 @@
-"""The same model, the same prompts, the same machine: this library and Hugging Face's `generate`.
-
-    pip install -e '.[parity]'
-    python -m scripts.compare_hf --models=runs/quickstart_spec/python/seed0 --task=python
-
-Both read the target and the draft model that `scripts.quickstart_spec` has trained, and decode
-held-out prompts greedily, one at a time: plainly, with the draft model (assisted generation), and
-by prompt lookup, with as many drafts each. Runs alternate, and the median over prompts of the time
-per token is reported; compilation is not (there is one per method). Texts are compared with those
-of Hugging Face's plain decoding.
-
-Forwards are those of the target; the first one of `generate` reads the prompt, too.
-"""
+"""One prompt decoded by each method of each library."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
-from absl import app, flags, logging
 from tqdm import tqdm
 
 import dlm
-from configs import causal_lm
-from decode.evaluation.run import Programs, device, timed
+from decode.evaluation.run import Programs, timed
 from decode.evaluation.tables import markdown
 from decode.speculative.contracts import Drafter
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.loop import SpeculativeMethod
-from train.config import build
-from train.host import keep_freed_memory
 
 NUM_DRAFTS = {"draft model": 4, "prompt lookup": 8}
 MAX_NGRAM = 3  # of prompt lookup
@@ -132,30 +114,10 @@ def theirs(folder: pathlib.Path, gen_len: int, eos: int, pad: int) -> Iterator[t
         yield name, decoder(extra)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    keep_freed_memory()
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
-    folder, gen_len = pathlib.Path(flags.FLAGS.models), flags.FLAGS.gen_len
-    try:
-        lm = dlm.load(folder / "target" / "model")
-    except OSError as error:
-        sys.exit(f"error: {error}: run scripts.quickstart_spec first")
-    assert lm.tokenizer is not None
-    config = causal_lm.get_config(flags.FLAGS.task).data
-    held_out = build({**config.task, **config.valid}, "task")
-    order = np.random.default_rng(0).permutation(len(held_out))[: flags.FLAGS.num_prompts]
-    prompts = [lm.tokenizer.encode(held_out[int(i)].prompt) for i in order]
-
-    decoders = {("ours", name): run for name, run in ours(folder, gen_len, max(map(len, prompts)))}
-    eos, pad = lm.cfg.eos_token_id, lm.cfg.pad_token_id
-    decoders |= {("transformers", name): run for name, run in theirs(folder, gen_len, eos, pad)}
+def alternate(
+    decoders: dict[tuple[str, str], Decoder], prompts: list[list[int]]
+) -> dict[tuple[str, str], Tally]:
+    """Every prompt decoded by everyone before the next one is; by library and method."""
     for run in decoders.values():
         run(prompts[0])  # compiles, or warms up
     tallies = {key: Tally() for key in decoders}
@@ -165,30 +127,22 @@ def main(argv: list[str]) -> None:
             tallies[key].texts.append(tokens)
             tallies[key].forwards.append(forwards)
             tallies[key].seconds.append(seconds)
+    return tallies
 
+
+def table(tallies: dict[tuple[str, str], Tally]) -> str:
+    """A line per method and library."""
     plain = tallies["transformers", "none"]
     same = lambda t: sum(a == b for a, b in zip(t.texts, plain.texts, strict=True))  # noqa: E731
     rows = [
         {
             "drafter": name,
             "library": library,
-            "same text": f"{same(t)}/{len(prompts)}",
+            "same text": f"{same(t)}/{len(plain.texts)}",
             "forwards": f"{np.mean(t.forwards):.1f}",
             "tokens/s": f"{t.tokens_per_s:.0f}",
             "over transformers, plain": f"{t.tokens_per_s / plain.tokens_per_s:.2f}x",
         }
         for (library, name), t in sorted(tallies.items(), key=lambda item: item[0][::-1])
     ]
-    print(
-        f"\n{flags.FLAGS.task}: {len(prompts)} held-out prompts, batch 1, {gen_len} tokens, "
-        f"greedy, float32, {device()}, jax {jax.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}:\n\n{markdown(rows)}\n"
-    )
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("models", None, "A folder of `scripts.quickstart_spec`.", required=True)
-    flags.DEFINE_enum("task", "python", causal_lm.TASKS, "What they were trained on.")
-    flags.DEFINE_integer("num_prompts", 16, "Held-out prompts.", lower_bound=1)
-    flags.DEFINE_integer("gen_len", 128, "Most tokens of a text.", lower_bound=1)
-    app.run(main)
+    return markdown(rows)
