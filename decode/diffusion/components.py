@@ -73,7 +73,7 @@ COMPONENTS: dict[str, tuple[type[Component], ...]] = {  # by axis
 
 def short_names(axis: str) -> dict[str, type[Component]]:
     """The components of an axis that users may ask for by a short name."""
-    return {c.short_name: c for c in COMPONENTS[axis] if c.short_name}
+    return {c.short_name: c for c in COMPONENTS.get(axis, ()) if c.short_name}
 
 
 def by_name(axis: str, value: str | Component | None) -> Any:

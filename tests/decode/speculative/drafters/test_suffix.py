@@ -19,7 +19,7 @@ def context_of(rows):
     return Context(
         params={}, tokens=jnp.asarray(tokens), length=jnp.asarray(lengths, jnp.int32),
         key=jnp.zeros((len(rows), 2), jnp.uint32), sampling=Sampling(temperature=None),
-        active=jnp.ones(len(rows), bool),
+        active=jnp.ones(len(rows), bool), cache=None,
     )  # fmt: skip
 
 
