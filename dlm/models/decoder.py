@@ -10,6 +10,7 @@ width, F MLP width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,7 @@ def forward(
     slots: Slots | None = None,
     *,
     feature_layers: tuple[int, ...] = (),
+    layers: tuple[int, ...] | None = None,
     remat: bool = False,
 ) -> ForwardOutput:
     """Runs the model over a window of positions.
@@ -65,6 +67,9 @@ def forward(
       slots: the cache, what is read of it and where the window is written; None: there is none.
       feature_layers: indices of layers, at whose entrance the residual stream is kept as a
         feature; `cfg.n_layers` is what leaves the last one, before the final norm. Static.
+      layers: indices of the layers that are run, rising; None: all. Their weights are read where
+        they lie. A cache of all `cfg.n_layers` is used at their own numbers, one of `len(layers)`
+        in the order in which they run. Static.
       remat: whether to recompute each layer in the backward pass instead of keeping its
         activations.
 
@@ -72,8 +77,15 @@ def forward(
       Hidden states of the window, the cache, features.
 
     Raises:
-      ValueError: the window contradicts itself or does not fit the slots, see `Window`.
+      ValueError: the window contradicts itself or does not fit the slots, see `Window`; there are
+        no such `layers`, a feature is of one that is not run, or the cache has another number.
     """
+    run = tuple(range(cfg.n_layers)) if layers is None else check_layers(layers, cfg.n_layers)
+    if not {*run, cfg.n_layers}.issuperset(feature_layers):
+        raise ValueError(f"feature_layers={feature_layers} must be among layers={run} that are run")
+    depth = len(run) if slots is None else len(slots.cache.k)
+    if depth not in (len(run), cfg.n_layers):
+        raise ValueError(f"the cache has {depth} layers and must have {len(run)}, those that run")
     angles = rotary_angles(window.positions, cfg)
     x = params["embed"].at[window.tokens].get(mode="clip")  # [B, T, D]
     if window.mix is not None:
@@ -83,18 +95,23 @@ def forward(
 
     kept, keep = _feature_buffer(cfg, feature_layers, x)
 
-    def layer(carry: Any, xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
+    def layer(carry: Any, xs: tuple[Params | None, jax.Array, jax.Array]) -> tuple[Any, None]:
         x, written, kept = carry
-        p, index = xs
+        p, index, place = xs
+        if p is None:
+            take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+            p = jax.tree.map(take, params["layers"])
         kept = keep(kept, index, x)
         used = slots if slots is None or written is None else slots.replace(cache=written)
-        x, new = decoder_layer(x, p, cfg, angles, window, used, index)
+        x, new = decoder_layer(x, p, cfg, angles, window, used, place)
         return (x, new, kept), None
 
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    index = jnp.arange(cfg.n_layers) if layers is None else jnp.array(layers)
+    place = index if depth == cfg.n_layers else jnp.arange(len(run))
     given = None if slots is None else slots.cache
     carry = (x, None if slots is None or slots.write_at is None else given, kept)
-    carry, _ = jax.lax.scan(body, carry, (params["layers"], jnp.arange(cfg.n_layers)))
+    carry, _ = jax.lax.scan(body, carry, (None if layers else params["layers"], index, place))
     x, written, kept = carry
     kept = keep(kept, cfg.n_layers, x)
     return ForwardOutput(
@@ -102,6 +119,13 @@ def forward(
         cache=given if written is None else written,
         features=None if kept is None else jnp.concatenate([*kept[:-1]], axis=-1),
     )
+
+
+def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """`layers`, rising indices of some of `num_layers`; ValueError if they are not."""
+    if not layers or list(layers) != sorted(set(layers) & set(range(num_layers))):
+        raise ValueError(f"layers={layers} must be rising layers of the {num_layers} there are")
+    return layers
 
 
 def decoder_layer(

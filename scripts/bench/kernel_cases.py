@@ -16,10 +16,11 @@ from decode.diffusion.components import FixedBlocks, Threshold, by_name
 from decode.diffusion.loop import DiffusionMethod, init_state, step
 from dlm.params import init_params
 from dlm.presets import PRESETS
-from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats, unembed_logits
 from kernels_pallas.unembed_stats import unembed_stats as stats_op
+from kernels_pallas.unembed_stats.shapes import StatsShape
 from kernels_pallas.window_attention import window_attention
+from kernels_pallas.window_attention.shapes import AttentionShape
 from scripts.bench.decode import STEPS_PER_CALL, repeat_step
 from scripts.bench.timing import forward_cost
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import shapes
+from kernels_pallas.unembed_stats.shapes import STATS, TOY_STATS
+from kernels_pallas.window_attention.shapes import ATTENTION, TOY_ATTENTION
 from scripts.bench.kernel_cases import DTYPE, Case, attention_cases, stats_cases, step_cases
 from scripts.bench.timing import Ceilings, measure_ceilings, median_s
 
@@ -71,8 +72,8 @@ def run(is_toy: bool, calls: int, only: str, out: str | None, repeats: int) -> N
         "repeats": repeats, "ceiling_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
         "ceiling_tflops": round(ceilings.flops_per_s / 1e12, 2),
     }  # fmt: skip
-    attention = shapes.TOY_ATTENTION if is_toy else shapes.ATTENTION
-    stats = shapes.TOY_STATS if is_toy else shapes.STATS
+    attention = TOY_ATTENTION if is_toy else ATTENTION
+    stats = TOY_STATS if is_toy else STATS
     calls = min(2, calls) if is_toy else calls
     makers: list[Iterator[Case]] = [attention_cases(*item, calls) for item in attention.items()]
     makers += [stats_cases(*item, calls) for item in stats.items()]

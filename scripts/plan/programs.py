@@ -15,12 +15,14 @@ from decode.diffusion.components import DualCache, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
-from kernels_pallas import shapes, unembed_stats_tpu, window_attention_tpu
 from kernels_pallas.block_diffusion_attention import block_diffusion_attention
-from kernels_pallas.shapes import AttentionShape, StatsShape
 from kernels_pallas.unembed_loss import unembed_loss
 from kernels_pallas.unembed_stats import Noise, unembed_stats
+from kernels_pallas.unembed_stats import tpu as stats_tpu
+from kernels_pallas.unembed_stats.shapes import STATS, StatsShape
+from kernels_pallas.window_attention import tpu as attention_tpu
 from kernels_pallas.window_attention import window_attention
+from kernels_pallas.window_attention.shapes import ATTENTION, AttentionShape
 from scripts.plan import aot
 
 OPTIONS: tuple[tuple[str, ...], ...] = ((), ("top 10", "given ids"))
@@ -35,19 +37,19 @@ def programs(devices: Any, loops: Sequence[str]) -> Iterator[dict[str, Any]]:
     """
     one_chip = NamedSharding(make_mesh(devices=devices[:1]), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=one_chip)
-    for name, shape, dtype in with_float32(shapes.ATTENTION):
+    for name, shape, dtype in with_float32(ATTENTION):
         function, operands, vmem = _attention(shape, dtype, array)
         yield {"program": f"window_attention: {name}", "vmem": vmem} | aot.compile_for(
             function, operands
         )
-    for name, stats, dtype in with_float32(shapes.STATS):
+    for name, stats, dtype in with_float32(STATS):
         for options in OPTIONS:
             function, operands, vmem = _vocabulary(stats, options, dtype, array)
             label = ", ".join((name, *options))
             compiled = aot.compile_for(function, operands, vocab=stats.V)
             yield {"program": f"unembed_stats: {label}", "vmem": vmem} | compiled
     for name, (function, operands) in _training(array).items():
-        vocab = shapes.STATS["llada_8b block"].V
+        vocab = STATS["llada_8b block"].V
         yield {"program": f"training: {name}"} | aot.compile_for(function, operands, vocab=vocab)
     mesh = make_mesh(tensor=len(devices), devices=devices)
     for name in loops:
@@ -112,7 +114,7 @@ def _attention(
     return (
         attend,
         operands,
-        window_attention_tpu.plan(T, S, N, K, H, dtype.dtype.itemsize).vmem_bytes,
+        attention_tpu.plan(T, S, N, K, H, dtype.dtype.itemsize).vmem_bytes,
     )
 
 
@@ -132,7 +134,7 @@ def _vocabulary(
         Noise(array((M, 2), jnp.uint32), array((), jnp.float32)) if shape.has_noise else None,
         array((M, 3), jnp.int32) if "given ids" in options else None,
     )
-    return stats, operands, unembed_stats_tpu.plan(M, D, V, dtype.dtype.itemsize).vmem_bytes
+    return stats, operands, stats_tpu.plan(M, D, V, dtype.dtype.itemsize).vmem_bytes
 
 
 def _training(array: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -146,7 +148,7 @@ def _training(array: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]
         return (stats.entropy - stats.log_prob).sum()
 
     L, N, H = 2048, 32, 128
-    D, V = shapes.STATS["llada_8b block"].D, shapes.STATS["llada_8b block"].V
+    D, V = STATS["llada_8b block"].D, STATS["llada_8b block"].V
     heads = array((1, 2 * L, N, H), jnp.bfloat16)
     rows = (array((L, D), jnp.bfloat16), array((V, D), jnp.bfloat16), array((L,), jnp.int32))
     return {

@@ -12,6 +12,7 @@ Letters: B rows, S slots, W nodes, J depth, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,11 +43,13 @@ class _Model(Drafter):
       is_sampled: whether drafts are drawn from the draft's law (filtered as the target's, but for
         the repetition penalty), which wants `SpeculativeSampling` or `BlockVerification`; else they
         are its most probable tokens. Static.
+      layers: of it that are run, see `dlm.models.decoder.forward`; None: all. Static.
     """
 
     params: Params
     draft: ModelConfig = struct.field(pytree_node=False)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
+    layers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
 
     @property
     def drawn(self) -> Drawn:
@@ -60,16 +63,21 @@ class _Model(Drafter):
             )
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
-        return init_cache(self.draft, batch_size, num_slots)
+        n_layers = self.draft.n_layers if self.layers is None else len(self.layers)
+        run = dataclasses.replace(self.draft, n_layers=n_layers)
+        return init_cache(run, batch_size, num_slots)
 
     def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, None)
+
+    def _forward(self, window: Window, slots: Slots) -> decoder.ForwardOutput:
+        return decoder.forward(self.params, self.draft, window, slots, layers=self.layers)
 
     def _read(self, seen: Seen, cache: KVCache, rows: jax.Array | None) -> KVCache:
         """Keys and values of tokens in a row."""
         window = Window.at(seen.tokens, seen.start, is_causal=True)
         slots = Slots.append(cache, seen.start, rows)
-        output = decoder.forward(self.params, self.draft, window, slots)
+        output = self._forward(window, slots)
         assert output.cache is not None
         return output.cache
 
@@ -102,7 +110,7 @@ class DraftModel(_Model):
             token, cache = carry
             at = context.length - 1 + i
             window, slots = Window.at(token[:, None], at), Slots.append(cache, at, context.active)
-            output = decoder.forward(self.params, self.draft, window, slots)
+            output = self._forward(window, slots)
             hidden = output.hidden[:, 0]
             if is_drawn:
                 law = context.sampling.replace(repetition_penalty=None).law(
@@ -140,7 +148,7 @@ class DraftModelTree(_Model):
             above = pack_mask(tree.ancestors(self.depth))
             window = Window(tokens, start[:, None] + tree.depths, above)
             slots = Slots.below(state, start)
-            hidden = decoder.forward(self.params, self.draft, window, slots).hidden
+            hidden = self._forward(window, slots).hidden
             return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
         return Proposal(
@@ -180,7 +188,7 @@ class DraftModelBest(BestTree, _Model):
             tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
             window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
             slots = Slots.below(state, start)
-            hidden = decoder.forward(self.params, self.draft, window, slots).hidden
+            hidden = self._forward(window, slots).hidden
             return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
         return Proposal(

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import operator
 
 import jax
@@ -161,6 +162,8 @@ def test_mesh_errors_say_what_is_wrong():
         (dict(mask_token_id=128), r"mask_token_id=128 must be in \[0, vocab_size=128\)"),
         (dict(pad_token_id=127), "must differ from mask_token_id"),
         (dict(dtype="int8"), "dtype='int8' must be"),
+        (dict(pattern=()), r"pattern=\(\) must be kinds of layers, of .* 'dense global rotary'"),
+        (dict(pattern=("dense sliding rotary",)), "must be kinds of layers"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
@@ -217,3 +220,70 @@ def test_features_are_the_residual_stream(layers):
             normed = forward(params | ones, short, window).hidden
             scale = jnp.sqrt(jnp.mean(part**2, axis=-1, keepdims=True) + cfg.norm_eps)
             np.testing.assert_allclose(part / scale, normed, rtol=1e-5, atol=1e-6)
+
+
+# ---- A subset of the layers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 3), (0, 1, 2), (0, 1, 2, 3)])
+def test_some_layers_are_a_model_of_those_layers(layers):
+    """Bit for bit, through a cache of their own and through one of the whole model."""
+    cfg, params = model("qwen3", n_layers=4)
+    tokens, _ = random_tokens(cfg)
+    short = dataclasses.replace(cfg, n_layers=len(layers))
+    taken = params | {"layers": jax.tree.map(lambda x: x[jnp.array(layers)], params["layers"])}
+
+    @functools.partial(jax.jit, static_argnames=("cfg", "layers"))
+    def run(params, cache, cfg, layers=None):
+        start = jnp.zeros(2, jnp.int32)
+        first = Window.at(tokens[:, :8], start, is_causal=True)
+        first = forward(params, cfg, first, Slots.append(cache, start), layers=layers)
+        then = Window.at(tokens[:, 8:], start + 8, is_causal=True)
+        then = forward(params, cfg, then, Slots.append(first.cache, start + 8), layers=layers)
+        return jnp.concatenate([first.hidden, then.hidden], axis=1), then.cache
+
+    expected, written = run(taken, init_cache(short, 2, 16), short)
+    own, own_cache = run(params, init_cache(short, 2, 16), cfg, layers)
+    shared, whole_cache = run(params, init_cache(cfg, 2, 16), cfg, layers)
+    np.testing.assert_array_equal(own, expected)
+    np.testing.assert_array_equal(shared, expected)
+    np.testing.assert_array_equal(own_cache.k, written.k)
+    np.testing.assert_array_equal(whole_cache.k[jnp.array(layers)], written.k)
+    others = [i for i in range(4) if i not in layers]
+    assert not np.asarray(whole_cache.k)[others].any()
+
+
+def test_features_of_some_layers():
+    cfg, params = model("llada", n_layers=3)
+    tokens, positions = random_tokens(cfg)
+    window = Window(tokens, positions)
+    both = forward(params, cfg, window, layers=(0, 2), feature_layers=(2, 3)).features
+    first, last = jnp.split(both, 2, axis=-1)
+    alone = forward(params, cfg, window, layers=(0,), feature_layers=(3,)).features
+    np.testing.assert_allclose(first, alone, rtol=1e-6)
+    assert (np.asarray(first) != last).any()
+
+
+@pytest.mark.parametrize("layers", [None, (0, 1, 2), (1, 4, 6)])
+def test_weights_of_layers_are_not_copied(layers):
+    """Beside arguments and results a compiled forward needs less than two layers of weights."""
+    cfg, _ = model("llada", n_layers=8, d_model=128, d_ff=1024)
+    params = abstract_params(cfg)
+    one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"])) // 8
+    window = Window(*(jax.ShapeDtypeStruct((1, 1), jnp.int32),) * 2)
+    run = jax.jit(forward, static_argnames=("cfg", "layers"))
+    memory = run.lower(params, cfg, window, layers=layers).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * one
+
+
+def test_layers_that_cannot_be_run_are_refused():
+    cfg, params = model("llada")
+    window = Window(*random_tokens(cfg))
+    for layers in ((), (2,), (1, 0), (-1,), (0, 0)):
+        with pytest.raises(ValueError, match="must be rising layers of the 2 there are"):
+            forward(params, cfg, window, layers=layers)
+    with pytest.raises(ValueError, match=r"feature_layers=\(1,\) must be among layers=\(0,\)"):
+        forward(params, cfg, window, layers=(0,), feature_layers=(1,))
+    cache = init_cache(dataclasses.replace(cfg, n_layers=3), 2, 16)
+    with pytest.raises(ValueError, match="the cache has 3 layers and must have 1"):
+        forward(params, cfg, window, Slots(cache), layers=(0,))

@@ -117,9 +117,9 @@ def test_short_rounds_are_short(toy_cfg, monkeypatch):
     """T is the shortest compiled length that holds what the longest row needs."""
     seen, real = [], delayed_cache.forward
 
-    def spy(params, cfg, tokens, **options):
-        seen.append(tokens.shape[1])
-        return real(params, cfg, tokens, **options)
+    def spy(params, cfg, window, slots):
+        seen.append(window.tokens.shape[1])
+        return real(params, cfg, window, slots)
 
     monkeypatch.setattr(delayed_cache, "forward", spy)
     method = DiffusionMethod(FixedBlocks(None), DelayedCache(100), rule=Quota(6))

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import unembed_stats as contract
+from kernels_pallas.unembed_stats.noise import Noise, gumbel_noise
+from kernels_pallas.unembed_stats.summary import NO_ID, Summary, merge, summarize, summarize_sample
 
 VMEM_BUDGET = 14 * 2**20  # bytes; every TPU since v4 grants a kernel 16 MiB without being asked
 LANES = 128
@@ -87,12 +88,12 @@ def summarize_tpu(
     head: jax.Array,
     first_id: jax.Array | int,
     banned_ids: jax.Array | None,
-    noise: contract.Noise | None,
+    noise: Noise | None,
     given_ids: jax.Array | None,
     *,
     k: int,
     interpret: bool | pltpu.InterpretParams = False,
-) -> contract.Summary:
+) -> Summary:
     """The summary of all of `head` [V, D]; `first_id`: vocabulary id of its first row.
 
     Args: otherwise as `unembed_stats`.
@@ -194,13 +195,13 @@ def _kernel(
         exists &= ids != banned_ref[i]
     z = jnp.where(exists, z, -jnp.inf)
 
-    summary = contract.summarize(z, ids)
+    summary = summarize(z, ids)
     if has_noise:
         words = jax.lax.bitcast_convert_type(key_ref[...], jnp.uint32)
-        gumbel = contract.gumbel_noise(words, ids[0])
-        summary |= contract.summarize_sample(z, ids, temperature_ref[0] * gumbel)
+        gumbel = gumbel_noise(words, ids[0])
+        summary |= summarize_sample(z, ids, temperature_ref[0] * gumbel)
 
-    def write(summary: contract.Summary) -> None:
+    def write(summary: Summary) -> None:
         for i, name in enumerate(names):
             float_ref[:, i : i + 1] = summary[name]
         for i, name in enumerate(int_names):
@@ -216,7 +217,7 @@ def _kernel(
     def _rest() -> None:
         before = {name: float_ref[:, i : i + 1] for i, name in enumerate(names)}
         before |= {name: int_ref[:, i : i + 1] for i, name in enumerate(int_names)}
-        write(contract.merge(before, summary))
+        write(merge(before, summary))
 
     for c in range(num_given):
         is_given = ids == given_ref[:, c : c + 1]
@@ -254,7 +255,7 @@ def _insert_tops(
     def insert(state: Any) -> Any:
         z, values, tokens = z_ref[...], values_ref[...], tokens_ref[...]
         best, beats = margin()
-        token = jnp.where(z == best, ids, contract.NO_ID).min(axis=1, keepdims=True)
+        token = jnp.where(z == best, ids, NO_ID).min(axis=1, keepdims=True)
         place = jnp.sum((values >= best).astype(jnp.int32), axis=1, keepdims=True)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:

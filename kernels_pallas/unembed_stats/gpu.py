@@ -36,7 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas import unembed_stats as contract
+from kernels_pallas.unembed_stats.noise import Noise, threefry2x32
+from kernels_pallas.unembed_stats.summary import NO_ID, Summary, merge
 
 PIECE = 128  # vocabulary entries per warpgroup and item
 D_TILE = 64  # 128 bytes, the longest swizzle
@@ -103,11 +104,11 @@ def summarize_gpu(
     head: jax.Array,
     first_id: jax.Array | int,
     banned_ids: jax.Array | None,
-    noise: contract.Noise | None,
+    noise: Noise | None,
     given_ids: jax.Array | None,
     *,
     k: int = 0,
-) -> contract.Summary:
+) -> Summary:
     """The summary of all of `head` [V, D]; `first_id`: vocabulary id of its first row.
 
     Args: otherwise as `unembed_stats`; k must be 0.
@@ -170,8 +171,8 @@ def summarize_gpu(
     return summary
 
 
-def _merge_pieces(pieces: contract.Summary) -> contract.Summary:
-    """`contract.merge` of all pieces at once: columns [P, M], lower ids first, to [M, 1]."""
+def _merge_pieces(pieces: Summary) -> Summary:
+    """`summary.merge` of all pieces at once: columns [P, M], lower ids first, to [M, 1]."""
     tops = pieces["top"]
     top, winner = tops.max(axis=0), jnp.argmax(tops, axis=0)[None]  # the first on ties
     is_winner = jnp.arange(tops.shape[0])[:, None] == winner
@@ -339,16 +340,16 @@ def _spread(column: jax.Array, width: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(column, (HALF, width), [0])
 
 
-def _merge_strips(a: contract.Summary, b: contract.Summary) -> contract.Summary:
-    merged = contract.merge(a, b)
+def _merge_strips(a: Summary, b: Summary) -> Summary:
+    merged = merge(a, b)
     return merged | {name: jnp.maximum(a[name], b[name]) for name in a if name not in merged}
 
 
-def _summarize(z: jax.Array, ids: jax.Array) -> contract.Summary:
-    """`contract.summarize` with columns [HALF], which is how a wgmma result reduces."""
+def _summarize(z: jax.Array, ids: jax.Array) -> Summary:
+    """`summary.summarize` with columns [HALF], which is how a wgmma result reduces."""
     width = z.shape[1]
     top = z.max(axis=1)
-    token = jnp.where(z == _spread(top, width), ids, contract.NO_ID).min(axis=1)
+    token = jnp.where(z == _spread(top, width), ids, NO_ID).min(axis=1)
     is_top = ids == _spread(token, width)
     # All may be banned: then top is -inf and every weight must be zero.
     gap = z - _spread(jnp.where(top > -jnp.inf, top, 0.0), width)
@@ -362,19 +363,19 @@ def _summarize(z: jax.Array, ids: jax.Array) -> contract.Summary:
     }
 
 
-def _summarize_sample(z: jax.Array, ids: jax.Array, gumbel: jax.Array) -> contract.Summary:
-    """`contract.summarize_sample` with columns [HALF]."""
+def _summarize_sample(z: jax.Array, ids: jax.Array, gumbel: jax.Array) -> Summary:
+    """`summary.summarize_sample` with columns [HALF]."""
     width = z.shape[1]
     noisy = z + gumbel
     noisy_top = noisy.max(axis=1)
-    sample = jnp.where(noisy == _spread(noisy_top, width), ids, contract.NO_ID).min(axis=1)
+    sample = jnp.where(noisy == _spread(noisy_top, width), ids, NO_ID).min(axis=1)
     is_sample = ids == _spread(sample, width)
     sample_logit = jnp.where(is_sample, z, -jnp.inf).max(axis=1)
     return {"noisy_top": noisy_top, "sample": sample, "sample_logit": sample_logit}
 
 
 def _gumbel_noise(key0: Any, key1: Any, ids: jax.Array) -> jax.Array:
-    """`contract.gumbel_noise` for keys [HALF] int32 and ids [HALF, n], without log1p.
+    """`noise.gumbel_noise` for keys [HALF] int32 and ids [HALF, n], without log1p.
 
     Up to w = 1/16 the series of -log1p(-w) has eight terms to full precision; beyond, 1 - w is
     exact enough that its logarithm is.
@@ -382,7 +383,7 @@ def _gumbel_noise(key0: Any, key1: Any, ids: jax.Array) -> jax.Array:
     width = ids.shape[1]
     key0, key1 = (_spread(jax.lax.bitcast_convert_type(x, jnp.uint32), width) for x in (key0, key1))
     counter = ids.astype(jnp.uint32)
-    high, low = contract.threefry2x32(key0, key1, counter, jnp.zeros_like(counter))
+    high, low = threefry2x32(key0, key1, counter, jnp.zeros_like(counter))
     w = high.astype(jnp.float32) * 2.0**-32 + (low.astype(jnp.float32) + 0.5) * 2.0**-64
     w = jnp.minimum(w, 1 - 2.0**-24)
     series = jnp.full_like(w, 1 / 8)

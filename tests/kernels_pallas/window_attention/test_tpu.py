@@ -1,4 +1,4 @@
-"""TPU kernels in the TPU interpreter, which also looks for races and stray reads."""
+"""The TPU kernel in the interpreter, which also looks for races and stray reads."""
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import unembed_stats as vocab
-from kernels_pallas import unembed_stats_tpu, window_attention_tpu
-from kernels_pallas import window_attention as contract
-from kernels_pallas.unembed_stats import Noise, unembed_stats, unembed_stats_reference
-from kernels_pallas.unembed_stats_tpu import summarize_tpu
-from kernels_pallas.window_attention import window_attention, window_attention_reference
-from kernels_pallas.window_attention_tpu import window_attention_tpu as attend_tpu
-from tests.kernels_pallas.test_unembed_stats import assert_same, random_case
-
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
+from kernels_pallas.window_attention import op, tpu, window_attention, window_attention_reference
+from kernels_pallas.window_attention.xla import attend_xla
+from tests.lib.kernels import INTERPRET
 
 
 def attention_case(B, T, S, N, K, H, mask, dtype=jnp.float32, seed=0):
@@ -50,13 +40,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(tuple(case.values())))
 def test_window_attention_equals_the_reference(case):
     operands = attention_case(**case)
-    got = attend_tpu(*operands, interpret=INTERPRET)
+    got = tpu.window_attention_tpu(*operands, interpret=INTERPRET)
     np.testing.assert_allclose(got, window_attention_reference(*operands), atol=1e-5, rtol=1e-5)
 
 
 def test_window_attention_in_bfloat16():
     operands = attention_case(2, 16, 200, 4, 2, 64, "full", jnp.bfloat16)
-    got = attend_tpu(*operands, interpret=INTERPRET)
+    got = tpu.window_attention_tpu(*operands, interpret=INTERPRET)
     assert got.dtype == jnp.bfloat16
     exact = lambda x: x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.bfloat16 else x
     expected = window_attention_reference(*jax.tree.map(exact, operands))
@@ -71,7 +61,7 @@ def test_window_attention_in_bfloat16():
 )  # fmt: skip
 def test_window_attention_of_any_shape(T, S, K, group, mask, seed):
     operands = attention_case(2, T, S, K * group, K, 64, mask, seed=seed)
-    got = attend_tpu(*operands, interpret=INTERPRET)
+    got = tpu.window_attention_tpu(*operands, interpret=INTERPRET)
     np.testing.assert_allclose(got, window_attention_reference(*operands), atol=1e-5, rtol=1e-5)
 
 
@@ -79,22 +69,24 @@ def test_only_needed_cache_tiles_are_read():
     """Tiles no range touches may hold anything; so may masked slots, as keys and as values."""
     q, k, v, mask, window, cache, _, layer = attention_case(1, 4, 1600, 2, 1, 64, "full")
     ranges = jnp.array([[[10, 20], [1300, 1400]]])
-    order, count = window_attention_tpu.needed_tiles(ranges, 4, 512)
+    order, count = tpu.needed_tiles(ranges, 4, 512)
     assert order.tolist() == [[0, 2, 2, 2]] and count.tolist() == [2]
     expected = window_attention_reference(q, k, v, mask, window, cache, ranges, layer)
     spoiled = tuple(c.at[..., 512:1024, :].set(jnp.nan) for c in cache)
-    got = attend_tpu(q, k, v, mask, window, spoiled, ranges, layer, interpret=INTERPRET)
+    got = tpu.window_attention_tpu(
+        q, k, v, mask, window, spoiled, ranges, layer, interpret=INTERPRET
+    )
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_gradient_is_that_of_the_xla_implementation():
     q, k, v, mask, window, cache, ranges, layer = attention_case(2, 6, 40, 4, 2, 64, "causal")
-    kernel = lambda *args: attend_tpu(*args, interpret=INTERPRET)
+    kernel = lambda *args: tpu.window_attention_tpu(*args, interpret=INTERPRET)
 
     def loss(q, k, v, cache, attend):
         return (attend(q, k, v, mask, window, cache, ranges, layer) ** 2).sum()
 
-    wrapped = lambda *args: contract._with_xla_gradient(kernel, *args)
+    wrapped = lambda *args: op._with_xla_gradient(kernel, *args)
     got = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, cache, wrapped)
     expected = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, cache, window_attention_reference)
     for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
@@ -104,74 +96,30 @@ def test_gradient_is_that_of_the_xla_implementation():
 @pytest.mark.parametrize("mask", ["full", "causal", "tree"])
 def test_gradient_of_a_window_alone(mask, monkeypatch):
     """It is computed a few heads at a time: five of six here, then the sixth."""
-    monkeypatch.setattr(contract, "BACKWARD_SCORES", 5 * 2 * 40 * 40)
+    monkeypatch.setattr(op, "BACKWARD_SCORES", 5 * 2 * 40 * 40)
     q, k, v, mask, window, *_ = attention_case(3, 40, 0, 4, 2, 64, mask)
 
     def loss(q, k, v, attend):
         return (attend(q, k, v, mask, window, None, None, 0) ** 2).sum()
 
-    wrapped = lambda *args: contract._with_xla_gradient(contract.attend_xla, *args)
+    wrapped = lambda *args: op._with_xla_gradient(attend_xla, *args)
     got = jax.grad(loss, argnums=(0, 1, 2))(q, k, v, wrapped)
     expected = jax.grad(loss, argnums=(0, 1, 2))(q, k, v, window_attention_reference)
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-@pytest.mark.parametrize(("M", "D", "V"), [(7, 64, 1000), (270, 32, 300), (5, 96, 4173)])
-def test_vocabulary_statistics_equal_the_reference(M, D, V):
-    hidden, head = random_case(M, D, V)
-    banned = jnp.array([3, V - 1, -1])
-    expected = unembed_stats_reference(hidden, head, banned)
-    summary = summarize_tpu(hidden, head, 0, banned, None, None, k=0, interpret=INTERPRET)
-    assert_same(vocab._finish(summary), expected)
-
-
-def test_samples_tops_and_given_ids():
-    M, V = 9, 4500  # three vocabulary tiles, the last one ragged
-    hidden, head = random_case(M, 32, V)
-    key = jax.random.bits(jax.random.key(1), (M, 2), jnp.uint32)
-    noise = Noise(key, jnp.float32(0.7))
-    given_ids = jnp.tile(jnp.array([[0, 2100, V - 1]]), (M, 1))
-    banned = jnp.array([3, V - 1])
-    expected = unembed_stats_reference(hidden, head, banned, noise, 6, given_ids)
-    summary = summarize_tpu(hidden, head, 0, banned, noise, given_ids, k=6, interpret=INTERPRET)
-    assert_same(vocab._finish(summary), expected)
-
-
-def test_ties_go_to_the_lowest_id():
-    hidden = jnp.ones((2, 8))
-    head = jnp.zeros((5000, 8)).at[jnp.array([9, 40, 4000])].set(1.0)
-    summary = summarize_tpu(hidden, head, 100, None, None, None, k=3, interpret=INTERPRET)
-    stats = vocab._finish(summary)
-    np.testing.assert_array_equal(stats.token, 109)
-    np.testing.assert_array_equal(stats.top_tokens, [[109, 140, 4100]] * 2)
-
-
-def test_vocabulary_in_bfloat16():
-    hidden, head = random_case(16, 128, 700, jnp.bfloat16)
-    expected = unembed_stats_reference(hidden, head)
-    summary = summarize_tpu(hidden, head, 0, None, None, None, k=0, interpret=INTERPRET)
-    # Products of 8-bit numbers are exact in float32, so only the order of sums differs.
-    assert_same(vocab._finish(summary), expected, atol=1e-4)
-
-
-def test_named_kernels_say_why_they_cannot_run():
+def test_the_named_kernel_says_why_it_cannot_run():
     q = jnp.zeros((1, 4, 2, 64))
     with pytest.raises(NotImplementedError, match="needs a TPU and the default backend is cpu"):
         window_attention(q, q, q, implementation="tpu")
-    with pytest.raises(NotImplementedError, match="needs a TPU and the default backend is cpu"):
-        unembed_stats(jnp.zeros((2, 8)), jnp.zeros((9, 8)), implementation="tpu")
-    assert "head width 24" in window_attention_tpu.refusal(jnp.zeros((1, 4, 2, 24)), "full")
+    assert "head width 24" in tpu.refusal(jnp.zeros((1, 4, 2, 24)), "full")
     bits = jnp.zeros((1, 600, 19), jnp.uint32)
-    assert "600 window positions" in window_attention_tpu.refusal(jnp.zeros((1, 600, 1, 64)), bits)
-    assert "k=200" in unembed_stats_tpu.refusal(jnp.zeros((9, 8)), 200, None)
+    assert "600 window positions" in tpu.refusal(jnp.zeros((1, 600, 1, 64)), bits)
 
 
 @pytest.mark.parametrize("T", [1, 32, 64, 256])
 @pytest.mark.parametrize(("N", "K"), [(32, 32), (28, 4), (32, 8)])
 def test_tiles_of_real_models_fit(T, N, K):
-    tiles = window_attention_tpu.plan(T, 8192, N, K, 128, 2)
-    assert tiles.vmem_bytes <= window_attention_tpu.VMEM_BUDGET and K % tiles.heads == 0
-    for D, V in ((4096, 126464), (3584, 152064), (8192, 200_000)):
-        tiles = unembed_stats_tpu.plan(T, D, V, 2)
-        assert tiles.vmem_bytes <= unembed_stats_tpu.VMEM_BUDGET
+    tiles = tpu.plan(T, 8192, N, K, 128, 2)
+    assert tiles.vmem_bytes <= tpu.VMEM_BUDGET and K % tiles.heads == 0

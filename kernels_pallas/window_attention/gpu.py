@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.window_attention_tpu import needed_tiles
+from kernels_pallas.window_attention.tpu import needed_tiles
 
 ROWS = 64  # rows per warpgroup: the height of a wgmma
 COMPUTE_WARPGROUPS = 2

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kernels_pallas.unembed_stats import tile_len, unembed_stats
+from kernels_pallas.unembed_stats import unembed_stats
+from kernels_pallas.unembed_stats.xla import tile_len
 
 VocabAxis = str | tuple[str, ...] | None
 

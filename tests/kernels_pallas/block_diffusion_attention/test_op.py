@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels_pallas import block_diffusion_attention as module
 from kernels_pallas.block_diffusion_attention import (
-    attend_tpu,
     block_diffusion_attention,
+    block_diffusion_attention_reference,
     block_diffusion_mask,
+    xla,
 )
+from kernels_pallas.block_diffusion_attention.tpu import attend_tpu
+from kernels_pallas.window_attention import window_attention
 
 
 def case(B=2, L=12, N=4, K=2, H=8, seed=0):
@@ -34,7 +36,7 @@ def test_mask_by_hand():
 @pytest.mark.parametrize("block_len", [1, 2, 4, 12])
 @pytest.mark.parametrize("with_segments", [False, True])
 def test_chunks_equal_the_dense_mask(monkeypatch, block_len, with_segments):
-    monkeypatch.setattr(module, "CHUNK", 5)  # several chunks, the last one shorter
+    monkeypatch.setattr(xla, "CHUNK", 5)  # several chunks, the last one shorter
     q, k, v, segments = case()
     options = dict(block_len=block_len, segment_ids=segments if with_segments else None)
     got = block_diffusion_attention(q, k, v, **options)
@@ -44,8 +46,6 @@ def test_chunks_equal_the_dense_mask(monkeypatch, block_len, with_segments):
 
 def test_denoising_a_block_sees_what_decoding_it_with_a_cache_sees():
     """Noisy block b of the long pass = a window over the clean prefix's keys, bidirectional."""
-    from kernels_pallas.window_attention import window_attention
-
     q, k, v, _ = case(B=1)
     whole = block_diffusion_attention(q, k, v, block_len=4)
     for first in (0, 4, 8):
@@ -59,7 +59,7 @@ def test_denoising_a_block_sees_what_decoding_it_with_a_cache_sees():
 
 
 def test_gradients_match_finite_differences(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(xla, "CHUNK", 4)
     q, k, v, segments = case(B=1, L=6, N=2, K=1, H=4)
     run = functools.partial(block_diffusion_attention, block_len=2, segment_ids=segments)
     loss = lambda q, k, v: (run(q, k, v) ** 2).sum()
@@ -70,7 +70,7 @@ def test_splash_attention_equals_the_reference_forward_and_backward():
     q, k, v, _ = case(B=1, L=128, N=2, K=1, H=64)
     segments = jnp.asarray(np.arange(128)[None] // 64, jnp.int32)
     splash = functools.partial(attend_tpu, block_len=16, interpret=True)
-    dense = functools.partial(module.block_diffusion_attention_reference, block_len=16)
+    dense = functools.partial(block_diffusion_attention_reference, block_len=16)
 
     def loss(attend, q, k, v):
         return (attend(q, k, v, segments) ** 2).sum()
@@ -83,7 +83,7 @@ def test_splash_attention_equals_the_reference_forward_and_backward():
 
 
 def test_scores_of_the_whole_sequence_are_never_stored(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(xla, "CHUNK", 64)
     q, k, v, _ = case(B=1, L=1536, N=1, K=1, H=8)
     grad = jax.jit(jax.grad(lambda q: block_diffusion_attention(q, k, v, block_len=32).sum()))
     memory = grad.lower(q).compile().memory_analysis()

@@ -25,14 +25,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import window_attention_gpu as gpu
-from kernels_pallas import window_attention_tpu as tpu
 from kernels_pallas.dispatch import choose
-from kernels_pallas.slots import first_slot, put_slots
+from kernels_pallas.slots import Cache, first_slot, put_slots
+from kernels_pallas.window_attention import gpu, tpu
+from kernels_pallas.window_attention.masks import Mask
+from kernels_pallas.window_attention.reference import window_attention_reference
+from kernels_pallas.window_attention.xla import attend_xla
 
 Implementation = Literal["xla", "tpu", "gpu", "reference"]
-Cache = tuple[jax.Array, jax.Array]
-Mask = Literal["full", "causal"] | jax.Array
+
 
 BACKWARD_SCORES = 2**24  # that a kernel's backward pass stores at a time; of one head at least
 
@@ -116,15 +117,6 @@ def window_attention(
     )
 
 
-def pack_mask(mask: jax.Array) -> jax.Array:
-    """Packs bool [..., T] into uint32 [..., ceil(T / 32)]: j is bit j % 32 of word j // 32."""
-    short = -mask.shape[-1] % 32
-    padded = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, short)])
-    bits = padded.reshape(*mask.shape[:-1], -1, 32).astype(jnp.uint32)
-    weights = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32))
-    return (bits * weights.reshape((1,) * (bits.ndim - 1) + (32,))).sum(axis=-1, dtype=jnp.uint32)
-
-
 def _with_xla_gradient(
     kernel: Callable[..., jax.Array],
     q: jax.Array,
@@ -181,135 +173,6 @@ def _with_xla_gradient(
 
     attend.defvjp(forward, backward)
     return attend((q, k, v, cache), (bits, window_range, cache_ranges, jnp.asarray(layer)))
-
-
-def window_attention_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask = "full",
-    window_range: jax.Array | None = None,
-    cache: Cache | None = None,
-    cache_ranges: jax.Array | None = None,
-    layer: jax.Array | int = 0,
-) -> jax.Array:
-    """The contract, spelled out in float32: heads repeated, one dense mask, one softmax.
-
-    Args: as `window_attention`.
-    """
-    keys, values, num_slots = k, v, 0
-    if cache is not None and cache_ranges is not None:
-        num_slots = cache[0].shape[3]
-        keys = jnp.concatenate([cache[0][layer].swapaxes(1, 2), k], axis=1)  # [B, S + T, K, H]
-        values = jnp.concatenate([cache[1][layer].swapaxes(1, 2), v], axis=1)
-    allowed = allowed_positions(q.shape[:2], num_slots, mask, window_range, cache_ranges)
-    group = q.shape[2] // k.shape[2]
-    keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)
-    values = jnp.repeat(values.astype(jnp.float32), group, axis=2)
-    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), keys) * q.shape[-1] ** -0.5
-    allowed = allowed[:, None]
-    scores = jnp.where(allowed, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.where(allowed, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    return jnp.einsum("bnts,bsnh->btnh", weights, values).astype(q.dtype)
-
-
-def attend_xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask = "full",
-    window_range: jax.Array | None = None,
-    cache: Cache | None = None,
-    cache_ranges: jax.Array | None = None,
-    layer: jax.Array | int = 0,
-    slots_axis: str | None = None,
-) -> jax.Array:
-    """Plain matrix products: heads of a group folded into rows, softmax merged over both parts.
-
-    Bound by the [B, N, T, S + T] float32 scores it stores. Of slots that are split over devices
-    every device has its own part, and sums travel: [B, N, T, H + 2] numbers.
-    """
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    rows = (rows * (H**-0.5)).astype(q.dtype)  # [B, K, G*T, H]
-
-    def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
-        raw = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32).reshape(
-            B, K, N // K, T, -1
-        )
-        return jnp.where(allowed, raw, _LOWEST)
-
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], like the cache
-    parts = [(scores(k, _window_mask(q.shape[:2], mask, window_range)[:, None, None]), v)]
-    if cache is not None and cache_ranges is not None:
-        in_cache = _in_ranges(cache_ranges, cache[0].shape[3])
-        ck, cv = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        parts.append((scores(ck, in_cache[:, None, None, None]), cv))
-
-    top = parts[0][0].max(axis=-1, keepdims=True)
-    for part, _ in parts[1:]:
-        top = jnp.maximum(top, part.max(axis=-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    if slots_axis is not None:
-        top = jax.lax.pmax(top, slots_axis)
-    total = jnp.zeros_like(top)
-    out = jnp.zeros((B, K, N // K * T, H), jnp.float32)
-    for is_cache, (part, values) in enumerate(parts):
-        weights = jnp.where(part > _LOWEST, jnp.exp(part - top), 0.0)
-        summed = weights.sum(axis=-1, keepdims=True)
-        weights = weights.reshape(B, K, N // K * T, -1).astype(values.dtype)
-        weighed = jnp.einsum("bkrs,bksh->bkrh", weights, values, preferred_element_type=jnp.float32)
-        if is_cache and slots_axis is not None:
-            summed, weighed = jax.lax.psum((summed, weighed), slots_axis)
-        total, out = total + summed, out + weighed
-    out = out / jnp.where(total > 0, total, 1.0).reshape(B, K, -1, 1)
-    out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-    return out.astype(q.dtype)
-
-
-_LOWEST = -1e30  # a score no real query-key pair reaches; finite, so differences are never NaN
-
-
-def allowed_positions(
-    shape: tuple[int, ...],
-    num_slots: int,
-    mask: Mask,
-    window_range: jax.Array | None,
-    cache_ranges: jax.Array | None,
-) -> jax.Array:
-    """[B, T, S + T] bool: what each query of a [B, T] window attends to, cache slots first."""
-    allowed = _window_mask(shape, mask, window_range)
-    if num_slots == 0 or cache_ranges is None:
-        return allowed
-    in_cache = _in_ranges(cache_ranges, num_slots)[:, None]  # [B, 1, S]
-    in_cache = jnp.broadcast_to(in_cache, (*shape, num_slots))
-    return jnp.concatenate([in_cache, allowed], axis=-1)
-
-
-def _window_mask(shape: tuple[int, ...], mask: Mask, window_range: jax.Array | None) -> jax.Array:
-    """[B, T, T] bool: which window positions each query of a [B, T] window may attend to."""
-    T = shape[1]
-    position = jnp.arange(T)
-    if isinstance(mask, str):
-        allowed = jnp.ones((1, T, T), bool)
-        if mask == "causal":
-            allowed = (position[None, :] <= position[:, None])[None]
-    else:
-        words = mask[:, :, position // 32]  # [B, T, T]
-        allowed = (words >> (position % 32).astype(jnp.uint32)[None, None]) & 1 == 1
-    if window_range is not None:
-        allowed = allowed & _in_ranges(window_range[:, None], T)[:, None]
-    return jnp.broadcast_to(allowed, (shape[0], T, T))
-
-
-def _in_ranges(ranges: jax.Array, num_slots: int) -> jax.Array:
-    """[B, S] bool: whether a slot is in any of the row's ranges."""
-    slot = jnp.arange(num_slots)[None, None]
-    return ((slot >= ranges[..., :1]) & (slot < ranges[..., 1:])).any(axis=1)
 
 
 def _write_window(

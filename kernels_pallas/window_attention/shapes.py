@@ -1,7 +1,7 @@
 """Shapes of real models, by name: what tests lower and benchmarks time.
 
 Letters: B batch, T window positions, S cache slots, N query heads, K key/value heads, H head
-width, M rows, D model width, V vocabulary.
+width.
 """
 
 from __future__ import annotations
@@ -28,16 +28,6 @@ class AttentionShape:
     num_ranges: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class StatsShape:
-    """One call of `unembed_stats`: M rows of width D, V ids."""
-
-    M: int
-    D: int
-    V: int
-    has_noise: bool = False
-
-
 ATTENTION = {
     "llada_8b block": AttentionShape(1, 32, 4096, 32, 32, 128, num_ranges=2),
     "llada_8b block, batch 8": AttentionShape(8, 32, 4096, 32, 32, 128, num_ranges=2),
@@ -48,19 +38,8 @@ ATTENTION = {
     "llama3_8b prefill": AttentionShape(1, 4096, 0, 32, 8, 128, "causal"),
     "qwen2_5_0_5b token, batch 8": AttentionShape(8, 1, 8192, 14, 2, 64, "causal"),
 }
-STATS = {
-    "llada_8b block": StatsShape(32, 4096, 126464),
-    "llada_8b block, sampled": StatsShape(32, 4096, 126464, has_noise=True),
-    "llada_8b block, batch 8": StatsShape(256, 4096, 126464),
-    "dream_7b block": StatsShape(32, 3584, 152064),
-    "llama3_8b tree": StatsShape(64, 4096, 128256),
-    "llama3_8b tree, batch 2": StatsShape(128, 4096, 128256),
-}
+
 TOY_ATTENTION = {
     "toy block": AttentionShape(1, 8, 192, 4, 2, 64, num_ranges=2),
     "toy tree": AttentionShape(2, 16, 128, 4, 4, 64, "bits"),
-}
-TOY_STATS = {
-    "toy block": StatsShape(8, 128, 1000),
-    "toy block, sampled": StatsShape(8, 128, 1000, has_noise=True),
 }

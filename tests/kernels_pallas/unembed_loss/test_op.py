@@ -6,8 +6,8 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from dlm.sharding import make_mesh
-from kernels_pallas import unembed_stats as stats_module
 from kernels_pallas.unembed_loss import unembed_loss
+from kernels_pallas.unembed_stats import xla
 
 
 def case(M=6, D=5, V=37, dtype=jnp.float32, seed=0):
@@ -35,8 +35,8 @@ def plain(hidden, head, targets):
 
 @pytest.mark.parametrize("tile", [10, 37])
 def test_equals_softmax_with_all_logits(monkeypatch, tile):
-    monkeypatch.setattr(stats_module, "WHOLE_LOGITS", 0)
-    monkeypatch.setattr(stats_module, "VOCAB_TILE", tile)
+    monkeypatch.setattr(xla, "WHOLE_LOGITS", 0)
+    monkeypatch.setattr(xla, "VOCAB_TILE", tile)
     operands = case()
     got = jax.value_and_grad(mixed_loss, argnums=(0, 1))(*operands)
     expected = jax.value_and_grad(mixed_loss, argnums=(0, 1))(*operands, plain)
@@ -45,8 +45,8 @@ def test_equals_softmax_with_all_logits(monkeypatch, tile):
 
 
 def test_gradients_match_finite_differences(monkeypatch):
-    monkeypatch.setattr(stats_module, "WHOLE_LOGITS", 0)
-    monkeypatch.setattr(stats_module, "VOCAB_TILE", 10)
+    monkeypatch.setattr(xla, "WHOLE_LOGITS", 0)
+    monkeypatch.setattr(xla, "VOCAB_TILE", 10)
     with jax.enable_x64(True):
         hidden, head, targets = case(M=3, D=4, V=23, dtype=jnp.float64)
         loss = lambda hidden, head: mixed_loss(hidden, head, targets)
