@@ -58,6 +58,7 @@ from dlm.lm import LanguageModel
 from dlm.models import decoder
 from dlm.params import Params
 from dlm.sharding import constrain
+from dlm.window import Window
 
 ANSWER_BUCKET = 16  # answers are padded to this times a power of two
 
@@ -318,7 +319,7 @@ def _estimate(
         hidden = blind + (guidance + 1) * (hidden - blind)
     if cfg.shifted_logits:
         hidden = jnp.roll(hidden, 1, axis=1)  # hidden i - 1 predicts token i
-    log_prob = vocab.target_stats(params, hidden[:, T - G :], answer).log_prob
+    log_prob = vocab.score(vocab.head(params), hidden[:, T - G :], answer).log_prob
 
     total = jnp.where(is_masked, log_prob.reshape(R, N, G), 0.0).sum(axis=2)
     return (total / is_masked.sum(axis=2) * answer_len[:, None]).mean(axis=1)
@@ -326,15 +327,8 @@ def _estimate(
 
 def _hidden(params: Params, cfg: ModelConfig, tokens: jax.Array, start: jax.Array) -> jax.Array:
     """[B, T, D] hidden states of whole rows that are padded on the left."""
-    T = tokens.shape[1]
-    return decoder.forward(
-        params,
-        cfg,
-        constrain(tokens, "batch", None),
-        positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
-        mask="full",
-        window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
-    ).hidden
+    window = Window.left_padded(constrain(tokens, "batch", None), start)
+    return decoder.forward(params, cfg, window).hidden
 
 
 def _pad_left(

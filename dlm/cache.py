@@ -20,7 +20,7 @@ class KVCache:
     """Keys (already rotated) and values of all layers.
 
     It has no length of its own: which slots hold something is said per call, as ranges, by whoever
-    reads it (`window_attention`'s `cache_ranges`), and writes go through the same call.
+    reads it (`dlm.window.Slots`), and writes go through the same call.
 
     Attributes:
       k: [L, B, K, S, H] in the model's dtype: the keys of one head are one [S, H] matrix.
@@ -52,11 +52,6 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     axes = (None, "batch", "kv_heads", "slots", None)
     zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
     return KVCache(k=zeros(), v=zeros())
-
-
-def up_to(start: jax.Array) -> jax.Array:
-    """[B, 1, 2] int32: as `cache_ranges`, all slots below `start` [B]."""
-    return jnp.stack([jnp.zeros_like(start), start], axis=1)[:, None]
 
 
 def write(cache: KVCache, new: KVCache, start: jax.Array) -> KVCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 
@@ -36,11 +37,19 @@ class RopeScaling:
             )
 
 
+# What a layer may be, in the order in which `ModelConfig.pattern` says it.
+LAYER_WORDS = {
+    "mlp": ("dense",),  # one gated MLP
+    "attention": ("global",),  # as far as the window and its mask allow
+    "positions": ("rotary",),  # queries and keys are rotated
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and conventions of one decoder-style transformer. Hashable, so static under `jax.jit`.
 
-    Whether attention is causal or bidirectional is *not* here: it is an argument of `forward`.
+    Whether attention is causal or bidirectional is *not* here: the window that is run over says it.
 
     Attributes:
       d_model: D, width of the residual stream.
@@ -63,6 +72,8 @@ class ModelConfig:
       eos_token_id: ends a completion.
       bos_token_id: begins a sequence, where the tokenizer does not add it; None if unused.
       pad_token_id: fills unused positions; never attended to.
+      pattern: what the layers are, a kind per layer, over and over: layer i is
+        `pattern[i % len(pattern)]`. A kind is three words of `LAYER_WORDS`.
       dtype: of parameters and matrix products; norms, softmax and statistics are float32.
     """
 
@@ -85,6 +96,7 @@ class ModelConfig:
     eos_token_id: int = 0
     bos_token_id: int | None = None
     pad_token_id: int = 0
+    pattern: tuple[str, ...] = ("dense global rotary",)
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -101,6 +113,13 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        kinds = set(map(" ".join, itertools.product(*LAYER_WORDS.values())))
+        if not self.pattern or not kinds.issuperset(self.pattern):
+            raise ValueError(
+                f"pattern={self.pattern} must be kinds of layers, of which there are "
+                f"{', '.join(map(repr, sorted(kinds)))}"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, K, S, H]
+
 
 def first_slot(num_slots: int, axis: str | None) -> jax.Array | int:
     """The number of this device's first slot, of which it has `num_slots`."""

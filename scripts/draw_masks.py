@@ -15,18 +15,17 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
+from decode.speculative.tree import from_paths
 from kernels_pallas.block_diffusion_attention import block_diffusion_mask
-from kernels_pallas.window_attention import allowed_positions
+from kernels_pallas.window_attention import allowed_positions, pack_mask
 
 _OUT = flags.DEFINE_string("out", "docs/window_masks.png", "where the picture goes")
 
-# A draft tree: node, parent. Node 0 is the last committed token.
-PARENTS = (-1, 0, 0, 1, 1, 2, 3, 3)
+TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]])
 EMPTY, CACHE, WINDOW = "#f4f4f4", "#7aa6d8", "#e59866"
 
 
-def main(argv: list[str]) -> None:
-    del argv
+def main(_: list[str]) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.6), height_ratios=(2, 3))
     dual = allowed_positions(
         (1, 4), 20, "full", cache_ranges=jnp.array([[[2, 8], [12, 20]]]), window_range=None
@@ -35,17 +34,13 @@ def main(argv: list[str]) -> None:
     for x, text in ((0.5, "padding"), (4.5, "prefix"), (9.5, "old block"), (15.5, "masked suffix")):
         axes[0, 0].text(x, -0.8, text, fontsize=8, ha="center")
 
-    ancestors = ancestor_matrix(PARENTS)
-    words = (ancestors * (1 << np.arange(len(PARENTS)))).sum(axis=1).astype(np.uint32)
+    drafts = TREE.tree(jnp.zeros((1, TREE.num_nodes), jnp.int32))
+    words = pack_mask(drafts.ancestors(TREE.depth))
     tree = allowed_positions(
-        (1, len(PARENTS)),
-        10,
-        jnp.asarray(words)[None, :, None],
-        cache_ranges=jnp.array([[[2, 10]]]),
-        window_range=None,
+        words.shape[:2], 10, words, cache_ranges=jnp.array([[[2, 10]]]), window_range=None
     )
     _draw(axes[0, 1], np.asarray(tree[0]), 10, "Draft tree: the prefix, and ancestors as bits")
-    for node, word in enumerate(words):
+    for node, word in enumerate(words[0, :, 0]):
         axes[0, 1].text(18.2, node, f"{int(word):08b}", fontsize=8, va="center", family="monospace")
 
     causal = allowed_positions(
@@ -59,15 +54,6 @@ def main(argv: list[str]) -> None:
     axes[1, 1].axvline(11.5, color="k")
     figure.tight_layout()
     figure.savefig(_OUT.value, dpi=110)
-
-
-def ancestor_matrix(parents: tuple[int, ...]) -> np.ndarray:
-    """[W, W] bool: whether node j is node i or one of its ancestors."""
-    ancestors = np.eye(len(parents), dtype=bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            ancestors[node] |= ancestors[parent]
-    return ancestors
 
 
 def _draw(axis: Axes, allowed: np.ndarray, num_slots: int, title: str) -> None:

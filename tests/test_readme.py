@@ -82,8 +82,8 @@ def test_commit_rule_example(model_path):
 def test_commands_and_files_named_exist():
     for module in re.findall(r"python -m (\w+)(?:\.(\w+))?", README):
         package, name = module
-        target = ROOT / package / f"{name or '__main__'}.py"
-        assert target.is_file(), target
+        target = ROOT / package / name
+        assert target.with_suffix(".py").is_file() or (target / "__main__.py").is_file(), target
     for config in re.findall(r"--config=(configs/\w+\.py)", README):
         assert (ROOT / config).is_file(), config
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):

@@ -1,7 +1,7 @@
 """What a training step changes, and the step: from a batch to the state after it.
 
-`train.loop.run` calls this in a loop; `scripts.compile_tpu` and `scripts.bench_train` compile the
-very same step without a run around it.
+`train.loop.run` calls this in a loop; `scripts.plan.compile_tpu` and `scripts.bench.train` compile
+the very same step without a run around it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from decode.diffusion.confidences.credit import Credit as Credit
 from decode.diffusion.confidences.credit import SparseCredit as SparseCredit
 from decode.diffusion.confidences.margin import Margin as Margin
 from decode.diffusion.confidences.neg_entropy import NegEntropy as NegEntropy
+from decode.diffusion.confidences.pc_sampler import PcSampler as PcSampler
 from decode.diffusion.confidences.probability import Probability as Probability
 from decode.diffusion.confidences.random import Random as Random
 from decode.diffusion.confidences.tempered import Tempered as Tempered
@@ -30,6 +31,7 @@ from decode.diffusion.method import AXES
 from decode.diffusion.revisers.canvas_sampler import Annealed as Annealed
 from decode.diffusion.revisers.canvas_sampler import Renoise as Renoise
 from decode.diffusion.revisers.keep import Keep as Keep
+from decode.diffusion.revisers.p2 import P2 as P2
 from decode.diffusion.revisers.remask import Remask as Remask
 from decode.diffusion.revisers.remdm import ReMDM as ReMDM
 from decode.diffusion.revisers.running_confidence import RunningConfidence as RunningConfidence
@@ -71,7 +73,7 @@ COMPONENTS: dict[str, tuple[type[Component], ...]] = {  # by axis
 
 def short_names(axis: str) -> dict[str, type[Component]]:
     """The components of an axis that users may ask for by a short name."""
-    return {c.short_name: c for c in COMPONENTS[axis] if c.short_name}
+    return {c.short_name: c for c in COMPONENTS.get(axis, ()) if c.short_name}
 
 
 def by_name(axis: str, value: str | Component | None) -> Any:

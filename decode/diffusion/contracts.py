@@ -15,7 +15,7 @@ Letters: B rows, W window positions judged per round, V vocabulary, G completion
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,11 @@ class Component(Part):
         the family.
         """
         return {}
+
+    @classmethod
+    def example(cls, cfg: ModelConfig) -> Self:
+        """One that makes sense for a model: what tests of all components run, and pages show."""
+        return cls()
 
     @property
     def name(self) -> str:

@@ -21,11 +21,11 @@ from decode.diffusion.caches.canvas import Canvas
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.round import Frame, Progress, Revision, Round, surest
 from decode.diffusion.state import ComponentStates, DiffusionState
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain
-from dlm.vocab import output_head, vocab_stats
-from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats, unembed_logits
+from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats
 
 
 def judge(
@@ -274,11 +274,9 @@ def _logits(reading: _Reading, hidden: jax.Array) -> jax.Array | None:
     """[B, W, V] float32 of hidden states [B, W, D], as constraints leave them, if needed."""
     if "logits" not in reading.method.needs:
         return None
-    B, W, D = hidden.shape
     constraint = reading.method.constraint
     banned = constraint.banned_ids(reading.cfg)
-    head = output_head(reading.params)
-    logits = unembed_logits(hidden.reshape(B * W, D), head, banned).reshape(B, W, -1)
+    logits = vocab.logits(vocab.head(reading.params), hidden, banned_ids=banned)
     if "logits" in constraint.needs:
         state = reading.components.constraint
         logits = constraint.mask_logits(reading.frame, logits, state)
@@ -298,8 +296,8 @@ def _stats(
     if logits is not None:
         stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given_ids)
     else:
-        stats = vocab_stats(
-            reading.params,
+        stats = vocab.read(
+            vocab.head(reading.params),
             hidden.reshape(B * W, D),
             banned_ids=reading.method.constraint.banned_ids(reading.cfg),
             noise=noise,

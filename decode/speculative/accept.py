@@ -9,7 +9,7 @@ Letters: B rows, W nodes, J largest depth, V vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,12 @@ from flax import struct
 
 from decode.core.component import Part
 from decode.core.sampling import draw
-from decode.core.streams import fold_in, uniforms
+from decode.core.streams import Stream, fold_in, uniforms
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
+
+if TYPE_CHECKING:
+    from decode.speculative.loop import SpeculativeMethod
 
 
 class Verdict(struct.PyTreeNode):
@@ -66,8 +69,8 @@ class AcceptanceRule(Part):
     needs_laws: ClassVar[bool] = False
     is_lossless: ClassVar[bool] = True
 
-    def refuse(self, shape_is_chain: bool) -> str | None:
-        """Why the rule does not go with a drafter's trees, or None."""
+    def refuse(self, method: SpeculativeMethod) -> str | None:
+        """Why the rule makes no sense beside the other choices of a method, or None."""
         return None
 
     def walk(self, verdict: Verdict, depth: int) -> Walk:
@@ -114,20 +117,17 @@ class SpeculativeSampling(AcceptanceRule):
     and if no child is accepted, the token behind is drawn from r. Drafts that were not drawn count
     as drawn from a law that is 1 at them.
 
-    Attributes:
-      replacement: whether siblings were drawn independently of each other. Static.
+    Which of the two holds for siblings, the tree says (`DraftTree.drawn`).
     """
 
     needs_laws: ClassVar[bool] = True
-
-    replacement: bool = struct.field(pytree_node=False, default=False)
 
     def walk(self, verdict: Verdict, depth: int) -> Walk:
         tree, laws = verdict.tree, verdict.laws
         assert laws is not None
         B, W, V = laws.shape
         rows = jnp.arange(B)
-        u = uniforms(fold_in(verdict.key, 0), W)
+        u = uniforms(fold_in(verdict.key, Stream.TEST), W)
 
         def test(v: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             node, r, s, path, num = carry
@@ -140,7 +140,7 @@ class SpeculativeSampling(AcceptanceRule):
             rejects = is_child & ~accepts
             left = _normalise(jnp.maximum(r - law, 0), otherwise=r)
             r = jnp.where(rejects[:, None], left, r)
-            if tree.laws is not None and not self.replacement:
+            if tree.drawn == "without":
                 rest = _normalise(s.at[rows, token].set(0), otherwise=s)
                 s = jnp.where(rejects[:, None], rest, s)
             node = jnp.where(accepts, v, node)
@@ -157,7 +157,7 @@ class SpeculativeSampling(AcceptanceRule):
         start = (zeros, laws[:, 0], s, path, zeros)
         node, r, _, path, num = jax.lax.fori_loop(1, W, test, start)
         path = jnp.where(jnp.arange(depth + 1)[None] <= num[:, None], path, node[:, None])
-        return Walk(path, num, draw(fold_in(verdict.key, 1), r))
+        return Walk(path, num, draw(fold_in(verdict.key, Stream.BONUS), r))
 
 
 @struct.dataclass
@@ -176,8 +176,8 @@ class BlockVerification(AcceptanceRule):
 
     needs_laws: ClassVar[bool] = True
 
-    def refuse(self, shape_is_chain: bool) -> str | None:
-        if not shape_is_chain:
+    def refuse(self, method: SpeculativeMethod) -> str | None:
+        if not method.drafter.is_chain:
             return "BlockVerification judges chains: use SpeculativeSampling with this drafter"
         return None
 
@@ -191,7 +191,7 @@ class BlockVerification(AcceptanceRule):
             following = jnp.pad(tree.tokens[:, 1:], ((0, 0), (0, 1)))
             q = jax.nn.one_hot(following, V, dtype=p.dtype)
         num_drafts = tree.is_valid.sum(axis=1) - 1  # [B]: g
-        u = uniforms(fold_in(verdict.key, 0), W)
+        u = uniforms(fold_in(verdict.key, Stream.TEST), W)
         rows = jnp.arange(B)
         reached = jnp.ones(B, p.dtype)  # P_i
         kept, num = reached, jnp.zeros(B, jnp.int32)
@@ -215,7 +215,7 @@ class BlockVerification(AcceptanceRule):
         left = _normalise(jnp.maximum(kept[:, None] * law - q[rows, num], 0), otherwise=law)
         law = jnp.where((num == num_drafts)[:, None], law, left)
         path = jnp.minimum(jnp.arange(depth + 1, dtype=jnp.int32)[None], num[:, None])
-        return Walk(path, num, draw(fold_in(verdict.key, 1), law))
+        return Walk(path, num, draw(fold_in(verdict.key, Stream.BONUS), law))
 
 
 @struct.dataclass
@@ -285,7 +285,7 @@ class Typical(AcceptanceRule):
         law = jnp.where(law > least[:, None], law, 0)
         best = jax.nn.one_hot(jnp.argmax(p[rows, node], axis=-1), p.shape[-1], dtype=p.dtype)
         law = jnp.where(law.any(axis=-1, keepdims=True), law, best)
-        bonus = draw(fold_in(verdict.key, 1), law)
+        bonus = draw(fold_in(verdict.key, Stream.BONUS), law)
         return Walk(jnp.take_along_axis(backwards, index, axis=1), num, bonus)
 
 

@@ -1,4 +1,4 @@
-"""What a drafter is told, and what it must do.
+"""What a drafter is told, what it proposes, and what it must do.
 
 A drafter proposes a tree of guesses per round (`decode.speculative.tree`). Its parameters are
 leaves of it, its shape is static, and what it remembers is its state, which the loop carries.
@@ -9,16 +9,21 @@ Letters: B rows, S token slots, T positions seen at once, D width of the target,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import Part
 from decode.core.sampling import Sampling
-from decode.speculative.tree import DraftTree, TreeShape
+from decode.speculative.tree import DraftTree, Drawn, TreeShape
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
+
+if TYPE_CHECKING:
+    from decode.speculative.loop import SpeculativeMethod
 
 
 class Context(struct.PyTreeNode):
@@ -32,6 +37,7 @@ class Context(struct.PyTreeNode):
       key: [B, 2] uint32. A random stream per row and round.
       sampling: how the target's text is drawn.
       active: [B] bool. Rows that are not done. States of the others need not be kept up.
+      cache: the target's: keys and values of all positions before the root.
     """
 
     params: Params
@@ -40,12 +46,51 @@ class Context(struct.PyTreeNode):
     key: jax.Array
     sampling: Sampling
     active: jax.Array
+    cache: KVCache
 
     @property
     def root(self) -> jax.Array:
         """[B] int32."""
-        last = jax.numpy.maximum(self.length - 1, 0)
-        return jax.numpy.take_along_axis(self.tokens, last[:, None], axis=1)[:, 0]
+        last = jnp.maximum(self.length - 1, 0)
+        return jnp.take_along_axis(self.tokens, last[:, None], axis=1)[:, 0]
+
+
+def spent(context: Context, forwards: int) -> jax.Array:
+    """[B] int32: so many forwards of a draft model for every row, as a proposal's cost."""
+    return jnp.full_like(context.length, forwards)
+
+
+class ExtraRows(struct.PyTreeNode):
+    """Positions of a drafter's own that the target reads in the same forward as the tree.
+
+    They see the text before the root, and of the window what they say; nobody else sees them, and
+    nothing of them is kept but their hidden states.
+
+    Attributes:
+      tokens: [B, E] int32.
+      offsets: [B, E] int32. How many positions behind the root they stand.
+      sees: [B, E, W + E] bool. Which nodes of the tree they see, and which of themselves.
+    """
+
+    tokens: jax.Array
+    offsets: jax.Array
+    sees: jax.Array
+
+
+class Proposal(struct.PyTreeNode):
+    """What a drafter makes of a round.
+
+    Attributes:
+      tree: guesses under the root.
+      cost: [B] int32. Forwards of a draft model that were made for each row.
+      state: the drafter's, from now on.
+      extra: rows of its own; None unless it has `num_extra`.
+    """
+
+    tree: DraftTree
+    cost: jax.Array
+    state: Any
+    extra: ExtraRows | None = None
 
 
 class Seen(struct.PyTreeNode):
@@ -59,8 +104,9 @@ class Seen(struct.PyTreeNode):
       features: [B, T, n D]. The target's features there; None unless the drafter has
         `feature_layers`.
       tree_hidden: [B, W, D], or None in the prompt. Hidden states of all nodes, kept or not.
-      tree: of them.
-      chosen: [B, W] int32. What the target itself puts after each node.
+      tree: of them; None in the prompt.
+      chosen: [B, W] int32. What the target itself puts after each node; None in the prompt.
+      extra_hidden: [B, E, D]. Hidden states of the drafter's own rows; None if it has none.
     """
 
     tokens: jax.Array
@@ -71,6 +117,7 @@ class Seen(struct.PyTreeNode):
     tree_hidden: jax.Array | None = None
     tree: DraftTree | None = None
     chosen: jax.Array | None = None
+    extra_hidden: jax.Array | None = None
 
 
 @struct.dataclass
@@ -107,17 +154,22 @@ class Drafter(Part):
         return self.shape.is_chain
 
     @property
-    def forwards_per_round(self) -> int:
-        """Forwards of a draft model per round; 0 if there is none."""
+    def num_extra(self) -> int:
+        """E, rows of its own in the judged window."""
         return 0
+
+    @property
+    def drawn(self) -> Drawn:
+        """How children of a node are drawn where the text is: see `DraftTree.drawn`."""
+        return "none"
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """What it wants to see of the target, as in `dlm.models.decoder.forward`."""
         return ()
 
-    def refuse(self, cfg: ModelConfig) -> str | None:
-        """Why it cannot draft for this target, or None."""
+    def refuse(self, method: SpeculativeMethod) -> str | None:
+        """Why it makes no sense beside the other choices of a method, or None."""
         return None
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
@@ -128,8 +180,8 @@ class Drafter(Part):
         """The state after a part of the prompt, all but its last token. Default: the same."""
         return state
 
-    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
-        """A tree under `context.root`, and the next state."""
+    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
+        """A tree under `context.root`, what it cost, and the next state."""
         raise NotImplementedError
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:

@@ -29,16 +29,17 @@ from flax import struct
 from decode.core import loop
 from decode.core.requests import read_requests
 from decode.core.sampling import Sampling, draw
-from decode.core.streams import fold_in
+from decode.core.streams import Stream, fold_in
 from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
-from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.tree import DraftTree
 from dlm import vocab
-from dlm.cache import KVCache, compact, init_cache, up_to
+from dlm.cache import KVCache, compact, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.window import Slots, Window
 from kernels_pallas.unembed_stats import Noise
 from kernels_pallas.window_attention import pack_mask
 
@@ -65,11 +66,8 @@ class SpeculativeMethod(struct.PyTreeNode):
         """Raises ValueError, in one sentence, unless the choices make sense for the model."""
         for part in (self.drafter, self.acceptance, self.sampling):
             part.validate(cfg)
-        for reason in (
-            self.drafter.refuse(cfg),
-            self.acceptance.refuse(self.drafter.is_chain),
-        ):
-            if reason:
+        for part in (self.drafter, self.acceptance):
+            if reason := part.refuse(self):
                 raise ValueError(reason)
         for token in np.asarray(self.stop_ids, np.int64):
             if not 0 <= token < cfg.vocab_size:
@@ -95,7 +93,7 @@ class SpeculativeState(struct.PyTreeNode):
       draft_forwards: [B] int32. Forwards of the draft model.
       acceptance_histogram: [B, J + 1] int32. Rounds by how many drafts they accepted.
       has_stopped: [B] bool.
-      seen: [B, V] bool, or None without a repetition penalty. Tokens that came up.
+      occurred: [B, V] bool; None without a repetition penalty. Tokens that came up.
       key: [B, 2] uint32. One random stream per row.
       cache: of the target.
       drafter: the drafter's state.
@@ -113,7 +111,7 @@ class SpeculativeState(struct.PyTreeNode):
     draft_forwards: jax.Array
     acceptance_histogram: jax.Array
     has_stopped: jax.Array
-    seen: jax.Array | None
+    occurred: jax.Array | None
     key: jax.Array
     cache: KVCache
     drafter: Any
@@ -156,7 +154,7 @@ def init_state(
     )
     P, G, B = asked.P, asked.G, asked.B
     chunk = min(P, chunk)
-    W, J = method.drafter.num_nodes, method.drafter.depth
+    J, W = method.drafter.depth, method.drafter.num_nodes + method.drafter.num_extra
     # A tree may be judged at the last position, and prompts are read in whole chunks.
     S = max(P + G + W, -(-P // chunk) * chunk)
 
@@ -165,11 +163,11 @@ def init_state(
     for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
         tokens[b, : len(prompt)] = prompt
         lengths[b], ends[b] = len(prompt), len(prompt) + length
-    seen = None
+    occurred = None
     if method.sampling.repetition_penalty is not None:
-        seen = np.zeros((B, cfg.vocab_size), bool)
+        occurred = np.zeros((B, cfg.vocab_size), bool)
         for b, prompt in enumerate(prompts):
-            seen[b, list(prompt)] = True
+            occurred[b, list(prompt)] = True
     zeros = functools.partial(np.zeros, B, np.int32)
     array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
     cache, drafter = _allocate(cfg, method, B, S)
@@ -184,7 +182,7 @@ def init_state(
         draft_forwards=array(zeros()),
         acceptance_histogram=array(np.zeros((B, J + 1), np.int32)),
         has_stopped=array(ends == lengths),
-        seen=None if seen is None else array(seen),
+        occurred=None if occurred is None else array(occurred),
         key=array(asked.key),
         cache=cache,
         drafter=drafter,
@@ -215,12 +213,8 @@ def prefill(
         output = decoder.forward(
             params,
             cfg,
-            tokens,
-            positions=start[:, None] + jnp.arange(chunk)[None],
-            mask="causal",
-            cache=cache,
-            cache_ranges=up_to(start),
-            write_at=start,
+            Window.at(tokens, start, is_causal=True),
+            Slots.append(cache, start),
             feature_layers=method.drafter.feature_layers,
         )
         seen = Seen(tokens, output.hidden, start, count, output.features)
@@ -269,15 +263,16 @@ def step(
     """One round. Pure; rows that are done stay as they are."""
     context = _context(params, method, state)
     with jax.named_scope("draft"):
-        tree, drafter = method.drafter.propose(cfg, context, state.drafter)
-        above = tree.ancestors(method.drafter.depth)
-        tree = _existing(tree, above, cfg.vocab_size)
+        proposal = method.drafter.propose(cfg, context, state.drafter)
+        above = proposal.tree.ancestors(method.drafter.depth)
+        tree = _existing(proposal.tree, above, cfg.vocab_size)
+        proposal = proposal.replace(tree=tree)
     with jax.named_scope("judge"):
-        output, verdict, log_probs = _judge(params, cfg, method, state, context, tree, above)
+        output, verdict, log_probs = _judge(params, cfg, method, state, proposal, above)
     with jax.named_scope("accept"):
         walk = method.acceptance.walk(verdict, method.drafter.depth)
     with jax.named_scope("commit"):
-        start, cache = state.length - 1, output.cache
+        start, cache, W = state.length - 1, output.cache, method.drafter.num_nodes
         assert cache is not None
         if not method.drafter.is_chain:
             cache = compact(cache, start, walk.path)
@@ -288,12 +283,13 @@ def step(
             start=start,
             count=walk.num_accepted + 1,
             features=None if output.features is None else of_path(output.features),
-            tree_hidden=output.hidden,
+            tree_hidden=output.hidden[:, :W],
             tree=tree,
             chosen=verdict.chosen,
+            extra_hidden=None if proposal.extra is None else output.hidden[:, W:],
         )
-        state = _commit(cfg, method, state, tree, walk, log_probs)
-        drafter = method.drafter.observe(cfg, context, seen, drafter)
+        state = _commit(cfg, method, state, proposal, walk, log_probs)
+        drafter = method.drafter.observe(cfg, context, seen, proposal.state)
     return state.replace(cache=cache, drafter=drafter)
 
 
@@ -307,9 +303,10 @@ def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState)
         params=params,
         tokens=state.tokens,
         length=state.length,
-        key=fold_in(fold_in(state.key, state.num_forwards), 0),
+        key=fold_in(fold_in(state.key, state.num_forwards), Stream.DRAFT),
         sampling=method.sampling,
         active=~state.has_stopped,
+        cache=state.cache,
     )
 
 
@@ -326,68 +323,80 @@ def _judge(
     cfg: ModelConfig,
     method: SpeculativeMethod,
     state: SpeculativeState,
-    context: Context,
-    tree: DraftTree,
+    proposal: Proposal,
     above: jax.Array,
 ) -> tuple[decoder.ForwardOutput, Verdict, jax.Array]:
-    """One forward over the tree, whose nodes see those `above` them [B, W, W].
+    """One forward over the tree, whose nodes see those `above` them [B, W, W], and extra rows.
 
     Returns:
-      The forward, whose cache has the tree's keys and values behind its last token, the verdict,
-      and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
+      The forward, whose cache has the tree's keys and values behind its last token, the verdict on
+      the tree, and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
     """
-    start = state.length - 1
+    start, tree = state.length - 1, proposal.tree
     output = decoder.forward(
         params,
         cfg,
-        tree.tokens,
-        positions=start[:, None] + tree.depths,
-        mask="causal" if method.drafter.is_chain else pack_mask(above),
-        cache=state.cache,
-        cache_ranges=up_to(start),
-        write_at=start,
-        write_rows=context.active,
+        _window(proposal, above, start, method.drafter.is_chain),
+        Slots.append(state.cache, start, ~state.has_stopped),
         feature_layers=method.drafter.feature_layers,
     )
-    hidden = output.hidden
-    B, W, D = hidden.shape
+    W = tree.tokens.shape[1]
+    hidden = output.hidden[:, :W]
     key = fold_in(state.key, state.num_forwards)
     sampling, laws, log_probs = method.sampling, None, None
     if method.needs_laws:
-        logits = vocab.logits(params, hidden)
-        seen = None
-        if state.seen is not None:  # what came before a node: the text, and the nodes above it
+        logits = vocab.logits(vocab.head(params), hidden)
+        occurred = None
+        if state.occurred is not None:  # what came before a node: the text, and the nodes above it
             of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
-            seen = state.seen[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
-        laws = sampling.law(logits, seen)
+            occurred = state.occurred[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
+        laws = sampling.law(logits, occurred)
         log_probs = jax.nn.log_softmax(logits)
         if sampling.temperature is None:
             chosen = jnp.argmax(laws, axis=-1).astype(jnp.int32)
         else:
-            chosen = draw(fold_in(key, 1), laws)
+            chosen = draw(fold_in(key, Stream.TARGET), laws)
     else:
         noise = None
         if sampling.temperature is not None:
-            by_node = jax.vmap(lambda v: fold_in(fold_in(key, 1), v), out_axes=1)(jnp.arange(W))
-            noise = Noise(by_node.reshape(B * W, 2), jnp.float32(sampling.temperature))
-        stats = vocab.vocab_stats(params, hidden.reshape(B * W, D), noise=noise)
+            by_node = jax.vmap(lambda v: fold_in(fold_in(key, Stream.TARGET), v), out_axes=1)(
+                jnp.arange(W)
+            )
+            noise = Noise(by_node, jnp.float32(sampling.temperature))
+        stats = vocab.read(vocab.head(params), hidden, noise=noise)
         sampled = stats.token if noise is None else stats.sample
-        log_prob = stats.log_prob if noise is None else stats.sample_log_prob
-        assert sampled is not None and log_prob is not None
-        chosen, log_probs = sampled.reshape(B, W), log_prob.reshape(B, W)
-    verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, 2))
+        log_probs = stats.log_prob if noise is None else stats.sample_log_prob
+        assert sampled is not None and log_probs is not None
+        chosen = sampled
+    verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, Stream.ACCEPT))
     return output, verdict, log_probs
+
+
+def _window(proposal: Proposal, above: jax.Array, start: jax.Array, is_chain: bool) -> Window:
+    """The nodes of a tree, whose root is at position start [B], and the drafter's own rows."""
+    tree, extra = proposal.tree, proposal.extra
+    if extra is None:
+        mask = None if is_chain else pack_mask(above)
+        return Window(tree.tokens, start[:, None] + tree.depths, mask, is_causal=is_chain)
+    blind = jnp.pad(above, ((0, 0), (0, 0), (0, extra.tokens.shape[1])))
+    offsets = jnp.concatenate([tree.depths, extra.offsets], axis=1)
+    return Window(
+        jnp.concatenate([tree.tokens, extra.tokens], axis=1),
+        start[:, None] + offsets,
+        pack_mask(jnp.concatenate([blind, extra.sees], axis=1)),
+    )
 
 
 def _commit(
     cfg: ModelConfig,
     method: SpeculativeMethod,
     state: SpeculativeState,
-    tree: DraftTree,
+    proposal: Proposal,
     walk: Walk,
     log_probs: jax.Array,
 ) -> SpeculativeState:
     """Writes what was accepted and the token behind it, up to an end."""
+    tree = proposal.tree
     B, G = state.step_map.shape
     J = walk.path.shape[1] - 1
     index = jnp.arange(J + 1)[None]
@@ -411,19 +420,20 @@ def _commit(
         of_path = jnp.take_along_axis(of_path, written[..., None], axis=2)[..., 0]
     length = state.length + count
     accepted = jax.nn.one_hot(walk.num_accepted, J + 1, dtype=jnp.int32)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[rows, jnp.where(is_new, written, cfg.vocab_size)].set(True, mode="drop")
-    forwards = method.drafter.forwards_per_round
+    occurred = state.occurred
+    if occurred is not None:
+        occurred = occurred.at[rows, jnp.where(is_new, written, cfg.vocab_size)].set(
+            True, mode="drop"
+        )
     return state.replace(
         tokens=state.tokens.at[rows, slot].set(written, mode="drop"),
         length=length,
         step_map=state.step_map.at[rows, place].set(state.num_forwards[:, None], mode="drop"),
         log_prob=state.log_prob.at[rows, place].set(of_path, mode="drop"),
         num_forwards=state.num_forwards + active,
-        draft_forwards=state.draft_forwards + forwards * active,
+        draft_forwards=state.draft_forwards + proposal.cost * active,
         acceptance_histogram=state.acceptance_histogram + accepted * active[:, None],
         has_stopped=state.has_stopped | has_end | (length >= state.end),
-        seen=seen,
+        occurred=occurred,
         num_steps=state.num_steps + 1,
     )

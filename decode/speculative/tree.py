@@ -13,11 +13,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+Drawn = Literal["none", "with", "without"]
 
 
 class DraftTree(struct.PyTreeNode):
@@ -28,8 +31,11 @@ class DraftTree(struct.PyTreeNode):
       parents: [B, W] int32. Index of the parent, below the node's own; of the root: -1.
       depths: [B, W] int32. Of the root: 0.
       is_valid: [B, W] bool. Nodes that exist; their parents do too, and the root always.
-      laws: [B, W, V] float32, or None. Row v is the law that the children of node v were drawn
-        from; None: they were not drawn, but follow from what is known.
+      laws: [B, W, V] float32. Row v is the law that the children of node v were drawn from; None
+        if they were not drawn.
+      drawn: how the children of a node were found: "none": they follow from what is known; "with":
+        drawn independently of each other; "without": drawn without replacement, in this order. Of
+        a single child the latter two are the same. Static.
     """
 
     tokens: jax.Array
@@ -37,6 +43,7 @@ class DraftTree(struct.PyTreeNode):
     depths: jax.Array
     is_valid: jax.Array
     laws: jax.Array | None = None
+    drawn: Drawn = struct.field(pytree_node=False, default="none")
 
     def ancestors(self, depth: int) -> jax.Array:
         """[B, W, W] bool: [b, v, u] is whether u is v or above it. `depth` is at least J."""
@@ -103,9 +110,16 @@ class TreeShape:
         return tuple(v for v, d in enumerate(self.depths) if d == depth)
 
     def tree(
-        self, tokens: jax.Array, is_valid: jax.Array | None = None, laws: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        is_valid: jax.Array | None = None,
+        laws: jax.Array | None = None,
+        drawn: Drawn = "without",
     ) -> DraftTree:
-        """The same shape in every row, with `tokens` [B, W], the root's first."""
+        """The same shape in every row, with `tokens` [B, W], the root's first.
+
+        `laws` [B, W, V] are those that children were drawn from, as `drawn` says.
+        """
         rows = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape)  # noqa: E731
         return DraftTree(
             tokens=tokens,
@@ -113,6 +127,7 @@ class TreeShape:
             depths=rows(self.depths),
             is_valid=jnp.ones(tokens.shape, bool) if is_valid is None else is_valid,
             laws=laws,
+            drawn="none" if laws is None else drawn,
         )
 
 

@@ -9,55 +9,82 @@ import functools
 from typing import Any
 
 import jax
-from flax import struct
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dlm.blocks.linear import to_heads
 from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotate
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
+from dlm.window import BlockDiffusion, Slots, Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_attention
-from kernels_pallas.window_attention import Mask, window_attention
-
-
-class BlockDiffusion(struct.PyTreeNode):
-    """Attention of a [noisy ; clean] window, see `kernels_pallas.block_diffusion_attention`.
-
-    Attributes:
-      segment_ids: [B, T / 2] int32. Positions attend within their segment.
-      block_len: positions per block. Static.
-    """
-
-    segment_ids: jax.Array
-    block_len: int = struct.field(pytree_node=False)
+from kernels_pallas.window_attention import window_attention
 
 
 def attend(
-    mask: Mask | BlockDiffusion, **operands: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Attention, each device working on its rows, heads and slots of the cache."""
-    q, k = operands["q"], operands["k"]
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: Window,
+    slots: Slots | None = None,
+    layer: jax.Array | int = 0,
+) -> tuple[jax.Array, KVCache | None]:
+    """Attention, each device working on its rows, heads and slots of the cache.
+
+    Args:
+      q: [B, T, N, H]. Queries, rotated.
+      k: [B, T, K, H]. The window's own keys, rotated.
+      v: [B, T, K, H]. The window's own values.
+      window: whose mask and range count.
+      slots: the cache; None: only the window is seen.
+      layer: scalar int32. Which layer of the cache is read and written.
+
+    Returns:
+      The attended values [B, T, N, H], and the written cache; None if nothing was written.
+
+    Raises:
+      ValueError: `BlockDiffusion` comes with slots or a range, or a mask with `is_causal`.
+    """
+    mask = window.attention
     split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
     rows, heads = split["batch"], split["kv_heads"]
     if isinstance(mask, BlockDiffusion):
-        operands = {name: operands[name] for name in "qkv"} | {"segment_ids": mask.segment_ids}
+        if slots is not None or window.range is not None:
+            raise ValueError("BlockDiffusion sees whole windows: it goes without slots and range")
+        blocks = {"q": q, "k": k, "v": v, "segment_ids": mask.segment_ids}
         by_head = dict.fromkeys("qkv", P(rows, None, heads))
         run = functools.partial(block_diffusion_attention, block_len=mask.block_len)
         specs = by_head | {"segment_ids": P(rows)}
-        return per_shard(run, operands, specs, P(rows, None, heads)), None
-    cache = operands.get("cache")
-    slots = None if cache is None else slots_axis(cache[0].shape[3])
-    stacked = P(None, rows, heads, slots)
-    specs = dict.fromkeys(operands, P(rows)) | {"cache": stacked, "layer": P()}
-    specs |= dict.fromkeys("qkv", P(rows, None, heads))
-    attend = functools.partial(window_attention, slots_axis=slots)
+        return per_shard(run, blocks, specs, P(rows, None, heads)), None
+    operands: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "window_range": window.range,
+        "layer": jnp.asarray(layer, jnp.int32),
+    }
+    axis = None if slots is None else slots_axis(slots.cache.num_slots)
+    stacked = P(None, rows, heads, axis)
+    specs = dict.fromkeys("qkv", P(rows, None, heads)) | {"window_range": P(rows), "layer": P()}
+    if slots is not None:
+        operands |= {
+            "cache": (slots.cache.k, slots.cache.v),
+            "cache_ranges": slots.ranges,
+            "write_at": slots.write_at,
+            "write_rows": slots.write_rows,
+        }
+        of_rows = ("cache_ranges", "write_at", "write_rows")
+        specs |= dict.fromkeys(of_rows, P(rows)) | {"cache": stacked}
+    attention = functools.partial(window_attention, slots_axis=axis)
     if isinstance(mask, str):
-        attend = functools.partial(attend, mask=mask)
+        attention = functools.partial(attention, mask=mask)
     else:
         operands["mask"], specs["mask"] = mask, P(rows)
-    return per_shard(attend, operands, specs, (P(rows, None, heads), stacked))
+    attended, written = per_shard(attention, operands, specs, (P(rows, None, heads), stacked))
+    return attended, None if written is None else KVCache(*written)
 
 
 def project_qkv(

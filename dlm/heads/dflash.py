@@ -33,7 +33,7 @@ from dlm.blocks.attention import project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotary_angles
-from dlm.cache import KVCache, up_to
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.heads.published import (
@@ -48,6 +48,7 @@ from dlm.lm import LanguageModel
 from dlm.models import decoder
 from dlm.params import Params, ParamSpec, param_specs
 from dlm.tokenizer import read_json
+from dlm.window import Slots, Window
 
 
 class DFlashNetwork(struct.PyTreeNode):
@@ -109,10 +110,8 @@ class DFlashNetwork(struct.PyTreeNode):
         return decoder.forward(
             params,
             self.cfg,
-            self.blocks(roots),
-            positions=start[:, None] + jnp.arange(self.block_len)[None],
-            cache=cache,
-            cache_ranges=up_to(start),
+            Window.at(self.blocks(roots), start),
+            Slots.below(cache, start),
         ).hidden
 
 

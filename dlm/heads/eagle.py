@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dlm import vocab
 from dlm.blocks.attention import attend, project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
@@ -31,8 +32,7 @@ from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.params import Params, ParamSpec
-from kernels_pallas.unembed_stats import unembed_logits
-from kernels_pallas.window_attention import Mask
+from dlm.window import Slots, Window
 
 
 class EagleNetwork(struct.PyTreeNode):
@@ -89,47 +89,35 @@ class EagleNetwork(struct.PyTreeNode):
     def read(
         self,
         target: Params,
-        tokens: jax.Array,
         states: jax.Array,
-        *,
-        positions: jax.Array,
-        mask: Mask,
-        window_range: jax.Array | None = None,
-        cache: KVCache | None = None,
-        cache_ranges: jax.Array | None = None,
-        write_at: jax.Array | None = None,
-        write_rows: jax.Array | None = None,
+        window: Window,
+        slots: Slots | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs the layer over pairs of u_t [B, T, D] and x_{t+1} [B, T] at positions t [B, T].
+        """Runs the layer over pairs of u_t and x_{t+1} at positions t.
 
         Args:
           target: the target's parameters, for its embedding.
-          tokens, states, positions: see above.
-          mask, window_range, cache, cache_ranges, write_at, write_rows: as in
-            `dlm.models.decoder.forward`.
+          states: [B, T, D]. u_t.
+          window: x_{t+1} [B, T] int32 as its tokens, t as their positions.
+          slots: the layer's cache, if there is one.
 
         Returns:
-          States [B, T, D], and the cache.
+          States [B, T, D], and the written cache; None if nothing was written.
         """
-        embedded = target["embed"].at[tokens].get(mode="clip")
+        embedded = target["embed"].at[window.tokens].get(mode="clip")
         x, residual = self.enter(embedded, states)
-        q, k, v = self.project(x, positions)
-        attended, written = attend(
-            mask, q=q, k=k, v=v, window_range=window_range,
-            cache=None if cache is None else (cache.k, cache.v), cache_ranges=cache_ranges,
-            layer=jnp.int32(0), write_at=write_at, write_rows=write_rows,
-        )  # fmt: skip
-        new = cache if written is None else KVCache(*written)
-        return self.leave(attended, residual), new
+        q, k, v = self.project(x, window.positions)
+        attended, written = attend(q, k, v, window, slots)
+        return self.leave(attended, residual), written
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
         """[B, T, V] float32 of states [B, T, D]; tokens that it cannot draft have -inf."""
-        rows = self.normed(states).reshape(-1, states.shape[-1])
-        said = unembed_logits(rows, self.head(target))
+        said = vocab.logits(self.head(target), self.normed(states))
         if self.ids is not None:
-            every = jnp.full((len(rows), target["embed"].shape[0]), -jnp.inf, said.dtype)
-            said = every.at[:, self.ids].set(said)
-        return said.reshape(*states.shape[:-1], -1)
+            num_tokens = target["embed"].shape[0]
+            every = jnp.full((*states.shape[:-1], num_tokens), -jnp.inf, said.dtype)
+            said = every.at[..., self.ids].set(said)
+        return said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.blocks.linear import linear
 from dlm.config import ModelConfig
 from dlm.heads import files
@@ -33,7 +34,6 @@ from dlm.heads.published import (
 )
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.vocab import output_head
 
 
 class Eagle1Network(EagleNetwork):
@@ -51,7 +51,7 @@ class Eagle1Network(EagleNetwork):
         return states
 
     def head(self, target: Params) -> jax.Array:
-        return output_head(target)
+        return vocab.head(target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlm import vocab
 from dlm.blocks.linear import linear
 from dlm.blocks.norm import rms_norm
 from dlm.config import ModelConfig
@@ -37,7 +38,6 @@ from dlm.heads.published import (
 )
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.vocab import output_head
 
 
 class Eagle3Network(EagleNetwork):
@@ -120,7 +120,7 @@ class Eagle3Heads(EagleHeads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, whose output head becomes the model's."""
-        head = output_head(params).astype(own["unembed"].dtype)
+        head = vocab.head(params).astype(own["unembed"].dtype)
         norm = params["final_norm"].astype(own["final_norm"].dtype)
         if self.ids:
             head = head[np.asarray(self.ids)]

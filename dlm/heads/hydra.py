@@ -26,6 +26,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
@@ -33,7 +34,7 @@ from dlm.heads import files
 from dlm.lm import LanguageModel
 from dlm.models.decoder import decoder_layer
 from dlm.params import Params, ParamSpec, param_specs
-from dlm.vocab import output_head
+from dlm.window import Slots, Window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class HydraHeads(files.Heads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, which say what the model says."""
-        head = output_head(params).astype(own["unembed"].dtype)
+        head = vocab.head(params).astype(own["unembed"].dtype)
         first = [
             f | {"r": jnp.eye(f["r"].shape[0], f["r"].shape[1], dtype=f["r"].dtype)}
             for f in own["first"]
@@ -99,12 +100,8 @@ def read_prefix(
     own: Params,
     cfg: ModelConfig,
     hidden: jax.Array,
-    *,
-    positions: jax.Array,
-    window_range: jax.Array | None = None,
-    cache: KVCache | None = None,
-    cache_ranges: jax.Array | None = None,
-    write_at: jax.Array | None = None,
+    window: Window,
+    slots: Slots | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """c [B, T, D] of hidden states [B, T, D] in a row, and the cache; without "prefix", as given.
 
@@ -112,17 +109,14 @@ def read_prefix(
       own: the heads.
       cfg: the target.
       hidden: see above.
-      positions, window_range, cache, cache_ranges, write_at: as in `dlm.models.decoder.forward`.
+      window: whose tokens do not count: causal, at the positions of the hidden states.
+      slots: the layer's cache, if there is one.
     """
     if "prefix" not in own:
-        return hidden, cache
+        return hidden, None if slots is None else slots.cache
     layer = jax.tree.map(lambda x: x[0], own["prefix"])
-    c, written = decoder_layer(
-        hidden, layer, cfg, rotary_angles(positions, cfg), "causal", window_range=window_range,
-        cache=None if cache is None else (cache.k, cache.v), cache_ranges=cache_ranges,
-        layer=jnp.int32(0), write_at=write_at, write_rows=None,
-    )  # fmt: skip
-    return c, cache if written is None else KVCache(*written)
+    angles = rotary_angles(window.positions, cfg)
+    return decoder_layer(hidden, layer, cfg, angles, window, slots)
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:

@@ -20,11 +20,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.vocab import output_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class MedusaHeads(files.Heads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, whose matrices become the model's."""
-        head = output_head(params).astype(own["unembed"].dtype)
+        head = vocab.head(params).astype(own["unembed"].dtype)
         return own | {"unembed": jnp.broadcast_to(head, own["unembed"].shape)}
 
 

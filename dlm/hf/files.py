@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import safetensors
 
 from dlm.config import ModelConfig, RopeScaling
-from dlm.hf.formats import DREAM, FORMATS, LLADA, LLAMA, QWEN2, QWEN3, Format
+from dlm.hf.format import TOKEN_IDS, Format
+from dlm.hf.formats import FORMATS
 from dlm.tokenizer import has_tokenizer, load_tokenizer, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_IDS = ("mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id")
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,)}
 
 
@@ -71,7 +71,7 @@ def read_config(path: str | os.PathLike[str], dtype: Any = None) -> ModelConfig:
     if dtype is None:
         dtype = raw.get("torch_dtype") or raw.get("dtype") or _stored_dtype(root, form)
     dtype = "bfloat16" if dtype is None else jnp.dtype(dtype).name
-    names = [name for name in _IDS if name not in form.implied]
+    names = [name for name in TOKEN_IDS if name not in form.implied]
     ids = _read_token_ids(root, raw, names, values["vocab_size"], form)
     return ModelConfig(**values, **form.implied, **ids, dtype=dtype)
 
@@ -154,26 +154,12 @@ def _stored_dtype(root: pathlib.Path, form: Format) -> str | None:
 
 def format_for(cfg: ModelConfig) -> Format:
     """The published format that a model is written in; ValueError if none can hold it."""
-    if not cfg.shifted_logits:
-        form = LLADA
-    elif cfg.qkv_bias:
-        form = QWEN2 if cfg.mask_token_id is None else DREAM
-    else:
-        form = QWEN3 if cfg.qk_norm else LLAMA
-    wrong = {"qk_norm": cfg.qk_norm and form is not QWEN3}
-    if not form.is_causal:
-        wrong["mask_token_id"] = cfg.mask_token_id is None
-        wrong["head_dim"] = cfg.head_dim * cfg.n_heads != cfg.d_model
-        wrong["rope_scaling"] = cfg.rope_scaling is not None
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise ValueError(
-                f"{name}={getattr(cfg, name)} cannot be written: the published LLaDA and Dream "
-                "formats (no shifted logits; biases and MASK) have a MASK token, head_dim = "
-                "d_model / n_heads, and no rope_scaling; QK norm goes only with shifted logits and "
-                "without qkv_bias (Qwen3)"
-            )
-    return form
+    refusals = []
+    for form in FORMATS.values():
+        if (refusal := form.refuse(cfg)) is None:
+            return form
+        refusals.append(refusal)
+    raise ValueError(f"no published format can hold this model: {'; '.join(refusals)}")
 
 
 def raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
@@ -188,7 +174,7 @@ def raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
         **form.extra,
         **{key: supported[0] for key, (supported, _) in form.fixed.items()},
         **{key: getattr(cfg, name) for name, key in form.fields.items() if name not in skipped},
-        **{name: getattr(cfg, name) for name in _IDS if getattr(cfg, name) is not None},
+        **{name: getattr(cfg, name) for name in TOKEN_IDS if getattr(cfg, name) is not None},
     }
     if (scaling := cfg.rope_scaling) is not None:
         raw["rope_scaling"] = {

@@ -1,4 +1,4 @@
-"""Published checkpoints: Hugging Face directories <-> (ModelConfig, params); see `FORMATS`.
+"""Published checkpoints: Hugging Face directories <-> (ModelConfig, params); see `dlm.hf.formats`.
 
 A directory holds `config.json` and `model.safetensors`, or several `model-*.safetensors` with
 `model.safetensors.index.json`. Every tensor is read straight into the dtype and the sharding in
@@ -45,7 +45,7 @@ from dlm.hf.files import (
     read_config,
     read_raw_config,
 )
-from dlm.hf.formats import Format, Stored, letter_sizes
+from dlm.hf.format import Format, Stored, letter_sizes
 from dlm.params import Params, abstract_params, param_shardings, param_specs
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer

@@ -1,7 +1,8 @@
 """One transformer for every model here: a forward over a window of positions.
 
 Pre-norm RMSNorm, rotary embeddings in the rotate-half layout, grouped-query attention, gated SiLU
-MLP. Whether attention is causal, bidirectional or tree-shaped is an argument; so is the cache.
+MLP. The window says whether attention is causal, bidirectional or tree-shaped; the slots say what
+is cached.
 
 Letters: B batch, T window positions, D model width, N query heads, K key/value heads, H head
 width, F MLP width, V vocabulary, L layers.
@@ -9,6 +10,7 @@ width, F MLP width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dlm.blocks.attention import BlockDiffusion, attend, project_qkv
+from dlm.blocks.attention import attend, project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
 from dlm.blocks.norm import rms_norm
@@ -26,7 +28,7 @@ from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain
-from kernels_pallas.window_attention import Mask
+from dlm.window import Slots, Window
 
 
 @struct.dataclass
@@ -35,7 +37,7 @@ class ForwardOutput:
 
     Attributes:
       hidden: [B, T, D] in the model's dtype. Final hidden states, normalised: multiply by
-        `output_head` for logits.
+        `dlm.vocab.head` for logits.
       cache: the written cache, or the one that was given.
       features: [B, T, n * D] in the model's dtype. The residual stream at the n `feature_layers`,
         side by side; None if there are none.
@@ -49,17 +51,11 @@ class ForwardOutput:
 def forward(
     params: Params,
     cfg: ModelConfig,
-    tokens: jax.Array,
+    window: Window,
+    slots: Slots | None = None,
     *,
-    positions: jax.Array,
-    mask: Mask | BlockDiffusion = "full",
-    window_range: jax.Array | None = None,
-    cache: KVCache | None = None,
-    cache_ranges: jax.Array | None = None,
-    write_at: jax.Array | None = None,
-    write_rows: jax.Array | None = None,
-    mix: tuple[jax.Array, jax.Array] | None = None,
     feature_layers: tuple[int, ...] = (),
+    layers: tuple[int, ...] | None = None,
     remat: bool = False,
 ) -> ForwardOutput:
     """Runs the model over a window of positions.
@@ -67,64 +63,69 @@ def forward(
     Args:
       params: as `param_specs(cfg)`.
       cfg: the model.
-      tokens: [B, T] int32. The window's tokens.
-      positions: [B, T] int32. Rotary positions; row b's first real token is at 0.
-      mask: attention inside the window: "full" (bidirectional), "causal", ancestor bits as in
-        `window_attention`, or `BlockDiffusion`, which goes with neither a cache nor a range.
-      window_range: [B, 2] int32. Window positions that are real; None: all.
-      cache: keys and values of other positions.
-      cache_ranges: [B, R, 2] int32. Cache slots that are attended to; None: none.
-      write_at: [B] int32. Slot at which the window's keys and values are written; None: they are
-        not kept.
-      write_rows: [B] bool. Rows whose cache is written; None: all.
-      mix: weights [B, T] and vectors [B, T, D] float32: embeddings become (1 - w) x + w v.
+      window: the tokens, where they stand and what of each other they see.
+      slots: the cache, what is read of it and where the window is written; None: there is none.
       feature_layers: indices of layers, at whose entrance the residual stream is kept as a
         feature; `cfg.n_layers` is what leaves the last one, before the final norm. Static.
+      layers: indices of the layers that are run, rising; None: all. Their weights are read where
+        they lie. A cache of all `cfg.n_layers` is used at their own numbers, one of `len(layers)`
+        in the order in which they run. Static.
       remat: whether to recompute each layer in the backward pass instead of keeping its
         activations.
 
     Returns:
       Hidden states of the window, the cache, features.
+
+    Raises:
+      ValueError: the window contradicts itself or does not fit the slots, see `Window`; there are
+        no such `layers`, a feature is of one that is not run, or the cache has another number.
     """
-    angles = rotary_angles(positions, cfg)
-    x = params["embed"].at[tokens].get(mode="clip")  # [B, T, D]
-    if mix is not None:
-        weight = mix[0][..., None]
-        x = ((1 - weight) * x.astype(jnp.float32) + weight * mix[1]).astype(x.dtype)
+    run = tuple(range(cfg.n_layers)) if layers is None else check_layers(layers, cfg.n_layers)
+    if not {*run, cfg.n_layers}.issuperset(feature_layers):
+        raise ValueError(f"feature_layers={feature_layers} must be among layers={run} that are run")
+    depth = len(run) if slots is None else len(slots.cache.k)
+    if depth not in (len(run), cfg.n_layers):
+        raise ValueError(f"the cache has {depth} layers and must have {len(run)}, those that run")
+    angles = rotary_angles(window.positions, cfg)
+    x = params["embed"].at[window.tokens].get(mode="clip")  # [B, T, D]
+    if window.mix is not None:
+        weight = window.mix[0][..., None]
+        x = ((1 - weight) * x.astype(jnp.float32) + weight * window.mix[1]).astype(x.dtype)
     x = constrain(x, "batch", None, None)
 
     kept, keep = _feature_buffer(cfg, feature_layers, x)
 
-    def layer(carry: Any, xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
+    def layer(carry: Any, xs: tuple[Params | None, jax.Array, jax.Array]) -> tuple[Any, None]:
         x, written, kept = carry
-        p, index = xs
+        p, index, place = xs
+        if p is None:
+            take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+            p = jax.tree.map(take, params["layers"])
         kept = keep(kept, index, x)
-        source = written if written is not None else cache
-        x, new = decoder_layer(
-            x,
-            p,
-            cfg,
-            angles,
-            mask,
-            window_range=window_range,
-            cache=None if source is None else (source.k, source.v),
-            cache_ranges=cache_ranges,
-            layer=index,
-            write_at=write_at,
-            write_rows=write_rows,
-        )
-        return (x, written if new is None else KVCache(*new), kept), None
+        used = slots if slots is None or written is None else slots.replace(cache=written)
+        x, new = decoder_layer(x, p, cfg, angles, window, used, place)
+        return (x, new, kept), None
 
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    carry = (x, cache if write_at is not None else None, kept)
-    carry, _ = jax.lax.scan(body, carry, (params["layers"], jnp.arange(cfg.n_layers)))
+    index = jnp.arange(cfg.n_layers) if layers is None else jnp.array(layers)
+    place = index if depth == cfg.n_layers else jnp.arange(len(run))
+    given = None if slots is None else slots.cache
+    carry = (x, None if slots is None or slots.write_at is None else given, kept)
+    carry, _ = jax.lax.scan(body, carry, (None if layers else params["layers"], index, place))
     x, written, kept = carry
     kept = keep(kept, cfg.n_layers, x)
     return ForwardOutput(
         hidden=rms_norm(x, params["final_norm"], cfg.norm_eps),
-        cache=cache if written is None else written,
+        cache=given if written is None else written,
         features=None if kept is None else jnp.concatenate([*kept[:-1]], axis=-1),
     )
+
+
+def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """`layers`, rising indices of some of `num_layers`; ValueError if they are not."""
+    if not layers or list(layers) != sorted(set(layers) & set(range(num_layers))):
+        raise ValueError(f"layers={layers} must be rising layers of the {num_layers} there are")
+    return layers
 
 
 def decoder_layer(
@@ -132,9 +133,10 @@ def decoder_layer(
     p: Params,
     cfg: ModelConfig,
     angles: tuple[jax.Array, jax.Array],
-    mask: Mask | BlockDiffusion,
-    **where: Any,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    window: Window,
+    slots: Slots | None = None,
+    layer: jax.Array | int = 0,
+) -> tuple[jax.Array, KVCache | None]:
     """One layer.
 
     Args:
@@ -142,17 +144,17 @@ def decoder_layer(
       p: {"attention_norm", "attention", "mlp_norm", "mlp"}.
       cfg: the model.
       angles: of `rotary_angles`.
-      mask: see `dlm.models.decoder.forward`.
-      **where: window_range, cache, cache_ranges, layer, write_at and write_rows of
-        `window_attention`.
+      window: whose mask and range count.
+      slots: the cache; None: only the window is seen.
+      layer: scalar int32. Which layer of the cache is read and written.
 
     Returns:
-      [B, T, D], and the cache's keys and values if they were written.
+      [B, T, D], and the written cache; None if nothing was written.
     """
     with jax.named_scope("attention"):
         h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
         q, k, v = project_qkv(h, p["attention"], cfg, angles)
-        attended, written = attend(mask, q=q, k=k, v=v, **where)
+        attended, written = attend(q, k, v, window, slots, layer)
         x = x + linear(attended, p["attention"]["o"], num_in=2)
     with jax.named_scope("mlp"):
         x = x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])

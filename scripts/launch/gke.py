@@ -11,64 +11,25 @@ and are started again.
 
 from __future__ import annotations
 
-import math
 import subprocess
-from typing import Any
 
 import yaml
 from absl import app, flags
 
-
-def manifest(command: list[str]) -> dict[str, Any]:
-    """The JobSet."""
-    F = flags.FLAGS
-    chips = math.prod(map(int, F.topology.split("x")))
-    hosts = max(chips // F.chips_per_host, 1)
-    container = {
-        "name": "worker",
-        "image": F.image,
-        "command": command,
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
-        "resources": {"limits": {"google.com/tpu": min(chips, F.chips_per_host)}},
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 300,
-        "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": F.accelerator,
-            "cloud.google.com/gke-tpu-topology": F.topology,
-        },
-        "containers": [container],
-    }
-    job = {
-        "parallelism": hosts,
-        "completions": hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "template": {"spec": pod},
-    }
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": F.name,
-            "annotations": {
-                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-            },
-        },
-        "spec": {
-            "failurePolicy": {"maxRestarts": F.restarts},
-            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
-        },
-    }
+from scripts.launch.jobset import manifest
 
 
 def main(argv: list[str]) -> None:
     command = argv[1:]
     if not command:
         raise app.UsageError("there is no command: put one behind --")
-    text = yaml.safe_dump(manifest(command), sort_keys=False)
-    if flags.FLAGS.dry_run:
+    F = flags.FLAGS
+    jobset = manifest(
+        command, F.name, F.image, F.accelerator, F.topology,
+        chips_per_host=F.chips_per_host, restarts=F.restarts,
+    )  # fmt: skip
+    text = yaml.safe_dump(jobset, sort_keys=False)
+    if F.dry_run:
         print(text, end="")
         return
     subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True)

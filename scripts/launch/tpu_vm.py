@@ -18,65 +18,19 @@ import sys
 
 from absl import app, flags
 
+from scripts.launch.gcloud import deletion, steps
 from train.host import STOPPED
-
-FOLDER = "parallel-decoding"  # on every host
-
-
-def steps(command: list[str]) -> list[list[str]]:
-    """The commands to run here, in order."""
-    F = flags.FLAGS
-    tpus = ["gcloud", "compute", "tpus"]
-    where = [F.name, f"--zone={F.zone}"]
-    spot = ["--spot"] if F.spot else []
-    kind = [f"--accelerator-type={F.type}", *spot]
-    make = [[*tpus, "tpu-vm", "create", *where, f"--version={F.version}", *kind]]
-    if F.queued:
-        queue = [*tpus, "queued-resources"]
-        state = shlex.join([*queue, "describe", *where, "--format=value(state.state)"])
-        make = [
-            [
-                *queue,
-                "create",
-                *where,
-                f"--node-id={F.name}",
-                f"--runtime-version={F.version}",
-                *kind,
-            ],
-            ["sh", "-c", f"until {state} | grep -q ACTIVE; do sleep 30; done"],
-        ]
-    archive = "repository.tar.gz"
-    unpack = (
-        f"mkdir -p {FOLDER} && tar -xzf {archive} -C {FOLDER} && cd {FOLDER} && "
-        "python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
-    )
-    run = f"cd {FOLDER} && PATH=$PWD/.venv/bin:$PATH {shlex.join(command)}"
-    on_all = [*tpus, "tpu-vm", "ssh", *where, "--worker=all", "--command"]
-    return [
-        *([] if F.exists else make),
-        ["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"],
-        [*tpus, "tpu-vm", "scp", archive, f"{F.name}:", f"--zone={F.zone}", "--worker=all"],
-        [*on_all, unpack],
-        [*on_all, run],
-    ]
 
 
 def main(argv: list[str]) -> None:
     command = argv[1:]
     if not command:
         raise app.UsageError("there is no command: put one behind --")
-    *before, run = steps(command)
     F = flags.FLAGS
-    delete = [
-        "gcloud",
-        "compute",
-        "tpus",
-        "tpu-vm",
-        "delete",
-        F.name,
-        f"--zone={F.zone}",
-        "--quiet",
-    ]
+    *before, run = steps(
+        command, F.name, F.zone, F.type, F.version, queued=F.queued, spot=F.spot, exists=F.exists
+    )
+    delete = deletion(F.name, F.zone)
     if F.dry_run:
         for step in (*before, run, *([delete] if F.delete else [])):
             print(shlex.join(step))

@@ -10,7 +10,7 @@ from decode.diffusion.components import DualCache, FixedBlocks, Threshold
 from decode.speculative import loop as speculative
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from dlm.sharding import make_mesh
-from scripts.aot import collectives
+from scripts.plan.collectives import collectives
 
 PROMPT = [i % 20 for i in range(140)]
 

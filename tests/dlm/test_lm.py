@@ -11,12 +11,13 @@ import pytest
 
 import dlm
 import dlm.lm
+from dlm import vocab
 from dlm.hf.weights import load_params
 from dlm.models.decoder import forward
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
-from dlm.vocab import logits
+from dlm.window import Window
 from tests.lib.paths import GOLDEN, ROOT
 
 NAMES = ("llada_small", "dream_small")
@@ -41,8 +42,8 @@ def all_logits(lm, tokens):
 
     @jax.jit
     def run(params, tokens):
-        out = forward(params, lm.cfg, tokens, positions=positions, mask="full")
-        return logits(params, out.hidden)
+        out = forward(params, lm.cfg, Window(tokens, positions))
+        return vocab.logits(vocab.head(params), out.hidden)
 
     return run(lm.params, tokens)
 

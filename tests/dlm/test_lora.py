@@ -20,6 +20,7 @@ from dlm.models.decoder import forward
 from dlm.params import LowRank, init_from_specs, init_params, param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
+from dlm.window import Window
 from tests.lib import toys
 from tests.lib.models import TOY_CFG, dream_toy
 from tests.lib.objectives import make_batch
@@ -92,7 +93,7 @@ def test_attached_and_merged_are_the_same_model(wide):
     @jax.jit
     def run(params):
         positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-        return forward(params, WIDE, jnp.asarray(tokens), positions=positions).hidden
+        return forward(params, WIDE, Window(jnp.asarray(tokens), positions)).hidden
 
     by_hand = merge_by_hand(wide, delta, 2.0)
     merged = jax.jit(LORA.merge)(wide, delta)

@@ -11,6 +11,7 @@ from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params, init_params
+from dlm.window import Window
 
 # A masked-diffusion model small enough for a plain-Python oracle.
 TOY_CFG = ModelConfig(
@@ -63,12 +64,10 @@ def laws_of(
 def _hidden(
     params: Params, cfg: ModelConfig, tokens: jax.Array, layers: tuple[int, ...]
 ) -> jax.Array:
-    positions = jnp.arange(MOST)[None]
-    output = decoder.forward(
-        params, cfg, tokens, positions=positions, mask="causal", feature_layers=layers
-    )
+    window = Window.at(tokens, jnp.zeros(1, jnp.int32), is_causal=True)
+    output = decoder.forward(params, cfg, window, feature_layers=layers)
     return (output.features if layers else output.hidden)[0]
 
 
 def _logits(params: Params, hidden: np.ndarray) -> np.ndarray:
-    return hidden @ np.asarray(vocab.output_head(params)).T
+    return hidden @ np.asarray(vocab.head(params)).T

@@ -54,9 +54,9 @@ class Recorder:
         self._forward = forward
         monkeypatch.setattr(decoder, "forward", self)
 
-    def __call__(self, params, cfg, tokens, **kwargs):
-        self.calls.append((tokens, kwargs))
-        return self._forward(params, cfg, tokens, **kwargs)
+    def __call__(self, params, cfg, window, **kwargs):
+        self.calls.append(window)
+        return self._forward(params, cfg, window, **kwargs)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "cfg"))
@@ -65,28 +65,28 @@ def loss_and_canvas(params, batch, context, *, objective, cfg):
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         loss, metrics = objective.loss(params, cfg, batch, context)
-    ((tokens, _),) = recorder.calls
-    return loss, metrics, tokens
+    (window,) = recorder.calls
+    return loss, metrics, window.tokens
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "cfg"))
 def mask_and_canvas(batch, context, objective, cfg):
     """What the objective hands to the forward: attention (None: full), its range, the tokens."""
 
-    def forward(params, cfg, tokens, **kwargs):
-        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+    def forward(params, cfg, window, **kwargs):
+        return decoder.ForwardOutput(jnp.zeros((*window.tokens.shape, cfg.d_model)), None)
 
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, forward)
         objective.predict({}, cfg, batch, context)
-    ((tokens, kwargs),) = recorder.calls
-    mask = None if kwargs["mask"] == "full" else kwargs["mask"]
-    return mask, kwargs.get("window_range"), tokens
+    (window,) = recorder.calls
+    assert not window.is_causal
+    return window.mask, window.range, window.tokens
 
 
-def mixing_forward(params, cfg, tokens, **kwargs):
+def mixing_forward(params, cfg, window, **kwargs):
     """Stands in for the transformer, whose norms are float32: smooth, and all tokens matter."""
-    x = params["embed"][tokens]
+    x = params["embed"][window.tokens]
     return decoder.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
 
 

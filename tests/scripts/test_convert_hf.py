@@ -4,7 +4,7 @@ import pytest
 
 import dlm
 from dlm.hf.files import read_config
-from scripts.convert_hf import as_size, describe, parse_mesh
+from scripts.convert_hf.describe import as_size, describe, parse_mesh
 from tests.lib.commands import run
 from tests.lib.paths import GOLDEN
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from scripts.quickstart_spec import Measurement, mean, write_page
+from scripts.quickstart_spec.measure import Measurement
+from scripts.quickstart_spec.page import mean, write_page
 
 PLAIN = Measurement("none", 1, True, 1.0, [1.0], 8.0, 0.0, 10.0, 1.0, 1.0)
 TREE = Measurement("Medusa, tree", 3, True, 2.0, [0.5, 0.25, 0.25], 4.0, 0.0, 20.0, 0.5, 1.0, 2.0)

@@ -192,11 +192,11 @@ def test_buckets_on_real_problems():
 
 def test_eos_behind_the_end_counts_in_the_loss_of_a_bucket(toy_cfg, toy_params, monkeypatch):
     """Where only EOS costs anything, one nat each, the expected loss is the share of EOS."""
-    real = vocab.target_stats
+    real = vocab.score
     monkeypatch.setattr(
         vocab,
-        "target_stats",
-        lambda params, hidden, targets: real(params, hidden, targets).replace(
+        "score",
+        lambda head, hidden, targets: real(head, hidden, targets).replace(
             log_prob=jnp.where(targets == EOS, -1.0, 0.0)
         ),
     )

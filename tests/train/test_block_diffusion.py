@@ -38,15 +38,15 @@ def batch_of(cfg, seed=0):
 def run(params, batch, key, *, objective, cfg, fake=False):
     """Loss, metrics, predictions, and [noisy ; clean] with its positions."""
 
-    def forward(params, cfg, tokens, **kwargs):
-        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+    def forward(params, cfg, window, **kwargs):
+        return decoder.ForwardOutput(jnp.zeros((*window.tokens.shape, cfg.d_model)), None)
 
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, *([forward] if fake else []))
         said = objective.predict(params, cfg, batch, Context(key))
         loss = None if fake else objective.loss(params, cfg, batch, Context(key))
-    tokens, kwargs = recorder.calls[0]
-    return loss, said, tokens, kwargs["positions"]
+    window = recorder.calls[0]
+    return loss, said, window.tokens, window.positions
 
 
 def rows_of(batch, tokens):

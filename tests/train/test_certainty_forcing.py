@@ -48,8 +48,8 @@ def test_loss_by_hand(toy_cfg, monkeypatch):
     )
     canvas = []
 
-    def forward(params, cfg, tokens, **kwargs):
-        canvas.append(tokens)
+    def forward(params, cfg, window, **kwargs):
+        canvas.append(window.tokens)
         return decoder.ForwardOutput(jnp.asarray(table, jnp.float32), None)
 
     monkeypatch.setattr(decoder, "forward", forward)
@@ -64,7 +64,7 @@ def test_loss_by_hand(toy_cfg, monkeypatch):
     @jax.jit
     def run(start, stop):
         said = predict_views(params, toy_cfg, batch, start, stop, is_masked, remat=False)
-        return *certainty_loss(params, said, said.extra, beta=3.0, temperature=0.5), *canvas
+        return *certainty_loss(jnp.eye(3), said, said.extra, beta=3.0, temperature=0.5), *canvas
 
     loss, metrics, *canvas = run(jnp.array([1, 0]), jnp.array([4, 2]))
     m = toy_cfg.mask_token_id
@@ -218,7 +218,7 @@ def test_what_is_wrong_gets_no_gradient_from_the_entropy():
         def entropy(hidden):
             weight = jnp.ones((2, 3))
             said = Predictions(hidden, jnp.asarray(targets), weight)
-            return certainty_loss({"unembed": head}, said, in_view, 2.0, 0.5)[1]["entropy"]
+            return certainty_loss(head, said, in_view, 2.0, 0.5)[1]["entropy"]
 
         gradient = np.asarray(jax.jit(jax.grad(entropy))(logits))
         assert (gradient[~is_right] == 0).all()

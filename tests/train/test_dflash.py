@@ -112,7 +112,7 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
             continue
         context = _context(toy_params, drawn, state)
         tree, greedy = (
-            jax.jit(drafter.propose, static_argnums=0)(cfg, context, state.drafter)[0]
+            jax.jit(drafter.propose, static_argnums=0)(cfg, context, state.drafter).tree
             for drafter in (drawn.drafter, best)
         )
         for b in np.flatnonzero(~np.asarray(state.has_stopped)):

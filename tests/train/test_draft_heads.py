@@ -25,6 +25,7 @@ from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models import decoder
+from dlm.window import Window
 from tests.lib.gradients import check_gradients
 from tests.lib.heads import KINDS, TREE, fresh, shaken
 from tests.lib.models import MOST, hidden_of
@@ -48,7 +49,7 @@ def said(own, seen, k):
 def test_fresh_heads_say_what_the_model_says(toy_cfg, toy_params, kind):
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=2)
     hidden = jax.random.normal(jax.random.key(3), (5, toy_cfg.d_model))
-    expected = vocab.logits(toy_params, hidden)
+    expected = vocab.logits(vocab.head(toy_params), hidden)
     for k in range(3):
         behind = np.full((k + 1) * 16 * (kind == "hydra"), 7, np.float32)
         for row, logits in zip(np.asarray(hidden), expected, strict=True):
@@ -78,7 +79,8 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     state = init_state(toy_cfg, method, prompts, gen_len=4)
     drafted = HydraState(jnp.asarray(hidden[None]), None)
     context = _context(toy_params, method, state)
-    tree, _ = jax.jit(method.drafter.propose, static_argnums=0)(toy_cfg, context, drafted)
+    propose = jax.jit(method.drafter.propose, static_argnums=0)
+    tree = propose(toy_cfg, context, drafted).tree
     tokens = np.asarray(tree.tokens[0])
     for v in range(1, TREE.num_nodes):
         way, u = [], v
@@ -133,10 +135,9 @@ def prefix_by_hand(own, cfg, hidden):
 def _prefix(own, cfg, x):
     layer, ones = dataclasses.replace(cfg, n_layers=1), jnp.ones(cfg.d_model)
     params = {"embed": jnp.zeros((1, cfg.d_model)), "layers": own["prefix"], "final_norm": ones}
-    return decoder.forward(
-        params, layer, jnp.zeros((1, MOST), jnp.int32), positions=jnp.arange(MOST)[None],
-        mask="causal", mix=(jnp.ones((1, MOST)), x), feature_layers=(1,),
-    ).features[0]  # fmt: skip
+    window = Window.at(jnp.zeros((1, MOST), jnp.int32), jnp.zeros(1, jnp.int32), is_causal=True)
+    window = window.replace(mix=(jnp.ones((1, MOST)), x))
+    return decoder.forward(params, layer, window, feature_layers=(1,)).features[0]
 
 
 def test_the_layer_of_hydra_plus_plus_reads_the_whole_text(toy_cfg, toy_params):

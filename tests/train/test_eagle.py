@@ -82,7 +82,7 @@ def log_softmax(z):
 def proposal(cfg, params, method, state):
     """The tree that a method's drafter proposes in a state."""
     context = _context(params, method, state)
-    return jax.jit(method.drafter.propose, static_argnums=0)(cfg, context, state.drafter)[0]
+    return jax.jit(method.drafter.propose, static_argnums=0)(cfg, context, state.drafter).tree
 
 
 def roll(network, params, features, tokens, drafted):

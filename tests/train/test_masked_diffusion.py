@@ -49,16 +49,10 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.1)
     loss, metrics = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(3)))
-    ((tokens, kwargs),) = recorder.calls
-    assert kwargs["mask"] == "full"
-    hidden = decoder.forward(
-        toy_params,
-        toy_cfg,
-        tokens,
-        positions=kwargs["positions"],
-        window_range=kwargs["window_range"],
-    ).hidden
-    log_probs = jax.nn.log_softmax(vocab.logits(toy_params, hidden))
+    (window,) = recorder.calls
+    assert window.attention == "full"
+    tokens, hidden = window.tokens, decoder.forward(toy_params, toy_cfg, window).hidden
+    log_probs = jax.nn.log_softmax(vocab.logits(vocab.head(toy_params), hidden))
     t_key, _ = jax.random.split(jax.random.key(3))
     p = 0.9 * masked_diffusion._draw_t(t_key, 4, True) + 0.1
     total = 0.0
@@ -73,15 +67,16 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
 
 
 def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypatch):
-    def forward(params, cfg, tokens, **kwargs):
-        return decoder.ForwardOutput(jnp.zeros((*tokens.shape, cfg.d_model)), None)
+    def forward(params, cfg, window, **kwargs):
+        return decoder.ForwardOutput(jnp.zeros((*window.tokens.shape, cfg.d_model)), None)
 
     recorder = Recorder(monkeypatch, forward)
     batch = make_batch(toy_cfg, rows=16)
     for seed in range(4):
         MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
     num_masked = 0
-    for tokens, kwargs in recorder.calls:
+    for window in recorder.calls:
+        tokens = window.tokens
         np.testing.assert_array_equal(tokens[:, :5], batch["prompt"])
         is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
         unmasked = jnp.where(is_masked, batch["completion"], tokens[:, 5:])
@@ -89,9 +84,9 @@ def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypat
         num_masked += int(is_masked.sum())
         # EOS padding is masked like any other token.
         assert is_masked[batch["completion"] == toy_cfg.eos_token_id].any()
-        np.testing.assert_array_equal(kwargs["window_range"][:, 0], batch["prompt_start"])
+        np.testing.assert_array_equal(window.range[:, 0], batch["prompt_start"])
         first = np.asarray(batch["prompt_start"])
-        np.testing.assert_array_equal(kwargs["positions"][np.arange(16), first], 0)
+        np.testing.assert_array_equal(window.positions[np.arange(16), first], 0)
     assert 0.3 < num_masked / (4 * 16 * 6) < 0.7
 
 
@@ -128,10 +123,11 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg, prompt_len=0, completion_len=8)
     loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))
-    ((tokens, kwargs),) = recorder.calls
+    (window,) = recorder.calls
+    tokens = window.tokens
     assert tokens.shape == (4, 8)
     y = batch["completion"]
-    z = vocab.logits(toy_params, decoder.forward(toy_params, toy_cfg, tokens, **kwargs).hidden)
+    z = vocab.logits(vocab.head(toy_params), decoder.forward(toy_params, toy_cfg, window).hidden)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
     t_key, _ = jax.random.split(jax.random.key(1))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
@@ -159,12 +155,13 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     batch = make_batch(toy_cfg)
     shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
     loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, Context(jax.random.key(0)))
-    ((tokens, kwargs),) = recorder.calls
-    hidden = decoder.forward(toy_params, toy_cfg, tokens, **kwargs).hidden[:, 4:-1]
+    (window,) = recorder.calls
+    tokens = window.tokens
+    hidden = decoder.forward(toy_params, toy_cfg, window).hidden[:, 4:-1]
     t_key, _ = jax.random.split(jax.random.key(0))
     p = (1 - 1e-3) * masked_diffusion._draw_t(t_key, 4, True) + 1e-3
     is_masked = tokens[:, 5:] == toy_cfg.mask_token_id
-    logits = vocab.logits(toy_params, hidden)
+    logits = vocab.logits(vocab.head(toy_params), hidden)
     expected, _ = weighted_loss(*judge(logits, batch["completion"]), is_masked, p)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
@@ -334,7 +331,7 @@ def test_without_annealing_attention_is_full(toy_cfg, monkeypatch):
     params = {"embed": jnp.zeros((toy_cfg.vocab_size, toy_cfg.d_model))}
     context = Context(jax.random.key(0))
     jax.eval_shape(lambda: MaskedDiffusion().predict(params, toy_cfg, make_batch(toy_cfg), context))
-    assert recorder.calls[0][1]["mask"] == "full"
+    assert recorder.calls[0].attention == "full"
     for anneal in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"anneal={anneal} must be in"):
             MaskedDiffusion(anneal=anneal)

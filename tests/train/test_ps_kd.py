@@ -39,7 +39,7 @@ class Table(TokenObjective):
         return Predictions(params["logits"], batch["completion"], batch["weight"])
 
     def score(self, params, said):
-        log_prob = vocab.target_stats(params, said.hidden, said.targets).log_prob
+        log_prob = vocab.score(vocab.head(params), said.hidden, said.targets).log_prob
         loss = -(said.weight * log_prob).sum()
         return loss, {"loss": loss}
 
@@ -149,7 +149,7 @@ def test_soft_cross_entropy_of_many_rows(shape):
 
     @jax.jit
     def run(hidden, weight):
-        soft = soft_cross_entropy({"unembed": heads[0]}, hidden, {"embed": heads[1]}, theirs)
+        soft = soft_cross_entropy(heads[0], hidden, heads[1], theirs)
         return (soft * weight).sum(), soft
 
     weight = rng.normal(size=shape).astype(np.float32)
@@ -172,7 +172,7 @@ def run_model(params, teacher, batch, progress, *, of, cfg):
         recorder = Recorder(patch)
         context = Context(jax.random.key(1), progress, teacher)
         loss, metrics = PsKd(of=of, alpha=1.0).loss(params, cfg, batch, context)
-    return loss, metrics, [tokens for tokens, _ in recorder.calls]
+    return loss, metrics, [window.tokens for window in recorder.calls]
 
 
 @pytest.fixture(scope="module")

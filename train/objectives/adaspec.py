@@ -75,7 +75,7 @@ class AdaSpec:
             hidden: jax.Array, of_target: jax.Array, of_reference: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             log_p, log_q, log_r = (
-                jax.nn.log_softmax(vocab.logits(own, x))
+                jax.nn.log_softmax(vocab.logits(vocab.head(own), x))
                 for own, x in (
                     (target, of_target), (ours.params, hidden), (reference, of_reference),
                 )

@@ -23,8 +23,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import vocab
-from dlm.blocks import attention
+from dlm import vocab, window
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
@@ -82,14 +81,12 @@ class BlockDiffusion(TokenObjective):
         is_masked = is_real & (source >= P) & (jax.random.uniform(mask_key, (B, L)) < p)
         noisy = jnp.where(is_masked, cfg.mask_token_id, clean)
 
-        hidden = decoder.forward(
-            params,
-            cfg,
-            jnp.concatenate([noisy, clean], axis=1),
+        both = window.Window(
+            tokens=jnp.concatenate([noisy, clean], axis=1),
             positions=jnp.broadcast_to(jnp.tile(jnp.arange(L), 2)[None], (B, 2 * L)),
-            mask=attention.BlockDiffusion((~is_real).astype(jnp.int32), C),
-            remat=self.remat,
-        ).hidden
+            mask=window.BlockDiffusion((~is_real).astype(jnp.int32), C),
+        )
+        hidden = decoder.forward(params, cfg, both, remat=self.remat).hidden
         index = jnp.arange(G)[None] + P - start[:, None]  # [B, G], where completions lie in rows
         read = index
         if cfg.shifted_logits:
@@ -103,7 +100,7 @@ class BlockDiffusion(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: "loss" and "masked_accuracy"."""
-        stats = vocab.target_stats(params, said.hidden, said.targets)
+        stats = vocab.score(vocab.head(params), said.hidden, said.targets)
         loss = -(said.weight * stats.log_prob).sum()
         is_scored = said.weight > 0
         is_right = (stats.token == said.targets) & is_scored

@@ -16,6 +16,7 @@ from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.window import Window
 from train.objectives import Context, Predictions, TokenObjective
 
 
@@ -47,7 +48,7 @@ class Causal(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: "loss" and "accuracy" (tokens whose arg-max is right)."""
-        stats = vocab.target_stats(params, said.hidden, said.targets)
+        stats = vocab.score(vocab.head(params), said.hidden, said.targets)
         return mean_cross_entropy(stats.log_prob, stats.token == said.targets, said.weight > 0)
 
 
@@ -87,18 +88,14 @@ def read_text(
     prompt, start = batch["prompt"], batch["prompt_start"]
     P = prompt.shape[1]
     tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
-    T = tokens.shape[1]
     output = decoder.forward(
         params,
         cfg,
-        tokens,
-        positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
-        mask="causal",
-        window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
+        Window.left_padded(tokens, start, is_causal=True),
         feature_layers=feature_layers,
         remat=remat,
     )
-    index = jnp.arange(T)[None]
+    index = jnp.arange(tokens.shape[1])[None]
     # A row's first real token has nothing before it to be predicted from.
     counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
     if not on_prompt:

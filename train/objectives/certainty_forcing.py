@@ -70,7 +70,7 @@ class CertaintyForcing(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: see `certainty_loss`."""
-        return certainty_loss(params, said, said.extra, self.beta, self.temperature)
+        return certainty_loss(vocab.head(params), said, said.extra, self.beta, self.temperature)
 
     def _corrupt(
         self, batch: Mapping[str, jax.Array], context: Context
@@ -147,7 +147,7 @@ def predict_views(
 
 
 def certainty_loss(
-    params: Params,
+    head: jax.Array,
     said: Predictions,
     in_view: jax.Array,
     beta: float,
@@ -156,7 +156,7 @@ def certainty_loss(
     """CE plus beta times ENT.
 
     Args:
-      params: of the model.
+      head: [V, D]. The model's output head.
       said: its predictions, [B, A].
       in_view: [n, B, A] bool. Positions whose entropy is lowered, one mean per view; none of them
         in two views.
@@ -167,11 +167,11 @@ def certainty_loss(
       Scalar float32, and metrics: "loss", "cross_entropy" (CE_1 + CE_2), "entropy" (the sum of
       ENT_v, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
     """
-    stats = vocab.target_stats(params, said.hidden, said.targets)
+    stats = vocab.score(head, said.hidden, said.targets)
     cross_entropy = -(said.weight * stats.log_prob).sum()
     is_right = stats.token == said.targets
     weight = sum(row_mean_weight(view & is_right) for view in in_view)
-    entropy = vocab.target_stats(params, said.hidden / temperature, said.targets).entropy
+    entropy = vocab.score(head, said.hidden / temperature, said.targets).entropy
     entropy = (weight * entropy).sum()
     loss = cross_entropy + beta * entropy
     is_scored = said.weight > 0

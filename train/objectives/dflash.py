@@ -95,9 +95,9 @@ class DFlashLoss:
         is_scored = text.counts.at[rows, place].get(mode="fill", fill_value=False)
         is_scored &= (found >= 1)[..., None]
         targets = text.tokens.at[rows, place].get(mode="clip")
-        head = {"unembed": vocab.output_head(target)}
+        head = vocab.head(target)
         flat = hidden.reshape(B, -1, hidden.shape[-1])
-        stats = vocab.target_stats(head, flat, targets.reshape(B, -1))
+        stats = vocab.score(head, flat, targets.reshape(B, -1))
         each = -stats.log_prob
         if self.teacher:
             theirs = text.hidden.at[rows, place - 1].get(mode="clip").reshape(flat.shape)

@@ -74,7 +74,7 @@ class DistillSpec:
 
         def one_chunk(hidden: jax.Array, target_hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             log_p, log_q = (
-                jax.nn.log_softmax(vocab.logits(own, x) / self.temperature)
+                jax.nn.log_softmax(vocab.logits(vocab.head(own), x) / self.temperature)
                 for own, x in ((target, target_hidden), (draft.params, hidden))
             )
             return self._divergence(jax.lax.stop_gradient(log_p), log_q)

@@ -24,6 +24,7 @@ from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
 from dlm.params import Params
+from dlm.window import Window
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.medusa import score_head
@@ -63,25 +64,23 @@ class Eagle1Loss:
         T = text.tokens.shape[1]
         bound = self.noise * 512 / T
         noise = jax.random.uniform(context.key, text.hidden.shape, minval=-bound, maxval=bound)
+        following = jnp.pad(text.tokens[:, 1:], ((0, 0), (0, 1)))
         states, _ = network.read(
             target,
-            jnp.pad(text.tokens[:, 1:], ((0, 0), (0, 1))),
             (text.hidden + noise).astype(text.hidden.dtype),
-            positions=text.positions,
-            mask="causal",
-            window_range=jnp.stack([text.start, jnp.full_like(text.start, T)], axis=1),
+            Window.left_padded(following, text.start, is_causal=True),
         )
         ours, theirs = states[:, :-2], text.hidden[:, 1:-1]
         gap = jnp.abs(ours.astype(jnp.float32) - theirs)
         of_features = jnp.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean(axis=-1)
-        teacher = {"unembed": vocab.output_head(target)}
+        teacher = vocab.head(target)
         of_laws = soft_cross_entropy(teacher, ours, teacher, theirs)
         scored = text.counts[:, 2:] & (jnp.arange(T - 2)[None] >= text.start[:, None])
         num = jnp.maximum(scored.sum(), 1)
         feature_loss, cross_entropy = (
             jnp.where(scored, x, 0.0).sum() / num for x in (of_features, of_laws)
         )
-        _, accuracy = score_head(jax.lax.stop_gradient(states), teacher["unembed"], text, ahead=2)
+        _, accuracy = score_head(jax.lax.stop_gradient(states), teacher, text, ahead=2)
         loss = feature_loss + self.weight * cross_entropy
         return loss, {
             "loss": loss,

@@ -73,16 +73,16 @@ class Eagle3Loss:
             raise ValueError(
                 f"num_steps={self.num_steps} must be at most {T - 2} with rows of {T} tokens"
             )
-        teacher = {"unembed": vocab.output_head(target)}
+        teacher = vocab.head(target)
         counts = text.counts & (jnp.arange(T)[None] >= text.start[:, None])
         if network.ids is not None:
             can_draft = jnp.zeros(cfg.vocab_size, bool).at[network.ids].set(True)
-            best = vocab.target_stats(teacher, text.hidden, text.tokens).token
+            best = vocab.score(teacher, text.hidden, text.tokens).token
             counts = counts.at[:, 1:].set(counts[:, 1:] & can_draft[best[:, :-1]])
-            teacher = {"unembed": teacher["unembed"][network.ids]}
+            teacher = teacher[network.ids]
 
         def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
-            z = vocab.logits({"unembed": network.head(target)}, ours)
+            z = vocab.logits(network.head(target), ours)
             p = jax.nn.softmax(vocab.logits(teacher, theirs))
             best = jnp.argmax(z, axis=-1).astype(jnp.int32)
             token = best if network.ids is None else network.ids[best]

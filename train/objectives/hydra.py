@@ -17,9 +17,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden, read_prefix
 from dlm.params import Params
+from dlm.window import Window
 from train.objectives import Context
 from train.objectives.causal import read_text
 from train.objectives.medusa import score_head
@@ -49,9 +51,9 @@ class HydraLoss:
         embedded = params["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
         T = embedded.shape[1]
         total, metrics = jnp.float32(0), {}
-        index = jnp.stack([text.start, jnp.full_like(text.start, T)], axis=1)
+        window = Window.left_padded(text.tokens, text.start, is_causal=True)
         hidden = jax.lax.stop_gradient(text.hidden)
-        seen, _ = read_prefix(own, cfg, hidden, positions=text.positions, window_range=index)
+        seen, _ = read_prefix(own, cfg, hidden, window)
         for i in range(own["unembed"].shape[0]):
             shifted = jnp.pad(embedded[:, 1 + i :], ((0, 0), (0, 1 + i), (0, 0)))
             seen = jnp.concatenate([seen, shifted], axis=-1)
@@ -61,9 +63,9 @@ class HydraLoss:
                 counts = text.counts[:, ahead:]
                 counts &= jnp.arange(T - ahead)[None] >= text.start[:, None]
                 soft = soft_cross_entropy(
-                    {"unembed": own["unembed"][i]},
+                    own["unembed"][i],
                     hidden[:, :-ahead],
-                    params,
+                    vocab.head(params),
                     text.hidden[:, ahead - 1 : -1],
                 )
                 loss = jnp.where(counts, soft, 0.0).sum() / jnp.maximum(counts.sum(), 1)

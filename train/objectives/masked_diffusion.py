@@ -39,7 +39,8 @@ from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
-from kernels_pallas.window_attention import Mask, pack_mask
+from dlm.window import Window
+from kernels_pallas.window_attention import pack_mask
 from train.objectives import Context, Predictions, TokenObjective
 
 
@@ -78,7 +79,7 @@ class MaskedDiffusion(TokenObjective):
           ValueError: the model has no mask token, or it is shifted and there is no prompt.
         """
         is_masked, p = self._corrupt(batch["completion"].shape, context.key)
-        mask: Mask = self._attention(batch, context) if self.anneal else "full"
+        mask = self._attention(batch, context) if self.anneal else None
         hidden = read_completion(params, cfg, batch, is_masked, mask, self.remat)
         weight = is_masked / p[:, None] ** self.weight_power / is_masked.size
         return Predictions(hidden, batch["completion"], weight, (is_masked, p))
@@ -92,7 +93,7 @@ class MaskedDiffusion(TokenObjective):
           "masked_accuracy" (masked tokens whose arg-max is right) and "mask_fraction".
         """
         is_masked, p = said.extra
-        stats = vocab.target_stats(params, said.hidden, said.targets)
+        stats = vocab.score(vocab.head(params), said.hidden, said.targets)
         is_right = stats.token == said.targets
         loss, metrics = weighted_loss(stats.log_prob, is_right, is_masked, p**self.weight_power)
         nll_bound, _ = weighted_loss(stats.log_prob, is_right, is_masked, p)
@@ -119,7 +120,7 @@ def read_completion(
     cfg: ModelConfig,
     batch: Mapping[str, jax.Array],
     is_masked: jax.Array,
-    mask: Mask = "full",
+    mask: jax.Array | None = None,
     remat: bool = False,
 ) -> jax.Array:
     """Hidden states [B, G, D] that predict a completion of which some tokens are masked.
@@ -129,7 +130,7 @@ def read_completion(
     Args:
       params, cfg, batch: as `train.objectives` says.
       is_masked: [B, G] bool.
-      mask: attention over prompt and completion, see `dlm.models.decoder.forward`.
+      mask: attention over prompt and completion, see `dlm.window.Window`; None: all of it.
       remat: whether the backward pass recomputes each layer.
 
     Raises:
@@ -137,22 +138,14 @@ def read_completion(
     """
     prompt, start = batch["prompt"], batch["prompt_start"]
     P = prompt.shape[1]
-    T = P + is_masked.shape[1]
     if cfg.mask_token_id is None:
         raise ValueError("mask_token_id=None must be a token id for masked diffusion")
     if cfg.shifted_logits and P == 0:
         raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
     noisy = jnp.where(is_masked, cfg.mask_token_id, batch["completion"])
-    output = decoder.forward(
-        params,
-        cfg,
-        jnp.concatenate([prompt, noisy], axis=1),
-        positions=jnp.maximum(jnp.arange(T)[None] - start[:, None], 0),
-        mask=mask,
-        window_range=jnp.stack([start, jnp.full_like(start, T)], axis=1),
-        remat=remat,
-    )
-    return output.hidden[:, P - 1 : -1] if cfg.shifted_logits else output.hidden[:, P:]
+    window = Window.left_padded(jnp.concatenate([prompt, noisy], axis=1), start, mask=mask)
+    hidden = decoder.forward(params, cfg, window, remat=remat).hidden
+    return hidden[:, P - 1 : -1] if cfg.shifted_logits else hidden[:, P:]
 
 
 def weighted_loss(

@@ -72,7 +72,7 @@ def score_head(
     """
     targets = text.tokens[:, ahead:]
     counts = text.counts[:, ahead:] & (jnp.arange(targets.shape[1])[None] >= text.start[:, None])
-    stats = vocab.target_stats({"unembed": unembed}, hidden[:, :-ahead], targets)
+    stats = vocab.score(unembed, hidden[:, :-ahead], targets)
     total = jnp.maximum(counts.sum(), 1)
     loss = jnp.where(counts, -stats.log_prob, 0.0).sum() / total
     return loss, ((stats.token == targets) & counts).sum() / total

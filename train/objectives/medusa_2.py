@@ -61,11 +61,12 @@ class Medusa2Loss:
         own, original = params["heads"], params["original"]
         model = {name: x for name, x in params.items() if name not in ("heads", "original")}
         text = read_text(model, cfg, batch, self.on_prompt)
-        head = vocab.output_head(model)
+        head = vocab.head(model)
         total, accuracy = score_head(text.hidden, head, text, ahead=1)
         if self.from_itself:
             before = read_text(original, cfg, batch, self.on_prompt)
-            each = soft_cross_entropy(model, text.hidden[:, :-1], original, before.hidden[:, :-1])
+            teacher = vocab.head(original)
+            each = soft_cross_entropy(head, text.hidden[:, :-1], teacher, before.hidden[:, :-1])
             counts = text.counts[:, 1:]
             total = jnp.where(counts, each, 0.0).sum() / jnp.maximum(counts.sum(), 1)
         metrics = {"model_loss": total, "accuracy_1": accuracy}

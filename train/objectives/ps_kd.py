@@ -68,8 +68,9 @@ class PsKd:
         said = self.of.predict(params, cfg, batch, context)
         loss, metrics = self.of.score(params, said)
         before = self.of.predict(context.teacher, cfg, batch, context)
-        hard = -vocab.target_stats(params, said.hidden, said.targets).log_prob
-        soft = soft_cross_entropy(params, said.hidden, context.teacher, before.hidden)
+        head, teacher = vocab.head(params), vocab.head(context.teacher)
+        hard = -vocab.score(head, said.hidden, said.targets).log_prob
+        soft = soft_cross_entropy(head, said.hidden, teacher, before.hidden)
         alpha = self.alpha * context.progress
         loss = loss + alpha * (said.weight * (soft - hard)).sum()
         total = jnp.maximum(said.weight.sum(), jnp.finfo(jnp.float32).tiny)  # perhaps no token
@@ -78,15 +79,15 @@ class PsKd:
 
 
 def soft_cross_entropy(
-    params: Params, hidden: jax.Array, teacher: Params, teacher_hidden: jax.Array
+    head: jax.Array, hidden: jax.Array, teacher: jax.Array, teacher_hidden: jax.Array
 ) -> jax.Array:
     """-sum_v P_v log p_v with P the teacher's law; logits of `CHUNK` rows exist at a time.
 
     Args:
-      params: of the model.
+      head: [V, D]. The model's output head.
       hidden: [B, n, D]. Its final hidden states.
-      teacher: parameters.
-      teacher_hidden: [B, n, D]. The teacher's hidden states for the same positions.
+      teacher: [V, D']. The teacher's output head.
+      teacher_hidden: [B, n, D']. The teacher's hidden states for the same positions.
 
     Returns:
       [B, n] float32. No gradient flows to the teacher.
@@ -94,7 +95,7 @@ def soft_cross_entropy(
     teacher, teacher_hidden = jax.lax.stop_gradient((teacher, teacher_hidden))
 
     def one_chunk(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-        z, p = vocab.logits(params, ours), jax.nn.softmax(vocab.logits(teacher, theirs))
+        z, p = vocab.logits(head, ours), jax.nn.softmax(vocab.logits(teacher, theirs))
         return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1)
 
     return in_chunks(one_chunk, hidden, teacher_hidden)

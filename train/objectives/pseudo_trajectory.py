@@ -25,6 +25,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
 from train.objectives import Context, Predictions, TokenObjective
@@ -75,7 +76,7 @@ class PseudoTrajectory(TokenObjective):
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, and metrics: see `certainty_loss`. Only the first view's entropy is lowered."""
-        return certainty_loss(params, said, said.extra[:1], self.beta, self.temperature)
+        return certainty_loss(vocab.head(params), said, said.extra[:1], self.beta, self.temperature)
 
     def _corrupt(
         self, batch: Mapping[str, jax.Array], context: Context

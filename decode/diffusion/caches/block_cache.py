@@ -26,7 +26,6 @@ from flax import struct
 from decode.diffusion.caches.canvas import (
     CachePolicy,
     Canvas,
-    Window,
     add_shadow,
     forward_canvas,
     gather,
@@ -37,6 +36,7 @@ from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params
+from dlm.window import Slots, Window
 
 
 @struct.dataclass
@@ -155,7 +155,7 @@ def _forward_span(
     window = Window(
         tokens=gather(canvas.tokens, span.start, span.length),
         positions=(span.start - canvas.start)[:, None] + jnp.arange(span.length)[None],
-        window_range=jnp.stack([jnp.zeros_like(span.stop), span.stop - span.start], axis=-1),
+        range=jnp.stack([jnp.zeros_like(span.stop), span.stop - span.start], axis=-1),
         mix=jax.tree.map(lambda x: gather(x, span.start, span.length), canvas.mix),
     )
     if canvas.has_shadow:
@@ -163,4 +163,4 @@ def _forward_span(
     before = jnp.stack([canvas.start, span.start], axis=-1)
     behind = jnp.stack([span.stop, canvas.end], axis=-1)
     ranges = jnp.stack([before, behind], axis=1)
-    return forward(params, cfg, **vars(window), cache=kv, cache_ranges=ranges).hidden
+    return forward(params, cfg, window, Slots(kv, ranges)).hidden

@@ -14,6 +14,7 @@ from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params
+from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
 if TYPE_CHECKING:
@@ -116,17 +117,13 @@ class BlockCausal(CachePolicy):
         place = first[:, None] + jnp.arange(length)[None]
         positions = place - canvas.start[:, None]
         block = positions // self.block_len
-        out = forward(
-            params,
-            cfg,
-            jnp.take_along_axis(canvas.tokens, jnp.clip(place, 0, S - 1), axis=1),
+        window = Window(
+            tokens=jnp.take_along_axis(canvas.tokens, jnp.clip(place, 0, S - 1), axis=1),
             positions=positions,
             mask=pack_mask(block[:, :, None] >= block[:, None, :]),
-            window_range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
-            cache=kv,
-            cache_ranges=cache_ranges,
-            write_at=first + self.block_len,
-            write_rows=canvas.is_active,
+            range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
         )
+        slots = Slots(kv, cache_ranges, first + self.block_len, canvas.is_active)
+        out = forward(params, cfg, window, slots)
         assert out.cache is not None
         return out.hidden, out.cache

@@ -5,7 +5,6 @@ Letters: B rows, S canvas positions, T and W window positions, D model width.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +16,8 @@ from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.models.decoder import ForwardOutput, forward
 from dlm.params import Params
-from kernels_pallas.window_attention import Mask, pack_mask
+from dlm.window import Slots, Window
+from kernels_pallas.window_attention import pack_mask
 
 
 class Canvas(struct.PyTreeNode):
@@ -92,30 +92,15 @@ def forward_canvas(
     window = Window(
         tokens=canvas.tokens,
         positions=jnp.arange(S)[None] - canvas.start[:, None],
-        window_range=jnp.stack([canvas.start, canvas.end], axis=-1),
+        range=jnp.stack([canvas.start, canvas.end], axis=-1),
         mix=canvas.mix,
     )
     if canvas.has_shadow:
         window = add_shadow(window, cfg, canvas, canvas.window_start, window_len)
-    return forward(
-        params,
-        cfg,
-        **vars(window),
-        cache=kv,
-        write_at=None if kv is None else jnp.zeros(B, jnp.int32),
-        write_rows=write_rows,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Arguments of `forward` that describe what it runs over."""
-
-    tokens: jax.Array
-    positions: jax.Array
-    window_range: jax.Array | None
-    mix: tuple[jax.Array, jax.Array] | None
-    mask: Mask = "full"
+    slots = None
+    if kv is not None:
+        slots = Slots(kv, write_at=jnp.zeros(B, jnp.int32), write_rows=write_rows)
+    return forward(params, cfg, window, slots)
 
 
 def add_shadow(
@@ -128,9 +113,9 @@ def add_shadow(
     been decided. Reference: Hong et al., "Wide-In, Narrow-Out" (WINO), arXiv:2507.18578, section 3.
     """
     B, T = window.tokens.shape
-    assert window.window_range is not None and cfg.mask_token_id is not None
+    assert window.range is not None and cfg.mask_token_id is not None
     index = at[:, None] + jnp.arange(length)[None]  # [B, W], in the window
-    first, stop = window.window_range[:, :1], window.window_range[:, 1:]
+    first, stop = window.range[:, :1], window.range[:, 1:]
     column = jnp.arange(T)[None]
     real = jnp.broadcast_to(((column >= first) & (column < stop))[:, None], (B, T + length, T))
     place = canvas.window_start[:, None] + jnp.arange(length)[None]
@@ -146,7 +131,6 @@ def add_shadow(
     return Window(
         tokens=jnp.pad(window.tokens, ((0, 0), (0, length)), constant_values=cfg.mask_token_id),
         positions=jnp.concatenate([window.positions, own], axis=1),
-        window_range=None,
         mix=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length), (0, 0))[: x.ndim]), window.mix),
         mask=pack_mask(jnp.concatenate([real & other, sees_shadow], axis=-1)),
     )

@@ -35,6 +35,7 @@ from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models.decoder import forward
 from dlm.params import Params
+from dlm.window import Slots, Window
 
 if TYPE_CHECKING:
     from decode.diffusion.method import DiffusionMethod
@@ -148,18 +149,14 @@ class DelayedCache(CachePolicy):
 
         def run(length: int, kv: KVCache, hidden: jax.Array) -> tuple[KVCache, jax.Array]:
             index = order[:, :length]  # [B, T] canvas positions
-            out = forward(
-                params,
-                cfg,
-                jnp.take_along_axis(canvas.tokens, index, axis=1),
+            window = Window(
+                tokens=jnp.take_along_axis(canvas.tokens, index, axis=1),
                 positions=index - canvas.start[:, None],
-                window_range=jnp.stack([jnp.zeros_like(count), count], axis=-1),
+                range=jnp.stack([jnp.zeros_like(count), count], axis=-1),
                 mix=jax.tree.map(lambda x: x[jnp.arange(B)[:, None], index], canvas.mix),
-                cache=kv,
-                cache_ranges=jnp.stack([jnp.zeros_like(num_cached), num_cached], axis=-1)[:, None],
-                write_at=num_cached,
-                write_rows=canvas.is_active,
             )
+            slots = Slots.append(kv, num_cached, canvas.is_active)
+            out = forward(params, cfg, window, slots)
             assert out.cache is not None
             is_there = (jnp.arange(length)[None] < count[:, None]) & canvas.is_active[:, None]
             index = jnp.where(is_there, index, S)  # out of bounds: dropped

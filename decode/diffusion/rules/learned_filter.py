@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import struct
 from decode.diffusion.contracts import CommitRule, check_range
 from decode.diffusion.round import Round, surest
 from dlm.config import ModelConfig
-from dlm.heads.learn2pd import Filter
+from dlm.heads.learn2pd import Filter, init_filter
 
 if TYPE_CHECKING:
     from decode.diffusion.method import DiffusionMethod
@@ -37,6 +37,10 @@ class LearnedFilter(CommitRule):
 
     filter: Filter
     threshold: jax.Array | float = 0.96
+
+    @classmethod
+    def example(cls, cfg: ModelConfig) -> Self:
+        return cls(init_filter(jax.random.key(0), 32))
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)

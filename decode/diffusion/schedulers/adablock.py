@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,10 @@ class AdaBlock(Scheduler):
     threshold: jax.Array | float = 0.3
     share: float = struct.field(pytree_node=False, default=0.25)
     window: str = struct.field(pytree_node=False, default="budget")
+
+    @classmethod
+    def example(cls, cfg: ModelConfig) -> Self:
+        return cls((1, 2), block_len=8)
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("block_len", self.block_len, 1, float("inf"))

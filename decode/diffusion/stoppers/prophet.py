@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,10 @@ class Prophet(Stopper):
     early: jax.Array | float = 7.5
     mid: jax.Array | float = 5.0
     late: jax.Array | float = 2.5
+
+    @classmethod
+    def example(cls, cfg: ModelConfig) -> Self:
+        return cls(0, answer_len=4)
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("answer_start", self.answer_start, 0, cfg.max_seq_len)

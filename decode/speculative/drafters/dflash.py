@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.sampling import draw
-from decode.speculative.contracts import Context, Drafter, Seen
-from decode.speculative.drafters.heads import misfit
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
+from decode.speculative.drafters.heads import check_fit
+from decode.speculative.tree import Drawn, TreeShape, chain
 from dlm import vocab
 from dlm.cache import KVCache, init_cache, write
 from dlm.config import ModelConfig
@@ -38,7 +38,12 @@ class DFlash(Drafter):
     num_drafts: int = struct.field(pytree_node=False, default=0)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
+    @property
+    def drawn(self) -> Drawn:
+        return "without" if self.is_sampled else "none"
+
     def validate(self, cfg: ModelConfig) -> None:
+        check_fit(self.network.cfg, self.feature_layers, cfg)
         most = self.network.block_len - 1
         if not 0 <= self.num_drafts <= most:
             raise ValueError(
@@ -51,15 +56,8 @@ class DFlash(Drafter):
         return chain(self.num_drafts or self.network.block_len - 1)
 
     @property
-    def forwards_per_round(self) -> int:
-        return 1
-
-    @property
     def feature_layers(self) -> tuple[int, ...]:
         return self.network.feature_layers
-
-    def refuse(self, cfg: ModelConfig) -> str | None:
-        return misfit(self.network.cfg, self.feature_layers, cfg)
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
         """The context's keys and values, a slot per position."""
@@ -75,19 +73,17 @@ class DFlash(Drafter):
         new = self.network.keys_values(self.network.context(seen.features), place)
         return write(state, new, seen.start)
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         root, J = context.root, self.depth
         hidden = self.network.read(context.params, root, context.length - 1, state)
         hidden, laws = hidden[:, 1 : J + 1], None
+        head = vocab.head(context.params)
         if self.is_sampled and context.sampling.temperature is not None:
-            logits = vocab.logits(context.params, hidden)
+            logits = vocab.logits(head, hidden)
             law = context.sampling.replace(repetition_penalty=None).law(logits)
             drafts = draw(context.key, law)
             laws = jnp.pad(law, ((0, 0), (0, 1), (0, 0)))  # the last node has no child
         else:
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            drafts = vocab.vocab_stats(context.params, rows).token.reshape(-1, J)
+            drafts = vocab.read(head, hidden).token
         tokens = jnp.concatenate([root[:, None], drafts], axis=1)
-        return self.shape.tree(tokens, laws=laws), state
+        return Proposal(self.shape.tree(tokens, laws=laws), spent(context, 1), state)

@@ -12,6 +12,7 @@ Letters: B rows, S slots, W nodes, J depth, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,14 +21,15 @@ from flax import struct
 
 from decode.core.sampling import draw
 from decode.core.streams import fold_in
-from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.tree import DraftTree, Drawn, TreeShape, chain
 from dlm import vocab
-from dlm.cache import KVCache, init_cache, up_to
+from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
 
@@ -41,33 +43,41 @@ class _Model(Drafter):
       is_sampled: whether drafts are drawn from the draft's law (filtered as the target's, but for
         the repetition penalty), which wants `SpeculativeSampling` or `BlockVerification`; else they
         are its most probable tokens. Static.
+      layers: of it that are run, see `dlm.models.decoder.forward`; None: all. Static.
     """
 
     params: Params
     draft: ModelConfig = struct.field(pytree_node=False)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
+    layers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
 
-    def refuse(self, cfg: ModelConfig) -> str | None:
+    @property
+    def drawn(self) -> Drawn:
+        return "without" if self.is_sampled else "none"
+
+    def validate(self, cfg: ModelConfig) -> None:
         if self.draft.vocab_size != cfg.vocab_size:
-            return (
+            raise ValueError(
                 f"the draft model has a vocabulary of {self.draft.vocab_size} tokens and the "
                 f"target one of {cfg.vocab_size}: they must have the same"
             )
-        return None
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
-        return init_cache(self.draft, batch_size, num_slots)
+        n_layers = self.draft.n_layers if self.layers is None else len(self.layers)
+        run = dataclasses.replace(self.draft, n_layers=n_layers)
+        return init_cache(run, batch_size, num_slots)
 
     def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, None)
 
+    def _forward(self, window: Window, slots: Slots) -> decoder.ForwardOutput:
+        return decoder.forward(self.params, self.draft, window, slots, layers=self.layers)
+
     def _read(self, seen: Seen, cache: KVCache, rows: jax.Array | None) -> KVCache:
         """Keys and values of tokens in a row."""
-        positions = seen.start[:, None] + jnp.arange(seen.tokens.shape[1])[None]
-        output = decoder.forward(
-            self.params, self.draft, seen.tokens, positions=positions, mask="causal", cache=cache,
-            cache_ranges=up_to(seen.start), write_at=seen.start, write_rows=rows,
-        )  # fmt: skip
+        window = Window.at(seen.tokens, seen.start, is_causal=True)
+        slots = Slots.append(cache, seen.start, rows)
+        output = self._forward(window, slots)
         assert output.cache is not None
         return output.cache
 
@@ -85,6 +95,7 @@ class DraftModel(_Model):
     num_drafts: int = struct.field(pytree_node=False, default=4)
 
     def validate(self, cfg: ModelConfig) -> None:
+        super().validate(cfg)
         if self.num_drafts < 1:
             raise ValueError(f"num_drafts={self.num_drafts} must be at least 1")
 
@@ -92,36 +103,29 @@ class DraftModel(_Model):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.num_drafts + 1
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         is_drawn = self.is_sampled and context.sampling.temperature is not None
 
         def draft(carry: tuple[jax.Array, KVCache], i: jax.Array) -> Any:
             token, cache = carry
             at = context.length - 1 + i
-            output = decoder.forward(
-                self.params, self.draft, token[:, None], positions=at[:, None], cache=cache,
-                cache_ranges=up_to(at), write_at=at, write_rows=context.active,
-            )  # fmt: skip
+            window, slots = Window.at(token[:, None], at), Slots.append(cache, at, context.active)
+            output = self._forward(window, slots)
             hidden = output.hidden[:, 0]
             if is_drawn:
                 law = context.sampling.replace(repetition_penalty=None).law(
-                    vocab.logits(self.params, hidden)
+                    vocab.logits(vocab.head(self.params), hidden)
                 )
                 following = draw(fold_in(context.key, i), law)
                 return (following, output.cache), (token, law)
-            following = vocab.vocab_stats(self.params, hidden).token
+            following = vocab.read(vocab.head(self.params), hidden).token
             return (following, output.cache), (token, None)
 
         start = (context.root, state)
         (_, cache), (tokens, laws) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
-        tree = chain(self.num_drafts).tree(tokens.T)
-        return tree.replace(laws=None if laws is None else laws.swapaxes(0, 1)), cache
+        laws = None if laws is None else laws.swapaxes(0, 1)
+        tree = chain(self.num_drafts).tree(tokens.T, laws=laws)
+        return Proposal(tree, spent(context, self.num_drafts + 1), cache)
 
 
 @struct.dataclass
@@ -137,24 +141,21 @@ class DraftModelTree(_Model):
 
     shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.shape.depth + 1
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             tree = self.shape.tree(tokens)
             start = context.length - 1
-            hidden = decoder.forward(
-                self.params, self.draft, tokens, positions=start[:, None] + tree.depths,
-                mask=pack_mask(tree.ancestors(self.depth)), cache=state,
-                cache_ranges=up_to(start),
-            ).hidden  # fmt: skip
-            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+            above = pack_mask(tree.ancestors(self.depth))
+            window = Window(tokens, start[:, None] + tree.depths, above)
+            slots = Slots.below(state, start)
+            hidden = self._forward(window, slots).hidden
+            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
-        return expand(self.shape, context, score, self.is_sampled), state
+        return Proposal(
+            expand(self.shape, context, score, self.is_sampled),
+            spent(context, self.shape.depth + 1),
+            state,
+        )
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, context.active)
@@ -177,13 +178,7 @@ class DraftModelBest(BestTree, _Model):
     def num_ids(self) -> int:
         return self.draft.vocab_size
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.levels + 1
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: KVCache
-    ) -> tuple[DraftTree, KVCache]:
+    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         start = context.length - 1
 
         def score(
@@ -191,14 +186,16 @@ class DraftModelBest(BestTree, _Model):
         ) -> jax.Array:
             rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
             tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
-            hidden = decoder.forward(
-                self.params, self.draft, tokens, positions=start[:, None] + rows,
-                mask=pack_mask(tree.ancestors(self.levels)), cache=state,
-                cache_ranges=up_to(start),
-            ).hidden  # fmt: skip
-            return vocab.logits(self.params, hidden[:, jnp.array(nodes)])
+            window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
+            slots = Slots.below(state, start)
+            hidden = self._forward(window, slots).hidden
+            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
 
-        return expand_best(self.width, self.levels, self.budget, context, score), state
+        return Proposal(
+            expand_best(self.width, self.levels, self.budget, context, score),
+            spent(context, self.levels + 1),
+            state,
+        )
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, context.active)

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter, Seen
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
-from decode.speculative.drafters.heads import misfit
-from decode.speculative.tree import DraftTree, TreeShape, from_paths
-from dlm.cache import KVCache, init_cache, up_to
+from decode.speculative.drafters.heads import check_fit
+from decode.speculative.tree import DraftTree, Drawn, TreeShape, from_paths
+from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
+from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
 # EAGLE-1's published tree: 25 nodes and the root.
@@ -75,8 +76,8 @@ class _Network(Drafter):
     def feature_layers(self) -> tuple[int, ...]:
         return self.network.feature_layers
 
-    def refuse(self, cfg: ModelConfig) -> str | None:
-        return misfit(self.network.cfg, self.feature_layers, cfg)
+    def validate(self, cfg: ModelConfig) -> None:
+        check_fit(self.network.cfg, self.feature_layers, cfg)
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> EagleState:
         shape = (batch_size, self.depth + 1, self.network.feature_width)
@@ -95,13 +96,9 @@ class _Network(Drafter):
         place = seen.start[:, None] + jnp.arange(T)[None]
         _, cache = self.network.read(
             context.params,
-            _tokens_at(context, place + 1),
             self.network.begin(features),
-            positions=place,
-            mask="causal",
-            cache=state.cache,
-            cache_ranges=up_to(seen.start),
-            write_at=seen.start,
+            Window(_tokens_at(context, place + 1), place, is_causal=True),
+            Slots.append(state.cache, seen.start),
         )
         assert cache is not None
         index = jnp.maximum(seen.count - 1, 0)[:, None, None]
@@ -136,14 +133,9 @@ class _Network(Drafter):
         place = start[:, None] + jnp.arange(T)[None]
         states, cache = self.network.read(
             context.params,
-            _tokens_at(context, place + 1),
             self.network.begin(state.features),
-            positions=place,
-            mask="causal",
-            cache=state.cache,
-            cache_ranges=up_to(start),
-            write_at=start,
-            write_rows=context.active,
+            Window(_tokens_at(context, place + 1), place, is_causal=True),
+            Slots.append(state.cache, start, context.active),
         )
         assert cache is not None
         last = jnp.maximum(state.count - 1, 0)[:, None, None]
@@ -164,15 +156,12 @@ class _Network(Drafter):
         """
         start = context.length - 1
         above = jnp.take_along_axis(states, tree.parents[:, 1:, None], axis=1)
-        return self.network.read(
-            context.params,
-            tree.tokens[:, 1:],
-            above,
+        window = Window(
+            tokens=tree.tokens[:, 1:],
             positions=start[:, None] - 1 + tree.depths[:, 1:],
             mask=pack_mask(tree.ancestors(depth)[:, 1:, 1:]),
-            cache=cache,
-            cache_ranges=up_to(start),
-        )[0]
+        )
+        return self.network.read(context.params, above, window, Slots.below(cache, start))[0]
 
 
 @struct.dataclass
@@ -188,7 +177,12 @@ class Eagle(_Network):
     shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
+    @property
+    def drawn(self) -> Drawn:
+        return "without" if self.is_sampled else "none"
+
     def validate(self, cfg: ModelConfig) -> None:
+        super().validate(cfg)
         most = max(self.shape.ranks, default=-1) + 1
         if most > self.network.num_ids:
             raise ValueError(
@@ -196,13 +190,7 @@ class Eagle(_Network):
                 f"{self.network.num_ids} different tokens: use a narrower tree"
             )
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.depth
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: EagleState
-    ) -> tuple[DraftTree, EagleState]:
+    def propose(self, cfg: ModelConfig, context: Context, state: EagleState) -> Proposal:
         of_root, cache = self._read_new(context, state)
         states = jnp.zeros((len(of_root), self.num_nodes, of_root.shape[-1]), of_root.dtype)
         states = states.at[:, :1].set(of_root)
@@ -218,7 +206,7 @@ class Eagle(_Network):
             return self.network.logits(context.params, states[:, jnp.array(nodes)])
 
         tree = expand(self.shape, context, score, self.is_sampled)
-        return tree, state.replace(cache=cache)
+        return Proposal(tree, spent(context, self.depth), state.replace(cache=cache))
 
 
 @struct.dataclass
@@ -233,13 +221,7 @@ class EagleBest(BestTree, _Network):
     def num_ids(self) -> int:
         return self.network.num_ids
 
-    @property
-    def forwards_per_round(self) -> int:
-        return self.levels
-
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: EagleState
-    ) -> tuple[DraftTree, EagleState]:
+    def propose(self, cfg: ModelConfig, context: Context, state: EagleState) -> Proposal:
         states, cache = self._read_new(context, state)
 
         def score(
@@ -257,7 +239,7 @@ class EagleBest(BestTree, _Network):
             return self.network.logits(context.params, states[:, jnp.array(nodes)])
 
         tree = expand_best(self.width, self.levels, self.budget, context, score)
-        return tree, state.replace(cache=cache)
+        return Proposal(tree, spent(context, self.levels), state.replace(cache=cache))
 
 
 def _tokens_at(context: Context, place: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.core.streams import fold_in
+from decode.core.streams import fold_in, wrap
 from decode.speculative.contracts import Context, Drafter
 from decode.speculative.tree import DraftTree, TreeShape
 from dlm.config import ModelConfig
@@ -148,6 +148,7 @@ class BestTree(Drafter):
         raise NotImplementedError
 
     def validate(self, cfg: ModelConfig) -> None:
+        super().validate(cfg)
         if not 1 <= self.width <= self.num_ids:
             raise ValueError(
                 f"width={self.width} must be in [1, {self.num_ids}], the tokens it can draft"
@@ -174,5 +175,5 @@ class BestTree(Drafter):
 
 def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[B, *shape] standard Gumbel noise from a random stream [B, 2] uint32 per row."""
-    one = lambda key: jax.random.gumbel(jax.random.wrap_key_data(key), shape)  # noqa: E731
+    one = lambda key: jax.random.gumbel(wrap(key), shape)  # noqa: E731
     return jax.vmap(one)(key)

@@ -39,19 +39,18 @@ class HeadsDrafter(Drafter):
     own: Params
     shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
 
-    def refuse(self, cfg: ModelConfig) -> str | None:
+    def validate(self, cfg: ModelConfig) -> None:
         num_heads, vocab_size, d_model = self.own["unembed"].shape
         if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
-            return (
+            raise ValueError(
                 f"the heads are for a model of vocab_size={vocab_size} and d_model={d_model}, and "
                 f"the target has {cfg.vocab_size} and {cfg.d_model}: train heads for it"
             )
         if self.depth > num_heads:
-            return (
+            raise ValueError(
                 f"the tree has depth {self.depth}, more than the {num_heads} heads: use a flatter "
                 "one"
             )
-        return None
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
         """[B, D]."""
@@ -66,17 +65,16 @@ class HeadsDrafter(Drafter):
         return jnp.where((seen.count > 0)[:, None], last, state)
 
 
-def misfit(network: ModelConfig, feature_layers: tuple[int, ...], cfg: ModelConfig) -> str | None:
-    """Why a network that reads features does not go with the target `cfg`, or None."""
+def check_fit(network: ModelConfig, feature_layers: tuple[int, ...], cfg: ModelConfig) -> None:
+    """Raises ValueError unless a network that reads features goes with the target `cfg`."""
     if (network.vocab_size, network.d_model) != (cfg.vocab_size, cfg.d_model):
-        return (
+        raise ValueError(
             f"the network is for a target of vocab_size={network.vocab_size} and d_model="
             f"{network.d_model}, and this one has {cfg.vocab_size} and {cfg.d_model}: train one "
             "for it"
         )
     if any(layer > cfg.n_layers for layer in feature_layers):
-        return (
+        raise ValueError(
             f"the network reads layers {feature_layers} of a target that has {cfg.n_layers}: "
             "train one for it"
         )
-    return None

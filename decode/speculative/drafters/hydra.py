@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Seen
+from decode.speculative.contracts import Context, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import expand
 from decode.speculative.drafters.heads import HeadsDrafter
-from decode.speculative.tree import DraftTree
-from dlm.cache import KVCache, init_cache, up_to
+from decode.speculative.tree import Drawn
+from dlm import vocab
+from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden, prefix_config, read_prefix
-from kernels_pallas.unembed_stats import unembed_logits
+from dlm.window import Slots, Window
 
 
 class HydraState(struct.PyTreeNode):
@@ -44,6 +45,10 @@ class Hydra(HeadsDrafter):
 
     is_sampled: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def drawn(self) -> Drawn:
+        return "without" if self.is_sampled else "none"
+
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> HydraState:
         cache = None
         if "prefix" in self.own:
@@ -54,21 +59,13 @@ class Hydra(HeadsDrafter):
         self, cfg: ModelConfig, context: Context, seen: Seen, state: HydraState
     ) -> HydraState:
         """c of the last position seen; what is behind `seen.count` is overwritten later."""
-        c, cache = read_prefix(
-            self.own,
-            cfg,
-            seen.hidden,
-            positions=seen.start[:, None] + jnp.arange(seen.hidden.shape[1])[None],
-            cache=state.cache,
-            cache_ranges=up_to(seen.start),
-            write_at=seen.start,
-        )
+        window = Window.at(seen.tokens, seen.start, is_causal=True)
+        slots = None if state.cache is None else Slots.append(state.cache, seen.start)
+        c, cache = read_prefix(self.own, cfg, seen.hidden, window, slots)
         last = super().observe(cfg, context, seen.replace(hidden=c), state.hidden)
         return HydraState(last, cache)
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: HydraState
-    ) -> tuple[DraftTree, HydraState]:
+    def propose(self, cfg: ModelConfig, context: Context, state: HydraState) -> Proposal:
         embed, c = context.params["embed"], state.hidden
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
@@ -84,7 +81,8 @@ class Hydra(HeadsDrafter):
             hidden = jnp.broadcast_to(c[:, None], (*drafted.shape[:2], c.shape[-1]))
             seen = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
             x = head_hidden(self.own, seen, depth)
-            flat = unembed_logits(x.reshape(-1, x.shape[-1]), self.own["unembed"][depth])
-            return flat.reshape(*x.shape[:2], -1)
+            return vocab.logits(self.own["unembed"][depth], x)
 
-        return expand(self.shape, context, score, self.is_sampled), state
+        return Proposal(
+            expand(self.shape, context, score, self.is_sampled), spent(context, 0), state
+        )

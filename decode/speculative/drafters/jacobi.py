@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter, Seen
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
+from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -47,12 +47,14 @@ class Jacobi(Drafter):
         """[B, J] int32: guesses; -1: the root, as there is no better one."""
         return jnp.full((batch_size, self.num_guesses), -1, jnp.int32)
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: jax.Array
-    ) -> tuple[DraftTree, jax.Array]:
+    def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         root = context.root[:, None]
         guesses = jnp.where(state < 0, root, state)
-        return chain(self.num_guesses).tree(jnp.concatenate([root, guesses], axis=1)), state
+        return Proposal(
+            chain(self.num_guesses).tree(jnp.concatenate([root, guesses], axis=1)),
+            spent(context, 0),
+            state,
+        )
 
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array

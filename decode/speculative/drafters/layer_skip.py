@@ -7,14 +7,11 @@ arXiv:2404.16710 (the first ones, of models trained for it).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-
-import jax
-import jax.numpy as jnp
 
 from decode.speculative.drafters.draft_model import DraftModel
 from dlm.config import ModelConfig
+from dlm.models.decoder import check_layers
 from dlm.params import Params
 
 
@@ -25,7 +22,7 @@ def layer_skip(
     num_drafts: int = 4,
     is_sampled: bool = False,
 ) -> DraftModel:
-    """A drafter that runs only some layers of the target, of which it keeps a copy.
+    """A drafter that runs only some layers of the target, whose weights it shares.
 
     Args:
       params, cfg: the target.
@@ -36,11 +33,5 @@ def layer_skip(
     Raises:
       ValueError: `keep` is empty, out of order, or has layers that do not exist.
     """
-    layers = list(keep)
-    if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= cfg.n_layers:
-        raise ValueError(f"keep={layers} must be rising layers of the {cfg.n_layers} there are")
-    kept = jax.tree.map(lambda x: x[jnp.array(layers)], params["layers"])
-    draft = dataclasses.replace(cfg, n_layers=len(layers))
-    return DraftModel(
-        params | {"layers": kept}, draft, num_drafts=num_drafts, is_sampled=is_sampled
-    )
+    layers = check_layers(tuple(keep), cfg.n_layers)
+    return DraftModel(params, cfg, num_drafts=num_drafts, is_sampled=is_sampled, layers=layers)

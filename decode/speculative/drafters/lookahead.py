@@ -12,9 +12,8 @@ goes; and (cell(1, j), .., cell(N - 2, j), new[j]) is remembered as what may fol
 When a + 1 tokens are written, the window moves on by a columns; those that are missing on its right
 are filled with tokens of the text, as the whole window is at first.
 
-Seen from the root, the window is a tree like any other: row 0 is a chain, and under each of its
-nodes hangs a column. So both go into one draft tree, where the nodes of the window are not valid:
-they are read, but never accepted.
+The root is that of the draft tree, under which the candidates hang; the other cells are rows of the
+drafter's own (`ExtraRows`): they are read, but no text ever goes through them.
 
 Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per first token.
 """
@@ -22,15 +21,14 @@ Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per firs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.core.streams import fold_in, uniforms
-from decode.speculative.contracts import Context, Drafter, Seen
+from decode.core.streams import Stream, fold_in, uniforms
+from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, Seen, spent
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.config import ModelConfig
@@ -83,11 +81,15 @@ class Lookahead(Drafter):
 
     @property
     def num_nodes(self) -> int:
-        return (self.ngram - 1) * (self.window + self.num_candidates)
+        return 1 + (self.ngram - 1) * self.num_candidates
+
+    @property
+    def num_extra(self) -> int:
+        return (self.ngram - 1) * self.window - 1
 
     @property
     def depth(self) -> int:
-        return max(self.ngram - 1, self.ngram - 2 + self.window - 1)
+        return self.ngram - 1
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> LookaheadState:
         pool = (batch_size, cfg.vocab_size, self.num_candidates, self.ngram - 1)
@@ -97,50 +99,58 @@ class Lookahead(Drafter):
             rounds=jnp.zeros(batch_size, jnp.int32),
         )
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: LookaheadState
-    ) -> tuple[DraftTree, LookaheadState]:
+    def propose(self, cfg: ModelConfig, context: Context, state: LookaheadState) -> Proposal:
         n, W, G = self.ngram - 1, self.window, self.num_candidates
         root = context.root
         B = root.shape[0]
         window = jnp.where(state.window < 0, self._filler(context, n * W), state.window)
         window = window.at[:, 0, 0].set(root)
-        # -- The window: row after row.
-        cell = np.arange(n * W)
-        above = np.where(cell < W, cell - 1, cell - W)
-        depths = cell // W + cell % W
         # -- Candidates: those that begin alike share the nodes of the first one.
         found = state.pool[jnp.arange(B), root]  # [B, G, n]
         alike = jnp.cumprod(found[:, :, None] == found[:, None], axis=-1)  # [B, G, G, n]
         first = jnp.argmax(alike, axis=2)  # [B, G, n]: whose node it is
-        node = n * W + first * n + jnp.arange(n)[None, None]
+        node = 1 + first * n + jnp.arange(n)[None, None]
         parents = jnp.concatenate([jnp.zeros((B, G, 1), node.dtype), node[:, :, :-1]], axis=2)
         is_own = (first == jnp.arange(G)[None, :, None]) & (found >= 0)
+        depths = jnp.broadcast_to(jnp.arange(1, n + 1)[None, None], found.shape)
 
-        def both(window: Any, candidates: jax.Array, dtype: Any) -> jax.Array:
-            window = jnp.broadcast_to(jnp.asarray(window, dtype).reshape(-1, n * W), (B, n * W))
-            candidates = jnp.broadcast_to(candidates.astype(dtype), (B, G, n)).reshape(B, G * n)
-            return jnp.concatenate([window, candidates], axis=1)
+        def below(of_root: jax.Array | int | bool, candidates: jax.Array) -> jax.Array:
+            first = jnp.broadcast_to(jnp.asarray(of_root, candidates.dtype), (B,))[:, None]
+            return jnp.concatenate([first, candidates.reshape(B, G * n)], axis=1)
 
         tree = DraftTree(
-            tokens=both(window, found, jnp.int32),
-            parents=both(above, parents, jnp.int32),
-            depths=both(depths, jnp.arange(1, n + 1)[None, None], jnp.int32),
-            is_valid=both(cell == 0, is_own, bool),
+            tokens=below(root, found),
+            parents=below(-1, parents.astype(jnp.int32)),
+            depths=below(0, depths.astype(jnp.int32)),
+            is_valid=below(True, is_own),
         )
-        return tree, state.replace(window=window)
+        # -- The window without its first cell, the root.
+        sees, offsets = self._window_rows()
+        extra = ExtraRows(
+            tokens=window.reshape(B, n * W)[:, 1:],
+            offsets=jnp.broadcast_to(offsets[None], (B, n * W - 1)),
+            sees=jnp.broadcast_to(sees[None], (B, *sees.shape)),
+        )
+        return Proposal(tree, spent(context, 0), state.replace(window=window), extra)
+
+    def _window_rows(self) -> tuple[jax.Array, jax.Array]:
+        """Whom each cell but the root sees [E, nodes + E] bool, and how far behind it is [E]."""
+        n, W = self.ngram - 1, self.window
+        row, column = np.divmod(np.arange(n * W), W)
+        in_first_row = (row[None] == 0) & (column[None] <= column[:, None])
+        in_column = (column[None] == column[:, None]) & (row[None] <= row[:, None])
+        cells = (in_first_row | in_column)[1:]
+        other_nodes = np.zeros((n * W - 1, self.num_nodes - 1), bool)
+        sees = np.concatenate([cells[:, :1], other_nodes, cells[:, 1:]], axis=1)
+        return jnp.asarray(sees), jnp.asarray((row + column)[1:], jnp.int32)
 
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: LookaheadState
     ) -> LookaheadState:
         n, W = self.ngram - 1, self.window
-        assert seen.tree_hidden is not None and seen.chosen is not None
-        last = slice((n - 1) * W, n * W)
-        new = seen.chosen[:, last]
-        if context.sampling.temperature is not None:  # guesses are never drawn
-            hidden = seen.tree_hidden[:, last]
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            new = vocab.vocab_stats(context.params, rows).token.reshape(new.shape)
+        assert seen.extra_hidden is not None
+        last = seen.extra_hidden[:, (n - 1) * W - 1 :]  # guesses are never drawn
+        new = vocab.read(vocab.head(context.params), last).token
         filler = self._filler(context, n * W)
         new = jnp.where(new == cfg.eos_token_id, filler[:, 0], new)  # nothing follows it
 
@@ -156,7 +166,7 @@ class Lookahead(Drafter):
 
     def _filler(self, context: Context, num: int) -> jax.Array:
         """[B, N - 1, W] int32: tokens of the text."""
-        share = uniforms(fold_in(context.key, 20), num)
+        share = uniforms(fold_in(context.key, Stream.FILLER), num)
         place = jnp.floor(share * context.length[:, None]).astype(jnp.int32)
         tokens = jnp.take_along_axis(context.tokens, place, axis=1)
         return tokens.reshape(-1, self.ngram - 1, self.window)

@@ -12,32 +12,29 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context
+from decode.speculative.contracts import Context, Proposal, spent
 from decode.speculative.drafters.heads import HeadsDrafter
-from decode.speculative.tree import DraftTree
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
-from kernels_pallas.unembed_stats import unembed_stats
 
 
 @struct.dataclass
 class Medusa(HeadsDrafter):
     """Drafts of Medusa's heads, `own` of `dlm.heads.medusa.load`."""
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: jax.Array
-    ) -> tuple[DraftTree, jax.Array]:
+    def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         columns = [context.root]
         best = {}
         for depth in range(1, self.depth + 1):
             ranks = [self.shape.ranks[v - 1] for v in self.shape.level(depth)]
-            stats = unembed_stats(
-                head_hidden(self.own, state, depth - 1),
+            stats = vocab.read(
                 self.own["unembed"][depth - 1],
+                head_hidden(self.own, state, depth - 1),
                 k=max(ranks) + 1,
             )
             assert stats.top_tokens is not None
             best[depth] = stats.top_tokens
         for v in range(1, self.num_nodes):
             columns.append(best[self.shape.depths[v]][:, self.shape.ranks[v - 1]])
-        return self.shape.tree(jnp.stack(columns, axis=1)), state
+        return Proposal(self.shape.tree(jnp.stack(columns, axis=1)), spent(context, 0), state)

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.contracts import Context, Drafter, Proposal, spent
+from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -24,5 +24,5 @@ class NoDraft(Drafter):
     def shape(self) -> TreeShape:
         return chain(0)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
-        return self.shape.tree(context.root[:, None]), state
+    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
+        return Proposal(self.shape.tree(context.root[:, None]), spent(context, 0), state)

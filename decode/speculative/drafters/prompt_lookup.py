@@ -15,9 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter
+from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.drafters.matches import match_lengths
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -54,7 +54,7 @@ class PromptLookup(Drafter):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
+    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
         tokens, length = context.tokens, context.length[:, None]
         S = tokens.shape[1]
         slot = jnp.arange(S)[None]
@@ -71,4 +71,4 @@ class PromptLookup(Drafter):
             jnp.concatenate([context.root[:, None], drafts], axis=1),
             jnp.concatenate([jnp.ones_like(found), is_valid], axis=1),
         )
-        return tree, state
+        return Proposal(tree, spent(context, 0), state)

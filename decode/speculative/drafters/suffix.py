@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter
+from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.drafters.matches import match_lengths
-from decode.speculative.tree import DraftTree, TreeShape, chain
+from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
 
 
@@ -69,7 +69,7 @@ class Suffix(Drafter):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> tuple[DraftTree, Any]:
+    def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
         tokens, length = context.tokens, context.length
         drafts, count, score = self._draft(tokens, length, context)
         if self.corpus is not None:
@@ -81,7 +81,7 @@ class Suffix(Drafter):
             count = jnp.where(is_better, others[1], count)
         is_valid = jnp.arange(self.num_drafts + 1)[None] <= count[:, None]
         tree = self.shape.tree(jnp.concatenate([context.root[:, None], drafts], axis=1), is_valid)
-        return tree, state
+        return Proposal(tree, spent(context, 0), state)
 
     def _draft(
         self, source: jax.Array, end: jax.Array, context: Context

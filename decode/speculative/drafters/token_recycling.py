@@ -11,14 +11,13 @@ Letters: B rows, W nodes, V vocabulary, k successors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter, Seen
-from decode.speculative.tree import DraftTree, TreeShape, from_paths
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
+from decode.speculative.tree import TreeShape, from_paths
 from dlm import vocab
 from dlm.config import ModelConfig
 
@@ -70,9 +69,7 @@ class TokenRecycling(Drafter):
         exists = jnp.arange(seen.tokens.shape[1])[None] < seen.count[:, None]
         return self._learn(context, seen.tokens, seen.hidden, exists, state)
 
-    def propose(
-        self, cfg: ModelConfig, context: Context, state: jax.Array
-    ) -> tuple[DraftTree, Any]:
+    def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         root = context.root
         rows = jnp.arange(root.shape[0])[:, None]
         tokens = jnp.full((root.shape[0], self.num_nodes), -1, jnp.int32).at[:, 0].set(root)
@@ -83,7 +80,7 @@ class TokenRecycling(Drafter):
             of_parent = tokens[:, above]
             found = state[rows, jnp.maximum(of_parent, 0), rank[None]]
             tokens = tokens.at[:, jnp.array(nodes)].set(jnp.where(of_parent >= 0, found, -1))
-        return self.shape.tree(tokens, tokens >= 0), state
+        return Proposal(self.shape.tree(tokens, tokens >= 0), spent(context, 0), state)
 
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
@@ -101,10 +98,8 @@ class TokenRecycling(Drafter):
         table: jax.Array,
     ) -> jax.Array:
         """Notes what the target says after each token; of equal tokens, the last one counts."""
-        B, T, D = hidden.shape
-        stats = vocab.vocab_stats(context.params, hidden.reshape(B * T, D), k=self.num_successors)
-        assert stats.top_tokens is not None
-        best = stats.top_tokens.reshape(B, T, -1)
+        B, T, _ = hidden.shape
+        best = vocab.read(vocab.head(context.params), hidden, k=self.num_successors).top_tokens
         later = jnp.triu(jnp.ones((T, T), bool), 1)[None]
         again = (tokens[:, :, None] == tokens[:, None, :]) & exists[:, None, :] & later
         is_last = exists & ~again.any(axis=2)

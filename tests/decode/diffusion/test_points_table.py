@@ -4,28 +4,20 @@ import dataclasses
 import itertools
 import re
 
-import jax
 import pytest
 
 from decode.diffusion.components import COMPONENTS, FixedBlocks, by_name, short_names
 from decode.diffusion.contracts import IMPLIED, NEEDS, WIDTHS
 from decode.diffusion.method import AXES, DiffusionMethod
 from decode.diffusion.points import FAMILIES, METHODS, family_of, named
-from dlm.heads.learn2pd import init_filter
+from tests.lib.models import TOY_CFG
 from tests.lib.paths import ROOT
-
-REQUIRED = {
-    "AdaBlock": ((1, 2),),
-    "LearnedFilter": (init_filter(jax.random.key(0), 32),),
-    "Prophet": (4,),
-}  # arguments without a default
 
 
 def choices():
     """By axis, every component; FixedBlocks in both its forms."""
     found = {
-        axis: [cls(*REQUIRED.get(cls.__name__, ())) for cls in classes]
-        for axis, classes in COMPONENTS.items()
+        axis: [cls.example(TOY_CFG) for cls in classes] for axis, classes in COMPONENTS.items()
     }
     found["scheduler"].append(FixedBlocks(aligned=True))
     return found

@@ -78,7 +78,7 @@ def drafted(shape, how, seed=3, num=N):
             tokens = tokens.at[:, v].set(pick.astype(jnp.int32))
             if how == "without":
                 rest = rest.at[jnp.arange(num), pick].set(0)
-    return shape.tree(tokens, laws=None if how == "top" else laws)
+    return shape.tree(tokens) if how == "top" else shape.tree(tokens, laws=laws, drawn=how)
 
 
 def verdict_of(tree, shape, seed=4):
@@ -102,6 +102,11 @@ def first_two(rule, shape, how, change=lambda verdict: verdict):
     return counts, float(walk.num_accepted.mean())
 
 
+def drawn(verdict, how):
+    """A tree that says it was drawn otherwise."""
+    return verdict.replace(tree=verdict.tree.replace(drawn=how))
+
+
 def chi_square(counts):
     p = np.asarray(TARGET, np.float64)
     p /= p.sum(-1, keepdims=True)
@@ -119,7 +124,7 @@ CASES = [
     (SpeculativeSampling(), CHAIN, "without"),
     (SpeculativeSampling(), TREE, "top"),
     (SpeculativeSampling(), DEPTH_FIRST, "without"),
-    (SpeculativeSampling(replacement=True), TREE, "with"),
+    (SpeculativeSampling(), TREE, "with"),
     (BlockVerification(), CHAIN, "without"),
     (BlockVerification(), CHAIN, "top"),
     *more(
@@ -128,7 +133,7 @@ CASES = [
         (SpeculativeSampling(), CHAIN, "top"),
         (SpeculativeSampling(), TREE, "without"),
         (SpeculativeSampling(), DEPTH_FIRST, "top"),
-        (SpeculativeSampling(replacement=True), CHAIN, "with"),
+        (SpeculativeSampling(), CHAIN, "with"),
         (BlockVerification(), chain(1), "without"),
         (BlockVerification(), chain(1), "top"),
     ),
@@ -203,8 +208,8 @@ FORK = from_paths([[0], [1], [2]])
         (SpeculativeSampling(), FORK, "without", sorted_siblings),
         (SpeculativeSampling(), CHAIN, "without", other_law),
         (BlockVerification(), CHAIN, "without", other_law),
-        (SpeculativeSampling(), TREE, "with", lambda v: v),
-        (SpeculativeSampling(replacement=True), TREE, "without", lambda v: v),
+        (SpeculativeSampling(), TREE, "with", lambda v: drawn(v, "without")),
+        (SpeculativeSampling(), TREE, "without", lambda v: drawn(v, "with")),
         (Typical(), TREE, "top", lambda v: v),
     ],
     ids=[
@@ -251,7 +256,7 @@ def test_siblings_help_and_blocks_accept_more():
             ("match, drawn", Match(), TREE, "without"),
             ("chain", SpeculativeSampling(), CHAIN, "without"),
             ("tree", SpeculativeSampling(), TREE, "without"),
-            ("tree, with", SpeculativeSampling(replacement=True), TREE, "with"),
+            ("tree, with", SpeculativeSampling(), TREE, "with"),
             ("block", BlockVerification(), CHAIN, "without"),
         )
     }

@@ -22,7 +22,7 @@ def context(temperature=None, num=B):
     return Context(
         params={}, tokens=roots[:, None], length=jnp.ones(num, jnp.int32),
         key=jax.random.key_data(jax.random.split(jax.random.key(1), num)),
-        sampling=Sampling(temperature=temperature), active=jnp.ones(num, bool),
+        sampling=Sampling(temperature=temperature), active=jnp.ones(num, bool), cache=None,
     )  # fmt: skip
 
 

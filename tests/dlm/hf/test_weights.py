@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import dlm.hf.weights
 from dlm.hf.files import read_config
-from dlm.hf.formats import DREAM
+from dlm.hf.formats import FORMATS
 from dlm.hf.weights import load_params, save_hf
 from dlm.params import abstract_params, num_params, param_shardings
 from dlm.sharding import make_mesh
@@ -86,7 +86,7 @@ def test_a_head_may_be_cut_too():
     """Rules could shard any dimension, also the inner one of two that are one in the file."""
     mesh, cfg = make_mesh(tensor=4), read_config(GOLDEN / "dream_small")
     with safetensors.safe_open(GOLDEN / "dream_small/model.safetensors", framework="numpy") as f:
-        stored = DREAM.tensors["layers/attention/q"]
+        stored = FORMATS["Dream"].tensors["layers/attention/q"]
         part = (range(1, 3), range(4, 12), range(8, 40))
         values = dlm.hf.weights._read_tensor(f.get_slice(stored.name.format(2)), stored, cfg, part)
     whole = np.asarray(load_params(GOLDEN / "dream_small", cfg, mesh)["layers"]["attention"]["q"])
@@ -346,11 +346,21 @@ def test_save_from_a_mesh(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qk_norm": True}, "qk_norm=True cannot be written: the published"),
-        ({"qk_norm": True, "shifted_logits": True, "qkv_bias": True}, "qk_norm=True cannot be"),
-        ({"rope_scaling": SCALING}, "rope_scaling=RopeScaling.* cannot be written"),
-        ({"mask_token_id": None}, "mask_token_id=None cannot be written"),
-        ({"head_dim": 32}, "head_dim=32 cannot be written"),
+        (
+            {"qk_norm": True},
+            "llada needs qk_norm=False, not True; Dream needs ",
+        ),
+        (
+            {"qk_norm": True, "shifted_logits": True, "qkv_bias": True},
+            "Dream needs qk_norm=False, not True.* qwen3 needs qkv_bias=False, not True",
+        ),
+        ({"rope_scaling": SCALING}, "llada needs rope_scaling=None, not RopeScaling"),
+        ({"mask_token_id": None}, "llada needs mask_token_id to be a token, not None"),
+        ({"head_dim": 32}, "llada needs head_dim to be d_model=64 / n_heads=4, not 32"),
+        (
+            {"qkv_bias": True, "shifted_logits": True, "head_dim": 32},
+            "Dream needs head_dim .* qwen2 needs mask_token_id to be None, not",
+        ),
     ],
 )
 def test_save_refuses_what_the_formats_cannot_say(tmp_path, changes, message):

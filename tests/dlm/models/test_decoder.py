@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
 from dlm.config import ModelConfig, RopeScaling
@@ -14,7 +15,7 @@ from dlm.models import decoder
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.presets import PRESETS
 from dlm.sharding import constrain, logical_sharding, make_mesh
-from dlm.vocab import logits
+from dlm.window import BlockDiffusion, Slots, Window
 
 VARIANTS = {
     "llada": {},
@@ -34,7 +35,7 @@ def model(name, **changes):
     return cfg, make()  # so that biases and norms are not trivial
 
 
-forward = jax.jit(decoder.forward, static_argnames=("cfg", "mask", "feature_layers", "remat"))
+forward = jax.jit(decoder.forward, static_argnames=("cfg", "feature_layers", "layers", "remat"))
 
 
 def random_tokens(cfg, B=2, T=12):
@@ -46,21 +47,13 @@ def random_tokens(cfg, B=2, T=12):
 def test_causal_prefill_in_chunks_equals_one_forward(name):
     cfg, params = model(name)
     tokens, positions = random_tokens(cfg)
-    whole = forward(params, cfg, tokens, positions=positions, mask="causal").hidden
+    whole = forward(params, cfg, Window(tokens, positions, is_causal=True)).hidden
     cache = init_cache(cfg, 2, 16)
     outputs, filled = [], 0
     for length in (5, 1, 6):
-        window = slice(filled, filled + length)
-        out = forward(
-            params,
-            cfg,
-            tokens[:, window],
-            positions=positions[:, window],
-            mask="causal",
-            cache=cache,
-            cache_ranges=jnp.array([[[0, filled]]] * 2),
-            write_at=jnp.full(2, filled),
-        )
+        start = jnp.full(2, filled)
+        window = Window.at(tokens[:, filled : filled + length], start, is_causal=True)
+        out = forward(params, cfg, window, Slots.append(cache, start))
         outputs.append(out.hidden)
         cache, filled = out.cache, filled + length
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-5)
@@ -71,46 +64,23 @@ def test_window_against_the_cache_of_the_same_tokens_equals_the_whole_canvas(nam
     """With unchanged tokens the stale cache is not stale: both caches must then be exact."""
     cfg, params = model(name)
     tokens, positions = random_tokens(cfg)
-    full = forward(
-        params,
-        cfg,
-        tokens,
-        positions=positions,
-        cache=init_cache(cfg, 2, 12),
-        write_at=jnp.zeros(2, jnp.int32),
-    )
-    inside = forward(
-        params,
-        cfg,
-        tokens[:, 4:8],
-        positions=positions[:, 4:8],
-        cache=full.cache,
-        cache_ranges=jnp.array([[[0, 4], [8, 12]]] * 2),
-    )
+    empty = Slots(init_cache(cfg, 2, 12), write_at=jnp.zeros(2, jnp.int32))
+    full = forward(params, cfg, Window(tokens, positions), empty)
+    around = Slots(full.cache, jnp.array([[[0, 4], [8, 12]]] * 2))
+    inside = forward(params, cfg, Window(tokens[:, 4:8], positions[:, 4:8]), around)
     np.testing.assert_allclose(inside.hidden, full.hidden[:, 4:8], atol=2e-5)
-    suffix = forward(
-        params,
-        cfg,
-        tokens[:, 4:],
-        positions=positions[:, 4:],
-        cache=full.cache,
-        cache_ranges=jnp.array([[[0, 4]]] * 2),
-    )
+    before = Slots.below(full.cache, jnp.full(2, 4))
+    suffix = forward(params, cfg, Window(tokens[:, 4:], positions[:, 4:]), before)
+    assert inside.cache is suffix.cache is full.cache
     np.testing.assert_allclose(suffix.hidden, full.hidden[:, 4:], atol=2e-5)
 
 
 def test_left_padding_changes_nothing():
     cfg, params = model("llada")
     tokens, positions = random_tokens(cfg, B=1)
-    alone = forward(params, cfg, tokens, positions=positions).hidden
+    alone = forward(params, cfg, Window(tokens, positions)).hidden
     padded = jnp.concatenate([jnp.full((1, 5), 7), tokens], axis=1)
-    got = forward(
-        params,
-        cfg,
-        padded,
-        positions=(jnp.arange(17) - 5)[None],
-        window_range=jnp.array([[5, 17]]),
-    ).hidden
+    got = forward(params, cfg, Window.left_padded(padded, jnp.array([5]))).hidden
     np.testing.assert_allclose(got[:, 5:], alone, atol=2e-5)
 
 
@@ -118,10 +88,22 @@ def test_causal_does_not_look_ahead_and_bidirectional_does():
     cfg, params = model("llada")
     tokens, positions = random_tokens(cfg)
     other = tokens.at[:, 8].set((tokens[:, 8] + 1) % cfg.vocab_size)
-    for mask, sees_ahead in (("causal", False), ("full", True)):
-        a = forward(params, cfg, tokens, positions=positions, mask=mask).hidden[:, :8]
-        b = forward(params, cfg, other, positions=positions, mask=mask).hidden[:, :8]
-        assert bool((a != b).any()) == sees_ahead
+    for is_causal in (True, False):
+        a = forward(params, cfg, Window(tokens, positions, is_causal=is_causal)).hidden[:, :8]
+        b = forward(params, cfg, Window(other, positions, is_causal=is_causal)).hidden[:, :8]
+        assert bool((a != b).any()) == (not is_causal)
+
+
+def test_windows_that_contradict_themselves_are_refused():
+    cfg, params = model("llada")
+    tokens, positions = random_tokens(cfg)
+    window = Window(tokens, positions, jnp.zeros((2, 12, 1), jnp.uint32), is_causal=True)
+    with pytest.raises(ValueError, match="is_causal=True goes without a mask"):
+        forward(params, cfg, window)
+    window = Window(tokens, positions, BlockDiffusion(jnp.zeros((2, 6), jnp.int32), 3))
+    slots = Slots(init_cache(cfg, 2, 12), write_at=jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match="goes without slots and range"):
+        forward(params, cfg, window, slots)
 
 
 def test_remat_changes_no_gradient():
@@ -129,8 +111,8 @@ def test_remat_changes_no_gradient():
     tokens, positions = random_tokens(cfg)
 
     def loss(params, remat):
-        hidden = forward(params, cfg, tokens, positions=positions, remat=remat).hidden
-        return (logits(params, hidden) ** 2).mean()
+        hidden = forward(params, cfg, Window(tokens, positions), remat=remat).hidden
+        return (vocab.logits(vocab.head(params), hidden) ** 2).mean()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     a, b = gradient(params, False), gradient(params, True)
@@ -157,7 +139,9 @@ def test_specs_init_and_abstract_agree():
 def test_sharded_forward_equals_unsharded():
     cfg, params = model("dream", n_heads=8, n_kv_heads=2)
     tokens, positions = random_tokens(cfg, B=4)
-    run = jax.jit(lambda p, t: logits(p, forward(p, cfg, t, positions=positions).hidden))
+    run = jax.jit(
+        lambda p, t: vocab.logits(vocab.head(p), forward(p, cfg, Window(t, positions)).hidden)
+    )
     expected = run(params, tokens)
     mesh = make_mesh(data=2, fsdp=1, tensor=4)  # two kv heads on four shards: replicated
     shardings = param_shardings(cfg, mesh)
@@ -186,6 +170,8 @@ def test_mesh_errors_say_what_is_wrong():
         (dict(mask_token_id=128), r"mask_token_id=128 must be in \[0, vocab_size=128\)"),
         (dict(pad_token_id=127), "must differ from mask_token_id"),
         (dict(dtype="int8"), "dtype='int8' must be"),
+        (dict(pattern=()), r"pattern=\(\) must be kinds of layers, of .* 'dense global rotary'"),
+        (dict(pattern=("dense sliding rotary",)), "must be kinds of layers"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
@@ -226,9 +212,9 @@ def test_features_are_the_residual_stream(layers):
     """Layer by layer: a model of the first i layers leaves what the i-th layer receives."""
     cfg, params = model("llada")
     tokens, positions = random_tokens(cfg)
-    run = functools.partial(forward, positions=positions)
-    found = run(params, cfg, tokens, feature_layers=layers)
-    plain = run(params, cfg, tokens)
+    window = Window(tokens, positions)
+    found = forward(params, cfg, window, feature_layers=layers)
+    plain = forward(params, cfg, window)
     np.testing.assert_array_equal(found.hidden, plain.hidden)
     assert plain.features is None
     parts = jnp.split(found.features, len(layers), axis=-1)
@@ -239,6 +225,73 @@ def test_features_are_the_residual_stream(layers):
             below = jax.tree.map(operator.itemgetter(slice(layer)), params["layers"])
             short = dataclasses.replace(cfg, n_layers=layer)
             ones = {"layers": below, "final_norm": jnp.ones_like(params["final_norm"])}
-            normed = run(params | ones, short, tokens).hidden
+            normed = forward(params | ones, short, window).hidden
             scale = jnp.sqrt(jnp.mean(part**2, axis=-1, keepdims=True) + cfg.norm_eps)
             np.testing.assert_allclose(part / scale, normed, rtol=1e-5, atol=1e-6)
+
+
+# ---- A subset of the layers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 3), (0, 1, 2), (0, 1, 2, 3)])
+def test_some_layers_are_a_model_of_those_layers(layers):
+    """Bit for bit, through a cache of their own and through one of the whole model."""
+    cfg, params = model("qwen3", n_layers=4)
+    tokens, _ = random_tokens(cfg)
+    short = dataclasses.replace(cfg, n_layers=len(layers))
+    taken = params | {"layers": jax.tree.map(lambda x: x[jnp.array(layers)], params["layers"])}
+
+    @functools.partial(jax.jit, static_argnames=("cfg", "layers"))
+    def run(params, cache, cfg, layers=None):
+        start = jnp.zeros(2, jnp.int32)
+        first = Window.at(tokens[:, :8], start, is_causal=True)
+        first = forward(params, cfg, first, Slots.append(cache, start), layers=layers)
+        then = Window.at(tokens[:, 8:], start + 8, is_causal=True)
+        then = forward(params, cfg, then, Slots.append(first.cache, start + 8), layers=layers)
+        return jnp.concatenate([first.hidden, then.hidden], axis=1), then.cache
+
+    expected, written = run(taken, init_cache(short, 2, 16), short)
+    own, own_cache = run(params, init_cache(short, 2, 16), cfg, layers)
+    shared, whole_cache = run(params, init_cache(cfg, 2, 16), cfg, layers)
+    np.testing.assert_array_equal(own, expected)
+    np.testing.assert_array_equal(shared, expected)
+    np.testing.assert_array_equal(own_cache.k, written.k)
+    np.testing.assert_array_equal(whole_cache.k[jnp.array(layers)], written.k)
+    others = [i for i in range(4) if i not in layers]
+    assert not np.asarray(whole_cache.k)[others].any()
+
+
+def test_features_of_some_layers():
+    cfg, params = model("llada", n_layers=3)
+    tokens, positions = random_tokens(cfg)
+    window = Window(tokens, positions)
+    both = forward(params, cfg, window, layers=(0, 2), feature_layers=(2, 3)).features
+    first, last = jnp.split(both, 2, axis=-1)
+    alone = forward(params, cfg, window, layers=(0,), feature_layers=(3,)).features
+    np.testing.assert_allclose(first, alone, rtol=1e-6)
+    assert (np.asarray(first) != last).any()
+
+
+@pytest.mark.parametrize("layers", [None, (0, 1, 2), (1, 4, 6)])
+def test_weights_of_layers_are_not_copied(layers):
+    """Beside arguments and results a compiled forward needs less than two layers of weights."""
+    cfg, _ = model("llada", n_layers=8, d_model=128, d_ff=1024)
+    params = abstract_params(cfg)
+    one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"])) // 8
+    window = Window(*(jax.ShapeDtypeStruct((1, 1), jnp.int32),) * 2)
+    run = jax.jit(forward, static_argnames=("cfg", "layers"))
+    memory = run.lower(params, cfg, window, layers=layers).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * one
+
+
+def test_layers_that_cannot_be_run_are_refused():
+    cfg, params = model("llada")
+    window = Window(*random_tokens(cfg))
+    for layers in ((), (2,), (1, 0), (-1,), (0, 0)):
+        with pytest.raises(ValueError, match="must be rising layers of the 2 there are"):
+            forward(params, cfg, window, layers=layers)
+    with pytest.raises(ValueError, match=r"feature_layers=\(1,\) must be among layers=\(0,\)"):
+        forward(params, cfg, window, layers=(0,), feature_layers=(1,))
+    cache = init_cache(dataclasses.replace(cfg, n_layers=3), 2, 16)
+    with pytest.raises(ValueError, match="the cache has 3 layers and must have 1"):
+        forward(params, cfg, window, Slots(cache), layers=(0,))

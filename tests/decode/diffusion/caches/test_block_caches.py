@@ -26,13 +26,12 @@ PROMPTS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 8, 9, 8]]  # whole blocks
 def blocks_look_back_only(monkeypatch):
     """The toy becomes block-causal: its own block and those before, nothing behind."""
 
-    def block_causal(params, cfg, tokens, *, positions, cache_ranges=None, **options):
-        block = positions // C
-        mask = pack_mask(block[:, :, None] >= block[:, None])
-        if cache_ranges is not None:  # the second range is the suffix
-            cache_ranges = cache_ranges.at[:, 1].set(0)
-        options |= dict(positions=positions, cache_ranges=cache_ranges, mask=mask)
-        return forward(params, cfg, tokens, **options)
+    def block_causal(params, cfg, window, slots=None):
+        block = window.positions // C
+        window = window.replace(mask=pack_mask(block[:, :, None] >= block[:, None]))
+        if slots is not None and slots.ranges is not None:  # the second range is the suffix
+            slots = slots.replace(ranges=slots.ranges.at[:, 1].set(0))
+        return forward(params, cfg, window, slots)
 
     decode.clear_cache()
     for module in (canvas, block_cache):

@@ -12,6 +12,7 @@ from decode.diffusion.components import (
 )
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from dlm.models.decoder import forward
+from dlm.window import Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_mask
 from kernels_pallas.window_attention import pack_mask
 from tests.lib.oracle import Model
@@ -89,10 +90,9 @@ def test_decoding_sees_what_training_saw(toy_cfg, toy_params):
     clean, L = rng.integers(1, 20, 12), 12
     noisy = np.where(rng.random(L) < 0.6, toy_cfg.mask_token_id, clean)
     mask = pack_mask(jnp.asarray(block_diffusion_mask(L, C))[None])
-    trained = forward(
-        toy_params, toy_cfg, jnp.asarray(np.concatenate([noisy, clean]))[None],
-        positions=jnp.tile(jnp.arange(L), 2)[None], mask=mask,
-    ).hidden  # fmt: skip
+    both = jnp.asarray(np.concatenate([noisy, clean]))[None]
+    window = Window(both, jnp.tile(jnp.arange(L), 2)[None], mask)
+    trained = forward(toy_params, toy_cfg, window).hidden
     model = Model(toy_params, toy_cfg)
     block = np.arange(L) // C
     for b in range(3):

@@ -118,10 +118,10 @@ def test_short_rounds_are_short(toy_cfg, monkeypatch):
     """T is the shortest compiled length that holds what the longest row needs."""
     seen, real = [], delayed_cache.forward
 
-    def spy(params, cfg, tokens, **options):
-        width = tokens.shape[1]
+    def spy(params, cfg, window, slots):
+        width = window.tokens.shape[1]
         jax.debug.callback(lambda: seen.append(width))  # in the branch that is taken
-        return real(params, cfg, tokens, **options)
+        return real(params, cfg, window, slots)
 
     monkeypatch.setattr(delayed_cache, "forward", spy)
     method = DiffusionMethod(FixedBlocks(None), DelayedCache(100), rule=Quota(6))

@@ -13,17 +13,18 @@ from decode.speculative.drafters.lookahead import Lookahead
 from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
 from dlm import vocab
 from dlm.models import decoder
+from dlm.window import Window
 from tests.lib.speculation import random_prompts, run, texts
 
 
 def next_token(params, cfg, tokens, positions, run=[]):  # noqa: B006
     """The most probable token behind a row, at positions of its own."""
     if not run:
-        run.append(jax.jit(decoder.forward, static_argnames=("cfg", "mask")))
+        run.append(jax.jit(decoder.forward, static_argnames="cfg"))
     padded = jnp.asarray([*tokens, *[0] * (64 - len(tokens))], jnp.int32)[None]
     place = jnp.asarray([*positions, *[0] * (64 - len(positions))], jnp.int32)[None]
-    hidden = run[0](params, cfg, padded, positions=place, mask="causal").hidden
-    return int(jnp.argmax(vocab.logits(params, hidden[:, len(tokens) - 1])))
+    hidden = run[0](params, cfg, Window(padded, place, is_causal=True)).hidden
+    return int(jnp.argmax(vocab.logits(vocab.head(params), hidden[:, len(tokens) - 1])))
 
 
 @pytest.mark.parametrize(("ngram", "window"), [(3, 4), (4, 3), (5, 1)])
@@ -86,12 +87,17 @@ def test_nothing_follows_an_end(toy_cfg, toy_params):
     method = SpeculativeMethod(drafter)
     state = init_state(toy_cfg, method, [[1, 7]], gen_len=4)
     context = _context(toy_params, method, state)
-    tree, before = drafter.propose(toy_cfg, context, state.drafter)
+    proposal = drafter.propose(toy_cfg, context, state.drafter)
+    tree, before = proposal.tree, proposal.state
     chosen = jnp.full((1, drafter.num_nodes), toy_cfg.eos_token_id)
     nodes = jnp.zeros((1, drafter.num_nodes, toy_cfg.d_model))
+    head = vocab.head(toy_params)
+    says_end = jnp.broadcast_to(head[toy_cfg.eos_token_id], (1, drafter.num_extra, toy_cfg.d_model))
+    assert (vocab.read(head, says_end).token == toy_cfg.eos_token_id).all()
     seen = Seen(
         tokens=tree.tokens[:, :1], hidden=nodes[:, :1], start=context.length - 1,
         count=jnp.ones(1, jnp.int32), tree_hidden=nodes, tree=tree, chosen=chosen,
+        extra_hidden=says_end,
     )  # fmt: skip
     after = drafter.observe(toy_cfg, context, seen, before.replace(rounds=jnp.array([5])))
     assert not (after.window == toy_cfg.eos_token_id).any()
@@ -104,11 +110,11 @@ def test_candidates_share_what_they_begin_with(toy_cfg, toy_params):
     state = init_state(toy_cfg, method, [[1, 7]], gen_len=4)
     grams = jnp.array([[2, 3, 4], [2, 3, 5], [6, 3, 4]], jnp.int32)
     held = state.drafter.replace(pool=state.drafter.pool.at[0, 7, 1:].set(grams))
-    tree, _ = drafter.propose(toy_cfg, _context(toy_params, method, state), held)
+    tree = drafter.propose(toy_cfg, _context(toy_params, method, state), held).tree
     tokens, parents, valid = (np.asarray(x[0]) for x in (tree.tokens, tree.parents, tree.is_valid))
-    assert valid[0] and not valid[1:6].any()  # the window is read, but never accepted
+    assert valid[0] and len(tokens) == drafter.num_nodes == 13 and drafter.num_extra == 5
     ways = set()
-    for v in np.flatnonzero(valid[6:]) + 6:
+    for v in np.flatnonzero(valid[1:]) + 1:
         way, u = [], v
         while u:
             way.insert(0, int(tokens[u]))
@@ -116,7 +122,7 @@ def test_candidates_share_what_they_begin_with(toy_cfg, toy_params):
             u = parents[u]
         ways.add(tuple(way))
     expected = [(2,), (2, 3), (2, 3, 4), (2, 3, 5), (6,), (6, 3), (6, 3, 4)]
-    assert ways == set(expected) and valid[6:].sum() == len(expected)
+    assert ways == set(expected) and valid[1:].sum() == len(expected)
 
 
 def _depth(parents, v):

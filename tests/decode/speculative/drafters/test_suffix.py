@@ -19,7 +19,7 @@ def context_of(rows):
     return Context(
         params={}, tokens=jnp.asarray(tokens), length=jnp.asarray(lengths, jnp.int32),
         key=jnp.zeros((len(rows), 2), jnp.uint32), sampling=Sampling(temperature=None),
-        active=jnp.ones(len(rows), bool),
+        active=jnp.ones(len(rows), bool), cache=None,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_drafts_are_those_of_counts(seed, with_corpus):
         jnp.asarray(corpus, jnp.int32) if with_corpus else None, num_drafts=6, max_suffix=5,
         factor=1.0 + seed % 2, num_places=200, min_probability=0.13 * (1 + seed),
     )  # fmt: skip
-    tree, _ = drafter.propose(None, context_of(rows), ())
+    tree = drafter.propose(None, context_of(rows), ()).tree
     from_corpus = 0
     for b, row in enumerate(rows):
         count = int(tree.is_valid[b].sum()) - 1
@@ -84,8 +84,10 @@ def test_drafts_are_those_of_counts(seed, with_corpus):
 
 def test_an_exact_repetition_is_drafted_whole():
     part = [7, 3, 9, 4, 8, 2, 6]
-    tree, _ = Suffix(num_drafts=8, min_probability=0.1).propose(
-        None, context_of([[*part, *part[:4]], [5, 6, 7]]), ()
+    tree = (
+        Suffix(num_drafts=8, min_probability=0.1)
+        .propose(None, context_of([[*part, *part[:4]], [5, 6, 7]]), ())
+        .tree
     )
     # Of two places one goes on, so the first token has 1/2, as do the others.
     assert int(tree.is_valid[0].sum()) == 1 + 4

@@ -1,0 +1,56 @@
+"""What is said about measurements: intervals, and one number for a trade-off."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def bootstrap(values: Any, num: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, examples drawn with replacement."""
+    array, rng = np.asarray(values, float), np.random.default_rng(seed)
+    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(num)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds, and half of its 95 % interval (Student's t); nan of one seed."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.nan
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 2.262)
+    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def with_interval(values: Sequence[float], digits: int) -> str:
+    """Such as "1.50 ± 0.25": `interval` as text."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def aup(points: Iterable[tuple[float, float]], best: float) -> float:
+    """Accuracy under parallelism: area under accuracy over tokens per forward, worse ones fading.
+
+    Reference: "d3LLM", arXiv:2601.07568. Points more than 5 below the slowest one are dropped; y is
+    weighted by min(exp(-3 (1 - y / best)), 1), and what lies left of the slowest one is not.
+
+    Args:
+      points: (tokens per forward, accuracy in per cent) of one family, in any order.
+      best: the best accuracy of all families compared, in per cent.
+    """
+    ordered = sorted(points, key=lambda point: (point[0], -point[1]))
+    rho, y = ordered[0]
+    area = rho * y
+    kept = [(rho_i, y_i) for rho_i, y_i in ordered if y_i >= y - 5]
+
+    def weighted(y: float) -> float:
+        return y * min(math.exp(-3 * (1 - y / best)), 1) if best > 0 else 0.0
+
+    for (rho_0, y_0), (rho_1, y_1) in itertools.pairwise(kept):
+        area += (rho_1 - rho_0) * (weighted(y_1) + weighted(y_0)) / 2
+    return area

@@ -1,0 +1,13 @@
+"""Attention of a window of queries over a key/value cache and over the window itself."""
+
+from kernels_pallas.window_attention.masks import Mask, allowed_positions, pack_mask
+from kernels_pallas.window_attention.op import window_attention
+from kernels_pallas.window_attention.reference import window_attention_reference
+
+__all__ = [
+    "Mask",
+    "allowed_positions",
+    "pack_mask",
+    "window_attention",
+    "window_attention_reference",
+]

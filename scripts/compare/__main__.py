@@ -1,0 +1,80 @@
+"""Decodes the same held-out examples with many methods: one table, one figure, AUP per family.
+
+    python -m scripts.compare --task=waiting_line --checkpoint=runs/quickstart/train/model
+    python -m scripts.compare ... --methods=threshold,threshold_0.7,local_leap
+    python -m scripts.compare ... --methods_file=mine.yaml
+
+Methods are those of `decode/diffusion/points.py` (default: all), or of a file that
+`scripts.compare.points` describes. `one_per_step`, the baseline of speed-ups, is always measured.
+Writes into `--out`: results.json, results.csv, speed_quality.png, and measured.jsonl, to which each
+point is appended as it finishes: a rerun skips what was measured with the same settings.
+`scripts.compare.report` says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+
+import dlm
+from decode.evaluation.job import TASKS, make_job, measure_points
+from decode.evaluation.run import device
+from scripts.compare.points import make_points
+from scripts.compare.report import report, summarise, write
+
+_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `decode.evaluation.job.TASKS`.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
+_METHODS = flags.DEFINE_list("methods", [], "Names from decode/diffusion/points.py; default: all.")
+_METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")
+_BLOCK_LEN = flags.DEFINE_integer("block_len", 8, "Positions per block.", lower_bound=1)
+_GEN_LEN = flags.DEFINE_integer("gen_len", 0, "Tokens per answer; 0: the task's.", lower_bound=0)
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 200, "Held-out examples.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Examples decoded at once.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "runs/compare", "Folder for everything written.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Measure everything again.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if _TASK.value not in TASKS:
+            raise ValueError(f"there is no task {_TASK.value!r}; there are {', '.join(TASKS)}")
+        preset = TASKS[_TASK.value]
+        job = make_job(
+            dlm.load(_CHECKPOINT.value), preset, num_examples=_NUM_EXAMPLES.value,
+            block_len=_BLOCK_LEN.value, gen_len=_GEN_LEN.value, batch_size=_BATCH_SIZE.value,
+        )  # fmt: skip
+        points, left_out = make_points(job, _METHODS.value, _METHODS_FILE.value, preset.delimiter)
+        out = pathlib.Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        log = out / "measured.jsonl"
+        if _FRESH.value:
+            log.unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    records = measure_points(job, points, log)
+    rows, areas = summarise(points, records, job.groups)
+    about = {
+        "task": _TASK.value,
+        "checkpoint": _CHECKPOINT.value,
+        "num_examples": len(job.examples),
+        "gen_len": job.gen_len,
+        "block_len": job.block_len,
+        "batch_size": job.batch_size,
+        "device": device(),
+        "dtype": job.lm.cfg.dtype,
+        "jax": jax.__version__,
+    }
+    write(out, rows, areas, points, about)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
+    print("\n".join([report(rows, areas), *left_out]))
+    print(f"Written: results.json, results.csv and speed_quality.png in {out}/")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Against Hugging Face's `generate`: `python -m scripts.compare_hf`."""

@@ -1,0 +1,148 @@
+"""One prompt decoded by each method of each library."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import dlm
+from decode.evaluation.run import Programs, timed
+from decode.evaluation.tables import markdown
+from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.draft_model import DraftModel
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.loop import SpeculativeMethod
+
+NUM_DRAFTS = {"draft model": 4, "prompt lookup": 8}
+MAX_NGRAM = 3  # of prompt lookup
+Decoder = Callable[[list[int]], tuple[list[int], int, float]]  # tokens, forwards, seconds
+
+
+@dataclasses.dataclass
+class Tally:
+    """One method of one library, over all prompts.
+
+    Attributes:
+      texts: what it wrote.
+      forwards: of the target.
+      seconds: per prompt.
+    """
+
+    texts: list[list[int]] = dataclasses.field(default_factory=list)
+    forwards: list[int] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / float(
+            np.median([s / len(t) for s, t in zip(self.seconds, self.texts, strict=True)])
+        )
+
+
+def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[str, Decoder]]:
+    """Decoders of this library, by method."""
+    lm, draft = (dlm.load(folder / name / "model") for name in ("target", "draft"))
+    drafters: dict[str, Drafter] = {
+        "none": NoDraft(),
+        "draft model": DraftModel(draft.params, draft.cfg, num_drafts=NUM_DRAFTS["draft model"]),
+        "prompt lookup": PromptLookup(NUM_DRAFTS["prompt lookup"], MAX_NGRAM),
+    }
+
+    def decoder(drafter: Drafter) -> Decoder:
+        programs: Programs = {}
+
+        def run(prompt: list[int]) -> tuple[list[int], int, float]:
+            done = timed(
+                lm, SpeculativeMethod(drafter), [prompt], gen_len=gen_len, prompt_len=prompt_len,
+                programs=programs,
+            )  # fmt: skip
+            (found,) = done.completions
+            return found.canvas.tolist(), found.num_forwards, done.prepare_s + done.seconds
+
+        return run
+
+    for name, drafter in drafters.items():
+        yield name, decoder(drafter)
+
+
+def theirs(folder: pathlib.Path, gen_len: int, eos: int, pad: int) -> Iterator[tuple[str, Decoder]]:
+    """Decoders of Hugging Face, by method."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32).eval()
+        for name in ("target", "draft")
+    )
+    draft.generation_config.num_assistant_tokens = NUM_DRAFTS["draft model"]
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    options: dict[str, dict[str, Any]] = {
+        "none": {},
+        "draft model": {"assistant_model": draft},
+        "prompt lookup": {
+            "prompt_lookup_num_tokens": NUM_DRAFTS["prompt lookup"],
+            "max_matching_ngram_size": MAX_NGRAM,
+        },
+    }
+    calls = [0]
+    target.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+
+    def decoder(extra: dict[str, Any]) -> Decoder:
+        def run(prompt: list[int]) -> tuple[list[int], int, float]:
+            calls[0] = 0
+            tokens = torch.tensor([prompt])
+            began = time.perf_counter()
+            with torch.inference_mode():
+                out = target.generate(
+                    tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=gen_len,
+                    do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad, **extra,
+                )  # fmt: skip
+            seconds = time.perf_counter() - began
+            return out[0, len(prompt) :].tolist(), calls[0], seconds
+
+        return run
+
+    for name, extra in options.items():
+        yield name, decoder(extra)
+
+
+def alternate(
+    decoders: dict[tuple[str, str], Decoder], prompts: list[list[int]]
+) -> dict[tuple[str, str], Tally]:
+    """Every prompt decoded by everyone before the next one is; by library and method."""
+    for run in decoders.values():
+        run(prompts[0])  # compiles, or warms up
+    tallies = {key: Tally() for key in decoders}
+    for prompt in tqdm(prompts, unit="prompt"):
+        for key, run in decoders.items():
+            tokens, forwards, seconds = run(prompt)
+            tallies[key].texts.append(tokens)
+            tallies[key].forwards.append(forwards)
+            tallies[key].seconds.append(seconds)
+    return tallies
+
+
+def table(tallies: dict[tuple[str, str], Tally]) -> str:
+    """A line per method and library."""
+    plain = tallies["transformers", "none"]
+    same = lambda t: sum(a == b for a, b in zip(t.texts, plain.texts, strict=True))  # noqa: E731
+    rows = [
+        {
+            "drafter": name,
+            "library": library,
+            "same text": f"{same(t)}/{len(plain.texts)}",
+            "forwards": f"{np.mean(t.forwards):.1f}",
+            "tokens/s": f"{t.tokens_per_s:.0f}",
+            "over transformers, plain": f"{t.tokens_per_s / plain.tokens_per_s:.2f}x",
+        }
+        for (library, name), t in sorted(tallies.items(), key=lambda item: item[0][::-1])
+    ]
+    return markdown(rows)

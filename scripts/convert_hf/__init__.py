@@ -1,0 +1,1 @@
+"""Published checkpoints, checked and written again: `python -m scripts.convert_hf`."""

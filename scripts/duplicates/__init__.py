@@ -1,0 +1,1 @@
+"""Whether the same code stands twice: `python -m scripts.duplicates`."""

@@ -1,0 +1,138 @@
+"""What is shown of a plan: tables, and a figure of the memory."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+from decode.evaluation.tables import markdown
+from scripts.plan import aot
+from scripts.plan.cases import Case, Lengths
+from scripts.plan.meshes import mesh_name
+
+COLUMNS = {
+    "round_ms": "round, ms at least",
+    "refresh_ms": "refresh, ms at least",
+    "tokens_per_s": "tokens/s at most",
+}
+KINDS = ("weights", "cache", "other", "temporaries")
+GIB = 2**30
+# Of its memory a chip keeps some for itself: a v5e leaves 15.75 of 16 GiB to programs.
+USABLE = 0.98
+_INTRODUCTION = """# Models on TPU slices
+
+Written by `python -m scripts.plan.pod --slices={slices} --out=docs` on a machine without a TPU:
+every program was compiled ahead of time for the slice that is named, and none has run on one.
+`scripts/plan/pod.py` says how each column is counted. GiB per device (a chip; half a chip on v4 and
+tpu7x)."""
+
+
+def fits(case: Case, found: dict[str, Any]) -> bool:
+    room = USABLE * aot.chip_of(case.slice).hbm_gib * GIB
+    return "refused" not in found and found["needed"] <= room
+
+
+def best(found: dict[Case, dict[str, Any]]) -> dict[tuple[str, str], Case]:
+    """Per slice and program the mesh with the lowest floor, or most room, among those that fit."""
+    chosen: dict[tuple[str, str], Case] = {}
+    rank = lambda case: (  # noqa: E731
+        not fits(case, found[case]),
+        -found[case].get("tokens_per_s", 0.0),
+        found[case].get("needed", math.inf),
+    )
+    for case in found:
+        at = (case.slice, case.program)
+        if at not in chosen or rank(case) < rank(chosen[at]):
+            chosen[at] = case
+    return chosen
+
+
+def table(found: dict[Case, dict[str, Any]]) -> str:
+    """A line per case; the best mesh of a program is marked."""
+    chosen = set(best(found).values())
+    rows = []
+    for case, values in found.items():
+        row = {
+            "slice": case.slice,
+            "program": case.program,
+            "mesh": mesh_name(case.mesh) + (" *" if case in chosen and fits(case, values) else ""),
+            "fits": "yes" if fits(case, values) else "no",
+        }
+        refused = "refused" in values
+        row |= {k: "" if refused else f"{values[k] / GIB:.2f}" for k in (*KINDS, "needed")}
+        row["of"] = f"{aot.chip_of(case.slice).hbm_gib}"
+        row["moved MiB"] = "" if refused else f"{values['moved'] / 2**20:.1f}"
+        for name in ("round_ms", "refresh_ms", "tokens_per_s"):
+            digits = 0 if name == "tokens_per_s" else 2
+            row[COLUMNS[name]] = f"{values[name]:,.{digits}f}" if name in values else ""
+        rows.append(row)
+    return markdown(rows)
+
+
+def moves(found: dict[Case, dict[str, Any]]) -> str:
+    """What moves most, on the best meshes."""
+    rows = []
+    for case in best(found).values():
+        for move in found[case].get("collectives", ())[:3]:
+            rows.append(
+                {
+                    "slice": case.slice,
+                    "program": case.program,
+                    "what": f"{move['op']} {move['shape']}",
+                    "when": {-1: "always", 0: "round", 1: "refresh"}[move["branch"]],
+                    "chips": f"{move['group']}",
+                    "times": f"{move['times']}",
+                    "MiB": f"{move['bytes_moved'] / 2**20:.2f}",
+                }
+            )
+    return markdown(rows) if rows else "Nothing moves."
+
+
+def draw(found: dict[Case, dict[str, Any]], path: pathlib.Path) -> None:
+    """Memory by kind on the best mesh of every program, against what there is."""
+    chosen = [case for case in best(found).values() if "refused" not in found[case]]
+    figure = Figure(figsize=(8, 0.4 * len(chosen) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{case.slice}, {case.program}" for case in chosen]
+    left = [0.0] * len(chosen)
+    for kind, shade in zip(KINDS, ("0.25", "0.5", "0.7", "0.88"), strict=True):
+        widths = [found[case][kind] / GIB for case in chosen]
+        axes.barh(names, widths, left=left, color=shade, label=kind)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, case in enumerate(chosen):
+        hbm = aot.chip_of(case.slice).hbm_gib
+        axes.plot([hbm, hbm], [i - 0.4, i + 0.4], color="tab:red", linewidth=2)
+    axes.set_xscale("symlog", linthresh=16)
+    most = max(aot.chip_of(case.slice).hbm_gib for case in chosen)
+    ticks = [t for t in (0, 4, 8, 12, 16, 32, 64, 96) if t <= most]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xlabel("GiB per chip (logarithmic from 16 on); red: what a chip has")
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def write(
+    out: pathlib.Path, found: dict[Case, dict[str, Any]], lengths: Lengths, slices: list[str]
+) -> str:
+    """Writes pods.md and pods.png into a folder. Returns the tables."""
+    text = (
+        f"{lengths.prompt_len} prompt tokens, {lengths.gen_len} new ones in blocks of "
+        f"{lengths.block_len}, {lengths.tokens_per_round:g} committed per row and round, "
+        f"bfloat16, jax {jax.__version__}. *: the best mesh.\n\n"
+        f"{table(found)}\n\nWhat moves most, on the best meshes:\n\n{moves(found)}\n"
+    )
+    tables = text
+    refused = {c.key: values["refused"] for c, values in found.items() if "refused" in values}
+    if refused:
+        text += "\nWhat the compiler says of those without figures:\n\n"
+        text += "".join(f"- {key}: {why}\n" for key, why in refused.items())
+    draw(found, out / "pods.png")
+    introduction = _INTRODUCTION.format(slices=",".join(slices))
+    page = f"{introduction}\n\n![Memory](pods.png)\n\n{text}"
+    (out / "pods.md").write_text(page, encoding="utf-8")
+    return tables

@@ -1,0 +1,1 @@
+"""From nothing to a table of decoding methods: `python -m scripts.quickstart`."""

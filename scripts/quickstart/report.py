@@ -1,0 +1,98 @@
+"""What is written of the measurements: tables, a picture, a page."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+import dlm
+from decode.evaluation.figures import OperatingPoint, plot_speed_quality
+from decode.evaluation.run import device
+from decode.view import Answer, write_commit_order
+from dlm.tasks.waiting_line import OPERATIONS
+from scripts.quickstart.measure import (
+    BLOCK_LEN,
+    GEN_LEN,
+    MANY_ANSWERS,
+    ONE_ANSWER,
+    Measurement,
+)
+
+
+def table(measurements: list[Measurement]) -> str:
+    """The measurements as a Markdown table; accuracies in per cent."""
+    short = [operation.replace("_", " ").replace("index", "at") for operation in OPERATIONS]
+    header = ["rule", "cache", *short, "forwards", "tok/fwd", "tok/s", "speed-up"]
+    rows = [
+        [
+            m.rule,
+            m.cache,
+            *(f"{100 * m.accuracy[operation]:.0f}" for operation in OPERATIONS),
+            f"{m.forwards_per_answer:.1f}",
+            f"{m.tokens_per_forward:.2f}",
+            f"{m.tokens_per_s:.0f}",
+            f"{m.speedup:.1f}x",
+        ]
+        for m in measurements
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def write(
+    workdir: pathlib.Path,
+    measurements: list[Measurement],
+    answers: list[Answer],
+    lm: dlm.LanguageModel,
+    num_examples: int,
+) -> None:
+    """Results, picture and page."""
+    about = {
+        "device": device(),
+        "dtype": lm.cfg.dtype,
+        "batch": num_examples,
+        "gen_len": GEN_LEN,
+        "block_len": BLOCK_LEN,
+        "jax": jax.__version__,
+    }
+    rows = [dataclasses.asdict(m) for m in measurements]
+    (workdir / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    with (workdir / "results.csv").open("w", newline="") as file:
+        flat = [row | row.pop("accuracy") for row in rows]
+        writer = csv.DictWriter(file, flat[0])
+        writer.writeheader()
+        writer.writerows(flat)
+
+    def panel(operations: tuple[str, ...]) -> list[OperatingPoint]:
+        return [
+            OperatingPoint(
+                method=m.rule,
+                setting=f"cache: {m.cache}",
+                speed=m.tokens_per_forward,
+                quality=float(np.mean([m.accuracy[o] for o in operations])),
+            )
+            for m in measurements
+        ]
+
+    plot_speed_quality(
+        workdir / "speed_quality.png",
+        {
+            "one right answer (copy, reverse, ... at)": panel(ONE_ANSWER),
+            "many right answers (shuffle, ... random)": panel(MANY_ANSWERS),
+        },
+        "Waiting line: quality against parallelism",
+    )
+    assert lm.tokenizer is not None
+    write_commit_order(
+        workdir / "commit_order.html", answers, lm.tokenizer, "Waiting line: order of decoding"
+    )

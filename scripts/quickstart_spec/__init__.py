@@ -1,0 +1,1 @@
+"""From nothing to a table of drafters: `python -m scripts.quickstart_spec`."""

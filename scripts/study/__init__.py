@@ -1,0 +1,1 @@
+"""What learned parallelism buys: `python -m scripts.study`."""

@@ -1,0 +1,36 @@
+"""Intervals and areas, by hand."""
+
+import math
+
+import pytest
+
+from decode.evaluation.statistics import aup, bootstrap, interval, with_interval
+
+
+def test_aup_by_hand():
+    points = [(4.0, 72.0), (1.0, 80.0), (2.0, 78.0)]  # 72 is more than 5 below 80: dropped
+    weight = math.exp(-3 * (1 - 78 / 80))
+    expected = 1 * 80 + (2 - 1) * (78 * weight + 80 * 1) / 2
+    assert aup(points, best=80) == pytest.approx(expected)
+    assert aup([(3.0, 50.0)], best=100) == 150  # left of the slowest point: no weight
+    assert aup([(1.0, 0.0), (2.0, 0.0)], best=0) == 0
+    # Somebody else's better answers make these worth less.
+    assert aup(points, best=100) < expected
+
+
+def test_bootstrap_interval():
+    low, high = bootstrap([0.0, 1.0] * 100)
+    sigma = 0.5 / math.sqrt(200)
+    assert low == pytest.approx(0.5 - 1.96 * sigma, abs=0.015)
+    assert high == pytest.approx(0.5 + 1.96 * sigma, abs=0.015)
+    assert bootstrap([1.0] * 7) == (1.0, 1.0)
+    assert bootstrap([0.0, 1.0] * 100) == (low, high)  # the same seed
+    narrow = bootstrap([0.0, 1.0] * 1000)
+    assert narrow[1] - narrow[0] < 0.5 * (high - low)
+
+
+def test_intervals_over_seeds():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 * 1 / math.sqrt(3))
+    assert with_interval([1.5], 1) == "1.5"
+    assert with_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"

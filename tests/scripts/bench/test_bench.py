@@ -1,0 +1,61 @@
+"""Every benchmark gives a row per case, with what its table shows."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dlm.presets import PRESETS
+from scripts.bench import decode, kernels, spec, train
+from scripts.bench.timing import table
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.mark.exhaustive
+def test_decode_has_a_step_and_a_whole_decode_per_cache():
+    rows = [*decode.bench_decode(TINY, [2], prompt_len=8, gen_len=16, block_len=8, repeats=5)]
+    assert [(r["case"], r["cache"]) for r in rows] == [
+        (case, cache) for cache in ("none", "prefix", "dual") for case in ("step", "decode")
+    ]
+    for row in rows:
+        assert {"device", "dtype", "batch", "ceiling_gflops", "ceiling_gb_per_s"} <= row.keys()
+    assert table(rows, "step", decode.STEP_COLUMNS).count("\n") == 4
+    assert table(rows, "decode", decode.DECODE_COLUMNS).count("| quota |") == 3
+
+
+@pytest.mark.exhaustive
+def test_spec_times_trees_of_every_size_and_drafters():
+    rows = [*spec.bench_spec(TINY, dataclasses.replace(TINY, n_layers=2), [2], 64, repeats=5)]
+    free = [row["nodes"] for row in rows if row["drafter"] == "none"]
+    assert free == [1, 8, 32, 64]
+    assert {row["drafter"] for row in rows} >= {"Medusa", "Hydra", "EAGLE-3", "DFlash"}
+    assert all(row["round_ms"] > 0 and row["break_even"] > 0 for row in rows)
+    assert table(rows, "spec", spec.COLUMNS).count("\n") == len(rows) + 1
+
+
+@pytest.mark.exhaustive
+def test_train_compares_steps_with_their_products():
+    rows = [*train.bench_train("tiny", TINY, (2, 8, 16), repeats=5)]
+    assert [(r["model"], r["remat"]) for r in rows] == [
+        (model, remat) for model in ("waiting_line", "tiny") for remat in (True, False)
+    ]
+    for row in rows:
+        assert row["step_ms"] > 0 and row["products_gflops"]
+        assert row["gflop"] >= row["needed_gflop"]
+        assert (row["input_wait"] is None) == (row["model"] == "tiny")
+    assert table(rows, "train", train.COLUMNS).count("\n") == 5
+
+
+@pytest.mark.exhaustive
+def test_kernels_report_every_case_and_what_failed(tmp_path):
+    kernels.run(is_toy=True, calls=32, only="toy block ", out=str(tmp_path), repeats=5)
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert {row["case"] for row in rows} == {"attention", "stats"}
+    assert "| attention | toy block | default |" in (tmp_path / "kernels.md").read_text()
+    for row in rows:
+        if row["implementation"] != "tokamax":  # the only one that may be missing
+            assert row["status"] == "ok", row
+            assert row["us"] > 0 and row["bytes"] > 0 and row["ceiling_gb_per_s"] > 0
+        if row["implementation"] in ("default", "xla"):
+            assert row["error"] < 1e-2

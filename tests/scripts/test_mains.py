@@ -1,0 +1,72 @@
+"""Every main is short, answers `--help`, and is named in the documents by the name it has."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+from tests.lib.paths import ROOT
+
+MAX_LINES = 80
+# Runs every main in one process, each with flags of its own: starting Python takes the time.
+HELP = """
+import contextlib, io, runpy, sys
+from absl import app, flags
+app.define_help_flags()
+shared = set(flags.FLAGS)
+for name in sys.argv[1:]:
+    for flag in set(flags.FLAGS) - shared:
+        delattr(flags.FLAGS, flag)
+    flags.FLAGS.unparse_flags()
+    sys.argv = [name, "--help"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert end.code in (0, 1), (name, end.code)
+    text = said.getvalue()
+    assert f"python -m {name}" in text and "flags:" in text, (name, text)
+"""
+
+
+def mains():
+    """Modules of `scripts` that are commands, by the name behind `python -m`."""
+    found = {}
+    for file in sorted((ROOT / "scripts").rglob("*.py")):
+        if file.name == "__main__.py" or "\nif __name__ ==" in file.read_text():
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__main__")] = file
+    return found
+
+
+def test_mains_are_short():
+    long = {name: n for name, file in mains().items()
+            if (n := len(file.read_text().splitlines())) > MAX_LINES}  # fmt: skip
+    assert not long
+
+
+def test_modules_that_are_no_mains_have_no_flags():
+    files = set((ROOT / "scripts").rglob("*.py")) - set(mains().values())
+    for file in sorted(files):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            assert "flags" not in names, f"{file.relative_to(ROOT)} imports flags"
+
+
+def test_every_main_says_what_it_is_for():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HELP, *mains()]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commands_that_are_named_exist():
+    there = {*mains(), "scripts.launch"}
+    named = set()
+    for pattern in ("*.md", "Makefile", "docs/*.md", "*/**/*.py"):
+        for file in ROOT.glob(pattern):
+            if not {".venv", "build"} & set(file.relative_to(ROOT).parts):
+                named |= set(re.findall(r"python -m (scripts[.\w]*\w)", file.read_text()))
+    assert named and named <= there
