@@ -36,19 +36,19 @@ from dlm.config import ModelConfig
 from dlm.params import Params, init_from_specs, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
+from dlm.trainable import Learned, Trainable
 from train import checkpoint, data
 from train.config import ConfigError, RunConfig, build, from_config_dict
 from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
+from train.objectives import Objective
 from train.train_state import (
     EVERYTHING,
     abstract_state,
     first_state,
     jit_train_step,
-    needs_teacher,
     state_shardings,
     valid_step,
 )
-from train.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ def run(
         stack.enter_context(jax.set_mesh(mesh))
 
         # -- Model and data
-        objective = build(settings.train.objective, "train.objective")
-        if needs_teacher(objective) and not settings.optim.ema_decay:
+        objective: Objective = build(settings.train.objective, "train.objective")
+        if objective.needs_teacher and not settings.optim.ema_decay:
             raise ConfigError(
                 "optim.ema_decay=0 must be positive: the objective compares the model with the "
                 "moving average of itself"
@@ -129,12 +129,11 @@ def run(
             logging.info("Starting from fresh parameters.")
             tokenizer = _make_tokenizer(settings, task)
             cfg = _model_config(settings, tokenizer)
-        frozen: Params | None = None
+        frozen: Learned | None = None
         if trainable is not EVERYTHING:
             assert given is not None
-            frozen, given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given), None
-            if hasattr(trainable, "beside"):
-                frozen |= trainable.beside(cfg, mesh)
+            given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given)
+            frozen, given = Learned(given, beside=trainable.beside(cfg, mesh)), None
         specs = trainable.specs(cfg)
         logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
         num_shards = settings.mesh.data * settings.mesh.fsdp
@@ -155,9 +154,12 @@ def run(
             jax.random.fold_in(jax.random.key(settings.train.seed), i) for i in range(3)
         )
         if start is None:
-            if frozen is not None and hasattr(trainable, "start"):
-                fresh = jax.jit(functools.partial(init_from_specs, init_key, specs, master_dtype))
-                given = trainable.start(cfg, frozen, fresh())
+            if frozen is not None:
+                fresh = jax.jit(
+                    functools.partial(init_from_specs, init_key, specs, master_dtype),
+                    out_shardings=shardings.params,
+                )
+                given = trainable.start(cfg, frozen.target, fresh())
             state = first_state(init_key, given, specs, master_dtype, optim, shardings)
         else:
             abstract = abstract_state(specs, master_dtype, optim, shardings)
@@ -344,7 +346,7 @@ def _export(
     folder: pathlib.Path,
     trainable: Trainable,
     own: Params,
-    frozen: Params | None,
+    frozen: Learned | None,
     cfg: ModelConfig,
     tokenizer: Tokenizer,
 ) -> None:
@@ -353,7 +355,8 @@ def _export(
         own, frozen = multihost_utils.process_allgather((own, frozen), tiled=True)
     if jax.process_index() == 0:
         shutil.rmtree(folder / "model", ignore_errors=True)
-        trainable.export(folder, lm.LanguageModel(frozen or {}, cfg, tokenizer), own)
+        params = {} if frozen is None else frozen.target
+        trainable.export(folder, lm.LanguageModel(params, cfg, tokenizer), own)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     logging.info("The model is in %s.", folder / "model")

@@ -33,6 +33,7 @@ from dlm.config import ModelConfig
 from dlm.params import Params, init_params, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
+from dlm.trainable import Learned
 from scripts.bench.timing import forward_cost, large_sizes, paired_times_s
 from train import data, train_state
 from train.config import RunConfig, build, from_config_dict
@@ -110,7 +111,7 @@ def _bench_model(
             return metrics
 
         def loss(params: Params, objective: Any = objective) -> jax.Array:
-            return objective.loss(params, cfg, batch, Context(key))[0]
+            return objective.loss(Learned(params), cfg, batch, Context(key))[0]
 
         runs["step", remat] = steps[remat] = train
         runs["gradient", remat] = functools.partial(jax.jit(jax.value_and_grad(loss)), params)

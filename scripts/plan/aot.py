@@ -31,6 +31,7 @@ from dlm.config import ModelConfig
 from dlm.params import abstract_params
 from dlm.presets import PRESETS
 from dlm.sharding import logical_sharding
+from dlm.trainable import Learned, Trainable
 from scripts.plan.collectives import collectives
 from train import train_state
 from train.config import OptimConfig, build
@@ -146,10 +147,11 @@ def training_step(
     """The step of `train.loop` with everything a config says about it, and nothing it reads."""
     cfg = dataclasses.replace(cfg, dtype=config.model.dtype)
     objective = build(config.train.objective, "train.objective")
-    trainable, frozen = train_state.EVERYTHING, None
+    trainable: Trainable = train_state.EVERYTHING
+    frozen: Learned | None = None
     if config.train.trainable is not None:
         trainable = build(config.train.trainable, "train.trainable")
-        frozen = abstract_params(cfg, mesh)
+        frozen = Learned(abstract_params(cfg, mesh))
     optim = OptimConfig(**config.optim)
     optim = dataclasses.replace(optim, decay_steps=optim.decay_steps or 1_000)
     specs = trainable.specs(cfg)

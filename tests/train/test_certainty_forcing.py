@@ -12,6 +12,7 @@ from decode.diffusion.components import EntropyThreshold, FixedBlocks
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from dlm.models import decoder
 from dlm.params import init_params
+from dlm.trainable import Learned
 from tests.conftest import dream_toy
 from tests.lib.oracle import Model
 from tests.train.test_masked_diffusion import (
@@ -345,7 +346,7 @@ def test_fields_out_of_range_are_refused(fields, message):
 def test_models_that_cannot_be_trained_so_are_refused(toy_cfg):
     def loss(cfg, prompt_len):
         batch = make_batch(cfg, prompt_len=prompt_len)
-        return CertaintyForcing().loss({}, cfg, batch, Context(jax.random.key(0)))
+        return CertaintyForcing().loss(Learned({}), cfg, batch, Context(jax.random.key(0)))
 
     with pytest.raises(ValueError, match="mask_token_id=None"):
         jax.eval_shape(lambda: loss(dataclasses.replace(toy_cfg, mask_token_id=None), 5))

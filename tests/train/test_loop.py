@@ -18,6 +18,7 @@ import pytest
 import dlm
 from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
+from dlm.trainable import Learned
 from tests.lib import toys
 from tests.lib.paths import ROOT
 from tests.train.test_masked_diffusion import make_batch
@@ -75,7 +76,7 @@ def test_exported_model_is_the_one_validated(finished):
     batches = data.valid_batches(toys.Copy(split="test"), model.tokenizer, settings.data, 2)
     key = jax.random.fold_in(jax.random.key(0), 2)
     losses = [
-        MaskedDiffusion().loss(model.params, model.cfg, batch, context)[0]
+        MaskedDiffusion().loss(Learned(model.params), model.cfg, batch, context)[0]
         for i, batch in enumerate(batches)
         for context in [Context(jax.random.fold_in(key, i))]
     ]
