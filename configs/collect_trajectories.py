@@ -9,37 +9,39 @@ One token per step, as all three papers do (arXiv:2509.26488, arXiv:2601.07568, 
 
 import importlib
 
-import ml_collections
+from ml_collections import ConfigDict
 
-TASKS = {"waiting_line": 8, "scan": 13, "word_problems": 8}  # positions per block
+from dlm.tasks.presets import RECIPES, TASKS
 
 
 def parse(arg: str) -> tuple[str, str]:
     """The task of a config argument, and "" or "runlocal"; ValueError if it is neither."""
     task, _, variant = arg.partition(",")
-    if task not in TASKS or variant not in ("", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be one of {', '.join(TASKS)}, ...,runlocal")
+    if task not in RECIPES or variant not in ("", "runlocal"):
+        raise ValueError(
+            f"config argument {arg!r} must be one of {', '.join(RECIPES)}, ...,runlocal"
+        )
     return task, variant
 
 
-def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
+def get_config(arg: str = "waiting_line") -> ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, see `TASKS`; with ",runlocal" behind it a smoke test of a few
+      arg: a task, see `dlm.tasks.presets.RECIPES`; with ",runlocal" behind it a smoke test of a few
         seconds.
     """
     task, variant = parse(arg)
     base = importlib.import_module(f"configs.mdlm_{task}").get_config()
 
-    config = ml_collections.ConfigDict()
+    config = ConfigDict()
     config.checkpoint = f"runs/{task}/model"  # the teacher
     config.task = base.data.task.copy_and_resolve_references()
     config.task.update(base.data.train)
     config.method = "one_per_step"
-    config.block_len = TASKS[task]  # positions per block
+    config.block_len = TASKS[task].block_len  # positions per block
     # All positions are decided, those behind the end too: students learn the padding as well.
-    config.changes = ml_collections.ConfigDict({"stopper": "filled"})
+    config.changes = ConfigDict({"stopper": "filled"})
     config.oracle = False  # decode a second time for Learn2PD's filter
     config.num_examples = 10_000
     config.prompt_len = base.data.prompt_len  # tokens

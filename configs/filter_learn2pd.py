@@ -18,7 +18,7 @@ def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, see `collect_trajectories.TASKS`; with ",runlocal" behind it a smoke test of
+      arg: a task, see `dlm.tasks.presets.RECIPES`; with ",runlocal" behind it a smoke test of
         a few seconds.
     """
     task, variant = parse(arg)

@@ -15,12 +15,10 @@ A model is split over four chips: v5e:2x2 is enough (`docs/training.md`). More h
 prompts: each of them writes shards of its own.
 """
 
-import pathlib
-
 import ml_collections
 from ml_collections import config_dict
 
-EXAMPLE = str(pathlib.Path(__file__).with_name("example.jsonl"))
+from configs.common import EXAMPLE, LLADA_PROMPT, check_argument
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -30,18 +28,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       arg: ""; "trajectories": without rounds, what `llada_8b_dparallel.py` learns from; "runlocal":
         a smoke test of a few seconds on a tiny model, given as the large one.
     """
-    if arg not in ("", "trajectories", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be '', 'trajectories' or 'runlocal'")
+    check_argument(arg, "", "trajectories", "runlocal")
     config = ml_collections.ConfigDict()
     config.checkpoint = config_dict.placeholder(str)  # folder of the model; must be given
     config.task = ml_collections.ConfigDict()
     config.task.make = "dlm.tasks.jsonl:JsonlTask"
     config.task.path = config_dict.placeholder(str)  # prompts; must be given
-    # Templates over the fields of a record, as LLaDA's chat template writes one turn.
-    config.task.prompt = (
-        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+    config.task.prompt = LLADA_PROMPT
     config.task.completion = "{answer}"
     config.method = "one_per_step"  # (Learn2PD)
     config.block_len = 32  # positions per block (Learn2PD)

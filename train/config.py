@@ -248,7 +248,7 @@ class RunConfig:
             )
 
 
-_SECTIONS = {
+SECTIONS = {
     "data": DataConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
@@ -265,16 +265,14 @@ def from_config_dict(config: config_dict.ConfigDict) -> RunConfig:
       ConfigError: a section or field is missing, unknown, of the wrong kind or out of range.
     """
     values = to_dict(config, "")
-    if unknown := sorted(set(values) - {"model", *_SECTIONS}):
+    if unknown := sorted(set(values) - {"model", *SECTIONS}):
         raise ConfigError(
             f"the config has an unknown section {unknown[0]!r}; it may have model, "
-            f"{', '.join(_SECTIONS)}"
+            f"{', '.join(SECTIONS)}"
         )
     if "model" not in values:
         raise ConfigError("the config has no section 'model'")
-    sections = {
-        name: _section(name, make, values.get(name, {})) for name, make in _SECTIONS.items()
-    }
+    sections = {name: _section(name, make, values.get(name, {})) for name, make in SECTIONS.items()}
     return RunConfig(model=values["model"], **sections)
 
 

@@ -20,12 +20,13 @@ import jax
 from absl import app, flags, logging
 
 import dlm
-from decode.evaluation.job import TASKS, make_job, measure_points
+from decode.evaluation.job import make_job, measure_points
 from decode.evaluation.run import device
+from dlm.tasks.presets import TASKS
 from scripts.compare.points import make_points
 from scripts.compare.report import report, summarise, write
 
-_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `decode.evaluation.job.TASKS`.")
+_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `dlm.tasks.presets.TASKS`.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
 _METHODS = flags.DEFINE_list("methods", [], "Names from decode/diffusion/points.py; default: all.")
 _METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")

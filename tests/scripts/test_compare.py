@@ -11,7 +11,8 @@ import pytest
 
 import dlm
 from decode.diffusion.points import FAMILIES, METHODS, family_of, named, override
-from decode.evaluation.job import TASKS, Job, Point, make_job
+from decode.evaluation.job import Job, Point, make_job
+from dlm.tasks.presets import TASKS
 from dlm.tasks.waiting_line import WaitingLine
 from scripts.compare.points import make_points
 from scripts.compare.report import summarise
