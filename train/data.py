@@ -293,8 +293,7 @@ def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callab
             else:
                 row = encode_example(example, tokenizer, data.prompt_len, data.completion_len)
         except ConfigError as error:
-            where = getattr(task, "where", "example {}".format)
-            raise ConfigError(f"{where(index)}: {error}") from error
+            raise ConfigError(f"{task.where(index)}: {error}") from error
         return {**row, "index": np.array(index, np.int32)}
 
     return encode
@@ -305,7 +304,7 @@ def _longest(task: tasks.Task) -> list[int]:
 
     Only where they are in memory: a task of many records reads them when they are needed.
     """
-    examples: Any = getattr(task, "examples", ())
+    examples = task.loaded
     return [
         index
         for length in (lambda i: len(examples[i].prompt), lambda i: len(examples[i].completion))

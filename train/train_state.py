@@ -44,6 +44,11 @@ class TrainState(struct.PyTreeNode):
     ema: Params | None
     is_finite: jax.Array
 
+    @property
+    def averaged(self) -> Params:
+        """What is validated and exported: the moving average, if there is one."""
+        return self.params if self.ema is None else self.ema
+
 
 # ---- The step ---------------------------------------------------------------------------------
 

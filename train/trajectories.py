@@ -384,7 +384,7 @@ _MAY_CHANGE = ("checkpoint", "batch_size", "tensor")  # where and how fast, not 
 
 
 @dataclasses.dataclass(frozen=True)
-class Trajectories:
+class Trajectories(tasks.Task):
     """What `run` wrote, as a task to train on: a random-access collection of `tasks.Encoded`.
 
     Attributes:
@@ -421,7 +421,7 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: int) -> tasks.Encoded:
+    def __getitem__(self, index: int) -> tasks.Encoded:  # type: ignore[override]
         record = self._source[int(self._kept[index])]
         return tasks.Encoded(record["prompt"], record["completion"], record["step_map"])
 

@@ -29,6 +29,7 @@ from tests.train.test_loop import assert_same, toy_config, without_times
 from tests.train.test_masked_diffusion import make_batch
 from train import data, loop, train_state
 from train.config import ConfigError, OptimConfig
+from train.model import model_config
 from train.objectives.masked_diffusion import MaskedDiffusion
 
 # D 16, N H 24, K H 12, F 20: no two sizes agree.
@@ -376,7 +377,7 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "model"
     settings = loop.from_config_dict(toy_config())
     tokenizer = word_tokenizer(toys.Copy().pieces)
-    cfg = loop._model_config(settings, tokenizer)
+    cfg = model_config(settings, tokenizer)
     dlm.save(path, dlm.LanguageModel(init_params(jax.random.key(3), cfg), cfg, tokenizer))
     return path
 

@@ -19,7 +19,7 @@ from train.objectives.masked_diffusion import MaskedDiffusion
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(tasks.Task):
     """Three letters, to be written down again."""
 
     split: str = "train"
@@ -43,7 +43,7 @@ class Copy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lines:
+class Lines(tasks.Task):
     """One to six letters, to be written down again; lines of a file, so to speak."""
 
     num_examples: int = 64

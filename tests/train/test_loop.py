@@ -28,7 +28,7 @@ from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
-CONFIG_FILE = "tests/train/toys.py"
+CONFIG_FILE = "tests/lib/toys.py"
 
 
 def toy_config(**changes):
