@@ -1,6 +1,6 @@
 """A model's answers to its own training prompts, and how it came to them.
 
-    python -m train.trajectories --config=configs/collect_trajectories.py:waiting_line \\
+    python -m train.collect.trajectories --config=configs/collect_trajectories.py:waiting_line \\
         --config.checkpoint=runs/waiting_line/model --out=runs/waiting_line/trajectories
 
 What `distill_dparallel.py`, `distill_d3llm.py` and, with `oracle`, `filter_learn2pd.py` learn from.

@@ -33,7 +33,7 @@ def get_config(arg: str = "waiting_line") -> ConfigDict:
     config = importlib.import_module(f"configs.mdlm_{task}").get_config(variant)
     config.data.task = ConfigDict(
         {
-            "make": "train.trajectories:Trajectories",
+            "make": "train.collect.records:Trajectories",
             "path": f"runs/{task}/trajectories",
             "only_right": True,  # wrong answers are not worth being sure of
         }

@@ -1,16 +1,16 @@
 """dParallel for LLaDA-8B-Instruct: LoRA that makes it sure of many of its own tokens at once.
 
-    python -m train.trajectories --config=... --out=runs/llada_8b/trajectories
+    python -m train.collect.trajectories --config=... --out=runs/llada_8b/trajectories
     python -m train --config=configs/llada_8b_dparallel.py --workdir=runs/llada_8b/dparallel \\
         --config.train.init_from=path/of/LLaDA-8B-Instruct \\
         --config.data.task.path=runs/llada_8b/trajectories \\
         --config.train.num_steps=...  # 6 epochs: 6 * trajectories / 64
 
 Recipe: arXiv:2509.26488 and its public code. Trajectories are the model's own answers, decoded one
-token per step in blocks of 32 (`train.trajectories`), here only right ones. Numbers without a
-source are ours. The published run had eight devices with one row each and accumulated eight steps;
-here the 64 rows of an update are one step. Decode the result, `model` or `adapter` in the workdir,
-with `--methods=entropy` and blocks of 32.
+token per step in blocks of 32 (`train.collect.trajectories`), here only right ones. Numbers without
+a source are ours. The published run had eight devices with one row each and accumulated eight
+steps; here the 64 rows of an update are one step. Decode the result, `model` or `adapter` in the
+workdir, with `--methods=entropy` and blocks of 32.
 
 The mesh is eight chips: v5e:2x4 is enough (`docs/training.md`). On fewer, accumulate: half the
 `data.batch_size`, twice `optim.accumulate` and `train.num_steps`.
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         model={"dtype": "bfloat16"},  # of matrix products; all else is the model's that is given
         data={
             "task": {
-                "make": "train.trajectories:Trajectories",
+                "make": "train.collect.records:Trajectories",
                 "path": config_dict.placeholder(str),  # what the model said; must be given
                 "only_right": True,  # answers that the task's scorer calls right
             },

@@ -1,7 +1,8 @@
 """Learn2PD's filter for LLaDA-8B-Instruct: the rounds it learns from, and how to train it on them.
 
-    python -m train.trajectories --config=configs/llada_8b_learn2pd.py --out=runs/llada_8b/rounds \\
-        --config.checkpoint=path/of/LLaDA-8B-Instruct --config.task.path=prompts.jsonl
+    python -m train.collect.trajectories --config=configs/llada_8b_learn2pd.py \\
+        --out=runs/llada_8b/rounds --config.checkpoint=path/of/LLaDA-8B-Instruct \\
+        --config.task.path=prompts.jsonl
     python -m train.learn2pd --config=configs/filter_learn2pd.py --workdir=runs/llada_8b/filter \\
         --config.trajectories=runs/llada_8b/rounds
 

@@ -6,7 +6,7 @@
 
 The file has one JSON object per line with a field "text" (or name another one with
 `--config.data.task.completion="{body}"`). A text may be of any length: texts are joined, each with
-its end, and cut into rows (`train.batching.Packed`). Rows of one text come one after another, so
+its end, and cut into rows (`train.data.rows.Packed`). Rows of one text come one after another, so
 that long texts are better cut into several records. Files are held in memory; for more than that,
 copy this file and make `data.task` a `dlm.tasks.tfds_source:TfdsTask`.
 

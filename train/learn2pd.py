@@ -3,9 +3,9 @@
     python -m train.learn2pd --config=configs/filter_learn2pd.py:waiting_line --workdir=runs/filter
 
 Reference: Bao et al., "Learning to Parallel", arXiv:2509.25188, Sec. 3.2 and the public code. The
-data are the rounds that `train.trajectories` records with `oracle`: the confidences of a block and
-which proposals were right. The loss is the binary cross-entropy of sigmoid(o) with them, averaged
-over all C outputs and all rounds, decided positions included; AdamW on the full batch.
+data are the rounds that `train.collect.trajectories` records with `oracle`: the confidences of a
+block and which proposals were right. The loss is the binary cross-entropy of sigmoid(o) with them,
+averaged over all C outputs and all rounds, decided positions included; AdamW on the full batch.
 
 What a model proposes at decided positions does not matter for decoding. A large one repeats the
 token that is there, nearly always right. A small one that was trained on masked positions only may
@@ -40,8 +40,8 @@ from matplotlib.figure import Figure
 from ml_collections import config_dict, config_flags
 
 from dlm.heads.learn2pd import Filter, init_filter, save_filter
+from train.collect.records import open_records, read_settings
 from train.config import ConfigError, to_dict
-from train.trajectories import open_records, read_settings
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
 
@@ -51,7 +51,7 @@ class FilterConfig:
     """How a filter is trained.
 
     Attributes:
-      trajectories: folder of `train.trajectories`, made with `oracle`.
+      trajectories: folder of `train.collect.trajectories`, made with `oracle`.
       num_steps: AdamW steps on the full batch.
       learning_rate: constant.
       weight_decay: decoupled, on all parameters.

@@ -41,7 +41,7 @@ from train.config import ConfigError, OptimConfig, RunConfig, build, from_config
 from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
 from train.model import RunModel, open_model
 from train.objectives import Objective
-from train.train_state import (
+from train.step import (
     EVERYTHING,
     TrainState,
     abstract_state,

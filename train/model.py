@@ -17,7 +17,7 @@ from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokeni
 from dlm.trainable import Learned, Trainable
 from train import checkpoint
 from train.config import ConfigError, RunConfig
-from train.train_state import EVERYTHING
+from train.step import EVERYTHING
 
 
 @dataclasses.dataclass

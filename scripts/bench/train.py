@@ -35,7 +35,8 @@ from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
 from dlm.trainable import Learned
 from scripts.bench.timing import forward_cost, large_sizes, paired_times_s
-from train import data, train_state
+from train import data
+from train import step as step_lib
 from train.config import RunConfig, build, from_config_dict
 from train.host import keep_freed_memory
 from train.objectives import Context
@@ -89,7 +90,7 @@ def _bench_model(
     optim = dataclasses.replace(settings.optim, decay_steps=1_000_000)
     key = jax.random.key(1)
     step = jax.jit(
-        train_state.train_step,
+        step_lib.train_step,
         static_argnames=("cfg", "objective", "optim"),
         donate_argnames="state",
     )
@@ -102,7 +103,7 @@ def _bench_model(
     steps = {}
     for remat in made:
         objective = build({**settings.train.objective, "remat": remat}, "train.objective")
-        states = [train_state.init_state(jax.tree.map(jnp.copy, params), optim=optim)]
+        states = [step_lib.init_state(jax.tree.map(jnp.copy, params), optim=optim)]
 
         def train(given: Any = batch, states: Any = states, objective: Any = objective) -> Any:
             states[0], metrics = step(

@@ -27,7 +27,8 @@ from tests.lib import toys
 from tests.lib.oracle import Model
 from tests.train.test_loop import assert_same, toy_config, without_times
 from tests.train.test_masked_diffusion import make_batch
-from train import data, loop, train_state
+from train import data, loop
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig
 from train.model import model_config
 from train.objectives.masked_diffusion import MaskedDiffusion
@@ -333,12 +334,12 @@ def test_steps_change_the_adapter_only_and_are_the_same_sharded(toy_params):
     results = []
     for mesh in (make_mesh(), make_mesh(data=2, fsdp=2, tensor=2)):
         with jax.set_mesh(mesh):
-            shardings = train_state.state_shardings(specs, optim, mesh)
+            shardings = step_lib.state_shardings(specs, optim, mesh)
             frozen = jax.device_put(weights, param_shardings(TOY_CFG, mesh))
-            state = train_state.first_state(
+            state = step_lib.first_state(
                 jax.random.key(0), None, specs, jnp.float32, optim, shardings
             )
-            step = train_state.jit_train_step(shardings)
+            step = step_lib.jit_train_step(shardings)
             states = [jax.device_get(state.params)]
             for _ in range(2):
                 placed = data.to_global(batch, mesh)

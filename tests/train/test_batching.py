@@ -16,8 +16,8 @@ from dlm.trainable import Learned
 from tests.lib import toys
 from tests.lib.paths import SHARED
 from train import data
-from train.batching import bucket_sizes, crop
 from train.config import ConfigError, DataConfig
+from train.data.rows import bucket_sizes, crop
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 

@@ -22,7 +22,8 @@ from dlm.trainable import Learned
 from tests.lib import toys
 from tests.lib.paths import ROOT
 from tests.train.test_masked_diffusion import make_batch
-from train import checkpoint, data, loop, train_state
+from train import checkpoint, data, loop
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
@@ -186,8 +187,8 @@ def test_init_from_keeps_the_model(finished, tmp_path):
 def test_bfloat16_products_with_float32_parameters(toy_cfg):
     cfg = dataclasses.replace(toy_cfg, dtype="bfloat16")
     optim = OptimConfig(learning_rate=1e-4, decay_steps=4, end_factor=1.0)
-    state = train_state.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
-    step = jax.jit(train_state.train_step, static_argnames=("cfg", "objective", "optim"))
+    state = step_lib.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    step = jax.jit(step_lib.train_step, static_argnames=("cfg", "objective", "optim"))
     new, metrics = step(
         state, make_batch(cfg), jax.random.key(0), cfg=cfg, objective=MaskedDiffusion(), optim=optim
     )
@@ -214,12 +215,12 @@ def test_sharded_steps_equal_unsharded(toy_cfg, axes):
     results = []
     for mesh in (make_mesh(), make_mesh(**axes)):
         with jax.set_mesh(mesh):
-            shardings = train_state.state_shardings(specs, optim, mesh)
-            state = train_state.first_state(
+            shardings = step_lib.state_shardings(specs, optim, mesh)
+            state = step_lib.first_state(
                 jax.random.key(0), None, specs, jnp.float32, optim, shardings
             )
             step = jax.jit(
-                train_state.train_step,
+                step_lib.train_step,
                 static_argnames=("cfg", "objective", "optim"),
                 donate_argnames="state",
                 out_shardings=(shardings, None),
@@ -251,10 +252,10 @@ def test_sharded_steps_equal_unsharded(toy_cfg, axes):
 
 def test_state_is_donated(toy_cfg):
     optim = OptimConfig(learning_rate=1e-2, decay_steps=9)
-    state = train_state.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    state = step_lib.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
     compiled = (
         jax.jit(
-            train_state.train_step,
+            step_lib.train_step,
             static_argnames=("cfg", "objective", "optim"),
             donate_argnames="state",
         )

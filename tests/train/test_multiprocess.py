@@ -18,7 +18,8 @@ import pytest
 import dlm
 from tests.lib import toys
 from tests.lib.paths import ROOT
-from train import loop, trajectories
+from train import loop
+from train.collect import trajectories
 from train.metrics import read_metrics
 
 # What `python -m train` does on a cluster that JAX recognises.

@@ -21,7 +21,8 @@ from tests.train.test_masked_diffusion import (
     assert_gradient_is_that_of_differences,
     make_batch,
 )
-from train import loop, train_state
+from train import loop
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig
 from train.losses import CHUNK, soft_cross_entropy
 from train.objectives import Context, Predictions, TokenObjective
@@ -298,9 +299,9 @@ def test_the_teacher_is_the_moving_average_of_the_steps_before(toy_cfg):
     params, _, batch = random_table(4)
     optim = OptimConfig(learning_rate=0.3, decay_steps=8, ema_decay=0.9)
     objective = PsKd(of=Table(), alpha=0.5)
-    state = train_state.init_state({"logits": jnp.asarray(params["logits"])}, optim=optim)
+    state = step_lib.init_state({"logits": jnp.asarray(params["logits"])}, optim=optim)
     static = {"cfg": toy_cfg, "objective": objective, "trainable": TableLogits()}
-    step = jax.jit(functools.partial(train_state.train_step, optim=optim, **static))
+    step = jax.jit(functools.partial(step_lib.train_step, optim=optim, **static))
     cross = lambda target, p: -(target * np.log(p)).sum(-1)
     weight = batch["weight"]
     law = lambda own: softmax(own["logits"])
@@ -315,7 +316,7 @@ def test_the_teacher_is_the_moving_average_of_the_steps_before(toy_cfg):
         np.testing.assert_allclose(metrics["soft_cross_entropy"], soft / weight.sum(), rtol=1e-5)
     assert np.abs(before - p).max() > 0.02
     p = law(state.ema)
-    metrics = jax.jit(functools.partial(train_state.valid_step, **static))(state.ema, batch, KEY)
+    metrics = jax.jit(functools.partial(step_lib.valid_step, **static))(state.ema, batch, KEY)
     entropy = (weight * cross(p, p)).sum()
     hard = (weight * cross(np.eye(7)[batch["completion"]], p)).sum()
     said = metrics["soft_cross_entropy"]

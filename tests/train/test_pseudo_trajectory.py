@@ -168,7 +168,9 @@ def test_gradient_against_finite_differences_in_float64(toy_cfg):
 
 
 def test_batches_without_a_trajectory_are_refused(toy_cfg):
-    with pytest.raises(ValueError, match=r"has no step_map: train on what `python -m train\.traj"):
+    with pytest.raises(
+        ValueError, match=r"has no step_map: train on what `python -m train\.collect\.traj"
+    ):
         PseudoTrajectory().loss(
             Learned({}), toy_cfg, make_batch(toy_cfg), Context(jax.random.key(0))
         )

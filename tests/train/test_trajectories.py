@@ -20,9 +20,11 @@ from dlm.tokenizer import word_tokenizer
 from tests.conftest import spread
 from tests.lib import toys
 from tests.lib.paths import ROOT
-from train import data, trajectories
+from train import data
+from train.collect import trajectories
+from train.collect.records import Trajectories, open_records
+from train.collect.trajectories import TrajectoryConfig
 from train.config import ConfigError
-from train.trajectories import Trajectories, TrajectoryConfig, open_records
 
 P, G, C = 5, 6, 3
 
@@ -129,7 +131,7 @@ def test_kill_9_loses_the_open_shard_only(collected, model_path, tmp_path):
     """Killed at a random point, the same command comes to the same records."""
     values = dataclasses.asdict(settings(model_path, examples_per_shard=2))
     program = (
-        "import json, sys; from train import trajectories as t; "
+        "import json, sys; from train.collect import trajectories as t; "
         "t.run(t.TrajectoryConfig(**json.loads(sys.argv[1])), sys.argv[2])"
     )
     process = subprocess.Popen(

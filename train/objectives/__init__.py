@@ -12,8 +12,8 @@ does:
     completion: [B, G] int32. Completions, filled up with EOS.
     completion_len: [B] int32. Tokens of the completion, its first EOS included, at most G.
     index: [B] int32. Which examples of the task these are; of a packed row, its first one.
-    step_map: [B, G] int32. Only of trajectories (`train.trajectories`): the round in which the
-        teacher decided each position, EOS padding included; -1: never.
+    step_map: [B, G] int32. Only of trajectories (`train.collect.trajectories`): the round in
+        which the teacher decided each position, EOS padding included; -1: never.
 
 `metrics` is a dict of scalar float32 arrays and holds "loss". A config names an objective by
 "module:Class", so a new one is a new file and nothing else.

@@ -2,9 +2,9 @@
 
 Reference: Chen et al., "dParallel: Learnable Parallel Decoding for dLLMs", arXiv:2509.26488, Sec. 3
 and the public code. Completions are the model's own, decoded one token per step
-(`train.trajectories`). Of each row one block is active: what comes before it is given, what comes
-after it is all MASK. With masked positions drawn with probability q = (1 - eps) / 2 + eps, a row is
-seen twice, as M_1 and as its complement M_2 within the block:
+(`train.collect.trajectories`). Of each row one block is active: what comes before it is given, what
+comes after it is all MASK. With masked positions drawn with probability q = (1 - eps) / 2 + eps, a
+row is seen twice, as M_1 and as its complement M_2 within the block:
 
     CE_v  = mean over M_v of -log p(y_i)
     C_v   = positions of M_v whose arg-max is y_i

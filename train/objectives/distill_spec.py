@@ -10,7 +10,7 @@ arXiv:2310.08461, Sec. 4. With p the target's law of the next token and q the dr
     nla          -log sum_x min(p, q)
 
 averaged over the tokens of completions up to their first EOS. Train on the target's own texts
-(`train.trajectories`, or any text). No gradient flows to the target.
+(`train.collect.trajectories`, or any text). No gradient flows to the target.
 
 Letters: B batch, T positions, D width, V vocabulary.
 """

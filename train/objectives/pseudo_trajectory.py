@@ -80,7 +80,8 @@ class PseudoTrajectory(TokenObjective):
         """As `CertaintyForcing._corrupt`."""
         if "step_map" not in batch:
             raise ValueError(
-                "the batch has no step_map: train on what `python -m train.trajectories` wrote"
+                "the batch has no step_map: train on what `python -m train.collect.trajectories` "
+                "wrote"
             )
         B, G = batch["completion"].shape
         progress = jnp.asarray(context.progress, jnp.float32)

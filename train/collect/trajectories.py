@@ -1,6 +1,6 @@
 """A model's own answers and how it came to them: what distillation and filters learn from.
 
-    python -m train.trajectories --config=configs/trajectories_waiting_line.py \\
+    python -m train.collect.trajectories --config=configs/collect_trajectories.py:waiting_line \\
         --out=runs/waiting_line/trajectories
 
 Decodes the prompts of a task with any method of `decode/diffusion/points.py` and writes, per
@@ -59,11 +59,12 @@ from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
 from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer
+from train.collect.records import SETTINGS, open_records
 from train.config import ConfigError, build, to_dict
 from train.host import join_cluster
 
 _NAME = "trajectories"
-_SETTINGS, _RESULTS = "settings.json", "results.jsonl"
+_RESULTS = "results.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
             features=features,
             split_infos=[split],
             filename_template=template.template,
-            description=f"Trajectories of {settings.checkpoint}, see {_SETTINGS}",
+            description=f"Trajectories of {settings.checkpoint}, see {SETTINGS}",
             check_data=False,
         )
         _write_results(folder, model.tokenizer)
@@ -359,7 +360,7 @@ def _features(settings: TrajectoryConfig) -> Any:
 def _claim(folder: pathlib.Path, settings: TrajectoryConfig, model: str) -> None:
     """Writes the settings into a new folder, or checks that a used one has the same."""
     now = json.loads(json.dumps({**dataclasses.asdict(settings), "model": model}))
-    path = folder / _SETTINGS
+    path = folder / SETTINGS
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
@@ -378,69 +379,6 @@ def _claim(folder: pathlib.Path, settings: TrajectoryConfig, model: str) -> None
 
 
 _MAY_CHANGE = ("checkpoint", "batch_size", "tensor")  # where and how fast, not what
-
-
-# ---- Reading them ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectories(tasks.Task):
-    """What `run` wrote, as a task to train on: a random-access collection of `tasks.Encoded`.
-
-    Attributes:
-      path: the folder.
-      split: "train", "valid" or "all": all but the last twentieth, that, or all of them.
-      only_right: whether answers with a score below 1 are left out.
-
-    Raises:
-      FileNotFoundError: there are none, or they are not complete yet.
-      ValueError: the split is unknown, or has no example.
-    """
-
-    path: str
-    split: str = "train"
-    only_right: bool = False
-    _kept: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
-    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        source = open_records(self.path)
-        kept = np.arange(len(source))
-        num_valid = max(len(source) // 20, 1)
-        parts = {"train": kept[:-num_valid], "valid": kept[-num_valid:], "all": kept}
-        if self.split not in parts:
-            raise ValueError(f"split={self.split!r} must be one of {', '.join(parts)}")
-        kept = parts[self.split]
-        if self.only_right:
-            kept = np.array([i for i in kept if source[int(i)]["score"] >= 1], np.int64)
-        if not len(kept):
-            raise ValueError(f"{self.path}, split {self.split}: no trajectory is right")
-        object.__setattr__(self, "_source", source)
-        object.__setattr__(self, "_kept", kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> tasks.Encoded:  # type: ignore[override]
-        record = self._source[int(self._kept[index])]
-        return tasks.Encoded(record["prompt"], record["completion"], record["step_map"])
-
-
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Fields of the `TrajectoryConfig` they were made with, and "model", its fingerprint."""
-    settings: dict[str, Any] = json.loads(
-        (pathlib.Path(path) / _SETTINGS).read_text(encoding="utf-8")
-    )
-    return settings
-
-
-def open_records(path: str | os.PathLike[str]) -> Sequence[dict[str, Any]]:
-    """The records that `run` wrote; FileNotFoundError if they are missing or not complete."""
-    if not (pathlib.Path(path) / "dataset_info.json").exists():
-        raise FileNotFoundError(
-            f"path={str(path)!r} must be a folder that `python -m train.trajectories` has finished"
-        )
-    return tfds.builder_from_directory(path).as_data_source("train")
 
 
 def _write_results(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
