@@ -41,3 +41,12 @@ def test_imports_point_one_way():
                     is_allowed = any(f"{name}.".startswith(f"{known}.") for known in allowed)
                     is_ours = name.split(".")[0] in packages
                     assert is_allowed or not is_ours, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_no_objective_imports_another():
+    """What they share is in `train.losses` and `train.reading`."""
+    for file in (ROOT / "train" / "objectives").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                is_other = node.module.startswith("train.objectives.")
+                assert not is_other, f"{file.relative_to(ROOT)} imports {node.module}"

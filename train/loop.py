@@ -50,6 +50,7 @@ from train.step import (
     state_shardings,
     valid_step,
 )
+from train.workdir import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def run(
     settings = from_config_dict(config)
     num_steps = settings.train.num_steps
     folder = pathlib.Path(workdir)
-    checkpoint.check_writable(folder)
+    check_writable(folder)
     start = checkpoint.latest_step(folder)
     if start is not None:
         checkpoint.check_same_run(folder, settings, start)

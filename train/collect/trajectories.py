@@ -60,8 +60,9 @@ from dlm.lm import LanguageModel, fingerprint
 from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer
 from train.collect.records import SETTINGS, open_records
-from train.config import ConfigError, build, to_dict
+from train.config import ConfigError, build, from_fields
 from train.host import join_cluster
+from train.workdir import check_same, check_writable, write_json
 
 _NAME = "trajectories"
 _RESULTS = "results.jsonl"
@@ -127,8 +128,11 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
     Raises:
       ConfigError: the settings make no sense, or `out` has trajectories of other settings.
     """
-    settings = config if isinstance(config, TrajectoryConfig) else _from_config_dict(config)
+    settings = (
+        config if isinstance(config, TrajectoryConfig) else from_fields(TrajectoryConfig, config)
+    )
     folder = pathlib.Path(out)
+    check_writable(folder)
     mesh = None
     if settings.tensor > 1:
         mesh = make_mesh(tensor=settings.tensor, devices=jax.local_devices())
@@ -362,20 +366,9 @@ def _claim(folder: pathlib.Path, settings: TrajectoryConfig, model: str) -> None
     now = json.loads(json.dumps({**dataclasses.asdict(settings), "model": model}))
     path = folder / SETTINGS
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ConfigError(
-                f"out={str(folder)!r} has trajectories of other settings ({'; '.join(changed)}): "
-                "go back to the old values or choose another folder"
-            )
+        check_same(path, now, "trajectories", _MAY_CHANGE)
     elif jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        write_json(path, now)
 
 
 _MAY_CHANGE = ("checkpoint", "batch_size", "tensor")  # where and how fast, not what
@@ -400,17 +393,6 @@ def _write_results(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 # ---- The command -------------------------------------------------------------------------------
-
-
-def _from_config_dict(config: config_dict.ConfigDict) -> TrajectoryConfig:
-    values = to_dict(config)
-    known = {field.name for field in dataclasses.fields(TrajectoryConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"the config has an unknown field {unknown[0]!r}")
-    try:
-        return TrajectoryConfig(**values)
-    except TypeError as error:
-        raise ConfigError(f"the config: {error}") from error
 
 
 def main(argv: Sequence[str]) -> None:

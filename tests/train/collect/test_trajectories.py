@@ -176,7 +176,7 @@ def test_settings_that_make_no_sense_are_refused(model_path, tmp_path, changes, 
 
 def test_a_folder_of_other_settings_is_refused(collected, model_path):
     before = contents(collected)
-    with pytest.raises(ConfigError, match=r"other settings \(gen_len was 6 and is 7\)"):
+    with pytest.raises(ConfigError, match=r"another config \(gen_len was 6 and is 7\)"):
         trajectories.run(settings(model_path, gen_len=7), collected)
     assert contents(collected) == before
     trajectories.run(settings(model_path, batch_size=2), collected)  # only how fast
