@@ -11,7 +11,9 @@ import importlib
 
 from ml_collections import ConfigDict
 
+from configs.common import section
 from dlm.tasks.presets import RECIPES, TASKS
+from train.collect.config import TrajectoryConfig
 
 
 def parse(arg: str) -> tuple[str, str]:
@@ -34,23 +36,21 @@ def get_config(arg: str = "waiting_line") -> ConfigDict:
     task, variant = parse(arg)
     base = importlib.import_module(f"configs.mdlm_{task}").get_config()
 
-    config = ConfigDict()
-    config.checkpoint = f"runs/{task}/model"  # the teacher
-    config.task = base.data.task.copy_and_resolve_references()
-    config.task.update(base.data.train)
-    config.method = "one_per_step"
-    config.block_len = TASKS[task].block_len  # positions per block
-    # All positions are decided, those behind the end too: students learn the padding as well.
-    config.changes = ConfigDict({"stopper": "filled"})
-    config.oracle = False  # decode a second time for Learn2PD's filter
-    config.num_examples = 10_000
-    config.prompt_len = base.data.prompt_len  # tokens
-    config.gen_len = base.data.completion_len  # tokens
-    config.batch_size = 256  # rows decoded at once
-    config.examples_per_shard = 2_048
-    config.seed = 0  # of sampled methods
-    config.dtype = ""  # of the parameters; "": the checkpoint's
-    config.tensor = 1  # devices that share the model
+    config = section(
+        TrajectoryConfig,
+        {
+            "checkpoint": f"runs/{task}/model",  # the teacher
+            "task": {**base.data.task.to_dict(), **base.data.train.to_dict()},
+            "block_len": TASKS[task].block_len,  # positions per block
+            # All positions are decided, those behind the end too: students learn the padding too.
+            "changes": {"stopper": "filled"},
+            "num_examples": 10_000,
+            "prompt_len": base.data.prompt_len,  # tokens
+            "gen_len": base.data.completion_len,  # tokens
+            "batch_size": 256,  # rows decoded at once
+            "examples_per_shard": 2_048,
+        },
+    )
     if variant == "runlocal":
         config.num_examples, config.batch_size, config.examples_per_shard = 160, 32, 64
     return config

@@ -12,7 +12,7 @@ LAYERS = {  # package: what it may import of this project, modules and packages
     "dlm": {"dlm", "kernels_pallas"},
     "decode": {"decode", "dlm", "kernels_pallas"},
     "train": {"train", "decode", "dlm", "kernels_pallas"},
-    "configs": {"configs", "train.config", "dlm.tasks.presets"},
+    "configs": {"configs", "train.config", "train.collect.config", "dlm.tasks.presets"},
 }
 
 

@@ -14,6 +14,7 @@ from tests.conftest import TOY_CFG
 from tests.lib import toys
 from train import loop
 from train.collect import trajectories
+from train.collect.config import TrajectoryConfig
 from train.collect.records import open_records
 from train.config import ConfigError, build, from_config_dict
 
@@ -72,7 +73,7 @@ def test_dparallel_smoke_test(tmp_path):
     )  # fmt: skip
     params = init_params(jax.random.key(0), cfg)
     dlm.save(tmp_path / "model", dlm.LanguageModel(params, cfg, tokenizer))
-    collect = trajectories.TrajectoryConfig(
+    collect = TrajectoryConfig(
         checkpoint=str(tmp_path / "model"), task={"make": "tests.lib.toys:Copy"}, num_examples=80,
         prompt_len=8, gen_len=24, block_len=8, batch_size=40,
     )  # fmt: skip

@@ -22,8 +22,8 @@ from tests.lib import toys
 from tests.lib.paths import ROOT
 from train import data
 from train.collect import trajectories
+from train.collect.config import TrajectoryConfig
 from train.collect.records import Trajectories, open_records
-from train.collect.trajectories import TrajectoryConfig
 from train.config import ConfigError
 
 P, G, C = 5, 6, 3
