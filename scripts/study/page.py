@@ -174,7 +174,7 @@ def section(
 
     Args:
       name: of the section: the task, and the size if that is not small.
-      task: key of `dlm.tasks.presets.TASKS`.
+      task: key of `dlm.tasks.presets.RECIPES`.
       folder: of one seed.
       studies: measurements, per seed.
       num_pick, num_examples: examples on which settings are picked, and which are reported.

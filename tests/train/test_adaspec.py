@@ -23,23 +23,22 @@ CONTEXT = Context(jax.random.key(0))
 
 
 def with_reference(toy_cfg, toy_params):
-    params = models(toy_cfg, toy_params)
-    return params | {"reference": spread(init_params(jax.random.key(4), params["draft"].cfg))}
+    learned = models(toy_cfg, toy_params)
+    return learned.replace(beside=spread(init_params(jax.random.key(4), learned.own.cfg)))
 
 
 def test_everything_is_plain_distillation(toy_cfg, toy_params):
-    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    plain = {name: x for name, x in params.items() if name != "reference"}
-    value = lambda objective, params: objective.loss(params, toy_cfg, batch, CONTEXT)
-    ours, theirs = value(AdaSpec(share=1.0), params), value(DistillSpec(), plain)
+    batch, learned = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    value = lambda objective: objective.loss(learned, toy_cfg, batch, CONTEXT)
+    ours, theirs = value(AdaSpec(share=1.0)), value(DistillSpec())
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     np.testing.assert_allclose(ours[1]["acceptance"], theirs[1]["acceptance"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.4, 0.9])
 def test_the_loss_by_hand(toy_cfg, toy_params, share):
-    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    draft = params["draft"]
+    batch, learned = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    draft = learned.own
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     P, found = batch["prompt"].shape[1], []
     for b in range(len(tokens)):
@@ -50,7 +49,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
                 own, cfg, Window.at(row, jnp.zeros(1, jnp.int32), is_causal=True)
             ).hidden)), np.float64)[0]
             for own, cfg in (
-                (toy_params, toy_cfg), (draft.params, draft.cfg), (params["reference"], draft.cfg),
+                (toy_params, toy_cfg), (draft.params, draft.cfg), (learned.beside, draft.cfg),
             )
         )  # fmt: skip
         for i in range(max(P, start + 1), P + int(batch["completion_len"][b])):
@@ -59,17 +58,17 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
             found.append((kl(q) - kl(r), kl(q)))
     num = int(np.ceil(share * len(found) - 1e-4))
     best = sorted(found, key=lambda pair: -pair[0])[:num]
-    loss, metrics = AdaSpec(share=share).loss(params, toy_cfg, batch, CONTEXT)
+    loss, metrics = AdaSpec(share=share).loss(learned, toy_cfg, batch, CONTEXT)
     np.testing.assert_allclose(loss, np.mean([kl for _, kl in best]), rtol=1e-4)
     np.testing.assert_allclose(metrics["gap"], np.mean([gap for gap, _ in best]), rtol=1e-3)
 
 
 def test_only_the_draft_learns(toy_cfg, toy_params):
-    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    gradient = jax.grad(lambda p: AdaSpec().loss(p, toy_cfg, batch, CONTEXT)[0])(params)
-    of_draft = gradient.pop("draft").params
-    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
-    assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
+    batch, learned = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    gradient = jax.grad(lambda p: AdaSpec().loss(p, toy_cfg, batch, CONTEXT)[0])(learned)
+    frozen = jax.tree.leaves((gradient.target, gradient.beside))
+    assert all(not np.asarray(x).any() for x in frozen)
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(gradient.own))
 
 
 def test_the_largest_of_those_that_count():

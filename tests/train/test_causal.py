@@ -5,10 +5,12 @@ import pytest
 
 from dlm import vocab
 from dlm.models import decoder
+from dlm.trainable import Learned
 from dlm.window import Window
 from tests.train.test_masked_diffusion import judge, make_batch
+from train.losses import mean_cross_entropy
 from train.objectives import Context
-from train.objectives.causal import Causal, mean_cross_entropy
+from train.objectives.causal import Causal
 
 CONTEXT = Context(jax.random.key(0))
 
@@ -27,7 +29,7 @@ def test_mean_by_hand():
 def test_loss_is_that_of_rows_alone(toy_cfg, toy_params, on_prompt):
     """Against one forward per row, without padding, over exactly the tokens that count."""
     batch = make_batch(toy_cfg, rows=3)
-    loss, _ = Causal(on_prompt=on_prompt).loss(toy_params, toy_cfg, batch, CONTEXT)
+    loss, _ = Causal(on_prompt=on_prompt).loss(Learned(toy_params), toy_cfg, batch, CONTEXT)
     forward = jax.jit(
         lambda params, tokens, positions: decoder.forward(
             params, toy_cfg, Window(tokens, positions, is_causal=True)
@@ -52,11 +54,11 @@ def test_tokens_after_the_end_do_not_count(toy_cfg, toy_params):
     longer = dict(batch)
     eos = jnp.full((4, 3), toy_cfg.eos_token_id, jnp.int32)
     longer["completion"] = jnp.concatenate([batch["completion"], eos], axis=1)
-    losses = [Causal().loss(toy_params, toy_cfg, b, CONTEXT)[0] for b in (batch, longer)]
+    losses = [Causal().loss(Learned(toy_params), toy_cfg, b, CONTEXT)[0] for b in (batch, longer)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_without_prompt_the_first_token_is_given(toy_cfg, toy_params):
     batch = make_batch(toy_cfg, prompt_len=0)
-    loss, metrics = Causal().loss(toy_params, toy_cfg, batch, CONTEXT)
+    loss, metrics = Causal().loss(Learned(toy_params), toy_cfg, batch, CONTEXT)
     assert jnp.isfinite(loss) and metrics["loss"] == loss

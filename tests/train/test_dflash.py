@@ -21,14 +21,15 @@ from dlm.blocks.rotary import rotary_angles
 from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
 from dlm.params import init_from_specs
+from dlm.trainable import Learned
 from tests.decode.speculative.test_loop import random_prompts
 from tests.lib.gradients import check_gradients
 from tests.train.test_draft_heads import shaken
 from tests.train.test_eagle import features_of
 from tests.train.test_masked_diffusion import make_batch
 from train.objectives import Context
-from train.objectives.causal import read_text
 from train.objectives.dflash import DFlashLoss, DPaceLoss, read_blocks
+from train.reading import read_text
 
 CONTEXT = Context(jax.random.key(0))
 HEADS = DFlashHeads(n_layers=3, block_len=5, d_ff=20)
@@ -152,7 +153,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
             total += (w * ce).sum()
             weights += w.sum()
     loss, metrics = kind(num_anchors=99, reach=3.0, teacher=teacher).loss(
-        toy_params | {"heads": network}, toy_cfg, batch, CONTEXT
+        Learned(toy_params, network), toy_cfg, batch, CONTEXT
     )
     np.testing.assert_allclose(loss, total / weights, rtol=1e-4)
     accuracy = [np.mean(x) for x in right]
@@ -164,10 +165,10 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
 
 def test_anchors_are_drawn_anew(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
-    params = toy_params | {"heads": network_of(toy_cfg, toy_params)}
+    learned = Learned(toy_params, network_of(toy_cfg, toy_params))
     few = DFlashLoss(num_anchors=1)
     losses = {
-        float(few.loss(params, toy_cfg, batch, Context(jax.random.key(seed)))[0])
+        float(few.loss(learned, toy_cfg, batch, Context(jax.random.key(seed)))[0])
         for seed in range(4)
     }
     assert len(losses) == 4
@@ -178,8 +179,8 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params):
     network = network_of(toy_cfg, toy_params)
 
     def value(own):
-        params = toy_params | {"heads": network.replace(own=own)}
-        return DFlashLoss(teacher=True).loss(params, toy_cfg, batch, CONTEXT)[0]
+        learned = Learned(toy_params, network.replace(own=own))
+        return DFlashLoss(teacher=True).loss(learned, toy_cfg, batch, CONTEXT)[0]
 
     check_gradients(value, network.own)
 

@@ -13,6 +13,7 @@ from dlm import vocab
 from dlm.heads.draft_lm import Draft
 from dlm.models import decoder
 from dlm.params import init_params
+from dlm.trainable import Learned
 from dlm.window import Window
 from tests.conftest import spread
 from tests.train.test_masked_diffusion import make_batch
@@ -26,7 +27,7 @@ CONTEXT = Context(jax.random.key(0))
 
 def models(toy_cfg, toy_params, dtype="float32"):
     cfg = dataclasses.replace(toy_cfg, n_layers=1, dtype=dtype)
-    return toy_params | {"draft": Draft(spread(init_params(jax.random.key(9), cfg)), cfg)}
+    return Learned(toy_params, Draft(spread(init_params(jax.random.key(9), cfg)), cfg))
 
 
 def by_hand(divergence, p, q, beta=0.5):
@@ -43,8 +44,8 @@ def by_hand(divergence, p, q, beta=0.5):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergences_by_hand(toy_cfg, toy_params, divergence):
-    batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
-    draft = params["draft"]
+    batch, learned = make_batch(toy_cfg), models(toy_cfg, toy_params)
+    draft = learned.own
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     P, values, accepted = batch["prompt"].shape[1], [], []
     for b in range(len(tokens)):
@@ -61,7 +62,7 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
             values.append(by_hand(divergence, p, q, beta=0.3))
             accepted.append(np.minimum(p, q).sum())
     objective = DistillSpec(divergence=divergence, beta=0.3, temperature=1.3)
-    loss, metrics = objective.loss(params, toy_cfg, batch, CONTEXT)
+    loss, metrics = objective.loss(learned, toy_cfg, batch, CONTEXT)
     np.testing.assert_allclose(loss, np.mean(values), rtol=1e-4)
     np.testing.assert_allclose(metrics["acceptance"], np.mean(accepted), rtol=1e-4)
 
@@ -81,12 +82,11 @@ def test_gradients_of_divergences_in_float64(divergence):
 
 
 def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
-    batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
-    loss = lambda params: DistillSpec().loss(params, toy_cfg, batch, CONTEXT)[0]
-    gradient = jax.grad(loss)(params)
-    of_draft = gradient.pop("draft").params
-    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
-    assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
+    batch, learned = make_batch(toy_cfg), models(toy_cfg, toy_params)
+    loss = lambda learned: DistillSpec().loss(learned, toy_cfg, batch, CONTEXT)[0]
+    gradient = jax.grad(loss)(learned)
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient.target))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(gradient.own))
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_draft_model_comes_closer_to_its_target(scan_target, scan_draft, tmp_p
     lm = dlm.load(scan_target)
     batch = make_batch(lm.cfg)
     losses = [
-        DistillSpec().loss(lm.params | {"draft": Draft(x.params, x.cfg)}, lm.cfg, batch, CONTEXT)[0]
+        DistillSpec().loss(Learned(lm.params, Draft(x.params, x.cfg)), lm.cfg, batch, CONTEXT)[0]
         for x in (before, after)
     ]
     assert losses[1] < losses[0]

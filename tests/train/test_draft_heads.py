@@ -25,15 +25,16 @@ from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models import decoder
 from dlm.params import init_from_specs
+from dlm.trainable import Learned
 from dlm.window import Window
 from tests.decode.speculative.test_loop import random_prompts, run, texts
 from tests.train.test_masked_diffusion import make_batch
 from train import loop
 from train.config import ConfigError, build
 from train.objectives import Context
-from train.objectives.causal import read_text
 from train.objectives.hydra import HydraLoss
 from train.objectives.medusa import MedusaLoss
+from train.reading import read_text
 
 KINDS = {"medusa": (MedusaHeads, Medusa, MedusaLoss), "hydra": (HydraHeads, Hydra, HydraLoss)}
 CONTEXT = Context(jax.random.key(0))
@@ -113,7 +114,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
     batch = make_batch(toy_cfg)
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=1)
     own = shaken(own)
-    params = toy_params | {"heads": own}
+    learned = Learned(toy_params, own)
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     B, T = tokens.shape
     P = batch["prompt"].shape[1]
@@ -145,7 +146,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
                         np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, target]]
                     )
             total += 0.8**k * np.mean(losses)
-        loss, metrics = KINDS[kind][2](on_prompt=on_prompt).loss(params, toy_cfg, batch, CONTEXT)
+        loss, metrics = KINDS[kind][2](on_prompt=on_prompt).loss(learned, toy_cfg, batch, CONTEXT)
         np.testing.assert_allclose(loss, total, rtol=1e-4)
         assert set(metrics) == {"loss", "accuracy_2", "accuracy_3", "accuracy_4"}
 
@@ -201,7 +202,7 @@ def test_the_loss_of_hydra_plus_plus(toy_cfg, toy_params):
                 z = jax.nn.log_softmax(x @ own["unembed"][0].T)[0]
                 losses.append(-float(z[row[t + 2]]))
     one = own | {"unembed": own["unembed"][:1], "first": own["first"][:1]}
-    loss, _ = HydraLoss().loss(toy_params | {"heads": one}, toy_cfg, batch, CONTEXT)
+    loss, _ = HydraLoss().loss(Learned(toy_params, one), toy_cfg, batch, CONTEXT)
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
 
 
@@ -214,7 +215,7 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
 
     class OfHeads:
         def loss(self, own, cfg, batch, context):
-            return HydraLoss(teacher=teacher).loss(toy_params | {"heads": own}, cfg, batch, context)
+            return HydraLoss(teacher=teacher).loss(Learned(toy_params, own), cfg, batch, context)
 
     value = lambda own: OfHeads().loss(own, toy_cfg, batch, CONTEXT)[0]
     gradient = jax.jit(jax.grad(value))(own)

@@ -16,15 +16,16 @@ from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.models import decoder
 from dlm.params import init_from_specs
+from dlm.trainable import Learned
 from dlm.window import Window
 from tests.decode.speculative.test_loop import random_prompts
 from tests.lib.gradients import check_gradients
 from tests.train.test_draft_heads import shaken
 from tests.train.test_masked_diffusion import make_batch
 from train.objectives import Context
-from train.objectives.causal import read_text
 from train.objectives.eagle_1 import Eagle1Loss
 from train.objectives.eagle_3 import Eagle3Loss, unroll
+from train.reading import read_text
 
 CONTEXT = Context(jax.random.key(0))
 SOME = tuple(range(2, 20))  # a draft vocabulary
@@ -210,7 +211,7 @@ def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
         total += 0.7**j * np.mean(losses)
         accuracies[f"accuracy_{j + 2}"] = np.mean(right)
     loss, metrics = Eagle3Loss(num_steps=3, decay=0.7, on_prompt=on_prompt).loss(
-        toy_params | {"heads": network}, toy_cfg, batch, CONTEXT
+        Learned(toy_params, network), toy_cfg, batch, CONTEXT
     )
     np.testing.assert_allclose(loss, total, rtol=1e-4)
     for name, value in accuracies.items():
@@ -237,14 +238,14 @@ def test_the_loss_of_eagle_1_by_hand(toy_cfg, toy_params, on_prompt):
             of_features.append(np.where(gap < 1, gap**2 / 2, gap - 0.5).mean())
             p = np.exp(log_softmax(hidden[t + 1] @ head.T))
             of_laws.append(-(p * log_softmax(np.asarray(state, np.float64) @ head.T)).sum())
-    params = toy_params | {"heads": network}
+    learned = Learned(toy_params, network)
     loss, metrics = Eagle1Loss(weight=0.3, noise=0, on_prompt=on_prompt).loss(
-        params, toy_cfg, batch, CONTEXT
+        learned, toy_cfg, batch, CONTEXT
     )
     np.testing.assert_allclose(metrics["feature_loss"], np.mean(of_features), rtol=1e-4)
     np.testing.assert_allclose(metrics["soft_cross_entropy"], np.mean(of_laws), rtol=1e-4)
     np.testing.assert_allclose(loss, np.mean(of_features) + 0.3 * np.mean(of_laws), rtol=1e-4)
-    noisy, _ = Eagle1Loss(weight=0.3, on_prompt=on_prompt).loss(params, toy_cfg, batch, CONTEXT)
+    noisy, _ = Eagle1Loss(weight=0.3, on_prompt=on_prompt).loss(learned, toy_cfg, batch, CONTEXT)
     assert abs(float(noisy - loss)) > 1e-3
 
 
@@ -255,8 +256,8 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, kind):
     objective = Eagle1Loss() if kind == "1" else Eagle3Loss(num_steps=3)
 
     def value(own):
-        params = toy_params | {"heads": network.replace(own=own)}
-        return objective.loss(params, toy_cfg, batch, CONTEXT)[0]
+        learned = Learned(toy_params, network.replace(own=own))
+        return objective.loss(learned, toy_cfg, batch, CONTEXT)[0]
 
     check_gradients(value, network.own)
 
@@ -266,7 +267,7 @@ def test_the_target_learns_nothing(toy_cfg, toy_params):
     network = network_of("3", toy_cfg, toy_params)
 
     def value(params):
-        return Eagle3Loss(num_steps=2).loss(params | {"heads": network}, toy_cfg, batch, CONTEXT)[0]
+        return Eagle3Loss(num_steps=2).loss(Learned(params, network), toy_cfg, batch, CONTEXT)[0]
 
     gradient = jax.grad(value)(toy_params)
     assert not jax.tree.reduce(lambda a, g: a or bool(jnp.any(g != 0)), gradient["layers"], False)
@@ -320,5 +321,5 @@ def test_what_does_not_fit_is_refused(toy_cfg, toy_params):
         Eagle3Heads(vocab=(3, 24)).specs(toy_cfg)
     with pytest.raises(ValueError, match="num_steps=40 must be at most"):
         Eagle3Loss(num_steps=40).loss(
-            toy_params | {"heads": network}, toy_cfg, make_batch(toy_cfg), CONTEXT
+            Learned(toy_params, network), toy_cfg, make_batch(toy_cfg), CONTEXT
         )

@@ -11,7 +11,7 @@ from tests.lib.paths import ROOT
 from train import __main__ as main
 from train.metrics import read_metrics
 
-CONFIG = "--config=tests/train/toys.py"
+CONFIG = "--config=tests/lib/toys.py"
 
 
 @pytest.fixture

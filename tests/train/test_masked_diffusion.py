@@ -9,9 +9,11 @@ import pytest
 from dlm import vocab
 from dlm.models import decoder
 from dlm.params import init_params
+from dlm.trainable import Learned
 from tests.lib.oracle import Model
+from train.losses import weighted_loss
 from train.objectives import Context, masked_diffusion
-from train.objectives.masked_diffusion import MaskedDiffusion, weighted_loss
+from train.objectives.masked_diffusion import MaskedDiffusion
 
 
 def make_batch(cfg, *, rows=4, prompt_len=5, completion_len=6, seed=0):
@@ -56,7 +58,7 @@ def loss_and_canvas(params, batch, context, *, objective, cfg):
     """The loss, its metrics, and the tokens that the model was shown, in one forward."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
-        loss, metrics = objective.loss(params, cfg, batch, context)
+        loss, metrics = value(objective, params, cfg, batch, context)
     (window,) = recorder.calls
     return loss, metrics, window.tokens
 
@@ -67,7 +69,12 @@ def mixing_forward(params, cfg, window, **kwargs):
     return decoder.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
 
 
-def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale=1.0):
+def value(objective, params, cfg, batch, context, beside=None):
+    """Loss and metrics of an objective that is about a model alone."""
+    return objective.loss(Learned(params, beside=beside), cfg, batch, context)
+
+
+def assert_gradient_is_that_of_differences(objective, cfg, batch, context, beside=None, scale=1.0):
     """Along random directions in float64, with a stand-in for the transformer."""
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "forward", mixing_forward)
@@ -77,8 +84,8 @@ def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale
         steps = {name: rng.normal(size=(5, *shape)) for name in params}
 
         @jax.jit
-        def slopes(params, steps, context):
-            loss = lambda params: objective.loss(params, cfg, batch, context)[0]
+        def slopes(params, steps, context, beside):
+            loss = lambda params: value(objective, params, cfg, batch, context, beside)[0]
             moved = lambda step, size: jax.tree.map(lambda x, dx: x + size * dx, params, step)
             gradient = jax.grad(loss)(params)
             products = jax.tree.map(lambda g, dx: (g[None] * dx).sum((1, 2)), gradient, steps)
@@ -87,7 +94,7 @@ def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale
             )
             return sum(products.values()), differences
 
-        analytic, numeric = slopes(params, steps, context)
+        analytic, numeric = slopes(params, steps, context, beside)
         assert analytic.dtype == jnp.float64 and (jnp.abs(analytic) > 1e-3).all()
         np.testing.assert_allclose(analytic, numeric, rtol=1e-6, atol=1e-8)
 
@@ -118,7 +125,7 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.1)
-    loss, metrics = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(3)))
+    loss, metrics = value(objective, toy_params, toy_cfg, batch, Context(jax.random.key(3)))
     (window,) = recorder.calls
     assert window.attention == "full"
     tokens, hidden = window.tokens, decoder.forward(toy_params, toy_cfg, window).hidden
@@ -143,7 +150,7 @@ def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypat
     recorder = Recorder(monkeypatch, forward)
     batch = make_batch(toy_cfg, rows=16)
     for seed in range(4):
-        MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
+        value(MaskedDiffusion(), toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
     num_masked = 0
     for window in recorder.calls:
         tokens = window.tokens
@@ -192,7 +199,7 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     """Without a prompt every token may be masked, and the divisor is all tokens (card, Sec. 2)."""
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg, prompt_len=0, completion_len=8)
-    loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))
+    loss, _ = value(MaskedDiffusion(), toy_params, toy_cfg, batch, Context(jax.random.key(1)))
     (window,) = recorder.calls
     tokens = window.tokens
     assert tokens.shape == (4, 8)
@@ -215,7 +222,7 @@ def test_padding_does_not_matter(toy_cfg, toy_params):
     wider["prompt_start"] = batch["prompt_start"] + 2
     key = jax.random.key(0)
     losses = [
-        MaskedDiffusion().loss(toy_params, toy_cfg, b, Context(key))[0] for b in (batch, wider)
+        value(MaskedDiffusion(), toy_params, toy_cfg, b, Context(key))[0] for b in (batch, wider)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
@@ -224,7 +231,7 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg)
     shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
-    loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, Context(jax.random.key(0)))
+    loss, _ = value(MaskedDiffusion(), toy_params, shifted, batch, Context(jax.random.key(0)))
     (window,) = recorder.calls
     tokens = window.tokens
     hidden = decoder.forward(toy_params, toy_cfg, window).hidden[:, 4:-1]
@@ -241,10 +248,10 @@ def test_refusals(toy_cfg, toy_params):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="mask_token_id=None"):
         cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
-        MaskedDiffusion().loss(toy_params, cfg, batch, Context(key))
+        value(MaskedDiffusion(), toy_params, cfg, batch, Context(key))
     with pytest.raises(ValueError, match="prompt_len=0"):
         cfg = dataclasses.replace(toy_cfg, shifted_logits=True)
-        MaskedDiffusion().loss(toy_params, cfg, make_batch(toy_cfg, prompt_len=0), Context(key))
+        value(MaskedDiffusion(), toy_params, cfg, make_batch(toy_cfg, prompt_len=0), Context(key))
     with pytest.raises(ValueError, match="eps=0"):
         MaskedDiffusion(eps=0.0)
 
@@ -275,7 +282,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
 
         @jax.jit
         def loss(params):
-            return MaskedDiffusion().loss(params, cfg, batch, Context(jax.random.key(1)))[0]
+            return value(MaskedDiffusion(), params, cfg, batch, Context(jax.random.key(1)))[0]
 
         gradient = jax.jit(jax.grad(loss))(params)
         leaves, tree = jax.tree.flatten(params)
@@ -294,7 +301,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
 def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
     batch, key = make_batch(toy_cfg), jax.random.key(1)
     gradients = [
-        jax.jit(jax.grad(lambda p, o=o: o.loss(p, toy_cfg, batch, Context(key))[0]))(toy_params)
+        jax.jit(jax.grad(lambda p, o=o: value(o, p, toy_cfg, batch, Context(key))[0]))(toy_params)
         for o in (MaskedDiffusion(), MaskedDiffusion(remat=True))
     ]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
@@ -304,9 +311,9 @@ def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
 def test_weight_power_zero_counts_every_masked_token_alike(toy_cfg, toy_params):
     batch, key = make_batch(toy_cfg), jax.random.key(1)
     published, flat = (
-        MaskedDiffusion(eps=0.1, weight_power=power).loss(toy_params, toy_cfg, batch, Context(key))[
-            0
-        ]
+        MaskedDiffusion(eps=0.1, weight_power=power).loss(
+            Learned(toy_params), toy_cfg, batch, Context(key)
+        )[0]
         for power in (1.0, 0.0)
     )
     assert published > flat > 0
@@ -431,8 +438,8 @@ def test_the_bound_is_reported_whatever_the_weights(toy_cfg, toy_params, weight_
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.05, weight_power=weight_power, stratified=stratified)
     published = dataclasses.replace(objective, weight_power=1.0)
-    bound = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))[1]["nll_bound"]
-    loss = published.loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))[0]
+    bound = value(objective, toy_params, toy_cfg, batch, Context(jax.random.key(1)))[1]["nll_bound"]
+    loss = value(published, toy_params, toy_cfg, batch, Context(jax.random.key(1)))[0]
     np.testing.assert_allclose(bound, loss, rtol=1e-6)
 
     knows_nothing = {**toy_params, "unembed": jnp.zeros_like(toy_params["unembed"])}
@@ -440,7 +447,7 @@ def test_the_bound_is_reported_whatever_the_weights(toy_cfg, toy_params, weight_
     @jax.jit
     @jax.vmap
     def bounds(key):
-        return objective.loss(knows_nothing, toy_cfg, batch, Context(key))[1]["nll_bound"]
+        return value(objective, knows_nothing, toy_cfg, batch, Context(key))[1]["nll_bound"]
 
     values = np.asarray(bounds(jax.random.split(jax.random.key(0), 1024)))
     error = values.std() / np.sqrt(len(values))

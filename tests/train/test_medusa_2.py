@@ -13,6 +13,7 @@ from decode.speculative.loop import SpeculativeMethod
 from dlm.heads import medusa
 from dlm.heads.medusa_2 import MedusaJoint
 from dlm.params import init_from_specs
+from dlm.trainable import Learned
 from tests.decode.speculative.test_loop import random_prompts, run, texts
 from tests.train.test_draft_heads import TREE, fresh, shaken
 from tests.train.test_masked_diffusion import make_batch
@@ -28,11 +29,11 @@ CONTEXT = Context(jax.random.key(0))
 def test_the_loss_is_that_of_the_model_and_of_the_heads(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
     own = shaken(fresh("medusa", toy_cfg, toy_params)[1])
-    params = toy_params | {"heads": own, "original": toy_params}
-    value = lambda objective, params: objective.loss(params, toy_cfg, batch, CONTEXT)
-    loss, metrics = value(Medusa2Loss(weight=0.3), params)
-    of_heads, expected = value(MedusaLoss(), toy_params | {"heads": own})
-    of_model, plain = value(Causal(), toy_params)
+    learned = Learned(toy_params, own, toy_params)
+    value = lambda objective: objective.loss(learned, toy_cfg, batch, CONTEXT)
+    loss, metrics = value(Medusa2Loss(weight=0.3))
+    of_heads, expected = value(MedusaLoss())
+    of_model, plain = value(Causal())
     np.testing.assert_allclose(loss, of_model + 0.3 * of_heads, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy_1"], plain["accuracy"], rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy_3"], expected["accuracy_3"], rtol=1e-6)
@@ -43,8 +44,8 @@ def test_a_model_that_is_what_it_was_has_nothing_to_learn_from_itself(toy_cfg, t
     own = fresh("medusa", toy_cfg, toy_params)[1]
 
     def value(model):
-        params = model | {"heads": own, "original": toy_params}
-        return Medusa2Loss(weight=0, from_itself=True).loss(params, toy_cfg, batch, CONTEXT)[0]
+        learned = Learned(model, own, toy_params)
+        return Medusa2Loss(weight=0, from_itself=True).loss(learned, toy_cfg, batch, CONTEXT)[0]
 
     gradient = jax.grad(value)(toy_params)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-4
