@@ -8,9 +8,10 @@ Next-token cross-entropy over the whole text. Numbers are ours; those without a 
 explained in `configs/mdlm_waiting_line.py`.
 """
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import mdlm_waiting_line
+from dlm.tasks.presets import TASKS as PRESETS
 
 TASKS = ("python", "scan")
 SIZES = {  # width, layers, heads, MLP
@@ -20,7 +21,7 @@ SIZES = {  # width, layers, heads, MLP
 }
 
 
-def get_config(arg: str = "python") -> ml_collections.ConfigDict:
+def get_config(arg: str = "python") -> ConfigDict:
     """The settings.
 
     Args:
@@ -38,25 +39,31 @@ def get_config(arg: str = "python") -> ml_collections.ConfigDict:
     model.n_kv_heads = 2
     model.head_dim = model.d_model // model.n_heads
     model.max_seq_len = 1024  # tokens; longer than any text it is trained on
-    with config.unlocked():
-        model.shifted_logits = True  # the output at a token is about the next one
-    data.task = ml_collections.ConfigDict()
-    data.train = ml_collections.ConfigDict({"split": "train"})
-    data.valid = ml_collections.ConfigDict({"split": "test"})
+    model.shifted_logits = True  # the output at a token is about the next one
+    data.train = ConfigDict({"split": "train"})
+    data.valid = ConfigDict({"split": "test"})
     if task == "python":
-        data.task.make = "dlm.tasks.python_source:PythonSource"
-        data.task.prompt_chars = 64
-        data.task.completion_chars = 191
+        data.task = ConfigDict(
+            {
+                "make": "dlm.tasks.python_source:PythonSource",
+                "prompt_chars": 64,
+                "completion_chars": 191,
+            }
+        )
         data.tokenizer = "byte"
         data.prompt_len, data.completion_len = 64, 192  # tokens
         data.batch_size = 16 if size != "runlocal" else 2
     else:
-        data.task.make = "dlm.tasks.scan:Scan"
-        data.prompt_len, data.completion_len = 12, 52  # tokens
-    config.train.objective = ml_collections.ConfigDict()
-    config.train.objective.make = "train.objectives.causal:Causal"
-    config.train.objective.on_prompt = True  # the whole text is learned
-    config.train.objective.remat = True
+        data.task = ConfigDict({"make": "dlm.tasks.scan:Scan"})
+        data.prompt_len = PRESETS["scan"].prompt_len  # tokens
+        data.completion_len = PRESETS["scan"].gen_len  # tokens
+    config.train.objective = ConfigDict(
+        {
+            "make": "train.objectives.causal:Causal",
+            "on_prompt": True,  # the whole text is learned
+            "remat": True,
+        }
+    )
     if size != "runlocal":
         config.train.num_steps = {"python": 1_200, "scan": 1_000}[task]
         config.train.eval_every = 200  # steps between validations

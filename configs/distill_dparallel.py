@@ -9,9 +9,10 @@ beta (LLaDA). All parameters are trained, the model being small; the published r
 
 import importlib
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from configs.collect_trajectories import TASKS, parse
+from configs.collect_trajectories import parse
+from dlm.tasks.presets import TASKS
 
 # Per task, the highest learning rate, and steps. On SCAN 1e-3 costs one model (94 %) 8 points even
 # one token per step, 3e-4 none; 2,400 steps at 3e-4 cost two of three models 5 points more than
@@ -21,29 +22,34 @@ LEARNING_RATES = {"waiting_line": 1e-3, "scan": 3e-4, "word_problems": 1e-3}
 NUM_STEPS = {"waiting_line": 600, "scan": 600, "word_problems": 2_400}
 
 
-def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
+def get_config(arg: str = "waiting_line") -> ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, see `collect_trajectories.TASKS`; with ",runlocal" behind it a smoke test of
+      arg: a task, see `dlm.tasks.presets.RECIPES`; with ",runlocal" behind it a smoke test of
         a few seconds.
     """
     task, variant = parse(arg)
     config = importlib.import_module(f"configs.mdlm_{task}").get_config(variant)
-    with config.unlocked():
-        config.data.task = ml_collections.ConfigDict()
-        config.data.task.make = "train.trajectories:Trajectories"
-        config.data.task.path = f"runs/{task}/trajectories"
-        config.data.task.only_right = True  # wrong answers are not worth being sure of
-        config.data.train = ml_collections.ConfigDict({"split": "train"})
-        config.data.valid = ml_collections.ConfigDict({"split": "valid"})
-        config.train.objective = objective = ml_collections.ConfigDict()
-        objective.make = "train.objectives.certainty_forcing:CertaintyForcing"
-        objective.block_len = TASKS[task]  # positions per block; published: 32
-        objective.beta = 2.0  # weight of the entropy (LLaDA)
-        objective.temperature = 0.5  # of the entropy
-        objective.eps = 1e-3  # masks are drawn with probability (1 - eps) / 2 + eps
-        objective.remat = True  # recompute activations: less memory to move
+    config.data.task = ConfigDict(
+        {
+            "make": "train.collect.records:Trajectories",
+            "path": f"runs/{task}/trajectories",
+            "only_right": True,  # wrong answers are not worth being sure of
+        }
+    )
+    config.data.train = ConfigDict({"split": "train"})
+    config.data.valid = ConfigDict({"split": "valid"})
+    config.train.objective = ConfigDict(
+        {
+            "make": "train.objectives.certainty_forcing:CertaintyForcing",
+            "block_len": TASKS[task].block_len,  # positions per block; published: 32
+            "beta": 2.0,  # weight of the entropy (LLaDA)
+            "temperature": 0.5,  # of the entropy
+            "eps": 1e-3,  # masks are drawn with probability (1 - eps) / 2 + eps
+            "remat": True,  # recompute activations: less memory to move
+        }
+    )
     config.train.init_from = f"runs/{task}/model"  # the teacher is where the student starts
     config.train.num_steps = NUM_STEPS[task] if variant == "" else 20
     config.train.eval_every = 0 if variant == "" else 10

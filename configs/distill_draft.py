@@ -10,12 +10,12 @@ that another one, distilled like this, has learned better; that one is named by
 numbers without a source are ours.
 """
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import causal_lm
 
 
-def get_config(arg: str = "python") -> ml_collections.ConfigDict:
+def get_config(arg: str = "python") -> ConfigDict:
     """The settings.
 
     Args:
@@ -31,22 +31,24 @@ def get_config(arg: str = "python") -> ml_collections.ConfigDict:
             "and perhaps ...,runlocal"
         )
     config = causal_lm.get_config(f"{task},runlocal" if is_smoke else task)
-    with config.unlocked():
-        config.train.objective = objective = ml_collections.ConfigDict()
-        if variants:
-            objective.make = "train.objectives.adaspec:AdaSpec"
-            objective.share = 0.4  # of the tokens (AdaSPEC)
-        else:
-            objective.make = "train.objectives.distill_spec:DistillSpec"
-            objective.divergence = "kl"  # or reverse_kl, jsd, tv, nla
-            objective.beta = 0.5  # of jsd (DistillSpec)
-            objective.temperature = 1.0  # of both laws (DistillSpec)
-        objective.on_prompt = True
-        config.train.trainable = trainable = ml_collections.ConfigDict()
-        trainable.make = "dlm.heads.draft_lm:DraftLM"
-        trainable.checkpoint = ""  # folder of the draft model; must be given
-        if variants:
-            trainable.reference = ""  # folder of a distilled one; must be given
+    objective = {
+        "make": "train.objectives.distill_spec:DistillSpec",
+        "divergence": "kl",  # or reverse_kl, jsd, tv, nla
+        "beta": 0.5,  # of jsd (DistillSpec)
+        "temperature": 1.0,  # of both laws (DistillSpec)
+    }
+    trainable = {
+        "make": "dlm.heads.draft_lm:DraftLM",
+        "checkpoint": "",  # folder of the draft model; must be given
+    }
+    if variants:
+        objective = {
+            "make": "train.objectives.adaspec:AdaSpec",
+            "share": 0.4,  # of the tokens (AdaSPEC)
+        }
+        trainable["reference"] = ""  # folder of a distilled one; must be given
+    config.train.objective = ConfigDict({**objective, "on_prompt": True})
+    config.train.trainable = ConfigDict(trainable)
     config.train.init_from = ""  # folder of the target; must be given
     config.optim.learning_rate = 1e-3  # highest
     if not is_smoke:

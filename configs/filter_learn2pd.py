@@ -1,6 +1,6 @@
 """Learn2PD's filter for a small model: about a minute on a CPU.
 
-    python -m train.trajectories --config=configs/collect_trajectories.py:waiting_line \\
+    python -m train.collect.trajectories --config=configs/collect_trajectories.py:waiting_line \\
         --config.oracle=True --config.num_examples=2640 --out=runs/waiting_line/rounds
     python -m train.learn2pd --config=configs/filter_learn2pd.py:waiting_line \\
         --workdir=runs/waiting_line/filter
@@ -18,7 +18,7 @@ def get_config(arg: str = "waiting_line") -> ml_collections.ConfigDict:
     """The settings.
 
     Args:
-      arg: a task, see `collect_trajectories.TASKS`; with ",runlocal" behind it a smoke test of
+      arg: a task, see `dlm.tasks.presets.RECIPES`; with ",runlocal" behind it a smoke test of
         a few seconds.
     """
     task, variant = parse(arg)

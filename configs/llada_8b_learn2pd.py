@@ -1,7 +1,8 @@
 """Learn2PD's filter for LLaDA-8B-Instruct: the rounds it learns from, and how to train it on them.
 
-    python -m train.trajectories --config=configs/llada_8b_learn2pd.py --out=runs/llada_8b/rounds \\
-        --config.checkpoint=path/of/LLaDA-8B-Instruct --config.task.path=prompts.jsonl
+    python -m train.collect.trajectories --config=configs/llada_8b_learn2pd.py \\
+        --out=runs/llada_8b/rounds --config.checkpoint=path/of/LLaDA-8B-Instruct \\
+        --config.task.path=prompts.jsonl
     python -m train.learn2pd --config=configs/filter_learn2pd.py --workdir=runs/llada_8b/filter \\
         --config.trajectories=runs/llada_8b/rounds
 
@@ -15,46 +16,41 @@ A model is split over four chips: v5e:2x2 is enough (`docs/training.md`). More h
 prompts: each of them writes shards of its own.
 """
 
-import pathlib
+from ml_collections import ConfigDict, config_dict
 
-import ml_collections
-from ml_collections import config_dict
-
-EXAMPLE = str(pathlib.Path(__file__).with_name("example.jsonl"))
+from configs.common import EXAMPLE, LLADA_PROMPT, check_argument, section
+from train.collect.config import TrajectoryConfig
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """The settings.
 
     Args:
       arg: ""; "trajectories": without rounds, what `llada_8b_dparallel.py` learns from; "runlocal":
         a smoke test of a few seconds on a tiny model, given as the large one.
     """
-    if arg not in ("", "trajectories", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be '', 'trajectories' or 'runlocal'")
-    config = ml_collections.ConfigDict()
-    config.checkpoint = config_dict.placeholder(str)  # folder of the model; must be given
-    config.task = ml_collections.ConfigDict()
-    config.task.make = "dlm.tasks.jsonl:JsonlTask"
-    config.task.path = config_dict.placeholder(str)  # prompts; must be given
-    # Templates over the fields of a record, as LLaDA's chat template writes one turn.
-    config.task.prompt = (
-        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    check_argument(arg, "", "trajectories", "runlocal")
+    config = section(
+        TrajectoryConfig,
+        {
+            "checkpoint": config_dict.placeholder(str),  # folder of the model; must be given
+            "task": {
+                "make": "dlm.tasks.jsonl:JsonlTask",
+                "path": config_dict.placeholder(str),  # prompts; must be given
+                "prompt": LLADA_PROMPT,
+                "completion": "{answer}",
+            },
+            "block_len": 32,  # positions per block (Learn2PD)
+            "changes": {"stopper": "filled"},
+            "oracle": arg != "trajectories",  # decode a second time for the filter
+            "num_examples": 0,  # all prompts of the file; 2,640 (Learn2PD)
+            "prompt_len": 768,  # tokens of the longest prompt
+            "gen_len": 256,  # tokens per answer (Learn2PD)
+            "examples_per_shard": 128,
+            "dtype": "bfloat16",  # of the parameters
+            "tensor": 4,  # devices that share the model
+        },
     )
-    config.task.completion = "{answer}"
-    config.method = "one_per_step"  # (Learn2PD)
-    config.block_len = 32  # positions per block (Learn2PD)
-    config.changes = ml_collections.ConfigDict({"stopper": "filled"})
-    config.oracle = arg != "trajectories"  # decode a second time for the filter
-    config.num_examples = 0  # all prompts of the file; 2,640 (Learn2PD)
-    config.prompt_len = 768  # tokens of the longest prompt
-    config.gen_len = 256  # tokens per answer (Learn2PD)
-    config.batch_size = 64  # rows decoded at once
-    config.examples_per_shard = 128
-    config.seed = 0  # of sampled methods
-    config.dtype = "bfloat16"  # of the parameters
-    config.tensor = 4  # devices that share the model
     if arg == "runlocal":
         config.task.path = EXAMPLE
         config.prompt_len, config.gen_len, config.block_len = 192, 16, 8

@@ -7,27 +7,30 @@ Task: `dlm.tasks.word_problems`. Model, objective and optimiser are those of
 `configs/mdlm_waiting_line.py`, trained for longer: sums take longer to learn than copying.
 """
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import mdlm_waiting_line
+from dlm.tasks.presets import TASKS
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """The settings.
 
     Args:
       arg: "" or "runlocal": a smoke test of a few seconds.
     """
     config = mdlm_waiting_line.get_config(arg)
-    data = config.data
-    data.task = ml_collections.ConfigDict()
-    data.task.make = "dlm.tasks.word_problems:WordProblems"
-    data.task.min_steps = 2  # fewest operations
-    data.task.max_steps = 3  # most operations
-    data.task.max_change = 9  # largest number added or taken away
-    data.task.seed = 0  # of the examples
-    data.prompt_len = 28  # tokens; the longest prompt has 27
-    data.completion_len = 24  # tokens, end included; the longest has 22. A multiple of the block
+    config.data.task = ConfigDict(
+        {
+            "make": "dlm.tasks.word_problems:WordProblems",
+            "min_steps": 2,  # fewest operations
+            "max_steps": 3,  # most operations
+            "max_change": 9,  # largest number added or taken away
+            "seed": 0,  # of the examples
+        }
+    )
+    config.data.prompt_len = TASKS["word_problems"].prompt_len  # tokens
+    config.data.completion_len = TASKS["word_problems"].gen_len  # tokens, end included
     if arg == "":
         config.train.num_steps = 3_000
         config.train.eval_every = 500  # steps between validations

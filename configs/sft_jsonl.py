@@ -17,103 +17,60 @@ it falls in the last tenth, here it is a cosine; averaged parameters and buckets
 numbers without a source.
 """
 
-import pathlib
+from ml_collections import ConfigDict, config_dict
 
-import ml_collections
-from ml_collections import config_dict
-
-EXAMPLE = str(pathlib.Path(__file__).with_name("example.jsonl"))
+from configs.common import EXAMPLE, MASKED_DIFFUSION, TINY_MODEL, check_argument, shrink, training
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """The settings.
 
     Args:
       arg: "" or "runlocal": a smoke test of a few seconds, from fresh parameters.
     """
-    if arg not in ("", "runlocal"):
-        raise ValueError(f"config argument {arg!r} must be '' or 'runlocal'")
-    config = ml_collections.ConfigDict()
-
-    config.model = model = ml_collections.ConfigDict()
-    model.dtype = "bfloat16"  # of matrix products; all else is the model's that is given
-
-    config.data = data = ml_collections.ConfigDict()
-    data.task = ml_collections.ConfigDict()
-    data.task.make = "dlm.tasks.jsonl:JsonlTask"
-    data.task.path = config_dict.placeholder(str)  # what is learned; must be given
-    data.task.prompt = "{question}\n"  # templates over the fields of a record
-    data.task.completion = "{answer}"
-    data.train = ml_collections.ConfigDict()
-    data.valid = ml_collections.ConfigDict()
-    data.valid.path = config_dict.placeholder(str)  # held out; must be given
-    data.tokenizer = "byte"  # that of the model is used instead
-    data.prompt_len = 512  # tokens of the longest prompt
-    data.completion_len = 512  # tokens of the longest completion, end included
-    # Shorter shapes (prompt, completion), each compiled once; their batches have as many more rows.
-    data.buckets = ((64, 128), (128, 160), (128, 256), (256, 320))
-    data.batch_size = 64  # rows per step of the longest shape; by accumulate: 256 (LLaDA, all rows)
-    data.packing = False
-    data.seed = 0  # of the order
-    data.num_threads = 2  # that make batches ahead
-    data.prefetch = 4  # batches kept ready
-
-    config.optim = optim = ml_collections.ConfigDict()
-    optim.learning_rate = 2.5e-5  # highest (LLaDA)
-    optim.warmup_steps = 200  # steps from 0 to the highest: 50 updates (LLaDA)
-    optim.decay_steps = 0  # step at which the cosine ends; 0: train.num_steps
-    optim.end_factor = 0.1  # last learning rate over the highest (LLaDA)
-    optim.beta1 = 0.9  # Adam
-    optim.beta2 = 0.95  # Adam
-    optim.eps = 1e-8  # Adam
-    optim.weight_decay = 0.1  # decoupled (LLaDA)
-    optim.clip_norm = 1.0  # global norm of the gradient
-    optim.accumulate = 4  # steps per update
-    optim.ema_decay = 0.999  # of averaged parameters, which are the ones exported
-
-    config.train = train = ml_collections.ConfigDict()
-    train.objective = ml_collections.ConfigDict()
-    train.objective.make = "train.objectives.masked_diffusion:MaskedDiffusion"
-    train.objective.eps = 1e-3  # smallest masking probability (LLaDA)
-    train.objective.stratified = True  # spread masking levels over the batch (not in LLaDA)
-    train.objective.weight_power = 1.0  # the published bound (LLaDA)
-    train.objective.remat = True  # recompute activations: less memory
-    train.num_steps = 4_000  # a quarter as many updates
-    train.seed = 0  # of masks
-    train.master_dtype = "float32"  # in which parameters are kept
-    train.init_from = config_dict.placeholder(str)  # folder of a model to start from; must be given
-    train.eval_every = 400  # steps between validations
-    train.num_eval_batches = 4  # held-out batches of a validation
-
-    config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.every = 400  # steps
-    checkpoint.keep = 2  # latest ones
-
-    config.log = log = ml_collections.ConfigDict()
-    log.every = 20  # steps between lines of metrics.jsonl
-    log.progress = True  # bar on terminals
-    log.tensorboard = False  # needs the extra `log`
-    log.wandb_project = ""  # needs the extra `log`
-
-    config.mesh = mesh = ml_collections.ConfigDict()
-    mesh.data = 1  # shards of the batch
-    mesh.fsdp = 1  # shards of batch and parameters
-    mesh.tensor = 1  # shards of heads, MLP width and vocabulary
-
+    check_argument(arg, "", "runlocal")
+    config = training(
+        model={"dtype": "bfloat16"},  # of matrix products; all else is the model's that is given
+        data={
+            "task": {
+                "make": "dlm.tasks.jsonl:JsonlTask",
+                "path": config_dict.placeholder(str),  # what is learned; must be given
+                "prompt": "{question}\n",  # templates over the fields of a record
+                "completion": "{answer}",
+            },
+            "valid": {"path": config_dict.placeholder(str)},  # held out; must be given
+            "tokenizer": "byte",  # that of the model is used instead
+            "prompt_len": 512,  # tokens of the longest prompt
+            "completion_len": 512,  # tokens of the longest completion, end included
+            # Shorter shapes (prompt, completion), each compiled once; their batches have as many
+            # more rows.
+            "buckets": ((64, 128), (128, 160), (128, 256), (256, 320)),
+            "batch_size": 64,  # rows per step of the longest shape; by accumulate: 256 (LLaDA)
+            "num_threads": 2,  # that make batches ahead
+        },
+        optim={
+            "learning_rate": 2.5e-5,  # highest (LLaDA)
+            "warmup_steps": 200,  # steps from 0 to the highest: 50 updates (LLaDA)
+            "end_factor": 0.1,  # last learning rate over the highest (LLaDA)
+            "weight_decay": 0.1,  # decoupled (LLaDA)
+            "accumulate": 4,  # steps per update
+            "ema_decay": 0.999,  # of averaged parameters, which are the ones exported
+        },
+        train={
+            "objective": MASKED_DIFFUSION,
+            "num_steps": 4_000,  # a quarter as many updates
+            "init_from": config_dict.placeholder(str),  # folder of a model; must be given
+            "eval_every": 400,  # steps between validations
+        },
+        checkpoint={"every": 400, "keep": 2},  # steps; latest ones
+    )
     if arg == "runlocal":
-        model.d_model, model.n_layers, model.n_heads, model.n_kv_heads = 32, 2, 2, 2
-        model.head_dim, model.d_ff, model.max_seq_len = 16, 64, 128
-        model.dtype = "float32"
+        config.model = ConfigDict({**TINY_MODEL, "max_seq_len": 128, "dtype": "float32"})
+        data = config.data
         data.task.path = data.valid.path = EXAMPLE
         data.prompt_len, data.completion_len = 48, 64
         data.buckets = ((40, 32),)
-        data.batch_size = 4
-        optim.learning_rate, optim.warmup_steps, optim.accumulate = 3e-3, 4, 2
-        optim.ema_decay = 0.9
-        train.init_from = ""
-        train.num_steps = 20
-        train.eval_every = 10
-        train.num_eval_batches = 2
-        checkpoint.every = 10
-        log.every = 5
+        config.optim.update(learning_rate=3e-3, warmup_steps=4, accumulate=2, ema_decay=0.9)
+        config.train.init_from = ""
+        shrink(config, batch_size=4, num_eval_batches=2)
     return config

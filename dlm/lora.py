@@ -29,13 +29,14 @@ from dlm import lm as lm_lib
 from dlm.config import ModelConfig
 from dlm.hf.files import format_for
 from dlm.params import LowRank, Params, ParamSpec
+from dlm.trainable import Learned, Trainable
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _OUTPUT_FIRST = ("q", "k", "v")  # how their weights are stored, see `param_specs`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Trainable):
     """Which weights get a change, and how large it may be.
 
     Attributes:
@@ -90,20 +91,20 @@ class Lora:
 
         return {target: spec(target) for target in self.targets}
 
-    def attach(self, cfg: ModelConfig, params: Params, delta: Params) -> Params:
-        """Parameters for a forward that multiplies by both: targets become `LowRank`.
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model as parameters for a forward that multiplies by both: targets are `LowRank`.
 
         Args:
           cfg: the model.
-          params: of the model.
-          delta: as `specs`; cast to the dtype of what it changes.
+          frozen: has it.
+          own: as `specs`; cast to the dtype of what it changes.
         """
 
         def both(target: str, weight: jax.Array) -> LowRank:
-            change = jax.tree.map(lambda x: x.astype(weight.dtype), delta[target])
+            change = jax.tree.map(lambda x: x.astype(weight.dtype), own[target])
             return LowRank(weight, change["down"], change["up"], self.scale)
 
-        return self._replace(params, both)
+        return frozen.replace(target=self._replace(frozen.target, both))
 
     def merge(self, params: Params, delta: Params) -> Params:
         """Parameters of a plain model: the change is added in float32, then rounded."""
@@ -130,10 +131,10 @@ class Lora:
         }
         return {**params, "layers": layers}
 
-    def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, delta: Params) -> None:
+    def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:
         """Writes `folder/adapter`, and the model it makes of `lm`, merged, as `folder/model`."""
-        save(folder / "adapter", self, delta, lm.cfg)
-        merged = jax.jit(self.merge)(lm.params, delta)
+        save(folder / "adapter", self, own, lm.cfg)
+        merged = jax.jit(self.merge)(lm.params, own)
         lm_lib.save(folder / "model", dataclasses.replace(lm, params=merged))
 
 

@@ -18,7 +18,6 @@ import json
 import pathlib
 import platform
 import subprocess
-import tempfile
 from typing import Any
 
 import grain
@@ -29,6 +28,7 @@ from dlm.config import ModelConfig
 from dlm.tokenizer import Tokenizer, load_tokenizer
 from train import config as config_lib
 from train.config import CheckpointConfig, ConfigError, RunConfig
+from train.workdir import check_not_beyond, check_same, write_json
 
 # What may differ between a run and its resumption: it changes how long, how often and where, but
 # not what a step does. (`train.num_steps` does move the learning rate if `optim.decay_steps` is 0.)
@@ -47,23 +47,6 @@ MAY_CHANGE = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def check_writable(workdir: pathlib.Path) -> None:
-    """Makes the folder if needed.
-
-    Raises:
-      ConfigError: it cannot be made or written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"workdir={str(workdir)!r} cannot be written to ({error.strerror}); choose a folder "
-            "that can"
-        ) from error
-
-
 def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> None:
     """Makes sure that the run in `workdir`, saved at `step`, can go on with `settings`.
 
@@ -76,31 +59,17 @@ def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> Non
         raise ConfigError(
             f"workdir={str(workdir)!r} has checkpoints but no config.json; choose another folder"
         )
-    old = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {before!r} and is {now!r}"
-        for name, (before, now) in config_lib.differences(old, config_lib.to_json(settings)).items()
-        if not any(name == prefix or name.startswith(prefix + ".") for prefix in MAY_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"workdir={str(workdir)!r} has checkpoints of another config ({'; '.join(changed)}): "
-            "go back to the old values or choose another folder"
-        )
-    if step > settings.train.num_steps:
-        raise ConfigError(
-            f"train.num_steps={settings.train.num_steps} must be at least {step}, the steps that "
-            f"workdir={str(workdir)!r} has already done"
-        )
+    check_same(path, config_lib.to_json(settings), "checkpoints", MAY_CHANGE)
+    check_not_beyond(workdir, "train.num_steps", settings.train.num_steps, step)
 
 
 def write_settings(
     workdir: pathlib.Path, settings: RunConfig, cfg: ModelConfig, tokenizer: Tokenizer
 ) -> None:
     """Writes config.json, model.json, versions.json and tokenizer/."""
-    _write_json(workdir / "config.json", config_lib.to_json(settings))
-    _write_json(workdir / "model.json", dataclasses.asdict(cfg))
-    _write_json(
+    write_json(workdir / "config.json", config_lib.to_json(settings))
+    write_json(workdir / "model.json", dataclasses.asdict(cfg))
+    write_json(
         workdir / "versions.json",
         {
             "python": platform.python_version(),
@@ -128,7 +97,7 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 def write_exported(workdir: pathlib.Path, step: int) -> None:
     """Notes that the model of a step is all there."""
-    _write_json(workdir / "exported.json", {"step": step})
+    write_json(workdir / "exported.json", {"step": step})
 
 
 def exported_step(workdir: pathlib.Path) -> int | None:
@@ -205,10 +174,6 @@ def restore(
     )
     iterator.set_state(json.loads(place.read_text()))
     return restored["state"]
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _git_revision() -> str | None:

@@ -10,10 +10,12 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import traverse_util
 from ml_collections import config_dict
+
+Settings = TypeVar("Settings")
 
 
 class ConfigError(ValueError):
@@ -248,7 +250,7 @@ class RunConfig:
             )
 
 
-_SECTIONS = {
+SECTIONS = {
     "data": DataConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
@@ -265,16 +267,14 @@ def from_config_dict(config: config_dict.ConfigDict) -> RunConfig:
       ConfigError: a section or field is missing, unknown, of the wrong kind or out of range.
     """
     values = to_dict(config, "")
-    if unknown := sorted(set(values) - {"model", *_SECTIONS}):
+    if unknown := sorted(set(values) - {"model", *SECTIONS}):
         raise ConfigError(
             f"the config has an unknown section {unknown[0]!r}; it may have model, "
-            f"{', '.join(_SECTIONS)}"
+            f"{', '.join(SECTIONS)}"
         )
     if "model" not in values:
         raise ConfigError("the config has no section 'model'")
-    sections = {
-        name: _section(name, make, values.get(name, {})) for name, make in _SECTIONS.items()
-    }
+    sections = {name: _section(name, make, values.get(name, {})) for name, make in SECTIONS.items()}
     return RunConfig(model=values["model"], **sections)
 
 
@@ -337,13 +337,26 @@ def to_dict(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def from_fields(make: type[Settings], config: config_dict.ConfigDict) -> Settings:
+    """Settings without sections, of a frozen dataclass.
+
+    Raises:
+      ConfigError: a field is missing, unknown, of the wrong kind or out of range.
+    """
+    return _fields(make, to_dict(config), "")
+
+
 def _section(name: str, make: type, values: Any) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{name}={values!r} must be a section")
+    return _fields(make, values, f"{name}.")
+
+
+def _fields(make: Any, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(make)}
     if unknown := sorted(set(values) - set(fields)):
         raise ConfigError(
-            f"the config has an unknown field {name}.{unknown[0]}; {name} may have "
+            f"the config has an unknown field {prefix}{unknown[0]}; {prefix[:-1] or 'it'} may have "
             f"{', '.join(fields)}"
         )
     missing = [
@@ -354,11 +367,11 @@ def _section(name: str, make: type, values: Any) -> Any:
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"the config lacks the field {name}.{missing[0]}")
+        raise ConfigError(f"the config lacks the field {prefix}{missing[0]}")
     try:
         return make(**values)
     except TypeError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{prefix[:-1] or 'the config'}: {error}") from error
 
 
 def _is_bucket(bucket: Any, prompt_len: int, completion_len: int) -> bool:

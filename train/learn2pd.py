@@ -3,9 +3,9 @@
     python -m train.learn2pd --config=configs/filter_learn2pd.py:waiting_line --workdir=runs/filter
 
 Reference: Bao et al., "Learning to Parallel", arXiv:2509.25188, Sec. 3.2 and the public code. The
-data are the rounds that `train.trajectories` records with `oracle`: the confidences of a block and
-which proposals were right. The loss is the binary cross-entropy of sigmoid(o) with them, averaged
-over all C outputs and all rounds, decided positions included; AdamW on the full batch.
+data are the rounds that `train.collect.trajectories` records with `oracle`: the confidences of a
+block and which proposals were right. The loss is the binary cross-entropy of sigmoid(o) with them,
+averaged over all C outputs and all rounds, decided positions included; AdamW on the full batch.
 
 What a model proposes at decided positions does not matter for decoding. A large one repeats the
 token that is there, nearly always right. A small one that was trained on masked positions only may
@@ -21,6 +21,7 @@ where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -40,8 +41,10 @@ from matplotlib.figure import Figure
 from ml_collections import config_dict, config_flags
 
 from dlm.heads.learn2pd import Filter, init_filter, save_filter
-from train.config import ConfigError, to_dict
-from train.trajectories import open_records, read_settings
+from train.collect.records import open_records, read_settings
+from train.config import ConfigError, LogConfig, from_fields
+from train.metrics import MetricWriter
+from train.workdir import check_not_beyond, check_same, check_writable, write_json
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
 
@@ -51,7 +54,7 @@ class FilterConfig:
     """How a filter is trained.
 
     Attributes:
-      trajectories: folder of `train.trajectories`, made with `oracle`.
+      trajectories: folder of `train.collect.trajectories`, made with `oracle`.
       num_steps: AdamW steps on the full batch.
       learning_rate: constant.
       weight_decay: decoupled, on all parameters.
@@ -154,16 +157,14 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     Raises:
       ConfigError: the settings make no sense, or the folder has a run of other ones.
     """
-    settings = config
-    if not isinstance(settings, FilterConfig):
-        try:
-            settings = FilterConfig(**to_dict(settings))
-        except TypeError as error:
-            raise ConfigError(f"the config: {error}") from error
+    settings = config if isinstance(config, FilterConfig) else from_fields(FilterConfig, config)
     folder = pathlib.Path(workdir)
+    check_writable(folder)
     rounds = read_rounds(settings.trajectories)
     collected = read_settings(settings.trajectories)
-    _claim(folder, settings)
+    if (folder / "config.json").exists():
+        now = dataclasses.asdict(settings)
+        check_same(folder / "config.json", now, "a filter", may_change=("num_steps",))
 
     C = rounds["train"].confidence.shape[1]
     filter = init_filter(jax.random.key(settings.seed), C, collected["model"])
@@ -178,6 +179,8 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     saved = folder / "state.msgpack"
     if saved.exists():
         state = serialization.from_bytes(state, saved.read_bytes())
+        check_not_beyond(folder, "num_steps", settings.num_steps, state["step"])
+    write_json(folder / "config.json", dataclasses.asdict(settings))
 
     @jax.jit
     def many_steps(filter: Filter, optimizer: Any, count: jax.Array, data: Any) -> Any:
@@ -192,9 +195,9 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
     train = rounds["train"]
     weight = train.weight(settings.decided_weight)
     data = jax.device_put((train.confidence, train.is_right, weight))
-    metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+    metrics = MetricWriter(folder, LogConfig(), state["step"], dataclasses.asdict(settings))
     with (
-        metrics,
+        contextlib.closing(metrics),
         tqdm.tqdm(
             total=settings.num_steps,
             initial=state["step"],
@@ -212,9 +215,8 @@ def run(config: config_dict.ConfigDict | FilterConfig, workdir: str | os.PathLik
             state |= {"filter": filter, "optimizer": optimizer, "step": state["step"] + count}
             if valid["loss"] < state["best_loss"]:
                 state |= {"best": filter, "best_loss": np.float32(valid["loss"])}
-            line = {"step": state["step"], "loss": float(loss)}
-            metrics.write(json.dumps(line | {f"valid/{k}": v for k, v in valid.items()}) + "\n")
-            metrics.flush()
+            values = {"loss": float(loss)} | {f"valid/{k}": v for k, v in valid.items()}
+            metrics.write(state["step"], values)
             partial = saved.with_name(saved.name + ".partial")
             partial.write_bytes(serialization.to_bytes(state))
             partial.replace(saved)
@@ -285,22 +287,6 @@ def _draw(curves: dict[str, list[dict[str, float]]], path: pathlib.Path) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def _claim(folder: pathlib.Path, settings: FilterConfig) -> None:
-    """Writes the settings into a new folder, or checks that a used one has the same."""
-    path, now = folder / "config.json", dataclasses.asdict(settings)
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [k for k in now if k != "num_steps" and before.get(k) != now[k]]
-        if changed:
-            name = changed[0]
-            raise ConfigError(
-                f"workdir={str(folder)!r} has a filter trained with {name}={before.get(name)!r}, "
-                f"not {now[name]!r}: choose another folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:

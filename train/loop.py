@@ -14,15 +14,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -32,23 +32,25 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from dlm import lm, tasks
-from dlm.config import ModelConfig
-from dlm.params import Params, init_from_specs, num_params
+from dlm.params import Params, init_from_specs
 from dlm.sharding import make_mesh
-from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
+from dlm.tokenizer import Tokenizer
+from dlm.trainable import Trainable
 from train import checkpoint, data
-from train.config import ConfigError, RunConfig, build, from_config_dict
+from train.config import ConfigError, OptimConfig, RunConfig, build, from_config_dict
 from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
-from train.train_state import (
+from train.model import RunModel, open_model
+from train.objectives import Objective
+from train.step import (
     EVERYTHING,
+    TrainState,
     abstract_state,
     first_state,
     jit_train_step,
-    needs_teacher,
     state_shardings,
     valid_step,
 )
-from train.trainable import Trainable
+from train.workdir import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def run(
     settings = from_config_dict(config)
     num_steps = settings.train.num_steps
     folder = pathlib.Path(workdir)
-    checkpoint.check_writable(folder)
+    check_writable(folder)
     start = checkpoint.latest_step(folder)
     if start is not None:
         checkpoint.check_same_run(folder, settings, start)
@@ -105,146 +107,146 @@ def run(
         mesh = _make_mesh(settings)
         stack.enter_context(jax.set_mesh(mesh))
 
-        # -- Model and data
-        objective = build(settings.train.objective, "train.objective")
-        if needs_teacher(objective) and not settings.optim.ema_decay:
-            raise ConfigError(
-                "optim.ema_decay=0 must be positive: the objective compares the model with the "
-                "moving average of itself"
-            )
-        trainable: Trainable = EVERYTHING
-        if settings.train.trainable is not None:
-            trainable = build(settings.train.trainable, "train.trainable")
+        # -- Model
+        recipe = _make_recipe(settings)
         task, valid_task = _build_tasks(settings)
-        given: Params | None = None
-        if start is not None:
-            logging.info("Resuming %s after step %d.", folder, start)
-            cfg, tokenizer = checkpoint.read_model(folder)
-            if trainable is not EVERYTHING:
-                given = _load_model(settings, mesh)[2]
-        elif settings.train.init_from:
-            logging.info("Starting from the model in %s.", settings.train.init_from)
-            cfg, tokenizer, given = _load_model(settings, mesh)
-        else:
-            logging.info("Starting from fresh parameters.")
-            tokenizer = _make_tokenizer(settings, task)
-            cfg = _model_config(settings, tokenizer)
-        frozen: Params | None = None
-        if trainable is not EVERYTHING:
-            assert given is not None
-            frozen, given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given), None
-            if hasattr(trainable, "beside"):
-                frozen |= trainable.beside(cfg, mesh)
-        specs = trainable.specs(cfg)
-        logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
-        num_shards = settings.mesh.data * settings.mesh.fsdp
-        iterator = data.train_iterator(task, tokenizer, settings.data, num_shards)
-        stack.callback(iterator.close)
-        valid = data.valid_batches(
-            valid_task, tokenizer, settings.data, settings.train.num_eval_batches, num_shards
-        )
+        model = open_model(settings, folder, start, recipe.trainable, task, mesh)
+
+        # -- Data
+        feed = _open_data(settings, task, valid_task, model.tokenizer, stack)
 
         # -- State
         manager = stack.enter_context(checkpoint.open_manager(folder, settings.checkpoint))
-        optim = dataclasses.replace(
-            settings.optim, decay_steps=settings.optim.decay_steps or num_steps
-        )
-        master_dtype = jnp.dtype(settings.train.master_dtype)
-        shardings = state_shardings(specs, optim, mesh)
-        init_key, train_key, valid_key = (
-            jax.random.fold_in(jax.random.key(settings.train.seed), i) for i in range(3)
-        )
-        if start is None:
-            if frozen is not None and hasattr(trainable, "start"):
-                fresh = jax.jit(functools.partial(init_from_specs, init_key, specs, master_dtype))
-                given = trainable.start(cfg, frozen, fresh())
-            state = first_state(init_key, given, specs, master_dtype, optim, shardings)
-        else:
-            abstract = abstract_state(specs, master_dtype, optim, shardings)
-            state = checkpoint.restore(manager, start, abstract, iterator, settings.data.packing)
-        del given
+        state = _open_state(settings, start, recipe, model, feed, manager, mesh)
         if jax.process_index() == 0:
-            checkpoint.write_settings(folder, settings, cfg, tokenizer)
+            checkpoint.write_settings(folder, settings, model.cfg, model.tokenizer)
 
-        # -- Training
-        static = {"cfg": cfg, "objective": objective, "trainable": trainable}
-        jitted_train_step = jit_train_step(shardings)
-        jitted_valid_step = jax.jit(valid_step, static_argnames=tuple(static))
-
-        def validate(own: Params) -> dict[str, jax.Array]:
-            results = [
-                jitted_valid_step(
-                    own,
-                    data.to_global(batch, mesh),
-                    jax.random.fold_in(valid_key, i),  # the same masks every time
-                    frozen,
-                    **static,
-                )
-                for i, batch in enumerate(valid)
-            ]
-            means = jax.tree.map(lambda *values: sum(values) / len(values), *results)
-            if "nll_bound" in means:
-                means["perplexity_bound"] = jnp.exp(means["nll_bound"])
-            return means
-
+        # -- Steps
         reporter = stack.enter_context(Reporter(settings, folder, start or 0, description))
         is_stopping = stack.enter_context(_stop_on_sigterm(manager))
-        step, is_stopped = start or 0, False
-        before: list[Any] = []  # where the iterator stood before the last two steps
-        try:
-            while step < num_steps and not is_stopped:
-                before = [*before[-1:], iterator.get_state()]
-                local = next(iterator)
-                batch = data.to_global(local, mesh)
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = jitted_train_step(
-                        state, batch, train_key, frozen, optim=optim, **static
-                    )
-                step += 1
-                # The device works on this step while the host reads the numbers of the one before.
-                reporter.flush()
-                num_tokens = batch["prompt"].size + batch["completion"].size
-                reporter.add(step, metrics, local["index"], num_tokens)
-                is_stopped = is_stopping(step)
-                if valid and is_due(step, settings.train.eval_every, num_steps):
-                    own = state.params if state.ema is None else state.ema
-                    reporter.flush(functools.partial(validate, own))
-                if is_stopped or is_due(step, settings.checkpoint.every, num_steps):
-                    reporter.flush()  # raises unless the step was finite
-                    checkpoint.save(manager, step, state, iterator)
-        except NonFiniteError as error:
-            # The state stayed as it was before the bad step, which may not be the last one made.
-            good = int(state.step)
-            iterator.set_state(before[good - step])
-            if good not in manager.all_steps():
-                checkpoint.save(
-                    manager, good, state.replace(is_finite=jnp.ones_like(state.is_finite)), iterator
-                )
-            manager.wait_until_finished()
-            where = f"the state before it is saved as step {good} in {manager.directory}"
-            raise NonFiniteError(f"{error}; {where}") from None
+        step, state = _steps(
+            settings, start or 0, state, recipe, model, feed, manager, reporter, is_stopping, mesh
+        )
         manager.wait_until_finished()
 
         # -- Result
         model_path = None
         if step == num_steps:
             model_path = folder / "model"
-            own = state.params if state.ema is None else state.ema
-            _export(folder, trainable, own, frozen, cfg, tokenizer)
+            _export(folder, recipe.trainable, state.averaged, model)
             if jax.process_index() == 0:
                 checkpoint.write_exported(folder, step)
     return _result(folder, step, model_path)
 
 
-def _result(folder: pathlib.Path, step: int, model_path: pathlib.Path | None) -> RunResult:
-    lines = read_metrics(folder)
-    return RunResult(step=step, metrics=lines[-1] if lines else {}, model_path=model_path)
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What is minimised, over what, and how.
+
+    Attributes:
+      objective: see `train.objectives`.
+      trainable: see `dlm.trainable`.
+      optim: with `decay_steps` filled in.
+    """
+
+    objective: Objective
+    trainable: Trainable
+    optim: OptimConfig
 
 
-def _counts(specs: Params, cfg: ModelConfig) -> tuple[str, str]:
-    """Parameters that are learned, and those of the model, as text."""
-    own = sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
-    return f"{own:,}", f"{num_params(cfg):,}"
+@dataclasses.dataclass(frozen=True)
+class _Feed:
+    """Batches.
+
+    Attributes:
+      iterator: over those that are learned from.
+      valid: the held-out ones; empty: no validation.
+    """
+
+    iterator: grain.DatasetIterator
+    valid: Sequence[data.Batch]
+
+
+def _make_recipe(settings: RunConfig) -> _Recipe:
+    objective: Objective = build(settings.train.objective, "train.objective")
+    if objective.needs_teacher and not settings.optim.ema_decay:
+        raise ConfigError(
+            "optim.ema_decay=0 must be positive: the objective compares the model with the "
+            "moving average of itself"
+        )
+    trainable: Trainable = EVERYTHING
+    if settings.train.trainable is not None:
+        trainable = build(settings.train.trainable, "train.trainable")
+    decay_steps = settings.optim.decay_steps or settings.train.num_steps
+    return _Recipe(
+        objective, trainable, dataclasses.replace(settings.optim, decay_steps=decay_steps)
+    )
+
+
+# ---- Data -------------------------------------------------------------------------------------
+
+
+def _open_data(
+    settings: RunConfig,
+    task: tasks.Task,
+    valid_task: tasks.Task | None,
+    tokenizer: Tokenizer,
+    stack: contextlib.ExitStack,
+) -> _Feed:
+    """Batches of the tasks; `stack` closes them."""
+    num_shards = settings.mesh.data * settings.mesh.fsdp
+    iterator = data.train_iterator(task, tokenizer, settings.data, num_shards)
+    stack.callback(iterator.close)
+    num_valid = settings.train.num_eval_batches
+    valid = data.valid_batches(valid_task, tokenizer, settings.data, num_valid, num_shards)
+    return _Feed(iterator, valid)
+
+
+def _build_tasks(settings: RunConfig) -> tuple[tasks.Task, tasks.Task | None]:
+    """The training task, and the validation task if there is one."""
+    spec, valid = settings.data.task, settings.data.valid
+    task = build({**spec, **settings.data.train}, "data.train")
+    return task, None if valid is None else build({**spec, **valid}, "data.valid")
+
+
+# ---- State ------------------------------------------------------------------------------------
+
+
+def _keys(settings: RunConfig) -> Iterator[jax.Array]:
+    """Of the first parameters, of training and of validation."""
+    root = jax.random.key(settings.train.seed)
+    return (jax.random.fold_in(root, i) for i in range(3))
+
+
+def _open_state(
+    settings: RunConfig,
+    start: int | None,
+    recipe: _Recipe,
+    model: RunModel,
+    feed: _Feed,
+    manager: ocp.CheckpointManager,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, or the one that was saved at `start`.
+
+    `feed` is set to the batch that follows; the given parameters of `model` are let go.
+    """
+    trainable, cfg = recipe.trainable, model.cfg
+    specs = trainable.specs(cfg)
+    master_dtype = jnp.dtype(settings.train.master_dtype)
+    shardings = state_shardings(specs, recipe.optim, mesh)
+    if start is not None:
+        abstract = abstract_state(specs, master_dtype, recipe.optim, shardings)
+        return checkpoint.restore(manager, start, abstract, feed.iterator, settings.data.packing)
+    init_key, *_ = _keys(settings)
+    given, model.given = model.given, None
+    if model.frozen is not None:
+        fresh = jax.jit(
+            functools.partial(init_from_specs, init_key, specs, master_dtype),
+            out_shardings=shardings.params,
+        )
+        given = trainable.start(cfg, model.frozen.target, fresh())
+    return first_state(init_key, given, specs, master_dtype, recipe.optim, shardings)
 
 
 def _make_mesh(settings: RunConfig) -> Mesh:
@@ -259,68 +261,93 @@ def _make_mesh(settings: RunConfig) -> Mesh:
     return mesh
 
 
-def _build_tasks(settings: RunConfig) -> tuple[tasks.Task, tasks.Task | None]:
-    """The training task, and the validation task if there is one."""
-    spec, valid = settings.data.task, settings.data.valid
-    task = build({**spec, **settings.data.train}, "data.train")
-    return task, None if valid is None else build({**spec, **valid}, "data.valid")
+# ---- Steps ------------------------------------------------------------------------------------
 
 
-def _make_tokenizer(settings: RunConfig, task: tasks.Task) -> Tokenizer:
-    name = settings.data.tokenizer
-    if name == "byte":
-        return byte_tokenizer()
-    if name == "word":
-        pieces = getattr(task, "pieces", None)
-        if pieces is None:
-            raise ConfigError(
-                f"data.tokenizer='word' needs a task with `pieces`, which "
-                f"{type(task).__name__} has not; use 'byte' or a folder with a tokenizer"
+def _steps(
+    settings: RunConfig,
+    step: int,
+    state: TrainState,
+    recipe: _Recipe,
+    model: RunModel,
+    feed: _Feed,
+    manager: ocp.CheckpointManager,
+    reporter: Reporter,
+    is_stopping: Callable[[int], bool],
+    mesh: Mesh,
+) -> tuple[int, TrainState]:
+    """Trains from `step` on until the end, or until the run is to stop: steps done, and the state.
+
+    Raises:
+      NonFiniteError: training diverged; the state before it is saved.
+    """
+    num_steps = settings.train.num_steps
+    _, train_key, _ = _keys(settings)
+    static = {"cfg": model.cfg, "objective": recipe.objective, "trainable": recipe.trainable}
+    jitted_train_step = jit_train_step(
+        state_shardings(recipe.trainable.specs(model.cfg), recipe.optim, mesh)
+    )
+    validate = _validator(settings, recipe, model, feed, mesh)
+    is_stopped = False
+    before: list[Any] = []  # where the iterator stood before the last two steps
+    try:
+        while step < num_steps and not is_stopped:
+            before = [*before[-1:], feed.iterator.get_state()]
+            local = next(feed.iterator)
+            batch = data.to_global(local, mesh)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = jitted_train_step(
+                    state, batch, train_key, model.frozen, optim=recipe.optim, **static
+                )
+            step += 1
+            # The device works on this step while the host reads the numbers of the one before.
+            reporter.flush()
+            num_tokens = batch["prompt"].size + batch["completion"].size
+            reporter.add(step, metrics, local["index"], num_tokens)
+            is_stopped = is_stopping(step)
+            if feed.valid and is_due(step, settings.train.eval_every, num_steps):
+                reporter.flush(functools.partial(validate, state.averaged))
+            if is_stopped or is_due(step, settings.checkpoint.every, num_steps):
+                reporter.flush()  # raises unless the step was finite
+                checkpoint.save(manager, step, state, feed.iterator)
+    except NonFiniteError as error:
+        # The state stayed as it was before the bad step, which may not be the last one made.
+        good = int(state.step)
+        feed.iterator.set_state(before[good - step])
+        if good not in manager.all_steps():
+            state = state.replace(is_finite=jnp.ones_like(state.is_finite))
+            checkpoint.save(manager, good, state, feed.iterator)
+        manager.wait_until_finished()
+        where = f"the state before it is saved as step {good} in {manager.directory}"
+        raise NonFiniteError(f"{error}; {where}") from None
+    return step, state
+
+
+def _validator(
+    settings: RunConfig, recipe: _Recipe, model: RunModel, feed: _Feed, mesh: Mesh
+) -> Callable[[Params], dict[str, jax.Array]]:
+    """Gives the mean metrics of parameters over the held-out batches."""
+    *_, key = _keys(settings)
+    static = {"cfg": model.cfg, "objective": recipe.objective, "trainable": recipe.trainable}
+    jitted_valid_step = jax.jit(valid_step, static_argnames=tuple(static))
+
+    def validate(own: Params) -> dict[str, jax.Array]:
+        results = [
+            jitted_valid_step(
+                own,
+                data.to_global(batch, mesh),
+                jax.random.fold_in(key, i),  # the same masks every time
+                model.frozen,
+                **static,
             )
-        return word_tokenizer(pieces)
-    try:
-        return load_tokenizer(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.tokenizer={name!r}: {error}") from error
+            for i, batch in enumerate(feed.valid)
+        ]
+        means = jax.tree.map(lambda *values: sum(values) / len(values), *results)
+        if "nll_bound" in means:
+            means["perplexity_bound"] = jnp.exp(means["nll_bound"])
+        return means
 
-
-def _model_config(settings: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model section, completed by what the tokenizer knows."""
-    try:
-        cfg = ModelConfig(
-            **settings.model,
-            vocab_size=tokenizer.vocab_size,
-            mask_token_id=tokenizer.mask_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model: {error}") from error
-    return _check_length(cfg, settings)
-
-
-def _load_model(settings: RunConfig, mesh: Mesh) -> tuple[ModelConfig, Tokenizer, Params]:
-    """The model in `train.init_from`; of the model section only `dtype` is used."""
-    path = settings.train.init_from
-    try:
-        model = lm.load(path, mesh=mesh)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"train.init_from={path!r}: {error}") from error
-    if model.tokenizer is None:
-        raise ConfigError(f"train.init_from={path!r} must be a model with a tokenizer")
-    cfg = dataclasses.replace(model.cfg, dtype=settings.model.get("dtype", model.cfg.dtype))
-    return _check_length(cfg, settings), model.tokenizer, model.params
-
-
-def _check_length(cfg: ModelConfig, settings: RunConfig) -> ModelConfig:
-    length = settings.data.prompt_len + settings.data.completion_len
-    if length > cfg.max_seq_len:
-        raise ConfigError(
-            f"model.max_seq_len={cfg.max_seq_len} must be at least data.prompt_len + "
-            f"data.completion_len = {length}"
-        )
-    return cfg
+    return validate
 
 
 @contextlib.contextmanager
@@ -340,20 +367,21 @@ def _stop_on_sigterm(manager: ocp.CheckpointManager) -> Iterator[Callable[[int],
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
-def _export(
-    folder: pathlib.Path,
-    trainable: Trainable,
-    own: Params,
-    frozen: Params | None,
-    cfg: ModelConfig,
-    tokenizer: Tokenizer,
-) -> None:
+# ---- Result -----------------------------------------------------------------------------------
+
+
+def _export(folder: pathlib.Path, trainable: Trainable, own: Params, model: RunModel) -> None:
     """Writes what was learned, in place of what was written before."""
+    frozen = {} if model.frozen is None else model.frozen.target
     if jax.process_count() > 1:
         own, frozen = multihost_utils.process_allgather((own, frozen), tiled=True)
     if jax.process_index() == 0:
         shutil.rmtree(folder / "model", ignore_errors=True)
-        trainable.export(folder, lm.LanguageModel(frozen or {}, cfg, tokenizer), own)
+        trainable.export(folder, lm.LanguageModel(frozen, model.cfg, model.tokenizer), own)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
-    logging.info("The model is in %s.", folder / "model")
+
+
+def _result(folder: pathlib.Path, step: int, model_path: pathlib.Path | None) -> RunResult:
+    lines = read_metrics(folder)
+    return RunResult(step=step, metrics=lines[-1] if lines else {}, model_path=model_path)

@@ -229,11 +229,12 @@ def override(method: DiffusionMethod, changes: Mapping[str, Any]) -> DiffusionMe
     for axis, change in changes.items():
         field = _field(axis, method, "a method")
         old: Any = getattr(method, axis)
-        if isinstance(change, str) and (table := short_names(axis)):
+        is_component = isinstance(old, Component)
+        if isinstance(change, str) and is_component and (table := short_names(axis)):
             if change not in table:
                 raise ValueError(f"there is no {axis} {change!r}; {_suggest(change, table)}")
             new = table[change]()
-        elif isinstance(old, Component):
+        elif is_component:
             if not isinstance(change, Mapping):
                 kinds = "fields or a short name" if short_names(axis) else "fields"
                 raise ValueError(f"{axis}={change!r} must be {kinds} of the method's {axis}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,50 +16,9 @@ from decode.diffusion.loop import DiffusionMethod
 from decode.evaluation.run import Programs, batches, device
 from dlm.lm import LanguageModel, fingerprint
 from dlm.tasks import Example, Task
-from dlm.tasks.countdown import Countdown
-from dlm.tasks.scan import Scan
-from dlm.tasks.sudoku import Sudoku
-from dlm.tasks.waiting_line import WaitingLine
-from dlm.tasks.word_problems import WordProblems
+from dlm.tasks.presets import TaskPreset
 
 ALL = "all"  # the group of all examples
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskPreset:
-    """A task as the configs train on it.
-
-    Attributes:
-      make: makes the task; takes its split.
-      gen_len: tokens per answer, end-of-text included.
-      delimiter: text at whose tokens AdaBlock may end a block; "": none.
-      groups: examples reported together, by their operation; None: one group per operation.
-    """
-
-    make: Callable[..., Task]
-    gen_len: int
-    delimiter: str = ""
-    groups: Mapping[str, Sequence[str]] | None = None
-
-
-_AT_A_POSITION = ("insert", "remove", "replace")
-TASKS = {
-    "waiting_line": TaskPreset(
-        functools.partial(WaitingLine, num_shots=0),
-        gen_len=24,
-        delimiter='", "',
-        groups={  # sorting belongs to neither
-            "one right answer": ("copy", "reverse", *(f"{o}_index" for o in _AT_A_POSITION)),
-            "many right answers": ("shuffle", *(f"{o}_random" for o in _AT_A_POSITION)),
-        },
-    ),
-    "word_problems": TaskPreset(
-        WordProblems, gen_len=24, delimiter=" "
-    ),
-    "scan": TaskPreset(Scan, gen_len=52),
-    "countdown": TaskPreset(Countdown, gen_len=48, delimiter=","),
-    "sudoku": TaskPreset(Sudoku, gen_len=24, delimiter="\n"),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,7 @@ from dlm.lm import LanguageModel
 from dlm.models import decoder
 from dlm.params import Params, ParamSpec, param_specs
 from dlm.tokenizer import read_json
+from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
 
@@ -174,9 +175,9 @@ class DFlashHeads(files.Heads):
         """Fresh parameters `own`, whose final norm becomes the model's."""
         return own | {"final_norm": params["final_norm"].astype(own["final_norm"].dtype)}
 
-    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
-        """The model's parameters with the network beside them."""
-        return params | {"heads": self.network(cfg, own)}
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model, and the network."""
+        return frozen.replace(own=self.network(cfg, own))
 
     def network(self, cfg: ModelConfig, own: Params) -> DFlashNetwork:
         """For a target `cfg`, with parameters `own`; ValueError if there is no MASK."""

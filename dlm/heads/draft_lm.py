@@ -14,10 +14,11 @@ from dlm.config import ModelConfig
 from dlm.hf.files import read_config
 from dlm.hf.weights import load_params
 from dlm.params import Params, param_specs
+from dlm.trainable import Learned, Trainable
 
 
 class Draft(struct.PyTreeNode):
-    """The draft model, among the parameters of its target.
+    """The draft model.
 
     Attributes:
       params: its own.
@@ -29,7 +30,7 @@ class Draft(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftLM:
+class DraftLM(Trainable):
     """Goes with `train.objectives.distill_spec` and `adaspec` as `train.trainable`.
 
     Attributes:
@@ -45,10 +46,10 @@ class DraftLM:
         """Those of the draft model; ValueError if its vocabulary is not the target's."""
         return param_specs(self._draft_cfg(cfg))
 
-    def beside(self, cfg: ModelConfig, mesh: Mesh) -> Params:
+    def beside(self, cfg: ModelConfig, mesh: Mesh) -> Params | None:
         """The reference, if there is one; ValueError if it is of other sizes."""
         if not self.reference:
-            return {}
+            return None
         draft = self._draft_cfg(cfg)
         found = dataclasses.replace(read_config(self.reference), dtype=draft.dtype)
         if found != draft:
@@ -56,16 +57,16 @@ class DraftLM:
                 f"reference={self.reference!r} is {found} and checkpoint={self.checkpoint!r} "
                 f"{draft}: they must be alike"
             )
-        return {"reference": load_params(self.reference, draft, mesh)}
+        return load_params(self.reference, draft, mesh)
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """The weights of the checkpoint."""
         loaded = load_params(self.checkpoint, read_config(self.checkpoint))
         return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), loaded, own)
 
-    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
-        """The target's parameters with the draft model beside them."""
-        return params | {"draft": Draft(own, self._draft_cfg(cfg))}
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The target, and the draft model."""
+        return frozen.replace(own=Draft(own, self._draft_cfg(cfg)))
 
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:
         """Writes `folder/model`, a model of its own."""

@@ -32,6 +32,7 @@ from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.params import Params, ParamSpec
+from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
 
@@ -138,9 +139,9 @@ class EagleHeads(files.Heads):
         """For a target `cfg`, with parameters `own`."""
         raise NotImplementedError
 
-    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
-        """The model's parameters with the network beside them."""
-        return params | {"heads": self.network(cfg, own)}
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model, and the network."""
+        return frozen.replace(own=self.network(cfg, own))
 
     def layer(self, cfg: ModelConfig) -> ModelConfig:
         """The network's one layer."""

@@ -19,6 +19,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm import vocab
 from dlm.blocks.linear import linear
@@ -69,7 +70,7 @@ class Eagle1Heads(EagleHeads):
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, with which states are at first about the features."""
         D = own["fc_bias"].shape[0]
-        same = jnp.eye(D, dtype=own["fc"].dtype)
+        same = np.eye(D, dtype=own["fc"].dtype)  # not of one process: `own` may be of all
         return own | {"fc": own["fc"].at[D:].set(same)}
 
     def network(self, cfg: ModelConfig, own: Params) -> Eagle1Network:

@@ -13,20 +13,16 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dlm.config import ModelConfig
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params
+from dlm.trainable import Trainable
 
 _CONFIG, _WEIGHTS = "heads.json", "heads.safetensors"
 Kind = TypeVar("Kind")
 
 
-class Heads:
+class Heads(Trainable):
     """What all draft heads are as a `train.trainable`: something beside a model."""
-
-    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
-        """The model's parameters with the heads beside them."""
-        return params | {"heads": own}
 
     def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
         """Writes `folder/model`, for the module's `load`."""

@@ -16,10 +16,11 @@ from dlm.heads import files
 from dlm.heads.medusa import MedusaHeads, load
 from dlm.lm import LanguageModel, save
 from dlm.params import Params, param_specs
+from dlm.trainable import Learned, Trainable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MedusaJoint:
+class MedusaJoint(Trainable):
     """Goes with `train.objectives.medusa_2:Medusa2Loss` as `train.trainable`.
 
     Attributes:
@@ -58,9 +59,9 @@ class MedusaJoint:
         given = {"model": params, "heads": heads}
         return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), given, own)
 
-    def attach(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
-        """The model as it is now, with its heads, and as it was."""
-        return own["model"] | {"heads": own["heads"], "original": params}
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model as it is now, its heads, and beside them the model as it was."""
+        return Learned(own["model"], own["heads"], frozen.target)
 
     def rate(self, updates: Params) -> Params:
         """Updates at the two learning rates."""

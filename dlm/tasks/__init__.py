@@ -6,8 +6,8 @@ them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,10 +47,11 @@ class Encoded:
 Scorer = Callable[[Example, str], dict[str, float]]
 
 
-class Task(Protocol):
-    """A random-access collection of examples with an exact scorer."""
+class Task:
+    """A random-access collection of examples with an exact scorer. Base class of dataclasses."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
         """Example `index`, a function of the task's fields and `index` only.
@@ -58,28 +59,28 @@ class Task(Protocol):
         Raises:
             IndexError: `index` is not in [0, len(self)).
         """
-        ...
+        raise NotImplementedError
 
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """Metrics of a model's answer; the key "score" is always there and lies in [0, 1]."""
-        ...
-
-
-class RecordTask(Task, Protocol):
-    """A task made from records of a file, which errors should name."""
+        raise NotImplementedError
 
     def where(self, index: int) -> str:
-        """Where example `index` is from, such as "data.jsonl, line 7"."""
-        ...
-
-
-class GeneratedTask(Task, Protocol):
-    """A task made by a program, whose texts come from a closed vocabulary."""
+        """What errors call example `index`, such as "data.jsonl, line 7"."""
+        return f"example {index}"
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """Texts into which longest match splits every prompt and completion without loss."""
-        ...
+        """Texts into which longest match splits every prompt and completion without loss.
+
+        (): texts come from no closed vocabulary.
+        """
+        return ()
+
+    @property
+    def loaded(self) -> Sequence[Example]:
+        """All examples, if they are in memory; else (), and each is read when it is needed."""
+        return ()
 
 
 def exact_match(example: Example, completion: str) -> dict[str, float]:

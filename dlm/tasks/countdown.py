@@ -62,7 +62,7 @@ def load_countdown(path: str | os.PathLike[str]) -> jsonl.JsonlTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Countdown:
+class Countdown(tasks.Task):
     """Random puzzles, made by applying random operations to random numbers.
 
     Results on the way are positive integers. The split is decided by the target and the numbers in

@@ -16,7 +16,7 @@ import pathlib
 import re
 import string
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlm import tasks
@@ -92,7 +92,7 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonlTask:
+class JsonlTask(tasks.Task):
     """One example per line of a JSON-lines file.
 
     Example:
@@ -143,6 +143,10 @@ class JsonlTask:
 
     def __getitem__(self, index: int) -> tasks.Example:
         return self.examples[splits.check_index(index, len(self))]
+
+    @property
+    def loaded(self) -> Sequence[tasks.Example]:
+        return self.examples
 
     def where(self, index: int) -> str:
         """File and line of an example."""

@@ -29,7 +29,7 @@ def _texts(split: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PythonSource:
+class PythonSource(tasks.Task):
     """Passages of the standard library, each file wholly in train or test.
 
     Attributes:

@@ -63,7 +63,7 @@ def _select(split: str, partition: str) -> tuple[Pair, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scan:
+class Scan(tasks.Task):
     """All commands of one SCAN split, in the order of the grammar.
 
     Example:

@@ -199,7 +199,7 @@ def load_sudoku(path: str | os.PathLike[str]) -> jsonl.JsonlTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sudoku:
+class Sudoku(tasks.Task):
     """Random puzzles with exactly one solution.
 
     Clues are taken from a random solved grid, in random order, as long as the solution stays the

@@ -48,7 +48,7 @@ def decode(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsTask:
+class TfdsTask(tasks.Task):
     """One example per record of a prepared TFDS data set.
 
     The data set must have been prepared with `file_format="array_record"`; nothing is downloaded.

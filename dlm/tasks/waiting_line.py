@@ -228,7 +228,7 @@ def _with_shots(shots: Sequence[tuple[str, str]], prompt: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class WaitingLine:
+class WaitingLine(tasks.Task):
     """Random waiting lines and operations on them.
 
     Example:
@@ -446,7 +446,7 @@ def _check_position(operation: str, num_people: int, index: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class PublishedWaitingLine:
+class PublishedWaitingLine(tasks.Task):
     """A published file of one operation, made by `load_parallel_bench`.
 
     Attributes:
@@ -460,6 +460,10 @@ class PublishedWaitingLine:
 
     def __getitem__(self, index: int) -> tasks.Example:
         return self.examples[splits.check_index(index, len(self))]
+
+    @property
+    def loaded(self) -> Sequence[tasks.Example]:
+        return self.examples
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """Loose "score" and "score_strict"; see `score_line`."""

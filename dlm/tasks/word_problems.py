@@ -21,7 +21,7 @@ _TIMES = {2: "doubles", 3: "triples"}
 
 
 @dataclasses.dataclass(frozen=True)
-class WordProblems:
+class WordProblems(tasks.Task):
     """Random stories. All numbers on the way are whole and in [1, 99].
 
     The split is decided by the arithmetic alone, so no chain of sums of the test is in the training

@@ -33,8 +33,10 @@ from dlm.config import ModelConfig
 from dlm.params import Params, init_params, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
+from dlm.trainable import Learned
 from scripts.bench.timing import forward_cost, large_sizes, paired_times_s
-from train import data, train_state
+from train import data
+from train import step as step_lib
 from train.config import RunConfig, build, from_config_dict
 from train.host import keep_freed_memory
 from train.objectives import Context
@@ -88,7 +90,7 @@ def _bench_model(
     optim = dataclasses.replace(settings.optim, decay_steps=1_000_000)
     key = jax.random.key(1)
     step = jax.jit(
-        train_state.train_step,
+        step_lib.train_step,
         static_argnames=("cfg", "objective", "optim"),
         donate_argnames="state",
     )
@@ -101,7 +103,7 @@ def _bench_model(
     steps = {}
     for remat in made:
         objective = build({**settings.train.objective, "remat": remat}, "train.objective")
-        states = [train_state.init_state(jax.tree.map(jnp.copy, params), optim=optim)]
+        states = [step_lib.init_state(jax.tree.map(jnp.copy, params), optim=optim)]
 
         def train(given: Any = batch, states: Any = states, objective: Any = objective) -> Any:
             states[0], metrics = step(
@@ -110,7 +112,7 @@ def _bench_model(
             return metrics
 
         def loss(params: Params, objective: Any = objective) -> jax.Array:
-            return objective.loss(params, cfg, batch, Context(key))[0]
+            return objective.loss(Learned(params), cfg, batch, Context(key))[0]
 
         runs["step", remat] = steps[remat] = train
         runs["gradient", remat] = functools.partial(jax.jit(jax.value_and_grad(loss)), params)

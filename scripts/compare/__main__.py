@@ -4,11 +4,10 @@
     python -m scripts.compare ... --methods=threshold,threshold_0.7,local_leap
     python -m scripts.compare ... --methods_file=mine.yaml
 
-Methods are those of `decode/diffusion/points.py` (default: all), or of a file that
-`scripts.compare.points` describes. `one_per_step`, the baseline of speed-ups, is always measured.
-Writes into `--out`: results.json, results.csv, speed_quality.png, and measured.jsonl, to which each
-point is appended as it finishes: a rerun skips what was measured with the same settings.
-`scripts.compare.report` says what the columns mean.
+Methods are those of `decode/diffusion/points.py`, or of a file (`scripts.compare.points`);
+`one_per_step`, the baseline of speed-ups, is always measured. Writes into `--out`: results.json,
+results.csv (`scripts.compare.report` says what the columns mean), speed_quality.png, and
+measured.jsonl: a rerun skips what is in there with the same settings.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import jax
 from absl import app, flags, logging
 
 import dlm
-from decode.evaluation.job import TASKS, make_job, measure_points
+from decode.evaluation.job import make_job, measure_points
 from decode.evaluation.run import device
+from dlm.tasks.presets import TASKS
 from scripts.compare.points import make_points
 from scripts.compare.report import report, summarise, write
 
-_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `decode.evaluation.job.TASKS`.")
+_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `dlm.tasks.presets.TASKS`.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
 _METHODS = flags.DEFINE_list("methods", [], "Names from decode/diffusion/points.py; default: all.")
 _METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")

@@ -31,10 +31,11 @@ from dlm.config import ModelConfig
 from dlm.params import abstract_params
 from dlm.presets import PRESETS
 from dlm.sharding import logical_sharding
+from dlm.trainable import Learned, Trainable
 from scripts.plan.collectives import collectives
-from train import train_state
+from train import step as step_lib
+from train.collect.trajectories import knowing
 from train.config import OptimConfig, build
-from train.trajectories import knowing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def decoding(
 def collection(
     config: ConfigDict, cfg: ModelConfig, mesh: Mesh
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The loops of `train.trajectories`."""
+    """The loops of `train.collect.trajectories`."""
     cfg = dataclasses.replace(cfg, dtype=config.dtype)
     method = override(named(config.method, config.block_len), config.changes.to_dict())
     lengths = {name: config[name] for name in ("batch_size", "gen_len", "prompt_len")}
@@ -146,17 +147,16 @@ def training_step(
     """The step of `train.loop` with everything a config says about it, and nothing it reads."""
     cfg = dataclasses.replace(cfg, dtype=config.model.dtype)
     objective = build(config.train.objective, "train.objective")
-    trainable, frozen = train_state.EVERYTHING, None
+    trainable: Trainable = step_lib.EVERYTHING
+    frozen: Learned | None = None
     if config.train.trainable is not None:
         trainable = build(config.train.trainable, "train.trainable")
-        frozen = abstract_params(cfg, mesh)
+        frozen = Learned(abstract_params(cfg, mesh))
     optim = OptimConfig(**config.optim)
     optim = dataclasses.replace(optim, decay_steps=optim.decay_steps or 1_000)
     specs = trainable.specs(cfg)
-    shardings = train_state.state_shardings(specs, optim, mesh)
-    state = train_state.abstract_state(
-        specs, jnp.dtype(config.train.master_dtype), optim, shardings
-    )
+    shardings = step_lib.state_shardings(specs, optim, mesh)
+    state = step_lib.abstract_state(specs, jnp.dtype(config.train.master_dtype), optim, shardings)
 
     def rows(*lengths: int) -> jax.ShapeDtypeStruct:
         shape = (config.data.batch_size, *lengths)
@@ -169,7 +169,7 @@ def training_step(
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        step = train_state.jit_train_step(shardings)
+        step = step_lib.jit_train_step(shardings)
         static = {"cfg": cfg, "objective": objective, "optim": optim, "trainable": trainable}
         traced = step.trace(state, batch, key, frozen, **static)
         yield "train", report(traced, cfg.vocab_size)

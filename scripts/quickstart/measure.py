@@ -25,11 +25,12 @@ from decode.diffusion.loop import DiffusionMethod
 from decode.evaluation.run import timed
 from decode.view import Answer
 from dlm.tasks import Example
+from dlm.tasks.presets import TASKS
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from train import loop
 
-GEN_LEN = 24  # tokens; as trained
-BLOCK_LEN = 8  # three blocks, so that caches have something to keep
+PRESET = TASKS["waiting_line"]
+GEN_LEN, BLOCK_LEN = PRESET.gen_len, PRESET.block_len  # three blocks: caches have something to keep
 RULES = {
     "one per step": Quota(BLOCK_LEN),
     "quota 2": Quota(BLOCK_LEN // 2),
@@ -41,8 +42,6 @@ RULES = {
 SHOWN_CACHES = ("none", "prefix", "dual")
 BASELINE = ("one per step", "none")
 SHOWN = ("reverse", "insert_random", "shuffle")  # operations on the HTML page
-ONE_ANSWER = ("copy", "reverse", "insert_index", "remove_index", "replace_index")
-MANY_ANSWERS = ("shuffle", "insert_random", "remove_random", "replace_random")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,7 @@ from decode.evaluation.figures import OperatingPoint, plot_speed_quality
 from decode.evaluation.run import device
 from decode.view import Answer, write_commit_order
 from dlm.tasks.waiting_line import OPERATIONS
-from scripts.quickstart.measure import (
-    BLOCK_LEN,
-    GEN_LEN,
-    MANY_ANSWERS,
-    ONE_ANSWER,
-    Measurement,
-)
+from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, PRESET, Measurement
 
 
 def table(measurements: list[Measurement]) -> str:
@@ -73,13 +67,15 @@ def write(
         writer.writeheader()
         writer.writerows(flat)
 
-    def panel(operations: tuple[str, ...]) -> list[OperatingPoint]:
+    groups = PRESET.groups or {}
+
+    def panel(group: str) -> list[OperatingPoint]:
         return [
             OperatingPoint(
                 method=m.rule,
                 setting=f"cache: {m.cache}",
                 speed=m.tokens_per_forward,
-                quality=float(np.mean([m.accuracy[o] for o in operations])),
+                quality=float(np.mean([m.accuracy[o] for o in groups[group]])),
             )
             for m in measurements
         ]
@@ -87,8 +83,8 @@ def write(
     plot_speed_quality(
         workdir / "speed_quality.png",
         {
-            "one right answer (copy, reverse, ... at)": panel(ONE_ANSWER),
-            "many right answers (shuffle, ... random)": panel(MANY_ANSWERS),
+            "one right answer (copy, reverse, ... at)": panel("one right answer"),
+            "many right answers (shuffle, ... random)": panel("many right answers"),
         },
         "Waiting line: quality against parallelism",
     )

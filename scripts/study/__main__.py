@@ -25,7 +25,7 @@ import sys
 
 from absl import app, flags, logging
 
-from configs import collect_trajectories
+from dlm.tasks.presets import RECIPES
 from scripts.study.make import make
 from scripts.study.measure import measure
 from scripts.study.page import read_sections, section, write_figure, write_page
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
-    if unknown := sorted(set(flags.FLAGS.tasks) - set(collect_trajectories.TASKS)):
-        known = ", ".join(collect_trajectories.TASKS)
+    if unknown := sorted(set(flags.FLAGS.tasks) - set(RECIPES)):
+        known = ", ".join(RECIPES)
         sys.exit(f"error: --tasks has {unknown[0]!r}, which must be one of {known}")
     num_pick, num_examples = flags.FLAGS.num_pick, flags.FLAGS.num_examples
     if flags.FLAGS.smoke:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("tasks", [*collect_trajectories.TASKS], "What is studied.")
+    flags.DEFINE_list("tasks", [*RECIPES], "What is studied.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "One whole study each.")
     flags.DEFINE_enum("size", "small", ["small", "large"], "The configs' models, or `make.LARGE`.")
     flags.DEFINE_integer("num_pick", 500, "Examples on which settings are picked.")

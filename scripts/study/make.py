@@ -6,7 +6,8 @@ import importlib
 import pathlib
 
 from configs import collect_trajectories, distill_d3llm, distill_dparallel, filter_learn2pd
-from train import learn2pd, loop, trajectories
+from train import learn2pd, loop
+from train.collect import trajectories
 
 # `--size=large`: sections of the configs; ours.
 LARGE = {

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 import dlm
-from configs import collect_trajectories
 from decode.diffusion.components import (
     EntropyThreshold,
     Eos,
@@ -29,8 +28,9 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod
-from decode.evaluation.job import TASKS, Job, Point, make_job, measure_points
+from decode.evaluation.job import Job, Point, make_job, measure_points
 from dlm.heads.learn2pd import load_filter
+from dlm.tasks.presets import TASKS
 
 BASELINE = "base, one token per step"
 # System -> what it is compared with; in the order of the table.
@@ -103,7 +103,7 @@ def measure(task: str, folder: pathlib.Path, num_examples: int) -> list[Measured
     models = {"dParallel": "dparallel", "d3LLM": "d3llm"}
     found = []
     jobs: dict[str, Job] = {}
-    block_len = collect_trajectories.TASKS[task]
+    block_len = TASKS[task].block_len
     for system in (BASELINE, *SYSTEMS):
         model = models.get(system, "base")
         if model not in jobs:

@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import dlm
-from configs import collect_trajectories
-from decode.evaluation.job import ALL, TASKS, make_job
+from decode.evaluation.job import ALL, make_job
 from decode.evaluation.run import device
 from decode.evaluation.statistics import with_interval
 from decode.evaluation.tables import markdown
 from dlm.params import num_params
+from dlm.tasks.presets import TASKS
 from scripts.study.measure import BASELINE, PUBLISHED, SYSTEMS, Measured, pick
 
 _INTRODUCTION = """# What learned parallelism buys
@@ -146,7 +146,7 @@ def groups(task: str, num_examples: int, folder: pathlib.Path) -> Mapping[str, l
         dlm.load(folder / "base" / "model"),
         TASKS[task],
         num_examples=num_examples,
-        block_len=collect_trajectories.TASKS[task],
+        block_len=TASKS[task].block_len,
     )
     return job.groups
 
@@ -174,7 +174,7 @@ def section(
 
     Args:
       name: of the section: the task, and the size if that is not small.
-      task: key of `collect_trajectories.TASKS`.
+      task: key of `dlm.tasks.presets.RECIPES`.
       folder: of one seed.
       studies: measurements, per seed.
       num_pick, num_examples: examples on which settings are picked, and which are reported.

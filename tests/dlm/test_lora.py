@@ -20,14 +20,17 @@ from dlm.models.decoder import forward
 from dlm.params import LowRank, init_from_specs, init_params, param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
+from dlm.trainable import Learned
 from dlm.window import Window
 from tests.lib import toys
 from tests.lib.models import TOY_CFG, dream_toy
 from tests.lib.objectives import make_batch
 from tests.lib.oracle import Model
 from tests.lib.runs import assert_same, toy_config, without_times
-from train import data, loop, train_state
+from train import data, loop
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig
+from train.model import model_config
 from train.objectives.masked_diffusion import MaskedDiffusion
 
 # D 16, N H 24, K H 12, F 20: no two sizes agree.
@@ -99,14 +102,14 @@ def test_attached_and_merged_are_the_same_model(wide):
     merged = jax.jit(LORA.merge)(wide, delta)
     for ours, theirs in zip(*map(jax.tree.leaves, (merged, by_hand)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    attached, base = run(LORA.attach(WIDE, wide, delta)), run(wide)
+    attached, base = run(LORA.attach(WIDE, Learned(wide), delta).target), run(wide)
     expected = [Model(by_hand, WIDE).run(row, range(7))[0] for row in tokens]
     np.testing.assert_allclose(attached, expected, atol=2e-5)
     np.testing.assert_allclose(run(merged), expected, atol=2e-5)
     assert np.abs(attached - base).max() > 0.5
     for target in TARGETS:
         delta[target]["up"] *= 0
-    np.testing.assert_array_equal(run(LORA.attach(WIDE, wide, delta)), base)
+    np.testing.assert_array_equal(run(LORA.attach(WIDE, Learned(wide), delta).target), base)
     assert_same(jax.jit(LORA.merge)(wide, delta), wide)
 
 
@@ -117,7 +120,7 @@ def test_only_targets_change_and_only_by_their_own():
         lora = Lora(rank=3, alpha=6.0, targets=(target,))
         group = "attention" if target in ("q", "k", "v", "o") else "mlp"
         delta = random_delta(lora, WIDE)
-        attached = lora.attach(WIDE, zeros, delta)
+        attached = lora.attach(WIDE, Learned(zeros), delta).target
         merged = jax.device_get(lora.merge(zeros, delta))
         assert jax.tree.structure(merged) == jax.tree.structure(zeros)
         for name, leaves in zeros["layers"].items():
@@ -133,7 +136,7 @@ def test_dtypes(wide):
     """Products in the model's dtype; what is merged is added in float32 and rounded once."""
     delta = random_delta(LORA, WIDE)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
-    q = LORA.attach(WIDE, half, delta)["layers"]["attention"]["q"]
+    q = LORA.attach(WIDE, Learned(half), delta).target["layers"]["attention"]["q"]
     assert q.weight.dtype == q.down.dtype == q.up.dtype == jnp.bfloat16
     merged = jax.jit(LORA.merge)(half, delta)
     by_hand = merge_by_hand(half, delta, 2.0)
@@ -331,16 +334,16 @@ def test_steps_change_the_adapter_only_and_are_the_same_sharded(toy_params):
     results = []
     for mesh in (make_mesh(), make_mesh(data=2, fsdp=2, tensor=2)):
         with jax.set_mesh(mesh):
-            shardings = train_state.state_shardings(specs, optim, mesh)
+            shardings = step_lib.state_shardings(specs, optim, mesh)
             frozen = jax.device_put(weights, param_shardings(TOY_CFG, mesh))
-            state = train_state.first_state(
+            state = step_lib.first_state(
                 jax.random.key(0), None, specs, jnp.float32, optim, shardings
             )
-            step = train_state.jit_train_step(shardings)
+            step = step_lib.jit_train_step(shardings)
             states = [jax.device_get(state.params)]
             for _ in range(2):
                 placed = data.to_global(batch, mesh)
-                state, metrics = step(state, placed, jax.random.key(2), frozen, **static)
+                state, metrics = step(state, placed, jax.random.key(2), Learned(frozen), **static)
                 states.append(jax.device_get(state.params))
         assert_same(jax.device_get(frozen), weights)
         results.append((states, jax.device_get(metrics)))
@@ -375,7 +378,7 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "model"
     settings = loop.from_config_dict(toy_config())
     tokenizer = word_tokenizer(toys.Copy().pieces)
-    cfg = loop._model_config(settings, tokenizer)
+    cfg = model_config(settings, tokenizer)
     dlm.save(path, dlm.LanguageModel(init_params(jax.random.key(3), cfg), cfg, tokenizer))
     return path
 

@@ -11,6 +11,7 @@ from dlm.heads.draft_lm import Draft
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.params import init_from_specs
+from dlm.trainable import Learned
 from tests.lib.models import hidden_of, random_model
 from train.objectives.hydra import HydraLoss
 from train.objectives.medusa import MedusaLoss
@@ -54,4 +55,4 @@ def features_of(network, cfg, params, tokens):
 def models(toy_cfg, toy_params, dtype="float32"):
     """A target, and a draft model of one layer."""
     cfg = dataclasses.replace(toy_cfg, n_layers=1, dtype=dtype)
-    return toy_params | {"draft": Draft(random_model(9, cfg), cfg)}
+    return Learned(toy_params, Draft(random_model(9, cfg), cfg))

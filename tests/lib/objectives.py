@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dlm.models import decoder
+from dlm.trainable import Learned
 from train.objectives import Context
 
 CONTEXT = Context(jax.random.key(0))
@@ -34,9 +35,14 @@ def make_batch(cfg, *, rows=4, prompt_len=5, completion_len=6, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "cfg"))
-def value(objective, params, cfg, batch, context=CONTEXT):
+def loss_of(objective, learned, cfg, batch, context=CONTEXT):
     """The loss and its metrics, as one program."""
-    return objective.loss(params, cfg, batch, context)
+    return objective.loss(learned, cfg, batch, context)
+
+
+def value(objective, params, cfg, batch, context, beside=None):
+    """Loss and metrics of an objective that is about a model alone."""
+    return objective.loss(Learned(params, beside=beside), cfg, batch, context)
 
 
 def judge(logits, targets):
@@ -64,7 +70,7 @@ def loss_and_canvas(params, batch, context, *, objective, cfg):
     """The loss, its metrics, and the tokens that the model was shown, in one forward."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
-        loss, metrics = objective.loss(params, cfg, batch, context)
+        loss, metrics = value(objective, params, cfg, batch, context)
     (window,) = recorder.calls
     return loss, metrics, window.tokens
 
@@ -90,7 +96,7 @@ def mixing_forward(params, cfg, window, **kwargs):
     return decoder.ForwardOutput(jnp.tanh(x + x.mean(axis=1, keepdims=True)), None)
 
 
-def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale=1.0):
+def assert_gradient_is_that_of_differences(objective, cfg, batch, context, beside=None, scale=1.0):
     """Along random directions in float64, with a stand-in for the transformer."""
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "forward", mixing_forward)
@@ -100,8 +106,8 @@ def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale
         steps = {name: rng.normal(size=(5, *shape)) for name in params}
 
         @jax.jit
-        def slopes(params, steps, context):
-            loss = lambda params: objective.loss(params, cfg, batch, context)[0]
+        def slopes(params, steps, context, beside):
+            loss = lambda params: value(objective, params, cfg, batch, context, beside)[0]
             moved = lambda step, size: jax.tree.map(lambda x, dx: x + size * dx, params, step)
             gradient = jax.grad(loss)(params)
             products = jax.tree.map(lambda g, dx: (g[None] * dx).sum((1, 2)), gradient, steps)
@@ -110,6 +116,6 @@ def assert_gradient_is_that_of_differences(objective, cfg, batch, context, scale
             )
             return sum(products.values()), differences
 
-        analytic, numeric = slopes(params, steps, context)
+        analytic, numeric = slopes(params, steps, context, beside)
         assert analytic.dtype == jnp.float64 and (jnp.abs(analytic) > 1e-3).all()
         np.testing.assert_allclose(analytic, numeric, rtol=1e-6, atol=1e-8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,14 @@ import ml_collections
 import numpy as np
 
 from dlm import tasks
-from train.objectives import Context
+from dlm.config import ModelConfig
+from dlm.trainable import Learned
+from train.objectives import Context, Objective
 from train.objectives.masked_diffusion import MaskedDiffusion
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(tasks.Task):
     """Three letters, to be written down again."""
 
     split: str = "train"
@@ -41,7 +43,7 @@ class Copy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lines:
+class Lines(tasks.Task):
     """One to six letters, to be written down again; lines of a file, so to speak."""
 
     num_examples: int = 64
@@ -70,13 +72,13 @@ class Lines:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Diverging:
+class Diverging(Objective):
     """Masked diffusion whose loss is NaN for one batch in a few, depending on the key."""
 
     def loss(
-        self, params: Any, cfg: Any, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = MaskedDiffusion().loss(params, cfg, batch, context)
+        loss, metrics = MaskedDiffusion().loss(learned, cfg, batch, context)
         loss = jnp.where(jax.random.uniform(context.key) < 0.15, jnp.nan, loss)
         return loss, {**metrics, "loss": loss}
 

@@ -2,20 +2,18 @@
 
 import csv
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import dlm
 from decode.diffusion.points import FAMILIES, METHODS, family_of, named, override
-from decode.evaluation.job import TASKS, Job, Point, make_job
+from decode.evaluation.job import Job, Point, make_job
+from dlm.tasks.presets import TASKS
 from dlm.tasks.waiting_line import WaitingLine
 from scripts.compare.points import make_points
 from scripts.compare.report import summarise
-from tests.lib.paths import ROOT
+from tests.lib.mains import run_main
 from tests.lib.untrained import untrained
 
 
@@ -183,20 +181,12 @@ def test_default_is_every_method_that_the_model_allows(job):
 # ---- Runs --------------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, "-m", "scripts.compare", *arguments]
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-@pytest.mark.slow
 def test_command_writes_what_it_says(model_path, tmp_path):
-    done = command(
-        f"--checkpoint={model_path}", f"--out={tmp_path}", "--methods=threshold,threshold_0.5",
-        "--num_examples=10", "--gen_len=8", "--block_len=4",
+    said = run_main(
+        "scripts.compare", f"--checkpoint={model_path}", f"--out={tmp_path}",
+        "--methods=threshold,threshold_0.5", "--num_examples=10", "--gen_len=8", "--block_len=4",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "### many right answers" in done.stdout and "### AUP per family" in done.stdout
+    assert "### many right answers" in said and "### AUP per family" in said
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in results["rows"][:3]] == [
         "one_per_step", "threshold", "threshold_0.5"
@@ -208,8 +198,7 @@ def test_command_writes_what_it_says(model_path, tmp_path):
     assert len([x for x in (tmp_path / "measured.jsonl").read_text().splitlines() if x]) == 3
 
 
-@pytest.mark.slow
 def test_command_says_what_is_wrong(model_path, tmp_path):
-    done = command(f"--checkpoint={model_path}", f"--out={tmp_path}", "--methods=treshold")
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "error: there is no method 'treshold'; close: threshold" in done.stderr
+    flags = [f"--checkpoint={model_path}", f"--out={tmp_path}", "--methods=treshold"]
+    said = run_main("scripts.compare", *flags, code=1)
+    assert "error: there is no method 'treshold'; close: threshold" in said

@@ -5,7 +5,7 @@ import pytest
 import dlm
 from dlm.hf.files import read_config
 from scripts.convert_hf.describe import as_size, describe, parse_mesh
-from tests.lib.commands import run
+from tests.lib.mains import run_main
 from tests.lib.paths import GOLDEN
 
 
@@ -33,17 +33,16 @@ def test_meshes_that_are_none(text):
         parse_mesh([text])
 
 
-@pytest.mark.slow
 def test_command(tmp_path):
     source = f"--checkpoint={GOLDEN / 'llada_small'}"
-    out = run("scripts.convert_hf", source, "--dry_run", f"--out={tmp_path / 'copy'}")
+    out = run_main("scripts.convert_hf", source, "--dry_run", f"--out={tmp_path / 'copy'}")
     assert "llada" in out and not (tmp_path / "copy").exists()
-    run("scripts.convert_hf", source, f"--out={tmp_path / 'copy'}", "--dtype=bfloat16")
+    run_main("scripts.convert_hf", source, f"--out={tmp_path / 'copy'}", "--dtype=bfloat16")
     assert dlm.load(tmp_path / "copy").cfg.dtype == "bfloat16"
     for arguments, message in (
         ((source,), "--out='' must name the folder to write"),
         ((source, "--dtype=half"), "--dtype='half' must be one of"),
         ((f"--checkpoint={tmp_path / 'none'}", "--dry_run"), "is not a directory"),
     ):
-        error = run("scripts.convert_hf", *arguments, ok=False)
+        error = run_main("scripts.convert_hf", *arguments, code=1)
         assert message in error and "Traceback" not in error

@@ -42,9 +42,10 @@ def test_a_run_is_reported_once_and_as_long_as_it_is():
     assert not list(duplicates({"a": "x = f(1)\n" * 5}, 3))  # it would overlap itself
 
 
-def test_no_run_of_a_dozen_lines_stands_twice_in_scripts():
+def test_no_run_of_a_dozen_lines_stands_twice():
     files = {
         str(file.relative_to(ROOT)): file.read_text()
-        for file in sorted((ROOT / "scripts").rglob("*.py"))
+        for package in ("dlm", "kernels_pallas", "scripts", "train")
+        for file in sorted((ROOT / package).rglob("*.py"))
     }
     assert not list(duplicates(files, LENGTH))

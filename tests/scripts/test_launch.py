@@ -7,12 +7,18 @@ import sys
 
 import yaml
 
+from tests.lib.mains import run_main
 from tests.lib.paths import ROOT
 
 COMMAND = ["python", "-m", "train", "--config=configs/x.py:a b", "--workdir=gs://bucket/x"]
 
 
 def launch(name, *arguments, code=0):
+    return run_main(f"scripts.launch.{name}", *arguments, code=code)
+
+
+def launch_apart(name, *arguments, code=0):
+    """In a process of its own, whose children write where it writes."""
     done = subprocess.run(
         [sys.executable, "-m", f"scripts.launch.{name}", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -24,7 +30,9 @@ def launch(name, *arguments, code=0):
 def local(tmp_path, program, *flags, num=2, code=0):
     """Runs a Python program in every process; who writes where."""
     flags = (f"--processes={num}", f"--logs={tmp_path}", *flags)
-    out = launch("local", *flags, "--", sys.executable, "-c", program, str(tmp_path), code=code)
+    out = launch_apart(
+        "local", *flags, "--", sys.executable, "-c", program, str(tmp_path), code=code
+    )
     return out, [p.read_text() for p in sorted(tmp_path.glob("process_*.log"))]
 
 
@@ -102,9 +110,5 @@ def test_dry_runs_say_what_would_be_run():
 
 
 def test_a_launcher_without_a_command_says_so():
-    for name, flags in (("local", []), ("gke", ["--name=a", "--image=i"])):
-        done = subprocess.run(
-            [sys.executable, "-m", f"scripts.launch.{name}", *flags],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 1 and "there is no command" in done.stdout + done.stderr
+    assert "there is no command" in launch("local", code=1)
+    assert "there is no command" in launch("gke", "--name=a", "--image=i", code=1)

@@ -9,7 +9,7 @@ from decode.evaluation.run import device
 from scripts.study import make, measure, page
 from scripts.study.measure import BASELINE, Measured
 from tests.lib.commands import run
-from train import trajectories
+from train.collect.records import read_settings
 
 
 def measured(system, setting, score, forwards):
@@ -58,7 +58,7 @@ def test_the_whole_study_once_and_once_more(tmp_path):
     assert {m.system for m in found} == {BASELINE, *measure.SYSTEMS}
     assert all(len(m.score) == 16 and (m.forwards >= 1).all() for m in found)
     base = dlm.load(folder / "base" / "model")
-    settings = trajectories.read_settings(folder / "rounds")
+    settings = read_settings(folder / "rounds")
     assert settings["model"] == dlm.fingerprint(base) and settings["oracle"]
 
     times = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}

@@ -8,7 +8,7 @@ import pytest
 from configs import distill_draft
 from tests.lib.heads import models
 from tests.lib.models import laws_of, random_model
-from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.tiers import more
 from train import loop
 from train.config import ConfigError
@@ -17,23 +17,22 @@ from train.objectives.distill_spec import DistillSpec
 
 
 def with_reference(toy_cfg, toy_params):
-    params = models(toy_cfg, toy_params)
-    return params | {"reference": random_model(4, params["draft"].cfg)}
+    learned = models(toy_cfg, toy_params)
+    return learned.replace(beside=random_model(4, learned.own.cfg))
 
 
 def test_everything_is_plain_distillation(toy_cfg, toy_params):
-    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    plain = {name: x for name, x in params.items() if name != "reference"}
-    ours = value(AdaSpec(share=1.0), params, toy_cfg, batch)
-    theirs = value(DistillSpec(), plain, toy_cfg, batch)
+    batch, learned = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    ours = loss_of(AdaSpec(share=1.0), learned, toy_cfg, batch)
+    theirs = loss_of(DistillSpec(), learned, toy_cfg, batch)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     np.testing.assert_allclose(ours[1]["acceptance"], theirs[1]["acceptance"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.4, *more(0.25, 0.9)])
 def test_the_loss_by_hand(toy_cfg, toy_params, share):
-    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    draft = params["draft"]
+    batch, learned = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    draft = learned.own
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     P, found = batch["prompt"].shape[1], []
     for b in range(len(tokens)):
@@ -43,7 +42,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
             for own, cfg in (
                 (toy_params, toy_cfg),
                 (draft.params, draft.cfg),
-                (params["reference"], draft.cfg),
+                (learned.beside, draft.cfg),
             )
         )
         for i in range(max(P, start + 1), P + int(batch["completion_len"][b])):
@@ -52,18 +51,18 @@ def test_the_loss_by_hand(toy_cfg, toy_params, share):
             found.append((kl(q) - kl(r), kl(q)))
     num = int(np.ceil(share * len(found) - 1e-4))
     best = sorted(found, key=lambda pair: -pair[0])[:num]
-    loss, metrics = value(AdaSpec(share=share), params, toy_cfg, batch)
+    loss, metrics = loss_of(AdaSpec(share=share), learned, toy_cfg, batch)
     np.testing.assert_allclose(loss, np.mean([kl for _, kl in best]), rtol=1e-4)
     np.testing.assert_allclose(metrics["gap"], np.mean([gap for gap, _ in best]), rtol=1e-3)
 
 
 def test_only_the_draft_learns(toy_cfg, toy_params):
-    batch, params = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
-    loss = lambda params: AdaSpec().loss(params, toy_cfg, batch, CONTEXT)[0]
-    gradient = jax.jit(jax.grad(loss))(params)
-    of_draft = gradient.pop("draft").params
-    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
-    assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
+    batch, learned = make_batch(toy_cfg), with_reference(toy_cfg, toy_params)
+    loss = lambda learned: AdaSpec().loss(learned, toy_cfg, batch, CONTEXT)[0]
+    gradient = jax.jit(jax.grad(loss))(learned)
+    frozen = jax.tree.leaves((gradient.target, gradient.beside))
+    assert all(not np.asarray(x).any() for x in frozen)
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(gradient.own))
 
 
 def test_the_largest_of_those_that_count():

@@ -11,6 +11,7 @@ import pytest
 from decode.diffusion.components import BlockCausal, EntropyThreshold, FixedBlocks
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from dlm.models import decoder
+from dlm.trainable import Learned
 from tests.lib.objectives import (
     Recorder,
     assert_gradient_is_that_of_differences,
@@ -44,7 +45,7 @@ def run(params, batch, key, *, objective, cfg, fake=False):
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, *([forward] if fake else []))
         said = objective.predict(params, cfg, batch, Context(key))
-        loss = None if fake else objective.loss(params, cfg, batch, Context(key))
+        loss = None if fake else objective.loss(Learned(params), cfg, batch, Context(key))
     window = recorder.calls[0]
     return loss, said, window.tokens, window.positions
 
@@ -234,7 +235,7 @@ def test_gradient_against_finite_differences_in_float64(toy_cfg):
 def test_refusals(toy_cfg):
     def loss(cfg, prompt_len):
         batch = make_batch(cfg, prompt_len=prompt_len)
-        return BlockDiffusion(block_len=C).loss({}, cfg, batch, Context(jax.random.key(0)))
+        return BlockDiffusion(block_len=C).loss(Learned({}), cfg, batch, Context(jax.random.key(0)))
 
     with pytest.raises(ValueError, match="mask_token_id=None"):
         loss(dataclasses.replace(toy_cfg, mask_token_id=None), 5)

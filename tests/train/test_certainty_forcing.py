@@ -12,6 +12,7 @@ from decode.diffusion.components import EntropyThreshold, FixedBlocks
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from dlm.models import decoder
 from dlm.params import init_params
+from dlm.trainable import Learned
 from tests.lib.certainty import P, batch_of, by_card, easy, shown
 from tests.lib.models import dream_toy
 from tests.lib.objectives import (
@@ -20,7 +21,7 @@ from tests.lib.objectives import (
     make_batch,
 )
 from tests.lib.oracle import Model
-from train import train_state
+from train import step as step_lib
 from train.config import OptimConfig
 from train.objectives import Context, Predictions
 from train.objectives.certainty_forcing import (
@@ -252,12 +253,12 @@ def test_one_sample_is_learned_by_heart_and_decoded_a_block_per_forward(toy_cfg)
     }
     optim = OptimConfig(learning_rate=2e-2, decay_steps=250, warmup_steps=5, end_factor=0.3)
     step = functools.partial(
-        train_state.train_step, cfg=toy_cfg, objective=CertaintyForcing(block_len=4), optim=optim
+        step_lib.train_step, cfg=toy_cfg, objective=CertaintyForcing(block_len=4), optim=optim
     )
 
     @jax.jit
     def train(params):
-        state = train_state.init_state(params, optim=optim)
+        state = step_lib.init_state(params, optim=optim)
         key = jax.random.key(1)
         return jax.lax.fori_loop(0, 250, lambda _, state: step(state, batch, key)[0], state).params
 
@@ -297,7 +298,7 @@ def test_fields_out_of_range_are_refused(fields, message):
 def test_models_that_cannot_be_trained_so_are_refused(toy_cfg):
     def loss(cfg, prompt_len):
         batch = make_batch(cfg, prompt_len=prompt_len)
-        return CertaintyForcing().loss({}, cfg, batch, Context(jax.random.key(0)))
+        return CertaintyForcing().loss(Learned({}), cfg, batch, Context(jax.random.key(0)))
 
     with pytest.raises(ValueError, match="mask_token_id=None"):
         jax.eval_shape(lambda: loss(dataclasses.replace(toy_cfg, mask_token_id=None), 5))

@@ -19,14 +19,15 @@ from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotary_angles
 from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
+from dlm.trainable import Learned
 from tests.lib.gradients import check_gradients
 from tests.lib.heads import features_of, init, shaken
-from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.speculation import random_prompts
 from tests.lib.tiers import more
 from train.objectives import Context
-from train.objectives.causal import read_text
 from train.objectives.dflash import DFlashLoss, DPaceLoss, read_blocks
+from train.reading import read_text
 
 HEADS = DFlashHeads(n_layers=3, block_len=5, d_ff=20)
 
@@ -183,7 +184,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
             total += (w * ce).sum()
             weights += w.sum()
     objective = kind(num_anchors=99, reach=3.0, teacher=teacher)
-    loss, metrics = value(objective, toy_params | {"heads": network}, toy_cfg, batch)
+    loss, metrics = loss_of(objective, Learned(toy_params, network), toy_cfg, batch)
     np.testing.assert_allclose(loss, total / weights, rtol=1e-4)
     accuracy = [np.mean(x) for x in right]
     np.testing.assert_allclose(metrics["accuracy_3"], accuracy[1], atol=1e-6)
@@ -194,10 +195,10 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
 
 def test_anchors_are_drawn_anew(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
-    params = toy_params | {"heads": network_of(toy_cfg, toy_params)}
+    learned = Learned(toy_params, network_of(toy_cfg, toy_params))
     few = DFlashLoss(num_anchors=1)
     losses = {
-        float(value(few, params, toy_cfg, batch, Context(jax.random.key(seed)))[0])
+        float(loss_of(few, learned, toy_cfg, batch, Context(jax.random.key(seed)))[0])
         for seed in range(4)
     }
     assert len(losses) == 4
@@ -208,7 +209,7 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params):
     network = network_of(toy_cfg, toy_params)
 
     def loss(own):
-        params = toy_params | {"heads": network.replace(own=own)}
+        params = Learned(toy_params, network.replace(own=own))
         return DFlashLoss(teacher=True).loss(params, toy_cfg, batch, CONTEXT)[0]
 
     check_gradients(loss, network.own)

@@ -8,9 +8,10 @@ import pytest
 import dlm
 from configs import distill_draft
 from dlm.heads.draft_lm import Draft
+from dlm.trainable import Learned
 from tests.lib.heads import models
 from tests.lib.models import laws_of
-from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from train import loop
 from train.config import ConfigError
 from train.objectives.distill_spec import DIVERGENCES, DistillSpec
@@ -30,8 +31,8 @@ def by_hand(divergence, p, q, beta=0.5):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergences_by_hand(toy_cfg, toy_params, divergence):
-    batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
-    draft = params["draft"]
+    batch, learned = make_batch(toy_cfg), models(toy_cfg, toy_params)
+    draft = learned.own
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     P, values, accepted = batch["prompt"].shape[1], [], []
     for b in range(len(tokens)):
@@ -45,7 +46,7 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
             values.append(by_hand(divergence, p, q, beta=0.3))
             accepted.append(np.minimum(p, q).sum())
     objective = DistillSpec(divergence=divergence, beta=0.3, temperature=1.3)
-    loss, metrics = value(objective, params, toy_cfg, batch)
+    loss, metrics = loss_of(objective, learned, toy_cfg, batch)
     np.testing.assert_allclose(loss, np.mean(values), rtol=1e-4)
     np.testing.assert_allclose(metrics["acceptance"], np.mean(accepted), rtol=1e-4)
 
@@ -65,12 +66,11 @@ def test_gradients_of_divergences_in_float64(divergence):
 
 
 def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
-    batch, params = make_batch(toy_cfg), models(toy_cfg, toy_params)
-    loss = lambda params: DistillSpec().loss(params, toy_cfg, batch, CONTEXT)[0]
-    gradient = jax.jit(jax.grad(loss))(params)
-    of_draft = gradient.pop("draft").params
-    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient))
-    assert any(np.asarray(x).any() for x in jax.tree.leaves(of_draft))
+    batch, learned = make_batch(toy_cfg), models(toy_cfg, toy_params)
+    loss = lambda learned: DistillSpec().loss(learned, toy_cfg, batch, CONTEXT)[0]
+    gradient = jax.jit(jax.grad(loss))(learned)
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(gradient.target))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(gradient.own))
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_draft_model_comes_closer_to_its_target(scan_target, scan_draft, tmp_p
     lm = dlm.load(scan_target)
     batch = make_batch(lm.cfg)
     losses = [
-        value(DistillSpec(), lm.params | {"draft": Draft(x.params, x.cfg)}, lm.cfg, batch)[0]
+        loss_of(DistillSpec(), Learned(lm.params, Draft(x.params, x.cfg)), lm.cfg, batch)[0]
         for x in (before, after)
     ]
     assert losses[1] < losses[0]

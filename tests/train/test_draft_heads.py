@@ -25,17 +25,18 @@ from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
 from dlm.models import decoder
+from dlm.trainable import Learned
 from dlm.window import Window
 from tests.lib.gradients import check_gradients
 from tests.lib.heads import KINDS, TREE, fresh, shaken
 from tests.lib.models import MOST, hidden_of
-from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.speculation import random_prompts, run, texts
 from tests.lib.tiers import more
 from train import loop
 from train.config import ConfigError, build
-from train.objectives.causal import read_text
 from train.objectives.hydra import HydraLoss
+from train.reading import read_text
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -96,7 +97,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
     batch = make_batch(toy_cfg)
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=1)
     own = shaken(own)
-    params = toy_params | {"heads": own}
+    learned = Learned(toy_params, own)
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     B, T = tokens.shape
     P = batch["prompt"].shape[1]
@@ -120,7 +121,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
                         np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, target]]
                     )
             total += 0.8**k * np.mean(losses)
-        loss, metrics = value(KINDS[kind][2](on_prompt=on_prompt), params, toy_cfg, batch)
+        loss, metrics = loss_of(KINDS[kind][2](on_prompt=on_prompt), learned, toy_cfg, batch)
         np.testing.assert_allclose(loss, total, rtol=1e-4)
         assert set(metrics) == {"loss", "accuracy_2", "accuracy_3", "accuracy_4"}
 
@@ -176,7 +177,7 @@ def test_the_loss_of_hydra_plus_plus(toy_cfg, toy_params):
                 z = np.asarray(said(own, seen, 0), float)
                 losses.append(np.log(np.exp(z).sum()) - z[row[t + 2]])
     one = own | {"unembed": own["unembed"][:1], "first": own["first"][:1]}
-    loss, _ = value(HydraLoss(), toy_params | {"heads": one}, toy_cfg, batch)
+    loss, _ = loss_of(HydraLoss(), Learned(toy_params, one), toy_cfg, batch)
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
 
 
@@ -188,7 +189,7 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
     own = shaken(own)
 
     objective = HydraLoss(teacher=teacher)
-    loss = lambda own: objective.loss(toy_params | {"heads": own}, toy_cfg, batch, CONTEXT)[0]
+    loss = lambda own: objective.loss(Learned(toy_params, own), toy_cfg, batch, CONTEXT)[0]
     check_gradients(loss, own)
 
 

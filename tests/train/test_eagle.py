@@ -13,15 +13,16 @@ from decode.speculative.tree import TreeShape, from_paths
 from dlm.heads import eagle_1, eagle_3
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.trainable import Learned
 from tests.lib.gradients import check_gradients
 from tests.lib.heads import features_of, init, shaken
 from tests.lib.models import MOST
-from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.speculation import random_prompts
 from tests.lib.tiers import more
-from train.objectives.causal import read_text
 from train.objectives.eagle_1 import Eagle1Loss
 from train.objectives.eagle_3 import Eagle3Loss, unroll
+from train.reading import read_text
 
 SOME = tuple(range(2, 20))  # a draft vocabulary
 KINDS = {
@@ -230,7 +231,7 @@ def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
         total += 0.7**j * np.mean(losses)
         accuracies[f"accuracy_{j + 2}"] = np.mean(right)
     objective = Eagle3Loss(num_steps=3, decay=0.7, on_prompt=on_prompt)
-    loss, metrics = value(objective, toy_params | {"heads": network}, toy_cfg, batch)
+    loss, metrics = loss_of(objective, Learned(toy_params, network), toy_cfg, batch)
     np.testing.assert_allclose(loss, total, rtol=1e-4)
     for name, accuracy in accuracies.items():
         np.testing.assert_allclose(metrics[name], accuracy, atol=1e-6)
@@ -255,13 +256,13 @@ def test_the_loss_of_eagle_1_by_hand(toy_cfg, toy_params, on_prompt):
             of_features.append(np.where(gap < 1, gap**2 / 2, gap - 0.5).mean())
             p = np.exp(log_softmax(hidden[t + 1] @ head.T))
             of_laws.append(-(p * log_softmax(np.asarray(state, np.float64) @ head.T)).sum())
-    params = toy_params | {"heads": network}
+    params = Learned(toy_params, network)
     objective = Eagle1Loss(weight=0.3, noise=0, on_prompt=on_prompt)
-    loss, metrics = value(objective, params, toy_cfg, batch)
+    loss, metrics = loss_of(objective, params, toy_cfg, batch)
     np.testing.assert_allclose(metrics["feature_loss"], np.mean(of_features), rtol=1e-4)
     np.testing.assert_allclose(metrics["soft_cross_entropy"], np.mean(of_laws), rtol=1e-4)
     np.testing.assert_allclose(loss, np.mean(of_features) + 0.3 * np.mean(of_laws), rtol=1e-4)
-    noisy, _ = value(Eagle1Loss(weight=0.3, on_prompt=on_prompt), params, toy_cfg, batch)
+    noisy, _ = loss_of(Eagle1Loss(weight=0.3, on_prompt=on_prompt), params, toy_cfg, batch)
     assert abs(float(noisy - loss)) > 1e-3
 
 
@@ -272,7 +273,7 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, kind):
     objective = Eagle1Loss() if kind == "1" else Eagle3Loss(num_steps=3)
 
     def loss(own):
-        params = toy_params | {"heads": network.replace(own=own)}
+        params = Learned(toy_params, network.replace(own=own))
         return objective.loss(params, toy_cfg, batch, CONTEXT)[0]
 
     check_gradients(loss, network.own)
@@ -283,7 +284,7 @@ def test_the_target_learns_nothing(toy_cfg, toy_params):
     network = network_of("3", toy_cfg, toy_params)
 
     def loss(params):
-        return Eagle3Loss(num_steps=2).loss(params | {"heads": network}, toy_cfg, batch, CONTEXT)[0]
+        return Eagle3Loss(num_steps=2).loss(Learned(params, network), toy_cfg, batch, CONTEXT)[0]
 
     gradient = jax.device_get(jax.jit(jax.grad(loss))(toy_params))
     assert not any(np.any(g != 0) for g in jax.tree.leaves(gradient["layers"]))
@@ -337,5 +338,5 @@ def test_what_does_not_fit_is_refused(toy_cfg, toy_params):
         Eagle3Heads(vocab=(3, 24)).specs(toy_cfg)
     with pytest.raises(ValueError, match="num_steps=40 must be at most"):
         Eagle3Loss(num_steps=40).loss(
-            toy_params | {"heads": network}, toy_cfg, make_batch(toy_cfg), CONTEXT
+            Learned(toy_params, network), toy_cfg, make_batch(toy_cfg), CONTEXT
         )

@@ -152,7 +152,7 @@ def test_killed_before_the_filter_was_written(recorded, tmp_path, monkeypatch):
 
 def test_other_settings_and_missing_rounds_are_refused(recorded, tmp_path):
     learn2pd.run(config(num_steps=300), tmp_path)
-    with pytest.raises(ConfigError, match=r"trained with learning_rate=0\.01, not 0\.1"):
+    with pytest.raises(ConfigError, match=r"a filter of another .*_rate was 0\.01 and is 0\.1\)"):
         learn2pd.run(config(learning_rate=0.1), tmp_path)
     with pytest.raises(ConfigError, match="num_steps=0 must be at least 1"):
         config(num_steps=0)

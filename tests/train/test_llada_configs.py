@@ -12,7 +12,10 @@ from dlm.params import init_params
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib import toys
 from tests.lib.models import TOY_CFG
-from train import loop, trajectories
+from train import loop
+from train.collect import trajectories
+from train.collect.config import TrajectoryConfig
+from train.collect.records import open_records
 from train.config import ConfigError, build, from_config_dict
 
 
@@ -57,7 +60,7 @@ def test_learn2pd_needs_a_model_and_prompts_and_its_smoke_test_runs(tmp_path):
     dlm.save(tmp_path / "model", model)
     config.checkpoint, config.num_examples = str(tmp_path / "model"), 16
     trajectories.run(config, tmp_path / "rounds")
-    records = trajectories.open_records(tmp_path / "rounds")
+    records = open_records(tmp_path / "rounds")
     assert len(records) == 16 and records[0]["rounds"]["confidence"].shape[1] == 8
 
 
@@ -70,7 +73,7 @@ def test_dparallel_smoke_test(tmp_path):
     )  # fmt: skip
     params = init_params(jax.random.key(0), cfg)
     dlm.save(tmp_path / "model", dlm.LanguageModel(params, cfg, tokenizer))
-    collect = trajectories.TrajectoryConfig(
+    collect = TrajectoryConfig(
         checkpoint=str(tmp_path / "model"), task={"make": "tests.lib.toys:Copy"}, num_examples=80,
         prompt_len=8, gen_len=24, block_len=8, batch_size=40,
     )  # fmt: skip

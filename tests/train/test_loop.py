@@ -18,12 +18,14 @@ import pytest
 import dlm
 from dlm.params import init_params, param_specs
 from dlm.sharding import make_mesh
+from dlm.trainable import Learned
 from tests.lib import toys
-from tests.lib.objectives import make_batch, value
+from tests.lib.objectives import loss_of, make_batch
 from tests.lib.paths import ROOT
 from tests.lib.runs import assert_same, toy_config, without_times
 from tests.lib.tiers import more
-from train import checkpoint, data, loop, train_state
+from train import checkpoint, data, loop
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
@@ -59,7 +61,7 @@ def test_exported_model_is_the_one_validated(finished):
     batches = data.valid_batches(toys.Copy(split="test"), model.tokenizer, settings.data, 2)
     key = jax.random.fold_in(jax.random.key(0), 2)
     losses = [
-        value(MaskedDiffusion(), model.params, model.cfg, batch, context)[0]
+        loss_of(MaskedDiffusion(), Learned(model.params), model.cfg, batch, context)[0]
         for i, batch in enumerate(batches)
         for context in [Context(jax.random.fold_in(key, i))]
     ]
@@ -169,8 +171,8 @@ def test_init_from_keeps_the_model(finished, tmp_path):
 def test_bfloat16_products_with_float32_parameters(toy_cfg):
     cfg = dataclasses.replace(toy_cfg, dtype="bfloat16")
     optim = OptimConfig(learning_rate=1e-4, decay_steps=4, end_factor=1.0)
-    state = train_state.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
-    step = jax.jit(train_state.train_step, static_argnames=("cfg", "objective", "optim"))
+    state = step_lib.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    step = jax.jit(step_lib.train_step, static_argnames=("cfg", "objective", "optim"))
     new, metrics = step(
         state, make_batch(cfg), jax.random.key(0), cfg=cfg, objective=MaskedDiffusion(), optim=optim
     )
@@ -200,12 +202,12 @@ def test_sharded_steps_equal_unsharded(toy_cfg, axes):
     results = []
     for mesh in (make_mesh(), make_mesh(**axes)):
         with jax.set_mesh(mesh):
-            shardings = train_state.state_shardings(specs, optim, mesh)
-            state = train_state.first_state(
+            shardings = step_lib.state_shardings(specs, optim, mesh)
+            state = step_lib.first_state(
                 jax.random.key(0), None, specs, jnp.float32, optim, shardings
             )
             step = jax.jit(
-                train_state.train_step,
+                step_lib.train_step,
                 static_argnames=("cfg", "objective", "optim"),
                 donate_argnames="state",
                 out_shardings=(shardings, None),
@@ -237,10 +239,10 @@ def test_sharded_steps_equal_unsharded(toy_cfg, axes):
 
 def test_state_is_donated(toy_cfg):
     optim = OptimConfig(learning_rate=1e-2, decay_steps=9)
-    state = train_state.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
+    state = step_lib.init_state(init_params(jax.random.key(0), toy_cfg), optim=optim)
     compiled = (
         jax.jit(
-            train_state.train_step,
+            step_lib.train_step,
             static_argnames=("cfg", "objective", "optim"),
             donate_argnames="state",
         )

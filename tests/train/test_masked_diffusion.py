@@ -18,8 +18,9 @@ from tests.lib.objectives import (
     value,
 )
 from tests.lib.oracle import Model
+from train.losses import weighted_loss
 from train.objectives import Context, masked_diffusion
-from train.objectives.masked_diffusion import MaskedDiffusion, weighted_loss
+from train.objectives.masked_diffusion import MaskedDiffusion
 
 
 def test_loss_by_hand():
@@ -48,7 +49,7 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg)
     objective = MaskedDiffusion(eps=0.1)
-    loss, metrics = objective.loss(toy_params, toy_cfg, batch, Context(jax.random.key(3)))
+    loss, metrics = value(objective, toy_params, toy_cfg, batch, Context(jax.random.key(3)))
     (window,) = recorder.calls
     assert window.attention == "full"
     tokens, hidden = window.tokens, decoder.forward(toy_params, toy_cfg, window).hidden
@@ -73,7 +74,7 @@ def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypat
     recorder = Recorder(monkeypatch, forward)
     batch = make_batch(toy_cfg, rows=16)
     for seed in range(4):
-        MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
+        value(MaskedDiffusion(), toy_params, toy_cfg, batch, Context(jax.random.key(seed)))
     num_masked = 0
     for window in recorder.calls:
         tokens = window.tokens
@@ -122,7 +123,7 @@ def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     """Without a prompt every token may be masked, and the divisor is all tokens (card, Sec. 2)."""
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg, prompt_len=0, completion_len=8)
-    loss, _ = MaskedDiffusion().loss(toy_params, toy_cfg, batch, Context(jax.random.key(1)))
+    loss, _ = value(MaskedDiffusion(), toy_params, toy_cfg, batch, Context(jax.random.key(1)))
     (window,) = recorder.calls
     tokens = window.tokens
     assert tokens.shape == (4, 8)
@@ -154,7 +155,7 @@ def test_shifted_logits_are_read_one_earlier(toy_cfg, toy_params, monkeypatch):
     recorder = Recorder(monkeypatch)
     batch = make_batch(toy_cfg)
     shifted = dataclasses.replace(toy_cfg, shifted_logits=True)
-    loss, _ = MaskedDiffusion().loss(toy_params, shifted, batch, Context(jax.random.key(0)))
+    loss, _ = value(MaskedDiffusion(), toy_params, shifted, batch, Context(jax.random.key(0)))
     (window,) = recorder.calls
     tokens = window.tokens
     hidden = decoder.forward(toy_params, toy_cfg, window).hidden[:, 4:-1]
@@ -171,10 +172,10 @@ def test_refusals(toy_cfg, toy_params):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="mask_token_id=None"):
         cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
-        MaskedDiffusion().loss(toy_params, cfg, batch, Context(key))
+        value(MaskedDiffusion(), toy_params, cfg, batch, Context(key))
     with pytest.raises(ValueError, match="prompt_len=0"):
         cfg = dataclasses.replace(toy_cfg, shifted_logits=True)
-        MaskedDiffusion().loss(toy_params, cfg, make_batch(toy_cfg, prompt_len=0), Context(key))
+        value(MaskedDiffusion(), toy_params, cfg, make_batch(toy_cfg, prompt_len=0), Context(key))
     with pytest.raises(ValueError, match="eps=0"):
         MaskedDiffusion(eps=0.0)
 
@@ -205,7 +206,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
 
         @jax.jit
         def loss(params):
-            return MaskedDiffusion().loss(params, cfg, batch, Context(jax.random.key(1)))[0]
+            return value(MaskedDiffusion(), params, cfg, batch, Context(jax.random.key(1)))[0]
 
         gradient = jax.jit(jax.grad(loss))(params)
         leaves, tree = jax.tree.flatten(params)
@@ -224,7 +225,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
 def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
     batch, key = make_batch(toy_cfg), jax.random.key(1)
     gradients = [
-        jax.jit(jax.grad(lambda p, o=o: o.loss(p, toy_cfg, batch, Context(key))[0]))(toy_params)
+        jax.jit(jax.grad(lambda p, o=o: value(o, p, toy_cfg, batch, Context(key))[0]))(toy_params)
         for o in (MaskedDiffusion(), MaskedDiffusion(remat=True))
     ]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
@@ -354,7 +355,7 @@ def test_the_bound_is_reported_whatever_the_weights(toy_cfg, toy_params, weight_
     @jax.jit
     @jax.vmap
     def bounds(key):
-        return objective.loss(knows_nothing, toy_cfg, batch, Context(key))[1]["nll_bound"]
+        return value(objective, knows_nothing, toy_cfg, batch, Context(key))[1]["nll_bound"]
 
     values = np.asarray(bounds(jax.random.split(jax.random.key(0), 1024)))
     error = values.std() / np.sqrt(len(values))

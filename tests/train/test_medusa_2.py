@@ -12,8 +12,9 @@ from decode.speculative.drafters.medusa import Medusa
 from decode.speculative.loop import SpeculativeMethod
 from dlm.heads import medusa
 from dlm.heads.medusa_2 import MedusaJoint
+from dlm.trainable import Learned
 from tests.lib.heads import TREE, fresh, init, shaken
-from tests.lib.objectives import CONTEXT, make_batch, value
+from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.speculation import random_prompts, run, texts
 from train import loop
 from train.objectives.causal import Causal
@@ -24,10 +25,10 @@ from train.objectives.medusa_2 import Medusa2Loss
 def test_the_loss_is_that_of_the_model_and_of_the_heads(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
     own = shaken(fresh("medusa", toy_cfg, toy_params)[1])
-    params = toy_params | {"heads": own, "original": toy_params}
-    loss, metrics = value(Medusa2Loss(weight=0.3), params, toy_cfg, batch)
-    of_heads, expected = value(MedusaLoss(), toy_params | {"heads": own}, toy_cfg, batch)
-    of_model, plain = value(Causal(), toy_params, toy_cfg, batch)
+    params = Learned(toy_params, own, toy_params)
+    loss, metrics = loss_of(Medusa2Loss(weight=0.3), params, toy_cfg, batch)
+    of_heads, expected = loss_of(MedusaLoss(), Learned(toy_params, own), toy_cfg, batch)
+    of_model, plain = loss_of(Causal(), Learned(toy_params), toy_cfg, batch)
     np.testing.assert_allclose(loss, of_model + 0.3 * of_heads, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy_1"], plain["accuracy"], rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy_3"], expected["accuracy_3"], rtol=1e-6)
@@ -39,7 +40,7 @@ def test_a_model_that_is_what_it_was_has_nothing_to_learn_from_itself(toy_cfg, t
 
     @jax.jit
     def loss(model):
-        params = model | {"heads": own, "original": toy_params}
+        params = Learned(model, own, toy_params)
         return Medusa2Loss(weight=0, from_itself=True).loss(params, toy_cfg, batch, CONTEXT)[0]
 
     gradient = jax.device_get(jax.jit(jax.grad(loss))(toy_params))

@@ -19,7 +19,9 @@ import dlm
 from tests.lib import toys
 from tests.lib.paths import ROOT
 from tests.lib.tiers import more
-from train import loop, trajectories
+from train import loop
+from train.collect import trajectories
+from train.collect.config import TrajectoryConfig
 from train.metrics import read_metrics
 
 # What `python -m train` does on a cluster that JAX recognises.
@@ -134,7 +136,7 @@ collect(sys.argv[4], sys.argv[5])
 
 
 def collect(checkpoint, out):
-    config = trajectories.TrajectoryConfig(
+    config = TrajectoryConfig(
         checkpoint=checkpoint, task={"make": "tests.lib.toys:Copy"}, block_len=3, num_examples=24,
         prompt_len=5, gen_len=6, batch_size=2, examples_per_shard=2,
     )  # fmt: skip

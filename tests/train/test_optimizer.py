@@ -7,7 +7,7 @@ import pytest
 
 from dlm.params import init_params
 from tests.lib.objectives import make_batch
-from train import train_state
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig
 from train.objectives.causal import Causal
 from train.optimizer import is_decayed, learning_rate_schedule, make_optimizer, update_ema
@@ -79,13 +79,13 @@ def test_accumulated_halves_are_one_whole_batch(toy_cfg):
     optim = OptimConfig(
         learning_rate=1e-2, decay_steps=8, weight_decay=0.1, ema_decay=0.5, warmup_steps=2
     )
-    step = jax.jit(train_state.train_step, static_argnames=("cfg", "objective", "optim"))
+    step = jax.jit(step_lib.train_step, static_argnames=("cfg", "objective", "optim"))
     results = []
     for accumulate, batches in ((1, [batch, batch]), (2, [*halves, *halves])):
         one = dataclasses.replace(
             optim, accumulate=accumulate, decay_steps=8 * accumulate, warmup_steps=2 * accumulate
         )
-        state = train_state.init_state(params, optim=one)
+        state = step_lib.init_state(params, optim=one)
         for part in batches:
             state, metrics = step(
                 state, part, jax.random.key(0), cfg=toy_cfg, objective=Causal(), optim=one

@@ -10,6 +10,7 @@ import pytest
 
 from dlm import vocab
 from dlm.params import ParamSpec, init_params
+from dlm.trainable import Learned, Trainable
 from tests.lib import toys
 from tests.lib.certainty import batch_of, by_card, easy, shown
 from tests.lib.models import spread
@@ -20,13 +21,15 @@ from tests.lib.objectives import (
 )
 from tests.lib.oracle import Model
 from tests.lib.runs import toy_config
-from train import loop, train_state
+from train import loop
+from train import step as step_lib
 from train.config import ConfigError, OptimConfig
+from train.losses import CHUNK, soft_cross_entropy
 from train.objectives import Context, Predictions, TokenObjective
 from train.objectives.causal import Causal
 from train.objectives.certainty_forcing import CertaintyForcing
 from train.objectives.masked_diffusion import MaskedDiffusion
-from train.objectives.ps_kd import CHUNK, PsKd, soft_cross_entropy
+from train.objectives.ps_kd import PsKd
 
 KEY = jax.random.key(0)
 
@@ -51,14 +54,14 @@ def table(logits):
 
 
 @dataclasses.dataclass(frozen=True)
-class TableLogits:
+class TableLogits(Trainable):
     """Trains the logits of a table of [2, 3] tokens."""
 
     def specs(self, cfg):
         return {"logits": ParamSpec((2, 3, 7), (None, None, None))}
 
-    def attach(self, cfg, params, own):
-        return {**own, "unembed": jnp.eye(7)}
+    def attach(self, cfg, frozen, own):
+        return Learned({**own, "unembed": jnp.eye(7)})
 
 
 def random_table(seed):
@@ -80,10 +83,8 @@ def run_table(params, teacher, batch, *, alpha, progress):
     """Loss, metrics, and gradients of the logits and of the teacher's."""
 
     def loss(logits, theirs):
-        context = Context(KEY, progress, {**teacher, "logits": theirs})
-        return PsKd(of=Table(), alpha=alpha).loss(
-            {**params, "logits": logits}, None, batch, context
-        )
+        learned = Learned({**params, "logits": logits}, None, {**teacher, "logits": theirs})
+        return PsKd(of=Table(), alpha=alpha).loss(learned, None, batch, Context(KEY, progress))
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, metrics), gradients = run(params["logits"], teacher["logits"])
@@ -125,7 +126,7 @@ def test_alpha_zero_is_plain_cross_entropy_bit_for_bit():
     loss, _, gradient, _ = run_table(params, teacher, batch, alpha=0.0, progress=1.0)
     plain, plain_gradient = jax.jit(
         jax.value_and_grad(
-            lambda z: Table().loss({**params, "logits": z}, None, batch, Context(KEY))[0]
+            lambda z: Table().loss(Learned({**params, "logits": z}), None, batch, Context(KEY))[0]
         )
     )(params["logits"])
     assert loss == plain
@@ -170,8 +171,9 @@ def run_model(params, teacher, batch, progress, *, of, cfg):
     """With alpha 1, so that the share of the teacher is the progress."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
-        context = Context(jax.random.key(1), progress, teacher)
-        loss, metrics = PsKd(of=of, alpha=1.0).loss(params, cfg, batch, context)
+        context = Context(jax.random.key(1), progress)
+        learned = Learned(params, beside=teacher)
+        loss, metrics = PsKd(of=of, alpha=1.0).loss(learned, cfg, batch, context)
     return loss, metrics, [window.tokens for window in recorder.calls]
 
 
@@ -264,7 +266,8 @@ def test_without_a_difference_there_is_no_gradient(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
 
     def loss(params, objective, progress, teacher):
-        return objective.loss(params, toy_cfg, batch, Context(KEY, progress, teacher))[0]
+        learned = Learned(params, beside=teacher)
+        return objective.loss(learned, toy_cfg, batch, Context(KEY, progress))[0]
 
     softened = PsKd(of=MaskedDiffusion(), alpha=1.0)
     run = jax.jit(jax.value_and_grad(loss), static_argnames="objective")
@@ -283,7 +286,8 @@ def test_gradient_against_finite_differences_in_float64(toy_cfg):
         PsKd(of=CertaintyForcing(block_len=4, beta=0.5), alpha=0.8),
         toy_cfg,
         batch_of(toy_cfg, 10),
-        Context(jax.random.key(2), 0.5, teacher),
+        Context(jax.random.key(2), 0.5),
+        teacher,
     )
 
 
@@ -295,9 +299,9 @@ def test_the_teacher_is_the_moving_average_of_the_steps_before(toy_cfg):
     params, _, batch = random_table(4)
     optim = OptimConfig(learning_rate=0.3, decay_steps=8, ema_decay=0.9)
     objective = PsKd(of=Table(), alpha=0.5)
-    state = train_state.init_state({"logits": jnp.asarray(params["logits"])}, optim=optim)
+    state = step_lib.init_state({"logits": jnp.asarray(params["logits"])}, optim=optim)
     static = {"cfg": toy_cfg, "objective": objective, "trainable": TableLogits()}
-    step = jax.jit(functools.partial(train_state.train_step, optim=optim, **static))
+    step = jax.jit(functools.partial(step_lib.train_step, optim=optim, **static))
     cross = lambda target, p: -(target * np.log(p)).sum(-1)
     weight = batch["weight"]
     law = lambda own: softmax(own["logits"])
@@ -312,7 +316,7 @@ def test_the_teacher_is_the_moving_average_of_the_steps_before(toy_cfg):
         np.testing.assert_allclose(metrics["soft_cross_entropy"], soft / weight.sum(), rtol=1e-5)
     assert np.abs(before - p).max() > 0.02
     p = law(state.ema)
-    metrics = jax.jit(functools.partial(train_state.valid_step, **static))(state.ema, batch, KEY)
+    metrics = jax.jit(functools.partial(step_lib.valid_step, **static))(state.ema, batch, KEY)
     entropy = (weight * cross(p, p)).sum()
     hard = (weight * cross(np.eye(7)[batch["completion"]], p)).sum()
     said = metrics["soft_cross_entropy"]
@@ -335,7 +339,7 @@ def test_objectives_from_settings():
     objective = PsKd(of=spec, alpha=0.5)
     assert objective == PsKd(of=Causal(on_prompt=True), alpha=0.5)
     assert hash(objective) == hash(PsKd(of=Causal(on_prompt=True), alpha=0.5))
-    assert train_state.needs_teacher(objective) and not train_state.needs_teacher(objective.of)
+    assert objective.needs_teacher and not objective.of.needs_teacher
 
 
 def test_refusals():

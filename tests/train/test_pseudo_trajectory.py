@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dlm.trainable import Learned
 from tests.lib.certainty import batch_of, by_card, easy, shown
 from tests.lib.objectives import (
     assert_gradient_is_that_of_differences,
@@ -167,8 +168,12 @@ def test_gradient_against_finite_differences_in_float64(toy_cfg):
 
 
 def test_batches_without_a_trajectory_are_refused(toy_cfg):
-    with pytest.raises(ValueError, match=r"has no step_map: train on what `python -m train\.traj"):
-        PseudoTrajectory().loss({}, toy_cfg, make_batch(toy_cfg), Context(jax.random.key(0)))
+    with pytest.raises(
+        ValueError, match=r"has no step_map: train on what `python -m train\.collect\.traj"
+    ):
+        PseudoTrajectory().loss(
+            Learned({}), toy_cfg, make_batch(toy_cfg), Context(jax.random.key(0))
+        )
     with pytest.raises(ValueError, match="has no step_map"):
         PseudoTrajectory().predict({}, toy_cfg, make_batch(toy_cfg), Context(jax.random.key(0)))
 

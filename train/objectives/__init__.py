@@ -1,29 +1,31 @@
 """What is minimised, one file per method.
 
-An objective is a frozen dataclass with one method,
+An objective is a frozen dataclass, an `Objective`, with one method,
 
-    loss(params, cfg, batch, context) -> (scalar float32, metrics)
+    loss(learned, cfg, batch, context) -> (scalar float32, metrics)
 
-where `batch` is what `train.data` makes:
+where `learned` is what the run's trainable makes (`dlm.trainable`) and `batch` what `train.data`
+does:
 
     prompt: [B, P] int32. Prompts, left-padded, so that every completion starts at index P.
     prompt_start: [B] int32. Index of the first real prompt token; P if the prompt is empty.
     completion: [B, G] int32. Completions, filled up with EOS.
     completion_len: [B] int32. Tokens of the completion, its first EOS included, at most G.
     index: [B] int32. Which examples of the task these are; of a packed row, its first one.
-    step_map: [B, G] int32. Only of trajectories (`train.trajectories`): the round in which the
-        teacher decided each position, EOS padding included; -1: never.
+    step_map: [B, G] int32. Only of trajectories (`train.collect.trajectories`): the round in
+        which the teacher decided each position, EOS padding included; -1: never.
 
 `metrics` is a dict of scalar float32 arrays and holds "loss". A config names an objective by
 "module:Class", so a new one is a new file and nothing else.
 
-Those that score single tokens are a `TokenObjective`: forward pass and loss apart.
+Those that score single tokens of the model itself are a `TokenObjective`: forward pass and loss
+apart. What several objectives share is in `train.reading` and `train.losses`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from flax import struct
 
 from dlm.config import ModelConfig
 from dlm.params import Params
+from dlm.trainable import Learned
 
 
 class Context(struct.PyTreeNode):
@@ -40,12 +43,10 @@ class Context(struct.PyTreeNode):
       key: of this step, for all its randomness.
       progress: scalar float32 in [0, 1). Share of the steps done, for curricula: the step over
         `optim.decay_steps`.
-      teacher: moving average of the parameters; None unless the objective has `needs_teacher`.
     """
 
     key: jax.Array
     progress: jax.Array | float = 0.0
-    teacher: Params | None = None
 
 
 class Predictions(struct.PyTreeNode):
@@ -64,7 +65,34 @@ class Predictions(struct.PyTreeNode):
     extra: Any = None
 
 
-class TokenObjective:
+class Objective:
+    """What is minimised. Base class of frozen dataclasses.
+
+    Attributes:
+      needs_teacher: whether `learned.beside` is to be the moving average of the model
+        (`optim.ema_decay`).
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def loss(
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch.
+
+        Args:
+          learned: parameters, see `dlm.trainable`.
+          cfg: the model that is run.
+          batch: as the module says.
+          context: of this step.
+
+        Returns:
+          Scalar float32, and metrics: scalar float32 by name, "loss" among them.
+        """
+        raise NotImplementedError
+
+
+class TokenObjective(Objective):
     """An objective that is a forward pass, and a score of the tokens it predicts.
 
     `train.objectives.ps_kd` builds on any of these.
@@ -81,10 +109,10 @@ class TokenObjective:
         raise NotImplementedError
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The score of the predictions."""
-        return self.score(params, self.predict(params, cfg, batch, context))
+        """The score of the target's predictions."""
+        return self.score(learned.target, self.predict(learned.target, cfg, batch, context))
 
 
 def row_mean_weight(is_scored: jax.Array) -> jax.Array:

@@ -24,14 +24,14 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.draft_lm import Draft
-from dlm.params import Params
-from train.objectives import Context
-from train.objectives.causal import read_text
-from train.objectives.ps_kd import in_chunks
+from dlm.trainable import Learned
+from train.losses import in_chunks
+from train.objectives import Context, Objective
+from train.reading import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaSpec:
+class AdaSpec(Objective):
     """Goes with `dlm.heads.draft_lm:DraftLM` with a `reference` as `train.trainable`.
 
     Attributes:
@@ -47,9 +47,9 @@ class AdaSpec:
             raise ValueError(f"share={self.share} must be in (0, 1]")
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` have "draft", "reference".
+        """The loss of one batch. Args: as `Objective`; `own` is a draft, `beside` the reference.
 
         Returns:
           Scalar float32, and metrics: "loss", "acceptance" as `DistillSpec`, over all tokens, and
@@ -58,11 +58,10 @@ class AdaSpec:
         Raises:
           ValueError: there is no reference.
         """
-        if "reference" not in params:
+        if learned.beside is None:
             raise ValueError("train.trainable.reference='' must be the folder of a draft model")
-        ours: Draft = params["draft"]
-        target = {n: x for n, x in params.items() if n not in ("draft", "reference")}
-        reference = params["reference"]
+        ours: Draft = learned.own
+        target, reference = learned.target, learned.beside
         frozen = jax.lax.stop_gradient(
             (
                 read_text(target, cfg, batch, self.on_prompt).hidden[:, :-1],

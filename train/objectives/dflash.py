@@ -32,14 +32,15 @@ from dlm.blocks.rotary import rotary_angles
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashNetwork
 from dlm.params import Params
+from dlm.trainable import Learned
 from train.draft_attention import draft_attention
-from train.objectives import Context
-from train.objectives.causal import Text, read_text
-from train.objectives.ps_kd import soft_cross_entropy
+from train.losses import soft_cross_entropy
+from train.objectives import Context, Objective
+from train.reading import Text, read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DFlashLoss:
+class DFlashLoss(Objective):
     """Goes with `dlm.heads.dflash:DFlashHeads` as `train.trainable`.
 
     Attributes:
@@ -66,17 +67,17 @@ class DFlashLoss:
         return jnp.broadcast_to(slots, losses.shape)
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+        """The loss of one batch. Args: as `Objective`; `own` is a network.
 
         Returns:
           Scalar float32, and metrics: "loss", "accuracy_2", .. of the first slots, up to four
           (tokens of the text that are the arg-max), and "expected_length", tokens per round if
           slots were right independently of each other.
         """
-        network: DFlashNetwork = params["heads"]
-        target = {name: x for name, x in params.items() if name != "heads"}
+        network: DFlashNetwork = learned.own
+        target = learned.target
         text = jax.lax.stop_gradient(
             read_text(target, cfg, batch, self.on_prompt, feature_layers=network.feature_layers)
         )

@@ -10,7 +10,7 @@ arXiv:2310.08461, Sec. 4. With p the target's law of the next token and q the dr
     nla          -log sum_x min(p, q)
 
 averaged over the tokens of completions up to their first EOS. Train on the target's own texts
-(`train.trajectories`, or any text). No gradient flows to the target.
+(`train.collect.trajectories`, or any text). No gradient flows to the target.
 
 Letters: B batch, T positions, D width, V vocabulary.
 """
@@ -25,16 +25,17 @@ import jax.numpy as jnp
 
 from dlm import vocab
 from dlm.config import ModelConfig
-from dlm.params import Params
-from train.objectives import Context
-from train.objectives.causal import read_text
-from train.objectives.ps_kd import in_chunks
+from dlm.heads.draft_lm import Draft
+from dlm.trainable import Learned
+from train.losses import in_chunks
+from train.objectives import Context, Objective
+from train.reading import read_text
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "tv", "nla")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillSpec:
+class DistillSpec(Objective):
     """Goes with `dlm.heads.draft_lm:DraftLM` as `train.trainable`.
 
     Attributes:
@@ -59,16 +60,16 @@ class DistillSpec:
             raise ValueError(f"temperature={self.temperature} must be positive")
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` have "draft".
+        """The loss of one batch. Args: as `Objective`; `own` is a draft.
 
         Returns:
           Scalar float32, and metrics: "loss" and "acceptance", the mean of sum_x min(p, q): the
           probability that a drawn draft is accepted.
         """
-        draft = params["draft"]
-        target = {name: x for name, x in params.items() if name != "draft"}
+        draft: Draft = learned.own
+        target = learned.target
         theirs = read_text(target, cfg, batch, self.on_prompt)
         ours = read_text(draft.params, draft.cfg, batch, self.on_prompt)
 

@@ -23,16 +23,15 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
-from dlm.params import Params
+from dlm.trainable import Learned
 from dlm.window import Window
-from train.objectives import Context
-from train.objectives.causal import read_text
-from train.objectives.medusa import score_head
-from train.objectives.ps_kd import soft_cross_entropy
+from train.losses import score_head, soft_cross_entropy
+from train.objectives import Context, Objective
+from train.reading import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eagle1Loss:
+class Eagle1Loss(Objective):
     """Goes with `dlm.heads.eagle_1:Eagle1Heads` as `train.trainable`.
 
     Attributes:
@@ -50,16 +49,16 @@ class Eagle1Loss:
             raise ValueError(f"weight={self.weight} and noise={self.noise} must not be negative")
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+        """The loss of one batch. Args: as `Objective`; `own` is a network.
 
         Returns:
           Scalar float32, and metrics: "loss", "feature_loss", "soft_cross_entropy" and "accuracy_2"
           (second tokens after a position that are q's arg-max).
         """
-        network: EagleNetwork = params["heads"]
-        target = {name: x for name, x in params.items() if name != "heads"}
+        network: EagleNetwork = learned.own
+        target = learned.target
         text = jax.lax.stop_gradient(read_text(target, cfg, batch, self.on_prompt))
         T = text.tokens.shape[1]
         bound = self.noise * 512 / T

@@ -28,14 +28,15 @@ from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
 from dlm.params import Params
+from dlm.trainable import Learned
 from train.draft_attention import draft_attention
-from train.objectives import Context
-from train.objectives.causal import Text, read_text
-from train.objectives.ps_kd import in_chunks
+from train.losses import in_chunks
+from train.objectives import Context, Objective
+from train.reading import Text, read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eagle3Loss:
+class Eagle3Loss(Objective):
     """Goes with `dlm.heads.eagle_3:Eagle3Heads` as `train.trainable`.
 
     Attributes:
@@ -53,9 +54,9 @@ class Eagle3Loss:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1")
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+        """The loss of one batch. Args: as `Objective`; `own` is a network.
 
         Returns:
           Scalar float32, and metrics: "loss", and "accuracy_2", "accuracy_3", .. for the second,
@@ -64,8 +65,8 @@ class Eagle3Loss:
         Raises:
           ValueError: rows are too short for so many steps.
         """
-        network: EagleNetwork = params["heads"]
-        target = {name: x for name, x in params.items() if name != "heads"}
+        network: EagleNetwork = learned.own
+        target = learned.target
         text = read_text(target, cfg, batch, self.on_prompt, feature_layers=network.feature_layers)
         text = jax.lax.stop_gradient(text)
         T = text.tokens.shape[1]

@@ -20,16 +20,15 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.hydra import head_hidden, read_prefix
-from dlm.params import Params
+from dlm.trainable import Learned
 from dlm.window import Window
-from train.objectives import Context
-from train.objectives.causal import read_text
-from train.objectives.medusa import score_head
-from train.objectives.ps_kd import soft_cross_entropy
+from train.losses import score_head, soft_cross_entropy
+from train.objectives import Context, Objective
+from train.reading import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HydraLoss:
+class HydraLoss(Objective):
     """Goes with `dlm.heads.hydra:HydraHeads` as `train.trainable`.
 
     Attributes:
@@ -43,12 +42,12 @@ class HydraLoss:
     on_prompt: bool = False
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of one batch, and the metrics of `MedusaLoss`. Args: likewise."""
-        own = params["heads"]
-        text = read_text(params, cfg, batch, self.on_prompt)
-        embedded = params["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
+        target, own = learned.target, learned.own
+        text = read_text(target, cfg, batch, self.on_prompt)
+        embedded = target["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
         T = embedded.shape[1]
         total, metrics = jnp.float32(0), {}
         window = Window.left_padded(text.tokens, text.start, is_causal=True)
@@ -65,7 +64,7 @@ class HydraLoss:
                 soft = soft_cross_entropy(
                     own["unembed"][i],
                     hidden[:, :-ahead],
-                    vocab.head(params),
+                    vocab.head(target),
                     text.hidden[:, ahead - 1 : -1],
                 )
                 loss = jnp.where(counts, soft, 0.0).sum() / jnp.maximum(counts.sum(), 1)

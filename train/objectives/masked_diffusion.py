@@ -37,11 +37,11 @@ import jax.numpy as jnp
 
 from dlm import vocab
 from dlm.config import ModelConfig
-from dlm.models import decoder
 from dlm.params import Params
-from dlm.window import Window
 from kernels_pallas.window_attention import pack_mask
+from train.losses import weighted_loss
 from train.objectives import Context, Predictions, TokenObjective
+from train.reading import read_completion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,63 +113,6 @@ class MaskedDiffusion(TokenObjective):
         t = _draw_t(t_key, shape[0], self.stratified)
         p = (1 - self.eps) * t + self.eps
         return jax.random.uniform(mask_key, shape) < p[:, None], p
-
-
-def read_completion(
-    params: Params,
-    cfg: ModelConfig,
-    batch: Mapping[str, jax.Array],
-    is_masked: jax.Array,
-    mask: jax.Array | None = None,
-    remat: bool = False,
-) -> jax.Array:
-    """Hidden states [B, G, D] that predict a completion of which some tokens are masked.
-
-    Only completions are scored, so only they are to be multiplied with the vocabulary.
-
-    Args:
-      params, cfg, batch: as `train.objectives` says.
-      is_masked: [B, G] bool.
-      mask: attention over prompt and completion, see `dlm.window.Window`; None: all of it.
-      remat: whether the backward pass recomputes each layer.
-
-    Raises:
-      ValueError: the model has no mask token, or it is shifted and there is no prompt.
-    """
-    prompt, start = batch["prompt"], batch["prompt_start"]
-    P = prompt.shape[1]
-    if cfg.mask_token_id is None:
-        raise ValueError("mask_token_id=None must be a token id for masked diffusion")
-    if cfg.shifted_logits and P == 0:
-        raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
-    noisy = jnp.where(is_masked, cfg.mask_token_id, batch["completion"])
-    window = Window.left_padded(jnp.concatenate([prompt, noisy], axis=1), start, mask=mask)
-    hidden = decoder.forward(params, cfg, window, remat=remat).hidden
-    return hidden[:, P - 1 : -1] if cfg.shifted_logits else hidden[:, P:]
-
-
-def weighted_loss(
-    log_prob: jax.Array, is_right: jax.Array, is_masked: jax.Array, p: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of masked tokens over their row's p and over G, averaged over rows.
-
-    Args:
-      log_prob: [B, G] float32. Of the right token at each position.
-      is_right: [B, G] bool. Whether it is the model's arg-max.
-      is_masked: [B, G] bool. Which tokens the model did not see.
-      p: [B] float32. What a row's sum is divided by: the probability with which its tokens were
-        masked, or a power of it.
-
-    Returns:
-      Scalar float32, and the metrics of `MaskedDiffusion.score` but for its bound.
-    """
-    per_row = jnp.where(is_masked, -log_prob, 0.0).sum(axis=1) / p / is_masked.shape[1]
-    loss = per_row.mean()
-    return loss, {
-        "loss": loss,
-        "masked_accuracy": (is_right & is_masked).sum() / jnp.maximum(is_masked.sum(), 1),
-        "mask_fraction": is_masked.mean(),
-    }
 
 
 def _draw_t(key: jax.Array, num_rows: int, stratified: bool) -> jax.Array:

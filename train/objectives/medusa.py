@@ -18,16 +18,16 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
-from dlm.params import Params
-from train.objectives import Context
-from train.objectives.causal import Text, read_text
+from dlm.trainable import Learned
+from train.losses import score_head
+from train.objectives import Context, Objective
+from train.reading import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MedusaLoss:
+class MedusaLoss(Objective):
     """Goes with `dlm.heads.medusa:MedusaHeads` as `train.trainable`.
 
     Attributes:
@@ -39,16 +39,16 @@ class MedusaLoss:
     on_prompt: bool = False
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` have "heads".
+        """The loss of one batch. Args: as `Objective`; `own` are heads.
 
         Returns:
           Scalar float32, and metrics: "loss", and "accuracy_2", "accuracy_3", .. for the second,
           third, .. token after a position (tokens whose arg-max is right).
         """
-        own = params["heads"]
-        text = read_text(params, cfg, batch, self.on_prompt)
+        own = learned.own
+        text = read_text(learned.target, cfg, batch, self.on_prompt)
         total, metrics = jnp.float32(0), {}
         for k in range(own["unembed"].shape[0]):
             score = score_head(
@@ -57,22 +57,3 @@ class MedusaLoss:
             total += self.decay**k * score[0]
             metrics[f"accuracy_{k + 2}"] = score[1]
         return total, {"loss": total, **metrics}
-
-
-def score_head(
-    hidden: jax.Array, unembed: jax.Array, text: Text, ahead: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy and accuracy of a head.
-
-    Args:
-      hidden: [B, T, D]. What the head multiplies with its matrix.
-      unembed: [V, D]. Its matrix.
-      text: of `read_text`.
-      ahead: the head at t is about token t + ahead.
-    """
-    targets = text.tokens[:, ahead:]
-    counts = text.counts[:, ahead:] & (jnp.arange(targets.shape[1])[None] >= text.start[:, None])
-    stats = vocab.score(unembed, hidden[:, :-ahead], targets)
-    total = jnp.maximum(counts.sum(), 1)
-    loss = jnp.where(counts, -stats.log_prob, 0.0).sum() / total
-    return loss, ((stats.token == targets) & counts).sum() / total

@@ -22,15 +22,14 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
-from dlm.params import Params
-from train.objectives import Context
-from train.objectives.causal import read_text
-from train.objectives.medusa import score_head
-from train.objectives.ps_kd import soft_cross_entropy
+from dlm.trainable import Learned
+from train.losses import score_head, soft_cross_entropy
+from train.objectives import Context, Objective
+from train.reading import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Medusa2Loss:
+class Medusa2Loss(Objective):
     """Goes with `dlm.heads.medusa_2:MedusaJoint` as `train.trainable`.
 
     Attributes:
@@ -50,16 +49,16 @@ class Medusa2Loss:
             raise ValueError(f"weight={self.weight} must not be negative")
 
     def loss(
-        self, params: Params, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
+        self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch. Args: as `train.objectives`; `params` as `MedusaJoint` gives them.
+        """The loss of one batch. Args: as `Objective`; `learned` as `MedusaJoint` gives it.
 
         Returns:
           Scalar float32, and metrics: "loss", "model_loss" (L_LM), and "accuracy_1" of the model
           and "accuracy_2", .. of the heads as `MedusaLoss`.
         """
-        own, original = params["heads"], params["original"]
-        model = {name: x for name, x in params.items() if name not in ("heads", "original")}
+        model, own, original = learned.target, learned.own, learned.beside
+        assert original is not None
         text = read_text(model, cfg, batch, self.on_prompt)
         head = vocab.head(model)
         total, accuracy = score_head(text.hidden, head, text, ahead=1)

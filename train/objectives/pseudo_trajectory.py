@@ -28,13 +28,9 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
+from train.losses import certainty_loss, check_certainty
 from train.objectives import Context, Predictions, TokenObjective
-from train.objectives.certainty_forcing import (
-    certainty_loss,
-    check_certainty,
-    draw_block,
-    predict_views,
-)
+from train.reading import draw_block, predict_views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +80,8 @@ class PseudoTrajectory(TokenObjective):
         """As `CertaintyForcing._corrupt`."""
         if "step_map" not in batch:
             raise ValueError(
-                "the batch has no step_map: train on what `python -m train.trajectories` wrote"
+                "the batch has no step_map: train on what `python -m train.collect.trajectories` "
+                "wrote"
             )
         B, G = batch["completion"].shape
         progress = jnp.asarray(context.progress, jnp.float32)

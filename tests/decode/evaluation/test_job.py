@@ -8,7 +8,8 @@ import pytest
 import dlm
 from decode.diffusion.points import family_of, named
 from decode.evaluation import job as jobs
-from decode.evaluation.job import TASKS, Job, Point, make_job, measure, measure_points
+from decode.evaluation.job import Job, Point, make_job, measure, measure_points
+from dlm.tasks.presets import TASKS
 from dlm.tasks.scan import Scan
 from dlm.tasks.waiting_line import WaitingLine
 from tests.lib.untrained import untrained

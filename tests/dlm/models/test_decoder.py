@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 import operator
 
 import jax
@@ -181,6 +182,8 @@ def test_bad_configs_are_refused(change, message):
 
 def test_config_is_hashable():
     assert hash(PRESETS["tiny"]) == hash(ModelConfig(**dataclasses.asdict(PRESETS["tiny"])))
+    stored = json.loads(json.dumps(dataclasses.asdict(PRESETS["tiny"])))
+    assert ModelConfig(**stored) == PRESETS["tiny"]
 
 
 def test_stretched_frequencies_by_hand():

@@ -7,6 +7,7 @@ import pytest
 from jax.extend import core
 
 from dlm.params import init_params
+from dlm.trainable import Learned
 from scripts.bench.timing import forward_cost
 from scripts.bench.train import _random_batch, product_flops, train_products
 from train.objectives import Context
@@ -40,7 +41,7 @@ def test_products_are_those_of_the_program(toy_cfg, remat):
     objective, batch = MaskedDiffusion(remat=remat), _random_batch(cfg, B, P, G)
 
     def loss(params):
-        return objective.loss(params, cfg, batch, Context(jax.random.key(0)))[0]
+        return objective.loss(Learned(params), cfg, batch, Context(jax.random.key(0)))[0]
 
     program = jax.make_jaxpr(jax.grad(loss))(init_params(jax.random.key(0), cfg))
     products = train_products(cfg, B, P, G, remat)

@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dlm.config import ModelConfig
 from dlm.params import Params, ParamSpec, abstract_from_specs, init_from_specs, spec_shardings
 from dlm.sharding import constrain
+from dlm.trainable import Everything, Learned, Trainable
 from train import data, optimizer
 from train.config import OptimConfig
-from train.objectives import Context
-from train.trainable import Everything, Trainable
+from train.objectives import Context, Objective
 
 EVERYTHING = Everything()
 
@@ -44,6 +44,11 @@ class TrainState(struct.PyTreeNode):
     ema: Params | None
     is_finite: jax.Array
 
+    @property
+    def averaged(self) -> Params:
+        """What is validated and exported: the moving average, if there is one."""
+        return self.params if self.ema is None else self.ema
+
 
 # ---- The step ---------------------------------------------------------------------------------
 
@@ -63,10 +68,10 @@ def train_step(
     state: TrainState,
     batch: data.Batch,
     key: jax.Array,
-    frozen: Params | None = None,
+    frozen: Learned | None = None,
     *,
     cfg: ModelConfig,
-    objective: Any,
+    objective: Objective,
     optim: OptimConfig,
     trainable: Trainable = EVERYTHING,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -76,7 +81,8 @@ def train_step(
       state: before it.
       batch: see `train.objectives`.
       key: of the run.
-      frozen: parameters of the model that `trainable` is learned beside; they get no gradient.
+      frozen: the model that `trainable` is learned beside, see `Trainable.attach`; it gets no
+        gradient. None: nothing stays as it is.
       cfg: the model. Static, as are the following.
       objective: see `train.objectives`.
       optim: the optimiser.
@@ -90,19 +96,20 @@ def train_step(
     context = Context(
         key=jax.random.fold_in(key, state.step),
         progress=jnp.minimum(state.step / optim.decay_steps, 1.0),
-        teacher=None if not needs_teacher(objective) else attach(state.ema),
     )
+    teacher = attach(state.ema).target if objective.needs_teacher else None
 
     def loss_fn(own: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return objective.loss(attach(own), cfg, batch, context)
+        learned = attach(own)
+        if objective.needs_teacher:
+            learned = learned.replace(beside=teacher)
+        return objective.loss(learned, cfg, batch, context)
 
     (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     grad_norm = optax.global_norm(gradient)
     tx = optimizer.make_optimizer(optim)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    if hasattr(trainable, "rate"):
-        updates = trainable.rate(updates)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, trainable.rate(updates))
     step = state.step + 1
     ema = state.ema
     if ema is not None:
@@ -134,27 +141,23 @@ def valid_step(
     own: Params,
     batch: data.Batch,
     key: jax.Array,
-    frozen: Params | None = None,
+    frozen: Learned | None = None,
     *,
     cfg: ModelConfig,
-    objective: Any,
+    objective: Objective,
     trainable: Trainable = EVERYTHING,
 ) -> dict[str, jax.Array]:
     """The objective's metrics on one held-out batch, at the end of any curriculum."""
-    params = _attach(frozen, own, cfg=cfg, trainable=trainable)
-    teacher = params if needs_teacher(objective) else None
-    return objective.loss(params, cfg, batch, Context(key, 1.0, teacher))[1]
-
-
-def needs_teacher(objective: Any) -> bool:
-    """Whether an objective compares the model with the moving average of itself."""
-    return getattr(objective, "needs_teacher", False)
+    learned = _attach(frozen, own, cfg=cfg, trainable=trainable)
+    if objective.needs_teacher:
+        learned = learned.replace(beside=learned.target)
+    return objective.loss(learned, cfg, batch, Context(key, 1.0))[1]
 
 
 def _attach(
-    frozen: Params | None, own: Params | None, *, cfg: ModelConfig, trainable: Trainable
-) -> Params:
-    """The parameters of a forward pass, in the model's dtype.
+    frozen: Learned | None, own: Params | None, *, cfg: ModelConfig, trainable: Trainable
+) -> Learned:
+    """What the objective is given, in the model's dtype.
 
     They stay spread over the mesh until they are used, and so do their gradients: what travels is
     never float32.
@@ -163,7 +166,8 @@ def _attach(
     def cast(spec: ParamSpec, x: jax.Array) -> jax.Array:
         return constrain(x.astype(cfg.jnp_dtype), *spec.axes)
 
-    return trainable.attach(cfg, frozen or {}, jax.tree.map(cast, trainable.specs(cfg), own))
+    own = jax.tree.map(cast, trainable.specs(cfg), own)
+    return trainable.attach(cfg, frozen or Learned({}), own)
 
 
 # ---- State on a mesh --------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from dlm.tokenizer import word_tokenizer
 from tests.lib import toys
 from tests.lib.models import spread
 from tests.lib.paths import ROOT
-from train import data, trajectories
+from train import data
+from train.collect import trajectories
+from train.collect.config import TrajectoryConfig
+from train.collect.records import Trajectories, open_records
 from train.config import ConfigError
-from train.trajectories import Trajectories, TrajectoryConfig, open_records
 
 P, G, C = 5, 6, 3
 
@@ -130,7 +132,7 @@ def test_kill_9_loses_the_open_shard_only(collected, model_path, tmp_path):
     """Killed at a random point, the same command comes to the same records."""
     values = dataclasses.asdict(settings(model_path, examples_per_shard=2))
     program = (
-        "import json, sys; from train import trajectories as t; "
+        "import json, sys; from train.collect import trajectories as t; "
         "t.run(t.TrajectoryConfig(**json.loads(sys.argv[1])), sys.argv[2])"
     )
     process = subprocess.Popen(
@@ -175,7 +177,7 @@ def test_settings_that_make_no_sense_are_refused(model_path, tmp_path, changes, 
 
 def test_a_folder_of_other_settings_is_refused(collected, model_path):
     before = contents(collected)
-    with pytest.raises(ConfigError, match=r"other settings \(gen_len was 6 and is 7\)"):
+    with pytest.raises(ConfigError, match=r"another config \(gen_len was 6 and is 7\)"):
         trajectories.run(settings(model_path, gen_len=7), collected)
     assert contents(collected) == before
     trajectories.run(settings(model_path, batch_size=2), collected)  # only how fast

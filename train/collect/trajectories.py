@@ -1,6 +1,6 @@
 """A model's own answers and how it came to them: what distillation and filters learn from.
 
-    python -m train.trajectories --config=configs/trajectories_waiting_line.py \\
+    python -m train.collect.trajectories --config=configs/collect_trajectories.py:waiting_line \\
         --out=runs/waiting_line/trajectories
 
 Decodes the prompts of a task with any method of `decode/diffusion/points.py` and writes, per
@@ -59,57 +59,14 @@ from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
 from dlm.sharding import make_mesh
 from dlm.tokenizer import Tokenizer
-from train.config import ConfigError, build, to_dict
+from train.collect.config import TrajectoryConfig
+from train.collect.records import SETTINGS, open_records
+from train.config import ConfigError, build, from_fields
 from train.host import join_cluster
+from train.workdir import check_same, check_writable, write_json
 
 _NAME = "trajectories"
-_SETTINGS, _RESULTS = "settings.json", "results.jsonl"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrajectoryConfig:
-    """What to decode, and how.
-
-    Attributes:
-      checkpoint: folder of the model, for `dlm.load`.
-      task: {"make": "module:Class", **fields}, see `dlm.tasks`.
-      method: name in `decode/diffusion/points.py`.
-      block_len: positions per block.
-      changes: fields of the method that differ, see `decode.diffusion.points.override`.
-      oracle: whether to decode a second time for the filter.
-      num_examples: the task's first ones; 0: all.
-      prompt_len: P, tokens of the longest prompt.
-      gen_len: G, tokens per answer.
-      batch_size: rows decoded at once, in each process.
-      examples_per_shard: that a file holds; what a stopped run may lose.
-      seed: of sampled methods; example i uses seed + i.
-      dtype: of the parameters; "": the checkpoint's.
-      tensor: devices per process over which heads, MLP and vocabulary are split.
-    """
-
-    checkpoint: str
-    task: Mapping[str, Any]
-    method: str = "one_per_step"
-    block_len: int = 32
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    oracle: bool = False
-    num_examples: int = 0
-    prompt_len: int
-    gen_len: int
-    batch_size: int = 64
-    examples_per_shard: int = 1024
-    seed: int = 0
-    dtype: str = ""
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        lowest = dict.fromkeys(
-            ("block_len", "prompt_len", "gen_len", "batch_size", "examples_per_shard", "tensor"), 1
-        ) | {"num_examples": 0, "seed": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {low}")
+_RESULTS = "results.jsonl"
 
 
 def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLike[str]) -> float:
@@ -126,8 +83,11 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
     Raises:
       ConfigError: the settings make no sense, or `out` has trajectories of other settings.
     """
-    settings = config if isinstance(config, TrajectoryConfig) else _from_config_dict(config)
+    settings = (
+        config if isinstance(config, TrajectoryConfig) else from_fields(TrajectoryConfig, config)
+    )
     folder = pathlib.Path(out)
+    check_writable(folder)
     mesh = None
     if settings.tensor > 1:
         mesh = make_mesh(tensor=settings.tensor, devices=jax.local_devices())
@@ -202,7 +162,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
             features=features,
             split_infos=[split],
             filename_template=template.template,
-            description=f"Trajectories of {settings.checkpoint}, see {_SETTINGS}",
+            description=f"Trajectories of {settings.checkpoint}, see {SETTINGS}",
             check_data=False,
         )
         _write_results(folder, model.tokenizer)
@@ -359,88 +319,14 @@ def _features(settings: TrajectoryConfig) -> Any:
 def _claim(folder: pathlib.Path, settings: TrajectoryConfig, model: str) -> None:
     """Writes the settings into a new folder, or checks that a used one has the same."""
     now = json.loads(json.dumps({**dataclasses.asdict(settings), "model": model}))
-    path = folder / _SETTINGS
+    path = folder / SETTINGS
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ConfigError(
-                f"out={str(folder)!r} has trajectories of other settings ({'; '.join(changed)}): "
-                "go back to the old values or choose another folder"
-            )
+        check_same(path, now, "trajectories", _MAY_CHANGE)
     elif jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        write_json(path, now)
 
 
 _MAY_CHANGE = ("checkpoint", "batch_size", "tensor")  # where and how fast, not what
-
-
-# ---- Reading them ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectories:
-    """What `run` wrote, as a task to train on: a random-access collection of `tasks.Encoded`.
-
-    Attributes:
-      path: the folder.
-      split: "train", "valid" or "all": all but the last twentieth, that, or all of them.
-      only_right: whether answers with a score below 1 are left out.
-
-    Raises:
-      FileNotFoundError: there are none, or they are not complete yet.
-      ValueError: the split is unknown, or has no example.
-    """
-
-    path: str
-    split: str = "train"
-    only_right: bool = False
-    _kept: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
-    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        source = open_records(self.path)
-        kept = np.arange(len(source))
-        num_valid = max(len(source) // 20, 1)
-        parts = {"train": kept[:-num_valid], "valid": kept[-num_valid:], "all": kept}
-        if self.split not in parts:
-            raise ValueError(f"split={self.split!r} must be one of {', '.join(parts)}")
-        kept = parts[self.split]
-        if self.only_right:
-            kept = np.array([i for i in kept if source[int(i)]["score"] >= 1], np.int64)
-        if not len(kept):
-            raise ValueError(f"{self.path}, split {self.split}: no trajectory is right")
-        object.__setattr__(self, "_source", source)
-        object.__setattr__(self, "_kept", kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> tasks.Encoded:
-        record = self._source[int(self._kept[index])]
-        return tasks.Encoded(record["prompt"], record["completion"], record["step_map"])
-
-
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Fields of the `TrajectoryConfig` they were made with, and "model", its fingerprint."""
-    settings: dict[str, Any] = json.loads(
-        (pathlib.Path(path) / _SETTINGS).read_text(encoding="utf-8")
-    )
-    return settings
-
-
-def open_records(path: str | os.PathLike[str]) -> Sequence[dict[str, Any]]:
-    """The records that `run` wrote; FileNotFoundError if they are missing or not complete."""
-    if not (pathlib.Path(path) / "dataset_info.json").exists():
-        raise FileNotFoundError(
-            f"path={str(path)!r} must be a folder that `python -m train.trajectories` has finished"
-        )
-    return tfds.builder_from_directory(path).as_data_source("train")
 
 
 def _write_results(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
@@ -462,17 +348,6 @@ def _write_results(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 # ---- The command -------------------------------------------------------------------------------
-
-
-def _from_config_dict(config: config_dict.ConfigDict) -> TrajectoryConfig:
-    values = to_dict(config)
-    known = {field.name for field in dataclasses.fields(TrajectoryConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"the config has an unknown field {unknown[0]!r}")
-    try:
-        return TrajectoryConfig(**values)
-    except TypeError as error:
-        raise ConfigError(f"the config: {error}") from error
 
 
 def main(argv: Sequence[str]) -> None:

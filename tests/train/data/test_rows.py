@@ -12,11 +12,12 @@ import pytest
 from dlm import vocab
 from dlm.tasks.jsonl import JsonlTask
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
+from dlm.trainable import Learned
 from tests.lib import toys
 from tests.lib.paths import SHARED
 from train import data
-from train.batching import bucket_sizes, crop
 from train.config import ConfigError, DataConfig
+from train.data.rows import bucket_sizes, crop
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 
@@ -207,7 +208,9 @@ def test_eos_behind_the_end_counts_in_the_loss_of_a_bucket(toy_cfg, toy_params, 
         @jax.jit
         @jax.vmap
         def loss(key, batch=batch):
-            return MaskedDiffusion(eps=0.1).loss(toy_params, toy_cfg, batch, Context(key))[0]
+            return MaskedDiffusion(eps=0.1).loss(Learned(toy_params), toy_cfg, batch, Context(key))[
+                0
+            ]
 
         losses = np.asarray(loss(jax.random.split(jax.random.key(0), 1024)))
         error = losses.std() / np.sqrt(1024)

@@ -1,0 +1,1 @@
+"""Making training data out of a model's own answers."""

@@ -1,0 +1,78 @@
+"""Trajectories on disk, as `train.collect.trajectories` writes them, and as a task to train on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dlm import tasks
+
+SETTINGS = "settings.json"  # fields of the `TrajectoryConfig` they were made with
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectories(tasks.Task):
+    """What `train.collect.trajectories` wrote, as a task of `tasks.Encoded` to train on.
+
+    Attributes:
+      path: the folder.
+      split: "train", "valid" or "all": all but the last twentieth, that, or all of them.
+      only_right: whether answers with a score below 1 are left out.
+
+    Raises:
+      FileNotFoundError: there are none, or they are not complete yet.
+      ValueError: the split is unknown, or has no example.
+    """
+
+    path: str
+    split: str = "train"
+    only_right: bool = False
+    _kept: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        source = open_records(self.path)
+        kept = np.arange(len(source))
+        num_valid = max(len(source) // 20, 1)
+        parts = {"train": kept[:-num_valid], "valid": kept[-num_valid:], "all": kept}
+        if self.split not in parts:
+            raise ValueError(f"split={self.split!r} must be one of {', '.join(parts)}")
+        kept = parts[self.split]
+        if self.only_right:
+            kept = np.array([i for i in kept if source[int(i)]["score"] >= 1], np.int64)
+        if not len(kept):
+            raise ValueError(f"{self.path}, split {self.split}: no trajectory is right")
+        object.__setattr__(self, "_source", source)
+        object.__setattr__(self, "_kept", kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> tasks.Encoded:  # type: ignore[override]
+        record = self._source[int(self._kept[index])]
+        return tasks.Encoded(record["prompt"], record["completion"], record["step_map"])
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Fields of the `TrajectoryConfig` they were made with, and "model", its fingerprint."""
+    settings: dict[str, Any] = json.loads(
+        (pathlib.Path(path) / SETTINGS).read_text(encoding="utf-8")
+    )
+    return settings
+
+
+def open_records(path: str | os.PathLike[str]) -> Sequence[dict[str, Any]]:
+    """The records that were written; FileNotFoundError if they are missing or not complete."""
+    if not (pathlib.Path(path) / "dataset_info.json").exists():
+        raise FileNotFoundError(
+            f"path={str(path)!r} must be a folder that `python -m train.collect.trajectories` "
+            "has finished"
+        )
+    return tfds.builder_from_directory(path).as_data_source("train")

@@ -1,0 +1,109 @@
+"""One example as one row: tokenised, padded, or refused with a sentence that says what is too long.
+
+Letters: P prompt length, G completion length.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dlm import tasks
+from dlm.tokenizer import Tokenizer
+from train.config import ConfigError
+
+
+def encode_example(
+    example: tasks.Example | tasks.Encoded,
+    tokenizer: Tokenizer,
+    prompt_len: int,
+    completion_len: int,
+) -> dict[str, np.ndarray]:
+    """One row of a batch.
+
+    Args:
+      example: a prompt and a completion, which are encoded each on its own, as a prompt is when
+        decoding; or token ids, which are taken as they are.
+      tokenizer: encodes both.
+      prompt_len: P.
+      completion_len: G; the completion and one EOS must fit.
+
+    Returns:
+      prompt [P], prompt_start [], completion [G] and completion_len [], of token ids step_map [G]
+      too, all int32; see `train.objectives`.
+
+    Raises:
+      ConfigError: the prompt or the completion is too long.
+    """
+    if isinstance(example, tasks.Encoded):
+        return _pad_encoded(example, tokenizer, prompt_len, completion_len)
+    try:
+        prompt, completion = tokenizer.encode(example.prompt), tokenizer.encode(example.completion)
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
+    if len(prompt) > prompt_len:
+        raise ConfigError(
+            f"the prompt has {len(prompt)} tokens, more than data.prompt_len={prompt_len}: "
+            f"{_shorten(example.prompt)}"
+        )
+    if len(completion) + 1 > completion_len:
+        raise ConfigError(
+            f"the completion has {len(completion)} tokens and its end, more than "
+            f"data.completion_len={completion_len}: {_shorten(example.completion)}"
+        )
+    start = prompt_len - len(prompt)
+    num_eos = completion_len - len(completion)
+    return {
+        "prompt": np.array([tokenizer.pad_token_id] * start + prompt, np.int32),
+        "prompt_start": np.array(start, np.int32),
+        "completion": np.array(completion + [tokenizer.eos_token_id] * num_eos, np.int32),
+        "completion_len": np.array(len(completion) + 1, np.int32),
+    }
+
+
+def _pad_encoded(
+    example: tasks.Encoded, tokenizer: Tokenizer, prompt_len: int, completion_len: int
+) -> dict[str, np.ndarray]:
+    """As `encode_example`. Positions added to a completion were never decided."""
+    for name, tokens, limit in (
+        ("prompt", example.prompt, prompt_len),
+        ("completion", example.completion, completion_len),
+    ):
+        if len(tokens) > limit:
+            raise ConfigError(
+                f"a trajectory's {name} has {len(tokens)} tokens, more than data.{name}_len={limit}"
+            )
+    eos, start = tokenizer.eos_token_id, prompt_len - len(example.prompt)
+    more = (0, completion_len - len(example.completion))
+    completion = np.pad(example.completion, more, constant_values=eos)
+    is_eos = completion == eos
+    length = int(is_eos.argmax()) + 1 if is_eos.any() else completion_len
+    pad = (start, 0)
+    return {
+        "prompt": np.pad(example.prompt, pad, constant_values=tokenizer.pad_token_id),
+        "prompt_start": np.array(start, np.int32),
+        "completion": completion,
+        "completion_len": np.array(length, np.int32),
+        "step_map": np.pad(example.step_map, more, constant_values=-1),
+    }
+
+
+def encode_text(example: tasks.Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """A text to be packed: "tokens" [n] int32, with one EOS at the end.
+
+    Raises:
+      ConfigError: the example has a prompt.
+    """
+    if len(example.prompt):
+        raise ConfigError(
+            f"data.packing=True takes whole texts, but there is a prompt: "
+            f"{_shorten(example.prompt)}"
+        )
+    try:
+        tokens = tokenizer.encode(example.completion)
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
+    return {"tokens": np.array([*tokens, tokenizer.eos_token_id], np.int32)}
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}")

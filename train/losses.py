@@ -1,0 +1,172 @@
+"""Losses that several objectives share, from hidden states and from probabilities.
+
+Letters: B batch, n predictions per row, G completion length, A positions of the longest block, T
+positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dlm import vocab
+from train.objectives import Predictions, row_mean_weight
+from train.reading import Text
+
+CHUNK = 128  # rows whose logits over the vocabulary are in memory at a time
+
+
+def mean_cross_entropy(
+    log_prob: jax.Array, is_right: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy over the tokens that count.
+
+    Args:
+      log_prob: [B, n] float32. Of the right token.
+      is_right: [B, n] bool. Whether it is the model's arg-max.
+      counts: [B, n] bool.
+
+    Returns:
+      Scalar float32, and the metrics of `Causal.score`.
+    """
+    total = jnp.maximum(counts.sum(), 1)
+    loss = jnp.where(counts, -log_prob, 0.0).sum() / total
+    return loss, {"loss": loss, "accuracy": (is_right & counts).sum() / total}
+
+
+def weighted_loss(
+    log_prob: jax.Array, is_right: jax.Array, is_masked: jax.Array, p: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of masked tokens over their row's p and over G, averaged over rows.
+
+    Args:
+      log_prob: [B, G] float32. Of the right token at each position.
+      is_right: [B, G] bool. Whether it is the model's arg-max.
+      is_masked: [B, G] bool. Which tokens the model did not see.
+      p: [B] float32. What a row's sum is divided by: the probability with which its tokens were
+        masked, or a power of it.
+
+    Returns:
+      Scalar float32, and the metrics of `MaskedDiffusion.score` but for its bound.
+    """
+    per_row = jnp.where(is_masked, -log_prob, 0.0).sum(axis=1) / p / is_masked.shape[1]
+    loss = per_row.mean()
+    return loss, {
+        "loss": loss,
+        "masked_accuracy": (is_right & is_masked).sum() / jnp.maximum(is_masked.sum(), 1),
+        "mask_fraction": is_masked.mean(),
+    }
+
+
+def soft_cross_entropy(
+    head: jax.Array, hidden: jax.Array, teacher: jax.Array, teacher_hidden: jax.Array
+) -> jax.Array:
+    """-sum_v P_v log p_v with P the teacher's law; logits of `CHUNK` rows exist at a time.
+
+    Args:
+      head: [V, D]. The model's output head.
+      hidden: [B, n, D]. Its final hidden states.
+      teacher: [V, D']. The teacher's output head.
+      teacher_hidden: [B, n, D']. The teacher's hidden states for the same positions.
+
+    Returns:
+      [B, n] float32. No gradient flows to the teacher.
+    """
+    teacher, teacher_hidden = jax.lax.stop_gradient((teacher, teacher_hidden))
+
+    def one_chunk(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+        z, p = vocab.logits(head, ours), jax.nn.softmax(vocab.logits(teacher, theirs))
+        return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1)
+
+    return in_chunks(one_chunk, hidden, teacher_hidden)
+
+
+def in_chunks(function: Callable[..., Any], *hidden: jax.Array) -> Any:
+    """A function of hidden states [n, D], `CHUNK` rows at a time, which are recomputed backwards.
+
+    Args:
+      function: gives a tree of [n].
+      *hidden: [B, T, D] each, D may differ.
+
+    Returns:
+      The tree of [B, T].
+    """
+    B, T = hidden[0].shape[:2]
+
+    def chunked(x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        size = min(CHUNK, len(flat))
+        return jnp.pad(flat, ((0, -len(flat) % size), (0, 0))).reshape(-1, size, x.shape[-1])
+
+    one = jax.checkpoint(lambda rows: function(*rows))
+    out = jax.lax.map(one, tuple(chunked(x) for x in hidden))
+    return jax.tree.map(lambda x: x.reshape(-1)[: B * T].reshape(B, T), out)
+
+
+def certainty_loss(
+    head: jax.Array,
+    said: Predictions,
+    in_view: jax.Array,
+    beta: float,
+    temperature: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """CE plus beta times ENT.
+
+    Args:
+      head: [V, D]. The model's output head.
+      said: its predictions, [B, A].
+      in_view: [n, B, A] bool. Positions whose entropy is lowered, one mean per view; none of them
+        in two views.
+      beta: weight of the entropy.
+      temperature: at which it is taken.
+
+    Returns:
+      Scalar float32, and metrics: "loss", "cross_entropy" (CE_1 + CE_2), "entropy" (the sum of
+      ENT_v, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
+    """
+    stats = vocab.score(head, said.hidden, said.targets)
+    cross_entropy = -(said.weight * stats.log_prob).sum()
+    is_right = stats.token == said.targets
+    weight = sum(row_mean_weight(view & is_right) for view in in_view)
+    entropy = vocab.score(head, said.hidden / temperature, said.targets).entropy
+    entropy = (weight * entropy).sum()
+    loss = cross_entropy + beta * entropy
+    is_scored = said.weight > 0
+    return loss, {
+        "loss": loss,
+        "cross_entropy": cross_entropy,
+        "entropy": entropy,
+        "masked_accuracy": (is_right & is_scored).sum() / jnp.maximum(is_scored.sum(), 1),
+    }
+
+
+def check_certainty(block_len: int | None, beta: float, temperature: float) -> None:
+    """Raises ValueError on fields out of range."""
+    if block_len is not None and block_len < 1:
+        raise ValueError(f"block_len={block_len} must be at least 1, or None")
+    if not beta >= 0:
+        raise ValueError(f"beta={beta} must be at least 0")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+
+
+def score_head(
+    hidden: jax.Array, unembed: jax.Array, text: Text, ahead: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy and accuracy of a head.
+
+    Args:
+      hidden: [B, T, D]. What the head multiplies with its matrix.
+      unembed: [V, D]. Its matrix.
+      text: of `read_text`.
+      ahead: the head at t is about token t + ahead.
+    """
+    targets = text.tokens[:, ahead:]
+    counts = text.counts[:, ahead:] & (jnp.arange(targets.shape[1])[None] >= text.start[:, None])
+    stats = vocab.score(unembed, hidden[:, :-ahead], targets)
+    total = jnp.maximum(counts.sum(), 1)
+    loss = jnp.where(counts, -stats.log_prob, 0.0).sum() / total
+    return loss, ((stats.token == targets) & counts).sum() / total

@@ -1,0 +1,143 @@
+"""What a run starts from: its own model, the one of `train.init_from`, or a fresh one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from dlm import lm, tasks
+from dlm.config import ModelConfig
+from dlm.params import Params, num_params
+from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
+from dlm.trainable import Learned, Trainable
+from train import checkpoint
+from train.config import ConfigError, RunConfig
+from train.step import EVERYTHING
+
+
+@dataclasses.dataclass
+class RunModel:
+    """What a run starts from.
+
+    Attributes:
+      cfg: the model.
+      tokenizer: its own.
+      given: parameters to start from; None: fresh ones, or those of a checkpoint. Set to None once
+        they are in the state.
+      frozen: what something is learned beside; None: the model itself is learned.
+    """
+
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    given: Params | None
+    frozen: Learned | None
+
+
+def open_model(
+    settings: RunConfig,
+    folder: pathlib.Path,
+    start: int | None,
+    trainable: Trainable,
+    task: tasks.Task,
+    mesh: Mesh,
+) -> RunModel:
+    """The model of a run, and what of it stays as it is.
+
+    Args:
+      settings: of the run.
+      folder: its workdir.
+      start: the step it goes on from; None: it is new.
+      trainable: what is learned.
+      task: knows the pieces of a word tokenizer.
+      mesh: where loaded parameters lie.
+
+    Raises:
+      ConfigError: the model cannot be read or made, or has no room for the data.
+    """
+    given: Params | None = None
+    if start is not None:
+        logging.info("Resuming %s after step %d.", folder, start)
+        cfg, tokenizer = checkpoint.read_model(folder)
+        if trainable is not EVERYTHING:
+            given = load_model(settings, mesh)[2]
+    elif settings.train.init_from:
+        logging.info("Starting from the model in %s.", settings.train.init_from)
+        cfg, tokenizer, given = load_model(settings, mesh)
+    else:
+        logging.info("Starting from fresh parameters.")
+        tokenizer = make_tokenizer(settings, task)
+        cfg = model_config(settings, tokenizer)
+    frozen: Learned | None = None
+    if trainable is not EVERYTHING:
+        assert given is not None
+        given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given)
+        frozen, given = Learned(given, beside=trainable.beside(cfg, mesh)), None
+    logging.info("Learning %s of %s parameters: %s", *_counts(trainable.specs(cfg), cfg), cfg)
+    return RunModel(cfg, tokenizer, given, frozen)
+
+
+def make_tokenizer(settings: RunConfig, task: tasks.Task) -> Tokenizer:
+    name = settings.data.tokenizer
+    if name == "byte":
+        return byte_tokenizer()
+    if name == "word":
+        if not task.pieces:
+            raise ConfigError(
+                f"data.tokenizer='word' needs a task with `pieces`, which "
+                f"{type(task).__name__} has not; use 'byte' or a folder with a tokenizer"
+            )
+        return word_tokenizer(task.pieces)
+    try:
+        return load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.tokenizer={name!r}: {error}") from error
+
+
+def model_config(settings: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model section, completed by what the tokenizer knows; ConfigError if it cannot be."""
+    try:
+        cfg = ModelConfig(
+            **settings.model,
+            vocab_size=tokenizer.vocab_size,
+            mask_token_id=tokenizer.mask_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {error}") from error
+    return _check_length(cfg, settings)
+
+
+def load_model(settings: RunConfig, mesh: Mesh) -> tuple[ModelConfig, Tokenizer, Params]:
+    """The model in `train.init_from`; of the model section only `dtype` is used."""
+    path = settings.train.init_from
+    try:
+        model = lm.load(path, mesh=mesh)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.init_from={path!r}: {error}") from error
+    if model.tokenizer is None:
+        raise ConfigError(f"train.init_from={path!r} must be a model with a tokenizer")
+    cfg = dataclasses.replace(model.cfg, dtype=settings.model.get("dtype", model.cfg.dtype))
+    return _check_length(cfg, settings), model.tokenizer, model.params
+
+
+def _check_length(cfg: ModelConfig, settings: RunConfig) -> ModelConfig:
+    length = settings.data.prompt_len + settings.data.completion_len
+    if length > cfg.max_seq_len:
+        raise ConfigError(
+            f"model.max_seq_len={cfg.max_seq_len} must be at least data.prompt_len + "
+            f"data.completion_len = {length}"
+        )
+    return cfg
+
+
+def _counts(specs: Params, cfg: ModelConfig) -> tuple[str, str]:
+    """Parameters that are learned, and those of the model, as text."""
+    own = sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
+    return f"{own:,}", f"{num_params(cfg):,}"
