@@ -21,7 +21,8 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod, init_state
-from decode.diffusion.step import apply, frame
+from decode.diffusion.round import Round
+from decode.diffusion.step import apply, make_frame
 from kernels_pallas.unembed_stats import Noise, logits_stats
 
 N = 4
@@ -56,10 +57,10 @@ def accuracy(cfg, task, method, runs=1):
         laws = np.stack([marginals(TASKS[task], row, cfg) for row in canvas])
         with np.errstate(divide="ignore"):
             logits = jnp.asarray(np.log(laws), jnp.float32).reshape(runs * N, -1)
-        view = frame(method, state)
+        frame = make_frame(cfg, method, state)
         noise = None
         if method.temperature is not None:
-            noise = Noise(view.noise_key.reshape(runs * N, 2), view.temperature)
+            noise = Noise(frame.noise_key.reshape(runs * N, 2), frame.temperature)
         stats = logits_stats(logits, noise=noise)
         pick = lambda x: x.reshape(runs, N)
         token, log_prob = stats.token, stats.log_prob
@@ -68,10 +69,11 @@ def accuracy(cfg, task, method, runs=1):
         stats = dataclasses.replace(
             stats, **{k: None if v is None else pick(v) for k, v in vars(stats).items()}
         )
-        view = view.replace(
-            stats=stats, proposal=pick(token), log_prob=pick(log_prob), confidence=pick(log_prob)
-        )
-        state = apply(cfg, method, state, view, ~state.has_stopped)
+        round = Round(
+            **vars(frame), stats=stats, proposal=pick(token), log_prob=pick(log_prob),
+            confidence=pick(log_prob),
+        )  # fmt: skip
+        state = apply(cfg, method, state, round, ~state.has_stopped)
     right = [tuple(row) in TASKS[task] for row in np.asarray(state.tokens)[:, 1:].tolist()]
     return np.mean(right), N / float(state.num_forwards.mean())
 
