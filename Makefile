@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-spec test test-all lint bench study clean
+.PHONY: quickstart quickstart-spec test test-all mutants lint bench study clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,6 +28,9 @@ test: $(READY) $(VENV)/libtpu  ## the test suite on CPU, with the day's share of
 
 test-all: $(READY) $(VENV)/libtpu  ## the same, with every exhaustive test: an hour or so
 	$(PYTEST) --share=all
+
+mutants: $(READY)  ## deliberate breaks, each of which the tests must notice
+	$(BIN)/python -m tests.mutants
 
 # TPU kernels are compiled ahead of time in the tests. libtpu stays out of the environment itself,
 # where it would make every start of JAX look for a TPU; Linux x86-64 only, the tests skip elsewhere.

@@ -1,0 +1,100 @@
+"""Do the tests have teeth? Applies deliberate breaks, one at a time, and expects tests to fail.
+
+    python -m tests.mutants                  all of them
+    python -m tests.mutants wino_limit eos   some
+
+Each break is a patch beside this file; its first lines say what it is about and which tests of the
+default run are to catch it. Every one is applied to a copy of the working tree. What is not caught,
+or does not apply any more, is listed at the end, and the command fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from tqdm import tqdm
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+FAILED = 1  # pytest's exit status if tests ran and some failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A deliberate break.
+
+    Attributes:
+      file: the patch.
+      about: what is broken, in words.
+      tests: paths that pytest is given.
+    """
+
+    file: pathlib.Path
+    about: str
+    tests: tuple[str, ...]
+
+
+def read(file: pathlib.Path) -> Mutant:
+    """A patch with its header."""
+    header = dict(line.split(": ", 1) for line in file.read_text().split("\n\n")[0].splitlines())
+    return Mutant(file, header["about"], tuple(header["tests"].split()))
+
+
+def copy_tree(target: pathlib.Path) -> None:
+    """The working tree as git sees it, without what it ignores."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def verdict(mutant: Mutant, tree: pathlib.Path, environment: dict[str, str]) -> str:
+    """ "" if tests fail with the break in `tree`, which is mended again; else what went wrong."""
+    apply = ["git", "apply", str(mutant.file)]
+    done = subprocess.run(apply, cwd=tree, capture_output=True, text=True)
+    if done.returncode:
+        return f"does not apply: {done.stderr.strip().splitlines()[-1]}"
+    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+    done = subprocess.run(run, cwd=tree, env=environment, capture_output=True, text=True)
+    subprocess.run([*apply, "--reverse"], cwd=tree, check=True)
+    if done.returncode == FAILED:
+        return ""
+    if done.returncode == 0:
+        return f"not caught: {mutant.about}"
+    return f"pytest ended with {done.returncode}: {done.stdout.strip().splitlines()[-1:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="patches, by name; default: all")
+    names = parser.parse_args().names
+    files = [HERE / f"{name}.patch" for name in names] or sorted(HERE.glob("*.patch"))
+    if missing := [file.stem for file in files if not file.is_file()]:
+        parser.error(f"there is no {', '.join(missing)}")
+    wrong = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tree, began = pathlib.Path(folder, "tree"), time.perf_counter()
+        copy_tree(tree)
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder, "cache"))}
+        for file in (bar := tqdm(files)):
+            bar.set_description(file.stem)
+            if reason := verdict(read(file), tree, environment):
+                wrong[file.stem] = reason
+                tqdm.write(f"{file.stem}: {reason}")
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{len(files) - len(wrong)} of {len(files)} breaks caught in {minutes:.1f} min")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
