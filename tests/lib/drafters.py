@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.streams import fold_in, uniforms
-from decode.speculative.contracts import Drafter
+from decode.speculative.contracts import Drafter, Proposal, spent
 from decode.speculative.tree import TreeShape, chain
 
 
@@ -39,4 +39,4 @@ class Adversary(Drafter):
         exists = exists.at[:, 0].set(True)
         for v, parent in enumerate(self.shape.parents, start=1):
             exists = exists.at[:, v].set(exists[:, v] & exists[:, parent])
-        return self.shape.tree(tokens, exists), state
+        return Proposal(self.shape.tree(tokens, exists), spent(context, 0), state)
