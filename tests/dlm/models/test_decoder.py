@@ -68,10 +68,10 @@ def test_window_against_the_cache_of_the_same_tokens_equals_the_whole_canvas(nam
     empty = Slots(init_cache(cfg, 2, 12), write_at=jnp.zeros(2, jnp.int32))
     full = forward(params, cfg, Window(tokens, positions), empty)
     around = Slots(full.cache, jnp.array([[[0, 4], [8, 12]]] * 2))
-    inside = forward(params, cfg, Window(tokens[:, 4:8], positions[:, 4:8]), around)
+    inside = decoder.forward(params, cfg, Window(tokens[:, 4:8], positions[:, 4:8]), around)
     np.testing.assert_allclose(inside.hidden, full.hidden[:, 4:8], atol=2e-5)
     before = Slots.below(full.cache, jnp.full(2, 4))
-    suffix = forward(params, cfg, Window(tokens[:, 4:], positions[:, 4:]), before)
+    suffix = decoder.forward(params, cfg, Window(tokens[:, 4:], positions[:, 4:]), before)
     assert inside.cache is suffix.cache is full.cache
     np.testing.assert_allclose(suffix.hidden, full.hidden[:, 4:], atol=2e-5)
 
