@@ -45,7 +45,7 @@ def test_a_run_is_reported_once_and_as_long_as_it_is():
 def test_no_run_of_a_dozen_lines_stands_twice():
     files = {
         str(file.relative_to(ROOT)): file.read_text()
-        for package in ("dlm", "kernels_pallas", "scripts", "train")
+        for package in ("configs", "dlm", "kernels_pallas", "scripts", "train")
         for file in sorted((ROOT / package).rglob("*.py"))
     }
     assert not list(duplicates(files, LENGTH))
