@@ -1,10 +1,11 @@
-"""The worked example of CONTRIBUTING.md, run; and the files it names."""
+"""CONTRIBUTING.md: its example is run, what it names exists; hooks and workflow run the same."""
 
 import re
 import sys
 import types
 
 import pytest
+import yaml
 
 from decode.diffusion import components
 from decode.generate import generate
@@ -52,3 +53,11 @@ def test_named_files_and_targets_exist():
         assert (ROOT / path).exists(), path
     for target in re.findall(r"`?make ([\w-]+)", PAGE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_hooks_and_workflow_run_the_make_targets():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == ["make lint", "make test"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["check"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make lint", "make test"]
