@@ -1,0 +1,70 @@
+"""Tables of components, drafters, acceptance rules and objectives, from their docstrings."""
+
+import dataclasses
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable
+
+from decode.diffusion.components import COMPONENTS
+from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
+from train import objectives
+
+DOCS = pathlib.Path(__file__).parent.parent.parent / "docs"
+
+
+def _row(kind: type, axis: str = "") -> str:
+    """A line: first sentence, arXiv ids of the class or else of its module, fields."""
+    doc = inspect.getdoc(kind) or ""
+    sentence = " ".join(doc.split("\n\n")[0].split()).replace("|", "\\|")
+    module = inspect.getdoc(sys.modules[kind.__module__]) or ""
+    found = r"arXiv:\s*(\d{4}\.\d{5})"
+    papers = dict.fromkeys(re.findall(found, doc) or re.findall(found, module))
+    knobs = []
+    for field in dataclasses.fields(kind):
+        is_plain = isinstance(field.default, int | float | str)
+        if field.name != "kind":  # which is by what `Part` tells parts apart
+            knobs.append(f"{field.name} {field.default!r}" if is_plain else field.name)
+    cells = [f"`{kind.__name__}`", sentence, ", ".join(papers), ", ".join(knobs)]
+    return "| " + " | ".join([axis, *cells] if axis else cells) + " |"
+
+
+def _table(kinds: Iterable[type], what: str) -> str:
+    head = [f"| {what} | | arXiv | fields (default) |", "|---|---|---|---|"]
+    return "\n".join(head + [_row(kind) for kind in kinds])
+
+
+def _components() -> str:
+    head = ["| axis | component | | arXiv | fields (default) |", "|---|---|---|---|---|"]
+    return "\n".join(head + [_row(c, axis) for axis, kinds in COMPONENTS.items() for c in kinds])
+
+
+def _objectives() -> list[type]:
+    found: list[type] = []
+    for info in pkgutil.iter_modules(objectives.__path__):
+        module = importlib.import_module(f"{objectives.__name__}.{info.name}")
+        own = [k for k in vars(module).values() if inspect.isclass(k)]
+        found += [k for k in own if k.__module__ == module.__name__]
+    return [k for k in found if issubclass(k, objectives.Objective)]
+
+
+def pages() -> dict[pathlib.Path, str]:
+    """Every page with tables, as it should be."""
+    rules = _table(ACCEPTANCE_RULES, "rule")
+    tables = {
+        "methods.md": {"components": _components()},
+        "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "training.md": {"objectives": _table(_objectives(), "objective")},
+    }
+    made = {}
+    for page, parts in tables.items():
+        text = (DOCS / page).read_text()
+        for name, table in parts.items():
+            start, end = f"<!-- table: {name} -->", f"<!-- end of table: {name} -->"
+            before, rest = text.split(start)
+            text = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+        made[DOCS / page] = text
+    return made
