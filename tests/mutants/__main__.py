@@ -64,7 +64,8 @@ def verdict(mutant: Mutant, tree: pathlib.Path, environment: dict[str, str]) -> 
     done = subprocess.run(apply, cwd=tree, capture_output=True, text=True)
     if done.returncode:
         return f"does not apply: {done.stderr.strip().splitlines()[-1]}"
-    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--share=0/1000000"]  # nothing exhaustive
+    run = [sys.executable, "-m", "pytest", *options, *mutant.tests]
     done = subprocess.run(run, cwd=tree, env=environment, capture_output=True, text=True)
     subprocess.run([*apply, "--reverse"], cwd=tree, check=True)
     if done.returncode == FAILED:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dlm.tokenizer import byte_tokenizer
-from scripts.token_frequencies import frequencies
+from scripts.token_frequencies.count import frequencies
 
 
 def test_shares_of_tokens_by_hand():

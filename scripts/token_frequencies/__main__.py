@@ -9,37 +9,17 @@ of one. Text files are read line by line.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
 
 import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
 from dlm.hf.files import read_config
-from dlm.tokenizer import Tokenizer, load_tokenizer
+from dlm.tokenizer import load_tokenizer
+from scripts.token_frequencies.count import frequencies
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the model.", required=True)
 _OUT = flags.DEFINE_string("out", None, "The .npy file to write.", required=True)
-
-
-def frequencies(tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int) -> np.ndarray:
-    """Shares of tokens [V] float32.
-
-    Args:
-      tokenizer: of the model.
-      texts: what is counted.
-      vocab_size: V, rows of the model's embedding.
-
-    Raises:
-      ValueError: there are no tokens.
-    """
-    counts = np.zeros(vocab_size, np.int64)
-    for text in texts:
-        np.add.at(counts, tokenizer.encode(text), 1)
-    total = counts.sum()
-    if not total:
-        raise ValueError("the texts have no tokens: give at least one file with text")
-    return (np.maximum(counts, 1) / total).astype(np.float32)
 
 
 def main(argv: list[str]) -> None:

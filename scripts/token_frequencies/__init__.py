@@ -1,0 +1,1 @@
+"""Shares of tokens in texts: `python -m scripts.token_frequencies`."""
