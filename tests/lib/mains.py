@@ -4,10 +4,23 @@ import contextlib
 import io
 import runpy
 import sys
+from collections.abc import Iterable
 
 from absl import app, flags
 
 app.define_help_flags()
+ABSL = {
+    flag.name
+    for module, defined in flags.FLAGS.flags_by_module_dict().items()
+    if module.startswith("absl")
+    for flag in defined
+}
+
+
+def forget(names: Iterable[str]) -> None:
+    """Takes flags back."""
+    for name in list(names):
+        delattr(flags.FLAGS, name)
 
 
 def run_main(name: str, *arguments: str, code: int = 0) -> str:
@@ -18,7 +31,9 @@ def run_main(name: str, *arguments: str, code: int = 0) -> str:
       arguments: flags and others.
       code: with which it must end.
     """
-    known, argv, said, ended = set(flags.FLAGS), sys.argv, io.StringIO(), None
+    argv, said, ended = sys.argv, io.StringIO(), None
+    others = {flag: flags.FLAGS[flag] for flag in flags.FLAGS if flag not in ABSL}
+    forget(others)  # what another main defined, which some test has imported
     sys.argv = [name, *arguments]
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -27,8 +42,9 @@ def run_main(name: str, *arguments: str, code: int = 0) -> str:
         ended = end.code
     finally:
         sys.argv = argv
-        for flag in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, flag)
+        forget(set(flags.FLAGS) - ABSL)
+        for flag, was in others.items():
+            flags.FLAGS[flag] = was
         flags.FLAGS.unparse_flags()
     if isinstance(ended, str):  # a message, as the interpreter would show it
         said.write(ended)

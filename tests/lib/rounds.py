@@ -1,5 +1,6 @@
 """Hand-made rounds, to test one component without a model."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +30,11 @@ def make_round(confidence, *, eligible=None, entropy=None):
     )  # fmt: skip
 
 
+@jax.jit
+def _commit(rule, view):
+    return rule.commit(view, ())[0]
+
+
 def committed(rule, view):
     """Per row, the positions that a stateless rule commits."""
-    commit, _ = rule.commit(view, ())
-    return [np.flatnonzero(row).tolist() for row in np.asarray(commit)]
+    return [np.flatnonzero(row).tolist() for row in np.asarray(_commit(rule, view))]
