@@ -20,7 +20,7 @@ from decode.diffusion.components import (
 from decode.diffusion.loop import DiffusionMethod, init_state
 from dlm.heads.learn2pd import Filter, init_filter
 from tests.lib.batches import assert_same, run
-from tests.lib.rounds import make_round
+from tests.lib.rounds import committed, make_round
 
 C = 4
 
@@ -93,3 +93,17 @@ def test_what_it_was_not_trained_for_is_refused(toy_cfg, change, message):
     method = DiffusionMethod(FixedBlocks(C), rule=rule).replace(**change)
     with pytest.raises(ValueError, match=message):
         init_state(toy_cfg, method, [[1]], gen_len=4)
+
+
+def test_decided_positions_are_seen():
+    """What the filter says of a position depends on the confidences of decided ones, too."""
+    noise = np.random.default_rng(0)
+    filter = jax.tree.map(
+        lambda x: noise.normal(size=x.shape).astype(np.float32), init_filter(jax.random.key(3), 4)
+    )
+    sure, eligible = np.array([[0.9, 0.2, 0.6, 0.4]], np.float32), [[True, False, True, False]]
+    of = lambda x: float(jax.nn.sigmoid(filter.logits(jnp.asarray(x, jnp.float32)))[0, 2])
+    whole, blind = of(sure), of(sure * np.array(eligible))
+    assert whole != blind
+    rule = LearnedFilter(filter, (whole + blind) / 2)
+    assert (2 in committed(rule, make_round(sure, eligible=eligible))[0]) == (whole > blind)
