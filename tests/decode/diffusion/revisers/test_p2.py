@@ -28,6 +28,8 @@ def test_one_ranking_of_decided_and_undecided_positions():
     assert revise(1.0, planned, confidence, decided, step=0, steps=3) == [[2], [0]]
     # Ties go to what stands, even against what is certain.
     assert revise(0.0, planned, [1, 1, 1, 1, 1, 1], decided, step=1) == [[], []]
+    behind = [False, True, False, False, False, False]
+    assert revise(0.0, [1] * L, [1] * L, behind, step=0) == [[], []]
 
 
 def test_a_planner_that_knows_keeps_what_is_right():
