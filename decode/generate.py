@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from decode.constraints.filters import Filters
+from decode.constraints.token_ban import TokenBan
 from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
@@ -168,7 +169,15 @@ def generate(
                 f"constraint={constraint} and top_k, top_p, min_p, repetition_penalty or "
                 "logit_bias are two constraints: give one"
             )
-        constraint = Filters(filters)
+        had = method.constraint if isinstance(method, DiffusionMethod) else TokenBan()
+        if isinstance(method, str):
+            had = named(method, 1).constraint
+        if not isinstance(had, TokenBan):
+            raise ValueError(
+                f"the method's constraint={had} and top_k, top_p, min_p, repetition_penalty or "
+                "logit_bias are two constraints: give one"
+            )
+        constraint = Filters(filters, ids=had.ids, ban_mask=had.ban_mask)
     given = {
         "rule": rule,
         "cache": by_name("cache", cache),
@@ -198,7 +207,8 @@ def generate(
             lambda state: _texts(state, lm),
             stops,
         )
-    completions = collect(state, lm, num=len(encoded), stops=stops, stop_ids=stop_ids)
+    ends = np.asarray(method.stop_ids).tolist()
+    completions = collect(state, lm, num=len(encoded), stops=stops, stop_ids=ends)
     completions = gather_samples(completions, num_return)
     return completions[0] if single else completions
 

@@ -153,3 +153,15 @@ def test_the_page_is_written(text_lm, tmp_path):
     text = page.read_text()
     assert "A &amp; B" in text and "&lt;b&gt;&amp;" in text and "http" not in text
     assert text.count('class="t"') == (completion.step_map >= 0).sum()
+
+
+def test_what_a_method_has_is_not_ignored(toy_cfg, toy_params):
+    """Its stop tokens cut the text; its constraint is not replaced by filters without a word."""
+    lm = dlm.LanguageModel(toy_params, toy_cfg)
+    method = DiffusionMethod(FixedBlocks(4))
+    canvas = generate(lm, [1, 2, 3], method=method, gen_len=8).canvas
+    stop = int(canvas[2])
+    cut = generate(lm, [1, 2, 3], method=method.replace(stop_ids=(stop,)), gen_len=8)
+    assert len(cut.tokens) == canvas.tolist().index(stop) and cut.finish_reason == "eos"
+    with pytest.raises(ValueError, match=r"the method's constraint=Nucleus.* two constraints"):
+        generate(lm, [1], method="dream_sampled", top_k=3, gen_len=8)
