@@ -61,6 +61,20 @@ def test_the_statistics_add_up(lm):
     np.testing.assert_allclose(c.confidence[decided], np.exp(c.log_prob[decided]), rtol=1e-5)
 
 
+def test_the_most_probable_tokens_are_reported(lm):
+    """With them nothing else changes; the first of them is what the arg-max commits."""
+    c = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual", top_logprobs=4)
+    bare = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual")
+    assert bare.top is None and c.canvas.tolist() == bare.canvas.tolist()
+    decided = c.step_map >= 0
+    assert c.top.tokens.shape == c.top.log_probs.shape == (32, 4)
+    assert (c.top.tokens[decided][:, 0] == c.canvas[decided]).all()
+    np.testing.assert_array_equal(c.top.log_probs[decided][:, 0], c.log_prob[decided])
+    assert (np.diff(c.top.log_probs, axis=1) <= 0).all() and (c.top.tokens[~decided] == -1).all()
+    stored = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual", top_logprobs=4, min_p=0.0)
+    assert stored.top.tokens.tolist() == c.top.tokens.tolist()
+
+
 def test_a_full_canvas_ends_for_length(lm):
     c = generate(lm, PROMPT, gen_len=3, block_len=3)
     assert c.finish_reason == "length" and len(c.tokens) == 3
@@ -105,7 +119,7 @@ def test_sharded_model(lm, axes):
     mesh = make_mesh(**axes)
     sharded = dlm.load(GOLDEN / "llada_small", mesh=mesh)
     with jax.set_mesh(mesh):
-        state = prepare(lm.cfg, DiffusionMethod(FixedBlocks(8), DualCache()), [[5]] * 3, gen_len=8)
+        state = prepare(lm, DiffusionMethod(FixedBlocks(8), DualCache()), [[5]] * 3, gen_len=8)
     rows = state.cache.kv.k.sharding.shard_shape(state.cache.kv.k.shape)[1]
     assert rows == {4: 2, 6: 1, 8: 1}[len(state.tokens)]
     prompts = [PROMPT, PROMPT[:5], PROMPT[:7]]
