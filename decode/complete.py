@@ -12,8 +12,6 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
-    round_batch,
-    round_prompt,
 )
 from decode.core.results import (
     Completion,
@@ -21,7 +19,7 @@ from decode.core.results import (
     to_text,
 )
 from decode.core.sampling import Sampling
-from decode.core.texts import TextOptions, read_asked
+from decode.core.texts import Loop, TextOptions, answer
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.loop import (
@@ -68,6 +66,8 @@ def complete(
     seed: int | Sequence[int] = 0,
     num_return: int = 1,
     top_logprobs: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Completion | list[Completion]:
     """Writes on with an autoregressive model, several tokens per forward where a drafter helps.
 
@@ -99,6 +99,9 @@ def complete(
       num_return: samples per prompt; the further ones are the first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.
+      batch_size: rows at once: those that are done make place for the next prompts; None: as many
+        as there are prompts, up to 32.
+      progress: whether to show a bar of prompts that are done.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts. Its `tokens` end before
@@ -109,7 +112,6 @@ def complete(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    asked = read_asked(lm, prompts, gen_len, seed, num_return, stop)
     bias = read_bias(lm, logit_bias)
     sampling = Sampling(temperature or None, top_k, top_p, min_p, repetition_penalty, bias)
     given = {
@@ -124,28 +126,10 @@ def complete(
     elif isinstance(method, str):
         method = named(method)
     chosen = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
-    return asked.answer(chosen, prepare, decode, _settled, collect)
-
-
-def prepare(
-    lm: LanguageModel,
-    method: SpeculativeMethod,
-    prompts: Sequence[Sequence[int]],
-    *,
-    gen_len: int | Sequence[int],
-    seed: int | Sequence[int] = 0,
-) -> SpeculativeState:
-    """`init_state` with shapes rounded up, see `decode.core.requests`, and the prompts read."""
-    state = init_state(
-        lm.cfg,
-        method,
-        prompts,
-        gen_len=gen_len,
-        seeds=seed,
-        prompt_len=round_prompt(lm.cfg, prompts, gen_len),
-        batch_size=round_batch(len(prompts)),
-    )
-    return prefill(lm.params, lm.cfg, method, state)
+    return answer(
+        lm, prompts, LOOP, chosen, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
 
 
 def collect(
@@ -201,3 +185,17 @@ def _settled(state: SpeculativeState) -> list[np.ndarray]:
     """What each row has written."""
     tokens, start, length = jax.device_get((state.tokens, state.prompt_len, state.length))
     return [row[a:b] for row, a, b in zip(tokens, start, length, strict=True)]
+
+
+def _prepare(lm: LanguageModel, method: SpeculativeMethod, prompts: Any, **asked: Any) -> Any:
+    return prefill(lm.params, lm.cfg, method, init_state(lm.cfg, method, prompts, **asked))
+
+
+LOOP = Loop(
+    prepare=_prepare,
+    decode=decode,
+    reported=lambda state: state.replace(cache=None, drafter=None),
+    settled=_settled,
+    collect=collect,
+    may_be_empty=lambda cfg: False,
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
@@ -14,8 +14,6 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
-    round_batch,
-    round_prompt,
 )
 from decode.core.results import (
     Completion,
@@ -23,7 +21,7 @@ from decode.core.results import (
     to_text,
 )
 from decode.core.sampling import Sampling
-from decode.core.texts import TextOptions, read_asked
+from decode.core.texts import Loop, TextOptions, answer
 from decode.diffusion.caches.canvas import CachePolicy
 from decode.diffusion.components import by_name
 from decode.diffusion.contracts import (
@@ -91,6 +89,8 @@ def generate(
     seed: int | Sequence[int] = 0,
     num_return: int = 1,
     top_logprobs: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Completion | list[Completion]:
     """Decodes completions with a masked-diffusion model, many tokens per forward.
 
@@ -132,6 +132,9 @@ def generate(
       num_return: samples per prompt; the further ones are the first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.
+      batch_size: rows at once: those that are done make place for the next prompts; None: as many
+        as there are prompts, up to 32.
+      progress: whether to show a bar of prompts that are done.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -140,7 +143,6 @@ def generate(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    asked = read_asked(lm, prompts, gen_len, seed, num_return, stop)
     bias = read_bias(lm, logit_bias)
     filters = Sampling(None, top_k, top_p, min_p, repetition_penalty, bias)
     if filters.has_filters:
@@ -178,30 +180,13 @@ def generate(
         method = complete(block_len, **choices)
     else:
         if isinstance(method, str):
-            longest = max(asked.gen_lens, default=1)
+            longest = max(np.ravel(gen_len).tolist(), default=1)
             method = named(method, longest if block_len is None else block_len)
         method = method.replace(**choices)
-    return asked.answer(method, prepare, decode, _settled, collect)
-
-
-def prepare(
-    lm: LanguageModel,
-    method: DiffusionMethod,
-    prompts: Sequence[Sequence[int]],
-    *,
-    gen_len: int | Sequence[int],
-    seed: int | Sequence[int] = 0,
-) -> DiffusionState:
-    """`init_state` with shapes rounded up, see `decode.core.requests`."""
-    return init_state(
-        lm.cfg,
-        method,
-        prompts,
-        gen_len=gen_len,
-        seeds=seed,
-        prompt_len=round_prompt(lm.cfg, prompts, gen_len),
-        batch_size=round_batch(len(prompts)),
-    )
+    return answer(
+        lm, prompts, LOOP, method, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
 
 
 def collect(
@@ -261,3 +246,17 @@ def _settled(state: DiffusionState) -> list[np.ndarray]:
     tokens, step_map = jax.device_get((state.tokens[:, state.prompt_len :], state.step_map))
     lengths = np.cumprod(step_map >= 0, axis=1).sum(axis=1)
     return [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+
+
+def _prepare(lm: LanguageModel, method: DiffusionMethod, prompts: Any, **asked: Any) -> Any:
+    return init_state(lm.cfg, method, prompts, **asked)
+
+
+LOOP = Loop(
+    prepare=_prepare,
+    decode=decode,
+    reported=lambda state: state.replace(cache=None, components=None, drafts=None),
+    settled=_settled,
+    collect=collect,
+    may_be_empty=lambda cfg: not cfg.shifted_logits,
+)

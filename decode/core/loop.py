@@ -44,6 +44,7 @@ def compile_decode(step: Step[Method, State]) -> jax.stages.Wrapped:
         method: Method,
         state: State,
         max_rounds: jax.Array | int = FOREVER,
+        max_done: jax.Array | int = FOREVER,
     ) -> State:
         """Runs rounds until every row is done: one device program, no host in between.
 
@@ -54,10 +55,14 @@ def compile_decode(step: Step[Method, State]) -> jax.stages.Wrapped:
           method: how to decode.
           state: before the first round, or of an earlier call.
           max_rounds: to return after so many, whoever is not done.
+          max_done: to return when so many rows are done.
         """
         last = state.num_steps + jnp.minimum(max_rounds, FOREVER - state.num_steps)
         return jax.lax.while_loop(
-            lambda state: ~state.has_stopped.all() & (state.num_steps < last),
+            lambda state: (
+                (state.has_stopped.sum() < jnp.minimum(max_done, state.has_stopped.size))
+                & (state.num_steps < last)
+            ),
             lambda state: step(params, cfg, method, state),
             state,
         )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.core.loop import FOREVER
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
-State = TypeVar("State", bound=Any)  # of either loop
 STOP_ROUNDS = 16  # after so many rounds, texts are searched for stop strings
 
 
@@ -168,26 +165,3 @@ def to_text(
         return text, len(ids), False
     n = next(k for k in range(len(ids) + 1) if len(tokenizer.decode(ids[:k])) >= place)
     return text[:place], n, True
-
-
-def run_until(
-    decode: Callable[[State, int], State],
-    state: State,
-    texts: Callable[[State], list[str]],
-    stops: Sequence[str],
-) -> State:
-    """Decodes until all rows are done or have written a stop string.
-
-    Args:
-      decode: makes at most so many rounds.
-      state: of a loop.
-      texts: what each row has written for certain.
-      stops: if there are none, everything is one program.
-    """
-    if not stops:
-        return decode(state, FOREVER)
-    while not bool(state.has_stopped.all()):
-        state = decode(state, STOP_ROUNDS)
-        has_stop = np.array([cut(text, stops) < len(text) for text in texts(state)])
-        state = state.replace(has_stopped=state.has_stopped | jnp.asarray(has_stop))
-    return state

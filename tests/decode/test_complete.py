@@ -86,7 +86,7 @@ def test_bad_options_are_refused(lm):
     with pytest.raises(ValueError, match="stop has an empty string"):
         complete(lm, "abc", stop="")
     with pytest.raises(ValueError, match="top_p=2 must be in"):
-        complete(lm, "abc", temperature=1.0, top_p=2.0)
+        complete(lm, "abc", gen_len=4, temperature=1.0, top_p=2.0)
     with pytest.raises(TypeError, match="prompts is a int"):
         complete(lm, 5)
 
