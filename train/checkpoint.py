@@ -47,6 +47,18 @@ MAY_CHANGE = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
+def check_is_run(workdir: pathlib.Path) -> None:
+    """Raises ConfigError if a folder without checkpoints has the settings of something else."""
+    path = workdir / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := sorted({"model", *config_lib.SECTIONS} - set(found)):
+            raise ConfigError(
+                f"workdir={str(workdir)!r} is not a run's: its config.json has no {lacking[0]!r}; "
+                "choose another folder"
+            )
+
+
 def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> None:
     """Makes sure that the run in `workdir`, saved at `step`, can go on with `settings`.
 

@@ -85,11 +85,10 @@ def make_job(
     """
     if lm.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer, so it cannot read the task's prompts")
-    task: Any = preset.make(split="test")
+    task = preset.make(split="test")
     if num_examples > len(task):
         raise ValueError(f"num_examples={num_examples} must be at most {len(task)}, the test split")
-    if hasattr(task, "num_examples"):  # a stream: its first ones have all operations equally often
-        task = dataclasses.replace(task, num_examples=num_examples)
+    task = task.first(num_examples)  # of a stream, these have all operations equally often
     order = np.random.default_rng(0).permutation(len(task))[:num_examples]
     examples = [task[int(i)] for i in order]
     prompts = [lm.tokenizer.encode(example.prompt) for example in examples]

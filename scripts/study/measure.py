@@ -87,7 +87,7 @@ def points(system: str, block_len: int, lm: dlm.LanguageModel, folder: pathlib.P
     if system == "base + threshold":
         rules = {f"{t:g}": Threshold(t) for t in THRESHOLDS}
     elif system.startswith("Learn2PD"):
-        learned = load_filter(folder / "learn2pd" / "filter", lm)
+        learned = load_filter(folder / "learn2pd" / "model", lm)
         rules = {f"{t:g}": LearnedFilter(learned, t) for t in TAUS}
         if system.endswith("EoTP"):
             method = method.replace(stopper=Eotp())
