@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.hf.files import read_config
@@ -52,7 +52,7 @@ class LanguageModel:
 def load(
     path: str | os.PathLike[str],
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> LanguageModel:
@@ -72,7 +72,7 @@ def load(
     return dataclasses.replace(lm, params=load_params(path, lm.cfg, mesh, rules), mesh=mesh)
 
 
-def describe(path: str | os.PathLike[str], *, dtype: Any = None) -> LanguageModel:
+def describe(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> LanguageModel:
     """As `load`, but of configuration and tokenizer only: `params` are {}."""
     cfg = read_config(path, dtype)
     return LanguageModel({}, cfg, load_tokenizer(path) if has_tokenizer(path) else None)

@@ -32,7 +32,7 @@ def acceptance(learned: Filter, rounds: Rounds) -> Curves:
     """Rates by threshold: of the filter, and of the confidence itself."""
     confidence = jnp.asarray(rounds.arrays["confidence"])
     keep = {"filter": jax.nn.sigmoid(learned.logits(confidence)), "confidence": confidence}
-    truth = rounds.arrays["is_right"], rounds.arrays["undecided"]
+    truth = jnp.asarray(rounds.arrays["is_right"]), jnp.asarray(rounds.arrays["undecided"])
     found = jax.jit(lambda value, tau: rates(value > tau, *truth))
     return {
         name: [{"tau": tau} | jax.tree.map(float, found(value, tau)) for tau in TAUS]

@@ -18,7 +18,6 @@ import json
 import pathlib
 import platform
 import subprocess
-from typing import Any
 
 import grain
 import jax
@@ -28,6 +27,7 @@ from dlm.config import ModelConfig
 from dlm.tokenizer import Tokenizer, load_tokenizer
 from train import config as config_lib
 from train.config import CheckpointConfig, ConfigError, RunConfig
+from train.step import TrainState
 from train.workdir import check_not_beyond, check_same, write_json
 
 # What may differ between a run and its resumption: it changes how long, how often and where, but
@@ -130,7 +130,7 @@ def open_manager(workdir: pathlib.Path, config: CheckpointConfig) -> ocp.Checkpo
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator
+    manager: ocp.CheckpointManager, step: int, state: TrainState, iterator: grain.DatasetIterator
 ) -> None:
     """Saves everything the steps after `step` depend on. The writing goes on in the background.
 
@@ -152,10 +152,10 @@ def save(
 def restore(
     manager: ocp.CheckpointManager,
     step: int,
-    abstract_state: Any,
+    abstract_state: TrainState,
     iterator: grain.DatasetIterator,
     is_packed: bool = False,
-) -> Any:
+) -> TrainState:
     """The state saved at `step`; `iterator` is set to the batch that follows.
 
     Args:
@@ -185,7 +185,8 @@ def restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
     )
     iterator.set_state(json.loads(place.read_text()))
-    return restored["state"]
+    state: TrainState = restored["state"]
+    return state
 
 
 def _git_revision() -> str | None:

@@ -296,7 +296,7 @@ def _steps(
     jitted_train_step, jitted_keep_best = jit_train_step(shardings), jit_keep_best(shardings)
     validate = _validator(settings, recipe, model, feed, mesh)
     is_stopped = False
-    before: list[Any] = []  # where the iterator stood before the last two steps
+    before: list[dict[str, Any]] = []  # where the iterator stood before the last two steps
     try:
         while step < num_steps and not is_stopped:
             before = [*before[-1:], feed.iterator.get_state()]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.params import Params, ParamSpec, abstract_from_specs, init_from_specs, spec_shardings
@@ -42,7 +43,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array
     params: Params
-    opt_state: Any
+    opt_state: optax.OptState
     ema: Params | None
     best: Params | None
     best_loss: jax.Array | None
@@ -138,7 +139,7 @@ def train_step(
     return kept.replace(is_finite=is_finite), metrics
 
 
-def jit_train_step(shardings: Any) -> Any:
+def jit_train_step(shardings: TrainState) -> jax.stages.Wrapped:
     """`train_step`, jitted, for a state that lies as `state_shardings` says; it is given away."""
     return jax.jit(
         train_step,
@@ -156,7 +157,7 @@ def keep_best(state: TrainState, loss: jax.Array | float) -> TrainState:
     return state.replace(best=best, best_loss=jnp.where(is_better, loss, state.best_loss))
 
 
-def jit_keep_best(shardings: Any) -> Any:
+def jit_keep_best(shardings: TrainState) -> jax.stages.Wrapped:
     """`keep_best`, jitted as `jit_train_step`."""
     return jax.jit(keep_best, donate_argnames="state", out_shardings=shardings)
 
@@ -226,7 +227,7 @@ def state_shardings(specs: Params, optim: OptimConfig, mesh: Mesh) -> TrainState
 
 
 def abstract_state(
-    specs: Params, dtype: Any, optim: OptimConfig, shardings: Any = None
+    specs: Params, dtype: DTypeLike, optim: OptimConfig, shardings: TrainState | None = None
 ) -> TrainState:
     """`jax.ShapeDtypeStruct` per array of the state, with its sharding if `shardings` are given."""
     make = functools.partial(init_state, optim=optim)
@@ -244,9 +245,9 @@ def first_state(
     key: jax.Array,
     given: Params | None,
     specs: Params,
-    dtype: Any,
+    dtype: DTypeLike,
     optim: OptimConfig,
-    shardings: Any,
+    shardings: TrainState,
 ) -> TrainState:
     """The state before the first step, made where it belongs: fresh, or around `given` ones.
 

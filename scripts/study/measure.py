@@ -119,7 +119,8 @@ def measure(task: str, folder: pathlib.Path, num_examples: int) -> list[Measured
             point.method.validate(job.lm.cfg)
         records = measure_points(job, settings, folder / "measured.jsonl")
         for point, record in zip(settings, records, strict=True):
-            arrays = (np.asarray(record[name], float) for name in ("score", "forwards", "tokens"))
+            per_example = record["score"], record["forwards"], record["tokens"]
+            arrays = (np.asarray(values, float) for values in per_example)
             found.append(Measured(system, point.label, *arrays))
     return found
 

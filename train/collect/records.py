@@ -35,7 +35,7 @@ class Trajectories(tasks.Task):
     split: str = "train"
     only_right: bool = False
     _kept: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
-    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
+    _source: Sequence[dict[str, Any]] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         source = open_records(self.path)

@@ -48,7 +48,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict, config_flags
 
 from decode.core.results import Completion
-from decode.diffusion.loop import DiffusionMethod
+from decode.diffusion.loop import DiffusionMethod, DiffusionState
 from decode.diffusion.points import named, override
 from decode.diffusion.recorded import GreedyOracle, Record, Recorded
 from decode.evaluation.run import Programs, Timed, timed
@@ -201,6 +201,7 @@ class _Decoder:
             answers[b, : len(completion.tokens)] = completion.tokens
         if settings.oracle:
             state = self._run(knowing(self._method, answers), prompts, seeds).state
+            assert isinstance(state, DiffusionState)
             rounds = _rounds(state, answers, len(prompts))
         for i, example, prompt, completion, answer, seen in zip(
             indices, examples, prompts, completions, answers, rounds, strict=False
@@ -258,7 +259,9 @@ def knowing(method: DiffusionMethod, answers: jax.Array | np.ndarray) -> Diffusi
     return method.replace(confidence=recorded, reviser=GreedyOracle(answers))
 
 
-def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndarray] | None]:
+def _rounds(
+    state: DiffusionState, answers: np.ndarray, num: int
+) -> list[dict[str, np.ndarray] | None]:
     """The rounds of the second decoding, per example."""
     record: Record = jax.tree.map(np.asarray, jax.device_get(state.components.confidence))
     found: list[dict[str, np.ndarray] | None] = []
@@ -277,8 +280,8 @@ def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndar
     return found
 
 
-def _features(settings: TrajectoryConfig) -> Any:
-    def vector(dtype: Any) -> Any:
+def _features(settings: TrajectoryConfig) -> tfds.features.FeaturesDict:
+    def vector(dtype: type[np.generic]) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(settings.gen_len,), dtype=dtype)
 
     features = {

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +154,7 @@ def read_blocks(
     limits = jnp.stack(jnp.broadcast_arrays(text.start[:, None], anchors), axis=-1)
     in_groups = lambda x: x.reshape(B, A, b, *x.shape[2:])  # noqa: E731
 
-    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, Any]:
+    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
         h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
         q, k, v = project_qkv(h, p["attention"], cfg, of_blocks)
         _, text_k, text_v = project_qkv(c, p["attention"], cfg, of_text)

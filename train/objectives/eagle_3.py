@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +102,9 @@ class Eagle3Loss(Objective):
         return total, {"loss": total, **metrics}
 
 
+Pair = tuple[jax.Array, jax.Array]  # keys and values
+
+
 def unroll(
     network: EagleNetwork, target: Params, text: Text, num_steps: int
 ) -> Iterator[jax.Array]:
@@ -114,11 +116,13 @@ def unroll(
     states = network.begin(text.features)
     cfg = network.cfg
     none = jnp.zeros((*text.tokens.shape, 0, cfg.n_kv_heads, cfg.head_dim), states.dtype)
-    own: tuple[jax.Array, jax.Array] = (none, none)  # keys and values of steps 1 to j
-    first: tuple[jax.Array, jax.Array] | None = None  # of step 0
+    own: Pair = (none, none)  # keys and values of steps 1 to j
+    first: Pair | None = None  # of step 0
 
     @functools.partial(jax.checkpoint, static_argnums=0)
-    def step(j: int, states: jax.Array, first: Any, own: Any) -> tuple[jax.Array, Any, Any]:
+    def step(
+        j: int, states: jax.Array, first: Pair | None, own: Pair
+    ) -> tuple[jax.Array, Pair, Pair]:
         tokens = jnp.pad(text.tokens[:, 1 + j :], ((0, 0), (0, 1 + j)))
         x, residual = network.enter(target["embed"].at[tokens].get(mode="clip"), states)
         q, k, v = network.project(x, text.positions + j)
@@ -127,6 +131,7 @@ def unroll(
         else:
             add = lambda old, new: jnp.concatenate([old, new[:, :, None]], axis=2)  # noqa: E731
             own = add(own[0], k), add(own[1], v)
+        assert first is not None
         attended = draft_attention(q[:, :, None], first[0], first[1], own[0], own[1], limits)
         return network.leave(attended[:, :, 0], residual), first, own
 
