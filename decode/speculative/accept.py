@@ -80,7 +80,7 @@ class AcceptanceRule(Part):
 
 @struct.dataclass
 class Match(AcceptanceRule):
-    """Down the tree as long as a child is what the target itself chose.
+    """For any drafter: down the tree as long as a child is what the target itself chose.
 
     Whatever was drafted, what is written are the target's own choices, so this is lossless for
     every tree; where drafts follow from the context (arg-max, top-k, n-grams) none is more likely
@@ -105,7 +105,7 @@ class Match(AcceptanceRule):
 
 @struct.dataclass
 class SpeculativeSampling(AcceptanceRule):
-    """Children are tested one after the other against what is left of the target's law.
+    """For drawn drafts: children are tested against what is left of the target's distribution.
 
     Reference: Leviathan et al., arXiv:2211.17192, and Chen et al., arXiv:2302.01318, for chains;
     Miao et al. (SpecInfer), arXiv:2305.09781, and Chen et al. (Sequoia), arXiv:2402.12374, for
@@ -162,7 +162,7 @@ class SpeculativeSampling(AcceptanceRule):
 
 @struct.dataclass
 class BlockVerification(AcceptanceRule):
-    """A chain is judged as a whole, which accepts more of it than token by token.
+    """For drawn chains: judged as a whole, which accepts more than token by token.
 
     Reference: Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv:2403.10444.
     With P_0 = 1 and P_i = min(1, P_{i-1} p_i(X_i) / q_i(X_i)) for drafts X_1 .. X_g,

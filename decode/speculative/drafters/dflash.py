@@ -25,7 +25,7 @@ from dlm.heads.dflash import DFlashNetwork
 
 @struct.dataclass
 class DFlash(Drafter):
-    """A block of a diffusion model, as a chain.
+    """A block of a trained diffusion model, from one forward, as a chain; most probable or drawn.
 
     Attributes:
       network: of `dlm.heads.dflash.load`.

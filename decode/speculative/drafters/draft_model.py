@@ -108,7 +108,7 @@ class _Model(Drafter):
 
 @struct.dataclass
 class DraftModel(_Model):
-    """A chain, one forward of the draft model per token.
+    """A chain of a smaller model's tokens, one forward per token; most probable or drawn.
 
     One forward more reads the last draft, which the next round needs if all were accepted.
 
@@ -157,7 +157,7 @@ class DraftModel(_Model):
 
 @struct.dataclass
 class DraftModelTree(_Model):
-    """A tree of one shape, one forward of the draft model per level.
+    """A tree of one shape, one forward of a smaller model per level; siblings may be drawn.
 
     Drafts of a node are its most probable tokens, or drawn without replacement. Every forward runs
     the whole tree: nothing is written to the cache before it is accepted.
@@ -190,7 +190,7 @@ class DraftModelTree(_Model):
 
 @struct.dataclass
 class DraftModelBest(BestTree, _Model):
-    """The most probable tree of the draft model, another one in every round.
+    """The most probable tree of a smaller model, another one in every round.
 
     Reference: EAGLE-2, arXiv:2406.16858; see `expand_best`. Which nodes there are follows from the
     context alone, so any rule for drafts that were not drawn is exact.

@@ -36,9 +36,10 @@ class HydraState(struct.PyTreeNode):
 
 @struct.dataclass
 class Hydra(HeadsDrafter):
-    """Drafts of Hydra's or Hydra++'s heads, `own` of `dlm.heads.hydra.load`.
+    """A tree of one shape from trained heads, each seeing the drafts before it (Hydra, Hydra++).
 
     Attributes:
+      own: of `dlm.heads.hydra.load`.
       is_sampled: whether siblings are drawn without replacement, for `SpeculativeSampling`; else
         they are the most probable tokens (as published). Static.
     """

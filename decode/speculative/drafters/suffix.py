@@ -32,7 +32,7 @@ from dlm.config import ModelConfig
 
 @struct.dataclass
 class Suffix(Drafter):
-    """Drafts that are copied from what was written before, by majority.
+    """A chain that is copied from what was written before, by majority; nothing is trained.
 
     Attributes:
       corpus: [M] int32. Further texts, separated by an id that no text has, such as -1; or None.
