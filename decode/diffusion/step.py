@@ -104,8 +104,8 @@ def _forward(
     start = P + frame.index[:, 0]
     every = jnp.broadcast_to(jnp.arange(G)[None], state.step_map.shape)
     noise_key = _noise_key(state.key, state.row_step, every)
-    seen = method.inputs.see(cfg, state.tokens[:, P:], state.step_map < 0, noise_key)
-    tokens = jax.lax.dynamic_update_slice(state.tokens, seen, (0, P))
+    shown = method.inputs.see(cfg, state.tokens[:, P:], state.step_map < 0, noise_key)
+    tokens = jax.lax.dynamic_update_slice(state.tokens, shown, (0, P))
     canvas = Canvas(
         tokens=constrain(tokens, "batch", None),
         start=state.start,

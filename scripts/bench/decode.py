@@ -139,8 +139,8 @@ def _repeat_bare(
         slots = Slots(cache, jnp.array([one] * batch))
 
     def body(_: int, tokens: jax.Array) -> jax.Array:
-        seen = Window.at(tokens[:, start : start + window], jnp.full(batch, start))
-        hidden = forward(params, cfg, seen, slots).hidden[:, -judged:]
+        shown = Window.at(tokens[:, start : start + window], jnp.full(batch, start))
+        hidden = forward(params, cfg, shown, slots).hidden[:, -judged:]
         best = vocab.read(vocab.head(params), hidden).token
         return tokens.at[:, start : start + judged].set(best)
 

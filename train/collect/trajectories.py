@@ -203,11 +203,11 @@ class _Decoder:
             state = self._run(knowing(self._method, answers), prompts, seeds).state
             assert isinstance(state, DiffusionState)
             rounds = _rounds(state, answers, len(prompts))
-        for i, example, prompt, completion, answer, seen in zip(
+        for i, example, prompt, completion, answer, recorded in zip(
             indices, examples, prompts, completions, answers, rounds, strict=False
         ):
             self.tokens += min(len(completion.tokens) + 1, settings.gen_len)
-            yield self._record(i, example, prompt, completion, answer, seen)
+            yield self._record(i, example, prompt, completion, answer, recorded)
 
     def _run(
         self, method: DiffusionMethod, prompts: Sequence[Sequence[int]], seeds: Sequence[int]

@@ -80,8 +80,8 @@ class Hydra(HeadsDrafter):
             depth = len(ways[0]) - 1
             drafted = embed.at[tokens[:, jnp.array(ways)]].get(mode="clip")  # [B, n, d + 1, D]
             hidden = jnp.broadcast_to(c[:, None], (*drafted.shape[:2], c.shape[-1]))
-            seen = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
-            x = head_hidden(self.own, seen, depth)
+            inputs = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
+            x = head_hidden(self.own, inputs, depth)
             return vocab.logits(self.own["unembed"][depth], x)
 
         return Proposal(
