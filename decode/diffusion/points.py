@@ -250,7 +250,7 @@ def override(method: DiffusionMethod, changes: Mapping[str, Any]) -> DiffusionMe
     return method
 
 
-def _field(name: str, owner: Any, called: str) -> dataclasses.Field[Any]:
+def _field(name: str, owner: Component | DiffusionMethod, called: str) -> dataclasses.Field[Any]:
     known = {field.name: field for field in dataclasses.fields(owner) if field.name != "kind"}
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
@@ -258,7 +258,7 @@ def _field(name: str, owner: Any, called: str) -> dataclasses.Field[Any]:
     return known[name]
 
 
-def _check_kind(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+def _check_kind(name: str, field: dataclasses.Field[Any], value: object) -> None:
     """As the field is annotated; arrays of numbers are not for files."""
     annotation = str(field.type)
     if value is None and "None" in annotation:
