@@ -20,7 +20,7 @@ class FixedBlocks(Scheduler):
     """Blocks of `block_len` positions; the last one may be shorter.
 
     Attributes:
-      block_len: positions per block; None: one block, the whole completion.
+      block_len: >= 1, positions per block; None: one block, the whole completion.
       aligned: whether blocks are counted from the start of the prompt, as block-diffusion models
         need, so that the first one may be shorter too.
     """
