@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.params import Params, param_specs
+from dlm.params import Params, init_from_specs, param_specs
 
 
 class Learned(struct.PyTreeNode):
@@ -59,6 +59,12 @@ class Trainable:
           own: fresh ones, drawn as `specs` says.
         """
         return own
+
+    def fresh(self, key: jax.Array, cfg: ModelConfig, params: Params) -> Params:
+        """Parameters before the first step, as `start` makes them of some that `key` draws."""
+        specs = self.specs(cfg)
+        own = jax.jit(lambda key: init_from_specs(key, specs, cfg.jnp_dtype))(key)
+        return self.start(cfg, params, own)
 
     def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
         """What the objective is given.

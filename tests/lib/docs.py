@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 _FIELD = re.compile(r"  (\w[\w, ]*): (.*)")
 _INTERVAL = re.compile(r"\bin ([\[(])([-\w.]+), ([-\w.]+)([\])])")
@@ -59,6 +62,18 @@ def nonsense(made: Any, *known: Any) -> list[tuple[str, Any]]:
         elif kinds == {"str"} and field.name != "kind" and '"' in said[field.name]:
             found.append((field.name, "nonsense"))
     return found
+
+
+def check_refusals(made: Any, refuse: Callable[[Any], object], *known: Any) -> None:
+    """Every `nonsense` is refused by a ValueError: a sentence with the field and its value.
+
+    `refuse` is called with the instance changed; instances may refuse to be made, too.
+    """
+    for name, value in nonsense(made, *known):
+        with pytest.raises(ValueError) as error:
+            refuse(dataclasses.replace(made, **{name: value}))
+        message = str(error.value)
+        assert f"{name}=" in message and " must " in message and "\n" not in message, message
 
 
 def _outside(text: str, is_whole: bool, known: tuple[Any, ...]) -> list[Any] | None:
