@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Lora(Trainable):
       alpha: > 0; the change is multiplied by alpha / rank.
       targets: weights of every layer, among `TARGETS`.
     """
+
+    is_model: ClassVar[bool] = True
 
     rank: int
     alpha: float

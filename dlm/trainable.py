@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import struct
@@ -40,7 +40,14 @@ class Learned(struct.PyTreeNode):
 
 
 class Trainable:
-    """What is learned. Base class of frozen dataclasses; the defaults suit something small."""
+    """What is learned. Base class of frozen dataclasses; the defaults suit something small.
+
+    Attributes:
+      is_model: whether what is learned is the model itself, all of it or a change to it, so that
+        `attach` returns nothing as `own`.
+    """
+
+    is_model: ClassVar[bool] = False
 
     def specs(self, cfg: ModelConfig) -> Params:
         """Its parameters, a tree of `dlm.params.ParamSpec`, for a model `cfg`."""
@@ -89,6 +96,8 @@ class Trainable:
 @dataclasses.dataclass(frozen=True)
 class Everything(Trainable):
     """All parameters of the model; nothing is frozen."""
+
+    is_model: ClassVar[bool] = True
 
     def specs(self, cfg: ModelConfig) -> Params:
         """Those of the model."""

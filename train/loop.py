@@ -177,6 +177,8 @@ def _make_recipe(settings: RunConfig) -> _Recipe:
     trainable: Trainable = EVERYTHING
     if settings.train.trainable is not None:
         trainable = build(settings.train.trainable, "train.trainable")
+    if reason := objective.refuse(trainable):
+        raise ConfigError(reason)
     decay_steps = settings.optim.decay_steps or settings.train.num_steps
     return _Recipe(
         objective, trainable, dataclasses.replace(settings.optim, decay_steps=decay_steps)

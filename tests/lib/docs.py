@@ -12,6 +12,7 @@ import pytest
 
 _FIELD = re.compile(r"  (\w[\w, ]*): (.*)")
 _INTERVAL = re.compile(r"\bin ([\[(])([-\w.]+), ([-\w.]+)([\])])")
+_OPTION = re.compile(r'"\w+"')
 _LOWEST = re.compile(r"(?:(>=|>)|\bat least) (-?\d[\d.]*)")
 
 
@@ -37,7 +38,7 @@ def nonsense(made: Any, *known: Any) -> list[tuple[str, Any]]:
     """Fields of a dataclass instance, with values that their docstring rules out.
 
     Of a field that is a number these are one below and one above its range, as far as it has ends,
-    and NaN; of one that is a text, a word that nobody knows.
+    and NaN; of one that is a choice of texts, a word that is not among them.
 
     Args:
       made: the instance.
@@ -59,7 +60,7 @@ def nonsense(made: Any, *known: Any) -> list[tuple[str, Any]]:
                     f"'>= 1' or 'any number', not only: {said[field.name]}"
                 )
             found += [(field.name, value) for value in values]
-        elif kinds == {"str"} and field.name != "kind" and '"' in said[field.name]:
+        elif kinds == {"str"} and field.name != "kind" and _OPTION.search(said[field.name]):
             found.append((field.name, "nonsense"))
     return found
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from dlm.trainable import Learned
 from train.config import build
 from train.losses import soft_cross_entropy
 from train.objectives import Context, Objective, TokenObjective
+from train.objectives.causal import Causal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class PsKd(Objective):
             object.__setattr__(self, "of", build(self.of, "train.objective.of"))
         if not isinstance(self.of, TokenObjective):
             raise ValueError(f"of={type(self.of).__name__} must be a TokenObjective")
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(of=Causal())
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

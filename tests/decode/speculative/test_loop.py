@@ -281,6 +281,18 @@ def test_the_loop_never_talks_to_the_host_and_gives_its_cache_away(toy_cfg, toy_
     assert placed[2].cache.k.is_deleted() and bool(out.has_stopped.all())
 
 
+def test_decoding_in_pieces_is_decoding(plain, toy_params):
+    cfg, prompts, expected, _ = plain
+    method = SpeculativeMethod(PromptLookup(num_drafts=3))
+    state = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=12))
+    for rounds in range(1, 30):
+        state = decode(toy_params, cfg, method, state, 1)
+        assert int(state.num_steps) == rounds
+        if bool(state.has_stopped.all()):
+            break
+    assert texts(state, 64) == expected
+
+
 def test_stop_ids_end_a_text(plain, toy_params):
     cfg, prompts, expected, _ = plain
     stops = [expected[0][0], expected[1][2]]
