@@ -30,7 +30,6 @@ from dlm.trainable import Learned
 from train.config import build
 from train.losses import soft_cross_entropy
 from train.objectives import Context, Objective, TokenObjective
-from train.objectives.causal import Causal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class PsKd(Objective):
 
     @classmethod
     def example(cls) -> Self:
-        return cls(of=Causal())
+        return cls(of={"make": "train.objectives.causal:Causal"})
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
