@@ -1,19 +1,24 @@
-"""What docstrings say of the fields of a class: their ranges, and the shapes of arrays."""
+"""What docstrings say of the fields of a class, and whether it is so: ranges and shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 _FIELD = re.compile(r"  (\w[\w, ]*): (.*)")
 _INTERVAL = re.compile(r"\bin ([\[(])([-\w.]+), ([-\w.]+)([\])])")
 _OPTION = re.compile(r'"\w+"')
 _LOWEST = re.compile(r"(?:(>=|>)|\bat least) (-?\d[\d.]*)")
+_SHAPE = re.compile(r"(?:\[([^\]]*)\]|(\bscalar\b))(?: (bool|b?float\d+|u?int\d+)\b)?")
+_NAME = re.compile(r"[A-Za-z]\w*")
 
 
 def attributes(kind: type) -> dict[str, str]:
@@ -99,3 +104,76 @@ def _number(text: str, known: tuple[Any, ...]) -> float:
     if re.fullmatch(r"-?\d[\d.]*", text):
         return float(text)
     return float(next(getattr(owner, text) for owner in known if hasattr(owner, text)))
+
+
+def check_shapes(made: Any, checked: set[type], everywhere: dict[str, int], **here: int) -> None:
+    """Arrays of a dataclass instance, and of those in it, are what its docstring says.
+
+    Rank, dtype (some float where none is said) and sizes: a letter stands for one number in an
+    instance, and some are known.
+
+    Args:
+      made: the instance; arrays may be abstract.
+      checked: gets the classes that were looked at, and their bases.
+      everywhere: letters that stand for one number in all instances.
+      **here: letters that do in this one.
+    """
+    checked.update(type(made).__mro__)
+    said, known = attributes(type(made)), everywhere | here
+    for field in dataclasses.fields(made):
+        value, text = getattr(made, field.name), said.get(field.name, "")
+        where = f"{type(made).__name__}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            if each := re.search(r"each \[([^\]]*), \.\.\.\]", text):
+                value = _flatten(value, len(each[1].split(",")))
+            check_shapes(value, checked, everywhere)
+        elif not set(re.split(r"\W+", str(field.type))) & {"Any", "float", "int"}:
+            for array, shape in zip(*_arrays(value, text, where), strict=True):
+                _check(array, shape, known, where)
+
+
+def states_shape(doc: str | None) -> re.Match[str] | None:
+    """The shape with which a docstring begins, perhaps after a word."""
+    return re.match(rf"(?:(?!in )\w+ )?{_SHAPE.pattern}", doc or "")
+
+
+def _arrays(value: Any, text: str, where: str) -> tuple[list[Any], list[re.Match[str]]]:
+    """The arrays of a field, and as many shapes of its text."""
+    arrays = [x for x in (value if isinstance(value, tuple) else (value,)) if hasattr(x, "dtype")]
+    if not arrays or jnp.issubdtype(arrays[0].dtype, jax.dtypes.extended):  # a key of `jax.random`
+        return [], []
+    if not states_shape(text):
+        raise AssertionError(f"{where} must begin with its shape, not: {text}")
+    return arrays, list(_SHAPE.finditer(text))[: len(arrays)]
+
+
+def _check(array: Any, shape: re.Match[str], known: dict[str, int], where: str) -> None:
+    dims = [] if shape[2] else shape[1].split(", ")
+    if dims[-1:] == ["..."]:
+        dims = [*dims[:-1], *map(str, array.shape[len(dims) - 1 :])]
+    assert len(dims) == len(array.shape), f"{where} is {array.shape}, not {shape[0]}"
+    for dim, size in zip(dims, array.shape, strict=True):
+        expression = re.sub(r"(\w) (?=[A-Za-z])", r"\1 * ", dim)
+        unknown = set(_NAME.findall(expression)) - {"ceil", *known}
+        assert len(unknown) <= 1, f"{where}: {shape[0]} has two unknown letters in {dim}"
+        value = lambda e=expression, **more: eval(e, {"ceil": math.ceil}, known | more)
+        if unknown:
+            (letter,) = unknown
+            fitting = [n for n in range(size * 33 + 33) if value(**{letter: n}) == size]
+            assert fitting, f"{where} is {array.shape}, not {shape[0]}"
+            known[letter] = fitting[0]
+        assert value() == size, f"{where} is {array.shape}, not {shape[0]} with {known}"
+    said, found = shape[3], array.dtype
+    right = found == said if said else jnp.issubdtype(found, jnp.floating)
+    assert right, f"{where} is {found}, not {said or 'of a float'}"
+
+
+def _flatten(made: Any, num: int) -> Any:
+    """The same with the first axes of every array made one."""
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    flat = {
+        name: jax.ShapeDtypeStruct((math.prod(x.shape[:num]), *x.shape[num:]), x.dtype)
+        for name, x in fields.items()
+        if x is not None
+    }
+    return dataclasses.replace(made, **flat)

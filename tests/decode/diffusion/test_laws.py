@@ -6,49 +6,25 @@ all rounds on one device give, and what a docstring rules out is refused. What a
 its own tests say.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from decode.core.loop import FOREVER
-from decode.diffusion.components import COMPONENTS
 from decode.diffusion.loop import decode, init_state, stream
 from decode.diffusion.method import DiffusionMethod
-from decode.diffusion.points import METHODS, complete, named
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
 from tests.lib.docs import check_refusals
+from tests.lib.methods import CASES, NAMES, method_with
 from tests.lib.models import TOY_CFG
 from tests.lib.tiers import more
 
 PROMPTS, LENGTHS, P, G, B = [[3, 7, 1], [5, 2, 9, 4, 4, 8], [11]], [8, 6, 8], 6, 8, 4
 REPORTED = ("tokens", "step_map", "num_forwards", "confidence", "log_prob", "end")
-CASES = [(axis, cls) for axis, classes in COMPONENTS.items() for cls in classes]
-NAMES = [cls.__name__ for _, cls in CASES]
 every_component = pytest.mark.parametrize(("axis", "cls"), CASES, ids=NAMES)
 some_components = pytest.mark.parametrize(("axis", "cls"), more(*CASES), ids=NAMES)
-
-
-@functools.cache
-def method_with(axis, cls):
-    """A method that a component is part of: its example beside defaults, or a named one."""
-    example = cls.example(TOY_CFG)
-    candidates = [complete(n, **{axis: example}) for n in (4, 32)]
-    candidates += [
-        method for name in METHODS if type(getattr(method := named(name, 4), axis)) is cls
-    ]
-    for method in candidates:
-        try:
-            method.validate(TOY_CFG)
-        except ValueError:
-            continue
-        return method
-    pytest.fail(
-        f"{cls.__name__} is part of no method that makes sense: give it an example or a point"
-    )
 
 
 def state_of(method, rows=range(3)):
