@@ -52,7 +52,7 @@ class BlockCausal(CachePolicy):
     arXiv:2510.06303; Wu et al., "Fast-dLLM v2", arXiv:2509.26328.
 
     Attributes:
-      block_len: positions per block, as trained. Static.
+      block_len: >= 1, positions per block, as trained. Static.
     """
 
     covers: ClassVar[str] = "block"

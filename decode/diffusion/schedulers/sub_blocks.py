@@ -25,8 +25,9 @@ class SubBlocks(BlocksOfOneLength):
     3.3 (block 32, sub-block 8).
 
     Attributes:
-      block_len, aligned: see `BlocksOfOneLength`.
-      sub_len: positions per sub-block. Static.
+      block_len: >= 1, positions per block; None: the whole completion. Static.
+      sub_len: >= 1, positions per sub-block. Static.
+      aligned: as for `FixedBlocks`. Static.
     """
 
     sub_len: int = struct.field(pytree_node=False, default=8)

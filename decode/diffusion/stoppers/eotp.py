@@ -38,7 +38,7 @@ class Eotp(Stopper):
     Attributes:
       cut_at: "predicted" or "committed". The first must see the whole suffix, which the dual cache
         does not show.
-      eot_id: the end-of-text token; None: the model's `eos_token_id`.
+      eot_id: in [0, vocab_size), the end-of-text token; None: the model's `eos_token_id`.
     """
 
     cut_at: str = struct.field(pytree_node=False, default="predicted")

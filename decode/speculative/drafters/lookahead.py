@@ -21,6 +21,7 @@ Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per firs
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, 
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.params import Params
 
 
 class LookaheadState(struct.PyTreeNode):
@@ -67,6 +69,10 @@ class Lookahead(Drafter):
     @classmethod
     def points(cls) -> Mapping[str, Drafter]:
         return {"lookahead": cls()}
+
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        return cls(ngram=4, window=3, num_candidates=2)
 
     def validate(self, cfg: ModelConfig) -> None:
         if self.ngram < 3 or self.window < 1 or self.num_candidates < 1:
