@@ -4,8 +4,8 @@
     python -m tests.mutants wino_limit eos   some
 
 Each break is a patch beside this file; its first lines say what it is about and which tests of the
-default run are to catch it. Every one is applied to a copy of the working tree. What is not caught,
-or does not apply any more, is listed at the end, and the command fails.
+default run are to catch it, the narrowest that do. Every one is applied to a copy of the working
+tree. What is not caught, or does not apply any more, is listed, and the command fails.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from tqdm import tqdm
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 FAILED = 1  # pytest's exit status if tests ran and some failed
+PATIENCE = 120.0  # seconds that tests may take
+SLOWEST = 5  # breaks named at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Mutant:
     Attributes:
       file: the patch.
       about: what is broken, in words.
-      tests: paths that pytest is given.
+      tests: what pytest is given: paths or ids of tests.
     """
 
     file: pathlib.Path
@@ -45,7 +48,7 @@ class Mutant:
 def read(file: pathlib.Path) -> Mutant:
     """A patch with its header."""
     header = dict(line.split(": ", 1) for line in file.read_text().split("\n\n")[0].splitlines())
-    return Mutant(file, header["about"], tuple(header["tests"].split()))
+    return Mutant(file, header["about"], tuple(shlex.split(header["tests"])))
 
 
 def copy_tree(target: pathlib.Path) -> None:
@@ -66,8 +69,14 @@ def verdict(mutant: Mutant, tree: pathlib.Path, environment: dict[str, str]) -> 
         return f"does not apply: {done.stderr.strip().splitlines()[-1]}"
     options = ["-x", "-q", "-p", "no:cacheprovider", "--share=0/1000000"]  # nothing exhaustive
     run = [sys.executable, "-m", "pytest", *options, *mutant.tests]
-    done = subprocess.run(run, cwd=tree, env=environment, capture_output=True, text=True)
-    subprocess.run([*apply, "--reverse"], cwd=tree, check=True)
+    try:
+        done = subprocess.run(
+            run, cwd=tree, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return f"tests took longer than {PATIENCE:g} s"
+    finally:
+        subprocess.run([*apply, "--reverse"], cwd=tree, check=True)
     if done.returncode == FAILED:
         return ""
     if done.returncode == 0:
@@ -82,18 +91,23 @@ def main() -> None:
     files = [HERE / f"{name}.patch" for name in names] or sorted(HERE.glob("*.patch"))
     if missing := [file.stem for file in files if not file.is_file()]:
         parser.error(f"there is no {', '.join(missing)}")
-    wrong = {}
+    wrong, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         tree, began = pathlib.Path(folder, "tree"), time.perf_counter()
         copy_tree(tree)
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder, "cache"))}
+        cache = str(pathlib.Path(folder, "cache"))  # what one has compiled, the next ones need not
+        environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
         for file in (bar := tqdm(files)):
             bar.set_description(file.stem)
+            start = time.perf_counter()
             if reason := verdict(read(file), tree, environment):
                 wrong[file.stem] = reason
                 tqdm.write(f"{file.stem}: {reason}")
+            seconds[file.stem] = time.perf_counter() - start
     minutes = (time.perf_counter() - began) / 60
     print(f"{len(files) - len(wrong)} of {len(files)} breaks caught in {minutes:.1f} min")
+    slowest = sorted(seconds, key=lambda name: -seconds[name])[:SLOWEST]
+    print("slowest: " + ", ".join(f"{name} {seconds[name]:.0f} s" for name in slowest))
     sys.exit(bool(wrong))
 
 
