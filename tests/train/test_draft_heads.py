@@ -62,7 +62,8 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     """Card: changing y_j changes head i >= j only; the tree is drafted as the loss reads it."""
     _, own = fresh("hydra", toy_cfg, toy_params)
     own = shaken(own)
-    embed = np.asarray(toy_params["embed"])
+    params = toy_params | {"embed": 10 * toy_params["embed"]}  # so that tokens matter
+    embed = np.asarray(params["embed"])
     hidden = np.random.default_rng(4).normal(size=16).astype(np.float32)
 
     def logits(tokens, i):
@@ -79,7 +80,7 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     method = SpeculativeMethod(Hydra(own, TREE))
     state = init_state(toy_cfg, method, prompts, gen_len=4)
     drafted = HydraState(jnp.asarray(hidden[None]), None)
-    context = _context(toy_params, method, state)
+    context = _context(params, method, state)
     propose = jax.jit(method.drafter.propose, static_argnums=0)
     tree = propose(toy_cfg, context, drafted).tree
     tokens = np.asarray(tree.tokens[0])

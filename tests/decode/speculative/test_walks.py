@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode.speculative.accept import BlockVerification, Match, SpeculativeSampling, Verdict
+from decode.speculative.accept import (
+    BlockVerification,
+    Match,
+    SpeculativeSampling,
+    Typical,
+    Verdict,
+)
 from decode.speculative.tree import chain, from_paths
 
 N = 4000  # rows, all alike
@@ -75,3 +81,12 @@ def test_a_chain_is_judged_as_a_whole_and_no_probability_exceeds_one():
     accepted, bonus = walk(BlockVerification(), chain(2), [9, 0, 0], target, draft)
     assert accepted.min() == 1 and abs((accepted == 2).mean() - 0.5) < 0.03
     assert (bonus == 1).all()
+
+
+def test_what_is_typical_depends_on_how_much_is_possible():
+    """0.1 is too little beside 0.7, at an entropy of 0.94 nats; 0.25 of a flat law would do."""
+    rule = Typical(epsilon=1.0, delta=0.3)
+    for law, expected in (([0.7, 0.1, 0.1, 0.1], 0), ([0.25] * 4, 1)):
+        accepted, bonus = walk(rule, chain(1), [9, 1], [law, law])
+        assert (accepted == expected).all()
+        assert set(bonus) == ({0} if expected == 0 else {0, 1, 2, 3})
