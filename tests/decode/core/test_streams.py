@@ -15,7 +15,7 @@ def test_rows_purposes_and_numbers_have_streams_of_their_own():
         *(uniforms(fold_in(KEYS, stream), 2) for stream in (Stream.DRAFT, Stream.TARGET, 7)),
         uniforms(fold_in(jnp.broadcast_to(KEYS[:1], KEYS.shape), numbers + 1), 2),
     ]
-    assert len(np.unique(np.concatenate(drawn))) > 0.999 * 10 * N  # 2^23 numbers: some coincide
+    assert len(np.unique(np.concatenate(drawn))) > 0.99 * 10 * N  # 2^23 numbers: some coincide
 
 
 def test_components_draw_what_others_do_not():
