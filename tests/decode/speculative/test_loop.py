@@ -162,6 +162,7 @@ def drafter_of(name, toy_cfg, toy_params):
         "suffix": lambda: Suffix(jnp.arange(30) % 7, num_drafts=5, factor=2.0),
         "layer skip": lambda: layer_skip(toy_params, toy_cfg, [0], num_drafts=3),
         "best tree": lambda: DraftModelBest(toy_params, toy_cfg, width=3, levels=3, budget=9),
+        "best chain": lambda: DraftModelBest(toy_params, toy_cfg, width=1, levels=3, budget=3),
         "eagle 1": lambda: Eagle(network(Eagle1Heads()), BUSHY),
         "eagle 3": lambda: Eagle(network(Eagle3Heads()), BUSHY, is_sampled=True),
         "eagle 3, best": lambda: EagleBest(network(Eagle3Heads(vocab=tuple(range(20)))), 3, 3, 9),
@@ -170,7 +171,7 @@ def drafter_of(name, toy_cfg, toy_params):
 
 
 DRAFTERS = [
-    "itself", "sampled tree", "best tree",
+    "itself", "sampled tree", "best tree", "best chain",
     *more("sampled", "latest lookup", "recycling", "suffix", "layer skip", "eagle 1", "eagle 3",
           "eagle 3, best"),
 ]  # fmt: skip
@@ -186,11 +187,9 @@ def test_drafters_of_other_settings_write_the_greedy_text(plain, toy_params, nam
     forwards = np.asarray(state.num_forwards)
     if name == "best tree":  # the best chain of the target itself is in it
         assert forwards.sum() < 0.6 * sum(map(len, expected))
-    if name == "itself":  # every draft is right
+    if name in ("itself", "best chain", "sampled tree"):  # a way down the tree is always right
         lengths = np.array([len(row) for row in expected])
-        assert (forwards == -(-lengths // 4)).all()
-    if name == "sampled tree":
-        assert forwards.sum() < 0.5 * sum(map(len, expected))  # the first child is always right
+        assert (forwards == -(-lengths // (drafter.depth + 1))).all()
 
 
 # ---- Rows and shapes --------------------------------------------------------------------------
@@ -294,14 +293,27 @@ def test_decoding_in_pieces_is_decoding(plain, toy_params):
 
 
 def test_stop_ids_end_a_text(plain, toy_params):
-    cfg, prompts, expected, _ = plain
+    """Also where drafts go on behind them, all of them right."""
+    cfg, prompts, expected, truth = plain
     stops = [expected[0][0], expected[1][2]]
-    method = SpeculativeMethod(PromptLookup(num_drafts=3), stop_ids=tuple(stops))
+    right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1))
+    method = SpeculativeMethod(right, stop_ids=tuple(stops))
     cut = [
         row[: min([row.index(s) + 1 for s in stops if s in row], default=len(row))]
         for row in expected
     ]
     assert texts(run(toy_params, cfg, method, prompts), 64) == cut
+
+
+def test_a_penalty_counts_the_drafts_above(plain, toy_params):
+    """Drafts of which all are right: none comes up twice."""
+    cfg, prompts, _, _ = plain
+    method = SpeculativeMethod(sampling=Sampling(None, repetition_penalty=1e4))
+    state = run(toy_params, cfg, method, prompts, gen_len=9)
+    right = Adversary(jnp.asarray(np.asarray(state.tokens)), jnp.full(64, 1.1))
+    fast = run(toy_params, cfg, method.replace(drafter=right), prompts, gen_len=9)
+    assert texts(fast, 64) == texts(state, 64)
+    assert int(fast.num_forwards.sum()) < 0.5 * int(state.num_forwards.sum())
 
 
 def test_log_probs_are_the_targets_own(plain, toy_params):
