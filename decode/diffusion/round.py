@@ -37,6 +37,7 @@ class Frame(struct.PyTreeNode):
       row_step: [B] int32. The row's rounds so far, from 0.
       num_open: [B] int32. Undecided positions of the block when it was opened.
       gen_len: [B] int32. Completion positions of the row.
+      prompt_len: [B] int32. Tokens of the row's prompt.
       occurred: [B, V] bool; None unless a component needs "occurred". Tokens that the prompt or a
         decided position holds.
     """
@@ -54,6 +55,7 @@ class Frame(struct.PyTreeNode):
     row_step: jax.Array
     num_open: jax.Array
     gen_len: jax.Array
+    prompt_len: jax.Array
     occurred: jax.Array | None = struct.field(default=None, kw_only=True)
 
 

@@ -106,6 +106,7 @@ def _forward(
         block_end=state.block_end,
         is_active=~state.has_stopped,
         block_is_new=state.block_step == 0,
+        undecided=jnp.pad(state.step_map < 0, ((0, 0), (P, 0))),
         mix=_spread_mix(method, state, frame),
         window_start=start,
         prompt_len=state.prompt_len,
@@ -163,6 +164,7 @@ def make_frame(cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState)
         row_step=state.row_step,
         num_open=state.num_open,
         gen_len=state.end - P,
+        prompt_len=P - state.start,
         occurred=_occurred(cfg, state) if "occurred" in method.needs else None,
     )
 

@@ -39,40 +39,45 @@ class BlockCausalState:
 class BlockCausal(CachePolicy):
     """Attention for block-diffusion models (BD3-LM, SDAR, LLaDA2, Fast-dLLM v2), cached exactly.
 
-    Blocks are counted from the start of the prompt; a position sees its own block and all before
-    it. A finished block never changes, so what is cached of it is exact. Each forward runs over the
+    A position sees its own block and all before it. Blocks are counted from the start of the prompt
+    (SDAR, LLaDA2, Fast-dLLM v2), or from its end, so that the first of them may be shorter
+    (Tiny-A2D, which pads prompts on the left to whole blocks).
+
+    A finished block never changes, so what is cached of it is exact. Each forward runs over the
     open block and the one before it, which settles the latter in the cache with its final tokens;
     everything earlier is read. The prompt is filled in before the first round, by a forward that
     `num_forwards` does not count.
 
-    For models trained with this attention: others lose quality. Needs aligned blocks of the same
-    length (`FixedBlocks(block_len, aligned=True)`).
+    For models trained with this attention: others lose quality. Needs blocks of the same length,
+    counted from the same place (`FixedBlocks(block_len, aligned)`).
 
     Reference: Arriola et al., "Block Diffusion", arXiv:2503.09573, section 3; Cheng et al., "SDAR",
     arXiv:2510.06303; Wu et al., "Fast-dLLM v2", arXiv:2509.26328.
 
     Attributes:
       block_len: positions per block, as trained. Static.
+      aligned: whether they are counted from the start of the prompt; False: from its end. Static.
     """
 
     covers: ClassVar[str] = "block"
 
     block_len: int = struct.field(pytree_node=False, default=32)
+    aligned: bool = struct.field(pytree_node=False, default=True)
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("block_len", self.block_len, 1, cfg.max_seq_len)
 
     def refuse(self, method: DiffusionMethod) -> str | None:
         blocks = method.scheduler
-        if not blocks.is_aligned or blocks.fixed_len != self.block_len:
+        if blocks.is_aligned != self.aligned or blocks.fixed_len != self.block_len:
             return (
-                f"BlockCausal(block_len={self.block_len}) needs the blocks that the model sees: "
-                f"use aligned blocks of {self.block_len}"
+                f"{self.name}(block_len={self.block_len}) needs the blocks that the model sees: "
+                f"use {'' if self.aligned else 'un'}aligned blocks of {self.block_len}"
             )
         if who := method.who_needs("shadow"):
-            return f"BlockCausal has no shadow, which {who} needs"
+            return f"{self.name} has no shadow, which {who} needs"
         if not method.inputs.shows_mask or method.inputs.remembers:
-            return f"BlockCausal shows MASK, and {method.inputs.name} wants something else"
+            return f"{self.name} shows MASK, and {method.inputs.name} wants something else"
         return None
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCausalState:
@@ -93,7 +98,7 @@ class BlockCausal(CachePolicy):
                 params, cfg, canvas, jnp.zeros_like(canvas.start), canvas.prompt_len, kv, None
             )[1]
             kv = jax.lax.cond(state.is_filled, lambda kv: kv, fill, kv)
-        behind = (canvas.block_start - canvas.start) % C
+        behind = (canvas.block_start - self._origin(canvas)) % C
         first = canvas.block_start - behind - C  # of the block before
         settled = jnp.stack([canvas.start + C, first + C], axis=-1)[:, None]
         hidden, kv = self._run(params, cfg, canvas, first, 2 * C, kv, settled)
@@ -101,6 +106,10 @@ class BlockCausal(CachePolicy):
         index = jnp.minimum(index + jnp.arange(window_len)[None], 2 * C - 1)
         hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
         return hidden, BlockCausalState(kv, jnp.ones((), bool)), canvas.is_active
+
+    def _origin(self, canvas: Canvas) -> jax.Array:
+        """[B]: a canvas position at which a block starts."""
+        return canvas.start if self.aligned else jnp.full_like(canvas.start, canvas.prompt_len)
 
     def _run(
         self,
@@ -115,11 +124,10 @@ class BlockCausal(CachePolicy):
         """A forward over `length` positions from `first` [B] on, which are written to the cache."""
         S = canvas.tokens.shape[1]
         place = first[:, None] + jnp.arange(length)[None]
-        positions = place - canvas.start[:, None]
-        block = positions // self.block_len
+        block = (place - self._origin(canvas)[:, None]) // self.block_len
         window = Window(
             tokens=jnp.take_along_axis(canvas.tokens, jnp.clip(place, 0, S - 1), axis=1),
-            positions=positions,
+            positions=place - canvas.start[:, None],
             mask=pack_mask(block[:, :, None] >= block[:, None, :]),
             range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
         )
