@@ -1,0 +1,248 @@
+"""What public loops of block-diffusion models do on small checkpoints, round for round.
+
+A round here is a denoising forward there. Forwards that only store a finished block's keys and
+values have no round: `BlockCausal` stores them with the next block's first.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from decode.constraints.filters import Filters
+from decode.core.sampling import Sampling
+from decode.diffusion.components import (
+    BlockCausal,
+    BlockQuota,
+    Eos,
+    EosBlock,
+    Filled,
+    FixedBlocks,
+    InBlockCache,
+    LeftToRight,
+    Probability,
+    SubBlocks,
+    Tempered,
+    Threshold,
+    TokenBan,
+    TokenEdit,
+)
+from decode.diffusion.loop import DiffusionMethod, decode, init_state, stream
+from dlm.hf.files import read_config
+from tests.lib.checkpoints import load_with_mask
+from tests.lib.paths import SHARED
+from tests.lib.replay import replay
+from tests.lib.rounds import make_round
+
+GOLDENS = SHARED / "goldens"
+pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the traces are not there")
+
+
+def cases(family, *folders, only=""):
+    for folder in folders:
+        for file in sorted((GOLDENS / family / folder).glob("*.npz")):
+            if only in file.name and file.name != "forward.npz":
+                yield pytest.param(file.parent, file.stem, id=f"{folder}-{file.stem}")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Loads a checkpoint, once."""
+    return functools.cache(lambda path: load_with_mask(path, tmp_path_factory.mktemp("model")))
+
+
+def read(folder, name):
+    """The loop's arguments, and what happened."""
+    trace = dict(np.load(folder / f"{name}.npz"))
+    return json.loads((folder / f"{name}.json").read_text()), trace
+
+
+def check_rounds(lm, method, prompt, gen_len, starts, blocks):
+    """Decodes, and compares where and what the open block is before every round; the last state.
+
+    Args:
+      starts: [R]. Where each round's block starts, in the text.
+      blocks: [R, C]. What stood in it.
+    """
+    first, seen = init_state(lm.cfg, method, [prompt.tolist()], gen_len=gen_len), []
+
+    def look(state):
+        tokens, C = np.asarray(state.tokens)[0], blocks.shape[1]
+        start = int(state.block_start[0]) // C * C
+        seen.append((start, tokens[start : start + C].tolist()))
+
+    look(first)
+    for state in stream(lm.params, lm.cfg, method, first):
+        look(state)
+    assert seen[:-1] == [(int(s), b.tolist()) for s, b in zip(starts, blocks, strict=True)]
+    assert int(state.num_forwards[0]) == len(starts)
+    return state
+
+
+# ---- SDAR -----------------------------------------------------------------------------------
+
+
+def sdar(a):
+    """The arguments of SDAR's loops, here."""
+    C, stops = a["block_length"], a.get("stopping_criteria_idx") or ()
+    kind, threshold = a.get("remasking_strategy"), a.get("confidence_threshold")
+    if kind is None:  # the evaluation loop, in which 1 is the schedule alone
+        threshold = a["threshold"] if a["threshold"] < 1 else None
+    return DiffusionMethod(
+        FixedBlocks(C, aligned=True),
+        BlockCausal(C),
+        confidence=LeftToRight() if kind == "sequential" else Probability(),
+        rule=BlockQuota(C, a["denoising_steps"], threshold),
+        stopper=EosBlock() if stops else Filled(),
+        constraint=TokenBan(ban_mask=False),
+        stop_ids=tuple(stops),
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), cases("sdar", "dense_a", "dense_b_headdim8", only="greedy")
+)
+def test_sdar_greedy(load, folder, name):
+    a, trace = read(folder, name)
+    rounds = ~trace["call_is_store"]
+    gen_len = len(trace["canvas"]) - len(trace["prompt"])
+    lm = load(folder)
+    state = check_rounds(
+        lm, sdar(a), trace["prompt"], gen_len,
+        trace["call_start"][rounds], trace["call_tokens"][rounds],
+    )  # fmt: skip
+    assert np.asarray(state.tokens)[0].tolist() == trace["canvas"].tolist()
+
+
+@pytest.mark.parametrize(("folder", "name"), cases("sdar", "dense_a", "dense_b_headdim8", "moe_a"))
+def test_sdar_rules(folder, name):
+    """What was drawn is given, also from the mixture of experts: which of it stays?"""
+    a, trace = read(folder, name)
+    cfg = read_config(GOLDENS / "sdar" / "dense_a")
+    rounds = np.flatnonzero(~trace["call_is_store"])
+    calls = [
+        (trace["call_start"][i], trace["call_tokens"][i], sampled, prob)
+        for i, sampled, prob in zip(rounds, trace["sampled"], trace["sampled_prob"], strict=True)
+        # Where MASK was drawn and committed nothing changed; here it is never drawn.
+        if (trace["call_tokens"][i] != trace["call_tokens"][i + 1]).any()
+    ]
+    state = replay(
+        cfg, sdar(a), trace["prompt"], len(trace["canvas"]) - len(trace["prompt"]), calls
+    )
+    tokens = np.asarray(state.tokens)[0]
+    assert state.has_stopped[0]
+    if name.startswith("quirk"):  # overwrites a token of an earlier round, which nothing here does
+        (at,) = np.flatnonzero(tokens != trace["canvas"])
+        assert (at, tokens[at]) == (14, trace["call_tokens"][1][14 - 8])
+    else:
+        assert tokens.tolist() == trace["canvas"].tolist()
+
+
+@pytest.mark.parametrize(("folder", "name"), cases("sdar", "dense_a", "moe_a", only="sampled"))
+def test_sdar_confidences_are_of_what_the_filters_leave(folder, name):
+    a, trace = read(folder, name)
+    filters = Filters(Sampling(None, a["top_k"] or None, a["top_p"]), ban_mask=False)
+    z = jnp.asarray(trace["logits"])
+    view = make_round(np.full(z.shape[:2], 0.5)).replace(temperature=jnp.float32(a["temperature"]))
+    view = view.replace(proposal=jnp.asarray(trace["sampled"]))
+    confidence = tempered_confidence(filters, view, z)
+    np.testing.assert_allclose(np.exp(confidence), trace["sampled_prob"], atol=1e-5)
+
+
+@jax.jit
+def tempered_confidence(filters, view, z):
+    view = view.replace(logits=filters.mask_logits(view, z, ()))
+    return Tempered(Probability()).measure(view, ())[0].confidence
+
+
+# ---- Fast-dLLM v2 ---------------------------------------------------------------------------
+
+
+@struct.dataclass
+class StaysMask(TokenBan):
+    """A position whose proposal is MASK stays what it is, though it was the surest: public loops.
+
+    Without a ban they write MASK over MASK; if nothing else changes, for ever.
+    """
+
+    def init(self, cfg, batch_size, window_len):
+        return jnp.full((batch_size, 1), cfg.mask_token_id)
+
+    def accept(self, round, commit, state):
+        return commit & (round.proposal != state), state
+
+
+def fast_dllm_v2(a):
+    """The arguments of its loop, here."""
+    C, c = a["block_size"], a["small_block_size"]
+    return DiffusionMethod(
+        SubBlocks(C, c, aligned=True, first_alone=True),
+        InBlockCache(C, sub_len=c) if a["use_block_cache"] else BlockCausal(C),
+        rule=Threshold(a["threshold"]),
+        stopper=Eos(),
+        constraint=StaysMask(ban_mask=False),
+        stop_ids=(a["stop_token"],),
+    )
+
+
+@pytest.mark.parametrize(("folder", "name"), cases("fast_dllm_v2", "a", "b_tied"))
+def test_fast_dllm_v2(load, folder, name):
+    a, trace = read(folder, name)
+    lm = load(folder)
+    prompts = [trace[key].tolist() for key in sorted(trace) if key.startswith("prompt")]
+    results = [trace[key].tolist() for key in sorted(trace) if key.startswith("result")]
+    lengths = [len(result) - len(prompt) for prompt, result in zip(prompts, results, strict=True)]
+    method = fast_dllm_v2(a)
+    state = init_state(lm.cfg, method, prompts, gen_len=lengths)
+    state = decode(lm.params, lm.cfg, method, state)
+    for b, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        start = int(state.start[b])
+        is_stop = [token == a["stop_token"] for token in result[len(prompt) :]]
+        end = len(prompt) + (is_stop.index(True) + 1 if any(is_stop) else len(is_stop))
+        assert np.asarray(state.tokens)[b, start : start + end].tolist() == result[:end]
+    if len(prompts) == 1:
+        # A block's first round is the forward that stores the one before it. The prompt's counts
+        # only if it predicts a token that was not there.
+        P, C = len(prompts[0]), a["block_size"]
+        is_free = P > C and P % C > 0
+        assert int(state.num_forwards[0]) == len(trace["call_position"]) - is_free
+
+
+# ---- LLaDA2 ---------------------------------------------------------------------------------
+
+
+def llada2(a):
+    """The arguments of its loops, here."""
+    C = a["block_length"]
+    method = DiffusionMethod(
+        FixedBlocks(C, aligned=True),
+        BlockCausal(C),
+        rule=BlockQuota(C, a.get("steps", C), a["threshold"]),
+        stopper=Eos() if a.get("eos_early_stop") else EosBlock(),
+        stop_ids=(a["eos_id"],),
+    )
+    if "editing_threshold" in a:  # LLaDA2.1, whose loop goes on behind the end of the text
+        reviser = TokenEdit(a["editing_threshold"], a["max_post_steps"])
+        rule = BlockQuota(a.get("num_to_transfer", 1), 1, a["threshold"])
+        method = method.replace(reviser=reviser, rule=rule, stopper=Filled())
+    return method
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), cases("llada2", "v20_a", "v20_b_noshared_group1", "v21_a")
+)
+def test_llada2_rules(folder, name):
+    """What the mixture of experts proposes is given."""
+    a, trace = read(folder, name)
+    cfg = read_config(GOLDENS / "sdar" / "dense_a")  # whose MASK and sizes are the same
+    columns = ("call_start", "call_tokens", "call_argmax", "call_prob")
+    calls = list(zip(*(trace[column] for column in columns), strict=True))
+    P, C = len(trace["prompt"]), a["block_length"]
+    state = replay(cfg, llada2(a), trace["prompt"], -(-(P + a["gen_length"]) // C) * C - P, calls)
+    returned = trace["returned"].tolist()
+    assert np.asarray(state.tokens)[0, P : P + len(returned)].tolist() == returned
+    assert state.has_stopped[0]
