@@ -20,9 +20,11 @@ from typing import Any
 from decode.constraints.nucleus import Nucleus
 from decode.diffusion.caches.block_causal import BlockCausal
 from decode.diffusion.caches.dual_cache import DualCache
+from decode.diffusion.caches.in_block_cache import InBlockCache
 from decode.diffusion.caches.prefix_cache import PrefixCache
 from decode.diffusion.components import COMPONENTS, short_names
 from decode.diffusion.confidences.credit import Credit
+from decode.diffusion.confidences.left_to_right import LeftToRight
 from decode.diffusion.confidences.margin import Margin
 from decode.diffusion.confidences.neg_entropy import NegEntropy
 from decode.diffusion.confidences.probability import Probability
@@ -36,11 +38,13 @@ from decode.diffusion.revisers.keep import Keep
 from decode.diffusion.revisers.remask import Remask
 from decode.diffusion.revisers.running_confidence import RunningConfidence
 from decode.diffusion.revisers.token_edit import TokenEdit
+from decode.diffusion.rules.block_quota import BlockQuota
 from decode.diffusion.rules.dream_quota import DreamQuota
 from decode.diffusion.rules.quota import Quota
 from decode.diffusion.rules.threshold import Threshold
 from decode.diffusion.schedulers.adablock import AdaBlock
 from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
+from decode.diffusion.schedulers.sub_blocks import SubBlocks
 from decode.diffusion.stoppers.end_of_text import Eos, EosBlock
 from decode.diffusion.stoppers.prophet import Prophet
 
@@ -76,6 +80,18 @@ def _quota(block_len: int, tokens_per_step: int = 1, **choices: Any) -> Diffusio
 
 def _threshold(block_len: int, threshold: float, **choices: Any) -> DiffusionMethod:
     return complete(block_len, rule=Threshold(threshold), **choices)
+
+
+def _block_causal(block_len: int, **choices: Any) -> DiffusionMethod:
+    """For models trained with blocks of this length, counted from the start of the prompt."""
+    blocks = {"scheduler": FixedBlocks(block_len, aligned=True), "cache": BlockCausal(block_len)}
+    return complete(block_len, **(blocks | choices))
+
+
+def _fast_dllm_v2(block_len: int, in_block: bool) -> DiffusionMethod:
+    part = max(block_len // 4, 1)
+    cache = InBlockCache(block_len, sub_len=part) if in_block else BlockCausal(block_len)
+    return complete(block_len, scheduler=SubBlocks(block_len, part, True, True), cache=cache)
 
 
 def _dream(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
@@ -129,9 +145,29 @@ _COMBINED: dict[str, dict[str, Maker]] = {
         ),
     },
     "block_causal": {  # for models trained with blocks of this length
-        "block_causal": lambda n: _threshold(
-            n, 0.9, scheduler=FixedBlocks(n, aligned=True), cache=BlockCausal(n)
+        "block_causal": lambda n: _block_causal(n, rule=Threshold(0.9)),
+    },
+    "sdar": {  # one position per step at least, as many steps as positions
+        "sdar": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.85)),
+        "sdar_0.95": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.95)),
+        "sdar_static": lambda n: _block_causal(n, rule=BlockQuota(n, n)),
+        "sdar_sequential": lambda n: _block_causal(
+            n, confidence=LeftToRight(), rule=BlockQuota(n, n)
         ),
+    },
+    "fast_dllm_v2": {  # shifted logits
+        "fast_dllm_v2": lambda n: _fast_dllm_v2(n, in_block=False),
+        "fast_dllm_v2_in_block": lambda n: _fast_dllm_v2(n, in_block=True),
+    },
+    "bd3lm": {  # blocks counted from the end of the prompt
+        "bd3lm": lambda n: _quota(n, cache=BlockCausal(n, aligned=False)),
+    },
+    "llada2": {
+        "llada2": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.95)),
+    },
+    "llada2_edit": {
+        "llada2_edit": lambda n: _block_causal(n, rule=Threshold(0.7), reviser=TokenEdit(0.5)),
+        "llada2_edit_fast": lambda n: _block_causal(n, rule=Threshold(0.5), reviser=TokenEdit(0.0)),
     },
     "uniform_noise": {  # for models trained on noise instead of MASK
         "uniform_noise": lambda n: complete(
