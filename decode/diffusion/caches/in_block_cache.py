@@ -26,7 +26,7 @@ class InBlockState:
     """State of `InBlockCache`.
 
     Attributes:
-      blocks: the exact cache; the open block's keys and values are those of its last forwards.
+      blocks: the exact cache, and the open block as of its last forward over all of it.
       part: [B] int32. First canvas position of the sub-block that may run alone; -1: none.
     """
 
@@ -39,9 +39,9 @@ class InBlockCache(BlockCausal):
     """Approximate: in the open block, all but the open sub-block is cached. Before it, it is exact.
 
     A sub-block's first forward, and all until its first position is decided, run over the whole
-    block and cache it. The others run over the sub-block alone, write their keys and values into
-    the block's, and read the rest of these, of which what stands to the right is stale. Which
-    forward it is goes row by row, and rows wait for those of the other kind, as in `DualCache`.
+    block and cache it. The others run over the sub-block alone and read the rest of the block, of
+    which what stands to the right is stale. Which forward it is goes row by row, and rows wait for
+    those of the other kind, as in `DualCache`.
 
     The very first forward of a block of which nothing is known does not count as its first
     sub-block's: it may decide the first position only (`SubBlocks.first_alone`).
@@ -117,11 +117,10 @@ class InBlockCache(BlockCausal):
             return hidden, InBlockState(blocks, jnp.where(counts, part, state.part))
 
         def reuse(state: InBlockState) -> tuple[jax.Array, InBlockState]:
-            hidden, kv = self._run_part(params, cfg, canvas, part, first, ready, state.blocks.kv)
+            hidden = self._run_part(params, cfg, canvas, part, first, state.blocks.kv)
             at = canvas.window_start - part - int(cfg.shifted_logits)
             index = jnp.clip(at[:, None] + jnp.arange(window_len)[None], 0, self.sub_len - 1)
-            hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
-            return hidden, state.replace(blocks=state.blocks.replace(kv=kv))
+            return jnp.take_along_axis(hidden, index[..., None], axis=1), state
 
         hidden, state = jax.lax.cond(refresh_now, refresh, reuse, state)
         return hidden, state, jnp.where(refresh_now, waiting, ready)
@@ -133,10 +132,9 @@ class InBlockCache(BlockCausal):
         canvas: Canvas,
         part: jax.Array,
         first: jax.Array,
-        rows: jax.Array,
         kv: KVCache,
-    ) -> tuple[jax.Array, KVCache]:
-        """A forward over the sub-blocks at `part` of the blocks at `first`; writes `rows`."""
+    ) -> jax.Array:
+        """[B, sub_len, D]: a forward over the sub-blocks at `part` of the blocks at `first`."""
         C, n = self.block_len, self.sub_len
         window = Window(
             tokens=gather(canvas.tokens, part, n),
@@ -147,7 +145,4 @@ class InBlockCache(BlockCausal):
         # The block's slots lie C further right than its positions.
         before = jnp.stack([canvas.start, part], axis=-1) + C
         after = jnp.stack([part + n, jnp.minimum(canvas.end, first + C)], axis=-1) + C
-        slots = Slots(kv, jnp.stack([before, after], axis=1), part + C, rows)
-        out = forward(params, cfg, window, slots)
-        assert out.cache is not None
-        return out.hidden, out.cache
+        return forward(params, cfg, window, Slots(kv, jnp.stack([before, after], axis=1))).hidden

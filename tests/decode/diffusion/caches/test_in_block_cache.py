@@ -23,6 +23,7 @@ def decode_plainly(model, prompt, gen_len, threshold, first_alone):
     shift = int(cfg.shifted_logits)
     canvas, done = list(prompt) + [cfg.mask_token_id] * gen_len, [True] * P + [False] * gen_len
     block, step_map, step = np.arange(n) // C, [-1] * gen_len, 0
+    log_prob = np.zeros(gen_len)
     for b in range(P // C, block[-1] + 1):
         low, high = b * C, min(b * C + C, n)
         allowed = block[:low, None] >= block[None, :low]
@@ -62,8 +63,9 @@ def decode_plainly(model, prompt, gen_len, threshold, first_alone):
             for i, (p, token) in sure.items():
                 if p >= threshold or i == best:
                     canvas[i], done[i], step_map[i - P] = token, True, step
+                    log_prob[i - P] = np.log(p)
             step, rounds = step + 1, rounds + 1
-    return canvas[P:], step_map, step
+    return canvas[P:], step_map, step, log_prob
 
 
 @pytest.mark.parametrize("threshold", [0.5])
@@ -82,10 +84,11 @@ def test_a_ragged_batch_equals_the_plain_loop(toy_model, threshold):
     other = decode(params, cfg, exact, other)
     model = Model(params, cfg)
     for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
-        tokens, step_map, steps = decode_plainly(model, prompt, length, threshold, alone)
+        tokens, step_map, steps, log_prob = decode_plainly(model, prompt, length, threshold, alone)
         assert state.tokens[b, 14 : 14 + length].tolist() == tokens
         assert state.step_map[b, :length].tolist() == step_map
         assert int(state.num_forwards[b]) == steps
+        np.testing.assert_allclose(state.log_prob[b, :length], log_prob, atol=1e-4)
     assert (state.log_prob != other.log_prob).any()  # it is an approximation
 
 
