@@ -18,6 +18,7 @@ from decode.diffusion.caches.prefix_cache import PrefixCache as PrefixCache
 from decode.diffusion.caches.vicinity_cache import VicinityCache as VicinityCache
 from decode.diffusion.confidences.credit import Credit as Credit
 from decode.diffusion.confidences.credit import SparseCredit as SparseCredit
+from decode.diffusion.confidences.ends_last import EndsLast as EndsLast
 from decode.diffusion.confidences.left_to_right import LeftToRight as LeftToRight
 from decode.diffusion.confidences.margin import Margin as Margin
 from decode.diffusion.confidences.neg_entropy import NegEntropy as NegEntropy

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable
 
 from decode.diffusion.components import COMPONENTS
+from decode.diffusion.public import DECODERS
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
+from scripts.docs_tables.arguments import sections
 from train import objectives
 
 DOCS = pathlib.Path(__file__).parent.parent.parent / "docs"
@@ -57,6 +59,7 @@ def pages() -> dict[pathlib.Path, str]:
     tables = {
         "methods.md": {"components": _components()},
         "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "decoders.md": {"arguments": sections(DECODERS)},
         "training.md": {"objectives": _table(_objectives(), "objective")},
     }
     made = {}

@@ -71,13 +71,13 @@ class BlockCausal(CachePolicy):
         blocks = method.scheduler
         if blocks.is_aligned != self.aligned or blocks.fixed_len != self.block_len:
             return (
-                f"{self.name}(block_len={self.block_len}) needs the blocks that the model sees: "
-                f"use {'' if self.aligned else 'un'}aligned blocks of {self.block_len}"
+                f"{method.cache.name}(block_len={self.block_len}) needs the blocks that the model "
+                f"sees: use {'' if self.aligned else 'un'}aligned blocks of {self.block_len}"
             )
         if who := method.who_needs("shadow"):
-            return f"{self.name} has no shadow, which {who} needs"
+            return f"{method.cache.name} has no shadow, which {who} needs"
         if not method.inputs.shows_mask or method.inputs.remembers:
-            return f"{self.name} shows MASK, and {method.inputs.name} wants something else"
+            return f"{method.cache.name} shows MASK, and {method.inputs.name} wants something else"
         return None
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCausalState:
@@ -98,14 +98,18 @@ class BlockCausal(CachePolicy):
                 params, cfg, canvas, jnp.zeros_like(canvas.start), canvas.prompt_len, kv, None
             )[1]
             kv = jax.lax.cond(state.is_filled, lambda kv: kv, fill, kv)
-        behind = (canvas.block_start - self._origin(canvas)) % C
-        first = canvas.block_start - behind - C  # of the block before
+        first = self.first(canvas) - C  # of the block before
         settled = jnp.stack([canvas.start + C, first + C], axis=-1)[:, None]
         hidden, kv = self._run(params, cfg, canvas, first, 2 * C, kv, settled)
         index = (canvas.window_start - first - int(cfg.shifted_logits))[:, None]
         index = jnp.minimum(index + jnp.arange(window_len)[None], 2 * C - 1)
         hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
         return hidden, BlockCausalState(kv, jnp.ones((), bool)), canvas.is_active
+
+    def first(self, canvas: Canvas) -> jax.Array:
+        """[B]: where the open block starts, be it inside the prompt."""
+        behind = (canvas.block_start - self._origin(canvas)) % self.block_len
+        return canvas.block_start - behind
 
     def _origin(self, canvas: Canvas) -> jax.Array:
         """[B]: a canvas position at which a block starts."""

@@ -13,25 +13,9 @@ import numpy as np
 import pytest
 from flax import struct
 
-from decode.constraints.filters import Filters
-from decode.core.sampling import Sampling
-from decode.diffusion.components import (
-    BlockCausal,
-    BlockQuota,
-    Eos,
-    EosBlock,
-    Filled,
-    FixedBlocks,
-    InBlockCache,
-    LeftToRight,
-    Probability,
-    SubBlocks,
-    Tempered,
-    Threshold,
-    TokenBan,
-    TokenEdit,
-)
-from decode.diffusion.loop import DiffusionMethod, decode, init_state, stream
+from decode.diffusion import public
+from decode.diffusion.components import Filled, LeftToRight, Probability, TokenBan
+from decode.diffusion.loop import decode, init_state, stream
 from dlm.hf.files import read_config
 from tests.lib.checkpoints import load_with_mask
 from tests.lib.paths import SHARED
@@ -86,21 +70,19 @@ def check_rounds(lm, method, prompt, gen_len, starts, blocks):
 # ---- SDAR -----------------------------------------------------------------------------------
 
 
-def sdar(a):
-    """The arguments of SDAR's loops, here."""
-    C, stops = a["block_length"], a.get("stopping_criteria_idx") or ()
-    kind, threshold = a.get("remasking_strategy"), a.get("confidence_threshold")
-    if kind is None:  # the evaluation loop, in which 1 is the schedule alone
-        threshold = a["threshold"] if a["threshold"] < 1 else None
-    return DiffusionMethod(
-        FixedBlocks(C, aligned=True),
-        BlockCausal(C),
-        confidence=LeftToRight() if kind == "sequential" else Probability(),
-        rule=BlockQuota(C, a["denoising_steps"], threshold),
-        stopper=EosBlock() if stops else Filled(),
-        constraint=TokenBan(ban_mask=False),
-        stop_ids=tuple(stops),
-    )
+def of_sdar(a):
+    """The method of the arguments of SDAR's loops."""
+    same = ("block_length", "denoising_steps", "stopping_criteria_idx")
+    own = ("remasking_strategy", "confidence_threshold")
+    given = {name: a[name] for name in (*same, *own) if name in a}
+    if "remasking_strategy" not in a:
+        method = public.sdar_evaluation(**given, threshold=a["threshold"])
+    else:
+        method = public.sdar(**given, temperature=a["temperature"])
+        # Proposals and their probabilities come with the traces.
+        confidence = LeftToRight() if a["remasking_strategy"] == "sequential" else Probability()
+        method = method.replace(temperature=None, confidence=confidence)
+    return method.replace(constraint=TokenBan(ban_mask=False))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +94,7 @@ def test_sdar_greedy(load, folder, name):
     gen_len = len(trace["canvas"]) - len(trace["prompt"])
     lm = load(folder)
     state = check_rounds(
-        lm, sdar(a), trace["prompt"], gen_len,
+        lm, of_sdar(a), trace["prompt"], gen_len,
         trace["call_start"][rounds], trace["call_tokens"][rounds],
     )  # fmt: skip
     assert np.asarray(state.tokens)[0].tolist() == trace["canvas"].tolist()
@@ -131,7 +113,7 @@ def test_sdar_rules(folder, name):
         if (trace["call_tokens"][i] != trace["call_tokens"][i + 1]).any()
     ]
     state = replay(
-        cfg, sdar(a), trace["prompt"], len(trace["canvas"]) - len(trace["prompt"]), calls
+        cfg, of_sdar(a), trace["prompt"], len(trace["canvas"]) - len(trace["prompt"]), calls
     )
     tokens = np.asarray(state.tokens)[0]
     assert state.has_stopped[0]
@@ -145,18 +127,21 @@ def test_sdar_rules(folder, name):
 @pytest.mark.parametrize(("folder", "name"), cases("sdar", "dense_a", "moe_a", only="sampled"))
 def test_sdar_confidences_are_of_what_the_filters_leave(folder, name):
     a, trace = read(folder, name)
-    filters = Filters(Sampling(None, a["top_k"] or None, a["top_p"]), ban_mask=False)
+    names = ("temperature", "top_k", "top_p")
+    method = public.sdar(block_length=8, **{name: a[name] for name in names})
     z = jnp.asarray(trace["logits"])
     view = make_round(np.full(z.shape[:2], 0.5)).replace(temperature=jnp.float32(a["temperature"]))
     view = view.replace(proposal=jnp.asarray(trace["sampled"]))
-    confidence = tempered_confidence(filters, view, z)
+    confidence = confidence_of(method, view, z)
     np.testing.assert_allclose(np.exp(confidence), trace["sampled_prob"], atol=1e-5)
 
 
 @jax.jit
-def tempered_confidence(filters, view, z):
-    view = view.replace(logits=filters.mask_logits(view, z, ()))
-    return Tempered(Probability()).measure(view, ())[0].confidence
+def confidence_of(method, view, z):
+    z = method.constraint.mask_logits(view, z, ())
+    given = jnp.take_along_axis(jax.nn.log_softmax(z), view.proposal[..., None], axis=-1)
+    view = view.replace(logits=z, log_prob=given[..., 0])
+    return method.confidence.measure(view, ())[0].confidence
 
 
 # ---- Fast-dLLM v2 ---------------------------------------------------------------------------
@@ -176,19 +161,6 @@ class StaysMask(TokenBan):
         return commit & (round.proposal != state), state
 
 
-def fast_dllm_v2(a):
-    """The arguments of its loop, here."""
-    C, c = a["block_size"], a["small_block_size"]
-    return DiffusionMethod(
-        SubBlocks(C, c, aligned=True, first_alone=True),
-        InBlockCache(C, sub_len=c) if a["use_block_cache"] else BlockCausal(C),
-        rule=Threshold(a["threshold"]),
-        stopper=Eos(),
-        constraint=StaysMask(ban_mask=False),
-        stop_ids=(a["stop_token"],),
-    )
-
-
 @pytest.mark.parametrize(("folder", "name"), cases("fast_dllm_v2", "a", "b_tied"))
 def test_fast_dllm_v2(load, folder, name):
     a, trace = read(folder, name)
@@ -196,7 +168,9 @@ def test_fast_dllm_v2(load, folder, name):
     prompts = [trace[key].tolist() for key in sorted(trace) if key.startswith("prompt")]
     results = [trace[key].tolist() for key in sorted(trace) if key.startswith("result")]
     lengths = [len(result) - len(prompt) for prompt, result in zip(prompts, results, strict=True)]
-    method = fast_dllm_v2(a)
+    names = ("block_size", "small_block_size", "threshold", "use_block_cache", "stop_token")
+    method = public.fast_dllm_v2(**{name: a[name] for name in names})
+    method = method.replace(constraint=StaysMask(ban_mask=False))
     state = init_state(lm.cfg, method, prompts, gen_len=lengths)
     state = decode(lm.params, lm.cfg, method, state)
     for b, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
@@ -215,21 +189,15 @@ def test_fast_dllm_v2(load, folder, name):
 # ---- LLaDA2 ---------------------------------------------------------------------------------
 
 
-def llada2(a):
-    """The arguments of its loops, here."""
-    C = a["block_length"]
-    method = DiffusionMethod(
-        FixedBlocks(C, aligned=True),
-        BlockCausal(C),
-        rule=BlockQuota(C, a.get("steps", C), a["threshold"]),
-        stopper=Eos() if a.get("eos_early_stop") else EosBlock(),
-        stop_ids=(a["eos_id"],),
-    )
-    if "editing_threshold" in a:  # LLaDA2.1, whose loop goes on behind the end of the text
-        reviser = TokenEdit(a["editing_threshold"], a["max_post_steps"])
-        rule = BlockQuota(a.get("num_to_transfer", 1), 1, a["threshold"])
-        method = method.replace(reviser=reviser, rule=rule, stopper=Filled())
-    return method
+def of_llada2(a):
+    """The method of the arguments of LLaDA2's loops."""
+    edits = "editing_threshold" in a
+    own = ("editing_threshold", "max_post_steps", "num_to_transfer") if edits else ("steps",)
+    names = ("block_length", "threshold", "eos_early_stop", *own)
+    make = public.llada2_1 if edits else public.llada2
+    method = make(**{name: a[name] for name in names if name in a})
+    method = method.replace(stop_ids=(a["eos_id"],))
+    return method.replace(stopper=Filled()) if edits else method  # that loop decodes all
 
 
 @pytest.mark.parametrize(
@@ -242,7 +210,9 @@ def test_llada2_rules(folder, name):
     columns = ("call_start", "call_tokens", "call_argmax", "call_prob")
     calls = list(zip(*(trace[column] for column in columns), strict=True))
     P, C = len(trace["prompt"]), a["block_length"]
-    state = replay(cfg, llada2(a), trace["prompt"], -(-(P + a["gen_length"]) // C) * C - P, calls)
+    state = replay(
+        cfg, of_llada2(a), trace["prompt"], -(-(P + a["gen_length"]) // C) * C - P, calls
+    )
     returned = trace["returned"].tolist()
     assert np.asarray(state.tokens)[0, P : P + len(returned)].tolist() == returned
     assert state.has_stopped[0]
