@@ -41,10 +41,11 @@ $(VENV)/libtpu: $(READY)
 	  || { mkdir -p $@; echo "no libtpu here: ahead-of-time TPU tests will be skipped"; }
 	@touch $@
 
-lint: $(READY)
+lint: $(READY)  ## ruff, types, and runs of code that stand twice
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m scripts.duplicates
 
 study: $(READY)  ## train and measure everything that learns to decode in parallel: some hours
 	$(BIN)/python -m scripts.study

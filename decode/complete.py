@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
@@ -13,21 +12,14 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
-    encode,
-    is_single,
-    repeat_requests,
-    round_batch,
-    round_prompt,
 )
 from decode.core.results import (
     Completion,
-    gather_samples,
     read_bias,
-    read_stops,
-    run_until,
     to_text,
 )
 from decode.core.sampling import Sampling
+from decode.core.texts import Loop, TextOptions, answer
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.loop import (
@@ -41,23 +33,12 @@ from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
 
-class Options(TypedDict, total=False):
+class Options(TextOptions, total=False):
     """The keyword arguments of `complete`."""
 
     method: str | SpeculativeMethod
     drafter: Drafter
     acceptance: AcceptanceRule
-    gen_len: int | Sequence[int]
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    logit_bias: Mapping[int, float] | None
-    stop: str | Sequence[str]
-    stop_ids: Sequence[int]
-    seed: int | Sequence[int]
-    num_return: int
 
 
 @overload
@@ -84,6 +65,9 @@ def complete(
     stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     num_return: int = 1,
+    top_logprobs: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Completion | list[Completion]:
     """Writes on with an autoregressive model, several tokens per forward where a drafter helps.
 
@@ -113,6 +97,11 @@ def complete(
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.
+      top_logprobs: so many of the most probable tokens are reported at each position, with their
+        log-probabilities when the position was written; 0: none.
+      batch_size: rows at once: those that are done make place for the next prompts; None: as many
+        as there are prompts, up to 32.
+      progress: whether to show a bar of prompts that are done.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts. Its `tokens` end before
@@ -123,12 +112,6 @@ def complete(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    stops = read_stops(lm, stop)
-    single = is_single(prompts)
-    requests: Any = [prompts] if single else prompts
-    encoded, lengths, seeds = repeat_requests(
-        [encode(lm, prompt) for prompt in requests], gen_len, seed, num_return
-    )
     bias = read_bias(lm, logit_bias)
     sampling = Sampling(temperature or None, top_k, top_p, min_p, repetition_penalty, bias)
     given = {
@@ -136,52 +119,25 @@ def complete(
         "acceptance": acceptance,
         "sampling": sampling if temperature or sampling.has_filters else None,
         "stop_ids": tuple(stop_ids) or None,
+        "top_logprobs": top_logprobs or None,
     }
     if method is None:
         method = SpeculativeMethod()
     elif isinstance(method, str):
         method = named(method)
     chosen = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
-    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        state = prepare(lm, chosen, encoded, gen_len=lengths, seed=seeds)
-        state = run_until(
-            lambda state, rounds: decode(lm.params, lm.cfg, chosen, state, rounds),
-            state,
-            lambda state: _texts(state, lm),
-            stops,
-        )
-    completions = collect(state, lm, chosen, stops, num=len(encoded))
-    completions = gather_samples(completions, num_return)
-    return completions[0] if single else completions
-
-
-def prepare(
-    lm: LanguageModel,
-    method: SpeculativeMethod,
-    prompts: Sequence[Sequence[int]],
-    *,
-    gen_len: int | Sequence[int],
-    seed: int | Sequence[int] = 0,
-) -> SpeculativeState:
-    """`init_state` with shapes rounded up, see `decode.core.requests`, and the prompts read."""
-    state = init_state(
-        lm.cfg,
-        method,
-        prompts,
-        gen_len=gen_len,
-        seeds=seed,
-        prompt_len=round_prompt(lm.cfg, prompts, gen_len),
-        batch_size=round_batch(len(prompts)),
-    )
-    return prefill(lm.params, lm.cfg, method, state)
+    return answer(
+        lm, prompts, LOOP, chosen, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
 
 
 def collect(
     state: SpeculativeState,
     lm: LanguageModel,
     method: SpeculativeMethod,
-    stops: Sequence[str] = (),
     num: int | None = None,
+    stops: Sequence[str] = (),
 ) -> list[Completion]:
     """Completions of the first `num` rows of a state, fetched from the device in one go.
 
@@ -189,8 +145,8 @@ def collect(
       state: a finished state, or one that is under way.
       lm: for its end-of-text id and tokenizer.
       method: for its stop ids.
-      stops: strings before the first of which texts are cut.
       num: how many rows; None: all.
+      stops: strings before the first of which texts are cut.
     """
     fetched: Any = jax.device_get(state.replace(cache=None, drafter=None))
     ends = {lm.cfg.eos_token_id, *map(int, np.asarray(method.stop_ids).reshape(-1))}
@@ -219,15 +175,27 @@ def collect(
                 log_prob=log_prob,
                 draft_forwards=int(fetched.draft_forwards[b]),
                 acceptance_histogram=fetched.acceptance_histogram[b],
+                top=None if fetched.top is None else fetched.top.of_row(b, len(canvas)),
             )
         )
     return completions
 
 
-def _texts(state: SpeculativeState, lm: LanguageModel) -> list[str]:
-    assert lm.tokenizer is not None
+def _settled(state: SpeculativeState) -> list[np.ndarray]:
+    """What each row has written."""
     tokens, start, length = jax.device_get((state.tokens, state.prompt_len, state.length))
-    return [
-        lm.tokenizer.decode(row[first:last].tolist())
-        for row, first, last in zip(tokens, start, length, strict=True)
-    ]
+    return [row[a:b] for row, a, b in zip(tokens, start, length, strict=True)]
+
+
+def _prepare(lm: LanguageModel, method: SpeculativeMethod, prompts: Any, **asked: Any) -> Any:
+    return prefill(lm.params, lm.cfg, method, init_state(lm.cfg, method, prompts, **asked))
+
+
+LOOP = Loop(
+    prepare=_prepare,
+    decode=decode,
+    reported=lambda state: state.replace(cache=None, drafter=None),
+    settled=_settled,
+    collect=collect,
+    may_be_empty=lambda cfg: False,
+)

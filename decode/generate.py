@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
@@ -15,21 +14,14 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
-    encode,
-    is_single,
-    repeat_requests,
-    round_batch,
-    round_prompt,
 )
 from decode.core.results import (
     Completion,
-    gather_samples,
     read_bias,
-    read_stops,
-    run_until,
     to_text,
 )
 from decode.core.sampling import Sampling
+from decode.core.texts import Loop, TextOptions, answer
 from decode.diffusion.caches.canvas import CachePolicy
 from decode.diffusion.components import by_name
 from decode.diffusion.contracts import (
@@ -43,11 +35,10 @@ from decode.diffusion.contracts import (
 )
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state
 from decode.diffusion.points import complete, named
-from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 
 
-class Options(TypedDict, total=False):
+class Options(TextOptions, total=False):
     """The keyword arguments of `generate`."""
 
     method: str | DiffusionMethod
@@ -59,20 +50,9 @@ class Options(TypedDict, total=False):
     reviser: Reviser
     constraint: Constraint
     inputs: Inputs
-    gen_len: int | Sequence[int]
     block_len: int | None
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    logit_bias: Mapping[int, float] | None
     guidance: float
     lookahead: int
-    stop: str | Sequence[str]
-    stop_ids: Sequence[int]
-    seed: int | Sequence[int]
-    num_return: int
 
 
 @overload
@@ -108,6 +88,9 @@ def generate(
     stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     num_return: int = 1,
+    top_logprobs: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Completion | list[Completion]:
     """Decodes completions with a masked-diffusion model, many tokens per forward.
 
@@ -147,6 +130,11 @@ def generate(
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.
+      top_logprobs: so many of the most probable tokens are reported at each position, with their
+        log-probabilities when the position was written; 0: none.
+      batch_size: rows at once: those that are done make place for the next prompts; None: as many
+        as there are prompts, up to 32.
+      progress: whether to show a bar of prompts that are done.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -155,12 +143,6 @@ def generate(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    stops = read_stops(lm, stop)
-    single = is_single(prompts)
-    requests: Any = [prompts] if single else prompts
-    encoded, lengths, seeds = repeat_requests(
-        [encode(lm, prompt) for prompt in requests], gen_len, seed, num_return
-    )
     bias = read_bias(lm, logit_bias)
     filters = Sampling(None, top_k, top_p, min_p, repetition_penalty, bias)
     if filters.has_filters:
@@ -191,63 +173,37 @@ def generate(
         "guidance": guidance or None,
         "lookahead": lookahead or None,
         "stop_ids": tuple(stop_ids) or None,
+        "top_logprobs": top_logprobs or None,
     }
     choices = {name: choice for name, choice in given.items() if choice is not None}
     if method is None:
         method = complete(block_len, **choices)
     else:
         if isinstance(method, str):
-            method = named(method, max(lengths, default=1) if block_len is None else block_len)
+            longest = max(np.ravel(gen_len).tolist(), default=1)
+            method = named(method, longest if block_len is None else block_len)
         method = method.replace(**choices)
-    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        state = prepare(lm.cfg, method, encoded, gen_len=lengths, seed=seeds)
-        state = run_until(
-            lambda state, rounds: decode(lm.params, lm.cfg, method, state, rounds),
-            state,
-            lambda state: _texts(state, lm),
-            stops,
-        )
-    ends = np.asarray(method.stop_ids).tolist()
-    completions = collect(state, lm, num=len(encoded), stops=stops, stop_ids=ends)
-    completions = gather_samples(completions, num_return)
-    return completions[0] if single else completions
-
-
-def prepare(
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    prompts: Sequence[Sequence[int]],
-    *,
-    gen_len: int | Sequence[int],
-    seed: int | Sequence[int] = 0,
-) -> DiffusionState:
-    """`init_state` with shapes rounded up, see `decode.core.requests`."""
-    return init_state(
-        cfg,
-        method,
-        prompts,
-        gen_len=gen_len,
-        seeds=seed,
-        prompt_len=round_prompt(cfg, prompts, gen_len),
-        batch_size=round_batch(len(prompts)),
-    )
+    return answer(
+        lm, prompts, LOOP, method, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
 
 
 def collect(
     state: DiffusionState,
     lm: LanguageModel,
+    method: DiffusionMethod,
     num: int | None = None,
     stops: Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
 ) -> list[Completion]:
     """Completions of the first `num` rows of a state, fetched from the device in one go.
 
     Args:
       state: a finished state, or one that is under way.
       lm: for its end-of-text id and tokenizer.
+      method: for its stop ids.
       num: how many rows; None: all.
       stops: strings before the first of which texts are cut.
-      stop_ids: of the method.
     """
     P = state.prompt_len
     reported = (
@@ -257,9 +213,10 @@ def collect(
         state.confidence,
         state.log_prob,
         state.num_forwards,
+        state.top,
     )
-    tokens, end, step_map, confidence, log_prob, num_forwards = jax.device_get(reported)
-    ends = [lm.cfg.eos_token_id, *stop_ids]
+    tokens, end, step_map, confidence, log_prob, num_forwards, top = jax.device_get(reported)
+    ends = [lm.cfg.eos_token_id, *np.asarray(method.stop_ids).tolist()]
     completions = []
     for b in range(tokens.shape[0] if num is None else num):
         length = end[b] - P
@@ -278,14 +235,28 @@ def collect(
                 step_map=step_map[b, :length],
                 confidence=confidence[b, :length],
                 log_prob=log_prob[b, :length],
+                top=None if top is None else top.of_row(b, length),
             )
         )
     return completions
 
 
-def _texts(state: DiffusionState, lm: LanguageModel) -> list[str]:
+def _settled(state: DiffusionState) -> list[np.ndarray]:
     """What stands in each row up to the first undecided position."""
-    assert lm.tokenizer is not None
     tokens, step_map = jax.device_get((state.tokens[:, state.prompt_len :], state.step_map))
-    settled = np.cumprod(step_map >= 0, axis=1).sum(axis=1)
-    return [lm.tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, settled, strict=True)]
+    lengths = np.cumprod(step_map >= 0, axis=1).sum(axis=1)
+    return [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+
+
+def _prepare(lm: LanguageModel, method: DiffusionMethod, prompts: Any, **asked: Any) -> Any:
+    return init_state(lm.cfg, method, prompts, **asked)
+
+
+LOOP = Loop(
+    prepare=_prepare,
+    decode=decode,
+    reported=lambda state: state.replace(cache=None, components=None, drafts=None),
+    settled=_settled,
+    collect=collect,
+    may_be_empty=lambda cfg: not cfg.shifted_logits,
+)

@@ -6,11 +6,15 @@ a pure `step` that makes one round.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+from dlm.config import ModelConfig
+from dlm.params import Params
 
 FOREVER = 2**31 - 1
 
@@ -26,18 +30,55 @@ class LoopState(Protocol):
 
 
 State = TypeVar("State", bound=LoopState)
+Method = TypeVar("Method")
+Step = Callable[[Params, ModelConfig, Method, State], State]
 
 
-def run(step: Callable[[State], State], state: State, max_rounds: jax.Array | int) -> State:
-    """At most `max_rounds` rounds, to be called under `jax.jit`."""
-    last = state.num_steps + jnp.minimum(max_rounds, FOREVER - state.num_steps)
-    return jax.lax.while_loop(
-        lambda state: ~state.has_stopped.all() & (state.num_steps < last), step, state
-    )
+def compile_decode(step: Step[Method, State]) -> jax.stages.Wrapped:
+    """The jitted loop around a `step`; compiles once per model, method structure and shapes."""
+
+    @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+    def decode(
+        params: Params,
+        cfg: ModelConfig,
+        method: Method,
+        state: State,
+        max_rounds: jax.Array | int = FOREVER,
+        max_done: jax.Array | int = FOREVER,
+    ) -> State:
+        """Runs rounds until every row is done: one device program, no host in between.
+
+        Compiles once per model, method structure and shapes. The state is donated.
+
+        Args:
+          params, cfg: the model.
+          method: how to decode.
+          state: before the first round, or of an earlier call.
+          max_rounds: to return after so many, whoever is not done.
+          max_done: to return when so many rows are done.
+        """
+        last = state.num_steps + jnp.minimum(max_rounds, FOREVER - state.num_steps)
+        return jax.lax.while_loop(
+            lambda state: (
+                (state.has_stopped.sum() < jnp.minimum(max_done, state.has_stopped.size))
+                & (state.num_steps < last)
+            ),
+            lambda state: step(params, cfg, method, state),
+            state,
+        )
+
+    return decode
 
 
-def stream(step: Callable[[State], State], state: State) -> Iterator[State]:
-    """Yields the state after every round of a jitted `step`, at Python's pace."""
+def compile_step(step: Step[Method, State]) -> jax.stages.Wrapped:
+    """One round, jitted; the state is donated."""
+    return jax.jit(step, static_argnames=("cfg",), donate_argnames=("state",))
+
+
+def stream(
+    step: jax.stages.Wrapped, params: Params, cfg: ModelConfig, method: Any, state: State
+) -> Iterator[State]:
+    """Yields the state after every round of a compiled `step`, at Python's pace."""
     while not bool(state.has_stopped.all()):
-        state = step(state)
+        state = step(params, cfg, method, state)
         yield state

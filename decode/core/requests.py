@@ -1,7 +1,7 @@
 """What is asked of a decoding loop: prompts, lengths and seeds, checked and brought into one shape.
 
-Similar requests share a compilation: prompt lengths go up to a multiple of `PROMPT_BUCKET` (never
-beyond the model's limit), batches as `round_batch` says. Rounding changes no result.
+Similar requests share a compilation: lengths go up as `round_lengths` says, batches as `round_rows`
+says. Rounding changes no result.
 
 Letters: B rows, P prompt length, G completion positions.
 """
@@ -19,6 +19,7 @@ from dlm.lm import LanguageModel
 from dlm.sharding import batch_shards
 
 PROMPT_BUCKET = 32
+MAX_ROWS = 32  # at once, unless more are asked for
 Prompt = str | Sequence[int]
 OnePrompt = str | list[int]  # and a list of prompts, as type checkers tell them apart:
 ManyPrompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
@@ -101,23 +102,50 @@ def repeat_requests(
     )
 
 
-def round_prompt(cfg: ModelConfig, prompts: Sequence[Any], gen_len: int | Sequence[int]) -> int:
-    """The prompt length that requests are brought to."""
-    longest = max(map(len, prompts), default=0)
-    limit = cfg.max_seq_len - max(per_prompt("gen_len", gen_len, len(prompts)), default=0)
-    bucket = -(-max(longest, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
-    return max(longest, min(bucket, limit))
+def round_rows(num: int, most: int | None) -> int:
+    """Rows for `num` requests, `most` at once; as many for every device of the mesh in use.
 
-
-def round_batch(num: int) -> int | None:
-    """Rows for `num` requests: a power of two, and as many for every device of the mesh in use.
-
-    None for no requests, which `read_requests` refuses.
+    Without a limit there are up to `MAX_ROWS`, a power of two.
     """
-    if not num:
-        return None
+    rows = min(1 << (max(num, 1) - 1).bit_length(), MAX_ROWS) if most is None else most
     shards = batch_shards()
-    return -(-(1 << (num - 1).bit_length()) // shards) * shards
+    return -(-rows // shards) * shards
+
+
+def round_lengths(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_lens: Sequence[int]
+) -> tuple[int, int]:
+    """The prompt and completion length that requests are brought to.
+
+    Prompts go up to a multiple of `PROMPT_BUCKET`, completions by at most a quarter, neither beyond
+    what the model can hold.
+    """
+    P, G = max(map(len, prompts), default=0), max(gen_lens, default=0)
+    step = max(8, 1 << max(G.bit_length() - 3, 0))
+    wide = -(-G // step) * step
+    G = max(G, min(wide, cfg.max_seq_len - P))
+    bucket = -(-max(P, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    return max(P, min(bucket, cfg.max_seq_len - G)), G
+
+
+def prompt_buckets(prompts: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
+    """Prompts, by their numbers, in buckets that are decoded one after the other, longest first.
+
+    A bucket's prompts are up to twice as long as each other; what would not fill the rows twice
+    goes with longer ones. At most `rows` prompts are one bucket.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    if len(prompts) <= rows:
+        return [sorted(order)]
+    buckets: list[list[int]] = []
+    for i in order:
+        shortest = len(prompts[buckets[-1][0]]) / 2 if buckets else 0
+        if not buckets or (
+            len(prompts[i]) < shortest and len(prompts[i]) > 0 and len(buckets[-1]) >= 2 * rows
+        ):
+            buckets.append([])
+        buckets[-1].append(i)
+    return buckets
 
 
 def read_requests(

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from decode.core.loop import FOREVER
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
-State = TypeVar("State", bound=Any)  # of either loop
 STOP_ROUNDS = 16  # after so many rounds, texts are searched for stop strings
+
+
+class TopTokens(struct.PyTreeNode):
+    """The n most probable tokens at each completion position, best first, when it was written.
+
+    Of one row the arrays have no batch axis. Where nothing was written: token -1.
+
+    Attributes:
+      tokens: [B, G, n] int32.
+      log_probs: [B, G, n] float32. Of the model itself: no filter, no temperature.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int]) -> TopTokens:
+        """Nothing is written yet. [B, G, n]."""
+        return cls(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+    def of_row(self, b: int, length: int) -> TopTokens:
+        """The first `length` positions of one row."""
+        return TopTokens(self.tokens[b, :length], self.log_probs[b, :length])
+
+    def put(
+        self, rows: jax.Array, index: jax.Array, tokens: jax.Array, log_probs: jax.Array
+    ) -> TopTokens:
+        """With [B, W, n] written at positions index [B, W] of rows [B, 1]; G: nowhere."""
+        return TopTokens(
+            self.tokens.at[rows, index].set(tokens, mode="drop"),
+            self.log_probs.at[rows, index].set(log_probs.astype(jnp.float32), mode="drop"),
+        )
+
+
+def check_top_logprobs(num: int, vocab_size: int) -> None:
+    """Raises ValueError unless so many most probable tokens can be named."""
+    if not 0 <= num <= vocab_size:
+        raise ValueError(f"top_logprobs={num} must be in [0, vocab_size={vocab_size}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +76,7 @@ class Completion:
       others: further samples of the same request, where more than one was asked for.
       acceptance_histogram: [J + 1] int32. Of `decode.complete`: how many forwards accepted 0, 1, ..
         J drafts; None elsewhere.
+      top: [gen_len, n] the n most probable tokens at each position, if asked for.
     """
 
     text: str | None
@@ -54,6 +91,7 @@ class Completion:
     draft_forwards: int = 0
     others: tuple[Completion, ...] = ()
     acceptance_histogram: np.ndarray | None = None
+    top: TopTokens | None = None
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -127,26 +165,3 @@ def to_text(
         return text, len(ids), False
     n = next(k for k in range(len(ids) + 1) if len(tokenizer.decode(ids[:k])) >= place)
     return text[:place], n, True
-
-
-def run_until(
-    decode: Callable[[State, int], State],
-    state: State,
-    texts: Callable[[State], list[str]],
-    stops: Sequence[str],
-) -> State:
-    """Decodes until all rows are done or have written a stop string.
-
-    Args:
-      decode: makes at most so many rounds.
-      state: of a loop.
-      texts: what each row has written for certain.
-      stops: if there are none, everything is one program.
-    """
-    if not stops:
-        return decode(state, FOREVER)
-    while not bool(state.has_stopped.all()):
-        state = decode(state, STOP_ROUNDS)
-        has_stop = np.array([cut(text, stops) < len(text) for text in texts(state)])
-        state = state.replace(has_stopped=state.has_stopped | jnp.asarray(has_stop))
-    return state

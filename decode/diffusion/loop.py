@@ -35,6 +35,7 @@ import numpy as np
 
 from decode.core import loop
 from decode.core.requests import check_tokens, read_requests
+from decode.core.results import TopTokens
 from decode.diffusion.lookahead import freedave_round, no_drafts
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.state import DiffusionState, init_components
@@ -132,39 +133,9 @@ def _allocate(
         "block_end": P + first,
         "cache": method.cache.allocate(cfg, rows, P + G + shadow),
         "components": init_components(cfg, method, B, W),
+        "top": TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None,
         "drafts": no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
     }
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def decode(
-    params: Params,
-    cfg: ModelConfig,
-    method: DiffusionMethod,
-    state: DiffusionState,
-    max_rounds: jax.Array | int = loop.FOREVER,
-) -> DiffusionState:
-    """Runs rounds until every row is done: one device program, no host in between.
-
-    Compiles once per model, method structure and shapes. The state is donated.
-
-    Args:
-      params, cfg: the model.
-      method: how to decode.
-      state: of `init_state`, or of an earlier call.
-      max_rounds: to return after so many, whoever is not done.
-    """
-    return loop.run(lambda state: step(params, cfg, method, state), state, max_rounds)
-
-
-def stream(
-    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
-) -> Iterator[DiffusionState]:
-    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
-
-    A yielded state must be read before the next one is asked for: its buffers are donated.
-    """
-    return loop.stream(lambda state: _step_jitted(params, cfg, method, state), state)
 
 
 def step(
@@ -179,6 +150,15 @@ def step(
         return apply(cfg, method, state.replace(cache=cache), round, served)
 
 
-_step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
-    step
-)
+decode = loop.compile_decode(step)  # its arguments are said there
+_step_jitted = loop.compile_step(step)
+
+
+def stream(
+    params: Params, cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState
+) -> Iterator[DiffusionState]:
+    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
+
+    A yielded state must be read before the next one is asked for: its buffers are donated.
+    """
+    return loop.stream(_step_jitted, params, cfg, method, state)

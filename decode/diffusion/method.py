@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from decode.constraints.token_ban import TokenBan
+from decode.core.results import check_top_logprobs
 from decode.diffusion.caches.canvas import CachePolicy
 from decode.diffusion.caches.no_cache import NoCache
 from decode.diffusion.confidences.probability import Probability
@@ -64,6 +65,7 @@ class DiffusionMethod(struct.PyTreeNode):
       lookahead: d >= 1 runs the same rounds with fewer forwards, by guessing d of them ahead; see
         `decode.diffusion.lookahead`. 0: off. Static.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
+      top_logprobs: how many of the most probable tokens are reported per position. Static.
     """
 
     scheduler: Scheduler = FixedBlocks()
@@ -78,6 +80,7 @@ class DiffusionMethod(struct.PyTreeNode):
     guidance: jax.Array | float | None = None
     lookahead: int = struct.field(pytree_node=False, default=0)
     stop_ids: jax.Array | tuple[int, ...] = ()
+    top_logprobs: int = struct.field(pytree_node=False, default=0)
 
     def end_ids(self, cfg: ModelConfig) -> jax.Array:
         """[n] int32: tokens that end a text."""
@@ -114,6 +117,7 @@ class DiffusionMethod(struct.PyTreeNode):
             if not isinstance(component, AXES[axis]):
                 raise ValueError(f"{axis}={component!r} must be a {AXES[axis].__name__}")
             component.validate(cfg)
+        check_top_logprobs(self.top_logprobs, cfg.vocab_size)
         for width in WIDTHS[WIDTHS.index(self.cache.covers) + 1 :]:
             if who := self.who_needs(width):
                 raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import struct
 
+from decode.core.results import TopTokens
 from decode.diffusion.method import DiffusionMethod
 from dlm.config import ModelConfig
 
@@ -61,6 +62,7 @@ class DiffusionState(struct.PyTreeNode):
       cache: the cache policy's state.
       components: the states of the components.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
+      top: the n most probable tokens when positions were committed; None: they are not kept.
       drafts: [B, d, S] int32 and [B, d] int32: canvases guessed ahead and their ends; or None.
       prompt_len: P. Static.
     """
@@ -83,5 +85,6 @@ class DiffusionState(struct.PyTreeNode):
     cache: Any
     components: ComponentStates
     num_steps: jax.Array
+    top: TopTokens | None
     drafts: tuple[jax.Array, jax.Array] | None
     prompt_len: int = struct.field(pytree_node=False)

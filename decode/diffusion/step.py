@@ -54,6 +54,11 @@ def apply(
     step_map = window.put(state.step_map, commit, state.row_step[:, None])
     log_prob = window.put(state.log_prob, commit, round.log_prob)
     confidence = window.put(state.confidence, commit, jnp.exp(round.confidence))
+    top = state.top
+    if top is not None:
+        assert round.stats.top_tokens is not None and round.stats.top_log_probs is not None
+        where = window.places(commit)
+        top = top.put(*where, round.stats.top_tokens, round.stats.top_log_probs)
     if revision.take_back is not None:
         take_back = revision.take_back & served[:, None] & (commit | ~round.undecided)
         tokens = window.put(tokens, take_back, mask_id(cfg))
@@ -73,6 +78,7 @@ def apply(
         num_forwards=state.num_forwards + took_part * (1 if method.guidance is None else 2),
         components=select_rows(served, components, state.components),
         num_steps=state.num_steps + 1,
+        top=top,
     )
     held = None if revision.hold is None else revision.hold | ~served  # who waits holds, too
     return _advance(cfg, method, new, held)
@@ -296,13 +302,17 @@ def _stats(
     B, W, D = hidden.shape
     given_ids = None if given_ids is None else given_ids.reshape(B * W, -1)
     if logits is not None:
-        stats = logits_stats(logits.reshape(B * W, -1), noise=noise, given_ids=given_ids)
+        stats = logits_stats(
+            logits.reshape(B * W, -1), noise=noise, k=reading.method.top_logprobs,
+            given_ids=given_ids,
+        )  # fmt: skip
     else:
         stats = vocab.read(
             vocab.head(reading.params),
             hidden.reshape(B * W, D),
             banned_ids=reading.method.constraint.banned_ids(reading.cfg),
             noise=noise,
+            k=reading.method.top_logprobs,
             given_ids=given_ids,
         )
     return jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
@@ -423,10 +433,14 @@ class _Window:
         return jnp.take_along_axis(x, jnp.minimum(self.index, self.total - 1), axis=1)
 
     def put(self, x: jax.Array, where: jax.Array, value: jax.Array | int) -> jax.Array:
-        index = jnp.where(where & self.inside, self.index, self.total)  # out of bounds: dropped
+        rows, index = self.places(where)
         value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
-        rows = jnp.arange(x.shape[0])[:, None]
         return x.at[rows, index].set(value, mode="drop")
+
+    def places(self, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows [B, 1] and positions [B, W] in which to write; out of bounds: dropped."""
+        index = jnp.where(where & self.inside, self.index, self.total)
+        return jnp.arange(len(index))[:, None], index
 
 
 def _noise_key(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Array:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from decode import complete, generate
 from decode.core.results import Completion
@@ -105,8 +104,7 @@ def timed(
         completions = complete.collect(state, lm, method, num=len(prompts))
     else:
         state = state.replace(cache=None)
-        stop_ids = np.asarray(method.stop_ids).tolist()
-        completions = generate.collect(state, lm, num=len(prompts), stop_ids=stop_ids)
+        completions = generate.collect(state, lm, method, num=len(prompts))
     return Timed(completions, state, prepare_s, seconds, compile_s)
 
 

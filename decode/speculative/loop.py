@@ -28,6 +28,7 @@ from flax import struct
 
 from decode.core import loop
 from decode.core.requests import read_requests
+from decode.core.results import TopTokens, check_top_logprobs
 from decode.core.sampling import Sampling, draw
 from decode.core.streams import Stream, fold_in
 from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
@@ -55,17 +56,20 @@ class SpeculativeMethod(struct.PyTreeNode):
       acceptance: which drafts are kept.
       sampling: the law of the text.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
+      top_logprobs: how many of the most probable tokens are reported per position. Static.
     """
 
     drafter: Drafter = NoDraft()
     acceptance: AcceptanceRule = Match()
     sampling: Sampling = GREEDY
     stop_ids: jax.Array | tuple[int, ...] = ()
+    top_logprobs: int = struct.field(pytree_node=False, default=0)
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, unless the choices make sense for the model."""
         for part in (self.drafter, self.acceptance, self.sampling):
             part.validate(cfg)
+        check_top_logprobs(self.top_logprobs, cfg.vocab_size)
         for part in (self.drafter, self.acceptance):
             if reason := part.refuse(self):
                 raise ValueError(reason)
@@ -97,6 +101,7 @@ class SpeculativeState(struct.PyTreeNode):
       key: [B, 2] uint32. One random stream per row.
       cache: of the target.
       drafter: the drafter's state.
+      top: the n most probable tokens per position written; None: they are not kept.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
       chunk: prompt tokens read per forward. Static.
     """
@@ -115,6 +120,7 @@ class SpeculativeState(struct.PyTreeNode):
     key: jax.Array
     cache: KVCache
     drafter: Any
+    top: TopTokens | None
     num_steps: jax.Array
     chunk: int = struct.field(pytree_node=False)
 
@@ -170,7 +176,7 @@ def init_state(
             occurred[b, list(prompt)] = True
     zeros = functools.partial(np.zeros, B, np.int32)
     array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
-    cache, drafter = _allocate(cfg, method, B, S)
+    cache, drafter, top = _allocate(cfg, method, B, S, G)
     return SpeculativeState(
         tokens=array(tokens),
         length=array(lengths),
@@ -186,15 +192,19 @@ def init_state(
         key=array(asked.key),
         cache=cache,
         drafter=drafter,
+        top=top,
         num_steps=array(np.zeros((), np.int32)),
         chunk=chunk,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "B", "S"))
-def _allocate(cfg: ModelConfig, method: SpeculativeMethod, B: int, S: int) -> tuple[KVCache, Any]:
-    """The target's cache and what the drafter remembers, both empty."""
-    return init_cache(cfg, B, S), method.drafter.init(cfg, B, S)
+@functools.partial(jax.jit, static_argnames=("cfg", "B", "S", "G"))
+def _allocate(
+    cfg: ModelConfig, method: SpeculativeMethod, B: int, S: int, G: int
+) -> tuple[KVCache, Any, TopTokens | None]:
+    """The target's cache, what the drafter remembers, and the best tokens, all empty."""
+    top = TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None
+    return init_cache(cfg, B, S), method.drafter.init(cfg, B, S), top
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
@@ -226,37 +236,6 @@ def prefill(
     return state.replace(cache=cache, drafter=drafter)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def decode(
-    params: Params,
-    cfg: ModelConfig,
-    method: SpeculativeMethod,
-    state: SpeculativeState,
-    max_rounds: jax.Array | int = loop.FOREVER,
-) -> SpeculativeState:
-    """Runs rounds until every row is done: one device program, no host in between.
-
-    Compiles once per model, method structure and shapes. The state, after `prefill`, is donated.
-
-    Args:
-      params, cfg: the target.
-      method: how to decode.
-      state: of `prefill`, or of an earlier call.
-      max_rounds: to return after so many, whoever is not done.
-    """
-    return loop.run(lambda state: step(params, cfg, method, state), state, max_rounds)
-
-
-def stream(
-    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
-) -> Iterator[SpeculativeState]:
-    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
-
-    A yielded state must be read before the next one is asked for: its buffers are donated.
-    """
-    return loop.stream(lambda state: _step_jitted(params, cfg, method, state), state)
-
-
 def step(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
 ) -> SpeculativeState:
@@ -268,7 +247,7 @@ def step(
         tree = _existing(proposal.tree, above, cfg.vocab_size)
         proposal = proposal.replace(tree=tree)
     with jax.named_scope("judge"):
-        output, verdict, log_probs = _judge(params, cfg, method, state, proposal, above)
+        output, verdict, log_probs, top = _judge(params, cfg, method, state, proposal, above)
     with jax.named_scope("accept"):
         walk = method.acceptance.walk(verdict, method.drafter.depth)
     with jax.named_scope("commit"):
@@ -288,14 +267,23 @@ def step(
             chosen=verdict.chosen,
             extra_hidden=None if proposal.extra is None else output.hidden[:, W:],
         )
-        state = _commit(cfg, method, state, proposal, walk, log_probs)
+        state = _commit(cfg, method, state, proposal, walk, log_probs, top)
         drafter = method.drafter.observe(cfg, context, seen, proposal.state)
     return state.replace(cache=cache, drafter=drafter)
 
 
-_step_jitted = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(
-    step
-)
+decode = loop.compile_decode(step)  # its arguments are said there
+_step_jitted = loop.compile_step(step)
+
+
+def stream(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
+) -> Iterator[SpeculativeState]:
+    """Yields the state after every round: the same rounds as `decode`, at Python's pace.
+
+    A yielded state must be read before the next one is asked for: its buffers are donated.
+    """
+    return loop.stream(_step_jitted, params, cfg, method, state)
 
 
 def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState) -> Context:
@@ -325,12 +313,13 @@ def _judge(
     state: SpeculativeState,
     proposal: Proposal,
     above: jax.Array,
-) -> tuple[decoder.ForwardOutput, Verdict, jax.Array]:
+) -> tuple[decoder.ForwardOutput, Verdict, jax.Array, TopTokens | None]:
     """One forward over the tree, whose nodes see those `above` them [B, W, W], and extra rows.
 
     Returns:
       The forward, whose cache has the tree's keys and values behind its last token, the verdict on
-      the tree, and the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V].
+      the tree, the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V], and the
+      most probable tokens after each node [B, W, n].
     """
     start, tree = state.length - 1, proposal.tree
     output = decoder.forward(
@@ -343,7 +332,7 @@ def _judge(
     W = tree.tokens.shape[1]
     hidden = output.hidden[:, :W]
     key = fold_in(state.key, state.num_forwards)
-    sampling, laws, log_probs = method.sampling, None, None
+    sampling, laws, log_probs, top = method.sampling, None, None, None
     if method.needs_laws:
         logits = vocab.logits(vocab.head(params), hidden)
         occurred = None
@@ -352,6 +341,9 @@ def _judge(
             occurred = state.occurred[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
         laws = sampling.law(logits, occurred)
         log_probs = jax.nn.log_softmax(logits)
+        if method.top_logprobs:
+            best, tokens = jax.lax.top_k(log_probs, method.top_logprobs)
+            top = TopTokens(tokens, best)
         if sampling.temperature is None:
             chosen = jnp.argmax(laws, axis=-1).astype(jnp.int32)
         else:
@@ -363,13 +355,15 @@ def _judge(
                 jnp.arange(W)
             )
             noise = Noise(by_node, jnp.float32(sampling.temperature))
-        stats = vocab.read(vocab.head(params), hidden, noise=noise)
+        stats = vocab.read(vocab.head(params), hidden, noise=noise, k=method.top_logprobs)
         sampled = stats.token if noise is None else stats.sample
         log_probs = stats.log_prob if noise is None else stats.sample_log_prob
         assert sampled is not None and log_probs is not None
         chosen = sampled
+        if stats.top_tokens is not None and stats.top_log_probs is not None:
+            top = TopTokens(stats.top_tokens, stats.top_log_probs)
     verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, Stream.ACCEPT))
-    return output, verdict, log_probs
+    return output, verdict, log_probs, top
 
 
 def _window(proposal: Proposal, above: jax.Array, start: jax.Array, is_chain: bool) -> Window:
@@ -394,6 +388,7 @@ def _commit(
     proposal: Proposal,
     walk: Walk,
     log_probs: jax.Array,
+    top: TopTokens | None,
 ) -> SpeculativeState:
     """Writes what was accepted and the token behind it, up to an end."""
     tree = proposal.tree
@@ -418,6 +413,10 @@ def _commit(
     of_path = log_probs[rows, walk.path]  # [B, J + 1] or [B, J + 1, V]
     if of_path.ndim == 3:
         of_path = jnp.take_along_axis(of_path, written[..., None], axis=2)[..., 0]
+    reported = state.top
+    if reported is not None and top is not None:
+        best = jax.tree.map(lambda x: x[rows, walk.path], top)
+        reported = reported.put(rows, place, best.tokens, best.log_probs)
     length = state.length + count
     accepted = jax.nn.one_hot(walk.num_accepted, J + 1, dtype=jnp.int32)
     occurred = state.occurred
@@ -435,5 +434,6 @@ def _commit(
         acceptance_histogram=state.acceptance_histogram + accepted * active[:, None],
         has_stopped=state.has_stopped | has_end | (length >= state.end),
         occurred=occurred,
+        top=reported,
         num_steps=state.num_steps + 1,
     )

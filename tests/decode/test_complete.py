@@ -86,6 +86,23 @@ def test_bad_options_are_refused(lm):
     with pytest.raises(ValueError, match="stop has an empty string"):
         complete(lm, "abc", stop="")
     with pytest.raises(ValueError, match="top_p=2 must be in"):
-        complete(lm, "abc", temperature=1.0, top_p=2.0)
+        complete(lm, "abc", gen_len=4, temperature=1.0, top_p=2.0)
     with pytest.raises(TypeError, match="prompts is a int"):
         complete(lm, 5)
+
+
+def test_the_most_probable_tokens_are_reported(lm):
+    """They are the model's, the same with drafts and filters; the first is what greedy writes."""
+    plain = complete(lm, ["abc", "to be or not to be"], gen_len=12, top_logprobs=3)
+    fast = complete(lm, ["abc", "to be or not to be"], gen_len=12, top_logprobs=3,
+                    drafter=PromptLookup(), repetition_penalty=1.0)  # fmt: skip
+    for a, b in zip(plain, fast, strict=True):
+        assert a.top.tokens.shape == (len(a.canvas), 3)
+        assert a.top.tokens[:, 0].tolist() == a.canvas.tolist()
+        np.testing.assert_allclose(a.top.log_probs[:, 0], a.log_prob, atol=1e-6)
+        assert (np.diff(a.top.log_probs, axis=1) <= 0).all()
+        assert a.top.tokens.tolist() == b.top.tokens.tolist()
+        np.testing.assert_allclose(a.top.log_probs, b.top.log_probs, atol=1e-5)
+    with pytest.raises(ValueError, match="top_logprobs=-1 must be in"):
+        complete(lm, "abc", gen_len=4, top_logprobs=-1)
+    assert complete(lm, "abc", gen_len=4).top is None

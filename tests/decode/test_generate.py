@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 import dlm
+from decode.core.requests import round_rows
 from decode.core.results import Completion
 from decode.diffusion.components import DualCache, FixedBlocks, Quota, Threshold
-from decode.diffusion.loop import DiffusionMethod, decode
-from decode.generate import generate, prepare
+from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from decode.generate import generate
 from decode.view import Answer, write_commit_order
 from dlm.params import init_params
 from dlm.presets import PRESETS
@@ -61,6 +62,20 @@ def test_the_statistics_add_up(lm):
     np.testing.assert_allclose(c.confidence[decided], np.exp(c.log_prob[decided]), rtol=1e-5)
 
 
+def test_the_most_probable_tokens_are_reported(lm):
+    """With them nothing else changes; the first of them is what the arg-max commits."""
+    c = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual", top_logprobs=4)
+    bare = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual")
+    assert bare.top is None and c.canvas.tolist() == bare.canvas.tolist()
+    decided = c.step_map >= 0
+    assert c.top.tokens.shape == c.top.log_probs.shape == (32, 4)
+    assert (c.top.tokens[decided][:, 0] == c.canvas[decided]).all()
+    np.testing.assert_array_equal(c.top.log_probs[decided][:, 0], c.log_prob[decided])
+    assert (np.diff(c.top.log_probs, axis=1) <= 0).all() and (c.top.tokens[~decided] == -1).all()
+    stored = generate(lm, PROMPT, gen_len=32, block_len=8, cache="dual", top_logprobs=4, min_p=0.0)
+    assert stored.top.tokens.tolist() == c.top.tokens.tolist()
+
+
 def test_a_full_canvas_ends_for_length(lm):
     c = generate(lm, PROMPT, gen_len=3, block_len=3)
     assert c.finish_reason == "length" and len(c.tokens) == 3
@@ -105,7 +120,9 @@ def test_sharded_model(lm, axes):
     mesh = make_mesh(**axes)
     sharded = dlm.load(GOLDEN / "llada_small", mesh=mesh)
     with jax.set_mesh(mesh):
-        state = prepare(lm.cfg, DiffusionMethod(FixedBlocks(8), DualCache()), [[5]] * 3, gen_len=8)
+        method = DiffusionMethod(FixedBlocks(8), DualCache())
+        rows = round_rows(3, None)
+        state = init_state(lm.cfg, method, [[5]] * 3, gen_len=8, batch_size=rows)
     rows = state.cache.kv.k.sharding.shard_shape(state.cache.kv.k.shape)[1]
     assert rows == {4: 2, 6: 1, 8: 1}[len(state.tokens)]
     prompts = [PROMPT, PROMPT[:5], PROMPT[:7]]
@@ -165,3 +182,19 @@ def test_what_a_method_has_is_not_ignored(toy_cfg, toy_params):
     assert len(cut.tokens) == canvas.tolist().index(stop) and cut.finish_reason == "eos"
     with pytest.raises(ValueError, match=r"the method's constraint=Nucleus.* two constraints"):
         generate(lm, [1], method="dream_sampled", top_k=3, gen_len=8)
+
+
+def test_many_prompts_are_decoded_a_few_at_a_time(lm):
+    """In any number of rows they get the same answers, and lengths alike share a program."""
+    prompts = [PROMPT[: 3 + i % 7] for i in range(13)]
+    options = dict(gen_len=8, block_len=8, num_return=2, temperature=0.7)
+    few, many = (generate(lm, prompts, batch_size=n, **options) for n in (4, 26))
+    for a, b in zip(few, many, strict=True):
+        assert a.canvas.tolist() == b.canvas.tolist()
+        assert a.others[0].canvas.tolist() == b.others[0].canvas.tolist()
+    assert any(a.canvas.tolist() != a.others[0].canvas.tolist() for a in few)
+    generate(lm, PROMPT, gen_len=17)
+    sizes = decode._cache_size()
+    for length in range(18, 22):
+        assert len(generate(lm, PROMPT, gen_len=length, stopper="filled").canvas) == length
+        assert decode._cache_size() <= sizes + 1

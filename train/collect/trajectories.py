@@ -197,7 +197,7 @@ class _Decoder:
                 )
         seeds = [settings.seed + i for i in indices]
         state = self._run(self._method, prompts, seeds)
-        completions = collect(state, lm, len(prompts))
+        completions = collect(state, lm, self._method, len(prompts))
         rounds: list[dict[str, np.ndarray] | None] = [None] * len(prompts)
         answers = np.full((settings.batch_size, settings.gen_len), lm.cfg.eos_token_id, np.int32)
         for b, completion in enumerate(completions):

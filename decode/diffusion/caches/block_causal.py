@@ -28,7 +28,7 @@ class BlockCausalState:
     Attributes:
       kv: keys and values; canvas position i is slot block_len + i, so that the window of a row with
         a short prompt may start before it.
-      is_filled: scalar bool. Whether the prompt is there.
+      is_filled: [B] bool. Whether the row's prompt is there.
     """
 
     kv: KVCache
@@ -82,7 +82,7 @@ class BlockCausal(CachePolicy):
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCausalState:
         slots = num_slots + 2 * self.block_len
-        return BlockCausalState(init_cache(cfg, batch_size, slots), jnp.zeros((), bool))
+        return BlockCausalState(init_cache(cfg, batch_size, slots), jnp.zeros(batch_size, bool))
 
     def judge(
         self,
@@ -94,17 +94,19 @@ class BlockCausal(CachePolicy):
     ) -> tuple[jax.Array, BlockCausalState, jax.Array]:
         C, kv = self.block_len, state.kv
         if canvas.prompt_len:
+            lacking = canvas.is_active & ~state.is_filled
             fill = lambda kv: self._run(  # noqa: E731
-                params, cfg, canvas, jnp.zeros_like(canvas.start), canvas.prompt_len, kv, None
-            )[1]
-            kv = jax.lax.cond(state.is_filled, lambda kv: kv, fill, kv)
+                params, cfg, canvas.replace(is_active=lacking), jnp.zeros_like(canvas.start),
+                canvas.prompt_len, kv, None,
+            )[1]  # fmt: skip
+            kv = jax.lax.cond(lacking.any(), fill, lambda kv: kv, kv)
         first = self.first(canvas) - C  # of the block before
         settled = jnp.stack([canvas.start + C, first + C], axis=-1)[:, None]
         hidden, kv = self._run(params, cfg, canvas, first, 2 * C, kv, settled)
         index = (canvas.window_start - first - int(cfg.shifted_logits))[:, None]
         index = jnp.minimum(index + jnp.arange(window_len)[None], 2 * C - 1)
         hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        return hidden, BlockCausalState(kv, jnp.ones((), bool)), canvas.is_active
+        return hidden, BlockCausalState(kv, jnp.ones_like(state.is_filled)), canvas.is_active
 
     def first(self, canvas: Canvas) -> jax.Array:
         """[B]: where the open block starts, be it inside the prompt."""

@@ -32,10 +32,16 @@ from dlm.params import Params
 from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
+# Published models of one tokenizer pad their embeddings differently: Qwen2.5's have 151,936 or
+# 152,064 rows. What only one of two models has is padding.
+MAX_PADDING = 1024
+
 
 @struct.dataclass
 class _Model(Drafter):
-    """What both ways of drafting share.
+    """What all ways of drafting share.
+
+    Texts that outgrow the draft model's context length go on without drafts.
 
     Attributes:
       params: of the draft model.
@@ -56,10 +62,11 @@ class _Model(Drafter):
         return "without" if self.is_sampled else "none"
 
     def validate(self, cfg: ModelConfig) -> None:
-        if self.draft.vocab_size != cfg.vocab_size:
+        if abs(self.draft.vocab_size - cfg.vocab_size) > MAX_PADDING:
             raise ValueError(
                 f"the draft model has a vocabulary of {self.draft.vocab_size} tokens and the "
-                f"target one of {cfg.vocab_size}: they must have the same"
+                f"target one of {cfg.vocab_size}: they must have the same, up to {MAX_PADDING} "
+                "rows of padding"
             )
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
@@ -69,6 +76,23 @@ class _Model(Drafter):
 
     def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
         return self._read(seen, state, None)
+
+    def _logits(self, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+        """[..., V] float32 over the target's tokens: those that are padding of one are impossible.
+
+        Args:
+          cfg: the target.
+          hidden: [..., D]. Of the draft model.
+        """
+        logits = vocab.logits(vocab.head(self.params), hidden)[..., : cfg.vocab_size]
+        missing = cfg.vocab_size - logits.shape[-1]
+        lead = [(0, 0)] * (logits.ndim - 1)
+        return jnp.pad(logits, [*lead, (0, missing)], constant_values=-jnp.inf)
+
+    def _within(self, context: Context, tree: DraftTree) -> DraftTree:
+        """Without the nodes that the draft model would have to guess beyond its context length."""
+        has_room = context.length[:, None] + tree.depths < self.draft.max_seq_len + 2
+        return tree.replace(is_valid=tree.is_valid & (has_room | (tree.depths == 0)))
 
     def _forward(self, window: Window, slots: Slots) -> decoder.ForwardOutput:
         return decoder.forward(self.params, self.draft, window, slots, layers=self.layers)
@@ -105,6 +129,8 @@ class DraftModel(_Model):
 
     def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         is_drawn = self.is_sampled and context.sampling.temperature is not None
+        extra = range(cfg.vocab_size, self.draft.vocab_size)
+        padding = jnp.array(extra, jnp.int32) if extra else None
 
         def draft(carry: tuple[jax.Array, KVCache], i: jax.Array) -> Any:
             token, cache = carry
@@ -114,17 +140,18 @@ class DraftModel(_Model):
             hidden = output.hidden[:, 0]
             if is_drawn:
                 law = context.sampling.replace(repetition_penalty=None).law(
-                    vocab.logits(vocab.head(self.params), hidden)
+                    self._logits(cfg, hidden)
                 )
                 following = draw(fold_in(context.key, i), law)
                 return (following, output.cache), (token, law)
-            following = vocab.read(vocab.head(self.params), hidden).token
+            following = vocab.read(vocab.head(self.params), hidden, banned_ids=padding).token
             return (following, output.cache), (token, None)
 
         start = (context.root, state)
         (_, cache), (tokens, laws) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
         laws = None if laws is None else laws.swapaxes(0, 1)
         tree = chain(self.num_drafts).tree(tokens.T, laws=laws)
+        tree = self._within(context, tree)
         return Proposal(tree, spent(context, self.num_drafts + 1), cache)
 
 
@@ -149,10 +176,10 @@ class DraftModelTree(_Model):
             window = Window(tokens, start[:, None] + tree.depths, above)
             slots = Slots.below(state, start)
             hidden = self._forward(window, slots).hidden
-            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
+            return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
         return Proposal(
-            expand(self.shape, context, score, self.is_sampled),
+            self._within(context, expand(self.shape, context, score, self.is_sampled)),
             spent(context, self.shape.depth + 1),
             state,
         )
@@ -189,10 +216,11 @@ class DraftModelBest(BestTree, _Model):
             window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
             slots = Slots.below(state, start)
             hidden = self._forward(window, slots).hidden
-            return vocab.logits(vocab.head(self.params), hidden[:, jnp.array(nodes)])
+            return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
+        tree = expand_best(self.width, self.levels, self.budget, context, score)
         return Proposal(
-            expand_best(self.width, self.levels, self.budget, context, score),
+            self._within(context, tree),
             spent(context, self.levels + 1),
             state,
         )

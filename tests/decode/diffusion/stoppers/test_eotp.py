@@ -98,7 +98,7 @@ def test_a_completion_ends_at_the_cut(toy_model):
     cfg = dataclasses.replace(cfg, eos_token_id=eot)
     state = run(params, cfg, method.replace(stopper=Eotp("committed")))
     lm = types.SimpleNamespace(cfg=cfg, tokenizer=None)
-    for b, got in enumerate(collect(state, lm, num=len(PROMPTS))):
+    for b, got in enumerate(collect(state, lm, method, num=len(PROMPTS))):
         n = int(state.end[b]) - state.prompt_len
         assert len(got.canvas) == len(got.step_map) == len(got.confidence) == n
         assert (got.step_map >= 0).all() and eot not in got.tokens
