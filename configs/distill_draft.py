@@ -1,4 +1,4 @@
-"""A small draft model learns the law of the model it drafts for (DistillSpec, AdaSPEC).
+"""A small draft model learns the distribution of the model it drafts for (DistillSpec, AdaSPEC).
 
     python -m train --config=configs/distill_draft.py:python --workdir=runs/python/distilled \\
         --config.train.init_from=runs/python/target/model \\
@@ -35,7 +35,7 @@ def get_config(arg: str = "python") -> ConfigDict:
         "make": "train.objectives.distill_spec:DistillSpec",
         "divergence": "kl",  # or reverse_kl, jsd, tv, nla
         "beta": 0.5,  # of jsd (DistillSpec)
-        "temperature": 1.0,  # of both laws (DistillSpec)
+        "temperature": 1.0,  # of both distributions (DistillSpec)
     }
     trainable = {
         "make": "dlm.heads.draft_lm:DraftLM",

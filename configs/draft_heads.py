@@ -25,7 +25,7 @@ def _hydra(is_plus: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     objective = {
         "make": "train.objectives.hydra:HydraLoss",
         "decay": DECAY,
-        "teacher": is_plus,  # learn the model's law, not the text (Hydra++)
+        "teacher": is_plus,  # learn the model's distribution, not the text (Hydra++)
     }
     trainable = {
         "make": "dlm.heads.hydra:HydraHeads",
@@ -68,7 +68,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # objective, trai
             "make": "train.objectives.dflash:DFlashLoss",  # or DPaceLoss (D-PACE)
             "num_anchors": 16,  # blocks per row; DFlash: up to 512
             "reach": 4.0,  # slots after which a token counts 1/e; public codes, blocks of 8
-            "teacher": False,  # learn the text, not the model's law
+            "teacher": False,  # learn the text, not the model's distribution
         },
         {
             "make": "dlm.heads.dflash:DFlashHeads",

@@ -3,12 +3,14 @@
     python -m train.collect.trajectories --config=configs/llada_8b_learn2pd.py \\
         --out=runs/llada_8b/rounds --config.checkpoint=path/of/LLaDA-8B-Instruct \\
         --config.task.path=prompts.jsonl
-    python -m train.learn2pd --config=configs/filter_learn2pd.py --workdir=runs/llada_8b/filter \\
-        --config.trajectories=runs/llada_8b/rounds
+    python -m train --config=configs/filter_learn2pd.py --workdir=runs/llada_8b/filter \\
+        --config.data.task.path=runs/llada_8b/rounds --config.data.completion_len=32 \\
+        --config.train.init_from=path/of/LLaDA-8B-Instruct \\
+        --config.train.objective.decided_weight=1
 
 The file has one JSON object per line with "question" and "answer", as `configs/example.jsonl`; the
 answers are only scored, what is learned is the model's own. Published: 40 prompts of each of FLAN's
-66 kinds of task. Then decode with `LearnedFilter(load_filter("runs/llada_8b/filter/filter", lm),
+66 kinds of task. Then decode with `LearnedFilter(load_filter("runs/llada_8b/filter/model", lm),
 0.96)` and blocks of 32, perhaps with `Eotp()`.
 
 Recipe: arXiv:2509.25188, Sec. 3.2, and its public code. Numbers without a source are ours.

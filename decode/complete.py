@@ -72,8 +72,8 @@ def complete(
     """Writes on with an autoregressive model, several tokens per forward where a drafter helps.
 
     The text does not depend on the drafter: at temperature 0 it is the greedy one, token for token,
-    else it follows the same law (except with `Typical`). The first call with a drafter and shapes
-    compiles; temperatures, seeds, and prompt lengths within a bucket of 32 do not compile again.
+    else it follows the same distribution (except with `Typical`). The first call with a drafter and
+    shapes compiles; temperatures, seeds, and prompt lengths within a bucket of 32 do not again.
 
     Example:
       >>> lm = dlm.load("path/to/checkpoint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,9 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
     return _per_shard(by_row, cache, start=start, index=index)
 
 
-def _per_shard(function: Any, cache: KVCache, **operands: Any) -> KVCache:
+def _per_shard(
+    function: Callable[..., KVCache], cache: KVCache, **operands: jax.Array | KVCache
+) -> KVCache:
     """On every device's part; `function` is told over which axis of the mesh slots are split."""
     _, B, K, S, _ = cache.k.shape
     split = split_axes(batch=B, kv_heads=K)

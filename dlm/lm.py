@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.hf.files import read_config
@@ -52,7 +52,7 @@ class LanguageModel:
 def load(
     path: str | os.PathLike[str],
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> LanguageModel:
@@ -68,11 +68,14 @@ def load(
       FileNotFoundError: the directory or a file in it is missing.
       ValueError: a file is broken, the model is of an unknown kind, or the tokenizer is not its.
     """
+    lm = describe(path, dtype=dtype)  # before the weights, which take long
+    return dataclasses.replace(lm, params=load_params(path, lm.cfg, mesh, rules), mesh=mesh)
+
+
+def describe(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> LanguageModel:
+    """As `load`, but of configuration and tokenizer only: `params` are {}."""
     cfg = read_config(path, dtype)
-    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
-    if tokenizer is not None:
-        _check_tokenizer(tokenizer, cfg)  # before the weights, which take long
-    return LanguageModel(load_params(path, cfg, mesh, rules), cfg, tokenizer, mesh)
+    return LanguageModel({}, cfg, load_tokenizer(path) if has_tokenizer(path) else None)
 
 
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:

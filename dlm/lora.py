@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -119,7 +120,7 @@ class Lora(Trainable):
 
         return self._replace(params, add)
 
-    def _replace(self, params: Params, new: Any) -> Params:
+    def _replace(self, params: Params, new: Callable[[str, jax.Array], Any]) -> Params:
         layers = {
             name: {
                 leaf: new(leaf, weight) if leaf in self.targets else weight

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.sharding import RULES, Rules, logical_sharding
@@ -116,7 +117,7 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     return init_from_specs(key, param_specs(cfg), cfg.jnp_dtype)
 
 
-def init_from_specs(key: jax.Array, specs: Params, dtype: Any) -> Params:
+def init_from_specs(key: jax.Array, specs: Params, dtype: DTypeLike) -> Params:
     """Fresh parameters.
 
     Each leaf draws from its own key, folded from its name, so adding a parameter changes no other.
@@ -127,7 +128,7 @@ def init_from_specs(key: jax.Array, specs: Params, dtype: Any) -> Params:
       dtype: of the parameters.
     """
 
-    def init(path: Any, spec: ParamSpec) -> jax.Array:
+    def init(path: jax.tree_util.KeyPath, spec: ParamSpec) -> jax.Array:
         if spec.stddev is None:
             return jnp.full(spec.shape, spec.fill, dtype)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -143,7 +144,7 @@ def abstract_params(cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = R
 
 
 def abstract_from_specs(
-    specs: Params, dtype: Any, mesh: Mesh | None = None, rules: Rules = RULES
+    specs: Params, dtype: DTypeLike, mesh: Mesh | None = None, rules: Rules = RULES
 ) -> Params:
     """As `abstract_params`, of any tree of `ParamSpec`."""
     shardings = spec_shardings(specs, mesh, rules) if mesh is not None else None

@@ -8,7 +8,7 @@ so the same model code runs on one CPU and on a pod.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +138,7 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
 
 
 def per_shard(
-    function: Any, operands: dict[str, Any], specs: dict[str, Any], out_specs: Any
+    function: Callable[..., Any], operands: dict[str, Any], specs: dict[str, Any], out_specs: Any
 ) -> Any:
     """Calls `function` with `operands` by name: on every device's share of them, on a mesh."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 from flax import struct
 from jax.sharding import Mesh
 
 from dlm import lm as lm_lib
+from dlm import tasks
 from dlm.config import ModelConfig
 from dlm.params import Params, param_specs
 
@@ -27,8 +28,8 @@ class Learned(struct.PyTreeNode):
       target: parameters of the model that is run: the one that is learned, or the one that
         something is learned beside.
       own: what is learned beside the target, as the objective that goes with it reads it:
-        parameters of heads, or a network (`EagleNetwork`, `DFlashNetwork`, `Draft`); None: the
-        target itself is learned.
+        parameters of heads, or a network (`EagleNetwork`, `DFlashNetwork`, `Draft`, `Filter`);
+        None: the target itself is learned.
       beside: parameters of a further model, which stays as it is: the reference of AdaSPEC, the
         model that Medusa-2 began with, or, for an objective with `needs_teacher`, the moving
         average of the target; None: there is none.
@@ -40,7 +41,18 @@ class Learned(struct.PyTreeNode):
 
 
 class Trainable:
-    """What is learned. Base class of frozen dataclasses; the defaults suit something small."""
+    """What is learned. Base class of frozen dataclasses; the defaults suit something small.
+
+    Attributes:
+      needs_target: whether the objective that goes with it runs the model of `train.init_from`. If
+        not, only that model's configuration and tokenizer are read.
+    """
+
+    needs_target: ClassVar[bool] = True
+
+    def fitted(self, task: tasks.Task) -> Self:
+        """This, with what only the training data know; ValueError if they are of another kind."""
+        return self
 
     def specs(self, cfg: ModelConfig) -> Params:
         """Its parameters, a tree of `dlm.params.ParamSpec`, for a model `cfg`."""

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 
+from decode.diffusion.components import COMPONENTS
+from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
 from tests.lib.paths import ROOT
 
 TRAINING_ONLY = ("grain", "tensorflow_datasets", "ml_collections", "tensorflow", "torch", "orbax")
@@ -50,3 +52,19 @@ def test_no_objective_imports_another():
             if isinstance(node, ast.ImportFrom) and node.module:
                 is_other = node.module.startswith("train.objectives.")
                 assert not is_other, f"{file.relative_to(ROOT)} imports {node.module}"
+
+
+def test_no_component_names_another():
+    """What components of an axis share is in a module that holds none of them."""
+    table = [c for axis in COMPONENTS.values() for c in axis] + [*DRAFTERS, *ACCEPTANCE_RULES]
+    homes = {c.__name__: c.__module__ for c in table}
+    assert len(homes) == len(table) > 60
+    for module in set(homes.values()):
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+        for node in ast.walk(tree):
+            names = {node.id} if isinstance(node, ast.Name) else set()
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.name for alias in node.names}
+                assert node.module not in homes.values(), f"{module} imports {node.module}"
+            for name in names & homes.keys():
+                assert homes[name] == module, f"{module} names {name}"

@@ -18,7 +18,6 @@ import json
 import pathlib
 import platform
 import subprocess
-from typing import Any
 
 import grain
 import jax
@@ -28,6 +27,7 @@ from dlm.config import ModelConfig
 from dlm.tokenizer import Tokenizer, load_tokenizer
 from train import config as config_lib
 from train.config import CheckpointConfig, ConfigError, RunConfig
+from train.step import TrainState
 from train.workdir import check_not_beyond, check_same, write_json
 
 # What may differ between a run and its resumption: it changes how long, how often and where, but
@@ -45,6 +45,18 @@ MAY_CHANGE = (
 )
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def check_is_run(workdir: pathlib.Path) -> None:
+    """Raises ConfigError if a folder without checkpoints has the settings of something else."""
+    path = workdir / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := sorted({"model", *config_lib.SECTIONS} - set(found)):
+            raise ConfigError(
+                f"workdir={str(workdir)!r} is not a run's: its config.json has no {lacking[0]!r}; "
+                "choose another folder"
+            )
 
 
 def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> None:
@@ -118,7 +130,7 @@ def open_manager(workdir: pathlib.Path, config: CheckpointConfig) -> ocp.Checkpo
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator
+    manager: ocp.CheckpointManager, step: int, state: TrainState, iterator: grain.DatasetIterator
 ) -> None:
     """Saves everything the steps after `step` depend on. The writing goes on in the background.
 
@@ -140,10 +152,10 @@ def save(
 def restore(
     manager: ocp.CheckpointManager,
     step: int,
-    abstract_state: Any,
+    abstract_state: TrainState,
     iterator: grain.DatasetIterator,
     is_packed: bool = False,
-) -> Any:
+) -> TrainState:
     """The state saved at `step`; `iterator` is set to the batch that follows.
 
     Args:
@@ -173,7 +185,8 @@ def restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
     )
     iterator.set_state(json.loads(place.read_text()))
-    return restored["state"]
+    state: TrainState = restored["state"]
+    return state
 
 
 def _git_revision() -> str | None:

@@ -34,7 +34,7 @@ class DataConfig:
       prompt_len: P, tokens of the longest prompt; shorter ones are padded on the left. 0: only
         tasks with empty prompts (pre-training).
       completion_len: G, tokens of the longest completion, its EOS included.
-      batch_size: rows per step, over all processes.
+      batch_size: rows per step, over all processes; 0: all rows of the task in every step.
       buckets: smaller (prompt_len, completion_len) for batches of shorter examples, each of which
         goes to the smallest one it fits. Such a batch has more rows, for about as many tokens; how
         many depends on the mesh too. Every bucket is compiled on its own.
@@ -60,8 +60,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(
-            "data", self, prompt_len=0, completion_len=1, batch_size=1, num_threads=0, prefetch=1
+            "data", self, prompt_len=0, completion_len=1, batch_size=0, num_threads=0, prefetch=1
         )
+        if not self.batch_size and (self.packing or self.buckets):
+            raise ConfigError(
+                "data.batch_size=0 must be at least 1 with data.packing or data.buckets, whose "
+                "batches are not the same rows every time"
+            )
         for bucket in self.buckets:
             if not _is_bucket(bucket, self.prompt_len, self.completion_len):
                 raise ConfigError(
@@ -101,6 +106,8 @@ class OptimConfig:
       accumulate: steps whose gradients are averaged into one update, at least 1.
       ema_decay: of the exponential moving average of the parameters, in [0, 1); 0: none. Early on
         the decay is (1 + n) / (10 + n) after n updates, if that is less.
+      keep_best: whether the result is what had the lowest loss in any validation, instead of what
+        is there at the end.
     """
 
     learning_rate: float
@@ -115,6 +122,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
     ema_decay: float = 0.0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least(
@@ -247,6 +255,10 @@ class RunConfig:
             raise ConfigError(
                 f"train.num_steps={self.train.num_steps} must be a multiple of "
                 f"optim.accumulate={self.optim.accumulate}"
+            )
+        if self.optim.keep_best and self.data.valid is None:
+            raise ConfigError(
+                "optim.keep_best=True needs data.valid: what is best is decided on held-out data"
             )
 
 

@@ -4,7 +4,8 @@ A run starts from, in this order: the last checkpoint in its own workdir, the mo
 `train.init_from`, fresh parameters. So the same command starts a run and resumes it, and a resumed
 run is bit for bit the run that was never stopped (on the same machine and mesh).
 
-What is learned is the model, or a `train.trainable` beside a model that stays as it is.
+What is learned is the model, or a `train.trainable` beside a model that stays as it is: an adapter,
+draft heads, a filter.
 
 The randomness of step i depends on (`train.seed`, i) and on nothing else.
 """
@@ -46,6 +47,7 @@ from train.step import (
     TrainState,
     abstract_state,
     first_state,
+    jit_keep_best,
     jit_train_step,
     state_shardings,
     valid_step,
@@ -103,13 +105,15 @@ def run(
         checkpoint.check_same_run(folder, settings, start)
         if start == num_steps == checkpoint.exported_step(folder):
             return _result(folder, start, folder / "model")  # nothing is left to do
+    else:
+        checkpoint.check_is_run(folder)
     with contextlib.ExitStack() as stack:
         mesh = _make_mesh(settings)
         stack.enter_context(jax.set_mesh(mesh))
 
         # -- Model
-        recipe = _make_recipe(settings)
         task, valid_task = _build_tasks(settings)
+        recipe = _make_recipe(settings, task)
         model = open_model(settings, folder, start, recipe.trainable, task, mesh)
 
         # -- Data
@@ -133,7 +137,7 @@ def run(
         model_path = None
         if step == num_steps:
             model_path = folder / "model"
-            _export(folder, recipe.trainable, state.averaged, model)
+            _export(folder, recipe.trainable, state.result, model)
             if jax.process_index() == 0:
                 checkpoint.write_exported(folder, step)
     return _result(folder, step, model_path)
@@ -167,7 +171,7 @@ class _Feed:
     valid: Sequence[data.Batch]
 
 
-def _make_recipe(settings: RunConfig) -> _Recipe:
+def _make_recipe(settings: RunConfig, task: tasks.Task) -> _Recipe:
     objective: Objective = build(settings.train.objective, "train.objective")
     if objective.needs_teacher and not settings.optim.ema_decay:
         raise ConfigError(
@@ -177,6 +181,10 @@ def _make_recipe(settings: RunConfig) -> _Recipe:
     trainable: Trainable = EVERYTHING
     if settings.train.trainable is not None:
         trainable = build(settings.train.trainable, "train.trainable")
+        try:
+            trainable = trainable.fitted(task)
+        except ValueError as error:
+            raise ConfigError(f"train.trainable: {error}") from error
     decay_steps = settings.optim.decay_steps or settings.train.num_steps
     return _Recipe(
         objective, trainable, dataclasses.replace(settings.optim, decay_steps=decay_steps)
@@ -284,16 +292,16 @@ def _steps(
     num_steps = settings.train.num_steps
     _, train_key, _ = _keys(settings)
     static = {"cfg": model.cfg, "objective": recipe.objective, "trainable": recipe.trainable}
-    jitted_train_step = jit_train_step(
-        state_shardings(recipe.trainable.specs(model.cfg), recipe.optim, mesh)
-    )
+    shardings = state_shardings(recipe.trainable.specs(model.cfg), recipe.optim, mesh)
+    jitted_train_step, jitted_keep_best = jit_train_step(shardings), jit_keep_best(shardings)
     validate = _validator(settings, recipe, model, feed, mesh)
     is_stopped = False
-    before: list[Any] = []  # where the iterator stood before the last two steps
+    before: list[dict[str, Any]] = []  # where the iterator stood before the last two steps
     try:
         while step < num_steps and not is_stopped:
             before = [*before[-1:], feed.iterator.get_state()]
             local = next(feed.iterator)
+            _check_batch(recipe.objective, local)
             batch = data.to_global(local, mesh)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = jitted_train_step(
@@ -302,11 +310,13 @@ def _steps(
             step += 1
             # The device works on this step while the host reads the numbers of the one before.
             reporter.flush()
-            num_tokens = batch["prompt"].size + batch["completion"].size
+            num_tokens = recipe.objective.num_positions(batch)
             reporter.add(step, metrics, local["index"], num_tokens)
             is_stopped = is_stopping(step)
             if feed.valid and is_due(step, settings.train.eval_every, num_steps):
-                reporter.flush(functools.partial(validate, state.averaged))
+                found = reporter.flush(functools.partial(validate, state.averaged))
+                if recipe.optim.keep_best:
+                    state = jitted_keep_best(state, found["valid/loss"])
             if is_stopped or is_due(step, settings.checkpoint.every, num_steps):
                 reporter.flush()  # raises unless the step was finite
                 checkpoint.save(manager, step, state, feed.iterator)
@@ -321,6 +331,14 @@ def _steps(
         where = f"the state before it is saved as step {good} in {manager.directory}"
         raise NonFiniteError(f"{error}; {where}") from None
     return step, state
+
+
+def _check_batch(objective: Objective, batch: data.Batch) -> None:
+    if missing := sorted(objective.reads - batch.keys()):
+        raise ConfigError(
+            f"train.objective.make={type(objective).__name__} learns from {missing[0]!r}, and "
+            f"data.task gives {', '.join(sorted(batch))}: choose a task or an objective that fits"
+        )
 
 
 def _validator(

@@ -20,21 +20,21 @@ CHUNK = 128  # rows whose logits over the vocabulary are in memory at a time
 
 
 def mean_cross_entropy(
-    log_prob: jax.Array, is_right: jax.Array, counts: jax.Array
+    log_prob: jax.Array, is_right: jax.Array, is_scored: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy over the tokens that count.
 
     Args:
       log_prob: [B, n] float32. Of the right token.
       is_right: [B, n] bool. Whether it is the model's arg-max.
-      counts: [B, n] bool.
+      is_scored: [B, n] bool.
 
     Returns:
       Scalar float32, and the metrics of `Causal.score`.
     """
-    total = jnp.maximum(counts.sum(), 1)
-    loss = jnp.where(counts, -log_prob, 0.0).sum() / total
-    return loss, {"loss": loss, "accuracy": (is_right & counts).sum() / total}
+    total = jnp.maximum(is_scored.sum(), 1)
+    loss = jnp.where(is_scored, -log_prob, 0.0).sum() / total
+    return loss, {"loss": loss, "accuracy": (is_right & is_scored).sum() / total}
 
 
 def weighted_loss(
@@ -64,7 +64,7 @@ def weighted_loss(
 def soft_cross_entropy(
     head: jax.Array, hidden: jax.Array, teacher: jax.Array, teacher_hidden: jax.Array
 ) -> jax.Array:
-    """-sum_v P_v log p_v with P the teacher's law; logits of `CHUNK` rows exist at a time.
+    """-sum_v P_v log p_v with P the teacher's distribution; logits of `CHUNK` rows exist at a time.
 
     Args:
       head: [V, D]. The model's output head.
@@ -165,8 +165,10 @@ def score_head(
       ahead: the head at t is about token t + ahead.
     """
     targets = text.tokens[:, ahead:]
-    counts = text.counts[:, ahead:] & (jnp.arange(targets.shape[1])[None] >= text.start[:, None])
+    is_scored = text.is_scored[:, ahead:] & (
+        jnp.arange(targets.shape[1])[None] >= text.start[:, None]
+    )
     stats = vocab.score(unembed, hidden[:, :-ahead], targets)
-    total = jnp.maximum(counts.sum(), 1)
-    loss = jnp.where(counts, -stats.log_prob, 0.0).sum() / total
-    return loss, ((stats.token == targets) & counts).sum() / total
+    total = jnp.maximum(is_scored.sum(), 1)
+    loss = jnp.where(is_scored, -stats.log_prob, 0.0).sum() / total
+    return loss, ((stats.token == targets) & is_scored).sum() / total

@@ -20,6 +20,7 @@ import tqdm
 from train.config import ConfigError, LogConfig, RunConfig, to_json
 
 FILE_NAME = "metrics.jsonl"
+_MOST_NAMED = 1024  # examples of a batch that went wrong
 
 
 class NonFiniteError(FloatingPointError):
@@ -90,24 +91,31 @@ class Reporter:
         """
         self._pending = (step, metrics, index, num_tokens)
 
-    def flush(self, validate: Callable[[], Mapping[str, jax.Array]] | None = None) -> None:
+    def flush(
+        self, validate: Callable[[], Mapping[str, jax.Array]] | None = None
+    ) -> dict[str, float]:
         """Waits for the metrics taken last, checks them, and writes them if they are due.
 
         Args:
           validate: gives metrics of held-out data; called after the check.
 
+        Returns:
+          What was written; {} if nothing was due.
+
         Raises:
           NonFiniteError: the loss or the gradient was not finite. Nothing is written.
         """
         if self._pending is None:
-            return
+            return {}
         step, metrics, index, num_tokens = self._pending
         self._pending = None
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values = {"loss": fetched.pop("loss"), **fetched}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                named = ", ".join(map(str, index))
+                named = ", ".join(map(str, index[:_MOST_NAMED]))
+                if len(index) > _MOST_NAMED:
+                    named += f" and {len(index) - _MOST_NAMED} more"
                 raise NonFiniteError(
                     f"{name} is {values[name]} at step {step}, made with examples {named} of "
                     "data.train"
@@ -118,7 +126,7 @@ class Reporter:
         if validate is None and not is_due(step, self._settings.log.every, num_steps):
             if self._clock is None:  # the first step compiles
                 self._clock, self._num_tokens = time.perf_counter(), 0
-            return
+            return {}
         if self._clock is not None:
             values["tokens_per_s"] = self._num_tokens / (time.perf_counter() - self._clock)
         if validate is not None:
@@ -131,6 +139,7 @@ class Reporter:
         if "tokens_per_s" in values:
             shown["tokens/s"] = f"{values['tokens_per_s']:,.0f}"
         self._bar.set_postfix(shown)
+        return values
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:

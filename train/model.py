@@ -29,7 +29,8 @@ class RunModel:
       tokenizer: its own.
       given: parameters to start from; None: fresh ones, or those of a checkpoint. Set to None once
         they are in the state.
-      frozen: what something is learned beside; None: the model itself is learned.
+      frozen: what something is learned beside, whose target is {} if it is not needed; None: the
+        model itself is learned.
     """
 
     cfg: ModelConfig
@@ -63,21 +64,24 @@ def open_model(
     if start is not None:
         logging.info("Resuming %s after step %d.", folder, start)
         cfg, tokenizer = checkpoint.read_model(folder)
-        if trainable is not EVERYTHING:
+        if trainable.needs_target and trainable is not EVERYTHING:
             given = load_model(settings, mesh)[2]
     elif settings.train.init_from:
         logging.info("Starting from the model in %s.", settings.train.init_from)
-        cfg, tokenizer, given = load_model(settings, mesh)
+        cfg, tokenizer, given = load_model(settings, mesh, trainable.needs_target)
     else:
         logging.info("Starting from fresh parameters.")
         tokenizer = make_tokenizer(settings, task)
         cfg = model_config(settings, tokenizer)
     frozen: Learned | None = None
     if trainable is not EVERYTHING:
-        assert given is not None
-        given = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given)
-        frozen, given = Learned(given, beside=trainable.beside(cfg, mesh)), None
-    logging.info("Learning %s of %s parameters: %s", *_counts(trainable.specs(cfg), cfg), cfg)
+        target = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given or {})
+        frozen, given = Learned(target, beside=trainable.beside(cfg, mesh)), None
+    try:
+        specs = trainable.specs(cfg)
+    except ValueError as error:
+        raise ConfigError(f"train.trainable: {error}") from error
+    logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
     return RunModel(cfg, tokenizer, given, frozen)
 
 
@@ -114,11 +118,16 @@ def model_config(settings: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     return _check_length(cfg, settings)
 
 
-def load_model(settings: RunConfig, mesh: Mesh) -> tuple[ModelConfig, Tokenizer, Params]:
-    """The model in `train.init_from`; of the model section only `dtype` is used."""
+def load_model(
+    settings: RunConfig, mesh: Mesh, has_weights: bool = True
+) -> tuple[ModelConfig, Tokenizer, Params]:
+    """The model in `train.init_from`; of the model section only `dtype` is used.
+
+    Without weights its parameters are {}.
+    """
     path = settings.train.init_from
     try:
-        model = lm.load(path, mesh=mesh)
+        model = lm.load(path, mesh=mesh) if has_weights else lm.describe(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.init_from={path!r}: {error}") from error
     if model.tokenizer is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
+from dlm.params import Params
 from train.config import OptimConfig
 
 
@@ -52,17 +51,17 @@ def make_optimizer(optim: OptimConfig) -> optax.GradientTransformationExtraArgs:
     return optax.MultiSteps(optimizer, optim.accumulate).gradient_transformation()
 
 
-def is_decayed(params: Any) -> Any:
+def is_decayed(params: Params) -> Params:
     """Per parameter, whether weight decay applies: to matrices and embeddings."""
 
-    def decays(path: Any, _: Any) -> bool:
+    def decays(path: jax.tree_util.KeyPath, _: object) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return not name.endswith(("norm", "bias"))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def update_ema(ema: Any, params: Any, num_updates: jax.Array, optim: OptimConfig) -> Any:
+def update_ema(ema: Params, params: Params, num_updates: jax.Array, optim: OptimConfig) -> Params:
     """The moving average after `num_updates` updates, of which the last gave `params`."""
     warmup = (1.0 + num_updates) / (10.0 + num_updates)
     decay = jnp.minimum(jnp.float32(optim.ema_decay), warmup)

@@ -25,14 +25,14 @@ class Text(struct.PyTreeNode):
     Attributes:
       tokens: [B, T] int32.
       hidden: [B, T, D]. Final hidden states; that of position t predicts token t + 1.
-      counts: [B, T] bool. Tokens that are to be predicted.
+      is_scored: [B, T] bool. Tokens that are to be predicted.
       start: [B] int32. The first real position.
       features: [B, T, n D], or None; see `dlm.models.decoder.forward`.
     """
 
     tokens: jax.Array
     hidden: jax.Array
-    counts: jax.Array
+    is_scored: jax.Array
     start: jax.Array
     features: jax.Array | None = None
 
@@ -64,10 +64,10 @@ def read_text(
     )
     index = jnp.arange(tokens.shape[1])[None]
     # A row's first real token has nothing before it to be predicted from.
-    counts = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
+    is_scored = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
     if not on_prompt:
-        counts &= index >= P
-    return Text(tokens, output.hidden, counts, start, output.features)
+        is_scored &= index >= P
+    return Text(tokens, output.hidden, is_scored, start, output.features)
 
 
 def read_completion(

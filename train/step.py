@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.params import Params, ParamSpec, abstract_from_specs, init_from_specs, spec_shardings
@@ -34,20 +35,29 @@ class TrainState(struct.PyTreeNode):
       params: what is learned, in `train.master_dtype`.
       opt_state: of `train.optimizer.make_optimizer`.
       ema: moving average of `params`; None without `optim.ema_decay`.
+      best: those of `averaged` that had the lowest validation loss; None without `optim.keep_best`.
+      best_loss: scalar float32. That loss, at first infinite; None without `optim.keep_best`.
       is_finite: scalar bool. False once a loss or gradient was not: from then on nothing changes,
         so this is the state before that step.
     """
 
     step: jax.Array
     params: Params
-    opt_state: Any
+    opt_state: optax.OptState
     ema: Params | None
+    best: Params | None
+    best_loss: jax.Array | None
     is_finite: jax.Array
 
     @property
     def averaged(self) -> Params:
-        """What is validated and exported: the moving average, if there is one."""
+        """What is validated: the moving average, if there is one."""
         return self.params if self.ema is None else self.ema
+
+    @property
+    def result(self) -> Params:
+        """What is exported: the best of what was validated, or what is validated now."""
+        return self.averaged if self.best is None else self.best
 
 
 # ---- The step ---------------------------------------------------------------------------------
@@ -60,6 +70,8 @@ def init_state(params: Params, *, optim: OptimConfig) -> TrainState:
         params=params,
         opt_state=optimizer.make_optimizer(optim).init(params),
         ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
+        best=jax.tree.map(jnp.copy, params) if optim.keep_best else None,
+        best_loss=jnp.float32(jnp.inf) if optim.keep_best else None,
         is_finite=jnp.array(True),
     )
 
@@ -122,12 +134,12 @@ def train_step(
         "learning_rate": optimizer.learning_rate_schedule(optim)(state.step // optim.accumulate),
     }
     is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new = TrainState(step=step, params=params, opt_state=opt_state, ema=ema, is_finite=is_finite)
+    new = state.replace(step=step, params=params, opt_state=opt_state, ema=ema)
     kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
     return kept.replace(is_finite=is_finite), metrics
 
 
-def jit_train_step(shardings: Any) -> Any:
+def jit_train_step(shardings: TrainState) -> jax.stages.Wrapped:
     """`train_step`, jitted, for a state that lies as `state_shardings` says; it is given away."""
     return jax.jit(
         train_step,
@@ -135,6 +147,19 @@ def jit_train_step(shardings: Any) -> Any:
         donate_argnames="state",
         out_shardings=(shardings, None),
     )
+
+
+def keep_best(state: TrainState, loss: jax.Array | float) -> TrainState:
+    """The state, knowing that a validation of `averaged` gave this loss; `optim.keep_best` only."""
+    assert state.best_loss is not None
+    is_better = loss < state.best_loss
+    best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), state.averaged, state.best)
+    return state.replace(best=best, best_loss=jnp.where(is_better, loss, state.best_loss))
+
+
+def jit_keep_best(shardings: TrainState) -> jax.stages.Wrapped:
+    """`keep_best`, jitted as `jit_train_step`."""
+    return jax.jit(keep_best, donate_argnames="state", out_shardings=shardings)
 
 
 def valid_step(
@@ -151,7 +176,7 @@ def valid_step(
     learned = _attach(frozen, own, cfg=cfg, trainable=trainable)
     if objective.needs_teacher:
         learned = learned.replace(beside=learned.target)
-    return objective.loss(learned, cfg, batch, Context(key, 1.0))[1]
+    return objective.loss(learned, cfg, batch, Context(key, 1.0, True))[1]
 
 
 def _attach(
@@ -195,12 +220,14 @@ def state_shardings(specs: Params, optim: OptimConfig, mesh: Mesh) -> TrainState
             transform_non_params=lambda _: replicated,
         ),
         ema=of_params if optim.ema_decay else None,
+        best=of_params if optim.keep_best else None,
+        best_loss=replicated if optim.keep_best else None,
         is_finite=replicated,
     )
 
 
 def abstract_state(
-    specs: Params, dtype: Any, optim: OptimConfig, shardings: Any = None
+    specs: Params, dtype: DTypeLike, optim: OptimConfig, shardings: TrainState | None = None
 ) -> TrainState:
     """`jax.ShapeDtypeStruct` per array of the state, with its sharding if `shardings` are given."""
     make = functools.partial(init_state, optim=optim)
@@ -218,9 +245,9 @@ def first_state(
     key: jax.Array,
     given: Params | None,
     specs: Params,
-    dtype: Any,
+    dtype: DTypeLike,
     optim: OptimConfig,
-    shardings: Any,
+    shardings: TrainState,
 ) -> TrainState:
     """The state before the first step, made where it belongs: fresh, or around `given` ones.
 

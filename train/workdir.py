@@ -1,6 +1,6 @@
 """The folder of whatever `train` makes: whether it can be written to, and whose it is.
 
-A run, a filter and a data set of trajectories each keep their settings in a file of their folder.
+A run and a data set of trajectories each keep their settings in a file of their folder.
 The same command goes on there; another one is refused in one sentence.
 """
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ class Requests:
     B: int
 
 
-def is_single(prompts: Any) -> bool:
+def is_single(prompts: object) -> bool:
     """Whether `prompts` is one prompt: a string, or a non-empty sequence of integers."""
     if isinstance(prompts, str):
         return True

@@ -68,7 +68,7 @@ class Sampling(struct.PyTreeNode):
         filters = (self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.logit_bias)
         return any(number is not None for number in filters)
 
-    def law(self, logits: jax.Array, occurred: jax.Array | None = None) -> jax.Array:
+    def probs(self, logits: jax.Array, occurred: jax.Array | None = None) -> jax.Array:
         """[..., V] float32 probabilities.
 
         Args:

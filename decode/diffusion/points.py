@@ -91,7 +91,9 @@ def _block_causal(block_len: int, **choices: Any) -> DiffusionMethod:
 def _fast_dllm_v2(block_len: int, in_block: bool) -> DiffusionMethod:
     part = max(block_len // 4, 1)
     cache = InBlockCache(block_len, sub_len=part) if in_block else BlockCausal(block_len)
-    return complete(block_len, scheduler=SubBlocks(block_len, part, True, True), cache=cache)
+    return complete(
+        block_len, scheduler=SubBlocks(block_len, part, aligned=True, first_alone=True), cache=cache
+    )
 
 
 def _dream(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
@@ -286,7 +288,7 @@ def override(method: DiffusionMethod, changes: Mapping[str, Any]) -> DiffusionMe
     return method
 
 
-def _field(name: str, owner: Any, called: str) -> dataclasses.Field[Any]:
+def _field(name: str, owner: Component | DiffusionMethod, called: str) -> dataclasses.Field[Any]:
     known = {field.name: field for field in dataclasses.fields(owner) if field.name != "kind"}
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
@@ -294,7 +296,7 @@ def _field(name: str, owner: Any, called: str) -> dataclasses.Field[Any]:
     return known[name]
 
 
-def _check_kind(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+def _check_kind(name: str, field: dataclasses.Field[Any], value: object) -> None:
     """As the field is annotated; arrays of numbers are not for files."""
     annotation = str(field.type)
     if value is None and "None" in annotation:

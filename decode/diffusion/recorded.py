@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.diffusion.confidences.probability import Probability
 from decode.diffusion.contracts import Confidence, Reviser
 from decode.diffusion.round import Revision, Round
 from dlm.config import ModelConfig
@@ -42,18 +41,20 @@ class Recorded(Confidence):
 
     Attributes:
       num_rounds: R >= 1; later rounds are not recorded. Static.
-      base: the measure; one without a memory of its own.
+      base: the measure, one without a memory of its own; None: the proposal's probability.
     """
 
     num_rounds: int = struct.field(pytree_node=False)
-    base: Confidence = Probability()
+    base: Confidence | None = None
 
     def validate(self, cfg: ModelConfig) -> None:
+        if self.base is None:
+            return
         self.base.validate(cfg)
         if self.base.needs or jax.tree.leaves(self.base.init(cfg, 1, 1)):
             raise ValueError(
                 f"Recorded(base={self.base.name}) must be of a measure without logits or "
-                "memory of its own: use Probability, Margin or NegEntropy"
+                "memory of its own"
             )
 
     def refuse(self, method: DiffusionMethod) -> str | None:
@@ -71,7 +72,10 @@ class Recorded(Confidence):
         )
 
     def measure(self, round: Round, state: Record) -> tuple[Round, Record]:
-        round, _ = self.base.measure(round, ())
+        if self.base is None:
+            round = round.replace(confidence=round.log_prob)
+        else:
+            round, _ = self.base.measure(round, ())
         rows, at = jnp.arange(round.row_step.shape[0]), round.row_step
 
         def note(where: jax.Array, what: jax.Array) -> jax.Array:

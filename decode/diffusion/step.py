@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain
 from kernels_pallas.unembed_stats import Noise, VocabStats, logits_stats
+
+Tree = TypeVar("Tree")
 
 
 def judge(
@@ -102,8 +104,8 @@ def _forward(
     start = P + frame.index[:, 0]
     every = jnp.broadcast_to(jnp.arange(G)[None], state.step_map.shape)
     noise_key = _noise_key(state.key, state.row_step, every)
-    seen = method.inputs.see(cfg, state.tokens[:, P:], state.step_map < 0, noise_key)
-    tokens = jax.lax.dynamic_update_slice(state.tokens, seen, (0, P))
+    shown = method.inputs.see(cfg, state.tokens[:, P:], state.step_map < 0, noise_key)
+    tokens = jax.lax.dynamic_update_slice(state.tokens, shown, (0, P))
     canvas = Canvas(
         tokens=constrain(tokens, "batch", None),
         start=state.start,
@@ -453,11 +455,12 @@ def _noise_key(key: jax.Array, row_step: jax.Array, index: jax.Array) -> jax.Arr
     return jax.vmap(fold)(key, row_step, index)
 
 
-def select_rows(rows: jax.Array, new: Any, old: Any) -> Any:
+def select_rows(rows: jax.Array, new: Tree, old: Tree) -> Tree:
     """Per-row selection over a pytree of arrays with a leading batch axis."""
-    return jax.tree.map(
+    chosen: Tree = jax.tree.map(
         lambda n, o: jnp.where(rows.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old
     )
+    return chosen
 
 
 def mask_id(cfg: ModelConfig) -> int:

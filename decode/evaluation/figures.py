@@ -6,7 +6,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from matplotlib.artist import Artist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def plot_speed_quality(
         axis.grid(alpha=0.3)
     has_intervals = any(point.interval for point in every)
     axes[0][0].set_ylabel("exact match (%)" + (", 95 % interval" if has_intervals else ""))
-    handles: list[Any] = [
+    handles: list[Artist] = [
         plt.Line2D([], [], color=color, label=method,
                    marker="" if has_settings else marker(method, ""))
         for color, method in zip(colors, methods, strict=True)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -61,6 +61,26 @@ class Job:
     batch_size: int
 
 
+class Measurement(TypedDict):
+    """What decoding all examples gave; the lists have one entry per example.
+
+    Attributes:
+      score: in [0, 1], of the task's scorer.
+      tokens: up to end-of-text.
+      forwards: of the model.
+      first_block_s: seconds until the first block was decided.
+      seconds: of decoding.
+      compile_s: of compiling.
+    """
+
+    score: list[float]
+    tokens: list[int]
+    forwards: list[int]
+    first_block_s: list[float]
+    seconds: float
+    compile_s: float
+
+
 def make_job(
     lm: LanguageModel,
     preset: TaskPreset,
@@ -85,11 +105,10 @@ def make_job(
     """
     if lm.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer, so it cannot read the task's prompts")
-    task: Any = preset.make(split="test")
+    task = preset.make(split="test")
     if num_examples > len(task):
         raise ValueError(f"num_examples={num_examples} must be at most {len(task)}, the test split")
-    if hasattr(task, "num_examples"):  # a stream: its first ones have all operations equally often
-        task = dataclasses.replace(task, num_examples=num_examples)
+    task = task.first(num_examples)  # of a stream, these have all operations equally often
     order = np.random.default_rng(0).permutation(len(task))[:num_examples]
     examples = [task[int(i)] for i in order]
     prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
@@ -111,29 +130,24 @@ def make_job(
     return Job(lm, task, examples, prompts, groups, gen_len, block_len, batch_size)
 
 
-def measure(job: Job, method: DiffusionMethod, programs: Programs) -> dict[str, Any]:
+def measure(job: Job, method: DiffusionMethod, programs: Programs) -> Measurement:
     """Decodes all examples once.
 
     Args:
       job: what to decode.
       method: how.
       programs: compiled programs, see `decode.evaluation.run`; added to.
-
-    Returns:
-      "score", "tokens", "forwards" and "first_block_s" (seconds until the first block was decided)
-      per example, and "seconds" and "compile_s" of all of them.
     """
-    found: dict[str, list[float]] = {
-        name: [] for name in ("score", "tokens", "forwards", "first_block_s")
-    }
-    seconds = compile_s = 0.0
+    found = Measurement(
+        score=[], tokens=[], forwards=[], first_block_s=[], seconds=0.0, compile_s=0.0
+    )
     examples = iter(job.examples)
     for batch in batches(
         job.lm, method, job.prompts, gen_len=job.gen_len, batch_size=job.batch_size,
         programs=programs,
     ):  # fmt: skip
-        seconds += batch.seconds
-        compile_s = batch.compile_s
+        found["seconds"] += batch.seconds
+        found["compile_s"] = batch.compile_s
         round_s = batch.seconds / int(batch.state.num_steps)
         for completion in batch.completions:
             score = job.task.score(next(examples), completion.text or "")["score"]
@@ -146,10 +160,10 @@ def measure(job: Job, method: DiffusionMethod, programs: Programs) -> dict[str, 
                 every = int(completion.step_map.max()) + 1
                 rounds *= completion.num_forwards / passes / every
             found["first_block_s"].append(rounds * round_s)
-    return {"seconds": seconds, "compile_s": compile_s, **found}
+    return found
 
 
-def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list[dict[str, Any]]:
+def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list[Measurement]:
     """Measures each point, unless `log` has it with the same settings.
 
     Args:
@@ -170,7 +184,7 @@ def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list
         "device": device(),
         "jax": jax.__version__,
     }
-    measured: dict[str, Any] = {}
+    measured: dict[str, Measurement] = {}
     programs: Programs = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         try:

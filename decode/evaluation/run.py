@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ import jax
 from decode import complete, generate
 from decode.core.results import Completion
 from decode.diffusion import loop as diffusion
-from decode.diffusion.loop import DiffusionMethod
+from decode.diffusion.loop import DiffusionMethod, DiffusionState
 from decode.speculative import loop as speculative
-from decode.speculative.loop import SpeculativeMethod
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState
 from dlm.lm import LanguageModel
 
 Method = DiffusionMethod | SpeculativeMethod
-Programs = dict[Any, tuple[jax.stages.Compiled, float]]  # with the seconds each took to compile
+Programs = dict[Hashable, tuple[jax.stages.Compiled, float]]  # with its seconds of compiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Timed:
 
     Attributes:
       completions: of the prompts, in their order.
-      state: `DiffusionState` or `SpeculativeState` as the loop left it, on the device; without its
-        cache and what a drafter kept, whose memory the next batch needs.
+      state: as the loop left it, on the device; without its cache and what a drafter kept, whose
+        memory the next batch needs.
       prepare_s: seconds to make the first state, and to read the prompts where that is a program of
         its own (draft and verify). The first call of these shapes compiles that program, too.
       seconds: of the loop alone.
@@ -43,7 +43,7 @@ class Timed:
     """
 
     completions: list[Completion]
-    state: Any
+    state: DiffusionState | SpeculativeState
     prepare_s: float
     seconds: float
     compile_s: float

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
-def bootstrap(values: Any, num: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: npt.ArrayLike, num: int = 1000, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean, examples drawn with replacement."""
     array, rng = np.asarray(values, float), np.random.default_rng(seed)
     means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(num)]

@@ -1,7 +1,7 @@
 """Which drafts are kept: walks down a judged draft tree.
 
 Every rule ends a round with one token more than the drafts it accepted. All but `Typical` are
-lossless: what is written follows the target's law as if nothing had been drafted, and with
+lossless: what is written follows the target's distribution as if nothing had been drafted, and with
 temperature None it is the target's greedy text, token for token.
 
 Letters: B rows, W nodes, J largest depth, V vocabulary.
@@ -31,15 +31,15 @@ class Verdict(struct.PyTreeNode):
     Attributes:
       tree: the drafts.
       chosen: [B, W] int32. The token that the target itself puts after each node: its arg-max, or a
-        draw from its law.
-      laws: [B, W, V] float32, or None unless the rule has `needs_laws`. The target's law after each
-        node, filtered as its text is to be.
+        draw from its distribution.
+      probs: [B, W, V] float32, or None unless the rule has `needs_probs`. The target's distribution
+        after each node, filtered as its text is to be.
       key: [B, 2] uint32. A random stream per row, used for nothing else.
     """
 
     tree: DraftTree
     chosen: jax.Array
-    laws: jax.Array | None
+    probs: jax.Array | None
     key: jax.Array
 
 
@@ -62,11 +62,11 @@ class AcceptanceRule(Part):
     """Which drafts are kept?
 
     Attributes:
-      needs_laws: whether `Verdict.laws` must be there: [B, W, V] then lives in memory.
-      is_lossless: whether the text follows the target's law.
+      needs_laws: whether `Verdict.probs` must be there: [B, W, V] then lives in memory.
+      is_lossless: whether the text follows the target's distribution.
     """
 
-    needs_laws: ClassVar[bool] = False
+    needs_probs: ClassVar[bool] = False
     is_lossless: ClassVar[bool] = True
 
     def refuse(self, method: SpeculativeMethod) -> str | None:
@@ -80,7 +80,7 @@ class AcceptanceRule(Part):
 
 @struct.dataclass
 class Match(AcceptanceRule):
-    """Down the tree as long as a child is what the target itself chose.
+    """For any drafter: down the tree as long as a child is what the target itself chose.
 
     Whatever was drafted, what is written are the target's own choices, so this is lossless for
     every tree; where drafts follow from the context (arg-max, top-k, n-grams) none is more likely
@@ -105,27 +105,27 @@ class Match(AcceptanceRule):
 
 @struct.dataclass
 class SpeculativeSampling(AcceptanceRule):
-    """Children are tested one after the other against what is left of the target's law.
+    """For drawn drafts: children are tested against what is left of the target's distribution.
 
     Reference: Leviathan et al., arXiv:2211.17192, and Chen et al., arXiv:2302.01318, for chains;
     Miao et al. (SpecInfer), arXiv:2305.09781, and Chen et al. (Sequoia), arXiv:2402.12374, for
-    siblings drawn with and without replacement. At a node with the target's law r and the draft's
-    law s, a child y is accepted with probability min(1, r(y) / s(y)); otherwise
+    siblings drawn with and without replacement. At a node with the target's distribution r and the
+    draft's s, a child y is accepted with probability min(1, r(y) / s(y)); otherwise
 
         r <- norm(max(r - s, 0))        s(y) <- 0, s <- norm(s)    (without replacement)
 
     and if no child is accepted, the token behind is drawn from r. Drafts that were not drawn count
-    as drawn from a law that is 1 at them.
+    as drawn from a distribution that is 1 at them.
 
     Which of the two holds for siblings, the tree says (`DraftTree.drawn`).
     """
 
-    needs_laws: ClassVar[bool] = True
+    needs_probs: ClassVar[bool] = True
 
     def walk(self, verdict: Verdict, depth: int) -> Walk:
-        tree, laws = verdict.tree, verdict.laws
-        assert laws is not None
-        B, W, V = laws.shape
+        tree, probs = verdict.tree, verdict.probs
+        assert probs is not None
+        B, W, V = probs.shape
         rows = jnp.arange(B)
         u = uniforms(fold_in(verdict.key, Stream.TEST), W)
 
@@ -133,12 +133,12 @@ class SpeculativeSampling(AcceptanceRule):
             node, r, s, path, num = carry
             token = tree.tokens[:, v]
             is_child = (tree.parents[:, v] == node) & tree.is_valid[:, v]
-            law = s if tree.laws is not None else jax.nn.one_hot(token, V, dtype=r.dtype)
-            # A token that its own law rules out was never drawn: it is not accepted either.
-            accepts = is_child & (u[:, v] * law[rows, token] < r[rows, token])
-            accepts &= law[rows, token] > 0
+            q = s if tree.probs is not None else jax.nn.one_hot(token, V, dtype=r.dtype)
+            # A token that its own distribution rules out was never drawn: nor is it accepted.
+            accepts = is_child & (u[:, v] * q[rows, token] < r[rows, token])
+            accepts &= q[rows, token] > 0
             rejects = is_child & ~accepts
-            left = _normalise(jnp.maximum(r - law, 0), otherwise=r)
+            left = _normalise(jnp.maximum(r - q, 0), otherwise=r)
             r = jnp.where(rejects[:, None], left, r)
             if tree.drawn == "without":
                 rest = _normalise(s.at[rows, token].set(0), otherwise=s)
@@ -146,15 +146,15 @@ class SpeculativeSampling(AcceptanceRule):
             node = jnp.where(accepts, v, node)
             num = num + accepts
             path = path.at[rows, jnp.where(accepts, num, depth + 1)].set(v, mode="drop")
-            r = jnp.where(accepts[:, None], laws[:, v], r)
-            if tree.laws is not None:
-                s = jnp.where(accepts[:, None], tree.laws[:, v], s)
+            r = jnp.where(accepts[:, None], probs[:, v], r)
+            if tree.probs is not None:
+                s = jnp.where(accepts[:, None], tree.probs[:, v], s)
             return node, r, s, path, num
 
         zeros = jnp.zeros(B, jnp.int32)
         path = jnp.zeros((B, depth + 1), jnp.int32)
-        s = tree.laws[:, 0] if tree.laws is not None else jnp.zeros((B, 0))
-        start = (zeros, laws[:, 0], s, path, zeros)
+        s = tree.probs[:, 0] if tree.probs is not None else jnp.zeros((B, 0))
+        start = (zeros, probs[:, 0], s, path, zeros)
         node, r, _, path, num = jax.lax.fori_loop(1, W, test, start)
         path = jnp.where(jnp.arange(depth + 1)[None] <= num[:, None], path, node[:, None])
         return Walk(path, num, draw(fold_in(verdict.key, Stream.BONUS), r))
@@ -162,7 +162,7 @@ class SpeculativeSampling(AcceptanceRule):
 
 @struct.dataclass
 class BlockVerification(AcceptanceRule):
-    """A chain is judged as a whole, which accepts more of it than token by token.
+    """For drawn chains: judged as a whole, which accepts more than token by token.
 
     Reference: Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv:2403.10444.
     With P_0 = 1 and P_i = min(1, P_{i-1} p_i(X_i) / q_i(X_i)) for drafts X_1 .. X_g,
@@ -174,7 +174,7 @@ class BlockVerification(AcceptanceRule):
     is drawn from norm(max(P p - q, 0)), or from p behind the last draft.
     """
 
-    needs_laws: ClassVar[bool] = True
+    needs_probs: ClassVar[bool] = True
 
     def refuse(self, method: SpeculativeMethod) -> str | None:
         if not method.drafter.is_chain:
@@ -182,11 +182,11 @@ class BlockVerification(AcceptanceRule):
         return None
 
     def walk(self, verdict: Verdict, depth: int) -> Walk:
-        tree, p = verdict.tree, verdict.laws
+        tree, p = verdict.tree, verdict.probs
         assert p is not None
         B, W, V = p.shape
-        if tree.laws is not None:
-            q = tree.laws
+        if tree.probs is not None:
+            q = tree.probs
         else:
             following = jnp.pad(tree.tokens[:, 1:], ((0, 0), (0, 1)))
             q = jax.nn.one_hot(following, V, dtype=p.dtype)
@@ -211,11 +211,11 @@ class BlockVerification(AcceptanceRule):
             accepts = (i <= num_drafts) & (u[:, i] < h)
             num = jnp.where(accepts, i, num)
             kept = jnp.where(accepts, reached, kept)
-        law = p[rows, num]
-        left = _normalise(jnp.maximum(kept[:, None] * law - q[rows, num], 0), otherwise=law)
-        law = jnp.where((num == num_drafts)[:, None], law, left)
+        behind = p[rows, num]
+        left = _normalise(jnp.maximum(kept[:, None] * behind - q[rows, num], 0), otherwise=behind)
+        behind = jnp.where((num == num_drafts)[:, None], behind, left)
         path = jnp.minimum(jnp.arange(depth + 1, dtype=jnp.int32)[None], num[:, None])
-        return Walk(path, num, draw(fold_in(verdict.key, Stream.BONUS), law))
+        return Walk(path, num, draw(fold_in(verdict.key, Stream.BONUS), behind))
 
 
 @struct.dataclass
@@ -223,8 +223,8 @@ class Typical(AcceptanceRule):
     """Medusa's typical acceptance: what is probable enough stays. **Lossy.**
 
     Reference: Cai et al., "Medusa", arXiv:2401.10774, Sec. 2.3.1, and the public code. With the
-    target's law p after a node and its entropy H (of log(p + 1e-5), as there), a child x is
-    acceptable if
+    target's distribution p after a node and its entropy H (of log(p + 1e-5), as there), a child x
+    is acceptable if
 
         p(x) > min(epsilon, delta exp(-H))
 
@@ -236,7 +236,7 @@ class Typical(AcceptanceRule):
       delta: at least 0.
     """
 
-    needs_laws: ClassVar[bool] = True
+    needs_probs: ClassVar[bool] = True
     is_lossless: ClassVar[bool] = False
 
     epsilon: jax.Array | float = 0.09
@@ -249,7 +249,7 @@ class Typical(AcceptanceRule):
             raise ValueError(f"delta={float(self.delta):g} must be at least 0")
 
     def walk(self, verdict: Verdict, depth: int) -> Walk:
-        tree, p = verdict.tree, verdict.laws
+        tree, p = verdict.tree, verdict.probs
         assert p is not None
         entropy = -(p * jnp.log(p + 1e-5)).sum(axis=-1)  # [B, W]
         limit = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))
@@ -281,11 +281,11 @@ class Typical(AcceptanceRule):
         # From the root down; `node` lies `num` steps below it.
         index = jnp.maximum(num[:, None] - jnp.arange(depth + 1)[None], 0)
         rows = jnp.arange(p.shape[0])
-        law, least = p[rows, node], limit[rows, node]
-        law = jnp.where(law > least[:, None], law, 0)
+        behind, least = p[rows, node], limit[rows, node]
+        behind = jnp.where(behind > least[:, None], behind, 0)
         best = jax.nn.one_hot(jnp.argmax(p[rows, node], axis=-1), p.shape[-1], dtype=p.dtype)
-        law = jnp.where(law.any(axis=-1, keepdims=True), law, best)
-        bonus = draw(fold_in(verdict.key, Stream.BONUS), law)
+        behind = jnp.where(behind.any(axis=-1, keepdims=True), behind, best)
+        bonus = draw(fold_in(verdict.key, Stream.BONUS), behind)
         return Walk(jnp.take_along_axis(backwards, index, axis=1), num, bonus)
 
 

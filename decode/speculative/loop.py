@@ -4,7 +4,7 @@ A method is a pytree of three choices, whose structure picks the program and who
 
     drafter      who proposes what may come next?    decode/drafters/
     acceptance   which of it is kept?                decode/speculative/accept.py
-    sampling     what law is the text drawn from?    decode/core/sampling.py
+    sampling     what distribution is the text drawn from?    decode/core/sampling.py
 
 Without a drafter (`NoDraft`) this is plain autoregressive decoding, one token per forward.
 
@@ -54,7 +54,7 @@ class SpeculativeMethod(struct.PyTreeNode):
     Attributes:
       drafter: who proposes.
       acceptance: which drafts are kept.
-      sampling: the law of the text.
+      sampling: the distribution of the text.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
       top_logprobs: how many of the most probable tokens are reported per position. Static.
     """
@@ -78,9 +78,9 @@ class SpeculativeMethod(struct.PyTreeNode):
                 raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
 
     @property
-    def needs_laws(self) -> bool:
+    def needs_probs(self) -> bool:
         """Whether [B, W, V] probabilities are made."""
-        return self.acceptance.needs_laws or self.sampling.has_filters
+        return self.acceptance.needs_probs or self.sampling.has_filters
 
 
 class SpeculativeState(struct.PyTreeNode):
@@ -332,22 +332,22 @@ def _judge(
     W = tree.tokens.shape[1]
     hidden = output.hidden[:, :W]
     key = fold_in(state.key, state.num_forwards)
-    sampling, laws, log_probs, top = method.sampling, None, None, None
-    if method.needs_laws:
+    sampling, probs, log_probs, top = method.sampling, None, None, None
+    if method.needs_probs:
         logits = vocab.logits(vocab.head(params), hidden)
         occurred = None
         if state.occurred is not None:  # what came before a node: the text, and the nodes above it
             of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
             occurred = state.occurred[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
-        laws = sampling.law(logits, occurred)
+        probs = sampling.probs(logits, occurred)
         log_probs = jax.nn.log_softmax(logits)
         if method.top_logprobs:
             best, tokens = jax.lax.top_k(log_probs, method.top_logprobs)
             top = TopTokens(tokens, best)
         if sampling.temperature is None:
-            chosen = jnp.argmax(laws, axis=-1).astype(jnp.int32)
+            chosen = jnp.argmax(probs, axis=-1).astype(jnp.int32)
         else:
-            chosen = draw(fold_in(key, Stream.TARGET), laws)
+            chosen = draw(fold_in(key, Stream.TARGET), probs)
     else:
         noise = None
         if sampling.temperature is not None:
@@ -362,7 +362,7 @@ def _judge(
         chosen = sampled
         if stats.top_tokens is not None and stats.top_log_probs is not None:
             top = TopTokens(stats.top_tokens, stats.top_log_probs)
-    verdict = Verdict(tree=tree, chosen=chosen, laws=laws, key=fold_in(key, Stream.ACCEPT))
+    verdict = Verdict(tree=tree, chosen=chosen, probs=probs, key=fold_in(key, Stream.ACCEPT))
     return output, verdict, log_probs, top
 
 

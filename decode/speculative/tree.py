@@ -31,8 +31,8 @@ class DraftTree(struct.PyTreeNode):
       parents: [B, W] int32. Index of the parent, below the node's own; of the root: -1.
       depths: [B, W] int32. Of the root: 0.
       is_valid: [B, W] bool. Nodes that exist; their parents do too, and the root always.
-      laws: [B, W, V] float32. Row v is the law that the children of node v were drawn from; None
-        if they were not drawn.
+      probs: [B, W, V] float32. Row v is the distribution that the children of node v were drawn
+        from; None if they were not drawn.
       drawn: how the children of a node were found: "none": they follow from what is known; "with":
         drawn independently of each other; "without": drawn without replacement, in this order. Of
         a single child the latter two are the same. Static.
@@ -42,7 +42,7 @@ class DraftTree(struct.PyTreeNode):
     parents: jax.Array
     depths: jax.Array
     is_valid: jax.Array
-    laws: jax.Array | None = None
+    probs: jax.Array | None = None
     drawn: Drawn = struct.field(pytree_node=False, default="none")
 
     def ancestors(self, depth: int) -> jax.Array:
@@ -113,12 +113,12 @@ class TreeShape:
         self,
         tokens: jax.Array,
         is_valid: jax.Array | None = None,
-        laws: jax.Array | None = None,
+        probs: jax.Array | None = None,
         drawn: Drawn = "without",
     ) -> DraftTree:
         """The same shape in every row, with `tokens` [B, W], the root's first.
 
-        `laws` [B, W, V] are those that children were drawn from, as `drawn` says.
+        `probs` [B, W, V] are those that children were drawn from, as `drawn` says.
         """
         rows = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape)  # noqa: E731
         return DraftTree(
@@ -126,8 +126,8 @@ class TreeShape:
             parents=rows((-1, *self.parents)),
             depths=rows(self.depths),
             is_valid=jnp.ones(tokens.shape, bool) if is_valid is None else is_valid,
-            laws=laws,
-            drawn="none" if laws is None else drawn,
+            probs=probs,
+            drawn="none" if probs is None else drawn,
         )
 
 

@@ -16,7 +16,6 @@ H head width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +149,7 @@ class EagleHeads(files.Heads):
         )
 
 
-def layer_specs(cfg: ModelConfig, width: int) -> dict[str, Any]:
+def layer_specs(cfg: ModelConfig, width: int) -> Params:
     """Specifications of attention over `width` numbers per position, of the MLP and its norm."""
     D, F, N, K, H = cfg.d_model, cfg.d_ff, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     out = 0.3 * 2**-0.5  # as in `dlm.params.param_specs`

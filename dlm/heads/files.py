@@ -21,6 +21,7 @@ _CONFIG, _WEIGHTS = "heads.json", "heads.safetensors"
 Kind = TypeVar("Kind")
 
 
+@dataclasses.dataclass(frozen=True)
 class Heads(Trainable):
     """What all draft heads are as a `train.trainable`: something beside a model."""
 
@@ -29,12 +30,12 @@ class Heads(Trainable):
         save(folder / "model", self, lm, own)
 
 
-def save(path: str | pathlib.Path, heads: Any, lm: LanguageModel, own: Params) -> None:
+def save(path: str | pathlib.Path, heads: Heads, lm: LanguageModel, own: Params) -> None:
     """Writes heads into a folder, made if needed, with the fingerprint of their model.
 
     Args:
       path: the folder.
-      heads: a frozen dataclass with `specs`.
+      heads: what they are.
       lm: the model that they were trained for.
       own: their parameters.
     """

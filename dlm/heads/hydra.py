@@ -124,20 +124,20 @@ def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Param
     return files.load(path, HydraHeads, lm)
 
 
-def head_hidden(own: Params, seen: jax.Array, i: int) -> jax.Array:
+def head_hidden(own: Params, inputs: jax.Array, i: int) -> jax.Array:
     """What head i (from 0) multiplies with its matrix.
 
     Args:
       own: the heads.
-      seen: [..., (i + 2) D]. The hidden state and the embeddings, one behind the other.
+      inputs: [..., (i + 2) D]. The hidden state and the embeddings, one behind the other.
       i: which head.
 
     Returns:
       [..., D].
     """
     first = own["first"][i]
-    rows = seen.reshape(-1, seen.shape[-1])
+    rows = inputs.reshape(-1, inputs.shape[-1])
     x = rows @ first["r"] + jax.nn.silu(rows @ first["w"] + first["b"][None])
     for block in own["blocks"]:
         x = x + jax.nn.silu(x @ block["w"][i] + block["b"][i][None])
-    return x.reshape(*seen.shape[:-1], -1)
+    return x.reshape(*inputs.shape[:-1], -1)

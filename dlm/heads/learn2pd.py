@@ -25,6 +25,7 @@ import safetensors.numpy
 from flax import struct
 
 from dlm.lm import LanguageModel, fingerprint
+from dlm.params import Params, ParamSpec, init_from_specs
 
 _WEIGHTS, _CONFIG = "filter.safetensors", "filter.json"
 
@@ -60,29 +61,33 @@ class Filter(struct.PyTreeNode):
         return (hidden @ self.w2 + self.b2[None]).reshape(confidence.shape)
 
 
-def init_filter(key: jax.Array, block_len: int, model: str = "") -> Filter:
-    """A fresh filter: weights uniform within +-1/sqrt(C), as the public code's linear layers."""
+def filter_specs(block_len: int) -> Params:
+    """`ParamSpec`s of w1, b1, w2 and b2.
+
+    Fresh ones have the variance of the public code's linear layers, 1 / (3 C), but are normal where
+    those are uniform.
+
+    Raises:
+      ValueError: there is no such block.
+    """
     if block_len < 1:
         raise ValueError(f"block_len={block_len} must be at least 1")
-    bound = block_len**-0.5
+    stddev = (3 * block_len) ** -0.5
+    matrix = ParamSpec((block_len, block_len), (None, None), stddev)
+    bias = ParamSpec((block_len,), (None,), stddev)
+    return {"w1": matrix, "b1": bias, "w2": matrix, "b2": bias}
 
-    def draw(i: int, *shape: int) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
 
-    return Filter(
-        w1=draw(0, block_len, block_len),
-        b1=draw(1, block_len),
-        w2=draw(2, block_len, block_len),
-        b2=draw(3, block_len),
-        model=model,
-    )
+def init_filter(key: jax.Array, block_len: int, model: str = "") -> Filter:
+    """A fresh filter, see `filter_specs`."""
+    return Filter(**init_from_specs(key, filter_specs(block_len), jnp.float32), model=model)
 
 
 def save_filter(path: str | os.PathLike[str], filter: Filter) -> None:
     """Writes filter.safetensors and filter.json into a folder, made if needed."""
     root = pathlib.Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    weights = {name: np.asarray(getattr(filter, name)) for name in ("w1", "b1", "w2", "b2")}
+    weights = {name: np.asarray(getattr(filter, name)) for name in filter_specs(filter.block_len)}
     safetensors.numpy.save_file(weights, root / _WEIGHTS)
     config = {
         "block_len": filter.block_len,
@@ -106,11 +111,10 @@ def load_filter(path: str | os.PathLike[str], lm: LanguageModel | None) -> Filte
     root = pathlib.Path(path)
     config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
     weights = safetensors.numpy.load_file(root / _WEIGHTS)
-    C = config["block_len"]
-    for name, shape in (("w1", (C, C)), ("b1", (C,)), ("w2", (C, C)), ("b2", (C,))):
+    for name, spec in filter_specs(config["block_len"]).items():
         found = weights[name].shape if name in weights else None
-        if found != shape:
-            raise ValueError(f"{root / _WEIGHTS}: {name} of shape {found} must be {shape}")
+        if found != spec.shape:
+            raise ValueError(f"{root / _WEIGHTS}: {name} of shape {found} must be {spec.shape}")
     if lm is not None and config["model"] and config["model"] != fingerprint(lm):
         raise ValueError(
             f"the filter in {root} belongs to model {config['model']}, and this one is "

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from dlm.hf.files import SINGLE, open_tensors
 from dlm.params import Params
@@ -48,7 +48,7 @@ def from_published(
     stored: Mapping[str, np.ndarray],
     names: Mapping[str, str],
     specs: Params,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Params:
     """Parameters as `specs`; ValueError if a tensor has not as many numbers."""
     leaves = []

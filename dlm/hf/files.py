@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import safetensors
+from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig, RopeScaling
 from dlm.hf.format import TOKEN_IDS, Format
@@ -27,7 +28,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_config(path: str | os.PathLike[str], dtype: Any = None) -> ModelConfig:
+def read_config(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ModelConfig:
     """The configuration of a published model.
 
     Token ids that `config.json` does not give are looked up in `generation_config.json`, then in

@@ -301,7 +301,7 @@ def _check_params(params: Params, cfg: ModelConfig) -> None:
     ]
     if wrong:
         raise ValueError(f"params must be those of cfg, but {'; '.join(wrong)}")
-    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in got.values()):
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in got.values()):
         raise ValueError(
             "params are spread over several processes: load them in one process to save them"
         )

@@ -7,7 +7,7 @@ them.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -44,6 +44,17 @@ class Encoded:
     step_map: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """An example that is no text: something measured at every position.
+
+    Attributes:
+        values: [G, ...] by name. A batch has them, stacked, under the same names.
+    """
+
+    values: Mapping[str, np.ndarray]
+
+
 Scorer = Callable[[Example, str], dict[str, float]]
 
 
@@ -64,6 +75,10 @@ class Task:
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """Metrics of a model's answer; the key "score" is always there and lies in [0, 1]."""
         raise NotImplementedError
+
+    def first(self, num: int) -> Self:
+        """A task whose first `num` examples are these, and typical of it: a stream ends there."""
+        return self
 
     def where(self, index: int) -> str:
         """What errors call example `index`, such as "data.jsonl, line 7"."""

@@ -62,7 +62,7 @@ def load_countdown(path: str | os.PathLike[str]) -> jsonl.JsonlTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Countdown(tasks.Task):
+class Countdown(splits.Stream):
     """Random puzzles, made by applying random operations to random numbers.
 
     Results on the way are positive integers. The split is decided by the target and the numbers in
@@ -73,20 +73,15 @@ class Countdown(tasks.Task):
         max_number: the largest number given, 10 to 999; numbers are uniform in [1, max_number].
         min_target: the smallest target, at least 1.
         max_target: the largest target. The narrower the range, the slower an example.
-        split: "train" or "test".
-        seed: at least 0; another seed is another stream.
-        num_examples: length of the stream, at least 1.
     """
 
     num_numbers: int = 4
     max_number: int = 99
     min_target: int = 10
     max_target: int = 99
-    split: str = "train"
-    seed: int = 0
-    num_examples: int = 10_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 2 <= self.num_numbers <= 6:
             raise ValueError(f"num_numbers={self.num_numbers} must be in [2, 6]")
         if not 10 <= self.max_number <= 999:
@@ -95,13 +90,9 @@ class Countdown(tasks.Task):
             raise ValueError(
                 f"min_target={self.min_target} must be in [1, max_target={self.max_target}]"
             )
-        splits.check_stream(self.split, self.seed, self.num_examples)
-
-    def __len__(self) -> int:
-        return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        rng = splits.rng_of(self, index)
+        rng = self._rng(index)
         for _ in range(splits.MAX_DRAWS):
             numbers = rng.integers(1, self.max_number + 1, self.num_numbers).tolist()
             equations, target = _combine(rng, numbers)

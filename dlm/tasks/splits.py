@@ -4,11 +4,14 @@ A generated task draws instances until one falls into the wanted split. The spli
 a hash of the instance itself, so whatever the seed or index, no instance can be in both streams.
 """
 
+import dataclasses
 import hashlib
 import operator
-from typing import Any
+from typing import Self
 
 import numpy as np
+
+from dlm import tasks
 
 SPLITS = ("train", "test")
 TEST_PERCENT = 20
@@ -29,23 +32,37 @@ def check_split(split: str) -> None:
         raise ValueError(f"split={split!r} must be 'train' or 'test'")
 
 
-def check_stream(split: str, seed: int, num_examples: int) -> None:
-    """Raises ValueError unless the three fields shared by all generated tasks are usable."""
-    check_split(split)
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0")
-    if num_examples < 1:
-        raise ValueError(f"num_examples={num_examples} must be at least 1")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream(tasks.Task):
+    """A generated task, which has as many examples as one likes.
 
-
-def rng_of(task: Any, index: int) -> np.random.Generator:
-    """The randomness of one example of a stream with `seed`, `split` and `num_examples`.
-
-    Raises:
-      IndexError: `index` is not in [0, num_examples).
+    Attributes:
+      split: "train" or "test".
+      seed: at least 0; another seed is another stream.
+      num_examples: length of the stream, at least 1.
     """
-    index = check_index(index, task.num_examples)
-    return np.random.default_rng([task.seed, index, SPLITS.index(task.split)])
+
+    split: str = "train"
+    seed: int = 0
+    num_examples: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        if self.num_examples < 1:
+            raise ValueError(f"num_examples={self.num_examples} must be at least 1")
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def first(self, num: int) -> Self:
+        return dataclasses.replace(self, num_examples=num)
+
+    def _rng(self, index: int) -> np.random.Generator:
+        """The randomness of example `index`; IndexError if there is none."""
+        index = check_index(index, self.num_examples)
+        return np.random.default_rng([self.seed, index, SPLITS.index(self.split)])
 
 
 def check_index(index: int, length: int) -> int:

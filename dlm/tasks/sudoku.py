@@ -199,7 +199,7 @@ def load_sudoku(path: str | os.PathLike[str]) -> jsonl.JsonlTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sudoku(tasks.Task):
+class Sudoku(splits.Stream):
     """Random puzzles with exactly one solution.
 
     Clues are taken from a random solved grid, in random order, as long as the solution stays the
@@ -211,18 +211,13 @@ class Sudoku(tasks.Task):
         size: 4 or 9.
         num_clues: filled cells in the prompt; 4 to 15 for size 4, 24 to 80 for size 9, where
             an example takes about 10 ms with 30 clues and 40 ms with 24.
-        split: "train" or "test".
-        seed: at least 0; another seed is another stream.
-        num_examples: length of the stream, at least 1.
     """
 
     size: int = 4
     num_clues: int = 8
-    split: str = "train"
-    seed: int = 0
-    num_examples: int = 10_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size not in _MIN_CLUES:
             raise ValueError(f"size={self.size} must be 4 or 9")
         low, high = _MIN_CLUES[self.size], self.size**2 - 1
@@ -230,13 +225,9 @@ class Sudoku(tasks.Task):
             raise ValueError(
                 f"num_clues={self.num_clues} must be in [{low}, {high}] for size={self.size}"
             )
-        splits.check_stream(self.split, self.seed, self.num_examples)
-
-    def __len__(self) -> int:
-        return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        rng = splits.rng_of(self, index)
+        rng = self._rng(index)
         puzzle, solution = self._draw_in_split(rng)
         return tasks.Example(
             prompt=puzzle + "\n",

@@ -228,7 +228,7 @@ def _with_shots(shots: Sequence[tuple[str, str]], prompt: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class WaitingLine(tasks.Task):
+class WaitingLine(splits.Stream):
     """Random waiting lines and operations on them.
 
     Example:
@@ -249,9 +249,6 @@ class WaitingLine(tasks.Task):
         num_last_names: how many of `LAST_NAMES` are used, 2 to 64. There must be 16 combinations
             and four times `max_people`.
         num_shots: answered examples of the same operation in the prompt; published: 1.
-        split: "train" or "test".
-        seed: at least 0; another seed is another stream.
-        num_examples: length of the stream, at least 1.
     """
 
     operations: tuple[str, ...] = OPERATIONS
@@ -260,11 +257,9 @@ class WaitingLine(tasks.Task):
     num_first_names: int = 32
     num_last_names: int = 32
     num_shots: int = 1
-    split: str = "train"
-    seed: int = 0
-    num_examples: int = 10_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.operations or not isinstance(self.operations, tuple):
             raise ValueError(f"operations={self.operations!r} must be a non-empty tuple of names")
         for operation in self.operations:
@@ -284,13 +279,9 @@ class WaitingLine(tasks.Task):
             )
         if self.num_shots < 0:
             raise ValueError(f"num_shots={self.num_shots} must be at least 0")
-        splits.check_stream(self.split, self.seed, self.num_examples)
-
-    def __len__(self) -> int:
-        return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        rng = splits.rng_of(self, index)
+        rng = self._rng(index)
         operation = self.operations[index % len(self.operations)]
         return self._example(self._draw(rng, operation, self.split), rng)
 

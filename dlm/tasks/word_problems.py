@@ -21,7 +21,7 @@ _TIMES = {2: "doubles", 3: "triples"}
 
 
 @dataclasses.dataclass(frozen=True)
-class WordProblems(tasks.Task):
+class WordProblems(splits.Stream):
     """Random stories. All numbers on the way are whole and in [1, 99].
 
     The split is decided by the arithmetic alone, so no chain of sums of the test is in the training
@@ -31,19 +31,14 @@ class WordProblems(tasks.Task):
         min_steps: fewest operations, at least 1.
         max_steps: most operations, at most 6.
         max_change: the largest number added or taken away, 2 to 98; the smallest is 2.
-        split: "train" or "test".
-        seed: at least 0; another seed is another stream.
-        num_examples: length of the stream, at least 1.
     """
 
     min_steps: int = 2
     max_steps: int = 3
     max_change: int = 9
-    split: str = "train"
-    seed: int = 0
-    num_examples: int = 10_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.min_steps <= self.max_steps <= 6:
             raise ValueError(
                 f"min_steps={self.min_steps} and max_steps={self.max_steps} must be in [1, 6] and "
@@ -51,13 +46,9 @@ class WordProblems(tasks.Task):
             )
         if not 2 <= self.max_change <= 98:
             raise ValueError(f"max_change={self.max_change} must be in [2, 98]")
-        splits.check_stream(self.split, self.seed, self.num_examples)
-
-    def __len__(self) -> int:
-        return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
-        rng = splits.rng_of(self, index)
+        rng = self._rng(index)
         for _ in range(splits.MAX_DRAWS):
             steps = self._draw(rng)
             equations = " ".join(f"{a}{sign}{b}={result}" for a, sign, b, result in steps)

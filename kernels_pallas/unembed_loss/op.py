@@ -44,7 +44,7 @@ def unembed_loss(
 ) -> TargetStats:
     """Log-probabilities of targets, and entropies, with gradients for `hidden` and `head`.
 
-    A law tempered with temperature t is that of `hidden / t`.
+    A distribution tempered with temperature t is that of `hidden / t`.
 
     Args:
       hidden: [M, D]. Final (normalised) hidden states.

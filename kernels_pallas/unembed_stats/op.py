@@ -48,7 +48,8 @@ def unembed_stats(
     """Statistics of softmax(hidden @ head.T) per row.
 
     Logits are linear in `hidden`, so whatever is linear in logits is done there by the caller: a
-    tempered law is `hidden / temperature`, classifier-free guidance a mix of two hidden states.
+    tempered distribution is `hidden / temperature`, classifier-free guidance a mix of two hidden
+    states.
 
     Args:
       hidden: [M, D]. Final (normalised) hidden states; float32 or the head's dtype.

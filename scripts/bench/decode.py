@@ -20,6 +20,7 @@ from decode.diffusion.components import FixedBlocks, Quota, Threshold, by_name
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, init_state, step
 from decode.evaluation.run import Programs, timed
 from dlm import vocab
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 from dlm.models.decoder import forward
@@ -92,7 +93,8 @@ def _bench_batch(
         )
         bare = functools.partial(
             jax.jit(_repeat_bare, static_argnames=("cfg", "window", "judged")),
-            params, cfg, state, window=window, judged=block_len,
+            params, cfg, state, None if cache == "none" else state.cache.kv, window=window,
+            judged=block_len,
         )  # fmt: skip
         medians = paired_medians_s({"step": one_step, "bare": bare}, repeats)
         medians = {name: seconds / STEPS_PER_CALL for name, seconds in medians.items()}
@@ -124,12 +126,12 @@ def repeat_step(
 
 
 def _repeat_bare(
-    params: Params, cfg: ModelConfig, state: DiffusionState, window: int, judged: int
-) -> jax.Array:
+    params: Params, cfg: ModelConfig, state: DiffusionState, cache: KVCache | None, window: int,
+    judged: int,
+) -> jax.Array:  # fmt: skip
     """Forwards over a window of that size, with the arg-max of `judged` positions each."""
     P = state.prompt_len
     start = state.tokens.shape[1] - window if window != judged else P
-    cache = getattr(state.cache, "kv", None)
     batch, canvas = state.tokens.shape
     slots = None
     if cache is not None:
@@ -137,8 +139,8 @@ def _repeat_bare(
         slots = Slots(cache, jnp.array([one] * batch))
 
     def body(_: int, tokens: jax.Array) -> jax.Array:
-        seen = Window.at(tokens[:, start : start + window], jnp.full(batch, start))
-        hidden = forward(params, cfg, seen, slots).hidden[:, -judged:]
+        shown = Window.at(tokens[:, start : start + window], jnp.full(batch, start))
+        hidden = forward(params, cfg, shown, slots).hidden[:, -judged:]
         best = vocab.read(vocab.head(params), hidden).token
         return tokens.at[:, start : start + judged].set(best)
 

@@ -66,8 +66,8 @@ def relative_error(got: Any, exact: Any) -> float:
 def attention_cases(name: str, shape: AttentionShape, calls: int) -> Iterator[Case]:
     """`window_attention`: the kernel, XLA, and library kernels on keys laid out for them."""
     B, T, S, N, K, H = shape.B, shape.T, shape.S, shape.N, shape.K, shape.H
-    seen = (T + 1) / 2 if shape.mask == "causal" else T  # on average, of the window
-    flops = 4.0 * B * T * N * H * (S + seen)
+    visible = (T + 1) / 2 if shape.mask == "causal" else T  # on average, of the window
+    flops = 4.0 * B * T * N * H * (S + visible)
     num_bytes = 2.0 * H * B * (2 * K * (S + T) + 2 * T * N)
     layers = max(2, min(64, -(-ROTATED_BYTES // (4 * B * K * max(S, 1) * H)))) if S else 1
 

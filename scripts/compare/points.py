@@ -6,9 +6,9 @@ them:
 
     - {name: threshold, label: threshold 0.8, rule: {threshold: 0.8}, scheduler: {block_len: 16}}
     - {name: klass, family: klass dual, cache: dual}
-    - {name: threshold, family: learn2pd, filter: runs/filter/filter, rule: {threshold: 0.96}}
+    - {name: threshold, family: learn2pd, filter: runs/filter/model, rule: {threshold: 0.96}}
 
-The last one has a filter (`train/learn2pd.py`) as its commit rule.
+The last one has a filter (`configs/filter_learn2pd.py`) as its commit rule.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from ml_collections import ConfigDict
 
 import dlm
 from decode.diffusion.components import AdaBlock, LearnedFilter
@@ -49,7 +50,7 @@ def points_from_file(path: str, block_len: int, lm: dlm.LanguageModel | None = N
     entries: Any
     if path.endswith(".py"):
         entries = runpy.run_path(path)["get_config"]()
-        entries = entries.to_dict() if hasattr(entries, "to_dict") else entries
+        entries = entries.to_dict() if isinstance(entries, ConfigDict) else entries
     else:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         try:

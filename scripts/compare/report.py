@@ -24,23 +24,28 @@ from typing import Any
 import numpy as np
 
 from decode.evaluation.figures import OperatingPoint, plot_speed_quality
-from decode.evaluation.job import ALL, Point
+from decode.evaluation.job import ALL, Measurement, Point
 from decode.evaluation.statistics import aup, bootstrap
 from decode.evaluation.tables import markdown
 from scripts.compare.points import BASELINE
 
 
 def summarise(
-    points: Sequence[Point], records: Sequence[Mapping[str, Any]], groups: Mapping[str, list[int]]
+    points: Sequence[Point], records: Sequence[Measurement], groups: Mapping[str, list[int]]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Rows of the table, one per point and group, and AUP per family and group."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     base = next(r["seconds"] for p, r in zip(points, records, strict=True) if p.label == BASELINE)
     for group, members in groups.items():
         for point, record in zip(points, records, strict=True):
             score, tokens, forwards, first = (
-                np.asarray(record[name], float)[members]
-                for name in ("score", "tokens", "forwards", "first_block_s")
+                np.asarray(values, float)[members]
+                for values in (
+                    record["score"],
+                    record["tokens"],
+                    record["forwards"],
+                    record["first_block_s"],
+                )
             )
             accuracy_low, accuracy_high = bootstrap(100 * score)
             nfe_low, nfe_high = bootstrap(forwards)

@@ -1,4 +1,4 @@
-"""Tables of components, drafters, acceptance rules and objectives, from their docstrings."""
+"""Tables of components, drafters, acceptance rules, objectives and configs, from docstrings."""
 
 import dataclasses
 import importlib
@@ -9,28 +9,39 @@ import re
 import sys
 from collections.abc import Iterable
 
+import configs
 from decode.diffusion.components import COMPONENTS
 from decode.diffusion.public import DECODERS
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
 from scripts.docs_tables.arguments import sections
 from train import objectives
+from train.objectives import Objective
 
 DOCS = pathlib.Path(__file__).parent.parent.parent / "docs"
+
+
+def _sentence(doc: str) -> str:
+    return " ".join(doc.split("\n\n")[0].split()).replace("|", "\\|")
+
+
+def _papers(doc: str) -> dict[str, None]:
+    return dict.fromkeys(re.findall(r"arXiv:\s*(\d{4}\.\d{5})", doc))
 
 
 def _row(kind: type, axis: str = "") -> str:
     """A line: first sentence, arXiv ids of the class or else of its module, fields."""
     doc = inspect.getdoc(kind) or ""
-    sentence = " ".join(doc.split("\n\n")[0].split()).replace("|", "\\|")
     module = inspect.getdoc(sys.modules[kind.__module__]) or ""
-    found = r"arXiv:\s*(\d{4}\.\d{5})"
-    papers = dict.fromkeys(re.findall(found, doc) or re.findall(found, module))
+    papers = _papers(doc) or _papers(module)
     knobs = []
     for field in dataclasses.fields(kind):
         is_plain = isinstance(field.default, int | float | str)
         if field.name != "kind":  # which is by what `Part` tells parts apart
             knobs.append(f"{field.name} {field.default!r}" if is_plain else field.name)
-    cells = [f"`{kind.__name__}`", sentence, ", ".join(papers), ", ".join(knobs)]
+    says = (
+        f"{_sentence(module)} {_sentence(doc)}" if issubclass(kind, Objective) else _sentence(doc)
+    )
+    cells = [f"`{kind.__name__}`", says, ", ".join(papers), ", ".join(knobs)]
     return "| " + " | ".join([axis, *cells] if axis else cells) + " |"
 
 
@@ -50,7 +61,17 @@ def _objectives() -> list[type]:
         module = importlib.import_module(f"{objectives.__name__}.{info.name}")
         own = [k for k in vars(module).values() if inspect.isclass(k)]
         found += [k for k in own if k.__module__ == module.__name__]
-    return [k for k in found if issubclass(k, objectives.Objective)]
+    return [k for k in found if issubclass(k, Objective)]
+
+
+def _configs() -> str:
+    lines = ["| config | | arXiv |", "|---|---|---|"]
+    for info in pkgutil.iter_modules(configs.__path__):
+        module = importlib.import_module(f"{configs.__name__}.{info.name}")
+        doc = inspect.getdoc(module) or ""
+        if "get_config" in vars(module):
+            lines.append(f"| `{info.name}` | {_sentence(doc)} | {', '.join(_papers(doc))} |")
+    return "\n".join(lines)
 
 
 def pages() -> dict[pathlib.Path, str]:
@@ -60,7 +81,10 @@ def pages() -> dict[pathlib.Path, str]:
         "methods.md": {"components": _components()},
         "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
         "decoders.md": {"arguments": sections(DECODERS)},
-        "training.md": {"objectives": _table(_objectives(), "objective")},
+        "training.md": {
+            "configs": _configs(),
+            "objectives": _table(_objectives(), "objective"),
+        },
     }
     made = {}
     for page, parts in tables.items():

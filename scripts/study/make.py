@@ -6,7 +6,7 @@ import importlib
 import pathlib
 
 from configs import collect_trajectories, distill_d3llm, distill_dparallel, filter_learn2pd
-from train import learn2pd, loop
+from train import loop
 from train.collect import trajectories
 
 # `--size=large`: sections of the configs; ours.
@@ -41,8 +41,9 @@ def make(task: str, size: str, seed: int, folder: pathlib.Path, smoke: bool) -> 
         trajectories.run(config, folder / name)
 
     config = filter_learn2pd.get_config(arg)
-    config.trajectories, config.seed = str(folder / "rounds"), seed
-    learn2pd.run(config, folder / "learn2pd")
+    config.data.task.path, config.train.init_from = str(folder / "rounds"), base
+    config.train.seed = seed
+    loop.run(config, folder / "learn2pd", "filter")
 
     for name, recipe in (("dparallel", distill_dparallel), ("d3llm", distill_d3llm)):
         config = recipe.get_config(arg)

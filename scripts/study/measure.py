@@ -87,7 +87,7 @@ def points(system: str, block_len: int, lm: dlm.LanguageModel, folder: pathlib.P
     if system == "base + threshold":
         rules = {f"{t:g}": Threshold(t) for t in THRESHOLDS}
     elif system.startswith("Learn2PD"):
-        learned = load_filter(folder / "learn2pd" / "filter", lm)
+        learned = load_filter(folder / "learn2pd" / "model", lm)
         rules = {f"{t:g}": LearnedFilter(learned, t) for t in TAUS}
         if system.endswith("EoTP"):
             method = method.replace(stopper=Eotp())
@@ -119,7 +119,8 @@ def measure(task: str, folder: pathlib.Path, num_examples: int) -> list[Measured
             point.method.validate(job.lm.cfg)
         records = measure_points(job, settings, folder / "measured.jsonl")
         for point, record in zip(settings, records, strict=True):
-            arrays = (np.asarray(record[name], float) for name in ("score", "forwards", "tokens"))
+            per_example = record["score"], record["forwards"], record["tokens"]
+            arrays = (np.asarray(values, float) for values in per_example)
             found.append(Measured(system, point.label, *arrays))
     return found
 

@@ -23,7 +23,11 @@ def test_sections_become_frozen_dataclasses():
     [
         ({"data.batch_sise": 3}, r"unknown field data\.batch_sise; data may have .*batch_size"),
         ({"extra.x": 3}, "unknown section 'extra'"),
-        ({"data.batch_size": 0}, r"data\.batch_size=0 must be a number of at least 1"),
+        ({"data.batch_size": -1}, r"data\.batch_size=-1 must be a number of at least 0"),
+        (
+            {"data.batch_size": 0, "data.buckets": ((1, 1),)},
+            r"batch_size=0 must be at least 1 with",
+        ),
         ({"data.batch_size": "8"}, r"data\.batch_size='8' must be a number"),
         ({"data.batch_size": 7, "mesh.fsdp": 2}, r"batch_size=7 must be a multiple of .* = 2"),
         ({"train.num_steps": 9, "optim.accumulate": 2}, "num_steps=9 must be a multiple"),

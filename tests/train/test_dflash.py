@@ -123,7 +123,7 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts):
             said = hidden[1 : best.depth + 1] @ np.asarray(toy_params["unembed"]).T
             np.testing.assert_array_equal(greedy.tokens[b, 1:], said.argmax(axis=-1))
             law = np.exp([log_softmax(z) for z in said / 0.7])
-            np.testing.assert_allclose(tree.laws[b, :-1], law, atol=2e-5)
+            np.testing.assert_allclose(tree.probs[b, :-1], law, atol=2e-5)
             assert int(tree.tokens[b, 0]) == text[-1]
 
 
@@ -165,7 +165,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
         start, end = int(text.start[row]), P + int(batch["completion_len"][row])
         tokens = np.asarray(text.tokens[row])
         for a in range(max(start, P - 1), end - 1):
-            if not bool(text.counts[row, a + 1]):
+            if not bool(text.is_scored[row, a + 1]):
                 continue
             states = one_block(network, toy_params, text.features[row, start:a], int(tokens[a]))
             n = min(b - 1, end - 1 - a)

@@ -172,7 +172,7 @@ def test_the_loss_of_hydra_plus_plus(toy_cfg, toy_params):
         c = prefix_by_hand(own, toy_cfg, text.hidden[b, start:])
         row = np.asarray(text.tokens[b, start:])
         for t in range(len(row) - 2):
-            if bool(text.counts[b, start + t + 2]):
+            if bool(text.is_scored[b, start + t + 2]):
                 seen = np.concatenate([c[t], embed[row[t + 1]]])
                 z = np.asarray(said(own, seen, 0), float)
                 losses.append(np.log(np.exp(z).sum()) - z[row[t + 2]])

@@ -128,7 +128,7 @@ def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind)
                     said = np.asarray(said_by(network, toy_params, last))
                     if tree is drawn:
                         law = np.exp(log_softmax(said / 0.7))
-                        np.testing.assert_allclose(tree.laws[b, v], law, atol=2e-5)
+                        np.testing.assert_allclose(tree.probs[b, v], law, atol=2e-5)
                         continue
                     order = np.argsort(-said, kind="stable")
                     for child in np.flatnonzero(np.asarray(TREE.parents) == v):

@@ -196,8 +196,9 @@ def test_bfloat16_products_with_float32_parameters(toy_cfg):
 )
 def test_sharded_steps_equal_unsharded(toy_cfg, axes):
     optim = OptimConfig(
-        learning_rate=1e-2, decay_steps=9, accumulate=2, ema_decay=0.9, weight_decay=0.1
-    )
+        learning_rate=1e-2, decay_steps=9, accumulate=2, ema_decay=0.9, weight_decay=0.1,
+        keep_best=True,
+    )  # fmt: skip
     specs, batch = param_specs(toy_cfg), jax.device_get(make_batch(toy_cfg, rows=8))
     results = []
     for mesh in (make_mesh(), make_mesh(**axes)):
@@ -221,7 +222,9 @@ def test_sharded_steps_equal_unsharded(toy_cfg, axes):
                     objective=MaskedDiffusion(),
                     optim=optim,
                 )
-        results.append(jax.device_get((state.params, state.ema, metrics)))
+            state = step_lib.jit_keep_best(shardings)(state, metrics["loss"])
+        results.append(jax.device_get((state.params, state.best, metrics)))
+        assert_same(*jax.device_get((state.best, state.ema)))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
     if "fsdp" not in axes:

@@ -30,13 +30,11 @@ with any number of processes. Processes of a cluster write shards in turn, each 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,10 +48,10 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict, config_flags
 
 from decode.core.results import Completion
-from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from decode.diffusion.loop import DiffusionMethod, DiffusionState
 from decode.diffusion.points import named, override
 from decode.diffusion.recorded import GreedyOracle, Record, Recorded
-from decode.generate import collect
+from decode.evaluation.run import Programs, Timed, timed
 from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
@@ -106,7 +104,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
         method.validate(model.cfg)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
-    _claim(folder, settings, fingerprint(model))
+    _claim(folder, settings, {"model": fingerprint(model), "confidence": method.confidence.name})
 
     size = settings.examples_per_shard
     num_shards = -(-num // size)
@@ -180,7 +178,7 @@ class _Decoder:
         settings: TrajectoryConfig,
     ) -> None:
         self._lm, self._task, self._method, self._settings = lm, task, method, settings
-        self._compiled: dict[Any, Any] = {}
+        self._programs: Programs = {}
         self.tokens = self.seconds = 0.0
 
     def decode(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -196,39 +194,32 @@ class _Decoder:
                     f"prompt_len={settings.prompt_len}"
                 )
         seeds = [settings.seed + i for i in indices]
-        state = self._run(self._method, prompts, seeds)
-        completions = collect(state, lm, self._method, len(prompts))
+        completions = self._run(self._method, prompts, seeds).completions
         rounds: list[dict[str, np.ndarray] | None] = [None] * len(prompts)
         answers = np.full((settings.batch_size, settings.gen_len), lm.cfg.eos_token_id, np.int32)
         for b, completion in enumerate(completions):
             answers[b, : len(completion.tokens)] = completion.tokens
         if settings.oracle:
-            state = self._run(knowing(self._method, answers), prompts, seeds)
+            state = self._run(knowing(self._method, answers), prompts, seeds).state
+            assert isinstance(state, DiffusionState)
             rounds = _rounds(state, answers, len(prompts))
-        for i, example, prompt, completion, answer, seen in zip(
+        for i, example, prompt, completion, answer, recorded in zip(
             indices, examples, prompts, completions, answers, rounds, strict=False
         ):
             self.tokens += min(len(completion.tokens) + 1, settings.gen_len)
-            yield self._record(i, example, prompt, completion, answer, seen)
+            yield self._record(i, example, prompt, completion, answer, recorded)
 
     def _run(
         self, method: DiffusionMethod, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
-    ) -> Any:
-        lm, settings = self._lm, self._settings
-        state = init_state(
-            lm.cfg, method, prompts, gen_len=settings.gen_len, seeds=seeds,
+    ) -> Timed:
+        settings = self._settings
+        batch = timed(
+            self._lm, method, prompts, gen_len=settings.gen_len, seeds=seeds,
             prompt_len=settings.prompt_len, batch_size=settings.batch_size,
+            programs=self._programs,
         )  # fmt: skip
-        structure = jax.tree.structure((method, state))
-        with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-            if structure not in self._compiled:
-                lowered = decode.lower(lm.params, lm.cfg, method, state)
-                self._compiled[structure] = lowered.compile()
-            start = time.perf_counter()
-            state = self._compiled[structure](lm.params, method, state)
-            jax.block_until_ready(state)
-        self.seconds += time.perf_counter() - start
-        return state
+        self.seconds += batch.seconds
+        return batch
 
     def _record(
         self,
@@ -268,7 +259,9 @@ def knowing(method: DiffusionMethod, answers: jax.Array | np.ndarray) -> Diffusi
     return method.replace(confidence=recorded, reviser=GreedyOracle(answers))
 
 
-def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndarray] | None]:
+def _rounds(
+    state: DiffusionState, answers: np.ndarray, num: int
+) -> list[dict[str, np.ndarray] | None]:
     """The rounds of the second decoding, per example."""
     record: Record = jax.tree.map(np.asarray, jax.device_get(state.components.confidence))
     found: list[dict[str, np.ndarray] | None] = []
@@ -287,8 +280,8 @@ def _rounds(state: Any, answers: np.ndarray, num: int) -> list[dict[str, np.ndar
     return found
 
 
-def _features(settings: TrajectoryConfig) -> Any:
-    def vector(dtype: Any) -> Any:
+def _features(settings: TrajectoryConfig) -> tfds.features.FeaturesDict:
+    def vector(dtype: type[np.generic]) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(settings.gen_len,), dtype=dtype)
 
     features = {
@@ -316,9 +309,9 @@ def _features(settings: TrajectoryConfig) -> Any:
     return tfds.features.FeaturesDict(features)
 
 
-def _claim(folder: pathlib.Path, settings: TrajectoryConfig, model: str) -> None:
+def _claim(folder: pathlib.Path, settings: TrajectoryConfig, made_with: dict[str, str]) -> None:
     """Writes the settings into a new folder, or checks that a used one has the same."""
-    now = json.loads(json.dumps({**dataclasses.asdict(settings), "model": model}))
+    now = json.loads(json.dumps({**dataclasses.asdict(settings), **made_with}))
     path = folder / SETTINGS
     if path.exists():
         check_same(path, now, "trajectories", _MAY_CHANGE)

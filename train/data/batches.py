@@ -24,7 +24,7 @@ from dlm.sharding import logical_sharding
 from dlm.tokenizer import Tokenizer
 from train.config import ConfigError, DataConfig
 from train.data.encode import encode_example, encode_text
-from train.data.rows import Bucketed, Packed, Row, bucket_sizes, rows_of, stack
+from train.data.rows import Bucketed, Packed, Row, Whole, bucket_sizes, rows_of, stack
 
 Batch = dict[str, Any]
 
@@ -52,6 +52,8 @@ def train_iterator(
         long or cannot be read.
     """
     process = process_index, process_count = jax.process_index(), jax.process_count()
+    if not data.batch_size:
+        return Whole(_whole(task, tokenizer, data, num_shards, "data.train"))
     if data.batch_size % process_count:
         raise ConfigError(
             f"data.batch_size={data.batch_size} must be a multiple of {process_count} processes"
@@ -128,6 +130,13 @@ def valid_batches(
         return []
     encode = _encoder(task, tokenizer, data)
     process = jax.process_index(), jax.process_count()
+    if not data.batch_size:
+        if num_batches != 1:
+            raise ConfigError(
+                f"train.num_eval_batches={num_batches} must be 1 with data.batch_size=0, for which "
+                "all rows are one batch"
+            )
+        return [_whole(task, tokenizer, data, num_shards, "data.valid")]
     if not data.buckets and not data.packing:
         if len(task) < num_batches * data.batch_size:
             raise ConfigError(
@@ -163,7 +172,7 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
       ConfigError: a process would need rows of another one.
     """
     num_processes = jax.process_count()
-    rows = len(batch["prompt_start"]) * num_processes
+    rows = len(next(iter(batch.values()))) * num_processes
 
     def sharding_of(local: np.ndarray) -> NamedSharding:
         axes = ("batch",) + (None,) * (local.ndim - 1)
@@ -185,6 +194,21 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
     return jax.tree.map(place, batch, shardings)
+
+
+def _whole(
+    task: tasks.Task, tokenizer: Tokenizer, data: DataConfig, num_shards: int, where: str
+) -> Batch:
+    """All rows of a task, of which each process has its own."""
+    process = jax.process_index(), jax.process_count()
+    if len(task) % math.lcm(num_shards, process[1]):
+        raise ConfigError(
+            f"{where} has {len(task)} rows, all of them in a batch with data.batch_size=0: they "
+            f"must be a multiple of mesh.data * mesh.fsdp = {num_shards} and of the number of "
+            f"processes, {process[1]}"
+        )
+    encode = _encoder(task, tokenizer, data)
+    return stack(encode(index) for index in range(len(task))[rows_of(len(task), process)])
 
 
 def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callable[[int], Row]:

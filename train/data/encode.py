@@ -13,7 +13,7 @@ from train.config import ConfigError
 
 
 def encode_example(
-    example: tasks.Example | tasks.Encoded,
+    example: tasks.Example | tasks.Encoded | tasks.Arrays,
     tokenizer: Tokenizer,
     prompt_len: int,
     completion_len: int,
@@ -22,18 +22,20 @@ def encode_example(
 
     Args:
       example: a prompt and a completion, which are encoded each on its own, as a prompt is when
-        decoding; or token ids, which are taken as they are.
+        decoding; or token ids, or arrays, which are taken as they are.
       tokenizer: encodes both.
       prompt_len: P.
       completion_len: G; the completion and one EOS must fit.
 
     Returns:
       prompt [P], prompt_start [], completion [G] and completion_len [], of token ids step_map [G]
-      too, all int32; see `train.objectives`.
+      too, all int32; see `train.objectives`. Of arrays, those.
 
     Raises:
-      ConfigError: the prompt or the completion is too long.
+      ConfigError: the prompt or the completion is too long; arrays are of other lengths.
     """
+    if isinstance(example, tasks.Arrays):
+        return _check_arrays(example, prompt_len, completion_len)
     if isinstance(example, tasks.Encoded):
         return _pad_encoded(example, tokenizer, prompt_len, completion_len)
     try:
@@ -85,6 +87,19 @@ def _pad_encoded(
         "completion_len": np.array(length, np.int32),
         "step_map": np.pad(example.step_map, more, constant_values=-1),
     }
+
+
+def _check_arrays(
+    example: tasks.Arrays, prompt_len: int, completion_len: int
+) -> dict[str, np.ndarray]:
+    """As `encode_example`."""
+    for name, value in example.values.items():
+        if prompt_len or len(value) != completion_len:
+            raise ConfigError(
+                f"{name} has {len(value)} positions: data.prompt_len={prompt_len} must be 0 and "
+                f"data.completion_len={completion_len} must be {len(value)}"
+            )
+    return dict(example.values)
 
 
 def encode_text(example: tasks.Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Batches whose rows are not simply the next examples: packed texts, and buckets of lengths.
+"""Batches whose rows are not simply the next examples: all of a task's, packed texts, and buckets.
 
-Both are iterators over encoded examples in the order of a `grain` data set. Their states are small
-and survive JSON: they name examples, which are encoded again when a state is restored.
+The latter two are iterators over encoded examples in the order of a `grain` data set. Their states
+are small and survive JSON: they name examples, which are encoded again when a state is restored.
 
 Letters: P prompt length, G completion length.
 """
@@ -28,6 +28,23 @@ def rows_of(num_rows: int, process: tuple[int, int]) -> slice:
     """Which rows of a batch are those of process (i, n): as many for each, in their order."""
     index, count = process
     return slice(num_rows * index // count, num_rows * (index + 1) // count)
+
+
+class Whole(grain.DatasetIterator):
+    """The same rows in every batch: all of a task's, for gradients without noise."""
+
+    def __init__(self, batch: Row) -> None:
+        super().__init__()
+        self._batch = batch
+
+    def __next__(self) -> Row:
+        return self._batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class Packed(grain.DatasetIterator):

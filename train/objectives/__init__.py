@@ -15,6 +15,8 @@ does:
     step_map: [B, G] int32. Only of trajectories (`train.collect.trajectories`): the round in
         which the teacher decided each position, EOS padding included; -1: never.
 
+A task of `dlm.tasks.Arrays` has its own arrays instead, and "index".
+
 `metrics` is a dict of scalar float32 arrays and holds "loss". A config names an objective by
 "module:Class", so a new one is a new file and nothing else.
 
@@ -43,10 +45,13 @@ class Context(struct.PyTreeNode):
       key: of this step, for all its randomness.
       progress: scalar float32 in [0, 1). Share of the steps done, for curricula: the step over
         `optim.decay_steps`.
+      is_validation: whether the data are held out; else metrics that cost much may be left out.
+        Static.
     """
 
     key: jax.Array
     progress: jax.Array | float = 0.0
+    is_validation: bool = struct.field(pytree_node=False, default=False)
 
 
 class Predictions(struct.PyTreeNode):
@@ -71,9 +76,13 @@ class Objective:
     Attributes:
       needs_teacher: whether `learned.beside` is to be the moving average of the model
         (`optim.ema_decay`).
+      reads: arrays that a batch must have.
     """
 
     needs_teacher: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset(
+        {"prompt", "prompt_start", "completion", "completion_len"}
+    )
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
@@ -90,6 +99,11 @@ class Objective:
           Scalar float32, and metrics: scalar float32 by name, "loss" among them.
         """
         raise NotImplementedError
+
+    def num_positions(self, batch: Mapping[str, Any]) -> int:
+        """Of a batch, padding included: what "tokens_per_s" counts."""
+        size: int = batch["prompt"].size + batch["completion"].size
+        return size
 
 
 class TokenObjective(Objective):

@@ -1,9 +1,9 @@
-"""A draft model learns the target's law where it can: on tokens that another one has learned.
+"""A draft model learns the target where it can: on tokens that another one has learned.
 
 Reference: Hu et al., "AdaSPEC: Selective Knowledge Distillation for Efficient Speculative
 Decoders", arXiv:2510.19779, Sec. 3. A reference, the same draft model after plain distillation
 (`distill_spec` with "kl"), tells which tokens are within reach of a model of this size. With p, q
-and r the laws of target, draft and reference, per token of the completions
+and r the distributions of target, draft and reference, per token of the completions
 
     gap = KL(p || q) - KL(p || r)
     loss = mean of KL(p || q) over the share of the batch's tokens that have the largest gaps
@@ -86,22 +86,22 @@ class AdaSpec(Objective):
             return kl, gap, jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
 
         kl, gap, accepted = in_chunks(one_chunk, text.hidden[:, :-1], *frozen)
-        counts = text.counts[:, 1:]
-        chosen = largest(gap, counts, self.share)
+        is_scored = text.is_scored[:, 1:]
+        chosen = largest(gap, is_scored, self.share)
         mean = lambda x, mask: jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)  # noqa: E731
         loss = mean(kl, chosen)
         return loss, {
-            "loss": loss, "acceptance": mean(accepted, counts), "gap": mean(gap, chosen)
+            "loss": loss, "acceptance": mean(accepted, is_scored), "gap": mean(gap, chosen)
         }  # fmt: skip
 
 
-def largest(values: jax.Array, counts: jax.Array, share: float) -> jax.Array:
+def largest(values: jax.Array, is_scored: jax.Array, share: float) -> jax.Array:
     """[B, n] bool: the `share` of the entries that count with the largest values, rounded up.
 
     Of equal values the first ones are taken.
     """
-    flat = jnp.where(counts, values, -jnp.inf).reshape(-1)
+    flat = jnp.where(is_scored, values, -jnp.inf).reshape(-1)
     order = jnp.argsort(-flat, stable=True)
     rank = jnp.zeros(flat.shape, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
-    num = jnp.ceil(share * counts.sum() - 1e-4)  # 0.4 of 5 is two, whatever float32 says
-    return counts & (rank.reshape(counts.shape) < num)
+    num = jnp.ceil(share * is_scored.sum() - 1e-4)  # 0.4 of 5 is two, whatever float32 says
+    return is_scored & (rank.reshape(is_scored.shape) < num)

@@ -41,8 +41,8 @@ class Causal(TokenObjective):
         text = read_text(params, cfg, batch, self.on_prompt, self.remat)
         P = batch["prompt"].shape[1]
         first = P if P and not self.on_prompt else 1  # the first token that may be predicted
-        counts = text.counts[:, first:]
-        weight = counts / jnp.maximum(counts.sum(), 1)
+        is_scored = text.is_scored[:, first:]
+        weight = is_scored / jnp.maximum(is_scored.sum(), 1)
         return Predictions(text.hidden[:, first - 1 : -1], text.tokens[:, first:], weight)
 
     def score(self, params: Params, said: Predictions) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ class DFlashLoss(Objective):
     Attributes:
       num_anchors: A >= 1 (published: up to 512).
       reach: g > 0 (public codes: 7 with blocks of 16, 4 with blocks of 8).
-      teacher: whether the target's law is learned, not the text.
+      teacher: whether the target's distribution is learned, not the text.
       on_prompt: whether tokens of the prompt are learned too.
     """
 
@@ -84,7 +83,7 @@ class DFlashLoss(Objective):
         B, T = text.tokens.shape
         b = network.block_len
         # -- Anchors: before a token that counts.
-        may_begin = jnp.pad(text.counts[:, 1:], ((0, 0), (0, 1)))
+        may_begin = jnp.pad(text.is_scored[:, 1:], ((0, 0), (0, 1)))
         may_begin &= jnp.arange(T)[None] >= text.start[:, None]
         order = jax.random.uniform(context.key, (B, T)) + may_begin
         found, anchors = jax.lax.top_k(order, min(self.num_anchors, T))  # [B, A]
@@ -93,7 +92,7 @@ class DFlashLoss(Objective):
         # -- Scores
         place = anchors[..., None] + jnp.arange(1, b)[None, None]  # [B, A, b - 1]
         rows = jnp.arange(B)[:, None, None]
-        is_scored = text.counts.at[rows, place].get(mode="fill", fill_value=False)
+        is_scored = text.is_scored.at[rows, place].get(mode="fill", fill_value=False)
         is_scored &= (found >= 1)[..., None]
         targets = text.tokens.at[rows, place].get(mode="clip")
         head = vocab.head(target)
@@ -155,7 +154,7 @@ def read_blocks(
     limits = jnp.stack(jnp.broadcast_arrays(text.start[:, None], anchors), axis=-1)
     in_groups = lambda x: x.reshape(B, A, b, *x.shape[2:])  # noqa: E731
 
-    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, Any]:
+    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
         h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
         q, k, v = project_qkv(h, p["attention"], cfg, of_blocks)
         _, text_k, text_v = project_qkv(c, p["attention"], cfg, of_text)

@@ -1,7 +1,8 @@
-"""A draft model learns the target's law, so that more of what it drafts is accepted.
+"""A draft model learns the target's distribution, so that more of what it drafts is accepted.
 
 Reference: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge Distillation",
-arXiv:2310.08461, Sec. 4. With p the target's law of the next token and q the draft's, per token
+arXiv:2310.08461, Sec. 4. With p the target's distribution of the next token and q the draft's, per
+token
 
     kl           sum_x p log(p / q)
     reverse_kl   sum_x q log(q / p)
@@ -42,7 +43,7 @@ class DistillSpec(Objective):
       divergence: one of `DIVERGENCES`. "tv" and "nla" hardly move a draft that is far from the
         target: begin with "kl".
       beta: of "jsd", in (0, 1).
-      temperature: > 0; of both laws.
+      temperature: > 0; of both distributions.
       on_prompt: whether tokens of the prompt are learned too.
     """
 
@@ -83,13 +84,13 @@ class DistillSpec(Objective):
         each, accepted = in_chunks(
             one_chunk, ours.hidden[:, :-1], jax.lax.stop_gradient(theirs.hidden[:, :-1])
         )
-        counts = ours.counts[:, 1:]
-        total = jnp.maximum(counts.sum(), 1)
-        loss, acceptance = (jnp.where(counts, x, 0.0).sum() / total for x in (each, accepted))
+        is_scored = ours.is_scored[:, 1:]
+        total = jnp.maximum(is_scored.sum(), 1)
+        loss, acceptance = (jnp.where(is_scored, x, 0.0).sum() / total for x in (each, accepted))
         return loss, {"loss": loss, "acceptance": acceptance}
 
     def _divergence(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of laws [n, V]: the divergence and the probability of acceptance, [n] each."""
+        """Of distributions [n, V]: the divergence and the probability of acceptance, [n] each."""
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         accepted = jnp.minimum(p, q).sum(axis=-1)
         kl = lambda p, log_p, log_q: (p * (log_p - log_q)).sum(axis=-1)  # noqa: E731

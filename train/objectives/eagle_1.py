@@ -2,7 +2,8 @@
 
 Reference: Li et al., arXiv:2401.15077, Sec. 4.2, and the public code; the network is
 `dlm.heads.eagle_1`. With f_t the target's final hidden state at t, s_t the network's at the pair
-(f_t, x_{t+1}), and p and q the laws of x_{t+2} that the target's head makes of f_{t+1} and s_t:
+(f_t, x_{t+1}), and p and q the distributions of x_{t+2} that the target's head makes of f_{t+1} and
+s_t:
 
     loss = mean over t of  SmoothL1(s_t, f_{t+1}) / D  +  weight * -sum_x p(x) log q(x)
 
@@ -73,11 +74,11 @@ class Eagle1Loss(Objective):
         gap = jnp.abs(ours.astype(jnp.float32) - theirs)
         of_features = jnp.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean(axis=-1)
         teacher = vocab.head(target)
-        of_laws = soft_cross_entropy(teacher, ours, teacher, theirs)
-        scored = text.counts[:, 2:] & (jnp.arange(T - 2)[None] >= text.start[:, None])
+        of_probs = soft_cross_entropy(teacher, ours, teacher, theirs)
+        scored = text.is_scored[:, 2:] & (jnp.arange(T - 2)[None] >= text.start[:, None])
         num = jnp.maximum(scored.sum(), 1)
         feature_loss, cross_entropy = (
-            jnp.where(scored, x, 0.0).sum() / num for x in (of_features, of_laws)
+            jnp.where(scored, x, 0.0).sum() / num for x in (of_features, of_probs)
         )
         _, accuracy = score_head(jax.lax.stop_gradient(states), teacher, text, ahead=2)
         loss = feature_loss + self.weight * cross_entropy

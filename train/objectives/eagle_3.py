@@ -4,7 +4,7 @@ Reference: Li et al., arXiv:2503.01840, Sec. 3.2, and the public code; the netwo
 `dlm.heads.eagle_3`. All positions t are unrolled side by side for K steps. Step j (from 0) reads
 the token x_{t+1+j} of the text beside the state that step j - 1 left at t, at position t + j, and
 attends to what a draft would see there: step 0 at all positions up to t, and steps 1 to j at t
-alone, in one softmax. With p the target's law of x_{t+2+j} and q the network's,
+alone, in one softmax. With p the target's distribution of x_{t+2+j} and q the network's,
 
     loss = sum_j decay^j  mean over t of  -sum_x p(x) log q(x)
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +74,11 @@ class Eagle3Loss(Objective):
                 f"num_steps={self.num_steps} must be at most {T - 2} with rows of {T} tokens"
             )
         teacher = vocab.head(target)
-        counts = text.counts & (jnp.arange(T)[None] >= text.start[:, None])
+        is_scored = text.is_scored & (jnp.arange(T)[None] >= text.start[:, None])
         if network.ids is not None:
             can_draft = jnp.zeros(cfg.vocab_size, bool).at[network.ids].set(True)
             best = vocab.score(teacher, text.hidden, text.tokens).token
-            counts = counts.at[:, 1:].set(counts[:, 1:] & can_draft[best[:, :-1]])
+            is_scored = is_scored.at[:, 1:].set(is_scored[:, 1:] & can_draft[best[:, :-1]])
             teacher = teacher[network.ids]
 
         def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,12 +94,15 @@ class Eagle3Loss(Objective):
             each, token = in_chunks(
                 one_chunk, network.normed(states[:, :-ahead]), text.hidden[:, ahead - 1 : -1]
             )
-            scored = counts[:, ahead:] & (jnp.arange(T - ahead)[None] >= text.start[:, None])
+            scored = is_scored[:, ahead:] & (jnp.arange(T - ahead)[None] >= text.start[:, None])
             num = jnp.maximum(scored.sum(), 1)
             total += self.decay**j * jnp.where(scored, each, 0.0).sum() / num
             is_right = token == text.tokens[:, ahead:]
             metrics[f"accuracy_{ahead}"] = (is_right & scored).sum() / num
         return total, {"loss": total, **metrics}
+
+
+Pair = tuple[jax.Array, jax.Array]  # keys and values
 
 
 def unroll(
@@ -114,11 +116,13 @@ def unroll(
     states = network.begin(text.features)
     cfg = network.cfg
     none = jnp.zeros((*text.tokens.shape, 0, cfg.n_kv_heads, cfg.head_dim), states.dtype)
-    own: tuple[jax.Array, jax.Array] = (none, none)  # keys and values of steps 1 to j
-    first: tuple[jax.Array, jax.Array] | None = None  # of step 0
+    own: Pair = (none, none)  # keys and values of steps 1 to j
+    first: Pair | None = None  # of step 0
 
     @functools.partial(jax.checkpoint, static_argnums=0)
-    def step(j: int, states: jax.Array, first: Any, own: Any) -> tuple[jax.Array, Any, Any]:
+    def step(
+        j: int, states: jax.Array, first: Pair | None, own: Pair
+    ) -> tuple[jax.Array, Pair, Pair]:
         tokens = jnp.pad(text.tokens[:, 1 + j :], ((0, 0), (0, 1 + j)))
         x, residual = network.enter(target["embed"].at[tokens].get(mode="clip"), states)
         q, k, v = network.project(x, text.positions + j)
@@ -127,6 +131,7 @@ def unroll(
         else:
             add = lambda old, new: jnp.concatenate([old, new[:, :, None]], axis=2)  # noqa: E731
             own = add(own[0], k), add(own[1], v)
+        assert first is not None
         attended = draft_attention(q[:, :, None], first[0], first[1], own[0], own[1], limits)
         return network.leave(attended[:, :, 0], residual), first, own
 

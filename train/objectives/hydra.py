@@ -2,9 +2,9 @@
 
 Reference: Ankner et al., arXiv:2402.05109, Sec. 3 and 4, and the public code. As `medusa`, but
 head i (from 0) sees the hidden state h_t and the embeddings of tokens t + 1 to t + 1 + i of the
-text (teacher forcing), and learns token t + 2 + i. With `teacher` it learns the model's own law of
-that token instead (Hydra++): the cross-entropy of softmax(head) under it. Hydra++'s heads see what
-their own layer makes of h_1 .. h_t in place of h_t.
+text (teacher forcing), and learns token t + 2 + i. With `teacher` it learns the model's own
+distribution of that token instead (Hydra++): the cross-entropy of softmax(head) under it. Hydra++'s
+heads see what their own layer makes of h_1 .. h_t in place of h_t.
 
 Letters: B batch, T positions, D model width, J heads.
 """
@@ -33,7 +33,7 @@ class HydraLoss(Objective):
 
     Attributes:
       decay: > 0; of the weight from head to head.
-      teacher: whether the model's law is learned, not the text.
+      teacher: whether the model's distribution is learned, not the text.
       on_prompt: whether tokens of the prompt are learned too.
     """
 
@@ -52,22 +52,22 @@ class HydraLoss(Objective):
         total, metrics = jnp.float32(0), {}
         window = Window.left_padded(text.tokens, text.start, is_causal=True)
         hidden = jax.lax.stop_gradient(text.hidden)
-        seen, _ = read_prefix(own, cfg, hidden, window)
+        inputs, _ = read_prefix(own, cfg, hidden, window)
         for i in range(own["unembed"].shape[0]):
             shifted = jnp.pad(embedded[:, 1 + i :], ((0, 0), (0, 1 + i), (0, 0)))
-            seen = jnp.concatenate([seen, shifted], axis=-1)
-            hidden, ahead = head_hidden(own, seen, i), i + 2
+            inputs = jnp.concatenate([inputs, shifted], axis=-1)
+            hidden, ahead = head_hidden(own, inputs, i), i + 2
             loss, accuracy = score_head(hidden, own["unembed"][i], text, ahead)
             if self.teacher:
-                counts = text.counts[:, ahead:]
-                counts &= jnp.arange(T - ahead)[None] >= text.start[:, None]
+                is_scored = text.is_scored[:, ahead:]
+                is_scored &= jnp.arange(T - ahead)[None] >= text.start[:, None]
                 soft = soft_cross_entropy(
                     own["unembed"][i],
                     hidden[:, :-ahead],
                     vocab.head(target),
                     text.hidden[:, ahead - 1 : -1],
                 )
-                loss = jnp.where(counts, soft, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+                loss = jnp.where(is_scored, soft, 0.0).sum() / jnp.maximum(is_scored.sum(), 1)
             total += self.decay**i * loss
             metrics[f"accuracy_{ahead}"] = accuracy
         return total, {"loss": total, **metrics}

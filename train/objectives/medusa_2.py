@@ -5,8 +5,8 @@ which now reaches the model too, the model keeps learning the text,
 
     loss = L_LM + weight * L_Medusa
 
-or, by self-distillation, what it used to say: then L_LM is the cross-entropy of its law under that
-of the model as it was.
+or, by self-distillation, what it used to say: then L_LM is the cross-entropy of its distribution
+under that of the model as it was.
 
 Letters: B batch, T positions, D model width.
 """
@@ -66,8 +66,8 @@ class Medusa2Loss(Objective):
             before = read_text(original, cfg, batch, self.on_prompt)
             teacher = vocab.head(original)
             each = soft_cross_entropy(head, text.hidden[:, :-1], teacher, before.hidden[:, :-1])
-            counts = text.counts[:, 1:]
-            total = jnp.where(counts, each, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+            is_scored = text.is_scored[:, 1:]
+            total = jnp.where(is_scored, each, 0.0).sum() / jnp.maximum(is_scored.sum(), 1)
         metrics = {"model_loss": total, "accuracy_1": accuracy}
         for k in range(own["unembed"].shape[0]):
             hidden = head_hidden(own, text.hidden, k)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.caches.block_causal import BlockCausal, BlockCausalState
-from decode.diffusion.caches.canvas import CachePolicy, Canvas, gather
+from decode.diffusion.caches.canvas import Canvas, gather
+from decode.diffusion.caches.exact_blocks import ExactBlocks, ExactBlocksState
 from decode.diffusion.contracts import check_range
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
@@ -30,12 +30,12 @@ class InBlockState:
       part: [B] int32. First canvas position of the sub-block that may run alone; -1: none.
     """
 
-    blocks: BlockCausalState
+    blocks: ExactBlocksState
     part: jax.Array
 
 
 @struct.dataclass
-class InBlockCache(CachePolicy):
+class InBlockCache(ExactBlocks):
     """Approximate: in the open block, all but the open sub-block is cached. Before it, it is exact.
 
     A sub-block's first forward, and all until its first position is decided, run over the whole
@@ -53,29 +53,21 @@ class InBlockCache(CachePolicy):
     3.3 (`use_block_cache` of the public code).
 
     Attributes:
-      block_len, aligned: as for `BlockCausal`. Static.
+      block_len, aligned: see `ExactBlocks`.
       sub_len: positions per sub-block. Static.
       quorum: in [0, 1], as for `DualCache`.
     """
 
-    covers: ClassVar[str] = "block"
-
-    block_len: int = struct.field(pytree_node=False, default=32)
-    aligned: bool = struct.field(pytree_node=False, default=True)
     sub_len: int = struct.field(pytree_node=False, default=8)
     quorum: jax.Array | float = 1.0
 
-    @property
-    def _blocks(self) -> BlockCausal:
-        return BlockCausal(self.block_len, self.aligned)
-
     def validate(self, cfg: ModelConfig) -> None:
-        self._blocks.validate(cfg)
+        super().validate(cfg)
         check_range("sub_len", self.sub_len, 1, self.block_len)
         check_range("quorum", self.quorum, 0, 1)
 
     def refuse(self, method: DiffusionMethod) -> str | None:
-        if (reason := self._blocks.refuse(method)) is not None:
+        if (reason := super().refuse(method)) is not None:
             return reason
         if method.scheduler.part_len != self.sub_len:
             return (
@@ -90,7 +82,7 @@ class InBlockCache(CachePolicy):
         return None
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> InBlockState:
-        blocks = self._blocks.allocate(cfg, batch_size, num_slots)
+        blocks = self.allocate_blocks(cfg, batch_size, num_slots)
         return InBlockState(blocks, jnp.full(batch_size, -1, jnp.int32))
 
     def judge(
@@ -103,7 +95,7 @@ class InBlockCache(CachePolicy):
     ) -> tuple[jax.Array, InBlockState, jax.Array]:
         S = canvas.tokens.shape[1]
         place = jnp.arange(S)[None]
-        first = self._blocks.first(canvas)
+        first = self.first(canvas)
         here = (place >= canvas.block_start[:, None]) & (place < canvas.block_end[:, None])
         leftmost = jnp.argmax(canvas.undecided & here, axis=-1)
         part = first + (leftmost - first) // self.sub_len * self.sub_len
@@ -118,7 +110,7 @@ class InBlockCache(CachePolicy):
 
         def refresh(state: InBlockState) -> tuple[jax.Array, InBlockState]:
             rows = canvas.replace(is_active=waiting)
-            hidden, blocks, _ = self._blocks.judge(params, cfg, rows, window_len, state.blocks)
+            hidden, blocks, _ = self.judge_blocks(params, cfg, rows, window_len, state.blocks)
             return hidden, InBlockState(blocks, jnp.where(counts, part, state.part))
 
         def reuse(state: InBlockState) -> tuple[jax.Array, InBlockState]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import jax
 from flax import struct
 
-from decode.diffusion.confidences.probability import Probability
 from decode.diffusion.contracts import Confidence
 from decode.diffusion.round import Round
 from dlm.config import ModelConfig
@@ -23,7 +22,7 @@ class Tempered(Confidence):
 
     z are the logits that the constraint left, so with `Nucleus` these are Dream's confidences:
 
-        Tempered(Probability())   p[y]                      maskgit_plus
+        Tempered()                p[y]                      maskgit_plus
         Tempered(Margin())        p_(1) - p_(2)             topk_margin
         Tempered(NegEntropy())    minus the entropy of p    entropy
 
@@ -36,19 +35,22 @@ class Tempered(Confidence):
     Reference: Ye et al., "Dream 7B", arXiv:2508.15487, `sample_tokens` of the public code.
 
     Attributes:
-      base: the measure; one that reads only `stats` and `log_prob` of a round.
+      base: the measure, one that reads only `stats` and `log_prob` of a round; None: the proposal's
+        probability.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
-    base: Confidence = Probability()
+    base: Confidence | None = None
 
     def validate(self, cfg: ModelConfig) -> None:
+        if self.base is None:
+            return
         self.base.validate(cfg)
         if self.base.needs or jax.tree.leaves(self.base.init(cfg, 1, 1)):
             raise ValueError(
                 f"Tempered(base={self.base.name}) must be of a measure without logits "
-                "or memory of its own: use Probability, Margin or NegEntropy"
+                "or memory of its own"
             )
 
     def measure(self, round: Round, state: Any) -> tuple[Round, Any]:
@@ -58,6 +60,8 @@ class Tempered(Confidence):
         stats = logits_stats(z.reshape(B * W, V), given_ids=round.proposal.reshape(B * W, 1))
         stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
         assert stats.given_log_probs is not None
-        tempered = round.replace(stats=stats, log_prob=stats.given_log_probs[..., 0])
-        tempered, _ = self.base.measure(tempered, ())
-        return round.replace(confidence=tempered.confidence), state
+        confidence = stats.given_log_probs[..., 0]
+        if self.base is not None:
+            tempered = round.replace(stats=stats, log_prob=confidence)
+            confidence = self.base.measure(tempered, ())[0].confidence
+        return round.replace(confidence=confidence), state

@@ -11,6 +11,7 @@ from flax import struct
 from decode.core.streams import Stream
 from decode.diffusion.contracts import CommitRule, check_range
 from decode.diffusion.round import Round, rank
+from decode.diffusion.rules.reverse_process import decided_share
 from dlm.config import ModelConfig
 from kernels_pallas.unembed_stats import gumbel_noise
 
@@ -88,21 +89,3 @@ class DreamQuota(CommitRule):
         alg_temp = jnp.asarray(self.alg_temp, jnp.float32)
         noisy = c + alg_temp * noise.reshape(B, W)
         return jnp.where(alg_temp > 0, noisy, round.confidence)
-
-
-def decided_share(step: jax.Array, steps: jax.Array | int, eps: jax.Array | float) -> jax.Array:
-    """1 - t_{i+1} / t_i at steps i [B], float32 [B]; 1 from the last step on.
-
-    The share of the masks of time t_i that Dream decides by time t_{i+1}.
-    """
-
-    def time(i: jax.Array) -> jax.Array:
-        """linspace(1, eps, steps + 1)[i] in float32, filled from both ends like the original."""
-        total = jnp.asarray(steps, jnp.float32)
-        end = jnp.asarray(eps, jnp.float32)
-        delta = (end - 1) / total
-        i = i.astype(jnp.float32)
-        return jnp.where(i < (total + 1) / 2, 1 + delta * i, end - delta * (total - i))
-
-    is_last = step >= jnp.asarray(steps, jnp.int32) - 1
-    return jnp.where(is_last, 1.0, 1 - time(step + 1) / time(step))

@@ -19,7 +19,7 @@ class Factor(CommitRule):
 
     With confidences c_1 >= c_2 >= ..., grows n while (n + 1) (1 - c_n) <= factor; the first
     position always passes. If n tokens each have probability above 1 - e and (n + 1) e <= 1, the
-    product of their marginals and their joint law have the same arg-max.
+    product of their marginals and their joint distribution have the same arg-max.
 
     Reference: Wu et al., "Fast-dLLM", arXiv:2505.22618, Thm. 1 and Alg. 1 (factor variant).
 

@@ -19,17 +19,17 @@ class History(struct.PyTreeNode):
     Attributes:
       log_p: [B, W, V] float32. Log-probabilities of the round before.
       stable: [B, W] int32. For how many rounds in a row the divergence has been small.
-      seen: [B, W] bool. Positions that were part of the block in the round before.
+      was_open: [B, W] bool. Positions that were part of the block in the round before.
     """
 
     log_p: jax.Array
     stable: jax.Array
-    seen: jax.Array
+    was_open: jax.Array
 
 
 @struct.dataclass
 class Klass(CommitRule):
-    """Commits eligible positions with confidence above `threshold` whose law has been stable.
+    """Commits eligible positions above `threshold` whose distribution has been stable.
 
     Stable: KL(p_t || p_{t-1}) < `max_kl` in each of the last `history` rounds of the block. A round
     in which nothing qualifies commits the surest position.
@@ -74,8 +74,8 @@ class Klass(CommitRule):
         log_p = jax.nn.log_softmax(round.logits)
         p = jnp.exp(log_p)
         kl = jnp.where(p > 0, p * (log_p - state.log_p), 0.0).sum(axis=-1)
-        was_seen = state.seen & (round.block_step > 0)[:, None]
-        stable = jnp.where(was_seen & (kl < self.max_kl), state.stable + 1, 0)
+        was_open = state.was_open & (round.block_step > 0)[:, None]
+        stable = jnp.where(was_open & (kl < self.max_kl), state.stable + 1, 0)
         is_sure = round.confidence > log_confidence(self.threshold)
         is_stable = stable >= self.history
         return round.eligible & is_sure & is_stable, History(log_p, stable, round.in_block)

@@ -10,7 +10,7 @@ from flax import struct
 from decode.core.streams import Stream, draw_uniform
 from decode.diffusion.contracts import CommitRule, Points, check_range
 from decode.diffusion.round import Round
-from decode.diffusion.rules.dream_quota import decided_share
+from decode.diffusion.rules.reverse_process import decided_share
 from dlm.config import ModelConfig
 
 

@@ -71,8 +71,8 @@ class SlowFast(Scheduler):
         exploring = (round.block_step < self.explore)[:, None]
         undetermined = exploring & (stretch < 0)
 
-        seen = round.eligible & (round.confidence >= log_confidence(self.floor))
-        furthest = jnp.where(seen, round.index + 1, round.block_start[:, None] + 1)
+        is_sure = round.eligible & (round.confidence >= log_confidence(self.floor))
+        furthest = jnp.where(is_sure, round.index + 1, round.block_start[:, None] + 1)
         note = furthest.max(axis=-1, keepdims=True)
         before = jnp.where(undetermined, latest, before)
         latest = jnp.where(undetermined, note, latest)

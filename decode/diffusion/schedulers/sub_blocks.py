@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.contracts import Points, Scheduler
+from decode.diffusion.contracts import Points
 from decode.diffusion.round import Round
-from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
+from decode.diffusion.schedulers.blocks import BlocksOfOneLength
 from dlm.config import ModelConfig
 
 
 @struct.dataclass
-class SubBlocks(Scheduler):
+class SubBlocks(BlocksOfOneLength):
     """Blocks of `block_len`, in each of which the leftmost unfinished sub-block is eligible.
 
     The block stays what is cached and refreshed; sub-blocks only order commits. They are counted
@@ -25,49 +25,28 @@ class SubBlocks(Scheduler):
     3.3 (block 32, sub-block 8).
 
     Attributes:
-      block_len: positions per block; None: the whole completion. Static.
+      block_len, aligned: see `BlocksOfOneLength`.
       sub_len: positions per sub-block. Static.
-      aligned: as for `FixedBlocks`. Static.
       first_alone: whether the first position of a block is decided alone, before the others see it.
         Where logits are shifted it is predicted from the block before, and the others were never
         trained without it (Fast-dLLM v2). Static.
     """
 
-    block_len: int | None = struct.field(pytree_node=False, default=32)
     sub_len: int = struct.field(pytree_node=False, default=8)
-    aligned: bool = struct.field(pytree_node=False, default=False)
-    first_alone: bool = struct.field(pytree_node=False, default=False)
+    first_alone: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
     @classmethod
     def points(cls, block_len: int) -> Points:
         return {"sub_blocks": {"scheduler": cls(block_len, max(block_len // 4, 1))}}
 
     def validate(self, cfg: ModelConfig) -> None:
-        self._blocks.validate(cfg)
+        super().validate(cfg)
         if not 1 <= self.sub_len <= (self.block_len or self.sub_len):
             raise ValueError(f"sub_len={self.sub_len} must be in [1, block_len={self.block_len}]")
 
     @property
-    def _blocks(self) -> FixedBlocks:
-        return FixedBlocks(self.block_len, self.aligned)
-
-    @property
-    def fixed_len(self) -> int | None:
-        return self.block_len
-
-    @property
-    def is_aligned(self) -> bool:
-        return self.aligned
-
-    @property
     def part_len(self) -> int:
         return self.sub_len
-
-    def window_len(self, gen_len: int) -> int:
-        return self._blocks.window_len(gen_len)
-
-    def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
-        return self._blocks.open_block(start, end, prompt_len)
 
     def focus(self, round: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
         behind = round.prompt_len + round.block_start if self.aligned else 0

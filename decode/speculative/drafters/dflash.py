@@ -25,13 +25,14 @@ from dlm.heads.dflash import DFlashNetwork
 
 @struct.dataclass
 class DFlash(Drafter):
-    """A block of a diffusion model, as a chain.
+    """A block of a trained diffusion model, from one forward, as a chain; most probable or drawn.
 
     Attributes:
       network: of `dlm.heads.dflash.load`.
       num_drafts: how many of its b - 1 tokens are judged; 0: all. Static.
-      is_sampled: whether they are drawn from the network's laws, for `SpeculativeSampling` and
-        `BlockVerification`; else they are its most probable tokens (as published). Static.
+      is_sampled: whether they are drawn from the network's distributions, for
+        `SpeculativeSampling` and `BlockVerification`; else they are its most probable tokens (as
+        published). Static.
     """
 
     network: DFlashNetwork
@@ -76,14 +77,14 @@ class DFlash(Drafter):
     def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         root, J = context.root, self.depth
         hidden = self.network.read(context.params, root, context.length - 1, state)
-        hidden, laws = hidden[:, 1 : J + 1], None
+        hidden, probs = hidden[:, 1 : J + 1], None
         head = vocab.head(context.params)
         if self.is_sampled and context.sampling.temperature is not None:
             logits = vocab.logits(head, hidden)
-            law = context.sampling.replace(repetition_penalty=None).law(logits)
-            drafts = draw(context.key, law)
-            laws = jnp.pad(law, ((0, 0), (0, 1), (0, 0)))  # the last node has no child
+            drawn_from = context.sampling.replace(repetition_penalty=None).probs(logits)
+            drafts = draw(context.key, drawn_from)
+            probs = jnp.pad(drawn_from, ((0, 0), (0, 1), (0, 0)))  # the last node has no child
         else:
             drafts = vocab.read(head, hidden).token
         tokens = jnp.concatenate([root[:, None], drafts], axis=1)
-        return Proposal(self.shape.tree(tokens, laws=laws), spent(context, 1), state)
+        return Proposal(self.shape.tree(tokens, probs=probs), spent(context, 1), state)

@@ -46,9 +46,9 @@ class _Model(Drafter):
     Attributes:
       params: of the draft model.
       draft: the draft model. Static.
-      is_sampled: whether drafts are drawn from the draft's law (filtered as the target's, but for
-        the repetition penalty), which wants `SpeculativeSampling` or `BlockVerification`; else they
-        are its most probable tokens. Static.
+      is_sampled: whether drafts are drawn from the draft's distribution (filtered as the target's,
+        but for the repetition penalty), which wants `SpeculativeSampling` or `BlockVerification`;
+        else they are its most probable tokens. Static.
       layers: of it that are run, see `dlm.models.decoder.forward`; None: all. Static.
     """
 
@@ -108,7 +108,7 @@ class _Model(Drafter):
 
 @struct.dataclass
 class DraftModel(_Model):
-    """A chain, one forward of the draft model per token.
+    """A chain of a smaller model's tokens, one forward per token; most probable or drawn.
 
     One forward more reads the last draft, which the next round needs if all were accepted.
 
@@ -139,25 +139,25 @@ class DraftModel(_Model):
             output = self._forward(window, slots)
             hidden = output.hidden[:, 0]
             if is_drawn:
-                law = context.sampling.replace(repetition_penalty=None).law(
+                drawn_from = context.sampling.replace(repetition_penalty=None).probs(
                     self._logits(cfg, hidden)
                 )
-                following = draw(fold_in(context.key, i), law)
-                return (following, output.cache), (token, law)
+                following = draw(fold_in(context.key, i), drawn_from)
+                return (following, output.cache), (token, drawn_from)
             following = vocab.read(vocab.head(self.params), hidden, banned_ids=padding).token
             return (following, output.cache), (token, None)
 
         start = (context.root, state)
-        (_, cache), (tokens, laws) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
-        laws = None if laws is None else laws.swapaxes(0, 1)
-        tree = chain(self.num_drafts).tree(tokens.T, laws=laws)
+        (_, cache), (tokens, probs) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
+        probs = None if probs is None else probs.swapaxes(0, 1)
+        tree = chain(self.num_drafts).tree(tokens.T, probs=probs)
         tree = self._within(context, tree)
         return Proposal(tree, spent(context, self.num_drafts + 1), cache)
 
 
 @struct.dataclass
 class DraftModelTree(_Model):
-    """A tree of one shape, one forward of the draft model per level.
+    """A tree of one shape, one forward of a smaller model per level; siblings may be drawn.
 
     Drafts of a node are its most probable tokens, or drawn without replacement. Every forward runs
     the whole tree: nothing is written to the cache before it is accepted.
@@ -190,7 +190,7 @@ class DraftModelTree(_Model):
 
 @struct.dataclass
 class DraftModelBest(BestTree, _Model):
-    """The most probable tree of the draft model, another one in every round.
+    """The most probable tree of a smaller model, another one in every round.
 
     Reference: EAGLE-2, arXiv:2406.16858; see `expand_best`. Which nodes there are follows from the
     context alone, so any rule for drafts that were not drawn is exact.

@@ -166,7 +166,7 @@ class _Network(Drafter):
 
 @struct.dataclass
 class Eagle(_Network):
-    """A tree of one shape, one forward of the network per level.
+    """A tree of one shape, one forward per level of a trained layer over the target's features.
 
     Attributes:
       shape: of the tree, a chain for example. Static.
@@ -211,7 +211,7 @@ class Eagle(_Network):
 
 @struct.dataclass
 class EagleBest(BestTree, _Network):
-    """The most probable tree of the network (EAGLE-2), another one in every round.
+    """The most probable tree of a trained layer (EAGLE-2), another one in every round.
 
     Which nodes there are follows from the context alone, so any rule for drafts that were not drawn
     is exact.

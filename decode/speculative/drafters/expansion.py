@@ -24,18 +24,18 @@ def expand(shape: TreeShape, context: Context, score: Score, is_sampled: bool) -
 
     Args:
       shape: of the tree.
-      context: the root, the law, and the randomness.
+      context: the root, the distribution, and the randomness.
       score: of tokens [B, W], as far as they are known, and some nodes: logits [B, n, V] of what
         comes after those. It is called once per level, with all nodes of it that have children.
       is_sampled: whether children are drawn without replacement, in the order of their rank, from
-        the filtered law of their parent; else they are the most probable tokens.
+        the filtered distribution of their parent; else they are the most probable tokens.
     """
     root = context.root
     B = root.shape[0]
     tokens = jnp.zeros((B, shape.num_nodes), jnp.int32).at[:, 0].set(root)
     is_sampled = is_sampled and context.sampling.temperature is not None
-    law_of = context.sampling.replace(repetition_penalty=None).law
-    laws = None
+    probs_of = context.sampling.replace(repetition_penalty=None).probs
+    probs = None
     for depth in range(shape.depth):
         nodes = tuple(v for v in shape.level(depth) if v in shape.parents)
         logits = score(tokens, nodes)
@@ -45,15 +45,16 @@ def expand(shape: TreeShape, context: Context, score: Score, is_sampled: bool) -
         ]
         index, above, rank = (jnp.array(column) for column in zip(*children, strict=True))
         if is_sampled:
-            law = law_of(logits)
-            if laws is None:
-                laws = jnp.zeros((B, shape.num_nodes, law.shape[-1]), law.dtype)
-            laws = laws.at[:, jnp.array(nodes)].set(law)
+            level_probs = probs_of(logits)
+            if probs is None:
+                probs = jnp.zeros((B, shape.num_nodes, level_probs.shape[-1]), level_probs.dtype)
+            probs = probs.at[:, jnp.array(nodes)].set(level_probs)
             # The order of noisy log-probabilities is that of draws without replacement.
-            logits = jnp.log(law) + _gumbel(fold_in(context.key, depth), law.shape[1:])
+            noise = _gumbel(fold_in(context.key, depth), level_probs.shape[1:])
+            logits = jnp.log(level_probs) + noise
         best = jax.lax.top_k(logits, max(c[2] for c in children) + 1)[1]
         tokens = tokens.at[:, index].set(best[:, above, rank].astype(jnp.int32))
-    return shape.tree(tokens, laws=laws)
+    return shape.tree(tokens, probs=probs)
 
 
 def expand_best(

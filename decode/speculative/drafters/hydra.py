@@ -36,9 +36,10 @@ class HydraState(struct.PyTreeNode):
 
 @struct.dataclass
 class Hydra(HeadsDrafter):
-    """Drafts of Hydra's or Hydra++'s heads, `own` of `dlm.heads.hydra.load`.
+    """A tree of one shape from trained heads, each seeing the drafts before it (Hydra, Hydra++).
 
     Attributes:
+      own: of `dlm.heads.hydra.load`.
       is_sampled: whether siblings are drawn without replacement, for `SpeculativeSampling`; else
         they are the most probable tokens (as published). Static.
     """
@@ -79,8 +80,8 @@ class Hydra(HeadsDrafter):
             depth = len(ways[0]) - 1
             drafted = embed.at[tokens[:, jnp.array(ways)]].get(mode="clip")  # [B, n, d + 1, D]
             hidden = jnp.broadcast_to(c[:, None], (*drafted.shape[:2], c.shape[-1]))
-            seen = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
-            x = head_hidden(self.own, seen, depth)
+            inputs = jnp.concatenate([hidden, drafted.reshape(*drafted.shape[:2], -1)], axis=-1)
+            x = head_hidden(self.own, inputs, depth)
             return vocab.logits(self.own["unembed"][depth], x)
 
         return Proposal(

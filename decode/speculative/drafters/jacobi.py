@@ -23,7 +23,7 @@ from dlm.config import ModelConfig
 
 @struct.dataclass
 class Jacobi(Drafter):
-    """Drafts are the iterates of the rounds before.
+    """A chain of the iterates of the rounds before; nothing is trained.
 
     Attributes:
       num_guesses: J >= 1. Static.

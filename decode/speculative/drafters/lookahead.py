@@ -50,7 +50,7 @@ class LookaheadState(struct.PyTreeNode):
 
 @struct.dataclass
 class Lookahead(Drafter):
-    """Drafts that the target's own iterates have left behind.
+    """N-grams that the target's own iterates left behind, judged with them; nothing is trained.
 
     The pool takes V G (N - 1) numbers per row of the batch.
 

@@ -21,7 +21,11 @@ from dlm.heads.medusa import head_hidden
 
 @struct.dataclass
 class Medusa(HeadsDrafter):
-    """Drafts of Medusa's heads, `own` of `dlm.heads.medusa.load`."""
+    """A tree of one shape from trained heads, each guessing a place of its own.
+
+    Attributes:
+      own: of `dlm.heads.medusa.load`.
+    """
 
     def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         columns = [context.root]

@@ -14,7 +14,7 @@ from dlm.config import ModelConfig
 
 @struct.dataclass
 class NoDraft(Drafter):
-    """The tree is its root."""
+    """Plain decoding: the tree is its root."""
 
     @classmethod
     def points(cls) -> Mapping[str, Drafter]:

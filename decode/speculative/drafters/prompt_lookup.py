@@ -23,7 +23,7 @@ from dlm.config import ModelConfig
 
 @struct.dataclass
 class PromptLookup(Drafter):
-    """Drafts that are copied from prompt and completion.
+    """A chain that is copied from prompt and completion; nothing is trained.
 
     Attributes:
       num_drafts: most tokens per round. Static.

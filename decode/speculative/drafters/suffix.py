@@ -32,7 +32,7 @@ from dlm.config import ModelConfig
 
 @struct.dataclass
 class Suffix(Drafter):
-    """Drafts that are copied from what was written before, by majority.
+    """A chain that is copied from what was written before, by majority; nothing is trained.
 
     Attributes:
       corpus: [M] int32. Further texts, separated by an id that no text has, such as -1; or None.
@@ -101,7 +101,9 @@ class Suffix(Drafter):
         is_left = of_place[:, None] >= suffix[None, :, None]  # [B, Q, O]
         limit = jnp.minimum(self.num_drafts, jnp.floor(self.factor * suffix + self.offset))
 
-        def step(carry: Any, j: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        def step(
+            carry: tuple[jax.Array, jax.Array], j: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
             is_left, probability = carry
             at = place + 1 + j
             token = jnp.take_along_axis(source, jnp.minimum(at, M - 1), axis=1)  # [B, O]

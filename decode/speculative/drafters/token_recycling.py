@@ -42,7 +42,7 @@ EIGHTY = from_paths(
 
 @struct.dataclass
 class TokenRecycling(Drafter):
-    """Drafts from the successors seen so far.
+    """A tree of one shape of the successors seen so far; nothing is trained.
 
     Attributes:
       shape: of the tree. Static.

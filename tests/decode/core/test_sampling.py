@@ -55,21 +55,21 @@ def by_hand(z, seen, temperature, top_k, top_p, min_p, penalty):
 )
 def test_laws_by_hand(numbers):
     seen = RNG.random((40, 12)) < 0.4
-    law = Sampling(*numbers).law(Z, jnp.asarray(seen))
+    law = Sampling(*numbers).probs(Z, jnp.asarray(seen))
     expected = [by_hand(z, s, *numbers) for z, s in zip(Z, seen, strict=True)]
     np.testing.assert_allclose(law, expected, atol=1e-6)
 
 
 def test_no_temperature_is_the_arg_max_after_the_penalty():
     seen = jnp.zeros_like(Z, bool).at[:, 3].set(True)
-    law = Sampling(None, repetition_penalty=1e6).law(Z.at[:, 3].set(50.0), seen)
+    law = Sampling(None, repetition_penalty=1e6).probs(Z.at[:, 3].set(50.0), seen)
     expected = np.where(np.arange(12) == 3, 50 / 1e6, Z).argmax(-1)
     np.testing.assert_array_equal(np.argmax(law, axis=-1), expected)
     assert np.asarray(law).max(-1).tolist() == [1.0] * 40
 
 
 def test_draws_follow_the_law_and_rows_their_own_streams():
-    law = Sampling(1.0).law(Z[:1])[0]
+    law = Sampling(1.0).probs(Z[:1])[0]
     key = jax.random.key_data(jax.random.split(jax.random.key(1), 50_000))
     counts = np.bincount(draw(key, jnp.broadcast_to(law, (50_000, 12))), minlength=12)
     expected = np.asarray(law) * 50_000

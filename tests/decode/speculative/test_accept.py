@@ -78,13 +78,13 @@ def drafted(shape, how, seed=3, num=N):
             tokens = tokens.at[:, v].set(pick.astype(jnp.int32))
             if how == "without":
                 rest = rest.at[jnp.arange(num), pick].set(0)
-    return shape.tree(tokens) if how == "top" else shape.tree(tokens, laws=laws, drawn=how)
+    return shape.tree(tokens) if how == "top" else shape.tree(tokens, probs=laws, drawn=how)
 
 
 def verdict_of(tree, shape, seed=4):
     laws = laws_of(TARGET, tree.tokens, shape)
     key = keys(seed, len(tree.tokens))
-    return Verdict(tree=tree, chosen=draw(fold_in(key, 7), laws), laws=laws, key=fold_in(key, 8))
+    return Verdict(tree=tree, chosen=draw(fold_in(key, 7), laws), probs=laws, key=fold_in(key, 8))
 
 
 def first_two(rule, shape, how, change=lambda verdict: verdict):
@@ -156,7 +156,7 @@ class BonusFromTarget(SpeculativeSampling):
     def walk(self, verdict, depth):
         walk = SpeculativeSampling.walk(self, verdict, depth)
         node = jnp.take_along_axis(walk.path, walk.num_accepted[:, None], axis=1)
-        law = jnp.take_along_axis(verdict.laws, node[..., None], axis=1)[:, 0]
+        law = jnp.take_along_axis(verdict.probs, node[..., None], axis=1)[:, 0]
         return walk.replace(bonus=draw(fold_in(verdict.key, 1), law))
 
 
@@ -165,7 +165,7 @@ class StopsAtTheFirstFailure(BlockVerification):
     """Of two drafts, the second is not looked at if the first alone would not do."""
 
     def walk(self, verdict, depth):
-        p, q, u = verdict.laws, verdict.tree.laws, uniforms(verdict.key, 2)
+        p, q, u = verdict.probs, verdict.tree.probs, uniforms(verdict.key, 2)
         rows, (_, x1, x2) = jnp.arange(len(p)), verdict.tree.tokens.T
         p1 = jnp.minimum(1, p[rows, 0, x1] / q[rows, 0, x1])
         surplus = jnp.maximum(p1[:, None] * p[:, 1] - q[:, 1], 0).sum(axis=1)
@@ -184,16 +184,16 @@ def sorted_siblings(verdict):
     tree = verdict.tree
     (first, second, third), rows = (tree.tokens[:, v] for v in (1, 2, 3)), jnp.arange(N)[:, None]
     siblings = jnp.stack([first, second, third], axis=1)
-    order = jnp.argsort(-tree.laws[rows, 0, siblings], axis=1)
+    order = jnp.argsort(-tree.probs[rows, 0, siblings], axis=1)
     tokens = tree.tokens.at[:, 1:4].set(jnp.take_along_axis(siblings, order, axis=1))
     tree = tree.replace(tokens=tokens)
-    return dataclasses.replace(verdict, tree=tree, laws=laws_of(TARGET, tokens, FORK))
+    return dataclasses.replace(verdict, tree=tree, probs=laws_of(TARGET, tokens, FORK))
 
 
 def other_law(verdict):
     """The ratio uses a law that drafts were not drawn from: that before a temperature, say."""
-    laws = Sampling(1.7).law(jnp.log(verdict.tree.laws))
-    return dataclasses.replace(verdict, tree=verdict.tree.replace(laws=laws))
+    laws = Sampling(1.7).probs(jnp.log(verdict.tree.probs))
+    return dataclasses.replace(verdict, tree=verdict.tree.replace(probs=laws))
 
 
 FORK = from_paths([[0], [1], [2]])
@@ -231,7 +231,7 @@ def test_acceptance_length_of_chains_is_the_closed_form():
     alpha, g, num = np.minimum(p, q).sum(), 4, 100_000
     tokens = draw(keys(1, num), jnp.broadcast_to(jnp.asarray(q), (num, g + 1, V)))
     repeat = lambda law: jnp.broadcast_to(jnp.asarray(law), (num, g + 1, V))
-    verdict = Verdict(chain(g).tree(tokens, laws=repeat(q)), tokens, repeat(p), keys(2, num))
+    verdict = Verdict(chain(g).tree(tokens, probs=repeat(q)), tokens, repeat(p), keys(2, num))
     accepted = np.asarray(SpeculativeSampling().walk(verdict, g).num_accepted)
     expected = (1 - alpha ** (g + 1)) / (1 - alpha)
     assert abs(1 + accepted.mean() - expected) < 3 * accepted.std() / np.sqrt(num)
@@ -242,7 +242,7 @@ def test_acceptance_length_of_chains_is_the_closed_form():
 def test_a_perfect_draft_is_always_accepted():
     tree = drafted(CHAIN, "without", num=1000)
     laws = laws_of(DRAFT, tree.tokens, CHAIN)
-    verdict = Verdict(tree.replace(laws=laws), tree.tokens, laws, keys(5, 1000))
+    verdict = Verdict(tree.replace(probs=laws), tree.tokens, laws, keys(5, 1000))
     for rule in (SpeculativeSampling(), BlockVerification()):
         assert (rule.walk(verdict, 2).num_accepted == 2).all()
 
@@ -287,7 +287,7 @@ def test_the_order_in_which_nodes_are_stored_changes_nothing():
     )
     verdict = verdict_of(tree, TREE)
     other = dataclasses.replace(
-        verdict, tree=moved, chosen=verdict.chosen[:, order], laws=verdict.laws[:, order]
+        verdict, tree=moved, chosen=verdict.chosen[:, order], probs=verdict.probs[:, order]
     )
     for rule in (Match(), Typical()):
         a, b = rule.walk(verdict, 2), rule.walk(other, 2)
@@ -323,7 +323,7 @@ def test_golden_medusa_trees_and_paths(index):
             rule, laws = Match(), None
         else:
             rule = Typical(given["posterior_threshold"], given["posterior_alpha"])
-            laws = Sampling(given["temperature"]).law(z)
+            laws = Sampling(given["temperature"]).probs(z)
         verdict = Verdict(tree, jnp.argmax(z, axis=-1).astype(jnp.int32), laws, keys(0, 1))
         walk = rule.walk(verdict, shape.depth)
         num = int(walk.num_accepted[0])

@@ -74,7 +74,7 @@ SHAPE = from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0]])
 def test_a_given_shape_takes_the_most_probable_children():
     score = lambda tokens, nodes: LOGITS[tokens[:, jnp.array(nodes)]]
     tree = expand(SHAPE, context(), score, is_sampled=True)  # greedy texts draw nothing
-    assert tree.laws is None
+    assert tree.probs is None
     for b in range(B):
         got = ways(tree, b)
         for v in range(1, SHAPE.num_nodes):
@@ -88,10 +88,10 @@ def test_siblings_are_drawn_without_replacement_in_order():
     score = lambda tokens, nodes: LOGITS[tokens[:, jnp.array(nodes)]]
     run = jax.jit(lambda c: expand(SHAPE, c, score, is_sampled=True))
     tree = run(context(0.8, num))
-    q = np.asarray(Sampling(0.8).law(LOGITS), np.float64)
+    q = np.asarray(Sampling(0.8).probs(LOGITS), np.float64)
     tokens = np.asarray(tree.tokens)
-    np.testing.assert_allclose(tree.laws[:50, 0], q[tokens[:50, 0]], atol=1e-6)
-    np.testing.assert_allclose(tree.laws[:50, 1], q[tokens[:50, 1]], atol=1e-6)
+    np.testing.assert_allclose(tree.probs[:50, 0], q[tokens[:50, 0]], atol=1e-6)
+    np.testing.assert_allclose(tree.probs[:50, 1], q[tokens[:50, 1]], atol=1e-6)
     rows = tokens[tokens[:, 0] == 3]
     counts = np.bincount(rows[:, 1] * V + rows[:, 2], minlength=V * V)
     law = q[3] / q[3].sum()

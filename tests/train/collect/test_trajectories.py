@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tests.lib.paths import ROOT
 from train import data
 from train.collect import trajectories
 from train.collect.config import TrajectoryConfig
-from train.collect.records import Trajectories, open_records
+from train.collect.records import Rounds, Trajectories, open_records
 from train.config import ConfigError
 
 P, G, C = 5, 6, 3
@@ -117,6 +118,24 @@ def test_rounds_come_to_the_answer(collected):
         assert ((rounds["confidence"] >= 0) & (rounds["confidence"] <= 1)).all()
         assert rounds["undecided"][0].all()
         assert len(rounds["confidence"]) <= G + G // C
+
+
+def test_rounds_as_a_task(collected, model_path, tmp_path):
+    """By example: eight of ten to learn from, one each to stop and to report."""
+    records, parts = open_records(collected), ("train", "valid", "test")
+    for part, indices in zip(parts, (range(8), (8,), (9,)), strict=True):
+        task = Rounds(str(collected), part)
+        expected = np.concatenate([records[i]["rounds"]["is_right"] for i in indices])
+        assert len(task) == len(expected) > 0 and task.block_len == C
+        found = np.stack([task[i].values["is_right"] for i in range(len(task))])
+        np.testing.assert_array_equal(found, expected)
+    assert task.model == dlm.fingerprint(dlm.load(model_path)) and task.confidence == "Probability"
+    old = tmp_path / "old"
+    shutil.copytree(collected, old)
+    text = (old / "settings.json").read_text()
+    (old / "settings.json").write_text(text.replace('"confidence"', '"sureness"'))
+    with pytest.raises(ValueError, match=r"settings.json has no 'confidence': collect again"):
+        Rounds(str(old))
 
 
 def test_a_finished_collection_is_left_alone(collected, model_path):

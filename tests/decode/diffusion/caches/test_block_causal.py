@@ -66,7 +66,7 @@ def decode_plainly(model, prompt, gen_len, threshold, sub_len=C, origin=0, first
 )
 def test_cached_decoding_equals_recomputing_everything(toy_model, sub_len, aligned, first_alone):
     cfg, params = toy_model
-    scheduler = SubBlocks(C, sub_len, aligned, first_alone)
+    scheduler = SubBlocks(C, sub_len, aligned=aligned, first_alone=first_alone)
     method = DiffusionMethod(scheduler, BlockCausal(C, aligned), rule=Threshold(0.5))
     state = init_state(cfg, method, PROMPTS, gen_len=LENGTHS, prompt_len=11, batch_size=8)
     state = decode(params, cfg, method, state)
@@ -130,7 +130,7 @@ def test_other_blocks_are_refused(toy_cfg, change):
     with pytest.raises(ValueError, match=r"use aligned blocks of 4"):
         init_state(toy_cfg, method, [[1]], gen_len=4)
     from_the_end = method.replace(
-        cache=BlockCausal(C, aligned=False), scheduler=FixedBlocks(C, True)
+        cache=BlockCausal(C, aligned=False), scheduler=FixedBlocks(C, aligned=True)
     )
     with pytest.raises(ValueError, match="use unaligned blocks of 4"):
         init_state(toy_cfg, from_the_end, [[1]], gen_len=4)

@@ -94,7 +94,7 @@ def test_a_ragged_batch_equals_the_plain_loop(toy_model, threshold):
 
 def test_it_is_exact_if_sub_blocks_are_decided_at_once(toy_cfg, toy_params):
     """Then every forward is a sub-block's first, which runs over the whole block."""
-    method = DiffusionMethod(SubBlocks(C, c, True), BlockCausal(C), rule=Threshold(0.0))
+    method = DiffusionMethod(SubBlocks(C, c, aligned=True), BlockCausal(C), rule=Threshold(0.0))
     run = lambda method: decode(
         toy_params, toy_cfg, method, init_state(toy_cfg, method, PROMPTS, gen_len=LENGTHS)
     )
