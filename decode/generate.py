@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from decode.diffusion.contracts import (
     Stopper,
 )
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state
-from decode.diffusion.points import complete, named
+from decode.diffusion.points import blocks_of, complete, named
 from dlm.lm import LanguageModel
 
 
@@ -50,7 +50,7 @@ class Options(TextOptions, total=False):
     reviser: Reviser
     constraint: Constraint
     inputs: Inputs
-    block_len: int | None
+    block_len: int | Literal["auto"] | None
     guidance: float
     lookahead: int
 
@@ -75,7 +75,7 @@ def generate(
     constraint: Constraint | None = None,
     inputs: Inputs | None = None,
     gen_len: int | Sequence[int] = 256,
-    block_len: int | None = 32,
+    block_len: int | Literal["auto"] | None = "auto",
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -114,12 +114,14 @@ def generate(
       confidence: "probability", "margin", "neg_entropy", "random", or a component.
       stopper: "eos" (stop at the first end-of-text; the text is the same), "filled", or a
         component.
-      scheduler: which positions are eligible; default: `FixedBlocks(block_len)`.
+      scheduler: which positions are eligible; default: `FixedBlocks(block_len)`, or the blocks that
+        the model was trained in, with their exact cache.
       reviser: whether decided tokens may change.
       constraint: which tokens are allowed; default: all but MASK.
       inputs: what the model sees at undecided positions; default: MASK.
       gen_len: completion length in tokens, for all or per prompt.
-      block_len: positions per block; None: one block. Unused with a `scheduler` or a method object.
+      block_len: positions per block; "auto": the model's own if it was trained in blocks, else 32;
+        None: one block. Unused with a `scheduler` or a method object.
       temperature: 0: arg-max; > 0: proposals are sampled.
       top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
@@ -175,9 +177,11 @@ def generate(
         "stop_ids": tuple(stop_ids) or None,
         "top_logprobs": top_logprobs or None,
     }
+    if block_len == "auto":
+        block_len = lm.cfg.block_len or 32
     choices = {name: choice for name, choice in given.items() if choice is not None}
     if method is None:
-        method = complete(block_len, **choices)
+        method = complete(block_len, **(blocks_of(lm.cfg, block_len) | choices))
     else:
         if isinstance(method, str):
             longest = max(np.ravel(gen_len).tolist(), default=1)

@@ -47,6 +47,7 @@ from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
 from decode.diffusion.schedulers.sub_blocks import SubBlocks
 from decode.diffusion.stoppers.end_of_text import Eos, EosBlock
 from decode.diffusion.stoppers.prophet import Prophet
+from dlm.config import ModelConfig
 
 Maker = Callable[[int], DiffusionMethod]  # of the block length
 
@@ -73,6 +74,13 @@ def complete(block_len: int | None, **choices: Any) -> DiffusionMethod:
     return DiffusionMethod(**(defaults | choices))
 
 
+def blocks_of(cfg: ModelConfig, block_len: int | None) -> dict[str, Any]:
+    """Scheduler and cache of a model that was trained in blocks; nothing for others."""
+    if cfg.block_len is None or block_len is None:
+        return {}
+    return {"scheduler": FixedBlocks(block_len, aligned=True), "cache": BlockCausal(block_len)}
+
+
 def _quota(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
     rule = Quota(max(block_len // tokens_per_step, 1))
     return complete(block_len, rule=rule, **choices)
@@ -84,8 +92,8 @@ def _threshold(block_len: int, threshold: float, **choices: Any) -> DiffusionMet
 
 def _block_causal(block_len: int, **choices: Any) -> DiffusionMethod:
     """For models trained with blocks of this length, counted from the start of the prompt."""
-    blocks = {"scheduler": FixedBlocks(block_len, aligned=True), "cache": BlockCausal(block_len)}
-    return complete(block_len, **(blocks | choices))
+    scheduler = FixedBlocks(block_len, aligned=True)
+    return complete(block_len, scheduler=scheduler, cache=BlockCausal(block_len), **choices)
 
 
 def _fast_dllm_v2(block_len: int, in_block: bool) -> DiffusionMethod:

@@ -58,9 +58,11 @@ class CachePolicy(Component):
 
     Attributes:
       covers: the most that its forwards show: the "block", the "suffix" too, or the "canvas".
+      looks_ahead: whether positions of a block see what stands behind it.
     """
 
     covers: ClassVar[str] = "canvas"
+    looks_ahead: ClassVar[bool] = True
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
         """The state the policy carries: a pytree, allocated once and donated."""

@@ -53,6 +53,7 @@ class ExactBlocks(CachePolicy):
     """
 
     covers: ClassVar[str] = "block"
+    looks_ahead: ClassVar[bool] = False
 
     block_len: int = struct.field(pytree_node=False, default=32)
     aligned: bool = struct.field(pytree_node=False, default=True)
