@@ -53,6 +53,7 @@ class Options(TextOptions, total=False):
     block_len: int | Literal["auto"] | None
     guidance: float
     lookahead: int
+    infill: bool
 
 
 @overload
@@ -91,6 +92,7 @@ def generate(
     top_logprobs: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
+    infill: bool = False,
 ) -> Completion | list[Completion]:
     """Decodes completions with a masked-diffusion model, many tokens per forward.
 
@@ -137,6 +139,10 @@ def generate(
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
       progress: whether to show a bar of prompts that are done.
+      infill: whether MASK tokens inside of prompts are filled, before and while `gen_len` tokens
+        (0: none) are written behind. What stands around them stays, and a text ends behind it only.
+        `tokens` and `text` are then the whole text, the other arrays of a `Completion` begin at the
+        prompt's first MASK.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -189,7 +195,7 @@ def generate(
         method = method.replace(**choices)
     return answer(
         lm, prompts, LOOP, method, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
-        batch_size=batch_size, progress=progress,
+        batch_size=batch_size, progress=progress, infill=infill,
     )  # fmt: skip
 
 
@@ -218,25 +224,37 @@ def collect(
         state.log_prob,
         state.num_forwards,
         state.top,
+        state.start,
+        state.given,
     )
-    tokens, end, step_map, confidence, log_prob, num_forwards, top = jax.device_get(reported)
+    fetched = jax.device_get(reported)
+    tokens, end, step_map, confidence, log_prob, num_forwards, top, start, given = fetched
     ends = [lm.cfg.eos_token_id, *np.asarray(method.stop_ids).tolist()]
     completions = []
     for b in range(tokens.shape[0] if num is None else num):
         length = end[b] - P
         canvas = tokens[b, P : P + length]
-        is_end = np.isin(canvas, ends) & (step_map[b, :length] >= 0)
+        steps = step_map[b, :length]
+        is_end = np.isin(canvas, ends) & (steps >= 0)
+        head = tokens[b, P:P]
+        if given is not None:
+            stays = given[b, :length]
+            steps = np.where(stays, -2, steps)
+            is_end &= np.cumsum(stays[::-1])[::-1] == 0  # nothing that was given follows
+            head = tokens[b, start[b] : P]
         n = int(is_end.argmax()) if is_end.any() else int(length)
-        text, n, was_cut = to_text(lm.tokenizer, canvas[:n], stops)
+        whole = np.append(head, canvas[:n])
+        text, num_kept, was_cut = to_text(lm.tokenizer, whole, stops)
+        num_made = num_kept - len(head) - int((steps[:n] == -2).sum())
         completions.append(
             Completion(
                 text=text,
-                tokens=canvas[:n],
+                tokens=whole[:num_kept],
                 num_forwards=int(num_forwards[b]),
-                tokens_per_forward=n / max(int(num_forwards[b]), 1),
+                tokens_per_forward=num_made / max(int(num_forwards[b]), 1),
                 finish_reason="stop" if was_cut else "eos" if is_end.any() else "length",
                 canvas=canvas,
-                step_map=step_map[b, :length],
+                step_map=steps,
                 confidence=confidence[b, :length],
                 log_prob=log_prob[b, :length],
                 top=None if top is None else top.of_row(b, length),

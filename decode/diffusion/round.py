@@ -27,7 +27,8 @@ class Frame(struct.PyTreeNode):
       tokens: [B, W] int32. What stands there now (MASK where undecided).
       eligible: [B, W] bool. Undecided positions that may be committed now.
       undecided: [B, W] bool. Positions that hold no token yet; also those beyond the block.
-      in_block: [B, W] bool. Positions of the open block, decided or not.
+      in_block: [B, W] bool. Positions of the open block, decided or not, but for tokens that the
+        prompt gives behind a gap.
       noise_key: [B, W, 2] uint32. A random stream per row, step and position.
       temperature: scalar float32, or None if proposals are arg-maxes.
       index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
