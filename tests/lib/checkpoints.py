@@ -34,8 +34,8 @@ def random_params(cfg):
 
 
 def load_with_mask(path, directory):
-    """A checkpoint whose config.json names no MASK token, which is 93; through `directory`."""
-    raw = {"mask_token_id": 93} | json.loads((path / "config.json").read_text())
+    """A checkpoint whose config.json names no MASK or no end, 93 and 90; through `directory`."""
+    raw = {"mask_token_id": 93, "eos_token_id": 90} | json.loads((path / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(raw))
     (directory / "model.safetensors").symlink_to(path / "model.safetensors")
     return dlm.load(directory)
