@@ -59,7 +59,9 @@ class Completion:
     """One decoded answer.
 
     Arrays have one entry per canvas position: `gen_len`, or fewer if the stopper cut the canvas
-    (`Eotp`). -1 in `step_map` marks positions left undecided because the row was done before.
+    (`Eotp`). -1 in `step_map` marks positions left undecided because the row was done before, -2
+    tokens that stood in the prompt behind a gap: where gaps are filled, arrays begin at the first,
+    while `text` and `tokens` are the whole text.
 
     Attributes:
       text: the completion as text, up to what ended it; None without a tokenizer.

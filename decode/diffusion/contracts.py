@@ -108,6 +108,14 @@ class Scheduler(Component):
         """Whether blocks are counted from the start of the prompt, as block-diffusion models do."""
         return False
 
+    @property
+    def part_len(self) -> int | None:
+        """Positions of the parts of a block that are decided one after the other; None: the block.
+
+        Parts are counted from where the block begins, be it inside the prompt.
+        """
+        return None
+
     def window_len(self, gen_len: int) -> int:
         """W: the most positions a block may have. Static."""
         raise NotImplementedError

@@ -118,6 +118,11 @@ class DiffusionMethod(struct.PyTreeNode):
                 raise ValueError(f"{axis}={component!r} must be a {AXES[axis].__name__}")
             component.validate(cfg)
         check_top_logprobs(self.top_logprobs, cfg.vocab_size)
+        if cfg.block_len is not None and self.cache.looks_ahead:
+            raise ValueError(
+                f"{self.cache.name} shows what stands behind a block, which the model never saw in "
+                f"training: use BlockCausal({cfg.block_len}) with aligned blocks of {cfg.block_len}"
+            )
         for width in WIDTHS[WIDTHS.index(self.cache.covers) + 1 :]:
             if who := self.who_needs(width):
                 raise ValueError(

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 import configs
 from decode.diffusion.components import COMPONENTS
+from decode.diffusion.public import DECODERS
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
+from scripts.docs_tables.arguments import sections
 from train import objectives
 from train.objectives import Objective
 
@@ -79,6 +81,7 @@ def pages() -> dict[pathlib.Path, str]:
     tables = {
         "methods.md": {"components": _components()},
         "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "decoders.md": {"arguments": sections(DECODERS)},
         "training.md": {
             "configs": _configs(),
             "objectives": _table(objective_kinds(), "objective"),
