@@ -74,6 +74,8 @@ class ModelConfig:
       pad_token_id: fills unused positions; never attended to.
       pattern: what the layers are, a kind per layer, over and over: layer i is
         `pattern[i % len(pattern)]`. A kind is three words of `LAYER_WORDS`.
+      block_len: positions per block of a model that was trained to see its own block and those
+        before it (SDAR, Fast-dLLM v2); None: it was not, or nothing says it was.
       dtype: of parameters and matrix products; norms, softmax and statistics are float32.
     """
 
@@ -97,6 +99,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int = 0
     pattern: tuple[str, ...] = ("dense global rotary",)
+    block_len: int | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -113,6 +116,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.block_len is not None and self.block_len < 1:
+            raise ValueError(f"block_len={self.block_len} must be at least 1, or None")
         object.__setattr__(self, "pattern", tuple(self.pattern))
         kinds = set(map(" ".join, itertools.product(*LAYER_WORDS.values())))
         if not self.pattern or not kinds.issuperset(self.pattern):

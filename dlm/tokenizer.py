@@ -28,7 +28,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 _EOS, _BOS, _MASK = "<|endoftext|>", "<|startoftext|>", "<|mdm_mask|>"
 
 # MASK tokens of published models; LLaDA's tokenizer_config.json does not say which one it is.
-_MASK_NAMES = (_MASK, "<|mask|>")
+_MASK_NAMES = (_MASK, "<|mask|>", "<MASK>", "|<MASK>|")
 
 # A directory that holds one of these is meant to have a tokenizer.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")

@@ -20,7 +20,12 @@ from dlm.tokenizer import has_tokenizer, load_tokenizer, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+}
 
 
 def read_config(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ModelConfig:
@@ -87,12 +92,21 @@ def read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the directory must hold a published model")
     raw = read_json(file)
-    if (model_type := raw.get("model_type")) not in FORMATS:
+    model_type, architectures = raw.get("model_type"), raw.get("architectures") or [None]
+    alike = [form for form in FORMATS.values() if form.model_type == model_type]
+    if not alike:
+        known = dict.fromkeys(form.model_type for form in FORMATS.values())
         raise ValueError(
             f"{file}: model_type={model_type!r} is not supported; "
-            f"only {' and '.join(map(repr, FORMATS))} are"
+            f"only {' and '.join(map(repr, known))} are"
         )
-    return raw, FORMATS[model_type]
+    form = FORMATS.get(architectures[0], alike[0])
+    if form not in alike:
+        raise ValueError(
+            f"{file}: architectures={architectures} are of model_type={form.model_type!r}, but "
+            f"model_type={model_type!r}: which of both is it?"
+        )
+    return raw, form
 
 
 def _read_token_ids(
@@ -104,12 +118,14 @@ def _read_token_ids(
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         tokenizer = None  # it belongs to another model, as `dlm.load` will say
     ids: dict[str, Any] = {}
-    optional = {"bos_token_id", "mask_token_id"} if form.is_causal else {"bos_token_id"}
+    optional = {"bos_token_id"} if form.has_mask else {"bos_token_id", "mask_token_id"}
     for name in names:
         of_tokenizer = None if tokenizer is None else getattr(tokenizer, name)
         found = [raw.get(name), generation.get(name), of_tokenizer]
         if name == "bos_token_id":
             found.insert(0, of_tokenizer)
+        if (default := form.default_ids.get(name, vocab_size)) < vocab_size:
+            found.append(default)
         value = next((value for value in found if value is not None), None)
         if isinstance(value, list):  # several ends: the tokenizer's one, or the first
             value = of_tokenizer if of_tokenizer in value else value[0]

@@ -69,9 +69,11 @@ class Format:
       implied: fields of ModelConfig that have one value in this format.
       extra: further entries of config.json that the published code wants to see.
       tensors: path of our leaf -> how it is stored.
-      is_causal: an autoregressive model: it need not have a MASK token, its heads may have any
-        width, and its rotary frequencies may be stretched (`rope_scaling`, `rope_parameters`).
-      has_mask: whether models that are written have a MASK token; None: they may.
+      default_ids: token ids that stand in no file of some of its models; see `TOKEN_IDS`.
+      is_causal: made from an autoregressive model: its heads may have any width, and its rotary
+        frequencies may be stretched (`rope_scaling`, `rope_parameters`).
+      has_mask: whether its models have a MASK token; None: they may. False: those that are written
+        have none.
     """
 
     model_type: str
@@ -82,6 +84,7 @@ class Format:
     implied: Mapping[str, Any]
     extra: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    default_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     is_causal: bool = False
     has_mask: bool | None = None
 
@@ -93,6 +96,8 @@ class Format:
             needed = self.implied.get(name, field.default)
             if name not in said and value != needed:
                 return f"{self.model_type} needs {name}={needed}, not {value}"
+            if name in self.fields and value is None:
+                return f"{self.model_type} needs {name}, and it is None"
         if self.has_mask is not None and self.has_mask != (cfg.mask_token_id is not None):
             needed = "a token" if self.has_mask else "None"
             return f"{self.model_type} needs mask_token_id to be {needed}, not {cfg.mask_token_id}"

@@ -86,7 +86,7 @@ def test_a_head_may_be_cut_too():
     """Rules could shard any dimension, also the inner one of two that are one in the file."""
     mesh, cfg = make_mesh(tensor=4), read_config(GOLDEN / "dream_small")
     with safetensors.safe_open(GOLDEN / "dream_small/model.safetensors", framework="numpy") as f:
-        stored = FORMATS["Dream"].tensors["layers/attention/q"]
+        stored = FORMATS["DreamModel"].tensors["layers/attention/q"]
         part = (range(1, 3), range(4, 12), range(8, 40))
         values = dlm.hf.weights._read_tensor(f.get_slice(stored.name.format(2)), stored, cfg, part)
     whole = np.asarray(load_params(GOLDEN / "dream_small", cfg, mesh)["layers"]["attention"]["q"])
@@ -347,16 +347,15 @@ def test_save_from_a_mesh(tmp_path):
     ("changes", "message"),
     [
         (
-            {"qk_norm": True},
-            "llada needs qk_norm=False, not True; Dream needs ",
+            {"qk_norm": True, "qkv_bias": True},
+            "llada needs qk_norm=False, not True; Dream needs .* sdar needs qkv_bias=False",
         ),
         (
             {"qk_norm": True, "shifted_logits": True, "qkv_bias": True},
             "Dream needs qk_norm=False, not True.* qwen3 needs qkv_bias=False, not True",
         ),
-        ({"rope_scaling": SCALING}, "llada needs rope_scaling=None, not RopeScaling"),
+        ({"rope_scaling": SCALING, "block_len": 5}, "llada needs rope_scaling=None, not Rope"),
         ({"mask_token_id": None}, "llada needs mask_token_id to be a token, not None"),
-        ({"head_dim": 32}, "llada needs head_dim to be d_model=64 / n_heads=4, not 32"),
         (
             {"qkv_bias": True, "shifted_logits": True, "head_dim": 32},
             "Dream needs head_dim .* qwen2 needs mask_token_id to be None, not",
