@@ -152,8 +152,9 @@ class Inputs(Component):
     def validate(self, cfg: ModelConfig) -> None:
         if self.shows_mask and cfg.mask_token_id is None:
             raise ValueError(
-                "mask_token_id=None: masked diffusion needs a model with a MASK token; models "
-                "trained on noise take inputs that show noise"
+                "mask_token_id=None: masked diffusion needs a model with a MASK token; "
+                "autoregressive models write with decode.complete, and those trained on noise take "
+                "inputs that show noise"
             )
 
     def see(

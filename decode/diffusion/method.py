@@ -84,7 +84,8 @@ class DiffusionMethod(struct.PyTreeNode):
 
     def end_ids(self, cfg: ModelConfig) -> jax.Array:
         """[n] int32: tokens that end a text."""
-        return jnp.append(jnp.asarray(self.stop_ids, jnp.int32).reshape(-1), cfg.eos_token_id)
+        ids = jnp.asarray(self.stop_ids, jnp.int32).reshape(-1)
+        return jnp.append(ids, jnp.asarray(cfg.eos_ids, jnp.int32))
 
     @property
     def components(self) -> dict[str, Component]:

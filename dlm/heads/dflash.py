@@ -227,7 +227,9 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         )
     if "sliding_attention" in raw.get("layer_types", ()):
         raise ValueError(f"{file}: layer_types has sliding_attention, which is not implemented")
-    layers = read_config(root, dtype=cfg.dtype)
+    of_draft = ("architectures", "auto_map", "block_size", "dflash_config", "num_target_layers")
+    of_layers = {key: value for key, value in raw.items() if key not in of_draft}
+    layers = read_config(root, dtype=cfg.dtype, raw=of_layers)
     heads = DFlashHeads(
         n_layers=layers.n_layers,
         layers=tuple(layer + 1 for layer in about["target_layer_ids"]),

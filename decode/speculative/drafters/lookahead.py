@@ -158,7 +158,9 @@ class Lookahead(Drafter):
         last = seen.extra_hidden[:, (n - 1) * W - 1 :]  # guesses are never drawn
         new = vocab.read(vocab.head(context.params), last).token
         filler = self._filler(context, n * W)
-        new = jnp.where(new == cfg.eos_token_id, filler[:, 0], new)  # nothing follows it
+        ends = jnp.asarray(cfg.eos_ids, jnp.int32)[None, None]
+        is_end = (new[..., None] == ends).any(axis=-1)
+        new = jnp.where(is_end, filler[:, 0], new)  # nothing follows it
 
         rows = jnp.concatenate([state.window[:, 1:], new[:, None]], axis=1)
         is_known = (state.rounds >= n - 1) & context.active
