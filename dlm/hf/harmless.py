@@ -13,12 +13,13 @@ from typing import Any
 ORIGIN = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _flash_attn_2_enabled _name_or_path architectures attn_implementation auto_map
-    chunk_size_feed_forward deterministic_flash_attn dtype experts_implementation finetuning_task
-    flash_attention fuse_cross_entropy id2label init_device is_decoder is_llama_config label2id
-    license model_type name_or_path num_labels output_attentions output_hidden_states
-    output_router_logits precision prefix pretraining_tp problem_type return_dict tf_legacy_loss
-    tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
-    unsloth_fixed unsloth_version unsloth_tracker use_bfloat16 use_cache
+    cache_implementation chunk_size_feed_forward deterministic_flash_attn dtype
+    experts_implementation finetuning_task flash_attention fuse_cross_entropy id2label init_device
+    is_decoder is_llama_config label2id license model_type name_or_path num_labels
+    output_attentions output_hidden_states output_router_logits precision prefix pretraining_tp
+    problem_type return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_tracker unsloth_version
+    use_bfloat16 use_cache
 """
 
 # How weights were drawn and learned.
@@ -47,8 +48,8 @@ TOKENS = "cls_token_id sep_token_id unk_token_id"
 # What no code reads where something else is off, or given (`embedding_size`, `mlp_hidden_size`,
 # `weight_tying` of LLaDA).
 UNREAD = """
-    alibi_bias_max attention_layer_norm_with_affine max_window_layers mlp_ratio tie_word_embeddings
-    vocab_size
+    alibi_bias_max attention_layer_norm_with_affine max_sequence_length max_window_layers mlp_ratio
+    n_ctx tie_word_embeddings vocab_size
 """
 
 HARMLESS = frozenset(" ".join([ORIGIN, TRAINING, GENERATION, TOKENS, UNREAD]).split())
@@ -56,13 +57,18 @@ HARMLESS = frozenset(" ".join([ORIGIN, TRAINING, GENERATION, TOKENS, UNREAD]).sp
 # Harmless if they say this, as all published code takes for granted where they are absent.
 USUAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "attention_bias": (False,),
     "embedding_layer_norm": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_encoder_decoder": (False,),
+    "lm_head_bias": (False,),
     "mlp_bias": (False,),
     "num_nextn_predict_layers": (0,),
     "partial_rotary_factor": (1,),
     "pruned_heads": ({}, []),
     "rope_interleaved": (False,),
+    "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
