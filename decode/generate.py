@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from decode.diffusion.contracts import (
     Stopper,
 )
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state
-from decode.diffusion.points import complete, named
+from decode.diffusion.points import blocks_of, complete, named
 from dlm.lm import LanguageModel
 
 
@@ -50,9 +50,10 @@ class Options(TextOptions, total=False):
     reviser: Reviser
     constraint: Constraint
     inputs: Inputs
-    block_len: int | None
+    block_len: int | Literal["auto"] | None
     guidance: float
     lookahead: int
+    infill: bool
 
 
 @overload
@@ -75,7 +76,7 @@ def generate(
     constraint: Constraint | None = None,
     inputs: Inputs | None = None,
     gen_len: int | Sequence[int] = 256,
-    block_len: int | None = 32,
+    block_len: int | Literal["auto"] | None = "auto",
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -91,6 +92,7 @@ def generate(
     top_logprobs: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
+    infill: bool = False,
 ) -> Completion | list[Completion]:
     """Decodes completions with a masked-diffusion model, many tokens per forward.
 
@@ -104,8 +106,9 @@ def generate(
 
     Args:
       lm: from `dlm.load`.
-      prompts: a string or a list of token ids, or a list of these. Strings are encoded as they are;
-        for chat models render them with `lm.tokenizer.apply_chat_template` first.
+      prompts: a string or a list of token ids, or a list of these. Strings get what the model's
+        tokenizer puts around a text; those of `lm.tokenizer.apply_chat_template`, for chat models,
+        are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
       method: where to start from: a name of `decode.diffusion.points.METHODS` ("klass"), or a
         method; what else is given replaces its choices. None: `Threshold(0.9)` in blocks, done at
         the end of the text.
@@ -114,19 +117,21 @@ def generate(
       confidence: "probability", "margin", "neg_entropy", "random", or a component.
       stopper: "eos" (stop at the first end-of-text; the text is the same), "filled", or a
         component.
-      scheduler: which positions are eligible; default: `FixedBlocks(block_len)`.
+      scheduler: which positions are eligible; default: `FixedBlocks(block_len)`, or the blocks that
+        the model was trained in, with their exact cache.
       reviser: whether decided tokens may change.
       constraint: which tokens are allowed; default: all but MASK.
       inputs: what the model sees at undecided positions; default: MASK.
       gen_len: completion length in tokens, for all or per prompt.
-      block_len: positions per block; None: one block. Unused with a `scheduler` or a method object.
+      block_len: positions per block; "auto": the model's own if it was trained in blocks, else 32;
+        None: one block. Unused with a `scheduler` or a method object.
       temperature: 0: arg-max; > 0: proposals are sampled.
       top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
       guidance: classifier-free guidance scale; 0: off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with
         fewer forwards, each of them larger. Only without cache.
-      stop: strings that end a text; the text is cut before the first of them.
+      stop: strings that end a text, special tokens included; it is cut before the first of them.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.
@@ -135,6 +140,10 @@ def generate(
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
       progress: whether to show a bar of prompts that are done.
+      infill: whether MASK tokens inside of prompts are filled, before and while `gen_len` tokens
+        (0: none) are written behind. What stands around them stays, and a text ends behind it only.
+        `tokens` and `text` are then the whole text, the other arrays of a `Completion` begin at the
+        prompt's first MASK.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -175,9 +184,11 @@ def generate(
         "stop_ids": tuple(stop_ids) or None,
         "top_logprobs": top_logprobs or None,
     }
+    if block_len == "auto":
+        block_len = lm.cfg.block_len or 32
     choices = {name: choice for name, choice in given.items() if choice is not None}
     if method is None:
-        method = complete(block_len, **choices)
+        method = complete(block_len, **(blocks_of(lm.cfg, block_len) | choices))
     else:
         if isinstance(method, str):
             longest = max(np.ravel(gen_len).tolist(), default=1)
@@ -185,7 +196,7 @@ def generate(
         method = method.replace(**choices)
     return answer(
         lm, prompts, LOOP, method, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
-        batch_size=batch_size, progress=progress,
+        batch_size=batch_size, progress=progress, infill=infill,
     )  # fmt: skip
 
 
@@ -214,25 +225,37 @@ def collect(
         state.log_prob,
         state.num_forwards,
         state.top,
+        state.start,
+        state.given,
     )
-    tokens, end, step_map, confidence, log_prob, num_forwards, top = jax.device_get(reported)
-    ends = [lm.cfg.eos_token_id, *np.asarray(method.stop_ids).tolist()]
+    fetched = jax.device_get(reported)
+    tokens, end, step_map, confidence, log_prob, num_forwards, top, start, given = fetched
+    ends = [*lm.cfg.eos_ids, *np.asarray(method.stop_ids).tolist()]
     completions = []
     for b in range(tokens.shape[0] if num is None else num):
         length = end[b] - P
         canvas = tokens[b, P : P + length]
-        is_end = np.isin(canvas, ends) & (step_map[b, :length] >= 0)
+        steps = step_map[b, :length]
+        is_end = np.isin(canvas, ends) & (steps >= 0)
+        head = tokens[b, P:P]
+        if given is not None:
+            stays = given[b, :length]
+            steps = np.where(stays, -2, steps)
+            is_end &= np.cumsum(stays[::-1])[::-1] == 0  # nothing that was given follows
+            head = tokens[b, start[b] : P]
         n = int(is_end.argmax()) if is_end.any() else int(length)
-        text, n, was_cut = to_text(lm.tokenizer, canvas[:n], stops)
+        whole = np.append(head, canvas[:n])
+        text, num_kept, was_cut = to_text(lm.tokenizer, whole, stops)
+        num_made = num_kept - len(head) - int((steps[:n] == -2).sum())
         completions.append(
             Completion(
                 text=text,
-                tokens=canvas[:n],
+                tokens=whole[:num_kept],
                 num_forwards=int(num_forwards[b]),
-                tokens_per_forward=n / max(int(num_forwards[b]), 1),
+                tokens_per_forward=num_made / max(int(num_forwards[b]), 1),
                 finish_reason="stop" if was_cut else "eos" if is_end.any() else "length",
                 canvas=canvas,
-                step_map=step_map[b, :length],
+                step_map=steps,
                 confidence=confidence[b, :length],
                 log_prob=log_prob[b, :length],
                 top=None if top is None else top.of_row(b, length),

@@ -56,14 +56,14 @@ def is_single(prompts: object) -> bool:
 
 
 def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
-    """A prompt as token ids."""
+    """A prompt as token ids: a string as the model's own tokenizer does, begin token and all."""
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise ValueError(
-                "prompts are strings but the checkpoint has no tokenizer: give token ids, or load "
-                "a directory that has a tokenizer.json"
+                "prompts are strings but the checkpoint has no tokenizer that could be read: give "
+                "token ids, or load a directory that has a tokenizer.json"
             )
-        return lm.tokenizer.encode(prompt)
+        return lm.tokenizer.encode(prompt, whole=True)
     return [int(token) for token in prompt]
 
 
@@ -78,6 +78,42 @@ def per_prompt(name: str, values: int | Sequence[int], num: int) -> list[int]:
 def per_prompt_seeds(seeds: int | Sequence[int], num: int) -> list[int]:
     """One seed per prompt; of a single one, prompt i uses seeds + i."""
     return per_prompt("seeds", range(seeds, seeds + num) if isinstance(seeds, int) else seeds, num)
+
+
+def split_gaps(
+    cfg: ModelConfig, prompts: Sequence[list[int]], gen_len: int | Sequence[int]
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Prompts that hold MASK where tokens are to be decided, as a loop takes them.
+
+    Args:
+      cfg: the model.
+      prompts: token ids and MASK.
+      gen_len: tokens to be written behind each, 0 or more; one number, or one per prompt.
+
+    Returns:
+      What stands before the first MASK of each prompt; the rest of it; completion lengths, which
+      count that rest.
+
+    Raises:
+      ValueError: there is no MASK token, or nothing to decide.
+    """
+    mask = cfg.mask_token_id
+    if mask is None:
+        raise ValueError("infill=True needs a model with a MASK token, and mask_token_id is None")
+    heads, bodies, lengths = [], [], []
+    for i, (prompt, length) in enumerate(
+        zip(prompts, per_prompt("gen_len", gen_len, len(prompts)), strict=True)
+    ):
+        if length < 0 or (length == 0 and mask not in prompt):
+            raise ValueError(
+                f"prompt {i} has {prompt.count(mask)} MASK tokens (id {mask}) and gen_len={length}"
+                ": with infill=True it must have some to fill, or a length to write behind"
+            )
+        first = prompt.index(mask) if mask in prompt else len(prompt)
+        heads.append(prompt[:first])
+        bodies.append(prompt[first:])
+        lengths.append(len(prompt) - first + length)
+    return heads, bodies, lengths
 
 
 def repeat_requests(

@@ -23,6 +23,7 @@ from decode.core.requests import (
     repeat_requests,
     round_lengths,
     round_rows,
+    split_gaps,
 )
 from decode.core.results import STOP_ROUNDS, Completion, cut, gather_samples, read_stops
 from dlm.config import ModelConfig
@@ -79,6 +80,8 @@ class Asked:
       gen_lens: most tokens to write, per prompt.
       seeds: one per prompt.
       stops: strings that end a text.
+      given: per prompt, what stands at its first completion positions, see `split_gaps`; None:
+        nothing.
     """
 
     lm: LanguageModel
@@ -86,6 +89,7 @@ class Asked:
     gen_lens: list[int]
     seeds: list[int]
     stops: Sequence[str] = ()
+    given: list[list[int]] | None = None
 
     def answers(
         self, loop: Loop, method: Any, batch_size: int | None, progress: bool
@@ -133,9 +137,10 @@ class Asked:
 
         def start(chosen: Sequence[int], batch_size: int) -> Any:
             some = lambda values: [values[bucket[i]] for i in chosen]  # noqa: E731
+            gaps = {} if self.given is None else {"given": some(self.given)}
             return loop.prepare(
                 lm, method, some(self.prompts), gen_len=some(self.gen_lens),
-                seeds=some(self.seeds), prompt_len=P, canvas_len=G, batch_size=batch_size,
+                seeds=some(self.seeds), prompt_len=P, canvas_len=G, batch_size=batch_size, **gaps,
             )  # fmt: skip
 
         def run(state: Any, max_done: int) -> Any:
@@ -159,7 +164,7 @@ class Asked:
 
     def _has_stop(self, tokens: np.ndarray) -> bool:
         assert self.lm.tokenizer is not None
-        text = self.lm.tokenizer.decode(tokens.tolist())
+        text = self.lm.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
         return cut(text, self.stops) < len(text)
 
 
@@ -175,8 +180,11 @@ def answer(
     stop: str | Sequence[str],
     batch_size: int | None,
     progress: bool,
+    infill: bool = False,
 ) -> Completion | list[Completion]:
     """What `generate` and `complete` do once they know the loop and the method.
+
+    With `infill`, MASK tokens inside of prompts are decided too.
 
     Raises:
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
@@ -185,7 +193,12 @@ def answer(
     stops = read_stops(lm, stop)
     single = is_single(prompts)
     every: Any = [prompts] if single else prompts
-    encoded = [encode(lm, prompt) for prompt in every]
-    asked = Asked(lm, *repeat_requests(encoded, gen_len, seed, num_return), stops)
+    encoded, bodies = [encode(lm, prompt) for prompt in every], None
+    if infill:
+        if stops:
+            raise ValueError("infill=True has no stop strings: they may stand in what is given")
+        encoded, bodies, gen_len = split_gaps(lm.cfg, encoded, gen_len)
+        bodies = [body for body in bodies for _ in range(num_return)]
+    asked = Asked(lm, *repeat_requests(encoded, gen_len, seed, num_return), stops, bodies)
     answers = gather_samples(asked.answers(loop, method, batch_size, progress), num_return)
     return answers[0] if single else answers

@@ -12,11 +12,14 @@ from decode.constraints.token_ban import TokenBan as TokenBan
 from decode.diffusion.caches.block_causal import BlockCausal as BlockCausal
 from decode.diffusion.caches.delayed_cache import DelayedCache as DelayedCache
 from decode.diffusion.caches.dual_cache import DualCache as DualCache
+from decode.diffusion.caches.in_block_cache import InBlockCache as InBlockCache
 from decode.diffusion.caches.no_cache import NoCache as NoCache
 from decode.diffusion.caches.prefix_cache import PrefixCache as PrefixCache
 from decode.diffusion.caches.vicinity_cache import VicinityCache as VicinityCache
 from decode.diffusion.confidences.credit import Credit as Credit
 from decode.diffusion.confidences.credit import SparseCredit as SparseCredit
+from decode.diffusion.confidences.ends_last import EndsLast as EndsLast
+from decode.diffusion.confidences.left_to_right import LeftToRight as LeftToRight
 from decode.diffusion.confidences.margin import Margin as Margin
 from decode.diffusion.confidences.neg_entropy import NegEntropy as NegEntropy
 from decode.diffusion.confidences.pc_sampler import PcSampler as PcSampler
@@ -38,6 +41,7 @@ from decode.diffusion.revisers.running_confidence import RunningConfidence as Ru
 from decode.diffusion.revisers.token_edit import TokenEdit as TokenEdit
 from decode.diffusion.revisers.wino import NarrowOut as NarrowOut
 from decode.diffusion.revisers.wino import WideIn as WideIn
+from decode.diffusion.rules.block_quota import BlockQuota as BlockQuota
 from decode.diffusion.rules.dream_quota import DreamQuota as DreamQuota
 from decode.diffusion.rules.entropy_budget import EntropyBudget as EntropyBudget
 from decode.diffusion.rules.entropy_threshold import EntropyThreshold as EntropyThreshold

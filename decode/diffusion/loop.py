@@ -64,6 +64,7 @@ def init_state(
     prompt_len: int | None = None,
     canvas_len: int | None = None,
     batch_size: int | None = None,
+    given: Sequence[Sequence[int]] | None = None,
 ) -> DiffusionState:
     """The state before the first round.
 
@@ -76,6 +77,8 @@ def init_state(
       prompt_len: P >= the longest prompt; default: just that. Buckets of it save compilations.
       canvas_len: G >= the longest `gen_len`; default: just that.
       batch_size: B >= the number of prompts; the rows added are done from the start.
+      given: per row, what stands at its first completion positions and stays: tokens, and MASK
+        where one is to be decided, as `decode.core.requests.split_gaps` has it. None: nothing.
 
     Raises:
       ValueError: on an empty list, a prompt that holds MASK or ids the model does not have, lengths
@@ -94,6 +97,7 @@ def init_state(
         start[b], end[b] = P - len(prompt), P + length
         tokens[b, start[b] : P] = prompt
         tokens[b, P : end[b]] = mask_id(cfg)
+    stays = None if given is None else _lay_out(cfg, method, given, tokens[:, P:], end - P)
 
     zeros = functools.partial(np.zeros, B, np.int32)
     blank = _allocate(cfg, method, end - P, P - start, P, G)
@@ -105,7 +109,7 @@ def init_state(
         block_start=array(np.full(B, P, np.int32)),
         block_step=array(zeros()),
         num_open=array(zeros()),
-        step_map=array(np.full((B, G), -1, np.int32)),
+        step_map=array(np.full((B, G), -1, np.int32) if stays is None else stays - 1),
         log_prob=array(np.zeros((B, G), np.float32)),
         confidence=array(np.zeros((B, G), np.float32)),
         row_step=array(zeros()),
@@ -114,9 +118,32 @@ def init_state(
         stopped_early=array(np.zeros(B, bool)),
         key=array(asked.key),
         num_steps=array(np.zeros((), np.int32)),
+        given=None if stays is None else array(stays > 0),
         prompt_len=P,
         **blank,
     )
+
+
+def _lay_out(
+    cfg: ModelConfig, method: DiffusionMethod, given: Sequence[Sequence[int]],
+    completion: np.ndarray, lengths: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Writes what is given into `completion` [B, G]; 1 where a token is, else 0: [B, G] int32."""
+    if not method.cache.looks_ahead:
+        raise ValueError(
+            f"{method.cache.name} shows a block nothing of what stands behind it, so gaps cannot "
+            "be filled with it: use another cache, with a model that was not trained in blocks"
+        )
+    stays = np.zeros(completion.shape, np.int32)
+    for b, tokens in enumerate(given):
+        if len(tokens) > lengths[b]:
+            raise ValueError(
+                f"given of row {b} has {len(tokens)} tokens, but its gen_len is {lengths[b]}"
+            )
+        check_tokens(cfg, f"given of row {b}", [t for t in tokens if t != cfg.mask_token_id])
+        completion[b, : len(tokens)] = tokens
+        stays[b, : len(tokens)] = np.asarray(tokens, np.int64) != cfg.mask_token_id
+    return stays
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "P", "G"))

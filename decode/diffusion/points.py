@@ -20,9 +20,11 @@ from typing import Any
 from decode.constraints.nucleus import Nucleus
 from decode.diffusion.caches.block_causal import BlockCausal
 from decode.diffusion.caches.dual_cache import DualCache
+from decode.diffusion.caches.in_block_cache import InBlockCache
 from decode.diffusion.caches.prefix_cache import PrefixCache
 from decode.diffusion.components import COMPONENTS, short_names
 from decode.diffusion.confidences.credit import Credit
+from decode.diffusion.confidences.left_to_right import LeftToRight
 from decode.diffusion.confidences.margin import Margin
 from decode.diffusion.confidences.neg_entropy import NegEntropy
 from decode.diffusion.confidences.probability import Probability
@@ -36,13 +38,16 @@ from decode.diffusion.revisers.keep import Keep
 from decode.diffusion.revisers.remask import Remask
 from decode.diffusion.revisers.running_confidence import RunningConfidence
 from decode.diffusion.revisers.token_edit import TokenEdit
+from decode.diffusion.rules.block_quota import BlockQuota
 from decode.diffusion.rules.dream_quota import DreamQuota
 from decode.diffusion.rules.quota import Quota
 from decode.diffusion.rules.threshold import Threshold
 from decode.diffusion.schedulers.adablock import AdaBlock
 from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
+from decode.diffusion.schedulers.sub_blocks import SubBlocks
 from decode.diffusion.stoppers.end_of_text import Eos, EosBlock
 from decode.diffusion.stoppers.prophet import Prophet
+from dlm.config import ModelConfig
 
 Maker = Callable[[int], DiffusionMethod]  # of the block length
 
@@ -69,6 +74,13 @@ def complete(block_len: int | None, **choices: Any) -> DiffusionMethod:
     return DiffusionMethod(**(defaults | choices))
 
 
+def blocks_of(cfg: ModelConfig, block_len: int | None) -> dict[str, Any]:
+    """Scheduler and cache of a model that was trained in blocks; nothing for others."""
+    if cfg.block_len is None or block_len is None:
+        return {}
+    return {"scheduler": FixedBlocks(block_len, aligned=True), "cache": BlockCausal(block_len)}
+
+
 def _quota(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
     rule = Quota(max(block_len // tokens_per_step, 1))
     return complete(block_len, rule=rule, **choices)
@@ -76,6 +88,20 @@ def _quota(block_len: int, tokens_per_step: int = 1, **choices: Any) -> Diffusio
 
 def _threshold(block_len: int, threshold: float, **choices: Any) -> DiffusionMethod:
     return complete(block_len, rule=Threshold(threshold), **choices)
+
+
+def _block_causal(block_len: int, **choices: Any) -> DiffusionMethod:
+    """For models trained with blocks of this length, counted from the start of the prompt."""
+    scheduler = FixedBlocks(block_len, aligned=True)
+    return complete(block_len, scheduler=scheduler, cache=BlockCausal(block_len), **choices)
+
+
+def _fast_dllm_v2(block_len: int, in_block: bool) -> DiffusionMethod:
+    part = max(block_len // 4, 1)
+    cache = InBlockCache(block_len, sub_len=part) if in_block else BlockCausal(block_len)
+    return complete(
+        block_len, scheduler=SubBlocks(block_len, part, aligned=True, first_alone=True), cache=cache
+    )
 
 
 def _dream(block_len: int, tokens_per_step: int = 1, **choices: Any) -> DiffusionMethod:
@@ -129,9 +155,29 @@ _COMBINED: dict[str, dict[str, Maker]] = {
         ),
     },
     "block_causal": {  # for models trained with blocks of this length
-        "block_causal": lambda n: _threshold(
-            n, 0.9, scheduler=FixedBlocks(n, aligned=True), cache=BlockCausal(n)
+        "block_causal": lambda n: _block_causal(n, rule=Threshold(0.9)),
+    },
+    "sdar": {  # one position per step at least, as many steps as positions
+        "sdar": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.85)),
+        "sdar_0.95": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.95)),
+        "sdar_static": lambda n: _block_causal(n, rule=BlockQuota(n, n)),
+        "sdar_sequential": lambda n: _block_causal(
+            n, confidence=LeftToRight(), rule=BlockQuota(n, n)
         ),
+    },
+    "fast_dllm_v2": {  # shifted logits
+        "fast_dllm_v2": lambda n: _fast_dllm_v2(n, in_block=False),
+        "fast_dllm_v2_in_block": lambda n: _fast_dllm_v2(n, in_block=True),
+    },
+    "bd3lm": {  # blocks counted from the end of the prompt
+        "bd3lm": lambda n: _quota(n, cache=BlockCausal(n, aligned=False)),
+    },
+    "llada2": {
+        "llada2": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.95)),
+    },
+    "llada2_edit": {
+        "llada2_edit": lambda n: _block_causal(n, rule=Threshold(0.7), reviser=TokenEdit(0.5)),
+        "llada2_edit_fast": lambda n: _block_causal(n, rule=Threshold(0.5), reviser=TokenEdit(0.0)),
     },
     "uniform_noise": {  # for models trained on noise instead of MASK
         "uniform_noise": lambda n: complete(

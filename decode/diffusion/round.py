@@ -27,7 +27,8 @@ class Frame(struct.PyTreeNode):
       tokens: [B, W] int32. What stands there now (MASK where undecided).
       eligible: [B, W] bool. Undecided positions that may be committed now.
       undecided: [B, W] bool. Positions that hold no token yet; also those beyond the block.
-      in_block: [B, W] bool. Positions of the open block, decided or not.
+      in_block: [B, W] bool. Positions of the open block, decided or not, but for tokens that the
+        prompt gives behind a gap.
       noise_key: [B, W, 2] uint32. A random stream per row, step and position.
       temperature: scalar float32, or None if proposals are arg-maxes.
       index: [B, W] int32. Completion position, from 0; at or past the row's end: not there.
@@ -37,6 +38,7 @@ class Frame(struct.PyTreeNode):
       row_step: [B] int32. The row's rounds so far, from 0.
       num_open: [B] int32. Undecided positions of the block when it was opened.
       gen_len: [B] int32. Completion positions of the row.
+      prompt_len: [B] int32. Tokens of the row's prompt.
       occurred: [B, V] bool; None unless a component needs "occurred". Tokens that the prompt or a
         decided position holds.
     """
@@ -54,6 +56,7 @@ class Frame(struct.PyTreeNode):
     row_step: jax.Array
     num_open: jax.Array
     gen_len: jax.Array
+    prompt_len: jax.Array
     occurred: jax.Array | None = struct.field(default=None, kw_only=True)
 
 

@@ -51,7 +51,8 @@ class DiffusionState(struct.PyTreeNode):
       block_end: [B] int32. Its end.
       block_step: [B] int32. Rounds since it was opened; 0: no forward has seen it.
       num_open: [B] int32. Undecided positions when it was opened.
-      step_map: [B, G] int32. The row's 0-based round that decided a position; -1: undecided.
+      step_map: [B, G] int32. The row's 0-based round that decided a position; -1: undecided; 0
+        where the token was given.
       log_prob: [B, G] float32. Log-probability of the token when it was committed.
       confidence: [B, G] float32 in [0, 1]. Confidence when it was committed.
       row_step: [B] int32. Rounds the row took part in.
@@ -64,6 +65,8 @@ class DiffusionState(struct.PyTreeNode):
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
       top: the n most probable tokens when positions were committed; None: they are not kept.
       drafts: [B, d, S] int32 and [B, d] int32: canvases guessed ahead and their ends; or None.
+      given: [B, G] bool. Completion positions that hold a token of the prompt, which stands behind
+        a gap of it; None: prompts have no gaps.
       prompt_len: P. Static.
     """
 
@@ -87,4 +90,5 @@ class DiffusionState(struct.PyTreeNode):
     num_steps: jax.Array
     top: TopTokens | None
     drafts: tuple[jax.Array, jax.Array] | None
+    given: jax.Array | None
     prompt_len: int = struct.field(pytree_node=False)

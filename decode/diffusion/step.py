@@ -114,6 +114,7 @@ def _forward(
         block_end=state.block_end,
         is_active=~state.has_stopped,
         block_is_new=state.block_step == 0,
+        undecided=jnp.pad(state.step_map < 0, ((0, 0), (P, 0))),
         mix=_spread_mix(method, state, frame),
         window_start=start,
         prompt_len=state.prompt_len,
@@ -123,6 +124,8 @@ def _forward(
         return method.cache.judge(params, cfg, canvas, W, state.cache)
     B = state.tokens.shape[0]
     in_prompt = (jnp.arange(state.tokens.shape[1]) < state.prompt_len)[None]
+    if state.given is not None:
+        in_prompt |= jnp.pad(state.given, ((0, 0), (P, 0)))
     blind = canvas.replace(tokens=jnp.where(in_prompt, mask_id(cfg), tokens))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), canvas, blind)
     hidden, cache, served = method.cache.judge(params, cfg, both, W, state.cache)
@@ -156,6 +159,8 @@ def make_frame(cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState)
     is_there = window.index < (state.end - P)[:, None]
     undecided = (window.get(state.step_map) < 0) & is_there
     in_block = (window.index >= block_start[:, None]) & (window.index < block_end[:, None])
+    if state.given is not None:
+        in_block &= ~window.get(state.given)
     temperature = method.temperature
     return Frame(
         tokens=window.get(state.tokens[:, P:]),
@@ -171,6 +176,7 @@ def make_frame(cfg: ModelConfig, method: DiffusionMethod, state: DiffusionState)
         row_step=state.row_step,
         num_open=state.num_open,
         gen_len=state.end - P,
+        prompt_len=P - state.start,
         occurred=_occurred(cfg, state) if "occurred" in method.needs else None,
     )
 
@@ -348,6 +354,8 @@ def _choose(
     revision = revision.replace(commit=commit)
     ends = method.stopper.cut(round, revision.commit, stopper)
     ends = round.gen_len if ends is None else jnp.minimum(ends, round.gen_len)
+    if state.given is not None:
+        ends = jnp.maximum(ends, _behind(state.given))
     return (
         round,
         revision,
@@ -388,8 +396,11 @@ def _advance(
         is_full &= state.block_step > 1
     if held is not None:
         is_full &= ~held
+    completion = state.tokens[:, P:]
+    if state.given is not None:  # no text ends in front of what must follow
+        completion = jnp.where(position < P + _behind(state.given)[:, None], -1, completion)
     progress = Progress(
-        completion=state.tokens[:, P:],
+        completion=completion,
         decided=decided,
         block_start=state.block_start - P,
         block_end=state.block_end - P,
@@ -398,6 +409,8 @@ def _advance(
         prompt_len=P - state.start,
     )
     start, end = method.scheduler.advance(progress)
+    if state.given is not None:
+        start, end = _pass_full(method, progress, start, end)
     filled = (start >= progress.end) | (is_full & _is_complete(progress))
     early = method.stopper.should_stop(progress, method.end_ids(cfg))
     early &= ~filled & ~state.has_stopped
@@ -408,6 +421,30 @@ def _advance(
         has_stopped=state.has_stopped | filled | early,
         stopped_early=state.stopped_early | early,
     )
+
+
+def _behind(given: jax.Array) -> jax.Array:
+    """[B]: past the last completion position that was given; 0: none was."""
+    return (given * (1 + jnp.arange(given.shape[1]))[None]).max(axis=-1)
+
+
+def _pass_full(
+    method: DiffusionMethod, progress: Progress, start: jax.Array, end: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Where the open block starts and stops, past new ones of which nothing is undecided."""
+    place = jnp.arange(progress.decided.shape[1])[None]
+
+    def is_full(start: jax.Array, end: jax.Array) -> jax.Array:
+        here = (place >= start[:, None]) & (place < end[:, None])
+        is_new = (start != progress.block_start) & (end < progress.end)
+        return is_new & ~(here & ~progress.decided).any(axis=-1)
+
+    def pass_on(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        full = is_full(*block)
+        stop = method.scheduler.open_block(block[1], progress.end, progress.prompt_len)
+        return jnp.where(full, block[1], block[0]), jnp.where(full, stop, block[1])
+
+    return jax.lax.while_loop(lambda block: is_full(*block).any(), pass_on, (start, end))
 
 
 def _is_complete(progress: Progress) -> jax.Array:

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 import configs
 from decode.diffusion.components import COMPONENTS
+from decode.diffusion.public import DECODERS
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
+from scripts.docs_tables.arguments import sections
 from train import objectives
 from train.objectives import Objective
 
@@ -53,7 +55,8 @@ def _components() -> str:
     return "\n".join(head + [_row(c, axis) for axis, kinds in COMPONENTS.items() for c in kinds])
 
 
-def _objectives() -> list[type]:
+def objective_kinds() -> list[type[objectives.Objective]]:
+    """Every objective of `train.objectives`."""
     found: list[type] = []
     for info in pkgutil.iter_modules(objectives.__path__):
         module = importlib.import_module(f"{objectives.__name__}.{info.name}")
@@ -78,9 +81,10 @@ def pages() -> dict[pathlib.Path, str]:
     tables = {
         "methods.md": {"components": _components()},
         "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "decoders.md": {"arguments": sections(DECODERS)},
         "training.md": {
             "configs": _configs(),
-            "objectives": _table(_objectives(), "objective"),
+            "objectives": _table(objective_kinds(), "objective"),
         },
     }
     made = {}

@@ -99,7 +99,13 @@ def recipe_model(recipe: str) -> ModelConfig:
 
 
 def decoding(
-    method: DiffusionMethod, cfg: ModelConfig, mesh: Mesh, *, batch_size: int, **lengths: int
+    method: DiffusionMethod,
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    gen_len: int,
+    prompt_len: int,
 ) -> dict[str, Any]:
     """A decoding loop on a mesh, whose state is given away."""
 
@@ -111,7 +117,9 @@ def decoding(
 
     with jax.set_mesh(mesh):
         state = jax.eval_shape(
-            lambda: init_state(cfg, method, [[0]], batch_size=batch_size, **lengths)
+            lambda: init_state(
+                cfg, method, [[0]], gen_len=gen_len, prompt_len=prompt_len, batch_size=batch_size
+            )
         )
         state, abstract_method = jax.tree.map(place, (state, jax.eval_shape(lambda: method)))
         cache_bytes = sum(

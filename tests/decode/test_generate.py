@@ -7,7 +7,14 @@ import pytest
 import dlm
 from decode.core.requests import round_rows
 from decode.core.results import Completion
-from decode.diffusion.components import DualCache, FixedBlocks, Quota, Threshold
+from decode.diffusion.components import (
+    BlockCausal,
+    DualCache,
+    FixedBlocks,
+    Quota,
+    SubBlocks,
+    Threshold,
+)
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.generate import generate
 from decode.view import Answer, write_commit_order
@@ -86,6 +93,16 @@ def test_gen_len_need_not_be_a_multiple_of_the_block(lm):
     odd = generate(lm, PROMPT, gen_len=10, block_len=4, stopper="filled", cache="dual")
     assert len(odd.canvas) == len(full.canvas) == 10
     assert (odd.step_map >= 0).all() and (odd.canvas != lm.cfg.mask_token_id).all()
+
+
+def test_every_end_of_the_model_ends_a_text(lm):
+    whole = generate(lm, PROMPT, gen_len=32, block_len=8)
+    first, third = whole.tokens[0], whole.tokens[2]
+    assert first != third and third not in whole.tokens[:2]
+    cfg = dataclasses.replace(lm.cfg, more_eos_ids=(int(third),))
+    cut = generate(dataclasses.replace(lm, cfg=cfg), PROMPT, gen_len=32, block_len=8)
+    assert cut.finish_reason == "eos" and cut.tokens.tolist() == whole.tokens[:2].tolist()
+    assert cut.num_forwards < whole.num_forwards  # the row is done there
 
 
 def test_text_in_text_out(text_lm):
@@ -198,3 +215,18 @@ def test_many_prompts_are_decoded_a_few_at_a_time(lm):
     for length in range(18, 22):
         assert len(generate(lm, PROMPT, gen_len=length, stopper="filled").canvas) == length
         assert decode._cache_size() <= sizes + 1
+
+
+def test_a_model_trained_in_blocks_is_decoded_in_them(lm):
+    blocks = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, block_len=4))
+    scheduler = FixedBlocks(4, aligned=True)
+    expected = generate(lm, PROMPT, scheduler=scheduler, cache=BlockCausal(4), gen_len=16)
+    for options in ({}, {"method": "block_causal"}, {"block_len": 4}, {"rule": Threshold(0.9)}):
+        found = generate(blocks, PROMPT, gen_len=16, **options)
+        np.testing.assert_array_equal(found.canvas, expected.canvas)
+        np.testing.assert_array_equal(found.step_map, expected.step_map)
+    sub = SubBlocks(4, 2, aligned=True)
+    assert generate(blocks, PROMPT, gen_len=16, scheduler=sub).num_forwards > 0
+    for options in ({"cache": "dual"}, {"method": "threshold"}, {"block_len": None}):
+        with pytest.raises(ValueError, match=r"never saw in training: use BlockCausal\(4\)"):
+            generate(blocks, PROMPT, gen_len=16, **options)

@@ -26,7 +26,7 @@ def make_round(confidence, *, eligible=None, entropy=None):
         stats=VocabStats(token, log_prob, jnp.log1p(-confidence), entropy, jnp.zeros((B, W))),
         logits=None, noise_key=jnp.zeros((B, W, 2), jnp.uint32), temperature=None, index=token,
         block_start=zeros, block_end=zeros + W, block_step=zeros, row_step=zeros,
-        num_open=zeros + W, gen_len=zeros + W,
+        num_open=zeros + W, gen_len=zeros + W, prompt_len=zeros,
     )  # fmt: skip
 
 

@@ -2,82 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
 import jax
-import jax.numpy as jnp
 from flax import struct
 
-from decode.diffusion.caches.canvas import CachePolicy, Canvas
-from decode.diffusion.contracts import check_range
-from dlm.cache import KVCache, init_cache
+from decode.diffusion.caches.canvas import Canvas
+from decode.diffusion.caches.exact_blocks import ExactBlocks, ExactBlocksState
 from dlm.config import ModelConfig
-from dlm.models.decoder import forward
 from dlm.params import Params
-from dlm.window import Slots, Window
-from kernels_pallas.window_attention import pack_mask
-
-if TYPE_CHECKING:
-    from decode.diffusion.method import DiffusionMethod
 
 
 @struct.dataclass
-class BlockCausalState:
-    """State of `BlockCausal`.
-
-    Attributes:
-      kv: keys and values; canvas position i is slot block_len + i, so that the window of a row with
-        a short prompt may start before it.
-      is_filled: [B] bool. Whether the row's prompt is there.
-    """
-
-    kv: KVCache
-    is_filled: jax.Array
-
-
-@struct.dataclass
-class BlockCausal(CachePolicy):
+class BlockCausal(ExactBlocks):
     """Attention for block-diffusion models (BD3-LM, SDAR, LLaDA2, Fast-dLLM v2), cached exactly.
 
-    Blocks are counted from the start of the prompt; a position sees its own block and all before
-    it. A finished block never changes, so what is cached of it is exact. Each forward runs over the
+    A position sees its own block and all before it. Blocks are counted from the start of the prompt
+    (SDAR, LLaDA2, Fast-dLLM v2), or from its end, so that the first of them may be shorter
+    (Tiny-A2D, which pads prompts on the left to whole blocks).
+
+    A finished block never changes, so what is cached of it is exact. Each forward runs over the
     open block and the one before it, which settles the latter in the cache with its final tokens;
     everything earlier is read. The prompt is filled in before the first round, by a forward that
     `num_forwards` does not count.
 
-    For models trained with this attention: others lose quality. Needs aligned blocks of the same
-    length (`FixedBlocks(block_len, aligned=True)`).
+    For models trained with this attention: others lose quality. Needs blocks of the same length,
+    counted from the same place (`FixedBlocks(block_len, aligned)`).
 
     Reference: Arriola et al., "Block Diffusion", arXiv:2503.09573, section 3; Cheng et al., "SDAR",
     arXiv:2510.06303; Wu et al., "Fast-dLLM v2", arXiv:2509.26328.
 
     Attributes:
-      block_len: positions per block, as trained. Static.
+      block_len: >= 1, positions per block, as trained. Static.
+      aligned: see `ExactBlocks`. Static.
     """
 
-    covers: ClassVar[str] = "block"
-
-    block_len: int = struct.field(pytree_node=False, default=32)
-
-    def validate(self, cfg: ModelConfig) -> None:
-        check_range("block_len", self.block_len, 1, cfg.max_seq_len)
-
-    def refuse(self, method: DiffusionMethod) -> str | None:
-        blocks = method.scheduler
-        if not blocks.is_aligned or blocks.fixed_len != self.block_len:
-            return (
-                f"BlockCausal(block_len={self.block_len}) needs the blocks that the model sees: "
-                f"use aligned blocks of {self.block_len}"
-            )
-        if who := method.who_needs("shadow"):
-            return f"BlockCausal has no shadow, which {who} needs"
-        if not method.inputs.shows_mask or method.inputs.remembers:
-            return f"BlockCausal shows MASK, and {method.inputs.name} wants something else"
-        return None
-
-    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> BlockCausalState:
-        slots = num_slots + 2 * self.block_len
-        return BlockCausalState(init_cache(cfg, batch_size, slots), jnp.zeros(batch_size, bool))
+    def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> ExactBlocksState:
+        return self.allocate_blocks(cfg, batch_size, num_slots)
 
     def judge(
         self,
@@ -85,48 +44,6 @@ class BlockCausal(CachePolicy):
         cfg: ModelConfig,
         canvas: Canvas,
         window_len: int,
-        state: BlockCausalState,
-    ) -> tuple[jax.Array, BlockCausalState, jax.Array]:
-        C, kv = self.block_len, state.kv
-        if canvas.prompt_len:
-            lacking = canvas.is_active & ~state.is_filled
-            fill = lambda kv: self._run(  # noqa: E731
-                params, cfg, canvas.replace(is_active=lacking), jnp.zeros_like(canvas.start),
-                canvas.prompt_len, kv, None,
-            )[1]  # fmt: skip
-            kv = jax.lax.cond(lacking.any(), fill, lambda kv: kv, kv)
-        behind = (canvas.block_start - canvas.start) % C
-        first = canvas.block_start - behind - C  # of the block before
-        settled = jnp.stack([canvas.start + C, first + C], axis=-1)[:, None]
-        hidden, kv = self._run(params, cfg, canvas, first, 2 * C, kv, settled)
-        index = (canvas.window_start - first - int(cfg.shifted_logits))[:, None]
-        index = jnp.minimum(index + jnp.arange(window_len)[None], 2 * C - 1)
-        hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        return hidden, BlockCausalState(kv, jnp.ones_like(state.is_filled)), canvas.is_active
-
-    def _run(
-        self,
-        params: Params,
-        cfg: ModelConfig,
-        canvas: Canvas,
-        first: jax.Array,
-        length: int,
-        kv: KVCache,
-        cache_ranges: jax.Array | None,
-    ) -> tuple[jax.Array, KVCache]:
-        """A forward over `length` positions from `first` [B] on, which are written to the cache."""
-        S = canvas.tokens.shape[1]
-        place = first[:, None] + jnp.arange(length)[None]
-        positions = place - canvas.start[:, None]
-        block = positions // self.block_len
-        window = Window(
-            tokens=jnp.take_along_axis(canvas.tokens, jnp.clip(place, 0, S - 1), axis=1),
-            positions=positions,
-            mask=pack_mask(block[:, :, None] >= block[:, None, :]),
-            range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
-        )
-        write_at = first + self.block_len
-        slots = Slots(kv, cache_ranges, write_at, canvas.is_active, canvas.length)
-        out = forward(params, cfg, window, slots)
-        assert out.cache is not None
-        return out.hidden, out.cache
+        state: ExactBlocksState,
+    ) -> tuple[jax.Array, ExactBlocksState, jax.Array]:
+        return self.judge_blocks(params, cfg, canvas, window_len, state)

@@ -31,6 +31,7 @@ class Canvas(struct.PyTreeNode):
       block_end: [B] int32. Past its last position.
       is_active: [B] bool. Rows that are not done.
       block_is_new: [B] bool. Rows whose block was opened and not seen by a forward yet.
+      undecided: [B, S] bool. Completion positions that hold no token yet.
       mix: [B, S] and [B, S, D] float32: what embeddings are mixed with, see `forward`; None:
         nothing.
       window_start: [B] int32. First of the W positions to be judged: `block_start`, or P.
@@ -45,6 +46,7 @@ class Canvas(struct.PyTreeNode):
     block_end: jax.Array
     is_active: jax.Array
     block_is_new: jax.Array
+    undecided: jax.Array
     mix: tuple[jax.Array, jax.Array] | None
     window_start: jax.Array
     prompt_len: int = struct.field(pytree_node=False)
@@ -61,9 +63,11 @@ class CachePolicy(Component):
 
     Attributes:
       covers: the most that its forwards show: the "block", the "suffix" too, or the "canvas".
+      looks_ahead: whether positions of a block see what stands behind it.
     """
 
     covers: ClassVar[str] = "canvas"
+    looks_ahead: ClassVar[bool] = True
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> Any:
         """The state the policy carries: a pytree, allocated once and donated."""

@@ -19,7 +19,7 @@ from dlm.tokenizer import word_tokenizer
 from dlm.window import Window
 from kernels_pallas.window_attention import pack_mask
 from tests.dlm.hf.test_files import DREAM_7B, LLADA_8B, QWEN_2_5_7B, QWEN_3_0_6B
-from tests.lib.checkpoints import TINY, assert_same, random_params
+from tests.lib.checkpoints import TINY, assert_same, load_with_mask, random_params
 from tests.lib.paths import SHARED
 
 GOLDENS = SHARED / "goldens"
@@ -74,7 +74,8 @@ A2D_QWEN3_0_6B = QWEN_3_0_6B | {
 )
 def test_published_configs_give_the_presets(tmp_path, raw, preset):
     cfg = read_config(write(tmp_path, raw))
-    assert cfg == dataclasses.replace(PRESETS[preset], bos_token_id=cfg.bos_token_id)
+    own = {"bos_token_id": cfg.bos_token_id, "more_eos_ids": ()}  # others in another file
+    assert cfg == dataclasses.replace(PRESETS[preset], **own)
     assert cfg.bos_token_id == raw["bos_token_id"]
 
 
@@ -146,10 +147,12 @@ def test_the_dream_line_is_one_format(model, name):
 def test_architectures_come_before_the_model_type(tmp_path):
     raw = STABLE_DIFFCODER_8B
     assert not read_config(write(tmp_path, raw)).shifted_logits
-    llama = raw | {"architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(ValueError, match=r"must name one network, not 'LlamaForCausalLM' and 'Sta"):
+        read_config(write(tmp_path, raw | {"architectures": ["LlamaForCausalLM"]}))
+    llama = raw | {"architectures": ["LlamaForCausalLM"], "auto_map": None}
     assert read_config(write(tmp_path, llama)).shifted_logits
     assert read_config(write(tmp_path, llama)).mask_token_id is None
-    with pytest.raises(ValueError, match=r"'StableDiffcoderForCausalLM'.* but model_type='qwen3'"):
+    with pytest.raises(ValueError, match=r"'StableDiffcoderForCausalLM'.* with model_type='qwen3'"):
         read_config(write(tmp_path, raw | {"model_type": "qwen3"}))
 
 
@@ -197,14 +200,6 @@ def test_a_block_length_is_written_or_refused(tmp_path):
 # ---- Logits of public code ------------------------------------------------------------------
 
 
-def load(path, tmp_path):
-    """A golden checkpoint, whose config.json names no MASK."""
-    raw = json.loads((path / "config.json").read_text())
-    write(tmp_path, {"mask_token_id": 93} | raw)
-    (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
-    return dlm.load(tmp_path)
-
-
 def logits_of(lm, tokens, start, block_len=None):
     """[B, T, V] of left-padded rows: full attention, or in blocks counted over the padded row."""
     B, T = tokens.shape
@@ -222,7 +217,7 @@ def _logits(params, cfg, tokens, start, allowed):
 @needs_goldens
 @pytest.mark.parametrize("name", ["llama_a", "qwen2_a", "qwen3_a"])
 def test_a2d_logits(tmp_path, name):
-    lm = load(GOLDENS / "a2d" / name, tmp_path)
+    lm = load_with_mask(GOLDENS / "a2d" / name, tmp_path)
     golden = np.load(GOLDENS / "a2d" / name / "forward.npz")
     block_len = json.loads((GOLDENS / "a2d" / name / "meta.json").read_text())["block"]
     tokens, pad = golden["tokens"], golden["pad"]
@@ -240,7 +235,7 @@ def test_a2d_logits(tmp_path, name):
 @needs_goldens
 @pytest.mark.parametrize("name", ["a", "b_tied"])
 def test_fast_dllm_v2_logits(tmp_path, name):
-    lm = load(GOLDENS / "fast_dllm_v2" / name, tmp_path)
+    lm = load_with_mask(GOLDENS / "fast_dllm_v2" / name, tmp_path)
     golden = np.load(GOLDENS / "fast_dllm_v2" / name / "forward.npz")
     logits = logits_of(lm, golden["tokens"], np.zeros(2, np.int32), lm.cfg.block_len)
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)

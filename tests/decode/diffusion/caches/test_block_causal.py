@@ -16,22 +16,27 @@ from dlm.window import Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_mask
 from kernels_pallas.window_attention import pack_mask
 from tests.lib.oracle import Model
+from tests.lib.tiers import more
 
 C = 4
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2, 2, 2], [9] * 8]
 LENGTHS = [12, 10, 5, 12, 1]
 
 
-def decode_plainly(model, prompt, gen_len, threshold, sub_len=C):
+def decode_plainly(model, prompt, gen_len, threshold, sub_len=C, origin=0, first_alone=False):
     """Threshold decoding with the whole canvas recomputed under the block-causal mask."""
     cfg, P, n = model.cfg, len(prompt), len(prompt) + gen_len
     canvas, step_map, step = list(prompt) + [cfg.mask_token_id] * gen_len, [-1] * gen_len, 0
-    block = np.arange(n) // C
+    place = np.arange(n) - origin
+    block = place // C
     shift = int(cfg.shifted_logits)
-    for b in range(P // C, block[-1] + 1):
+    for b in range(block[P], block[-1] + 1):
         here = [i for i in range(P, n) if block[i] == b]
-        parts = [here[i : i + sub_len] for i in range(0, len(here), sub_len)]
-        for part in parts:
+        part_of = {i: place[i] % C // sub_len + 1 for i in here}
+        if first_alone:
+            part_of |= {i: 0 for i in here if place[i] % C == 0}
+        for p in sorted(set(part_of.values())):
+            part = [i for i in here if part_of[i] == p]
             while any(step_map[i - P] < 0 for i in part):
                 allowed = block[:, None] >= block[None]
                 hidden, _ = model.run(canvas, range(n), allowed=allowed)
@@ -50,16 +55,26 @@ def decode_plainly(model, prompt, gen_len, threshold, sub_len=C):
     return canvas[P:], step_map, step
 
 
-@pytest.mark.parametrize("sub_len", [4, 2])
-def test_cached_decoding_equals_recomputing_everything(toy_model, sub_len):
+@pytest.mark.parametrize(
+    ("sub_len", "aligned", "first_alone"),
+    [
+        (4, True, False),
+        (2, True, True),
+        (4, False, False),
+        *more((3, True, False), (2, False, True)),
+    ],
+)
+def test_cached_decoding_equals_recomputing_everything(toy_model, sub_len, aligned, first_alone):
     cfg, params = toy_model
-    scheduler = SubBlocks(C, sub_len, aligned=True)
-    method = DiffusionMethod(scheduler, BlockCausal(C), rule=Threshold(0.5))
+    scheduler = SubBlocks(C, sub_len, aligned=aligned, first_alone=first_alone)
+    method = DiffusionMethod(scheduler, BlockCausal(C, aligned), rule=Threshold(0.5))
     state = init_state(cfg, method, PROMPTS, gen_len=LENGTHS, prompt_len=11, batch_size=8)
     state = decode(params, cfg, method, state)
     model = Model(params, cfg)
     for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
-        tokens, step_map, steps = decode_plainly(model, prompt, length, 0.5, sub_len)
+        origin = 0 if aligned else len(prompt)
+        expected = decode_plainly(model, prompt, length, 0.5, sub_len, origin, first_alone)
+        tokens, step_map, steps = expected
         assert state.tokens[b, 11 : 11 + length].tolist() == tokens
         assert state.step_map[b, :length].tolist() == step_map
         assert int(state.num_forwards[b]) == steps
@@ -114,6 +129,11 @@ def test_other_blocks_are_refused(toy_cfg, change):
     method = DiffusionMethod(FixedBlocks(C, aligned=True), BlockCausal(C)).replace(**change)
     with pytest.raises(ValueError, match=r"use aligned blocks of 4"):
         init_state(toy_cfg, method, [[1]], gen_len=4)
+    from_the_end = method.replace(
+        cache=BlockCausal(C, aligned=False), scheduler=FixedBlocks(C, aligned=True)
+    )
+    with pytest.raises(ValueError, match="use unaligned blocks of 4"):
+        init_state(toy_cfg, from_the_end, [[1]], gen_len=4)
 
 
 def test_what_it_cannot_do_is_refused(toy_cfg):

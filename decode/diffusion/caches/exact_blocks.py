@@ -1,0 +1,142 @@
+"""What caches of block-diffusion models share: all but the open block is exact.
+
+A position sees its own block and all before it, so a finished block never changes. A forward runs
+over the open block and the one before it, which settles the latter in the cache with its final
+tokens; everything earlier is read. The prompt is filled in before a row's first round, by a forward
+that `num_forwards` does not count.
+
+Letters: B rows, W window positions, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decode.diffusion.caches.canvas import CachePolicy, Canvas
+from decode.diffusion.contracts import check_range
+from dlm.cache import KVCache, init_cache
+from dlm.config import ModelConfig
+from dlm.models.decoder import forward
+from dlm.params import Params
+from dlm.window import Slots, Window
+from kernels_pallas.window_attention import pack_mask
+
+if TYPE_CHECKING:
+    from decode.diffusion.method import DiffusionMethod
+
+
+@struct.dataclass
+class ExactBlocksState:
+    """State of `ExactBlocks`.
+
+    Attributes:
+      kv: keys and values; canvas position i is slot block_len + i, so that the window of a row with
+        a short prompt may start before it.
+      is_filled: [B] bool. Whether the row's prompt is there.
+    """
+
+    kv: KVCache
+    is_filled: jax.Array
+
+
+@struct.dataclass
+class ExactBlocks(CachePolicy):
+    """Blocks that never look ahead, cached exactly once they are finished.
+
+    Attributes:
+      block_len: positions per block, as trained. Static.
+      aligned: whether they are counted from the start of the prompt; False: from its end. Static.
+    """
+
+    covers: ClassVar[str] = "block"
+    looks_ahead: ClassVar[bool] = False
+
+    block_len: int = struct.field(pytree_node=False, default=32)
+    aligned: bool = struct.field(pytree_node=False, default=True)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        check_range("block_len", self.block_len, 1, cfg.max_seq_len)
+
+    def refuse(self, method: DiffusionMethod) -> str | None:
+        blocks = method.scheduler
+        if blocks.is_aligned != self.aligned or blocks.fixed_len != self.block_len:
+            return (
+                f"{method.cache.name}(block_len={self.block_len}) needs the blocks that the model "
+                f"sees: use {'' if self.aligned else 'un'}aligned blocks of {self.block_len}"
+            )
+        if who := method.who_needs("shadow"):
+            return f"{method.cache.name} has no shadow, which {who} needs"
+        if not method.inputs.shows_mask or method.inputs.remembers:
+            return f"{method.cache.name} shows MASK, and {method.inputs.name} wants something else"
+        return None
+
+    def allocate_blocks(
+        self, cfg: ModelConfig, batch_size: int, num_slots: int
+    ) -> ExactBlocksState:
+        """As `allocate`."""
+        slots = num_slots + 2 * self.block_len
+        return ExactBlocksState(init_cache(cfg, batch_size, slots), jnp.zeros(batch_size, bool))
+
+    def judge_blocks(
+        self,
+        params: Params,
+        cfg: ModelConfig,
+        canvas: Canvas,
+        window_len: int,
+        state: ExactBlocksState,
+    ) -> tuple[jax.Array, ExactBlocksState, jax.Array]:
+        """As `judge`: a forward over the open block and the one before it."""
+        C, kv = self.block_len, state.kv
+        if canvas.prompt_len:
+            lacking = canvas.is_active & ~state.is_filled
+            fill = lambda kv: self._run(  # noqa: E731
+                params, cfg, canvas.replace(is_active=lacking), jnp.zeros_like(canvas.start),
+                canvas.prompt_len, kv, None,
+            )[1]  # fmt: skip
+            kv = jax.lax.cond(lacking.any(), fill, lambda kv: kv, kv)
+        first = self.first(canvas) - C  # of the block before
+        settled = jnp.stack([canvas.start + C, first + C], axis=-1)[:, None]
+        hidden, kv = self._run(params, cfg, canvas, first, 2 * C, kv, settled)
+        index = (canvas.window_start - first - int(cfg.shifted_logits))[:, None]
+        index = jnp.minimum(index + jnp.arange(window_len)[None], 2 * C - 1)
+        hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+        return hidden, ExactBlocksState(kv, jnp.ones_like(state.is_filled)), canvas.is_active
+
+    def first(self, canvas: Canvas) -> jax.Array:
+        """[B]: where the open block starts, be it inside the prompt."""
+        behind = (canvas.block_start - self._origin(canvas)) % self.block_len
+        return canvas.block_start - behind
+
+    def _origin(self, canvas: Canvas) -> jax.Array:
+        """[B]: a canvas position at which a block starts."""
+        return canvas.start if self.aligned else jnp.full_like(canvas.start, canvas.prompt_len)
+
+    def _run(
+        self,
+        params: Params,
+        cfg: ModelConfig,
+        canvas: Canvas,
+        first: jax.Array,
+        length: int,
+        kv: KVCache,
+        cache_ranges: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """A forward over `length` positions from `first` [B] on, which are written to the cache."""
+        S = canvas.tokens.shape[1]
+        place = first[:, None] + jnp.arange(length)[None]
+        block = (place - self._origin(canvas)[:, None]) // self.block_len
+        window = Window(
+            tokens=jnp.take_along_axis(canvas.tokens, jnp.clip(place, 0, S - 1), axis=1),
+            positions=place - canvas.start[:, None],
+            mask=pack_mask(block[:, :, None] >= block[:, None, :]),
+            range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
+        )
+        write_at = first + self.block_len
+        slots = Slots(kv, cache_ranges, write_at, canvas.is_active, canvas.length)
+        out = forward(params, cfg, window, slots)
+        assert out.cache is not None
+        return out.hidden, out.cache
