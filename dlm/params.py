@@ -63,6 +63,18 @@ class LowRank(struct.PyTreeNode):
     scale: float = struct.field(pytree_node=False)
 
 
+class OfLayer(struct.PyTreeNode):
+    """A leaf of a layer's parameters that lies among those of all layers, and is not taken out.
+
+    Attributes:
+      stack: [L, ...].
+      layer: scalar int32.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+
+
 class LogitCap(struct.PyTreeNode):
     """Says among parameters, without a leaf, that logits z go through cap tanh(z / cap).
 

@@ -5,21 +5,27 @@ Mixture-of-Experts Layer", arXiv:1701.06538; routers as in the public code of Mi
 OLMoE (softmax), and of DeepSeek-V3 and LLaDA2 (sigmoid, groups, a bias that only chooses,
 arXiv:2412.19437 section 2.1.2).
 
-Nothing is dropped and there is no capacity: what a token gets depends on that token alone. Two ways
-to compute the same sum:
+Nothing is dropped and there is no capacity: what a token gets depends on that token alone. Three
+ways to compute the same sum:
 
-    sorted   assignments of tokens to experts, sorted by expert, go through ragged products
-    in turn  one expert after the other goes over all tokens; those that nobody chose are skipped
+    sorted   TPU  assignments of tokens to experts, sorted by expert, go through ragged products
+    at once  GPU  all experts go over all tokens, as one batched product: XLA has no ragged products
+                  there, and a block of tokens has to read almost all experts anyway. Where there
+                  are many tokens, as in prompts, it costs E / k times the operations
+    in turn  CPU  one expert after the other goes over all tokens; those nobody chose are skipped
 
-The former is what TPUs and GPUs do; on CPU ragged products cost as much as all experts together.
+Weights that lie among those of other layers (`OfLayer`) are read there: for ragged products the
+experts of all layers are groups of which only this layer's have rows. Taken out first they would be
+read three times instead of once.
 
 Letters: B batch, T window positions, M = B T tokens, D width, E experts, k of them per token,
-F hidden width of one, A = M k assignments.
+F hidden width of one, A = M k assignments, L layers.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +34,11 @@ from jax.sharding import PartitionSpec as P
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import ACTIVATIONS, mlp
 from dlm.config import Experts
-from dlm.params import Params
+from dlm.params import OfLayer, Params
 from dlm.sharding import per_shard, split_axes
+
+WEIGHTS = ("gate", "up", "down")  # of all experts of a layer: most of what a model weighs
+CHUNK = 256  # tokens that `at_once` takes at a time: it keeps 3 E CHUNK F numbers
 
 
 def moe(x: jax.Array, p: Params, experts: Experts, activation: str = "silu") -> jax.Array:
@@ -37,7 +46,8 @@ def moe(x: jax.Array, p: Params, experts: Experts, activation: str = "silu") -> 
 
     Args:
       x: [B, T, D]. Normalised input.
-      p: {"router", "gate", "up", "down"}, and what `experts` says is there besides.
+      p: {"router", "gate", "up", "down"}, and what `experts` says is there besides. The weights of
+        experts may be `OfLayer`; gradients to them then cost as much as all layers together.
       experts: how they are chosen.
       activation: of their MLPs.
 
@@ -49,15 +59,16 @@ def moe(x: jax.Array, p: Params, experts: Experts, activation: str = "silu") -> 
     chosen, weights = route(rows, p, experts)
     split = split_axes(batch=B, experts=experts.num_experts, ffn=experts.d_ff)
     by_row, by_expert, width = P(split["batch"]), split["experts"], split["ffn"]
-    operands = {
-        "rows": rows,
-        "chosen": chosen,
-        "weights": weights,
-        **{name: p[name] for name in ("gate", "up", "down")},
-    }
-    into, out_of = P(by_expert, None, width), P(by_expert, width)
+    weights_of = {name: p[name] for name in WEIGHTS}
+    layer = None
+    if isinstance(p["gate"], OfLayer):
+        layer = p["gate"].layer
+        weights_of = {name: leaf.stack for name, leaf in weights_of.items()}
+    operands = {"rows": rows, "chosen": chosen, "weights": weights, "layer": layer, **weights_of}
+    lead = () if layer is None else (None,)
+    into, out_of = P(*lead, by_expert, None, width), P(*lead, by_expert, width)
     specs = dict.fromkeys(("rows", "chosen", "weights"), by_row)
-    specs |= {"gate": into, "up": into, "down": out_of}
+    specs |= {"gate": into, "up": into, "down": out_of, "layer": P()}
     run = functools.partial(
         _local_experts, axis=by_expert, summed=by_expert or width, activation=activation
     )
@@ -113,13 +124,14 @@ def _local_experts(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    layer: jax.Array | None,
     *,
     axis: tuple[str, ...] | None,
     summed: tuple[str, ...] | None,
     activation: str,
 ) -> jax.Array:
     """[M, D], at least float32: the sum over this device's experts, or over its part of each."""
-    first = 0 if axis is None else jax.lax.axis_index(axis) * gate.shape[0]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * gate.shape[-3]
     y = jax.lax.platform_dependent(
         rows,
         chosen - first,
@@ -127,8 +139,10 @@ def _local_experts(
         gate,
         up,
         down,
+        layer,
         cpu=functools.partial(in_turn, activation=activation),
-        default=functools.partial(sorted_by_expert, activation=activation),
+        tpu=functools.partial(sorted_by_expert, activation=activation),
+        default=functools.partial(at_once, activation=activation),
     )
     return y if summed is None else jax.lax.psum(y, summed)
 
@@ -140,6 +154,7 @@ def in_turn(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    layer: jax.Array | None = None,
     *,
     activation: str,
 ) -> jax.Array:
@@ -149,26 +164,78 @@ def in_turn(
       rows: [M, D].
       chosen: [M, k] int32. Numbers outside of [0, E) are experts that are not here.
       weights: [M, k] float32.
-      gate, up: [E, D, F].
-      down: [E, F, D].
+      gate, up: [E, D, F], or [L, E, D, F] with `layer`.
+      down: [E, F, D], or [L, E, F, D].
+      layer: scalar int32. Whose experts they are; None: there is only one.
       activation: of their MLPs.
     """
     act = ACTIVATIONS[activation]
+    matrices = (gate, up, down)
 
-    def add(y: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        number, gate, up, down = expert
+    def add(y: jax.Array, expert: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+        number, own = expert
         is_mine = chosen == number
         weight = jnp.where(is_mine, weights, 0.0).sum(axis=1, keepdims=True)
 
         def run(y: jax.Array) -> jax.Array:
+            gate, up, down = _entries(matrices, layer, number) if own is None else own
             out = jnp.dot(act(jnp.dot(rows, gate)) * jnp.dot(rows, up), down)
             return y + weight * out.astype(y.dtype)
 
         return jax.lax.cond(is_mine.any(), run, lambda y: y, y), None
 
-    numbers = jnp.arange(gate.shape[0], dtype=jnp.int32)
+    numbers = jnp.arange(gate.shape[-3], dtype=jnp.int32)
     zeros = jnp.zeros(rows.shape, jnp.promote_types(rows.dtype, jnp.float32))
-    return jax.lax.scan(add, zeros, (numbers, gate, up, down))[0]
+    return jax.lax.scan(add, zeros, (numbers, matrices if layer is None else None))[0]
+
+
+def at_once(
+    rows: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array | None = None,
+    *,
+    activation: str,
+) -> jax.Array:
+    """[M, D], at least float32: all experts over all tokens, `CHUNK` of them at a time.
+
+    Args: as `in_turn`.
+    """
+    M, act = len(rows), ACTIVATIONS[activation]
+    if layer is not None:
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        gate, up, down = take(gate), take(up), take(down)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    numbers = jnp.arange(gate.shape[0], dtype=jnp.int32)
+
+    def chunk(operands: tuple[jax.Array, ...]) -> jax.Array:
+        rows, chosen, weights = operands
+        is_chosen = chosen[None] == numbers[:, None, None]  # [E, m, k]
+        of_expert = jnp.where(is_chosen, weights[None], 0.0).sum(axis=2)  # [E, m]
+        hidden = act(jnp.einsum("md,edf->emf", rows, gate)) * jnp.einsum("md,edf->emf", rows, up)
+        out = jnp.einsum("emf,efd->emd", hidden, down).astype(wide)
+        return (out * of_expert[..., None]).sum(axis=0)
+
+    if M <= CHUNK:
+        return chunk((rows, chosen, weights))
+    padded = tuple(
+        jnp.pad(x, ((0, -M % CHUNK), (0, 0)), constant_values=pad).reshape(-1, CHUNK, x.shape[1])
+        for x, pad in ((rows, 0), (chosen, -1), (weights, 0))
+    )
+    return jax.lax.map(chunk, padded).reshape(-1, rows.shape[1])[:M]
+
+
+def _entries(matrices: Any, layer: Any, number: jax.Array) -> Any:
+    """One expert's of one layer's, read where they lie."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice(x, (layer, number, 0, 0), (1, 1, *x.shape[2:])).reshape(
+            x.shape[2:]
+        ),
+        matrices,
+    )
 
 
 def sorted_by_expert(
@@ -178,6 +245,7 @@ def sorted_by_expert(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    layer: jax.Array | None = None,
     *,
     activation: str,
 ) -> jax.Array:
@@ -186,18 +254,23 @@ def sorted_by_expert(
     Args: as `in_turn`. Assignments to experts that are not here come last, and count nothing.
     """
     M, k = chosen.shape
-    E = gate.shape[0]
+    E = gate.shape[-3]
     flat = chosen.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < E), flat, E)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=E)  # E itself is dropped
+    num_here = sizes.sum()
+    if layer is not None:  # experts of other layers are groups without rows
+        none = jnp.zeros(len(gate) * E, sizes.dtype)
+        sizes = jax.lax.dynamic_update_slice_in_dim(none, sizes, layer * E, axis=0)
+        gate, up, down = (x.reshape(-1, *x.shape[2:]) for x in (gate, up, down))
     token = order // k
     inputs = rows[token]  # [A, D]
     hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(inputs, gate, sizes))
     hidden = hidden * jax.lax.ragged_dot(inputs, up, sizes)
     out = jax.lax.ragged_dot(hidden, down, sizes)
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-    is_here = jnp.arange(M * k) < sizes.sum()
+    is_here = jnp.arange(M * k) < num_here
     out = jnp.where(is_here[:, None], out * weights.reshape(-1)[order][:, None], 0.0)
     # Back in the order of tokens, so that sums are the same whatever else is in the batch.
     back = jnp.argsort(order)

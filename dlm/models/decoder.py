@@ -27,12 +27,12 @@ from flax import struct
 from dlm.blocks.attention import attend, project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
-from dlm.blocks.moe import moe
+from dlm.blocks.moe import WEIGHTS, moe
 from dlm.blocks.norm import norm
 from dlm.blocks.rotary import Angles, rotary_angles
 from dlm.cache import KVCache, write_positions
 from dlm.config import ModelConfig
-from dlm.params import Params, stacks
+from dlm.params import OfLayer, Params, stacks
 from dlm.sharding import constrain
 from dlm.window import Slots, Window
 
@@ -104,13 +104,18 @@ def forward(
 
     tables, table = _rotary_tables(cfg, run, window, slots)
     kept, keep = _feature_buffer(cfg, feature_layers, x)
-    of_kind, of_all = stacks(params, cfg), cfg.kinds("mlp")
+    taken_out, in_place = stacks(params, cfg), {}
+    if slots is not None and "experts" in taken_out:  # else gradients may be wanted
+        taken_out, in_place["experts"] = _without_experts(taken_out)
+    of_all = cfg.kinds("mlp")
     kinds = tuple(of_all[i] for i in run)
 
     def layer(kind: str, carry: Any, p: Params | None, at: _Place) -> Any:
         x, written, kept = carry
         take = lambda index: lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-        p = jax.tree.map(take(at.own), of_kind[kind]) if p is None else p
+        p = jax.tree.map(take(at.own), taken_out[kind]) if p is None else p
+        if kind in in_place:
+            p = p | {"moe": p["moe"] | {n: OfLayer(x, at.own) for n, x in in_place[kind].items()}}
         angles = tables if at.table is None else jax.tree.map(take(at.table), tables)
         kept = keep(kept, at.layer, x)
         used = slots if slots is None or written is None else slots.replace(cache=written)
@@ -139,7 +144,7 @@ def forward(
             own = slice(start + j, start + period * count, period)
             at = jax.tree.map(lambda x, own=own: jnp.asarray(x[own]), place)
             # Weights that are all run, in order, are scanned; of others each is read where it lies.
-            xs.append((of_kind[kind] if count == len(cfg.stacks[kind]) else None, at))
+            xs.append((taken_out[kind] if count == len(cfg.stacks[kind]) else None, at))
         carry, _ = jax.lax.scan(functools.partial(cycle, in_cycle), carry, xs)
     x, written, kept = carry
     kept = keep(kept, cfg.n_layers, x)
@@ -154,6 +159,14 @@ def forward(
         cache=given if written is None else written,
         features=None if kept is None else jnp.concatenate([*kept[:-1]], axis=-1),
     )
+
+
+def _without_experts(of_kind: dict[str, Params]) -> tuple[dict[str, Params], Params]:
+    """Stacked layers without the weights of experts, and those, which are read where they lie."""
+    layers = of_kind["experts"]
+    weights = {name: layers["moe"][name] for name in WEIGHTS}
+    rest = {name: leaf for name, leaf in layers["moe"].items() if name not in weights}
+    return of_kind | {"experts": layers | {"moe": rest}}, weights
 
 
 class _Place(struct.PyTreeNode):
