@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from jax.sharding import Mesh
 
 from dlm.config import ModelConfig
 from dlm.hf.files import read_config
+from dlm.hf.gguf import load_gguf_params, read_gguf_config
+from dlm.hf.gguf_file import open_gguf
+from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
 from dlm.params import Params
 from dlm.sharding import RULES, Rules
@@ -56,10 +60,10 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> LanguageModel:
-    """Loads a published LLaDA or Dream model, or one that `save` wrote.
+    """Loads a published model, or one that `save` wrote.
 
     Args:
-      path: a directory with `config.json`, weights, and maybe a tokenizer.
+      path: a directory with `config.json`, weights, and maybe a tokenizer; or a .gguf file.
       dtype: of the parameters, such as "bfloat16"; by default the file's.
       mesh: where to put the parameters; None: on the default device.
       rules: logical axes to mesh axes.
@@ -68,6 +72,11 @@ def load(
       FileNotFoundError: the directory or a file in it is missing.
       ValueError: a file is broken, the model is of an unknown kind, or the tokenizer is not its.
     """
+    if pathlib.Path(path).suffix == ".gguf":
+        file = open_gguf(path)
+        cfg, tokenizer = read_gguf_config(file, dtype), load_gguf_tokenizer(file)
+        _check_tokenizer(tokenizer, cfg)
+        return LanguageModel(load_gguf_params(file, cfg, mesh, rules), cfg, tokenizer, mesh)
     cfg = read_config(path, dtype)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     if tokenizer is not None:
