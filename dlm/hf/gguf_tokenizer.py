@@ -243,6 +243,7 @@ def _sentence_piece(
 ) -> tokenizers.Tokenizer:
     """SentencePiece's BPE: of all neighbours that make a piece, those of the highest score merge.
 
+    Scores are all different in published files; of equal ones the piece that is listed first wins.
     Spaces are written as "▁", one is put before a text and before what follows a special token, and
     what no piece covers is spelled in bytes.
     """
@@ -259,7 +260,7 @@ def _sentence_piece(
     given.pop("merges", None)  # follow from the scores
     has_prefix = given.pop("add_space_prefix", True)
     vocab = _vocab(tokens, types)
-    pieces = {token: i for token, i in vocab.items() if types[i] in (_Type.NORMAL,)}
+    pieces = {token: i for token, i in vocab.items() if types[i] == _Type.NORMAL}
     pairs = [
         (scores[i], vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
         for piece, i in pieces.items()
