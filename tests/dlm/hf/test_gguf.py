@@ -377,6 +377,16 @@ def test_files_that_are_cut_off(written):
             open_gguf(path)
 
 
+def test_a_length_beyond_the_file(written):
+    path = written()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"general.architecture") + len(b"general.architecture") + 4
+    data[at : at + 8] = (10**12).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"1000000000000 entries are to follow byte {at + 8}"):
+        open_gguf(path)
+
+
 def test_damaged_headers_give_a_sentence_or_a_model(written):
     """A wrong byte anywhere before the weights: never another error, never a hang."""
     path = written()
