@@ -74,9 +74,9 @@ def load(
     """
     if pathlib.Path(path).suffix == ".gguf":
         file = open_gguf(path)
-        cfg, tokenizer = read_gguf_config(file, dtype), load_gguf_tokenizer(file)
-        _check_tokenizer(tokenizer, cfg)
-        return LanguageModel(load_gguf_params(file, cfg, mesh, rules), cfg, tokenizer, mesh)
+        cfg, inside = read_gguf_config(file, dtype), load_gguf_tokenizer(file)
+        _check_tokenizer(inside, cfg)
+        return LanguageModel(load_gguf_params(file, cfg, mesh, rules), cfg, inside, mesh)
     cfg = read_config(path, dtype)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     if tokenizer is not None:

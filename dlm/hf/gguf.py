@@ -94,8 +94,10 @@ _HARMLESS = ("general.", "tokenizer.", "quantize.imatrix.", "imatrix.")
 
 _SCALING = "rope.scaling."
 
-# The numbers of Llama 3.1 and later besides the factor; files hold only what follows from them.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+# Llama 3.1 and later but for the factor; files hold only what follows from it.
+_LLAMA3 = RopeScaling(
+    factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+)
 
 
 def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
@@ -268,7 +270,7 @@ def _read_rope(
     if "rope_freqs.weight" not in file.tensors:
         return None
     divisors = file.tensors["rope_freqs.weight"][(slice(None),)].astype(np.float64)
-    found = RopeScaling(factor=float(str(np.float32(divisors.max()))), **_LLAMA3)
+    found = dataclasses.replace(_LLAMA3, factor=float(str(np.float32(divisors.max()))))
     frequency = values["rope_theta"] ** -(np.arange(0, values["head_dim"], 2) / values["head_dim"])
     turns = found.original_max_seq_len * frequency / (2 * np.pi)
     low, high = found.low_freq_factor, found.high_freq_factor
@@ -277,7 +279,7 @@ def _read_rope(
     if divisors.shape != expected.shape or np.abs(divisors / expected - 1).max() > 1e-4:
         raise ValueError(
             f"{file.path}: rope_freqs.weight={_short(divisors.tolist())} is not supported; only "
-            f"what follows from Llama 3's rope_scaling is, with {_LLAMA3}"
+            f"what follows from {found} is"
         )
     return found
 

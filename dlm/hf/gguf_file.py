@@ -88,8 +88,8 @@ class GGUFTensor:
         start, stop, _ = columns.indices(shape[-1])
         stored = rows.ravel()
         if self.head_dim is not None:
-            head, at = np.divmod(stored, self.head_dim)
-            half, pair = np.divmod(at, self.head_dim // 2)
+            head, inside = np.divmod(stored, self.head_dim)
+            half, pair = np.divmod(inside, self.head_dim // 2)
             stored = head * self.head_dim + 2 * pair + half
         ordered = np.sort(stored)
         values = np.empty((len(ordered), stop - start), self.dtype)

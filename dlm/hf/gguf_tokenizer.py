@@ -209,8 +209,8 @@ def _byte_level(
             f"{file.path}: tokenizer.ggml.pre={name!r} is not known; only "
             f"{', '.join(map(repr, PRE_TOKENIZERS))} are"
         )
-    pairs = [tuple(merge.split(" ")) for merge in merges or () if isinstance(merge, str)]
-    if not pairs or len(pairs) != len(merges) or any(len(pair) != 2 for pair in pairs):
+    pairs = [(a, b) for a, _, b in (str(merge).partition(" ") for merge in merges or ())]
+    if not pairs or any(not a or not b or " " in b for a, b in pairs):
         raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of pairs of tokens")
     if given.pop("add_space_prefix", False):
         raise ValueError(f"{file.path}: tokenizer.ggml.add_space_prefix must be false for 'gpt2'")
