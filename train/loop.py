@@ -174,6 +174,11 @@ def _make_recipe(settings: RunConfig) -> _Recipe:
             "optim.ema_decay=0 must be positive: the objective compares the model with the "
             "moving average of itself"
         )
+    if settings.data.keep_apart and not objective.keeps_apart:
+        raise ConfigError(
+            f"data.keep_apart=True must be False with train.objective="
+            f"{settings.train.objective['make']!r}, which lets packed texts see each other"
+        )
     trainable: Trainable = EVERYTHING
     if settings.train.trainable is not None:
         trainable = build(settings.train.trainable, "train.trainable")

@@ -399,10 +399,19 @@ def test_bad_files_come_before_any_step(tmp_path):
         f"data.train: {path}, line 101: the record lacks the field 'a' of the template"
     )
     assert run(short + '\n{"q": "abcdef", "a": ""}\n' + short) == (
-        f"{path}, line 102: the prompt has 6 tokens, more than data.prompt_len=5: 'abcdef'"
+        f"{path}, line 102: the prompt has 6 tokens, more than data.prompt_len=5: 'abcdef' "
+        "(data.too_long='cut' or 'leave_out' lets it pass)"
     )
     assert run(short + '{"q": "", "a": "abcd"}\n' + short).startswith(
         f"{path}, line 101: the completion has 4 tokens and its end, more than"
+    )
+    # Thirty characters, of four tokens each: short as texts go.
+    emoji = json.dumps({"q": "", "a": "🙂" * 30}, ensure_ascii=False) + "\n"
+    text = ('{"q": "", "a": "' + "b" * 60 + '"}\n') * 100
+    assert run(text + emoji + text + emoji, data__completion_len=64, model__max_seq_len=80) == (
+        f"{path}, line 101: the completion has 120 tokens and its end, more than "
+        f"data.completion_len=64: '{'🙂' * 30}' (data.too_long='cut' or 'leave_out' lets it pass); "
+        "examples that do not fit: 2"
     )
     assert run(short, model__max_seq_len=8) == (
         "model.max_seq_len=8 must be at least data.prompt_len + data.completion_len = 9"

@@ -100,7 +100,13 @@ def train_iterator(
     iterator = iter(rows.to_iter_dataset(options))
     made: grain.DatasetIterator
     if data.packing:
-        made = Packed(iterator, encode, local_batch_size, data.completion_len)
+        made = Packed(
+            iterator,
+            encode,
+            local_batch_size,
+            data.completion_len,
+            keep_apart=data.keep_apart,
+        )
     else:
         made = Bucketed(iterator, encode, _bucket_sizes(data, num_shards), process)
     return grain.experimental.ThreadPrefetchDatasetIterator(
@@ -147,7 +153,7 @@ def valid_batches(
     rows = iter(grain.MapDataset.source(used).map(encode).to_iter_dataset(options))
     found: grain.DatasetIterator
     if data.packing:
-        found = Packed(rows, encode, data.batch_size, data.completion_len, process)
+        found = Packed(rows, encode, data.batch_size, data.completion_len, process, data.keep_apart)
     else:
         found = Bucketed(rows, encode, _bucket_sizes(data, num_shards), process)
     batches = list(itertools.islice(found, num_batches))
@@ -251,8 +257,8 @@ def _that_fit(
         try:
             encode(wrong[0])
         except ConfigError as error:
-            more = f"; so are {len(wrong) - 1} more examples" if len(wrong) > 1 else ""
-            raise ConfigError(f"{error}{more}") from error
+            count = f"; examples that do not fit: {len(wrong)}" if len(wrong) > 1 else ""
+            raise ConfigError(f"{error}{count}") from error
     if len(wrong) == len(task):
         raise ConfigError(
             f"all {len(task)} examples are longer than data.prompt_len={data.prompt_len} and "
