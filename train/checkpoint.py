@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from typing import Any
@@ -178,7 +179,8 @@ def restore_newest(
     """The newest step that can be read, and its state; `iterator` is set to the batch that follows.
 
     A damaged step is put aside as "STEP.damaged" if an older one can be read; not with several
-    processes, of which only some might see the damage.
+    processes, of which only some might see the damage. Files that are missing or too short are
+    seen; wrong numbers inside of them may not be.
 
     Args: as `restore`.
 
@@ -196,27 +198,27 @@ def restore_newest(
         except ConfigError:
             raise
         except Exception as error:  # whatever Orbax and what is below it make of broken files
-            said = f"{said or f'{type(error).__name__}: {error}'.splitlines()[0][:200]}"
+            said = said or f"{type(error).__name__}: {error}".splitlines()[0][:200]
             damaged.append(step)
             if jax.process_count() > 1:
                 break
             continue
         for bad in damaged:
-            paths[bad].rename(root / f"{paths[bad].name}.damaged")
+            aside = root / f"{bad}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            paths[bad].rename(aside)
             logging.warning(
-                "Step %d in %s is damaged (%s): going on from %d.", bad, root, said, step
+                "Step %d in %s is damaged (%s): going on from step %d.", bad, root, said, step
             )
         if damaged:
             manager.reload()
         return step, state
     older = [step for step in steps if step not in damaged]
-    what = (
-        f"delete {paths[damaged[0]]} to go on from step {older[0]}"
-        if older
-        else (f"delete {root} to start anew")
-    )
+    advice = f"delete {root} to start anew"
+    if older:
+        advice = f"delete {paths[damaged[0]]} to go on from step {older[0]}"
     raise ConfigError(
-        f"step {', '.join(map(str, damaged))} in {root} cannot be read ({said}): {what}"
+        f"step {', '.join(map(str, damaged))} in {root} cannot be read ({said}): {advice}"
     )
 
 

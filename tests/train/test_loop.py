@@ -357,10 +357,12 @@ def test_a_damaged_checkpoint_is_put_aside(finished, tmp_path, caplog, how):
     assert (copy / weights).read_bytes() == (workdir / weights).read_bytes()
     assert without_times(copy) == without_times(workdir)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["4", "8", "8.damaged"]
-    for step in ("4", "8"):
+    damage(copy / "checkpoints" / "8", how)  # once more
+    assert loop.run(toy_config(train__num_steps=9), copy).step == 9
+    for step in ("8", "9"):
         damage(copy / "checkpoints" / step, how)
-    with pytest.raises(ConfigError, match=r"step 8, 4 in .* cannot be read \(.*start anew$"):
-        loop.run(toy_config(train__num_steps=9), copy)
+    with pytest.raises(ConfigError, match=r"step 9, 8 in .* cannot be read \(.*start anew$"):
+        loop.run(toy_config(train__num_steps=10), copy)
 
 
 def test_resuming_on_another_mesh(finished, tmp_path):
