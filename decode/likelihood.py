@@ -313,6 +313,11 @@ def _estimate(
     start, is_answer = jnp.repeat(start, N), jnp.repeat(is_answer, N, axis=0)
     hidden = _hidden(params, cfg, canvas, start)
     if guidance is not None:
+        if cfg.logit_cap is not None:
+            raise ValueError(
+                "guidance mixes logits through hidden states, which logits with logit_cap="
+                f"{cfg.logit_cap} do not allow: leave it out"
+            )
         # Logits are linear in hidden states, so these are mixed in place of logits.
         blind = _hidden(params, cfg, jnp.where(is_answer, canvas, mask_id(cfg)), start)
         hidden, blind = hidden.astype(jnp.float32), blind.astype(jnp.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ from dlm.sharding import constrain, per_shard, slots_axis, split_axes
 from kernels_pallas.slots import put_slots, take_slots
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys (already rotated) and values of all layers.
 
     It has no length of its own: which slots hold something is said per call, as ranges, by whoever
@@ -25,10 +25,12 @@ class KVCache:
     Attributes:
       k: [L, B, K, S, H] in the model's dtype: the keys of one head are one [S, H] matrix.
       v: [L, B, K, S, H] likewise.
+      positions: [1, B, 1, S, 1] int32. Where the keys stand, for sliding layers; None without such.
     """
 
     k: jax.Array
     v: jax.Array
+    positions: jax.Array | None = None
 
     @property
     def num_slots(self) -> int:
@@ -43,6 +45,8 @@ class KVCache:
 def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     """An empty cache for `batch_size` rows of at least `num_slots` positions, in `cfg.dtype`.
 
+    Every layer has all slots, whatever a sliding window leaves of them.
+
     There are as many slots as the GPU kernel can read and the mesh in use can split: a multiple of
     8 on every device.
     """
@@ -51,7 +55,11 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, num_slots, cfg.head_dim)
     axes = (None, "batch", "kv_heads", "slots", None)
     zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
-    return KVCache(k=zeros(), v=zeros())
+    positions = None
+    if cfg.sliding_window is not None:
+        positions = jnp.zeros((1, batch_size, 1, num_slots, 1), jnp.int32)
+        positions = constrain(positions, None, "batch", None, "slots", None)
+    return KVCache(k=zeros(), v=zeros(), positions=positions)
 
 
 def write(cache: KVCache, new: KVCache, start: jax.Array) -> KVCache:
@@ -62,6 +70,28 @@ def write(cache: KVCache, new: KVCache, start: jax.Array) -> KVCache:
         return jax.tree.map(lambda x, new: by_row(x, new, start), cache, new)
 
     return _per_shard(put, cache, new=new, start=start)
+
+
+def write_positions(
+    cache: KVCache, positions: jax.Array, start: jax.Array, rows: jax.Array | None
+) -> KVCache:
+    """Puts positions [B, T] into slots start [B] and behind it, of `rows` [B] bool; None: all."""
+    assert cache.positions is not None
+    new = positions[None, :, None, :, None]
+
+    def put(old: jax.Array, new: jax.Array, start: jax.Array, axis: str | None) -> jax.Array:
+        by_row = jax.vmap(functools.partial(put_slots, axis=axis), in_axes=(1, 1, 0), out_axes=1)
+        return by_row(old, new, start)
+
+    B, S = cache.positions.shape[1], cache.num_slots
+    split, axis = split_axes(batch=B)["batch"], slots_axis(S)
+    of_slots = P(None, split, None, axis)
+    specs = {"old": of_slots, "new": P(None, split), "start": P(split)}
+    operands = {"old": cache.positions, "new": new, "start": start}
+    written = per_shard(functools.partial(put, axis=axis), operands, specs, of_slots)
+    if rows is not None:
+        written = jnp.where(rows[None, :, None, None, None], written, cache.positions)
+    return cache.replace(positions=written)
 
 
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
@@ -91,7 +121,10 @@ def _per_shard(
     _, B, K, S, _ = cache.k.shape
     split = split_axes(batch=B, kv_heads=K)
     rows, heads, slots = split["batch"], split["kv_heads"], slots_axis(S)
-    specs = dict.fromkeys(operands, P(rows)) | {"cache": P(None, rows, heads, slots)}
+    stored = P(None, rows, heads, slots)
+    places = None if cache.positions is None else P(None, rows, None, slots)
+    specs: dict[str, Any] = dict.fromkeys(operands, P(rows))
+    specs["cache"] = KVCache(k=stored, v=stored, positions=places)  # type: ignore[arg-type]
     if "new" in operands:
         specs["new"] = P(None, rows, heads)
     run = functools.partial(function, axis=slots)

@@ -4,45 +4,102 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Rotary frequencies stretched for longer texts, as Llama 3.1 does ("llama3").
-
-    Reference: Grattafiori et al., "The Llama 3 Herd of Models", arXiv:2407.21783, and the public
-    code. Wavelengths up to original / high_freq_factor stay, those from original / low_freq_factor
-    are stretched by `factor`, those in between by a share of it.
-
-    Attributes:
-      factor: > 0.
-      low_freq_factor: > 0.
-      high_freq_factor: > low_freq_factor.
-      original_max_seq_len: positions of the model before it was stretched.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_seq_len: int
-
-    def __post_init__(self) -> None:
-        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(
-                f"rope_scaling: factor={self.factor} must be positive, and low_freq_factor="
-                f"{self.low_freq_factor} positive and below high_freq_factor="
-                f"{self.high_freq_factor}"
-            )
-
+from dlm import rope
 
 # What a layer may be, in the order in which `ModelConfig.pattern` says it.
 LAYER_WORDS = {
-    "mlp": ("dense",),  # one gated MLP
-    "attention": ("global",),  # as far as the window and its mask allow
-    "positions": ("rotary",),  # queries and keys are rotated
+    "mlp": ("dense", "experts"),  # one MLP, or several of which a router chooses some per token
+    # As far as the window and its mask allow, or of that the positions less than `sliding_window`
+    # away.
+    "attention": ("global", "sliding"),
+    "positions": ("rotary", "none"),  # whether queries and keys are rotated
 }
+NORMS = ("rms", "rms_offset", "layer")
+NORM_PLACES = ("before", "after", "around")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest pattern that, over and over, gives these kinds, one per layer."""
+    lengths = range(1, len(kinds) + 1)
+    n = next(n for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return tuple(kinds[:n])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """MLPs of which a router chooses some for every token, and how it does, see `dlm.blocks.moe`.
+
+    Attributes:
+      num_experts: E.
+      num_chosen: experts per token, in [1, E].
+      d_ff: hidden width of one expert.
+      scores: what router logits become: "softmax" over all experts, or "sigmoid" of each.
+      is_renormalised: whether the weights of the chosen are divided by their sum.
+      bias: whether a number per expert is added to its score: "none", only to "choose", or to
+        choose and to "weigh".
+      num_groups: groups of consecutive experts, of which some are chosen first; divides E.
+      num_chosen_groups: how many of them, by the sum of their two highest scores; all: no matter.
+      scale: weights are multiplied by it.
+      shared_d_ff: hidden width of an MLP that every token goes through besides; 0: there is none.
+      has_shared_gate: whether its result is multiplied by a sigmoid of its own.
+    """
+
+    num_experts: int
+    num_chosen: int
+    d_ff: int
+    scores: str = "softmax"
+    is_renormalised: bool = True
+    bias: str = "none"
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    scale: float = 1.0
+    shared_d_ff: int = 0
+    has_shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.d_ff < 1 or self.shared_d_ff < 0:
+            raise ValueError(
+                f"experts: d_ff={self.d_ff} must be at least 1 and shared_d_ff="
+                f"{self.shared_d_ff} at least 0"
+            )
+        if not 1 <= self.num_chosen <= self.num_experts:
+            raise ValueError(
+                f"experts: num_chosen={self.num_chosen} must be in [1, num_experts="
+                f"{self.num_experts}]"
+            )
+        for name, known in (
+            ("scores", ("softmax", "sigmoid")),
+            ("bias", ("none", "choose", "weigh")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"experts: {name}={value!r} must be one of {known}")
+        size = self.num_experts // max(self.num_groups, 1)
+        if (
+            not 1 <= self.num_chosen_groups <= self.num_groups
+            or self.num_experts % self.num_groups
+            or self.num_chosen > self.num_chosen_groups * size
+            or (self.num_chosen_groups < self.num_groups and size < 2)
+        ):
+            raise ValueError(
+                f"experts: num_chosen_groups={self.num_chosen_groups} of num_groups="
+                f"{self.num_groups} must split num_experts={self.num_experts} evenly, two or more "
+                f"in a group, and leave num_chosen={self.num_chosen}"
+            )
+
+
+# Fields of `ModelConfig` that say what its layers are made of, beside their sizes.
+_OF_LAYERS = (
+    *("rotary_dim", "local_rope_theta", "query_growth", "learned_positions", "sliding_window"),
+    *("norm", "norm_places", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "joint_qk_norm"),
+    *("clip_qkv", "attention_scale", "attention_cap", "activation", "gated", "experts"),
+    *("embed_scale", "residual_scale", "logit_scale", "logit_cap", "pattern", "family"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +119,33 @@ class ModelConfig:
       max_seq_len: longest prompt + completion, in tokens.
       rope_theta: base of the rotary frequencies.
       rope_scaling: how they are stretched; None: they are not.
-      norm_eps: epsilon inside RMSNorm.
+      rotary_dim: numbers of a head that are rotated, the first ones; None: all.
+      local_rope_theta: base of sliding layers, whose frequencies are not stretched (Gemma 3);
+        None: they are as those of the others.
+      query_growth: (beta, n): rotated queries at position p are multiplied by
+        1 + beta ln(1 + floor(p / n)) (Ministral 3); None: they are not.
+      learned_positions: whether a vector per position is added to the embedding (GPT-2).
+      sliding_window: W of sliding layers: positions less than W away are seen; None: there are no
+        sliding layers.
+      norm: "rms", "rms_offset" (times 1 + weight, in float32; Gemma) or "layer" (with a bias).
+      norm_places: "before" attention and MLP, "after" them, before what they give is added
+        (OLMo 2), or "around" them, both (Gemma 2).
+      norm_eps: epsilon inside norms.
       qkv_bias: whether the query, key and value projections have a bias.
-      qk_norm: whether queries and keys are RMS-normalised per head before rotation (Qwen3).
+      o_bias: whether the projection of what attention gives has one.
+      mlp_bias: whether the products of the MLP have one.
+      qk_norm: whether queries and keys are normalised per head before rotation (Qwen3).
+      joint_qk_norm: whether that is done over all heads at once (OLMoE); only with `qk_norm`.
+      clip_qkv: queries, keys and values are clipped to plus and minus this; None: they are not.
+      attention_scale: queries times keys are multiplied by it; None: head_dim^(-1/2).
+      attention_cap: c of c tanh(z / c), which scores z then go through; None: they do not.
+      activation: of the MLP, "silu", "gelu" or "gelu_tanh".
+      gated: whether the MLP has a gate.
+      experts: of layers that have them; None: none has.
+      embed_scale: embeddings are multiplied by it, rounded to `dtype`.
+      residual_scale: what attention and MLP give is multiplied by it before it is added.
+      logit_scale: final hidden states are multiplied by it.
+      logit_cap: c of c tanh(z / c), which logits z go through; None: they do not.
       tie_embeddings: whether the output head is the transposed input embedding.
       shifted_logits: whether the output at position i-1 predicts token i, as in autoregressive
         models and those made from them (Dream). False: position i predicts token i (LLaDA).
@@ -74,6 +155,8 @@ class ModelConfig:
       pad_token_id: fills unused positions; never attended to.
       pattern: what the layers are, a kind per layer, over and over: layer i is
         `pattern[i % len(pattern)]`. A kind is three words of `LAYER_WORDS`.
+      family: the published architecture in whose files it is written, if those of others could hold
+        it as well; None: the first that can.
       block_len: positions per block of a model that was trained to see its own block and those
         before it (SDAR, Fast-dLLM v2); None: it was not, or nothing says it was.
       dtype: of parameters and matrix products; norms, softmax and statistics are float32.
@@ -88,10 +171,30 @@ class ModelConfig:
     vocab_size: int
     max_seq_len: int
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: rope.Scaling | None = None
+    rotary_dim: int | None = None
+    local_rope_theta: float | None = None
+    query_growth: tuple[float, int] | None = None
+    learned_positions: bool = False
+    sliding_window: int | None = None
+    norm: str = "rms"
+    norm_places: str = "before"
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
+    clip_qkv: float | None = None
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    activation: str = "silu"
+    gated: bool = True
+    experts: Experts | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
     tie_embeddings: bool = False
     shifted_logits: bool = False
     mask_token_id: int | None = None
@@ -99,6 +202,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int = 0
     pattern: tuple[str, ...] = ("dense global rotary",)
+    family: str | None = None
     block_len: int | None = None
     dtype: str = "bfloat16"
 
@@ -118,19 +222,18 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.block_len is not None and self.block_len < 1:
             raise ValueError(f"block_len={self.block_len} must be at least 1, or None")
-        object.__setattr__(self, "pattern", tuple(self.pattern))
-        kinds = set(map(" ".join, itertools.product(*LAYER_WORDS.values())))
-        if not self.pattern or not kinds.issuperset(self.pattern):
-            raise ValueError(
-                f"pattern={self.pattern} must be kinds of layers, of which there are "
-                f"{', '.join(map(repr, sorted(kinds)))}"
-            )
+        self._read_nested()
+        self._check_layers()
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary embeddings)")
+        if self.rotary_width % 2 or not 2 <= self.rotary_width <= self.head_dim:
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} must be even and in [2, head_dim={self.head_dim}]"
+            )
         for name in ("mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.vocab_size:
@@ -144,6 +247,84 @@ class ModelConfig:
             raise ValueError(
                 f"dtype={self.dtype!r} must be 'float32', 'bfloat16', 'float16' or 'float64'"
             )
+
+    def _read_nested(self) -> None:
+        """Brings what JSON made of tuples and dataclasses back into shape."""
+        pattern = tuple(self.pattern)
+        for n in range(1, len(pattern)):  # the same said shorter
+            if pattern == pattern[:n] * (len(pattern) // n):
+                pattern = pattern[:n]
+                break
+        object.__setattr__(self, "pattern", pattern)
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", rope.from_fields(self.rope_scaling))
+        if isinstance(self.experts, Mapping):
+            object.__setattr__(self, "experts", Experts(**self.experts))
+        if self.query_growth is not None:
+            object.__setattr__(self, "query_growth", tuple(self.query_growth))
+
+    def _check_layers(self) -> None:
+        known = set(map(" ".join, itertools.product(*LAYER_WORDS.values())))
+        if not self.pattern or not known.issuperset(self.pattern):
+            raise ValueError(
+                f"pattern={self.pattern} must be kinds of layers, of which there are "
+                f"{', '.join(map(repr, sorted(known)))}"
+            )
+        words = {word for kind in self.pattern for word in kind.split()}
+        for word, name in (("sliding", "sliding_window"), ("experts", "experts")):
+            if word in words and getattr(self, name) is None:
+                raise ValueError(f"pattern={self.pattern} has {word} layers: {name} must be given")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1")
+        for name, choices in (
+            ("norm", NORMS),
+            ("norm_places", NORM_PLACES),
+            ("activation", ACTIVATIONS),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        for name in ("clip_qkv", "attention_scale", "attention_cap", "logit_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+        if self.joint_qk_norm and not self.qk_norm:
+            raise ValueError("joint_qk_norm=True says how qk_norm=True is done, which is False")
+
+    def kinds(self, axis: str) -> tuple[str, ...]:
+        """The word of every layer on an axis of `LAYER_WORDS`."""
+        place = list(LAYER_WORDS).index(axis)
+        words = [kind.split()[place] for kind in self.pattern]
+        return tuple(words[i % len(words)] for i in range(self.n_layers))
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Layers whose parameters have the same shapes, by the kind of their MLP.
+
+        They lie side by side, see `dlm.params.param_specs`.
+        """
+        kinds = self.kinds("mlp")
+        return {
+            kind: tuple(i for i, other in enumerate(kinds) if other == kind)
+            for kind in LAYER_WORDS["mlp"]
+            if kind in kinds
+        }
+
+    def plain(self, **changes: Any) -> ModelConfig:
+        """A model of plain layers with the sizes, rotary frequencies and tokens of this one.
+
+        Small networks beside a model are made of such layers, whatever the model itself is.
+        """
+        reset: dict[str, Any] = {
+            field.name: field.default
+            for field in dataclasses.fields(self)
+            if field.name in _OF_LAYERS
+        }
+        return dataclasses.replace(self, **(reset | changes))
+
+    @property
+    def rotary_width(self) -> int:
+        """R, numbers of a head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

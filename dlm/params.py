@@ -35,12 +35,14 @@ class ParamSpec:
       axes: a logical axis name (or None) per dimension, resolved by `dlm.sharding.RULES`.
       stddev: of the normal initialiser; None: filled with `fill`.
       fill: constant used when `stddev` is None.
+      dtype: of the parameter; None: that of the others.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     stddev: float | None = None
     fill: float = 0.0
+    dtype: str | None = None
 
 
 class LowRank(struct.PyTreeNode):
@@ -61,19 +63,55 @@ class LowRank(struct.PyTreeNode):
     scale: float = struct.field(pytree_node=False)
 
 
+class LogitCap(struct.PyTreeNode):
+    """Says among parameters, without a leaf, that logits z go through cap tanh(z / cap).
+
+    Attributes:
+      cap: > 0. Static.
+    """
+
+    cap: float = struct.field(pytree_node=False)
+
+
 def param_specs(cfg: ModelConfig) -> Params:
     """The specification of every parameter, as a nested dict.
 
-    Layers are stacked on a leading L axis. The MLP's weights are stored input-first; those of
-    queries, keys and values output-first with the width they are multiplied over last, because
-    merging (heads, head width) behind another axis would make a TPU copy them. The output head is
-    stored like the embedding, one row per token: a tile of the vocabulary is contiguous.
+    Layers are stacked on a leading L axis, as "layers"; where some have experts and others do not,
+    those of each kind are, as "layers/dense" and "layers/experts", see `ModelConfig.stacks`. The
+    MLP's weights are stored input-first; those of queries, keys and values output-first with the
+    width they are multiplied over last, because merging (heads, head width) behind another axis
+    would make a TPU copy them. The output head is stored like the embedding, one row per token: a
+    tile of the vocabulary is contiguous.
     """
-    L, D, F, V = cfg.n_layers, cfg.d_model, cfg.d_ff, cfg.vocab_size
-    N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+    D, V = cfg.d_model, cfg.vocab_size
+    stacks = {kind: _layer_specs(cfg, kind, len(layers)) for kind, layers in cfg.stacks.items()}
+    specs: Params = {
+        "embed": ParamSpec((V, D), ("vocab", "embed"), D**-0.5),
+        "layers": stacks if len(stacks) > 1 else next(iter(stacks.values())),
+        **_norm_specs(cfg, "final_norm"),
+    }
+    if cfg.learned_positions:
+        specs["positions"] = ParamSpec((cfg.max_seq_len, D), (None, "embed"), D**-0.5)
+    if not cfg.tie_embeddings:
+        specs["unembed"] = ParamSpec((V, D), ("vocab", "embed"), D**-0.5)
+    if cfg.logit_cap is not None:
+        specs["logit_cap"] = LogitCap(cfg.logit_cap)
+    return specs
+
+
+def stacks(params: Params, cfg: ModelConfig) -> dict[str, Params]:
+    """The stacked layers of each kind, whose numbers are `cfg.stacks`; in any tree like them."""
+    kinds = list(cfg.stacks)
+    layers: Params = params["layers"]
+    return {kinds[0]: layers} if len(kinds) == 1 else {kind: layers[kind] for kind in kinds}
+
+
+def _layer_specs(cfg: ModelConfig, kind: str, L: int) -> Params:
+    """Of L layers of a kind."""
+    D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     # Residual branches start small, so that at first the stream is the token itself whatever the
     # depth: small models then learn to copy in about half the steps.
-    out = 0.3 / math.sqrt(2 * L)
+    out = 0.3 / math.sqrt(2 * cfg.n_layers)
     attention: Params = {
         "q": ParamSpec((L, N, H, D), ("layers", "heads", None, "embed"), D**-0.5),
         "k": ParamSpec((L, K, H, D), ("layers", "kv_heads", None, "embed"), D**-0.5),
@@ -84,25 +122,70 @@ def param_specs(cfg: ModelConfig) -> Params:
         attention["q_bias"] = ParamSpec((L, N, H), ("layers", "heads", None))
         attention["k_bias"] = ParamSpec((L, K, H), ("layers", "kv_heads", None))
         attention["v_bias"] = ParamSpec((L, K, H), ("layers", "kv_heads", None))
-    if cfg.qk_norm:
-        attention["q_norm"] = ParamSpec((L, H), ("layers", None), fill=1.0)
-        attention["k_norm"] = ParamSpec((L, H), ("layers", None), fill=1.0)
-    specs: Params = {
-        "embed": ParamSpec((V, D), ("vocab", "embed"), D**-0.5),
-        "layers": {
-            "attention_norm": ParamSpec((L, D), ("layers", None), fill=1.0),
-            "attention": attention,
-            "mlp_norm": ParamSpec((L, D), ("layers", None), fill=1.0),
-            "mlp": {
-                "gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), D**-0.5),
-                "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), D**-0.5),
-                "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), out * F**-0.5),
-            },
-        },
-        "final_norm": ParamSpec((D,), (None,), fill=1.0),
+    if cfg.o_bias:
+        attention["o_bias"] = ParamSpec((L, D), ("layers", None))
+    fill = 0.0 if cfg.norm == "rms_offset" else 1.0
+    if cfg.joint_qk_norm:
+        attention["q_norm"] = ParamSpec((L, N, H), ("layers", "heads", None), fill=fill)
+        attention["k_norm"] = ParamSpec((L, K, H), ("layers", "kv_heads", None), fill=fill)
+    elif cfg.qk_norm:
+        attention["q_norm"] = ParamSpec((L, H), ("layers", None), fill=fill)
+        attention["k_norm"] = ParamSpec((L, H), ("layers", None), fill=fill)
+    layer: Params = {"attention": attention}
+    if kind == "experts":
+        layer["moe"] = _moe_specs(cfg, L, out)
+    else:
+        layer["mlp"] = _mlp_specs(cfg, L, cfg.d_ff, out)
+    for part in ("attention", "mlp"):
+        if cfg.norm_places != "after":
+            layer |= _norm_specs(cfg, f"{part}_norm", L)
+        if cfg.norm_places != "before":
+            layer |= _norm_specs(cfg, f"{part}_out_norm", L)
+    return layer
+
+
+def _mlp_specs(cfg: ModelConfig, L: int, F: int, out: float) -> Params:
+    """Of L MLPs of hidden width F."""
+    D = cfg.d_model
+    specs = {
+        "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), D**-0.5),
+        "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), out * F**-0.5),
     }
-    if not cfg.tie_embeddings:
-        specs["unembed"] = ParamSpec((V, D), ("vocab", "embed"), D**-0.5)
+    if cfg.gated:
+        specs["gate"] = ParamSpec((L, D, F), ("layers", "embed", "ffn"), D**-0.5)
+    if cfg.mlp_bias:
+        into = {f"{name}_bias": ParamSpec((L, F), ("layers", "ffn")) for name in specs}
+        specs |= into | {"down_bias": ParamSpec((L, D), ("layers", None))}
+    return specs
+
+
+def _moe_specs(cfg: ModelConfig, L: int, out: float) -> Params:
+    """Of L layers of experts."""
+    assert cfg.experts is not None
+    D, E, F = cfg.d_model, cfg.experts.num_experts, cfg.experts.d_ff
+    into = ParamSpec((L, E, D, F), ("layers", "experts", "embed", "ffn"), D**-0.5)
+    specs: Params = {
+        "router": ParamSpec((L, E, D), ("layers", None, "embed"), D**-0.5),
+        "gate": into,
+        "up": into,
+        "down": ParamSpec((L, E, F, D), ("layers", "experts", "ffn", "embed"), out * F**-0.5),
+    }
+    if cfg.experts.bias != "none":  # it decides between scores that are almost equal
+        specs["bias"] = ParamSpec((L, E), ("layers", None), dtype="float32")
+    if cfg.experts.shared_d_ff:
+        specs["shared"] = _mlp_specs(cfg, L, cfg.experts.shared_d_ff, out)
+    if cfg.experts.has_shared_gate:
+        specs["shared_gate"] = ParamSpec((L, D, 1), ("layers", "embed", None), D**-0.5)
+    return specs
+
+
+def _norm_specs(cfg: ModelConfig, name: str, L: int | None = None) -> Params:
+    """Of a norm, or of L of them."""
+    shape, axes = ((cfg.d_model,), (None,)) if L is None else ((L, cfg.d_model), ("layers", None))
+    fill = 0.0 if cfg.norm == "rms_offset" else 1.0
+    specs = {name: ParamSpec(shape, axes, fill=fill)}
+    if cfg.norm == "layer":
+        specs[f"{name}_bias"] = ParamSpec(shape, axes)
     return specs
 
 
@@ -125,12 +208,12 @@ def init_from_specs(key: jax.Array, specs: Params, dtype: DTypeLike) -> Params:
     Args:
       key: a `jax.random.key`.
       specs: tree of `ParamSpec`.
-      dtype: of the parameters.
+      dtype: of the parameters, but for those that have one of their own.
     """
 
     def init(path: jax.tree_util.KeyPath, spec: ParamSpec) -> jax.Array:
         if spec.stddev is None:
-            return jnp.full(spec.shape, spec.fill, dtype)
+            return jnp.full(spec.shape, spec.fill, spec.dtype or dtype)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return (spec.stddev * jax.random.normal(leaf_key, spec.shape)).astype(dtype)
@@ -150,7 +233,7 @@ def abstract_from_specs(
     shardings = spec_shardings(specs, mesh, rules) if mesh is not None else None
 
     def abstract(spec: ParamSpec, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype, sharding=sharding)
 
     return jax.tree.map(abstract, specs, *(() if shardings is None else (shardings,)))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm.config import ModelConfig, RopeScaling
+from dlm import rope
+from dlm.config import ModelConfig
 
 
 def _llama3(**sizes: Any) -> ModelConfig:
     factor = sizes.pop("factor")
-    scaling = RopeScaling(
+    scaling = rope.Llama3(
         factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
     )
     return ModelConfig(

@@ -25,6 +25,7 @@ RULES: Rules = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("slots", "sequence"),
+    ("experts", "tensor"),
     ("ffn", "tensor"),
     ("vocab", "tensor"),
     ("rank", "fsdp"),
@@ -44,7 +45,7 @@ def make_mesh(
     Args:
       data: shards of the batch only.
       fsdp: shards of batch and parameters.
-      tensor: shards of heads, MLP width and vocabulary.
+      tensor: shards of heads, experts or MLP width, and vocabulary.
       sequence: shards of the slots of key/value caches, for prefixes that are too long for one
         device; everything else is on all of them.
       devices: which devices; by default the first ones of `jax.devices()`.

@@ -93,12 +93,15 @@ class Slots(struct.PyTreeNode):
       write_at: [B] int32. Slot from which on the window's keys and values are written, after
         attention has read the old ones; None: they are not kept.
       write_rows: [B] bool. Rows whose cache is written; None: all.
+      length: [B] int32. The most positions that each row's text will have; only models whose rotary
+        frequencies depend on it need it.
     """
 
     cache: KVCache
     ranges: jax.Array | None = None
     write_at: jax.Array | None = None
     write_rows: jax.Array | None = None
+    length: jax.Array | None = None
 
     @classmethod
     def below(cls, cache: KVCache, start: jax.Array) -> Self:

@@ -62,14 +62,14 @@ def weighted_loss(
 
 
 def soft_cross_entropy(
-    head: jax.Array, hidden: jax.Array, teacher: jax.Array, teacher_hidden: jax.Array
+    head: vocab.Head, hidden: jax.Array, teacher: vocab.Head, teacher_hidden: jax.Array
 ) -> jax.Array:
     """-sum_v P_v log p_v with P the teacher's distribution; logits of `CHUNK` rows exist at a time.
 
     Args:
-      head: [V, D]. The model's output head.
+      head: the model's output head.
       hidden: [B, n, D]. Its final hidden states.
-      teacher: [V, D']. The teacher's output head.
+      teacher: the teacher's output head.
       teacher_hidden: [B, n, D']. The teacher's hidden states for the same positions.
 
     Returns:
@@ -107,7 +107,7 @@ def in_chunks(function: Callable[..., Any], *hidden: jax.Array) -> Any:
 
 
 def certainty_loss(
-    head: jax.Array,
+    head: vocab.Head,
     said: Predictions,
     in_view: jax.Array,
     beta: float,
@@ -116,7 +116,7 @@ def certainty_loss(
     """CE plus beta times ENT.
 
     Args:
-      head: [V, D]. The model's output head.
+      head: the model's output head.
       said: its predictions, [B, A].
       in_view: [n, B, A] bool. Positions whose entropy is lowered, one mean per view; none of them
         in two views.
@@ -127,6 +127,8 @@ def certainty_loss(
       Scalar float32, and metrics: "loss", "cross_entropy" (CE_1 + CE_2), "entropy" (the sum of
       ENT_v, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
     """
+    if temperature != 1 and isinstance(head, vocab.CappedHead):
+        raise ValueError(f"temperature={temperature} must be 1 for a model whose logits are capped")
     stats = vocab.score(head, said.hidden, said.targets)
     cross_entropy = -(said.weight * stats.log_prob).sum()
     is_right = stats.token == said.targets
@@ -154,13 +156,13 @@ def check_certainty(block_len: int | None, beta: float, temperature: float) -> N
 
 
 def score_head(
-    hidden: jax.Array, unembed: jax.Array, text: Text, ahead: int
+    hidden: jax.Array, unembed: vocab.Head, text: Text, ahead: int
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy and accuracy of a head.
 
     Args:
       hidden: [B, T, D]. What the head multiplies with its matrix.
-      unembed: [V, D]. Its matrix.
+      unembed: [V, D], its matrix; or a model's head.
       text: of `read_text`.
       ahead: the head at t is about token t + ahead.
     """

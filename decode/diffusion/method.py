@@ -143,6 +143,11 @@ class DiffusionMethod(struct.PyTreeNode):
             )
         if self.guidance is not None and not float(self.guidance) >= 0:
             raise ValueError(f"guidance={float(self.guidance):g} must be at least 0, or None")
+        if self.guidance is not None and cfg.logit_cap is not None:
+            raise ValueError(
+                f"guidance={float(self.guidance):g} mixes logits through hidden states, which "
+                f"logits with logit_cap={cfg.logit_cap} do not allow: leave it out"
+            )
         for token in np.asarray(self.stop_ids, np.int64):
             if not 0 <= token < cfg.vocab_size:
                 raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")

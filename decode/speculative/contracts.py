@@ -38,6 +38,7 @@ class Context(struct.PyTreeNode):
       sampling: how the target's text is drawn.
       active: [B] bool. Rows that are not done. States of the others need not be kept up.
       cache: the target's: keys and values of all positions before the root.
+      end: [B] int32. The most positions that each row's text may have; None where nobody asks.
     """
 
     params: Params
@@ -47,6 +48,7 @@ class Context(struct.PyTreeNode):
     sampling: Sampling
     active: jax.Array
     cache: KVCache
+    end: jax.Array | None = None
 
     @property
     def root(self) -> jax.Array:

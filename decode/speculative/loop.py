@@ -224,7 +224,7 @@ def prefill(
             params,
             cfg,
             Window.at(tokens, start, is_causal=True),
-            Slots.append(cache, start),
+            Slots.append(cache, start).replace(length=state.end),
             feature_layers=method.drafter.feature_layers,
         )
         seen = Seen(tokens, output.hidden, start, count, output.features)
@@ -295,6 +295,7 @@ def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState)
         sampling=method.sampling,
         active=~state.has_stopped,
         cache=state.cache,
+        end=state.end,
     )
 
 
@@ -326,7 +327,7 @@ def _judge(
         params,
         cfg,
         _window(proposal, above, start, method.drafter.is_chain),
-        Slots.append(state.cache, start, ~state.has_stopped),
+        Slots.append(state.cache, start, ~state.has_stopped).replace(length=state.end),
         feature_layers=method.drafter.feature_layers,
     )
     W = tree.tokens.shape[1]

@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 from dlm.blocks.linear import to_heads
 from dlm.blocks.norm import rms_norm
-from dlm.blocks.rotary import rotate
+from dlm.blocks.rotary import Angles, rotate
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
 from dlm.window import BlockDiffusion, Slots, Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_attention
-from kernels_pallas.window_attention import window_attention
+from kernels_pallas.window_attention import Near, window_attention
 
 
 def attend(
@@ -31,6 +31,10 @@ def attend(
     window: Window,
     slots: Slots | None = None,
     layer: jax.Array | int = 0,
+    *,
+    reach: jax.Array | int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Attention, each device working on its rows, heads and slots of the cache.
 
@@ -41,12 +45,16 @@ def attend(
       window: whose mask and range count.
       slots: the cache; None: only the window is seen.
       layer: scalar int32. Which layer of the cache is read and written.
+      reach: only keys at positions less than this away are seen; None: all.
+      scale: scores are multiplied by it; None: H^(-1/2).
+      cap: c of c tanh(z / c), which scores z go through; None: they do not.
 
     Returns:
       The attended values [B, T, N, H], and the written cache; None if nothing was written.
 
     Raises:
-      ValueError: `BlockDiffusion` comes with slots or a range, or a mask with `is_causal`.
+      ValueError: `BlockDiffusion` comes with slots or a range, or with what it does not know; a
+        mask comes with `is_causal`; `reach` comes with a cache that has no positions.
     """
     mask = window.attention
     split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
@@ -54,11 +62,16 @@ def attend(
     if isinstance(mask, BlockDiffusion):
         if slots is not None or window.range is not None:
             raise ValueError("BlockDiffusion sees whole windows: it goes without slots and range")
+        if any(option is not None for option in (reach, scale, cap)):
+            raise ValueError(
+                "BlockDiffusion attention has neither sliding windows nor scales or caps of scores "
+                "of its own, one of which the model has"
+            )
         blocks = {"q": q, "k": k, "v": v, "segment_ids": mask.segment_ids}
         by_head = dict.fromkeys("qkv", P(rows, None, heads))
         run = functools.partial(block_diffusion_attention, block_len=mask.block_len)
-        specs = by_head | {"segment_ids": P(rows)}
-        return per_shard(run, blocks, specs, P(rows, None, heads)), None
+        of_blocks = by_head | {"segment_ids": P(rows)}
+        return per_shard(run, blocks, of_blocks, P(rows, None, heads)), None
     operands: dict[str, Any] = {
         "q": q,
         "k": k,
@@ -68,7 +81,8 @@ def attend(
     }
     axis = None if slots is None else slots_axis(slots.cache.num_slots)
     stacked = P(None, rows, heads, axis)
-    specs = dict.fromkeys("qkv", P(rows, None, heads)) | {"window_range": P(rows), "layer": P()}
+    specs: dict[str, Any] = dict.fromkeys("qkv", P(rows, None, heads))
+    specs |= {"window_range": P(rows), "layer": P()}
     if slots is not None:
         operands |= {
             "cache": (slots.cache.k, slots.cache.v),
@@ -78,25 +92,35 @@ def attend(
         }
         of_rows = ("cache_ranges", "write_at", "write_rows")
         specs |= dict.fromkeys(of_rows, P(rows)) | {"cache": stacked}
-    attention = functools.partial(window_attention, slots_axis=axis)
+    if reach is not None:
+        cached = None if slots is None or slots.ranges is None else slots.cache.positions
+        if slots is not None and slots.ranges is not None and cached is None:
+            raise ValueError("sliding layers need a cache with positions, as `init_cache` makes it")
+        cached = None if cached is None else cached[0, :, 0, :, 0]
+        operands["near"] = Near(jnp.asarray(reach, jnp.int32), window.positions, cached)
+        specs["near"] = Near(*(P(), P(rows), P(rows, axis)))  # type: ignore[arg-type]
+    attention = functools.partial(window_attention, slots_axis=axis, scale=scale, cap=cap)
     if isinstance(mask, str):
         attention = functools.partial(attention, mask=mask)
     else:
         operands["mask"], specs["mask"] = mask, P(rows)
     attended, written = per_shard(attention, operands, specs, (P(rows, None, heads), stacked))
-    return attended, None if written is None else KVCache(*written)
+    if written is None:
+        return attended, None
+    assert slots is not None
+    return attended, slots.cache.replace(k=written[0], v=written[1])
 
 
 def project_qkv(
-    x: jax.Array, a: Params, cfg: ModelConfig, angles: tuple[jax.Array, jax.Array]
+    x: jax.Array, a: Params, cfg: ModelConfig, angles: Angles | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of x [B, T, I].
 
     Args:
       x: normalised input.
       a: the layer's "q", "k", "v", and what `cfg` says is there besides.
-      cfg: `qkv_bias`, `qk_norm` and `norm_eps` of it count.
-      angles: of `rotary_angles`.
+      cfg: what it says of queries, keys and values counts.
+      angles: of `rotary_angles`; None: nothing is rotated.
     """
     q, k, v = to_heads(x, a["q"]), to_heads(x, a["k"]), to_heads(x, a["v"])
     if cfg.qkv_bias:
@@ -104,8 +128,22 @@ def project_qkv(
             x + a[name][None, None] for x, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias"))
         )
     if cfg.qk_norm:
-        q = rms_norm(q, a["q_norm"], cfg.norm_eps)
-        k = rms_norm(k, a["k_norm"], cfg.norm_eps)
-    q = constrain(rotate(q, angles), "batch", None, "heads", None)
-    k = constrain(rotate(k, angles), "batch", None, "kv_heads", None)
+        q, k = _norm_heads(q, a["q_norm"], cfg), _norm_heads(k, a["k_norm"], cfg)
+    if cfg.clip_qkv is not None:
+        q, k, v = (jnp.clip(x, -cfg.clip_qkv, cfg.clip_qkv) for x in (q, k, v))
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+        if angles.query_scale is not None:
+            q = (q * angles.query_scale).astype(q.dtype)
+    q = constrain(q, "batch", None, "heads", None)
+    k = constrain(k, "batch", None, "kv_heads", None)
     return q, k, v
+
+
+def _norm_heads(x: jax.Array, weight: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """x [B, T, heads, H], each head normalised, or with `joint_qk_norm` all of them at once."""
+    is_offset = cfg.norm == "rms_offset"
+    if not cfg.joint_qk_norm:
+        return rms_norm(x, weight, cfg.norm_eps, is_offset=is_offset)
+    flat = x.reshape(*x.shape[:2], -1)
+    return rms_norm(flat, weight.reshape(-1), cfg.norm_eps, is_offset=is_offset).reshape(x.shape)

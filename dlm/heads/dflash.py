@@ -194,9 +194,7 @@ class DFlashHeads(files.Heads):
     def _layers(self, cfg: ModelConfig) -> ModelConfig:
         names = ("d_ff", "n_heads", "n_kv_heads", "head_dim")
         sizes = {name: getattr(self, name) or getattr(cfg, name) for name in names}
-        return dataclasses.replace(
-            cfg, n_layers=self.n_layers, qkv_bias=False, qk_norm=True, tie_embeddings=True, **sizes
-        )
+        return cfg.plain(n_layers=self.n_layers, qk_norm=True, tie_embeddings=True, **sizes)
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> DFlashNetwork:

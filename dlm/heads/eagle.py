@@ -73,8 +73,8 @@ class EagleNetwork(struct.PyTreeNode):
         """[B, T, D]. What the output head is multiplied with."""
         raise NotImplementedError
 
-    def head(self, target: Params) -> jax.Array:
-        """[U, D]. Rows of the output head, of its own or of the target's parameters."""
+    def head(self, target: Params) -> vocab.Head:
+        """[U, D]: rows of the output head, of its own or of the target's parameters."""
         raise NotImplementedError
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -144,9 +144,7 @@ class EagleHeads(files.Heads):
 
     def layer(self, cfg: ModelConfig) -> ModelConfig:
         """The network's one layer."""
-        return dataclasses.replace(
-            cfg, n_layers=1, d_ff=self.d_ff or cfg.d_ff, qkv_bias=False, qk_norm=False
-        )
+        return cfg.plain(n_layers=1, d_ff=self.d_ff or cfg.d_ff)
 
 
 def layer_specs(cfg: ModelConfig, width: int) -> Params:

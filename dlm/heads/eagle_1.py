@@ -51,7 +51,7 @@ class Eagle1Network(EagleNetwork):
     def normed(self, states: jax.Array) -> jax.Array:
         return states
 
-    def head(self, target: Params) -> jax.Array:
+    def head(self, target: Params) -> vocab.Head:
         return vocab.head(target)
 
 

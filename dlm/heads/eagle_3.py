@@ -55,7 +55,7 @@ class Eagle3Network(EagleNetwork):
     def normed(self, states: jax.Array) -> jax.Array:
         return rms_norm(states, self.own["final_norm"], self.cfg.norm_eps)
 
-    def head(self, target: Params) -> jax.Array:
+    def head(self, target: Params) -> vocab.Head:
         head: jax.Array = self.own["unembed"]
         return head
 
@@ -120,7 +120,7 @@ class Eagle3Heads(EagleHeads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, whose output head becomes the model's."""
-        head = vocab.head(params).astype(own["unembed"].dtype)
+        head = vocab.head_weight(params).astype(own["unembed"].dtype)
         norm = params["final_norm"].astype(own["final_norm"].dtype)
         if self.ids:
             head = head[np.asarray(self.ids)]

@@ -83,7 +83,7 @@ class HydraHeads(files.Heads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, which say what the model says."""
-        head = vocab.head(params).astype(own["unembed"].dtype)
+        head = vocab.head_weight(params).astype(own["unembed"].dtype)
         first = [
             f | {"r": jnp.eye(f["r"].shape[0], f["r"].shape[1], dtype=f["r"].dtype)}
             for f in own["first"]
@@ -92,8 +92,8 @@ class HydraHeads(files.Heads):
 
 
 def prefix_config(cfg: ModelConfig) -> ModelConfig:
-    """The layer that makes c, as a model of its own."""
-    return dataclasses.replace(cfg, n_layers=1)
+    """The layer that makes c, as a model of its own: a plain one, with the model's biases."""
+    return cfg.plain(n_layers=1, qkv_bias=cfg.qkv_bias, qk_norm=cfg.qk_norm)
 
 
 def read_prefix(
@@ -115,8 +115,9 @@ def read_prefix(
     if "prefix" not in own:
         return hidden, None if slots is None else slots.cache
     layer = jax.tree.map(lambda x: x[0], own["prefix"])
-    angles = rotary_angles(window.positions, cfg)
-    return decoder_layer(hidden, layer, cfg, angles, window, slots)
+    own_cfg = prefix_config(cfg)
+    angles = rotary_angles(window.positions, own_cfg)
+    return decoder_layer(hidden, layer, own_cfg, angles, window, slots)
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:

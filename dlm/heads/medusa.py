@@ -59,7 +59,7 @@ class MedusaHeads(files.Heads):
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, whose matrices become the model's."""
-        head = vocab.head(params).astype(own["unembed"].dtype)
+        head = vocab.head_weight(params).astype(own["unembed"].dtype)
         return own | {"unembed": jnp.broadcast_to(head, own["unembed"].shape)}
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import safetensors
 from jax.typing import DTypeLike
 
-from dlm.config import ModelConfig, RopeScaling
+from dlm.config import ModelConfig
 from dlm.hf.format import TOKEN_IDS, Format
 from dlm.hf.formats import FORMATS
 from dlm.tokenizer import has_tokenizer, load_tokenizer, read_json
@@ -47,8 +47,6 @@ def read_config(path: str | os.PathLike[str], dtype: DTypeLike | None = None) ->
     root = pathlib.Path(path)
     raw, form = read_raw_config(root)
     file = root / "config.json"
-    if form.is_causal and (rotary := raw.get("rope_parameters")):  # as of transformers 5
-        raw = raw | {"rope_theta": rotary.get("rope_theta"), "rope_scaling": rotary}
 
     for key, (supported, absent) in form.fixed.items():
         value = raw.get(key, absent)
@@ -72,14 +70,19 @@ def read_config(path: str | os.PathLike[str], dtype: DTypeLike | None = None) ->
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
             raise ValueError(f"{file}: {key}={value!r} must be of type {kinds[name]}")
         values[name] = value
-    if form.is_causal:
-        values["rope_scaling"] = _read_rope_scaling(file, raw.get("rope_scaling"))
+    try:
+        values |= form.read(raw | {key: values[name] for name, key in form.fields.items()})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     if dtype is None:
         dtype = raw.get("torch_dtype") or raw.get("dtype") or _stored_dtype(root, form)
     dtype = "bfloat16" if dtype is None else jnp.dtype(dtype).name
     names = [name for name in TOKEN_IDS if name not in form.implied]
     ids = _read_token_ids(root, raw, names, values["vocab_size"], form)
-    return ModelConfig(**values, **form.implied, **ids, dtype=dtype)
+    cfg = ModelConfig(**values, **form.implied, **ids, dtype=dtype)
+    # A model that another family's files could hold as well is written as what it was.
+    is_first = next((other for other in FORMATS.values() if not other.refuse(cfg)), form) is form
+    return cfg if is_first else dataclasses.replace(cfg, family=form.architecture)
 
 
 def read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:
@@ -140,26 +143,6 @@ def _read_token_ids(
     return ids
 
 
-def _read_rope_scaling(file: pathlib.Path, raw: Any) -> RopeScaling | None:
-    """What `rope_scaling` or `rope_parameters` says; None: nothing is stretched."""
-    if raw is None:
-        return None
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(
-            f"{file}: rope_scaling of type {kind!r} is not supported; only 'llama3' and 'default' "
-            "are"
-        )
-    names = {"original_max_seq_len": "original_max_position_embeddings"}
-    fields = [field.name for field in dataclasses.fields(RopeScaling)]
-    missing = [key for name in fields if (key := names.get(name, name)) not in raw]
-    if missing:
-        raise ValueError(f"{file}: rope_scaling must give {', '.join(missing)}")
-    return RopeScaling(**{name: raw[names.get(name, name)] for name in fields})
-
-
 def _stored_dtype(root: pathlib.Path, form: Format) -> str | None:
     """Of the embedding, where the weights are there."""
     if not any((root / name).is_file() for name in (SINGLE, INDEX)):
@@ -173,6 +156,8 @@ def format_for(cfg: ModelConfig) -> Format:
     """The published format that a model is written in; ValueError if none can hold it."""
     refusals = []
     for form in FORMATS.values():
+        if cfg.family not in (None, form.architecture):
+            continue
         if (refusal := form.refuse(cfg)) is None:
             return form
         refusals.append(refusal)
@@ -181,26 +166,15 @@ def format_for(cfg: ModelConfig) -> Format:
 
 def raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
     """What config.json is to hold."""
-    skipped = () if form.is_causal else ("head_dim",)
     raw = {
         "architectures": [form.architecture],
         "model_type": form.model_type,
         "torch_dtype": cfg.dtype,
         "use_cache": form.is_causal,
         "vocab_size": cfg.vocab_size,
-        **form.extra,
-        **{key: supported[0] for key, (supported, _) in form.fixed.items()},
-        **{key: getattr(cfg, name) for name, key in form.fields.items() if name not in skipped},
+        **form.config_keys(cfg),
         **{name: getattr(cfg, name) for name in TOKEN_IDS if getattr(cfg, name) is not None},
     }
-    if (scaling := cfg.rope_scaling) is not None:
-        raw["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        }
     return dict(sorted(raw.items()))
 
 

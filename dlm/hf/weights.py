@@ -17,6 +17,7 @@ Example (from the root of the repository):
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -45,7 +46,7 @@ from dlm.hf.files import (
     read_config,
     read_raw_config,
 )
-from dlm.hf.format import Format, Stored, letter_sizes
+from dlm.hf.format import Format, Stored, letter_sizes, locate
 from dlm.params import Params, abstract_params, param_shardings, param_specs
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer
@@ -81,14 +82,16 @@ def load_params(
     specs, tree = _flat(param_specs(cfg))
     shardings = _flat(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
     with contextlib.ExitStack() as stack:
-        files = open_tensors(root, stack)
+        files = with_prefix(open_tensors(root, stack), form)
         check_tensors(root, files, cfg, form)
 
         def load_leaf(leaf: str) -> jax.Array:
-            stored, shape = form.tensors[leaf], specs[leaf].shape
+            key, layers = locate(leaf, cfg)
+            stored, shape = form.tensors[key], specs[leaf].shape
+            dtype = jnp.dtype(specs[leaf].dtype or cfg.dtype)
+            read = functools.partial(_read_leaf, files, stored, cfg, layers, dtype)
             if mesh is None:
-                whole = tuple(range(dim) for dim in shape)
-                return jnp.asarray(_read_leaf(files, stored, cfg, whole))
+                return jnp.asarray(read(tuple(range(dim) for dim in shape)))
             sharding, placed = shardings[leaf], []
             first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
             for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -98,7 +101,7 @@ def load_params(
                 )
                 values: jax.Array | np.ndarray | None = first.get(part)
                 if values is None:
-                    values = _read_leaf(files, stored, cfg, part)
+                    values = read(part)
                 # One shard after the other, so that no more than one waits on the host.
                 placed.append(jax.device_put(values, device).block_until_ready())
                 first.setdefault(part, placed[-1])
@@ -119,7 +122,7 @@ def check_tensors(
 ) -> None:
     """ValueError unless the tensors of a directory, of `open_tensors`, are those of `cfg`."""
     expected = dict(expected_tensors(cfg, form))
-    harmless = {"rotary_emb.inv_freq"}  # a constant that old files carry
+    harmless = set(form.ignored)
     if cfg.tie_embeddings:
         harmless.add(form.tensors["unembed"].name)  # the embedding once more
     missing = [
@@ -144,45 +147,72 @@ def check_tensors(
         raise ValueError(f"{root} does not hold the tensors of this {form.model_type}: {found}")
 
 
+def with_prefix(files: Mapping[str, Any], form: Format) -> Mapping[str, Any]:
+    """The tensors under the names of the format, the prefix of which a file may leave out."""
+    unembed = form.tensors["unembed"].name
+    if not form.prefix or any(name.startswith(form.prefix) for name in files):
+        return files
+    return {name if name == unembed else form.prefix + name: files[name] for name in files}
+
+
 def expected_tensors(cfg: ModelConfig, form: Format) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of a model in a format."""
+    """Names and shapes of the tensors of a model in a format; those of several leaves repeat."""
     for leaf in _flat(param_specs(cfg))[0]:
-        if leaf not in form.tensors:
+        key, layers = locate(leaf, cfg)
+        if key not in form.tensors:
             raise ValueError(f"the {form.model_type} format has no tensor for {leaf}")
-        stored = form.tensors[leaf]
-        for layer in range(cfg.n_layers) if "{}" in stored.name else (0,):
-            yield stored.name.format(layer), stored.shape(cfg)
+        stored = form.tensors[key]
+        for name in stored.names(layers, cfg):
+            yield name, stored.shape(cfg)
 
 
 def _read_leaf(
-    files: Mapping[str, Any], stored: Stored, cfg: ModelConfig, part: tuple[range, ...]
+    files: Mapping[str, Any],
+    stored: Stored,
+    cfg: ModelConfig,
+    layers: tuple[int, ...],
+    dtype: Any,
+    part: tuple[range, ...],
 ) -> np.ndarray:
-    """A part of one of our leaves, in `cfg.dtype`; `part` says which range of each dimension."""
+    """A part of one of our leaves; `part` says which range of each dimension."""
     if "{}" not in stored.name:
-        return _read_tensor(files[stored.name], stored, cfg, part).astype(cfg.jnp_dtype, copy=False)
-    out = np.empty([len(axis) for axis in part], cfg.jnp_dtype)
-    for row, layer in enumerate(part[0]):
-        out[row] = _read_tensor(files[stored.name.format(layer)], stored, cfg, part[1:])
+        return _read_tensor(files[stored.name], stored, cfg, part).astype(dtype, copy=False)
+    out = np.empty([len(axis) for axis in part], dtype)
+    for row, number in enumerate(part[0]):
+        if stored.is_per_expert:
+            for column, expert in enumerate(part[1]):
+                tensor = files[stored.name.format(layers[number], expert=expert)]
+                out[row, column] = _read_tensor(tensor, stored, cfg, part[2:], stored.ours[1:])
+        else:
+            tensor = files[stored.name.format(layers[number])]
+            out[row] = _read_tensor(tensor, stored, cfg, part[1:])
     return out
 
 
 def _read_tensor(
-    tensor: Any, stored: Stored, cfg: ModelConfig, part: tuple[range, ...]
+    tensor: Any,
+    stored: Stored,
+    cfg: ModelConfig,
+    part: tuple[range, ...],
+    ours: str | None = None,
 ) -> np.ndarray:
     """A part of one tensor in our order of dimensions, in the file's dtype; reads no more."""
-    size, wanted = letter_sizes(cfg), dict(zip(stored.ours, part, strict=True))
+    ours = stored.ours if ours is None else ours
+    size, wanted = letter_sizes(cfg), dict(zip(ours, part, strict=True))
     read: list[slice] = []  # per dimension of the file
     shape: list[int] = []  # per letter, of what is read
     keep: list[slice] = []  # per letter: read whole where a dimension's inner letter is cut
-    for group in stored.stored:
+    for axis, group in enumerate(stored.stored):
         outer, inner = group[0], group[1:]
         stride = math.prod(size[letter] for letter in inner)
-        read.append(slice(wanted[outer].start * stride, wanted[outer].stop * stride))
+        start = stored.start(cfg) if axis == stored.axis else 0
+        first, stop = (start + end * stride for end in (wanted[outer].start, wanted[outer].stop))
+        read.append(slice(first, stop))
         shape += [len(wanted[outer]), *(size[letter] for letter in inner)]
         keep += [slice(None), *(slice(wanted[i].start, wanted[i].stop) for i in inner)]
     values = tensor[tuple(read)].reshape(shape)[tuple(keep)]
     letters = "".join(stored.stored)
-    return values.transpose([letters.index(letter) for letter in stored.ours])
+    return values.transpose([letters.index(letter) for letter in ours])
 
 
 # ---- Saving -----------------------------------------------------------------------------------
@@ -215,17 +245,24 @@ def save_hf(
     form = format_for(cfg)
     _check_params(params, cfg)
     leaves = _flat(params)[0]
-    sources = {  # tensor -> (leaf, layer)
-        stored.name.format(layer): (leaf, layer)
-        for leaf, stored in form.tensors.items()
-        if leaf in leaves
-        for layer in (range(cfg.n_layers) if "{}" in stored.name else (None,))
-    }
+    # Tensor -> the leaves that it holds: which, where in it, and at which layer and expert.
+    sources: dict[str, list[tuple[str, Stored, tuple[int, ...]]]] = {}
+    for leaf in leaves:
+        key, layers = locate(leaf, cfg)
+        stored = form.tensors[key]
+        shape = [len(layers)] if "{}" in stored.name else []
+        shape += [leaves[leaf].shape[1]] if stored.is_per_expert else []
+        for name, index in zip(stored.names(layers, cfg), np.ndindex(*shape), strict=True):
+            sources.setdefault(name, []).append((leaf, stored, index))
 
     def read(name: str) -> np.ndarray:
-        leaf, layer = sources[name]
-        array = np.asarray(leaves[leaf] if layer is None else _layer(leaves[leaf], layer))
-        return _to_stored(array, form.tensors[leaf], cfg)
+        parts = sorted(sources[name], key=lambda part: part[1].part)
+        arrays = [
+            _to_stored(np.asarray(_entry(leaves[leaf], *index)), stored, cfg)
+            for leaf, stored, index in parts
+        ]
+        axis = parts[0][1].axis
+        return arrays[0] if axis is None else np.concatenate(arrays, axis=axis)
 
     with _new_directory(path) as unfinished:
         _write_json(unfinished / "config.json", raw_config(cfg, form))
@@ -259,12 +296,13 @@ def convert_hf(
     cfg = read_config(root, dtype)
     raw, form = read_raw_config(root)
     with contextlib.ExitStack() as stack:
-        files = open_tensors(root, stack)
+        files = with_prefix(open_tensors(root, stack), form)
         check_tensors(root, files, cfg, form)
+        dtypes = tensor_dtypes(cfg, form)
 
         def read(name: str) -> np.ndarray:
             values: np.ndarray = files[name][:]
-            return values.astype(cfg.jnp_dtype, copy=False)
+            return values.astype(dtypes[name], copy=False)
 
         with _new_directory(path) as unfinished:
             for file in sorted(root.iterdir()):
@@ -315,9 +353,9 @@ def plan_files(cfg: ModelConfig, form: Format, shard_bytes: int) -> list[list[st
     """The tensors of each file, none of which is larger than `shard_bytes` if it holds several."""
     files: list[list[str]] = [[]]
     room = shard_bytes
-    shapes = dict(expected_tensors(cfg, form))
+    shapes, dtypes = dict(expected_tensors(cfg, form)), tensor_dtypes(cfg, form)
     for name in sorted(shapes, key=_natural):
-        num_bytes = math.prod(shapes[name]) * cfg.jnp_dtype.itemsize
+        num_bytes = math.prod(shapes[name]) * dtypes[name].itemsize
         if num_bytes > room and files[-1]:
             files.append([])
             room = shard_bytes
@@ -349,15 +387,28 @@ def write_tensors(
         _write_json(directory / INDEX, about)
 
 
+def tensor_dtypes(cfg: ModelConfig, form: Format) -> dict[str, np.dtype]:
+    """Of the tensors of a model in a format: its own, but for parameters that have another."""
+    dtypes: dict[str, np.dtype] = {}
+    for leaf, spec in _flat(param_specs(cfg))[0].items():
+        key, layers = locate(leaf, cfg)
+        dtype = jnp.dtype(spec.dtype or cfg.dtype)
+        dtypes |= dict.fromkeys(form.tensors[key].names(layers, cfg), dtype)
+    return dtypes
+
+
 @jax.jit
-def _layer(leaf: jax.Array, layer: int) -> jax.Array:
-    """One compilation per shape; indexing outside would compile once per layer."""
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _entry(leaf: jax.Array, *index: int) -> jax.Array:
+    """leaf[index]; one compilation per shape, where indexing outside compiles once per index."""
+    rest = leaf.shape[len(index) :]
+    start = (*index, *(0 for _ in rest))
+    return jax.lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
 
 
 def _to_stored(array: np.ndarray, stored: Stored, cfg: ModelConfig) -> np.ndarray:
-    order = [stored.ours.index(letter) for letter in "".join(stored.stored)]
-    return np.ascontiguousarray(array.transpose(order).reshape(stored.shape(cfg)))
+    ours = stored.ours[1:] if stored.is_per_expert else stored.ours
+    order = [ours.index(letter) for letter in "".join(stored.stored)]
+    return np.ascontiguousarray(array.transpose(order).reshape(stored.part_shape(cfg)))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

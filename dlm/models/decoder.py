@@ -1,8 +1,13 @@
 """One transformer for every model here: a forward over a window of positions.
 
-Pre-norm RMSNorm, rotary embeddings in the rotate-half layout, grouped-query attention, gated SiLU
-MLP. The window says whether attention is causal, bidirectional or tree-shaped; the slots say what
+A layer is attention and an MLP, or experts, each with norms around it; `ModelConfig` says of which
+kinds. The window says whether attention is causal, bidirectional or tree-shaped; the slots say what
 is cached.
+
+Layers are run by `jax.lax.scan`. What differs between them without changing the shapes of their
+parameters (how far they see, which rotary table they use) is data that is scanned over. Layers with
+experts and layers without are different programs: runs of them, or of a pattern of them, are
+scanned one after the other.
 
 Letters: B batch, T window positions, D model width, N query heads, K key/value heads, H head
 width, F MLP width, V vocabulary, L layers.
@@ -11,7 +16,7 @@ width, F MLP width, V vocabulary, L layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +27,12 @@ from flax import struct
 from dlm.blocks.attention import attend, project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
-from dlm.blocks.norm import rms_norm
-from dlm.blocks.rotary import rotary_angles
-from dlm.cache import KVCache
+from dlm.blocks.moe import moe
+from dlm.blocks.norm import norm
+from dlm.blocks.rotary import Angles, rotary_angles
+from dlm.cache import KVCache, write_positions
 from dlm.config import ModelConfig
-from dlm.params import Params
+from dlm.params import Params, stacks
 from dlm.sharding import constrain
 from dlm.window import Slots, Window
 
@@ -86,39 +92,158 @@ def forward(
     depth = len(run) if slots is None else len(slots.cache.k)
     if depth not in (len(run), cfg.n_layers):
         raise ValueError(f"the cache has {depth} layers and must have {len(run)}, those that run")
-    angles = rotary_angles(window.positions, cfg)
     x = params["embed"].at[window.tokens].get(mode="clip")  # [B, T, D]
     if window.mix is not None:
         weight = window.mix[0][..., None]
         x = ((1 - weight) * x.astype(jnp.float32) + weight * window.mix[1]).astype(x.dtype)
+    if cfg.embed_scale != 1:
+        x = x * jnp.asarray(cfg.embed_scale, x.dtype)
+    if cfg.learned_positions:
+        x = x + params["positions"].at[window.positions].get(mode="clip")
     x = constrain(x, "batch", None, None)
 
+    tables, table = _rotary_tables(cfg, run, window, slots)
     kept, keep = _feature_buffer(cfg, feature_layers, x)
+    of_kind, of_all = stacks(params, cfg), cfg.kinds("mlp")
+    kinds = tuple(of_all[i] for i in run)
 
-    def layer(carry: Any, xs: tuple[Params | None, jax.Array, jax.Array]) -> tuple[Any, None]:
+    def layer(kind: str, carry: Any, p: Params | None, at: _Place) -> Any:
         x, written, kept = carry
-        p, index, place = xs
-        if p is None:
-            take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-            p = jax.tree.map(take, params["layers"])
-        kept = keep(kept, index, x)
+        take = lambda index: lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
+        p = jax.tree.map(take(at.own), of_kind[kind]) if p is None else p
+        angles = tables if at.table is None else jax.tree.map(take(at.table), tables)
+        kept = keep(kept, at.layer, x)
         used = slots if slots is None or written is None else slots.replace(cache=written)
-        x, new = decoder_layer(x, p, cfg, angles, window, used, place)
-        return (x, new, kept), None
+        x, new = decoder_layer(x, p, cfg, angles, window, used, at.cached, at.reach)
+        return x, new, kept
 
-    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    index = jnp.arange(cfg.n_layers) if layers is None else jnp.array(layers)
-    place = index if depth == cfg.n_layers else jnp.arange(len(run))
+    def cycle(kinds: tuple[str, ...], carry: Any, xs: Any) -> tuple[Any, None]:
+        for kind, (p, at) in zip(kinds, xs, strict=True):
+            one = functools.partial(layer, kind)
+            carry = (jax.checkpoint(one, prevent_cse=False) if remat else one)(carry, p, at)
+        return carry, None
+
+    place = _Place(
+        layer=np.array(run),
+        own=np.array([cfg.stacks[kind].index(i) for i, kind in zip(run, kinds, strict=True)]),
+        cached=np.array(run) if depth == cfg.n_layers else np.arange(len(run)),
+        table=table,
+        reach=_reach(cfg, run),
+    )
     given = None if slots is None else slots.cache
     carry = (x, None if slots is None or slots.write_at is None else given, kept)
-    carry, _ = jax.lax.scan(body, carry, (None if layers else params["layers"], index, place))
+    for start, period, count in repeats(kinds):
+        in_cycle = kinds[start : start + period]
+        xs = []
+        for j, kind in enumerate(in_cycle):
+            own = slice(start + j, start + period * count, period)
+            at = jax.tree.map(lambda x, own=own: jnp.asarray(x[own]), place)
+            # Weights that are all run, in order, are scanned; of others each is read where it lies.
+            xs.append((of_kind[kind] if count == len(cfg.stacks[kind]) else None, at))
+        carry, _ = jax.lax.scan(functools.partial(cycle, in_cycle), carry, xs)
     x, written, kept = carry
     kept = keep(kept, cfg.n_layers, x)
+    hidden = norm(x, params, "final_norm", cfg)
+    if cfg.logit_scale != 1:
+        hidden = hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
+    if written is not None and written.positions is not None:
+        assert slots is not None and slots.write_at is not None
+        written = write_positions(written, window.positions, slots.write_at, slots.write_rows)
     return ForwardOutput(
-        hidden=rms_norm(x, params["final_norm"], cfg.norm_eps),
+        hidden=hidden,
         cache=given if written is None else written,
         features=None if kept is None else jnp.concatenate([*kept[:-1]], axis=-1),
     )
+
+
+class _Place(struct.PyTreeNode):
+    """Where a layer stands; of several layers, an array of numbers each.
+
+    Attributes:
+      layer: its number in the model.
+      own: its number among those of its kind.
+      cached: its number in the cache.
+      table: which of the rotary tables it uses; None: there is one, or none.
+      reach: only keys at positions less than this away are seen; None: all layers see all.
+    """
+
+    layer: Any
+    own: Any
+    cached: Any
+    table: Any = None
+    reach: Any = None
+
+
+def _reach(cfg: ModelConfig, run: tuple[int, ...]) -> np.ndarray | None:
+    """How far each layer sees; None: no layer's sight is limited."""
+    if cfg.sliding_window is None:
+        return None
+    is_sliding = np.array([kind == "sliding" for kind in cfg.kinds("attention")])[list(run)]
+    return np.where(is_sliding, cfg.sliding_window, 2**30) if is_sliding.any() else None
+
+
+def _rotary_tables(
+    cfg: ModelConfig, run: tuple[int, ...], window: Window, slots: Slots | None
+) -> tuple[Angles | None, np.ndarray | None]:
+    """The rotary tables of the layers that are run, stacked, and which of them each uses.
+
+    One table is not stacked, and then nothing is said about layers; where no layer rotates there
+    is none.
+    """
+    length = None
+    if cfg.rope_scaling is not None and cfg.rope_scaling.needs_length:
+        length = _furthest(window) + 1 if slots is None else slots.length
+    has_local = cfg.local_rope_theta is not None
+    kinds = list(zip(cfg.kinds("positions"), cfg.kinds("attention"), strict=True))
+    names = [
+        "none" if rotates == "none" else "local" if has_local and sees == "sliding" else "global"
+        for rotates, sees in (kinds[i] for i in run)
+    ]
+    used = sorted(set(names))
+    if used == ["none"]:
+        return None, None
+    made = {
+        name: rotary_angles(window.positions, cfg, length=length, is_local=name == "local")
+        for name in used
+        if name != "none"
+    }
+    if "none" in used:  # turned by nothing
+        other = next(iter(made.values()))
+        scale = None if other.query_scale is None else jnp.ones_like(other.query_scale)
+        made["none"] = Angles(jnp.ones_like(other.cos), jnp.zeros_like(other.sin), scale)
+    if len(used) == 1:
+        return made[used[0]], None
+    stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *(made[name] for name in used))
+    return stacked, np.array([used.index(name) for name in names])
+
+
+def _furthest(window: Window) -> jax.Array:
+    """[B] int32: the last position of each row that is real."""
+    if window.range is None:
+        return window.positions.max(axis=1)
+    place = jnp.arange(window.positions.shape[1])[None]
+    is_real = (place >= window.range[:, :1]) & (place < window.range[:, 1:])
+    return jnp.where(is_real, window.positions, 0).max(axis=1)
+
+
+def repeats(kinds: Sequence[str]) -> list[tuple[int, int, int]]:
+    """(start, period, count) of patterns that, each repeated `count` times, give `kinds`.
+
+    From left to right, the pattern whose repetitions reach furthest; of those the shortest.
+    """
+    found, start = [], 0
+    while start < len(kinds):
+        best = (1, 1)
+        for period in range(1, (len(kinds) - start) // 2 + 1):
+            count = 1
+            cycle = kinds[start : start + period]
+            while kinds[start + count * period : start + (count + 1) * period] == cycle:
+                count += 1
+            if count > 1 and period * count > best[0] * best[1]:
+                best = (period, count)
+        found.append((start, *best))
+        start += best[0] * best[1]
+    return found
 
 
 def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
@@ -132,32 +257,55 @@ def decoder_layer(
     x: jax.Array,
     p: Params,
     cfg: ModelConfig,
-    angles: tuple[jax.Array, jax.Array],
+    angles: Angles | None,
     window: Window,
     slots: Slots | None = None,
     layer: jax.Array | int = 0,
+    reach: jax.Array | int | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """One layer.
 
     Args:
       x: [B, T, D]. The residual stream.
-      p: {"attention_norm", "attention", "mlp_norm", "mlp"}.
+      p: its parameters: {"attention", "mlp" or "moe"} and their norms.
       cfg: the model.
-      angles: of `rotary_angles`.
+      angles: of `rotary_angles`; None: nothing is rotated.
       window: whose mask and range count.
       slots: the cache; None: only the window is seen.
       layer: scalar int32. Which layer of the cache is read and written.
+      reach: only keys at positions less than this away are seen; None: all.
 
     Returns:
       [B, T, D], and the written cache; None if nothing was written.
     """
+
+    def enter(name: str) -> jax.Array:
+        return x if cfg.norm_places == "after" else norm(x, p, f"{name}_norm", cfg)
+
+    def leave(given: jax.Array, name: str) -> jax.Array:
+        if cfg.norm_places != "before":
+            given = norm(given, p, f"{name}_out_norm", cfg)
+        if cfg.residual_scale != 1:
+            given = given * jnp.asarray(cfg.residual_scale, given.dtype)
+        return x + given
+
     with jax.named_scope("attention"):
-        h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
-        q, k, v = project_qkv(h, p["attention"], cfg, angles)
-        attended, written = attend(q, k, v, window, slots, layer)
-        x = x + linear(attended, p["attention"]["o"], num_in=2)
+        q, k, v = project_qkv(enter("attention"), p["attention"], cfg, angles)
+        attended, written = attend(
+            q, k, v, window, slots, layer,
+            reach=reach, scale=cfg.attention_scale, cap=cfg.attention_cap,
+        )  # fmt: skip
+        given = linear(attended, p["attention"]["o"], num_in=2)
+        if cfg.o_bias:
+            given = given + p["attention"]["o_bias"][None, None]
+        x = leave(given, "attention")
     with jax.named_scope("mlp"):
-        x = x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"])
+        if "moe" in p:
+            assert cfg.experts is not None
+            given = moe(enter("mlp"), p["moe"], cfg.experts, cfg.activation)
+        else:
+            given = mlp(enter("mlp"), p["mlp"], cfg.activation)
+        x = leave(given, "mlp")
     return constrain(x, "batch", None, None), written
 
 

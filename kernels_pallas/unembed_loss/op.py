@@ -40,37 +40,52 @@ class TargetStats(struct.PyTreeNode):
 
 
 def unembed_loss(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, vocab_axis: VocabAxis = None
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    vocab_axis: VocabAxis = None,
+    cap: float | None = None,
 ) -> TargetStats:
     """Log-probabilities of targets, and entropies, with gradients for `hidden` and `head`.
 
-    A distribution tempered with temperature t is that of `hidden / t`.
+    Without a cap, a distribution tempered with temperature t is that of `hidden / t`.
 
     Args:
       hidden: [M, D]. Final (normalised) hidden states.
       head: [V, D]. The output head.
       targets: [M] int32. Vocabulary ids in [0, V).
       vocab_axis: as for `unembed_stats`.
+      cap: logits z become cap tanh(z / cap); None: they do not.
 
     Raises:
       ValueError: if the shapes do not fit.
     """
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {targets.shape} must be [M={hidden.shape[0]}]")
-    return _unembed_loss(vocab_axis, hidden, head, targets)
+    return _unembed_loss(vocab_axis, cap, hidden, head, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _unembed_loss(
-    vocab_axis: VocabAxis, hidden: jax.Array, head: jax.Array, targets: jax.Array
+    vocab_axis: VocabAxis,
+    cap: float | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
 ) -> TargetStats:
-    return _forward(vocab_axis, hidden, head, targets)[0]
+    return _forward(vocab_axis, cap, hidden, head, targets)[0]
 
 
 def _forward(
-    vocab_axis: VocabAxis, hidden: jax.Array, head: jax.Array, targets: jax.Array
+    vocab_axis: VocabAxis,
+    cap: float | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
 ) -> tuple[TargetStats, Any]:
-    stats = unembed_stats(hidden, head, given_ids=targets[:, None], vocab_axis=vocab_axis)
+    given_ids = targets[:, None]
+    stats = unembed_stats(hidden, head, given_ids=given_ids, vocab_axis=vocab_axis, cap=cap)
     assert stats.given_log_probs is not None
     out = TargetStats(
         log_prob=stats.given_log_probs[:, 0],
@@ -82,7 +97,7 @@ def _forward(
 
 
 def _backward(
-    vocab_axis: VocabAxis, saved: Any, gradient: TargetStats
+    vocab_axis: VocabAxis, cap: float | None, saved: Any, gradient: TargetStats
 ) -> tuple[jax.Array, jax.Array, None]:
     hidden, head, targets, logsumexp, entropy = saved
     by_log_prob, by_entropy = gradient.log_prob[:, None], gradient.entropy[:, None]
@@ -102,10 +117,15 @@ def _backward(
         row = start + jnp.arange(size)
         weights = jax.lax.dynamic_slice_in_dim(head, start, size)
         z = _product(rows, weights, (1, 1))  # [M, size]
+        slope = None
+        if cap is not None:
+            bent = jnp.tanh(z / cap)
+            z, slope = cap * bent, 1 - bent * bent
         log_p = z - logsumexp[:, None]
         p = jnp.exp(log_p)
         is_target = (first_id + row)[None] == targets[:, None]
         dz = by_log_prob * (is_target - p) - by_entropy * p * (log_p + entropy[:, None])
+        dz = dz if slope is None else dz * slope
         dz = jnp.where((row >= i * size)[None], dz, 0.0).astype(head.dtype)
         by_hidden = by_hidden + _product(dz, weights, (1, 0))
         old = jax.lax.dynamic_slice_in_dim(by_head, start, size)

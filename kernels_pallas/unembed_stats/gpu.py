@@ -78,12 +78,18 @@ def plan(M: int, itemsize: int) -> Plan:
 
 
 def refusal(
-    head: jax.Array, k: int, given_ids: jax.Array | None, banned_ids: jax.Array | None
+    head: jax.Array,
+    k: int,
+    given_ids: jax.Array | None,
+    banned_ids: jax.Array | None,
+    cap: float | None = None,
 ) -> str | None:
     """Why the kernel cannot serve this call, in words; None if it can."""
     V, D = head.shape
     if why_not := hopper.refusal():
         return why_not
+    if cap is not None:
+        return "caps of logits are only served by the other implementations"
     if head.dtype != jnp.bfloat16:
         return f"the head is {head.dtype} and not bfloat16"
     if D % D_TILE:

@@ -43,13 +43,14 @@ def unembed_stats(
     k: int = 0,
     given_ids: jax.Array | None = None,
     vocab_axis: str | tuple[str, ...] | None = None,
+    cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> VocabStats:
     """Statistics of softmax(hidden @ head.T) per row.
 
-    Logits are linear in `hidden`, so whatever is linear in logits is done there by the caller: a
-    tempered distribution is `hidden / temperature`, classifier-free guidance a mix of two hidden
-    states.
+    Without a cap logits are linear in `hidden`, so whatever is linear in logits is done there by
+    the caller: a tempered distribution is `hidden / temperature`, classifier-free guidance a mix of
+    two hidden states.
 
     Args:
       hidden: [M, D]. Final (normalised) hidden states; float32 or the head's dtype.
@@ -62,6 +63,7 @@ def unembed_stats(
       vocab_axis: inside `jax.shard_map`: the mesh axis over which the vocabulary is split, in
         order; `head` is then one device's share. Ids are global, and the shares' summaries are
         merged exactly: a few numbers per row cross the network.
+      cap: logits z become cap tanh(z / cap); None: they do not.
       implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is
         compiled.
 
@@ -74,18 +76,21 @@ def unembed_stats(
     if implementation == "reference":
         if vocab_axis is not None:
             raise NotImplementedError("implementation='reference' takes no vocab_axis")
-        return unembed_stats_reference(hidden, head, banned_ids, noise, k, given_ids)
+        return unembed_stats_reference(hidden, head, banned_ids, noise, k, given_ids, cap)
     first_id = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * head.shape[0]
     summarize_head = choose(
         "unembed_stats",
         implementation,
-        xla=functools.partial(summarize_xla, k=k),
+        xla=functools.partial(summarize_xla, k=k, cap=cap),
         reference=unembed_stats_reference,
         kernels={
-            "tpu": (functools.partial(tpu.summarize_tpu, k=k), tpu.refusal(head, k, given_ids)),
+            "tpu": (
+                functools.partial(tpu.summarize_tpu, k=k, cap=cap),
+                tpu.refusal(head, k, given_ids),
+            ),
             "gpu": (
                 functools.partial(gpu.summarize_gpu, k=k),
-                gpu.refusal(head, k, given_ids, banned_ids),
+                gpu.refusal(head, k, given_ids, banned_ids, cap),
             ),
         },
     )
@@ -98,10 +103,14 @@ def unembed_stats(
 
 
 def unembed_logits(
-    hidden: jax.Array, head: jax.Array, banned_ids: jax.Array | None = None
+    hidden: jax.Array,
+    head: jax.Array,
+    banned_ids: jax.Array | None = None,
+    *,
+    cap: float | None = None,
 ) -> jax.Array:
     """[M, V] float32 logits, with -inf at banned ids: for those who must see them all."""
-    return ban(matmul(hidden, head), jnp.arange(head.shape[0]), banned_ids)
+    return ban(matmul(hidden, head, cap), jnp.arange(head.shape[0]), banned_ids)
 
 
 def logits_stats(

@@ -16,9 +16,11 @@ def unembed_stats_reference(
     noise: Noise | None = None,
     k: int = 0,
     given_ids: jax.Array | None = None,
+    cap: float | None = None,
 ) -> VocabStats:
     """The contract in float32 with all logits in memory. Args: as `unembed_stats`."""
     z = hidden.astype(jnp.float32) @ head.astype(jnp.float32).T  # [M, V]
+    z = z if cap is None else cap * jnp.tanh(z / cap)
     z = ban(z, jnp.arange(head.shape[0]), banned_ids)
     log_probs = jax.nn.log_softmax(z)
     probs = jnp.exp(log_probs)

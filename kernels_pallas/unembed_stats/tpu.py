@@ -92,6 +92,7 @@ def summarize_tpu(
     given_ids: jax.Array | None,
     *,
     k: int,
+    cap: float | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Summary:
     """The summary of all of `head` [V, D]; `first_id`: vocabulary id of its first row.
@@ -127,7 +128,9 @@ def summarize_tpu(
         in_specs.append(by_row(num_given))
     out_types = [jnp.float32, jnp.int32] + ([jnp.float32, jnp.int32] if k else [])
     outs = pl.pallas_call(
-        functools.partial(_kernel, vocab=V, has_noise=noise is not None, k=k, num_given=num_given),
+        functools.partial(
+            _kernel, vocab=V, has_noise=noise is not None, k=k, num_given=num_given, cap=cap
+        ),
         out_shape=[jax.ShapeDtypeStruct((num_rows, LANES), dtype) for dtype in out_types],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -169,6 +172,7 @@ def _kernel(
     has_noise: bool,
     k: int,
     num_given: int,
+    cap: float | None,
 ) -> None:
     refs = iter(more)
     if has_noise:
@@ -190,6 +194,7 @@ def _kernel(
         precision=jax.lax.Precision.HIGHEST if head_ref.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+    z = z if cap is None else cap * jnp.tanh(z / cap)
     exists = local < vocab  # the last tile reaches past the end of the head
     for i in range(banned_ref.shape[0]):
         exists &= ids != banned_ref[i]

@@ -29,6 +29,7 @@ def summarize_xla(
     given_ids: jax.Array | None,
     *,
     k: int,
+    cap: float | None = None,
 ) -> Summary:
     """Tiles of the vocabulary, merged one after the other; `first_id` is that of head's first row.
 
@@ -38,7 +39,9 @@ def summarize_xla(
     size = tile_len(hidden.shape[0], V)
     if size == V:
         ids = first_id + jnp.arange(V, dtype=jnp.int32)
-        return tile_summary(ban(matmul(hidden, head), ids, banned_ids), ids, noise, k, given_ids)
+        return tile_summary(
+            ban(matmul(hidden, head, cap), ids, banned_ids), ids, noise, k, given_ids
+        )
 
     num_tiles = -(-V // size)
 
@@ -46,7 +49,7 @@ def summarize_xla(
         # The last tile starts early enough to be whole, and skips what was seen already.
         start = jnp.minimum(i * size, V - size).astype(jnp.int32)
         row = start + jnp.arange(size, dtype=jnp.int32)
-        z = matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, size))
+        z = matmul(hidden, jax.lax.dynamic_slice_in_dim(head, start, size), cap)
         z = jnp.where((row >= i * size)[None], z, -jnp.inf)
         ids = first_id + row
         return tile_summary(ban(z, ids, banned_ids), ids, noise, k, given_ids)
@@ -61,11 +64,12 @@ def tile_len(M: int, V: int) -> int:
     return min(V, VOCAB_TILE, max(1024, TILE_LOGITS // M))
 
 
-def matmul(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """[M, V] float32 of hidden [M, D] and head [V, D]."""
-    return jax.lax.dot_general(
+def matmul(hidden: jax.Array, head: jax.Array, cap: float | None = None) -> jax.Array:
+    """[M, V] float32 of hidden [M, D] and head [V, D]; z becomes cap tanh(z / cap)."""
+    z = jax.lax.dot_general(
         hidden.astype(head.dtype),
         head,
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.promote_types(head.dtype, jnp.float32),
     )
+    return z if cap is None else cap * jnp.tanh(z / cap)

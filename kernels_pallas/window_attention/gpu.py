@@ -40,6 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.window_attention.masks import Near
 from kernels_pallas.window_attention.tpu import needed_tiles
 
 ROWS = 64  # rows per warpgroup: the height of a wgmma
@@ -89,12 +90,18 @@ def plan(B: int, T: int, S: int, N: int, K: int, H: int, itemsize: int) -> Plan:
 
 
 def refusal(
-    q: jax.Array, mask: str | jax.Array, cache: tuple[jax.Array, jax.Array] | None = None
+    q: jax.Array,
+    mask: str | jax.Array,
+    cache: tuple[jax.Array, jax.Array] | None = None,
+    near: Near | None = None,
+    cap: float | None = None,
 ) -> str | None:
     """Why the kernel cannot serve this call, in words; None if it can."""
     T, H = q.shape[1], q.shape[3]
     if why_not := hopper.refusal():
         return why_not
+    if near is not None or cap is not None:
+        return "sliding windows and caps of scores are only served by the other implementations"
     if H not in (64, 128):
         return f"head width {H} is neither 64 nor 128"
     if not isinstance(mask, str) and T > 512:
@@ -118,6 +125,10 @@ def window_attention_gpu(
     cache: tuple[jax.Array, jax.Array] | None,
     cache_ranges: jax.Array | None,
     layer: jax.Array | int,
+    near: None = None,
+    *,
+    scale: float | None = None,
+    cap: None = None,
 ) -> jax.Array:
     """[B, T, N, H]: attention as `window_attention` defines it, without the write."""
     B, T, N, H = q.shape
@@ -179,6 +190,7 @@ def window_attention_gpu(
             has_bits=not isinstance(mask, str),
             is_causal=isinstance(mask, str) and mask == "causal",
             group=G,
+            scale=H**-0.5 if scale is None else scale,
         ),
         out_type=out_type,
         scratch_types=_scratch(tiles, H, q.dtype),
@@ -239,6 +251,7 @@ def _kernel(
     has_bits: bool,
     is_causal: bool,
     group: int,
+    scale: float,
     **scratch: Any,
 ) -> None:
     refs = iter(operands)
@@ -393,7 +406,7 @@ def _kernel(
                 return ref[...]
 
             s = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
-            s = jnp.where(allowed, s * (H**-0.5 * LOG2_E), LOWEST)
+            s = jnp.where(allowed, s * (scale * LOG2_E), LOWEST)
             new_top = jnp.maximum(top, s.max(axis=1))
             keep = jnp.exp2(top - new_top)
             p = jnp.exp2(s - jax.lax.broadcast_in_dim(new_top, shape, [0]))

@@ -5,12 +5,44 @@ Letters: B batch, T window positions, S cache slots, R ranges.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Mask = Literal["full", "causal"] | jax.Array
+
+
+class Near(NamedTuple):
+    """A limit of sight: queries see only keys less than `reach` positions away.
+
+    Attributes:
+      reach: scalar int32, at least 1.
+      positions: [B, T] int32. Where the window's queries and keys stand.
+      cached: [B, S] int32. Where the keys of the cache's slots stand; None: no slot is read.
+    """
+
+    reach: jax.Array
+    positions: jax.Array
+    cached: jax.Array | None = None
+
+    def of_window(self) -> jax.Array:
+        """[B, T, T] bool."""
+        return self._sees(self.positions)
+
+    def of_cache(self) -> jax.Array:
+        """[B, T, S] bool."""
+        assert self.cached is not None
+        return self._sees(self.cached)
+
+    def _sees(self, keys: jax.Array) -> jax.Array:
+        return jnp.abs(self.positions[:, :, None] - keys[:, None]) < self.reach
+
+    def of_any(self) -> jax.Array:
+        """[B, S] bool: slots that some query might see; those left out none sees."""
+        assert self.cached is not None
+        first, last = (f(self.positions, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+        return (self.cached > first - self.reach) & (self.cached < last + self.reach)
 
 
 def pack_mask(mask: jax.Array) -> jax.Array:
@@ -28,13 +60,18 @@ def allowed_positions(
     mask: Mask,
     window_range: jax.Array | None,
     cache_ranges: jax.Array | None,
+    near: Near | None = None,
 ) -> jax.Array:
     """[B, T, S + T] bool: what each query of a [B, T] window attends to, cache slots first."""
     allowed = window_mask(shape, mask, window_range)
+    if near is not None:
+        allowed = allowed & near.of_window()
     if num_slots == 0 or cache_ranges is None:
         return allowed
     in_cache = in_ranges(cache_ranges, num_slots)[:, None]  # [B, 1, S]
     in_cache = jnp.broadcast_to(in_cache, (*shape, num_slots))
+    if near is not None:
+        in_cache = in_cache & near.of_cache()
     return jnp.concatenate([in_cache, allowed], axis=-1)
 
 

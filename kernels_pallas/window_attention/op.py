@@ -10,6 +10,7 @@ Row b's query t attends to
     suffix), and
   - the window positions inside row b's `window_range`, as far as `mask` allows: all of them
     ("full"), those up to t ("causal"), or those whose bit is set in packed ancestor words.
+Of these, with `near`, only to keys that stand less than its `reach` positions away from the query.
 A query that may attend to nothing gives zeros.
 
 The cache is passed stacked over layers together with a layer index, so that no implementation has
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from kernels_pallas.dispatch import choose
 from kernels_pallas.slots import Cache, first_slot, put_slots
 from kernels_pallas.window_attention import gpu, tpu
-from kernels_pallas.window_attention.masks import Mask
+from kernels_pallas.window_attention.masks import Mask, Near
 from kernels_pallas.window_attention.reference import window_attention_reference
 from kernels_pallas.window_attention.xla import attend_xla
 
@@ -50,7 +51,10 @@ def window_attention(
     layer: jax.Array | int = 0,
     write_at: jax.Array | None = None,
     write_rows: jax.Array | None = None,
+    near: Near | None = None,
     slots_axis: str | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Attends from a window of positions to a cache and to the window's own keys.
@@ -70,8 +74,11 @@ def window_attention(
       write_at: [B] int32. If given, the window's keys and values are written to slots
         write_at .. write_at + T of `layer` after attention has read the old contents.
       write_rows: [B] bool. Rows whose cache is written; None: all.
+      near: how far queries see, and where queries and keys stand; None: as far as all else allows.
       slots_axis: inside `jax.shard_map`: the mesh axis over which the cache's slots are split, in
         order; ranges and `write_at` count the slots of all devices. Served by "xla".
+      scale: scores are multiplied by it; None: H^(-1/2).
+      cap: c of c tanh(z / c), which scores z go through before they are masked; None: they do not.
       implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is
         compiled.
 
@@ -85,10 +92,13 @@ def window_attention(
     """
     _check_shapes(q, k, v, mask, cache, write_at)
     bits = None if isinstance(mask, str) else mask
+    options: dict[str, float | None] = {"scale": scale, "cap": cap}
 
     def serve(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """Takes the mask's bits as an operand, and its name as it was given."""
-        return lambda q, k, v, bits, *rest: attend(q, k, v, mask if bits is None else bits, *rest)
+        return lambda q, k, v, bits, *rest: attend(
+            q, k, v, mask if bits is None else bits, *rest, **options
+        )
 
     def with_gradient(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return serve(functools.partial(_with_xla_gradient, kernel))
@@ -105,10 +115,10 @@ def window_attention(
         reference=serve(window_attention_reference),
         kernels={
             "tpu": (with_gradient(tpu.window_attention_tpu), tpu.refusal(q, mask)),
-            "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read)),
+            "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read, near, cap)),
         },
     )
-    out = attend(q, k, v, bits, window_range, read, cache_ranges, layer)
+    out = attend(q, k, v, bits, window_range, read, cache_ranges, layer, near)
     if cache is None or write_at is None:
         return out, None
     return out, tuple(  # type: ignore[return-value]
@@ -127,15 +137,17 @@ def _with_xla_gradient(
     cache: Cache | None,
     cache_ranges: jax.Array | None,
     layer: jax.Array | int,
+    near: Near | None = None,
+    **options: float | None,
 ) -> jax.Array:
     """A kernel whose backward pass is that of `attend_xla`, recomputed head by head."""
-    bits, options = (None, mask) if isinstance(mask, str) else (mask, None)
+    bits, name = (None, mask) if isinstance(mask, str) else (mask, None)
 
     def run(attend: Callable[..., jax.Array], floats: Any, integers: Any) -> jax.Array:
         q, k, v, cache = floats
-        bits, window_range, cache_ranges, layer = integers
-        chosen = options if bits is None else bits
-        return attend(q, k, v, chosen, window_range, cache, cache_ranges, layer)
+        bits, window_range, cache_ranges, layer, near = integers
+        chosen = name if bits is None else bits
+        return attend(q, k, v, chosen, window_range, cache, cache_ranges, layer, near, **options)
 
     @jax.custom_vjp
     def attend(floats: Any, integers: Any) -> jax.Array:
@@ -148,7 +160,7 @@ def _with_xla_gradient(
         return jax.vjp(lambda floats: run(attend_xla, floats, integers), floats)[1](gradient)[0]
 
     def backward(saved: Any, gradient: jax.Array) -> tuple[Any, None]:
-        (q, k, v, cache), (bits, window_range, _, layer) = saved
+        (q, k, v, cache), (bits, window_range, _, layer, near) = saved
         if cache is not None:
             return pull(saved[0], saved[1], gradient), None
         # A few rows and key/value heads at a time, so that only their scores are stored.
@@ -161,18 +173,21 @@ def _with_xla_gradient(
         def join(x: jax.Array) -> jax.Array:
             return x.reshape(B, K, T, -1, H).transpose(0, 2, 1, 3, 4).reshape(B, T, -1, H)
 
-        masks = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0)[:, None], (bits, window_range))
+        positions = None if near is None else near.positions
+        of_rows = (bits, window_range, positions)
+        masks = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0)[:, None], of_rows)
         windows = jax.tree.map(split, (q, k, v, gradient))
 
         def one(operands: Any) -> Any:
-            (q, k, v, gradient), masks = operands
-            return pull((q, k, v, None), (*masks, None, layer), gradient)[:3]
+            (q, k, v, gradient), (bits, window_range, positions) = operands
+            here = None if near is None else Near(near.reach, positions)
+            return pull((q, k, v, None), (bits, window_range, None, layer, here), gradient)[:3]
 
         by_head = jax.lax.map(one, (windows, masks), batch_size=at_once)
         return (*map(join, by_head), None), None
 
     attend.defvjp(forward, backward)
-    return attend((q, k, v, cache), (bits, window_range, cache_ranges, jnp.asarray(layer)))
+    return attend((q, k, v, cache), (bits, window_range, cache_ranges, jnp.asarray(layer), near))
 
 
 def _write_window(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.slots import Cache
-from kernels_pallas.window_attention.masks import Mask, allowed_positions
+from kernels_pallas.window_attention.masks import Mask, Near, allowed_positions
 
 
 def window_attention_reference(
@@ -18,6 +18,10 @@ def window_attention_reference(
     cache: Cache | None = None,
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
+    near: Near | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """The contract, spelled out in float32: heads repeated, one dense mask, one softmax.
 
@@ -28,11 +32,13 @@ def window_attention_reference(
         num_slots = cache[0].shape[3]
         keys = jnp.concatenate([cache[0][layer].swapaxes(1, 2), k], axis=1)  # [B, S + T, K, H]
         values = jnp.concatenate([cache[1][layer].swapaxes(1, 2), v], axis=1)
-    allowed = allowed_positions(q.shape[:2], num_slots, mask, window_range, cache_ranges)
+    allowed = allowed_positions(q.shape[:2], num_slots, mask, window_range, cache_ranges, near)
     group = q.shape[2] // k.shape[2]
     keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)
     values = jnp.repeat(values.astype(jnp.float32), group, axis=2)
-    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), keys) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), keys) * scale
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     allowed = allowed[:, None]
     scores = jnp.where(allowed, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)

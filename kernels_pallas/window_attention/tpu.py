@@ -17,6 +17,8 @@ slice of it is ever copied.
 
 Masks keep keys on the lane axis. A query row carries the last window position it may see (causal)
 or its ancestor bits as words, spread over lanes by comparing `lane >> 5` with the word's number.
+Where sight is limited, query rows and keys carry their positions too, and cache tiles that are out
+of everybody's sight are not needed.
 
 Bound by bandwidth while R is small: bytes = 2 * (slots in range, rounded up to tiles) * K * H *
 itemsize. VMEM: two buffers of `heads` key and value tiles, q and out tiles, and float32 scratch of
@@ -34,6 +36,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.window_attention.masks import Near
 
 VMEM_BUDGET = 12 * 2**20  # bytes; every TPU since v4 grants a kernel 16 MiB without being asked
 LANES = 128
@@ -102,7 +106,10 @@ def window_attention_tpu(
     cache: tuple[jax.Array, jax.Array] | None,
     cache_ranges: jax.Array | None,
     layer: jax.Array | int,
+    near: Near | None = None,
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
     """[B, T, N, H]: attention as `window_attention` defines it, without the write.
@@ -132,7 +139,11 @@ def window_attention_tpu(
     if window_range is None:
         window_range = jnp.tile(jnp.array([[0, T]], jnp.int32), (B, 1))
     operands = [rows, last_seen, k, v]
-    scalars = [jnp.asarray(layer, jnp.int32).reshape(1), window_range.astype(jnp.int32)]
+    reach = jnp.zeros((), jnp.int32) if near is None else near.reach.astype(jnp.int32)
+    scalars = [
+        jnp.stack([jnp.asarray(layer, jnp.int32), reach]),
+        window_range.astype(jnp.int32),
+    ]
 
     def whole_tile(b: Any, h: Any, i: Any, j: Any, *_: Any) -> tuple[Any, ...]:
         return (b, h, i, 0)
@@ -148,11 +159,23 @@ def window_attention_tpu(
         window_spec,
         window_spec,
     ]
+    if near is not None:  # positions of query rows on sublanes, those of keys on lanes
+        operands += [
+            pad(jnp.repeat(near.positions.astype(jnp.int32), G, axis=1)[..., None], 1),
+            pad(near.positions.astype(jnp.int32)[:, None], 2, tiles.window_tile),
+        ]
+        in_specs += [
+            pl.BlockSpec((None, tiles.rows, 1), lambda b, h, i, j, *_: (b, i, 0)),
+            pl.BlockSpec(
+                (None, 1, tiles.window_tile), lambda *at: (at[0], 0, window_block(*at)[2])
+            ),
+        ]
     num_ranges = 0
     if S:
         assert cache is not None and cache_ranges is not None
         num_ranges = cache_ranges.shape[1]
-        order, count = needed_tiles(cache_ranges, num_cache_tiles, tiles.cache_tile)
+        is_near = None if near is None else near.of_any()
+        order, count = needed_tiles(cache_ranges, num_cache_tiles, tiles.cache_tile, is_near)
         scalars += [cache_ranges.reshape(B, -1).astype(jnp.int32), order, count]
 
         def cache_block(b: Any, h: Any, i: Any, j: Any, *scalars: Any) -> tuple[Any, ...]:
@@ -162,6 +185,14 @@ def window_attention_tpu(
         cache_spec = pl.BlockSpec((None, None, tiles.heads, tiles.cache_tile, H), cache_block)
         operands += list(cache)
         in_specs += [cache_spec, cache_spec]
+        if near is not None:
+            assert near.cached is not None
+            operands.append(near.cached.astype(jnp.int32)[:, None])
+            in_specs.append(
+                pl.BlockSpec(
+                    (None, 1, tiles.cache_tile), lambda *at: (at[0], 0, cache_block(*at)[3])
+                )
+            )
     if not isinstance(mask, str):
         words = jax.lax.bitcast_convert_type(jnp.repeat(mask, G, axis=1), jnp.int32)
         operands.append(pad(words, 1))
@@ -178,6 +209,9 @@ def window_attention_tpu(
         has_bits=not isinstance(mask, str),
         is_causal=isinstance(mask, str) and mask == "causal",
         group=G,
+        scale=H**-0.5 if scale is None else scale,
+        cap=cap,
+        is_near=near is not None,
     )
     stats = pltpu.VMEM((tiles.heads, tiles.rows, LANES), jnp.float32)
     out = pl.pallas_call(
@@ -209,14 +243,20 @@ def window_attention_tpu(
     return out.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def needed_tiles(ranges: jax.Array, num_tiles: int, tile: int) -> tuple[jax.Array, jax.Array]:
+def needed_tiles(
+    ranges: jax.Array, num_tiles: int, tile: int, is_near: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Which cache tiles the ranges [B, R, 2] touch: ids in order [B, num_tiles], and count [B].
 
-    Entries past the count repeat the last needed tile.
+    Entries past the count repeat the last needed tile. With `is_near` [B, S] bool, only tiles that
+    have such a slot are needed.
     """
     start = jnp.arange(num_tiles, dtype=jnp.int32)[None, None] * tile
     first, stop = ranges[..., :1], ranges[..., 1:]
     needed = ((first < stop) & (first < start + tile) & (stop > start)).any(axis=1)
+    if is_near is not None:
+        padded = jnp.pad(is_near, ((0, 0), (0, num_tiles * tile - is_near.shape[1])))
+        needed &= padded.reshape(len(padded), num_tiles, tile).any(axis=2)
     count = needed.sum(axis=1).astype(jnp.int32)
     order = jnp.argsort(~needed, axis=1, stable=True).astype(jnp.int32)
     last = jnp.take_along_axis(order, jnp.maximum(count - 1, 0)[:, None], axis=1)
@@ -232,21 +272,27 @@ def _kernel(
     has_bits: bool,
     is_causal: bool,
     group: int,
+    scale: float,
+    cap: float | None,
+    is_near: bool,
 ) -> None:
     refs = iter(operands)
-    next(refs)  # the layer, which only the index maps use
+    layer_ref = next(refs)  # the layer, which only the index maps use, and the reach
     window_ref = next(refs)
     if num_cache_tiles:
         ranges_ref, order_ref, count_ref = next(refs), next(refs), next(refs)
     q_ref, last_seen_ref, k_ref, v_ref = (next(refs) for _ in range(4))
+    if is_near:
+        row_place_ref, key_place_ref = next(refs), next(refs)
     if num_cache_tiles:
         cache_k_ref, cache_v_ref = next(refs), next(refs)
+        if is_near:
+            slot_place_ref = next(refs)
     if has_bits:
         words_ref = next(refs)
     out_ref, m_ref, l_ref, acc_ref = refs
 
     b, row_tile, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    scale = q_ref.shape[-1] ** -0.5
     exact = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
 
     @pl.when(j == 0)
@@ -269,7 +315,9 @@ def _kernel(
                 precision=exact,
                 preferred_element_type=jnp.float32,
             )
-            s = jnp.where(allowed, s * scale, LOWEST)
+            s = s * scale
+            s = s if cap is None else cap * jnp.tanh(s / cap)
+            s = jnp.where(allowed, s, LOWEST)
             m = m_ref[h][:, :1]
             m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
             keep = jnp.exp(m - m_next)
@@ -301,6 +349,8 @@ def _kernel(
             for r in range(num_ranges):
                 first, stop = ranges_ref[b, 2 * r], ranges_ref[b, 2 * r + 1]
                 allowed |= (slot >= first) & (slot < stop)
+            if is_near:
+                allowed &= jnp.abs(row_place_ref[...] - slot_place_ref[...]) < layer_ref[1]
             is_ragged = num_slots % tiles.cache_tile != 0
             attend(cache_k_ref, cache_v_ref, allowed, num_slots - start if is_ragged else None)
 
@@ -322,6 +372,8 @@ def _kernel(
             for w in range(words_ref.shape[1]):
                 word = jnp.where(lane >> 5 == w, words_ref[:, w : w + 1], word)
             allowed &= (jax.lax.shift_right_logical(word, lane & 31) & 1) == 1
+        if is_near:
+            allowed &= jnp.abs(row_place_ref[...] - key_place_ref[...]) < layer_ref[1]
         attend(k_ref, v_ref, allowed)
 
     @pl.when(j == pl.num_programs(3) - 1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.slots import Cache
-from kernels_pallas.window_attention.masks import Mask, in_ranges, window_mask
+from kernels_pallas.window_attention.masks import Mask, Near, in_ranges, window_mask
 
 _LOWEST = -1e30  # a score no real query-key pair reaches; finite, so differences are never NaN
 
@@ -20,7 +20,11 @@ def attend_xla(
     cache: Cache | None = None,
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
+    near: Near | None = None,
+    *,
     slots_axis: str | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Plain matrix products: heads of a group folded into rows, softmax merged over both parts.
 
@@ -30,20 +34,24 @@ def attend_xla(
     B, T, N, H = q.shape
     K = k.shape[2]
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    rows = (rows * (H**-0.5)).astype(q.dtype)  # [B, K, G*T, H]
+    rows = (rows * (H**-0.5 if scale is None else scale)).astype(q.dtype)  # [B, K, G*T, H]
 
     def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
         raw = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32).reshape(
             B, K, N // K, T, -1
         )
+        raw = raw if cap is None else cap * jnp.tanh(raw / cap)
         return jnp.where(allowed, raw, _LOWEST)
 
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], like the cache
-    parts = [(scores(k, window_mask(q.shape[:2], mask, window_range)[:, None, None]), v)]
+    in_window = window_mask(q.shape[:2], mask, window_range)
+    in_window = in_window if near is None else in_window & near.of_window()
+    parts = [(scores(k, in_window[:, None, None]), v)]
     if cache is not None and cache_ranges is not None:
-        in_cache = in_ranges(cache_ranges, cache[0].shape[3])
+        in_cache = in_ranges(cache_ranges, cache[0].shape[3])[:, None]
+        in_cache = in_cache if near is None else in_cache & near.of_cache()
         ck, cv = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        parts.append((scores(ck, in_cache[:, None, None, None]), cv))
+        parts.append((scores(ck, in_cache[:, None, None]), cv))
 
     top = parts[0][0].max(axis=-1, keepdims=True)
     for part, _ in parts[1:]:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import dlm
-from dlm.config import RopeScaling
+from dlm import rope
 from dlm.params import abstract_params
 from dlm.presets import PRESETS
 
@@ -14,7 +14,7 @@ NAMES = ("llada_small", "dream_small")
 
 TINY = PRESETS["tiny"]
 
-SCALING = RopeScaling(
+SCALING = rope.Llama3(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
 )
 

@@ -163,4 +163,4 @@ def _forward_span(
     before = jnp.stack([canvas.start, span.start], axis=-1)
     behind = jnp.stack([span.stop, canvas.end], axis=-1)
     ranges = jnp.stack([before, behind], axis=1)
-    return forward(params, cfg, window, Slots(kv, ranges)).hidden
+    return forward(params, cfg, window, Slots(kv, ranges, length=canvas.length)).hidden

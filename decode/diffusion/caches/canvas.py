@@ -52,6 +52,11 @@ class Canvas(struct.PyTreeNode):
     prompt_len: int = struct.field(pytree_node=False)
     has_shadow: bool = struct.field(pytree_node=False)
 
+    @property
+    def length(self) -> jax.Array:
+        """[B] int32. Positions of each row's text, prompt and completion."""
+        return self.end - self.start
+
 
 class CachePolicy(Component):
     """Runs the model for one round.
@@ -103,7 +108,8 @@ def forward_canvas(
         window = add_shadow(window, cfg, canvas, canvas.window_start, window_len)
     slots = None
     if kv is not None:
-        slots = Slots(kv, write_at=jnp.zeros(B, jnp.int32), write_rows=write_rows)
+        start = jnp.zeros(B, jnp.int32)
+        slots = Slots(kv, write_at=start, write_rows=write_rows, length=canvas.length)
     return forward(params, cfg, window, slots)
 
 

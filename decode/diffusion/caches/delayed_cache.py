@@ -156,6 +156,7 @@ class DelayedCache(CachePolicy):
                 mix=jax.tree.map(lambda x: x[jnp.arange(B)[:, None], index], canvas.mix),
             )
             slots = Slots.append(kv, num_cached, canvas.is_active)
+            slots = slots.replace(length=canvas.length)
             out = forward(params, cfg, window, slots)
             assert out.cache is not None
             is_there = (jnp.arange(length)[None] < count[:, None]) & canvas.is_active[:, None]

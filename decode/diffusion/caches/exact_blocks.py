@@ -135,7 +135,8 @@ class ExactBlocks(CachePolicy):
             mask=pack_mask(block[:, :, None] >= block[:, None, :]),
             range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
         )
-        slots = Slots(kv, cache_ranges, first + self.block_len, canvas.is_active)
+        write_at = first + self.block_len
+        slots = Slots(kv, cache_ranges, write_at, canvas.is_active, canvas.length)
         out = forward(params, cfg, window, slots)
         assert out.cache is not None
         return out.hidden, out.cache

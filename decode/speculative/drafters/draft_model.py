@@ -75,7 +75,7 @@ class _Model(Drafter):
         return init_cache(run, batch_size, num_slots)
 
     def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
-        return self._read(seen, state, None)
+        return self._read(context, seen, state, None)
 
     def _logits(self, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
         """[..., V] float32 over the target's tokens: those that are padding of one are impossible.
@@ -94,14 +94,17 @@ class _Model(Drafter):
         has_room = context.length[:, None] + tree.depths < self.draft.max_seq_len + 2
         return tree.replace(is_valid=tree.is_valid & (has_room | (tree.depths == 0)))
 
-    def _forward(self, window: Window, slots: Slots) -> decoder.ForwardOutput:
+    def _forward(self, context: Context, window: Window, slots: Slots) -> decoder.ForwardOutput:
+        slots = slots.replace(length=context.end)
         return decoder.forward(self.params, self.draft, window, slots, layers=self.layers)
 
-    def _read(self, seen: Seen, cache: KVCache, rows: jax.Array | None) -> KVCache:
+    def _read(
+        self, context: Context, seen: Seen, cache: KVCache, rows: jax.Array | None
+    ) -> KVCache:
         """Keys and values of tokens in a row."""
         window = Window.at(seen.tokens, seen.start, is_causal=True)
         slots = Slots.append(cache, seen.start, rows)
-        output = self._forward(window, slots)
+        output = self._forward(context, window, slots)
         assert output.cache is not None
         return output.cache
 
@@ -136,7 +139,7 @@ class DraftModel(_Model):
             token, cache = carry
             at = context.length - 1 + i
             window, slots = Window.at(token[:, None], at), Slots.append(cache, at, context.active)
-            output = self._forward(window, slots)
+            output = self._forward(context, window, slots)
             hidden = output.hidden[:, 0]
             if is_drawn:
                 drawn_from = context.sampling.replace(repetition_penalty=None).probs(
@@ -175,7 +178,7 @@ class DraftModelTree(_Model):
             above = pack_mask(tree.ancestors(self.depth))
             window = Window(tokens, start[:, None] + tree.depths, above)
             slots = Slots.below(state, start)
-            hidden = self._forward(window, slots).hidden
+            hidden = self._forward(context, window, slots).hidden
             return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
         return Proposal(
@@ -185,7 +188,7 @@ class DraftModelTree(_Model):
         )
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
-        return self._read(seen, state, context.active)
+        return self._read(context, seen, state, context.active)
 
 
 @struct.dataclass
@@ -215,7 +218,7 @@ class DraftModelBest(BestTree, _Model):
             tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
             window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
             slots = Slots.below(state, start)
-            hidden = self._forward(window, slots).hidden
+            hidden = self._forward(context, window, slots).hidden
             return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
         tree = expand_best(self.width, self.levels, self.budget, context, score)
@@ -226,4 +229,4 @@ class DraftModelBest(BestTree, _Model):
         )
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
-        return self._read(seen, state, context.active)
+        return self._read(context, seen, state, context.active)

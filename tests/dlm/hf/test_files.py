@@ -108,7 +108,7 @@ def test_rope_parameters_of_newer_files(tmp_path):
     cfg = read_config(tmp_path)
     assert cfg.rope_theta == 1e6 and cfg.rope_scaling is None
     for wrong, message in (
-        ({"rope_type": "yarn", "factor": 2.0}, "rope_scaling of type 'yarn' is not supported"),
+        ({"rope_type": "axial", "factor": 2.0}, "rope_scaling of type 'axial' is not supported"),
         ({"rope_type": "llama3", "factor": 2.0}, "rope_scaling must give low_freq_factor, high"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_scaling": wrong}))
@@ -199,7 +199,7 @@ def test_pad_token_is_eos_where_nothing_says_otherwise(model):
         ("dream_small", {"rope_scaling": {"type": "yarn"}}, "rope_scaling=.*; only None is"),
         ("dream_small", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("dream_small", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ("llada_small", {"model_type": "gpt2"}, "model_type='gpt2' .* only 'llada' and 'Dream'"),
+        ("llada_small", {"model_type": "bert"}, "model_type='bert' .* only 'llada' and 'Dream'"),
         ("llada_small", {"n_layers": "3"}, "n_layers='3' must be of type int"),
         ("llada_small", {"n_layers": True}, "n_layers=True must be of type int"),
         ("dream_small", {"rope_theta": "big"}, "rope_theta='big' must be of type float"),

@@ -354,7 +354,7 @@ def test_save_from_a_mesh(tmp_path):
             {"qk_norm": True, "shifted_logits": True, "qkv_bias": True},
             "Dream needs qk_norm=False, not True.* qwen3 needs qkv_bias=False, not True",
         ),
-        ({"rope_scaling": SCALING, "block_len": 5}, "llada needs rope_scaling=None, not Rope"),
+        ({"rope_scaling": SCALING, "block_len": 5}, "llada needs rope_scaling=None, not Llama3"),
         ({"mask_token_id": None}, "llada needs mask_token_id to be a token, not None"),
         (
             {"qkv_bias": True, "shifted_logits": True, "head_dim": 32},

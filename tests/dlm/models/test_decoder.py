@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm import vocab
+from dlm import rope, vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
-from dlm.config import ModelConfig, RopeScaling
+from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
 from dlm.presets import PRESETS
@@ -172,7 +172,7 @@ def test_mesh_errors_say_what_is_wrong():
         (dict(pad_token_id=127), "must differ from mask_token_id"),
         (dict(dtype="int8"), "dtype='int8' must be"),
         (dict(pattern=()), r"pattern=\(\) must be kinds of layers, of .* 'dense global rotary'"),
-        (dict(pattern=("dense sliding rotary",)), "must be kinds of layers"),
+        (dict(pattern=("dense wide rotary",)), "must be kinds of layers"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
@@ -188,13 +188,13 @@ def test_config_is_hashable():
 
 def test_stretched_frequencies_by_hand():
     """Llama 3.1: long wavelengths are stretched, short ones kept, those in between partly."""
-    scaling = RopeScaling(
+    scaling = rope.Llama3(
         factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_seq_len=64
     )
     cfg = dataclasses.replace(PRESETS["tiny"], rope_theta=1000.0, rope_scaling=scaling)
-    cos, sin = rotary_angles(jnp.ones((1, 1), jnp.int32), cfg)
+    angles = rotary_angles(jnp.ones((1, 1), jnp.int32), cfg)
     kinds = set()
-    for i, angle in enumerate(np.arctan2(sin[0, 0, 0], cos[0, 0, 0])):
+    for i, angle in enumerate(np.arctan2(angles.sin[0, 0, 0], angles.cos[0, 0, 0])):
         frequency = 1000.0 ** (-2 * i / cfg.head_dim)
         wavelength = 2 * np.pi / frequency
         if wavelength < 64 / 3:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from kernels_pallas.window_attention import pack_mask, window_attention
+from kernels_pallas.window_attention import Near, pack_mask, window_attention
 
 
 def dense_attention(q, k, v, allowed):
@@ -76,6 +76,55 @@ def test_equals_dense_float64_attention(implementation, group, mask):
             allowed,
         )
         np.testing.assert_allclose(got[b], expected, atol=1e-5, rtol=1e-5)
+
+
+def limited_case(seed=0):
+    """A window whose keys and slots stand anywhere; what queries see of [slots ; window]."""
+    rng = np.random.default_rng(seed)
+    B, T, S, K, H = 2, 9, 14, 2, 8
+    q, k, v, ck, cv = random_case(rng, B, T, S, 2 * K, K, H)
+    positions = 10 + np.stack([np.arange(T), np.arange(T) // 2])  # of a row of text, of a tree
+    cached = np.stack([np.arange(S) - 2, rng.permutation(S)])
+    ranges = np.array([[[2, 12]], [[0, 14]]])
+    slot = np.arange(S)[None]
+    in_cache = (slot >= ranges[:, 0, :1]) & (slot < ranges[:, 0, 1:])
+    allowed = np.concatenate(
+        [
+            in_cache[:, None] & (np.abs(positions[:, :, None] - cached[:, None]) < 4),
+            np.tril(np.ones((T, T), bool))
+            & (np.abs(positions[:, :, None] - positions[:, None]) < 4),
+        ],
+        axis=2,
+    )
+    near = Near(jnp.int32(4), jnp.asarray(positions), jnp.asarray(cached))
+    arguments = dict(mask="causal", cache=(ck, cv), cache_ranges=ranges, layer=1, near=near)
+    return (q, k, v), arguments, allowed
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_limited_sight_is_by_position(implementation):
+    """Whatever slot a key lies in; a key at the reach itself is not seen, one nearer is."""
+    (q, k, v), arguments, allowed = limited_case()
+    got, _ = window_attention(q, k, v, **arguments, implementation=implementation)
+    ck, cv = arguments["cache"]
+    for b in range(2):
+        keys, values = (
+            np.concatenate([x[1, b].swapaxes(0, 1), y[b]]).astype(np.float64)
+            for x, y in ((ck, k), (cv, v))
+        )
+        expected = dense_attention(q[b], keys, values, allowed[b])
+        np.testing.assert_allclose(got[b], expected, atol=1e-5, rtol=1e-5)
+    assert 0 < allowed[:, :, :14].sum() < 60
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_scale_and_cap_of_scores(implementation):
+    """cap tanh(scale q k / cap), by hand."""
+    q, k, v, _, _ = random_case(np.random.default_rng(0), 1, 6, 1, 2, 2, 8)
+    got, _ = window_attention(q, k, v, scale=0.7, cap=1.5, implementation=implementation)
+    scores = 1.5 * np.tanh(0.7 * np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) / 1.5)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(got, np.einsum("bnts,bsnh->btnh", weights, v), atol=1e-5)
 
 
 def pack_bits(allowed):

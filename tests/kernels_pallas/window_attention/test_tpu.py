@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.window_attention import op, tpu, window_attention, window_attention_reference
+from kernels_pallas.window_attention import (
+    Near,
+    op,
+    tpu,
+    window_attention,
+    window_attention_reference,
+)
 from kernels_pallas.window_attention.xla import attend_xla
 from tests.lib.kernels import INTERPRET
 
@@ -84,6 +90,46 @@ def test_window_attention_of_any_shape(T, S, K, group, mask, seed):
     operands = attention_case(2, T, S, K * group, K, 64, mask, seed=seed)
     got = attend(*operands)
     np.testing.assert_allclose(got, reference(*operands), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: str(tuple(case.values())))
+def test_limited_sight_scale_and_cap(case):
+    """Text in order in the first row; in the others keys stand anywhere."""
+    q, k, v, mask, window, cache, ranges, layer = attention_case(**case)
+    B, T, S = case["B"], case["T"], case["S"]
+    rng = np.random.default_rng(1)
+    cached = np.stack([rng.permutation(S) for _ in range(B)]).astype(np.int32)
+    cached[0] = np.arange(S)
+    positions = S + np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    positions[1:] -= S // 2
+    near = Near(np.int32(S // 3), positions, cached)
+    options = dict(scale=0.3, cap=2.0)
+
+    def run(attend, near):
+        fixed = lambda near: attend(q, k, v, mask, window, cache, ranges, layer, near, **options)
+        return jax.jit(fixed)(near)
+
+    expected = run(window_attention_reference, near)
+    got = run(functools.partial(tpu.window_attention_tpu, interpret=INTERPRET), near)
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+    assert (expected != run(window_attention_reference, None)).any()
+
+
+def test_cache_tiles_out_of_sight_are_not_read():
+    q, k, v, mask, window, cache, _, layer = attention_case(1, 4, 1600, 2, 1, 64, "full")
+    ranges = jnp.array([[[0, 1600]]])
+    near = Near(jnp.int32(100), 1600 + jnp.arange(4)[None], jnp.arange(1600)[None])
+    _, count = tpu.needed_tiles(ranges, 4, 512, near.of_any())
+    assert count.tolist() == [2]  # of 1501 to 1599: slots 1024 to 1535, and the rest
+    expected = jax.jit(window_attention_reference, static_argnums=3)(
+        q, k, v, mask, window, cache, ranges, layer, near
+    )
+    spoiled = tuple(c.at[..., :1024, :].set(jnp.nan) for c in cache)
+    run = jax.jit(
+        functools.partial(tpu.window_attention_tpu, interpret=INTERPRET), static_argnums=3
+    )
+    got = run(q, k, v, mask, window, spoiled, ranges, layer, near)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_only_needed_cache_tiles_are_read():

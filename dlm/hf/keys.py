@@ -1,0 +1,121 @@
+"""Single keys of config.json, checked; messages name key, value and what would be right.
+
+A key that is absent has the value that the published code gives it, one that is null has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dlm.config import Experts, ModelConfig, shortest_pattern
+
+
+def whole(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
+    """An integer or None."""
+    value = raw.get(key, absent)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"{key}={value!r} must be an integer")
+    return value
+
+
+def number(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
+    """A number or None."""
+    value = raw.get(key, absent)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"{key}={value!r} must be a number")
+    return value
+
+
+def flag(raw: dict[str, Any], key: str, absent: bool) -> bool:
+    """True or false; null is false."""
+    value = raw.get(key, absent)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} must be true or false")
+    return bool(value)
+
+
+def required(raw: dict[str, Any], key: str) -> int:
+    """An integer that must be there."""
+    value = whole(raw, key)
+    if value is None:
+        raise ValueError(f"{key} must be given")
+    return int(value)
+
+
+def one_of(raw: dict[str, Any], names: Sequence[str], absent: Any = None) -> Any:
+    """An integer that has several names, of which those that are given must agree."""
+    found = {key: whole(raw, key) for key in names if raw.get(key) is not None}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{key}={value}" for key, value in found.items())
+        raise ValueError(f"{said} must be the same: leave one of them out")
+    return next(iter(found.values()), absent)
+
+
+def per_layer(
+    raw: dict[str, Any], key: str, layers: int, values: Sequence[Any]
+) -> list[Any] | None:
+    """A list with one of `values` per layer, or None."""
+    found = raw.get(key)
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != layers or not set(found) <= set(values):
+        raise ValueError(
+            f"{key}={found!r} must be a list of {layers} entries, each "
+            f"{' or '.join(map(repr, values))}"
+        )
+    return found
+
+
+def pattern(
+    layers: int,
+    *,
+    has_experts: Sequence[bool] | bool = False,
+    is_sliding: Sequence[bool] | bool = False,
+    has_rope: Sequence[bool] | bool = True,
+) -> tuple[str, ...]:
+    """`ModelConfig.pattern` of so many layers; a single value stands for all of them."""
+
+    def words(values: Sequence[bool] | bool, yes: str, no: str) -> list[str]:
+        each = [values] * layers if isinstance(values, bool) else values
+        return [yes if value else no for value in each]
+
+    axes = (
+        words(has_experts, "experts", "dense"),
+        words(is_sliding, "sliding", "global"),
+        words(has_rope, "rotary", "none"),
+    )
+    return shortest_pattern([" ".join(kind) for kind in zip(*axes, strict=True)])
+
+
+def experts_of(cfg: ModelConfig) -> Experts:
+    """A model's experts; ValueError if it has none."""
+    if cfg.experts is None:
+        raise ValueError("experts=None must be given")
+    return cfg.experts
+
+
+TYPES = ("full_attention", "sliding_attention")
+
+
+def sliding_layers(
+    raw: dict[str, Any], layers: int, window: int | None, absent: Sequence[bool]
+) -> tuple[int | None, list[bool]]:
+    """The window and which layers are sliding, of `layer_types`, else as in `absent`.
+
+    Without a sliding layer there is no window.
+    """
+    types = per_layer(raw, "layer_types", layers, TYPES)
+    is_sliding = list(absent) if types is None else [kind == TYPES[1] for kind in types]
+    if not any(is_sliding):
+        return None, is_sliding
+    if window is None or window < 1:
+        raise ValueError(
+            f"sliding_window={window!r} must be at least 1: layer_types has sliding ones"
+        )
+    return window, is_sliding
+
+
+def layer_types(is_sliding: Sequence[bool]) -> list[str]:
+    """As config.json lists them."""
+    return [TYPES[sliding] for sliding in is_sliding]
