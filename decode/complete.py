@@ -82,8 +82,9 @@ def complete(
 
     Args:
       lm: from `dlm.load`.
-      prompts: a string or a list of token ids, or a list of these. Strings are encoded as they are;
-        for chat models render them with `lm.tokenizer.apply_chat_template` first.
+      prompts: a string or a list of token ids, or a list of these. Strings get what the model's
+        tokenizer puts around a text; those of `lm.tokenizer.apply_chat_template`, for chat models,
+        are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
       method: where to start from: a name of `decode.speculative.points.METHODS`, or a method; what
         else is given replaces its choices. None: one token per forward.
       drafter: who proposes, see `decode/drafters`.
@@ -93,7 +94,7 @@ def complete(
       temperature: 0: arg-max.
       top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
-      stop: strings that end a text; the text is cut before the first of them.
+      stop: strings that end a text, special tokens included; it is cut before the first of them.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.
@@ -121,6 +122,11 @@ def complete(
         "stop_ids": tuple(stop_ids) or None,
         "top_logprobs": top_logprobs or None,
     }
+    if lm.cfg.never_causal:
+        raise ValueError(
+            "this is a diffusion model, which never learned to write from left to right: use "
+            "decode.generate"
+        )
     if method is None:
         method = SpeculativeMethod()
     elif isinstance(method, str):
@@ -149,7 +155,7 @@ def collect(
       stops: strings before the first of which texts are cut.
     """
     fetched: Any = jax.device_get(state.replace(cache=None, drafter=None))
-    ends = {lm.cfg.eos_token_id, *map(int, np.asarray(method.stop_ids).reshape(-1))}
+    ends = {*lm.cfg.eos_ids, *map(int, np.asarray(method.stop_ids).reshape(-1))}
     completions = []
     for b in range(len(fetched.tokens) if num is None else num):
         start, length = int(fetched.prompt_len[b]), int(fetched.length[b])

@@ -106,8 +106,9 @@ def generate(
 
     Args:
       lm: from `dlm.load`.
-      prompts: a string or a list of token ids, or a list of these. Strings are encoded as they are;
-        for chat models render them with `lm.tokenizer.apply_chat_template` first.
+      prompts: a string or a list of token ids, or a list of these. Strings get what the model's
+        tokenizer puts around a text; those of `lm.tokenizer.apply_chat_template`, for chat models,
+        are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
       method: where to start from: a name of `decode.diffusion.points.METHODS` ("klass"), or a
         method; what else is given replaces its choices. None: `Threshold(0.9)` in blocks, done at
         the end of the text.
@@ -130,7 +131,7 @@ def generate(
       guidance: classifier-free guidance scale; 0: off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with
         fewer forwards, each of them larger. Only without cache.
-      stop: strings that end a text; the text is cut before the first of them.
+      stop: strings that end a text, special tokens included; it is cut before the first of them.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.
@@ -229,7 +230,7 @@ def collect(
     )
     fetched = jax.device_get(reported)
     tokens, end, step_map, confidence, log_prob, num_forwards, top, start, given = fetched
-    ends = [lm.cfg.eos_token_id, *np.asarray(method.stop_ids).tolist()]
+    ends = [*lm.cfg.eos_ids, *np.asarray(method.stop_ids).tolist()]
     completions = []
     for b in range(tokens.shape[0] if num is None else num):
         length = end[b] - P

@@ -412,9 +412,9 @@ def _encode_pair(lm: LanguageModel, i: int, pair: Any) -> tuple[list[int], list[
                 f"pair {i} is text but the checkpoint has no tokenizer: give token ids, or load a "
                 "directory that has a tokenizer.json"
             )
-        whole = pair[0] + pair[1]
-        prompt = lm.tokenizer.encode(pair[0].rstrip())
-        return prompt, lm.tokenizer.encode(whole)[len(prompt) :]
+        shorter = type(pair[0])(pair[0].rstrip())  # of a chat template, it still is
+        prompt = lm.tokenizer.encode(shorter, whole=True)
+        return prompt, lm.tokenizer.encode(pair[0] + pair[1], whole=True)[len(prompt) :]
     if is_pair and all(
         isinstance(part, (Sequence, np.ndarray)) and not isinstance(part, str) for part in pair
     ):

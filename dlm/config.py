@@ -63,6 +63,9 @@ class Experts:
     has_shared_gate: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "num_chosen", "d_ff", "num_groups", "num_chosen_groups"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"experts: {name}={getattr(self, name)!r} must be an integer")
         if self.d_ff < 1 or self.shared_d_ff < 0:
             raise ValueError(
                 f"experts: d_ff={self.d_ff} must be at least 1 and shared_d_ff="
@@ -150,11 +153,15 @@ class ModelConfig:
       shifted_logits: whether the output at position i-1 predicts token i, as in autoregressive
         models and those made from them (Dream). False: position i predicts token i (LLaDA).
       mask_token_id: the MASK token; None for models that have none (plain causal models).
-      eos_token_id: ends a completion.
+      eos_token_id: ends a completion; of several ends the one that is written.
+      more_eos_ids: the others, in ascending order.
       bos_token_id: begins a sequence, where the tokenizer does not add it; None if unused.
       pad_token_id: fills unused positions; never attended to.
       pattern: what the layers are, a kind per layer, over and over: layer i is
         `pattern[i % len(pattern)]`. A kind is three words of `LAYER_WORDS`.
+      never_causal: whether the weights were taught to see both sides and nothing else (LLaDA,
+        Dream), so that they cannot write from left to right. Two models that differ in nothing else
+        are equal.
       family: the published architecture in whose files it is written, if those of others could hold
         it as well; None: the first that can.
       block_len: positions per block of a model that was trained to see its own block and those
@@ -199,9 +206,11 @@ class ModelConfig:
     shifted_logits: bool = False
     mask_token_id: int | None = None
     eos_token_id: int = 0
+    more_eos_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int = 0
     pattern: tuple[str, ...] = ("dense global rotary",)
+    never_causal: bool = dataclasses.field(default=False, compare=False)
     family: str | None = None
     block_len: int | None = None
     dtype: str = "bfloat16"
@@ -243,10 +252,32 @@ class ModelConfig:
                 f"pad_token_id={self.pad_token_id} must differ from mask_token_id, "
                 "or padding would be decoded"
             )
+        object.__setattr__(self, "more_eos_ids", self._more_eos_ids())
         if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(
                 f"dtype={self.dtype!r} must be 'float32', 'bfloat16', 'float16' or 'float64'"
             )
+
+    def _more_eos_ids(self) -> tuple[int, ...]:
+        """Checked and in order."""
+        more = sorted(set(self.more_eos_ids) - {self.eos_token_id})
+        for token in more:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"more_eos_ids={token} must be in [0, vocab_size={self.vocab_size})"
+                )
+        if self.mask_token_id is not None and self.mask_token_id in (self.eos_token_id, *more):
+            raise ValueError(
+                f"mask_token_id={self.mask_token_id} must not be among the ends of a text "
+                f"{(self.eos_token_id, *more)}: it stands for a token to be decided"
+            )
+        return tuple(more)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end a completion, the written one first."""
+        written = () if self.eos_token_id is None else (self.eos_token_id,)
+        return (*written, *self.more_eos_ids)
 
     def _read_nested(self) -> None:
         """Brings what JSON made of tuples and dataclasses back into shape."""

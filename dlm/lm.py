@@ -13,10 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -30,7 +32,7 @@ from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """What decoding and training take. Making one checks that the tokenizer fits.
+    """What decoding and training take.
 
     Attributes:
       params: as `param_specs(cfg)`.
@@ -44,38 +46,53 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     mesh: Mesh | None = None
 
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None:
-            _check_tokenizer(self.tokenizer, self.cfg)
-
 
 def load(
     path: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    tokenizer: Tokenizer | Literal["own"] | None = "own",
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> LanguageModel:
-    """Loads a published LLaDA or Dream model, or one that `save` wrote.
+    """Loads a published model, or one that `save` wrote.
+
+    A tokenizer does not keep the weights from being loaded: warnings say if it cannot be read, has
+    tokens that are no rows of the embedding, or names another MASK token than the model, which is
+    then right.
 
     Args:
       path: a directory with `config.json`, weights, and maybe a tokenizer.
       dtype: of the parameters, such as "bfloat16"; by default the file's.
+      tokenizer: "own": that of the directory, if it has one that can be read; None: only token ids
+        go in and out.
       mesh: where to put the parameters; None: on the default device.
       rules: logical axes to mesh axes.
 
     Raises:
       FileNotFoundError: the directory or a file in it is missing.
-      ValueError: a file is broken, the model is of an unknown kind, or the tokenizer is not its.
+      ValueError: a file is broken, or the model is of an unknown kind.
     """
-    lm = describe(path, dtype=dtype)  # before the weights, which take long
+    # Before the weights, which take long.
+    lm = describe(path, dtype=dtype, tokenizer=tokenizer)
     return dataclasses.replace(lm, params=load_params(path, lm.cfg, mesh, rules), mesh=mesh)
 
 
-def describe(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> LanguageModel:
+def describe(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    tokenizer: Tokenizer | Literal["own"] | None = "own",
+) -> LanguageModel:
     """As `load`, but of configuration and tokenizer only: `params` are {}."""
     cfg = read_config(path, dtype)
-    return LanguageModel({}, cfg, load_tokenizer(path) if has_tokenizer(path) else None)
+    if tokenizer == "own":
+        tokenizer = _own_tokenizer(path)
+    if isinstance(tokenizer, Tokenizer):
+        _compare(tokenizer, cfg)
+    elif tokenizer is not None:
+        raise ValueError(f"tokenizer={tokenizer!r} must be a Tokenizer, 'own' or None")
+    return LanguageModel({}, cfg, tokenizer)
 
 
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
@@ -98,7 +115,7 @@ def fingerprint(lm: LanguageModel) -> str:
     digest = hashlib.sha256()
     for field in sorted(dataclasses.fields(lm.cfg), key=lambda field: field.name):
         value = getattr(lm.cfg, field.name)
-        if field.name != "dtype" and value != field.default:
+        if field.name != "dtype" and field.compare and value != field.default:
             digest.update(f"{field.name}={value!r};".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params):
         index = np.unravel_index(np.linspace(0, leaf.size - 1, 64).astype(np.int64), leaf.shape)
@@ -107,13 +124,33 @@ def fingerprint(lm: LanguageModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(
-            f"wrong tokenizer: its vocab_size={tokenizer.vocab_size} must be at most the model's "
-            f"{cfg.vocab_size}"
+def _own_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
+    """None if there is none that can be read."""
+    if not has_tokenizer(path):
+        return None
+    try:
+        return load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        logging.warning("Loading %s without tokenizer, for token ids alone: %s.", path, error)
+        return None
+
+
+def _compare(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
+    """Warns of what in a tokenizer is not as in the model."""
+    vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
+    beyond = sorted((i, text) for text, i in vocab.items() if i >= cfg.vocab_size)
+    if beyond:
+        logging.warning(
+            "The tokenizer has %d tokens that are no rows of the embedding, vocab_size=%d, such as "
+            "%s: prompts with them are refused.",
+            len(beyond),
+            cfg.vocab_size,
+            ", ".join(repr(text) for _, text in beyond[:10]),
         )
-    for name in ("mask_token_id", "eos_token_id"):
-        ours, its = getattr(cfg, name), getattr(tokenizer, name)
-        if its is not None and its != ours:
-            raise ValueError(f"wrong tokenizer: its {name}={its} must be the model's {ours}")
+    its = tokenizer.mask_token_id
+    if its is not None and cfg.mask_token_id is not None and its != cfg.mask_token_id:
+        logging.warning(
+            "The tokenizer's mask_token_id=%d is not the model's %d, which is taken.",
+            its,
+            cfg.mask_token_id,
+        )

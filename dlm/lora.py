@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class Lora(Trainable):
       alpha: > 0; the change is multiplied by alpha / rank.
       targets: weights of every layer, among `TARGETS`.
     """
+
+    is_model: ClassVar[bool] = True
 
     rank: int
     alpha: float

@@ -51,7 +51,7 @@ class LowRank(struct.PyTreeNode):
     Letters: I and O, the flattened axes of the weight that are multiplied over, and the others.
 
     Attributes:
-      weight: the array of the model, [L, ...]; L is missing inside a layer.
+      weight: [L, ...]. The array of the model. L is missing inside a layer, here and below.
       down: [L, I, r].
       up: [L, r, O].
       scale: static.

@@ -21,6 +21,7 @@ def _llama3(**sizes: Any) -> ModelConfig:
         rope_scaling=scaling,
         shifted_logits=True,
         eos_token_id=128_009,
+        more_eos_ids=(128_001, 128_008),
         bos_token_id=128_000,
         pad_token_id=128_009,
     )
@@ -32,6 +33,7 @@ def _qwen(**own: Any) -> ModelConfig:
         "norm_eps": 1e-6,
         "shifted_logits": True,
         "eos_token_id": 151_645,
+        "more_eos_ids": (151_643,),
         "pad_token_id": 151_643,
     }
     return ModelConfig(**(family | own))
@@ -40,14 +42,15 @@ def _qwen(**own: Any) -> ModelConfig:
 def _sdar(**sizes: Any) -> ModelConfig:
     return _qwen(
         **sizes, n_kv_heads=8, head_dim=128, vocab_size=151_936, max_seq_len=32_768, qk_norm=True,
-        shifted_logits=False, mask_token_id=151_669, eos_token_id=151_643, block_len=4,
+        shifted_logits=False, mask_token_id=151_669, eos_token_id=151_643,
+        more_eos_ids=(151_645,), block_len=4,
     )  # fmt: skip
 
 
 def _fast_dllm_v2(**sizes: Any) -> ModelConfig:
     return _qwen(
         **sizes, head_dim=128, max_seq_len=32_768, qkv_bias=True, mask_token_id=151_665,
-        pad_token_id=151_645, block_len=32,
+        more_eos_ids=(), pad_token_id=151_645, block_len=32,
     )  # fmt: skip
 
 

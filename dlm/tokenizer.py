@@ -23,7 +23,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
+from absl import logging
 from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from dlm import chat
 
 _EOS, _BOS, _MASK = "<|endoftext|>", "<|startoftext|>", "<|mdm_mask|>"
 
@@ -51,7 +54,9 @@ class Tokenizer:
       pad_token_id: fills unused positions.
       bos_token_id: begins a sequence; None if there is none.
       mask_token_id: the MASK token; None if there is none.
-      chat_template: Jinja source that turns messages into a prompt; None if there is none.
+      chat_template: Jinja source that turns messages into a prompt, or several by name; None if
+        there is none.
+      other_tokens: further special tokens by name, for chat templates: {"unk_token": "<unk>"}.
       vocab_size: largest token id + 1. Models often have more rows than that.
     """
 
@@ -60,7 +65,8 @@ class Tokenizer:
     pad_token_id: int
     bos_token_id: int | None = None
     mask_token_id: int | None = None
-    chat_template: str | None = dataclasses.field(default=None, repr=False)
+    chat_template: str | Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
+    other_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     vocab_size: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,8 +75,14 @@ class Tokenizer:
         vocab = self.backend.get_vocab(with_added_tokens=True)
         object.__setattr__(self, "vocab_size", 1 + max(vocab.values()))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Adds nothing; special tokens written in the text are recognised.
+    def encode(self, text: str, *, whole: bool = False, plain: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+          text: special tokens written in it are recognised.
+          whole: whether to add what the tokenizer puts around a whole text, as the begin token of
+            Llama. A text that begins with the begin token, or that a chat template wrote, has it.
+          plain: whether special tokens written in the text are text. For what users give.
 
         Raises:
           TypeError: the text is not a string.
@@ -78,11 +90,19 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text={text!r} must be a str, not a {type(text).__name__}")
+        adds = whole and not isinstance(text, chat.Rendered)
+        ids = self._ids(text, adds, plain)
+        if adds and ids[:2] == [self.bos_token_id] * 2:
+            return self._ids(text, False, plain)
+        return ids
+
+    def _ids(self, text: str, adds: bool, plain: bool) -> list[int]:
+        self.backend.encode_special_tokens = plain
         try:
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
+            return list(self.backend.encode(text, add_special_tokens=adds).ids)
         except Exception as error:  # the library raises nothing narrower
             if not isinstance(self.backend.model, models.WordLevel):
-                raise
+                raise ValueError(f"text={text[:40]!r}... cannot be encoded: {error}") from error
             at = self._first_uncovered(text)
             raise ValueError(
                 f"text[{at}:]={text[at : at + 20]!r}... is not covered by the vocabulary of "
@@ -100,46 +120,52 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
-        """The prompt for a conversation, as text for `encode`.
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        now: datetime.datetime | None = None,
+        **variables: Any,
+    ) -> chat.Rendered:
+        """The prompt for a conversation, for `encode` and the loops: nothing is added to it.
 
         Args:
           messages: such as `[{"role": "user", "content": "Hi"}]`.
           add_generation_prompt: whether to end with the opening of the assistant's turn.
+          tools: JSON schemas of functions.
+          documents: to answer from.
+          template: the name of one of several; None: "tool_use" with tools, where there is one,
+            else "default".
+          now: the date for templates that tell it; None: today's.
+          variables: what else the template reads, such as `enable_thinking`.
 
         Raises:
-          ValueError: there is no template, or it refuses the messages.
+          ValueError: there is no such template, or it refuses the messages.
         """
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
+        given = {"tools": tools, "documents": documents, **variables}
+        given["add_generation_prompt"] = add_generation_prompt
+        source = self._template(template, tools is not None)
+        return chat.render(source, messages, given, self._special_tokens(), now)
 
-        if self.chat_template is None:
+    def _template(self, name: str | None, has_tools: bool) -> str:
+        templates = self.chat_template
+        if templates is None:
             raise ValueError(
                 "this tokenizer has no chat template: write the prompt as text, or load one with "
                 "chat_template.jinja or a chat_template in tokenizer_config.json"
             )
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(
-            x, ensure_ascii=False, indent=indent
-        )
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens(),
+        if isinstance(templates, str):
+            templates = {"default": templates}
+        wanted = name or ("tool_use" if has_tools and "tool_use" in templates else "default")
+        if wanted not in templates:
+            raise ValueError(
+                f"template={wanted!r} must be one of this tokenizer's chat templates: "
+                f"{', '.join(map(repr, sorted(templates)))}"
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template cannot write these messages: {error}") from error
+        return templates[wanted]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` reads."""
@@ -150,20 +176,25 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **self._special_tokens(),
         }
-        if self.chat_template is not None:
+        if isinstance(self.chat_template, str):
             config["chat_template"] = self.chat_template
+        elif self.chat_template is not None:
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in self.chat_template.items()
+            ]
         self.backend.save(str(target / "tokenizer.json"))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
-    def _special_tokens(self) -> dict[str, str | None]:
+    def _special_tokens(self) -> dict[str, str]:
         """{"eos_token": its text, ...} of those that exist."""
         ids = {name: getattr(self, f"{name}_token_id") for name in ("eos", "pad", "bos", "mask")}
-        return {
-            f"{name}_token": self.backend.id_to_token(value)
+        texts = {
+            f"{name}_token": text
             for name, value in ids.items()
-            if value is not None
+            if value is not None and (text := self.backend.id_to_token(value)) is not None
         }
+        return {**self.other_tokens, **texts}
 
     def _first_uncovered(self, text: str) -> int:
         """Where the first piece of `text` begins that is not in the vocabulary."""
@@ -234,8 +265,11 @@ def has_tokenizer(directory: str | os.PathLike[str]) -> bool:
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Reads `tokenizer.json`, or `vocab.json` and `merges.txt` of the Qwen2 family.
 
-    Special tokens and the chat template come from `tokenizer_config.json`; a `chat_template.jinja`
-    is preferred to the latter.
+    As in `transformers`, what `tokenizer_config.json` (or the older `special_tokens_map.json` and
+    `added_tokens.json`) declares is a token, also where tokenizer.json does not know it; what is
+    put around a text is for tokenizer.json to say. Where no end of a text is named, it is that of
+    the model beside it. Chat templates are those of `chat_template.jinja` and
+    `additional_chat_templates`, else of tokenizer_config.json.
 
     Args:
       directory: holds these files.
@@ -248,7 +282,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a directory; give one that holds tokenizer.json")
     config_file = root / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = _read_config(root)
     file = root / "tokenizer.json"
     if file.is_file():
         try:
@@ -262,28 +296,133 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             f"{root} has neither tokenizer.json nor vocab.json with merges.txt; save one there "
             "(Tokenizer.save, or save_pretrained of a fast tokenizer)"
         )
+    _add_declared(backend, config, config_file)
+    names = _named(config, config_file)
+    ids = {name: backend.token_to_id(token.content) for name, token in names.items()}
 
-    def token_id(name: str, *known: str) -> int | None:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is None:
-            return next((i for i in map(backend.token_to_id, known) if i is not None), None)
-        found = backend.token_to_id(token)
-        if found is None:
-            raise ValueError(f"{config_file}: {name}={token!r} is not in the vocabulary")
-        return found
+    def known(*texts: str) -> int | None:
+        return next((i for i in map(backend.token_to_id, texts) if i is not None), None)
 
-    eos, pad = token_id("eos_token", _EOS), token_id("pad_token")
+    eos = ids.get("eos_token")
+    eos = _end_of_model(root, backend) if eos is None else eos
+    eos = known(_EOS) if eos is None else eos
     if eos is None:
-        raise ValueError(f"{config_file} must name an eos_token; there is no {_EOS} either")
-    return Tokenizer(
+        raise ValueError(
+            f"{config_file} must name an eos_token; config.json beside it names none, and there "
+            f"is no {_EOS} either"
+        )
+    pad, own = ids.get("pad_token"), ("eos_token", "pad_token", "bos_token", "mask_token")
+    tokenizer = Tokenizer(
         backend,
         eos,
         eos if pad is None else pad,
-        bos_token_id=token_id("bos_token"),
-        mask_token_id=token_id("mask_token", *_MASK_NAMES),
+        bos_token_id=ids.get("bos_token"),
+        mask_token_id=ids.get("mask_token", known(*_MASK_NAMES)),
         chat_template=_chat_template(root, config),
+        other_tokens={name: token.content for name, token in names.items() if name not in own},
     )
+    for name in ("bos_token", "eos_token"):
+        adds = ids.get(name) in tokenizer.encode("", whole=True)
+        if (flag := config.get(f"add_{name}")) is not None and flag != adds:
+            logging.warning(
+                "%s: add_%s=%s is not what tokenizer.json does, which is right.",
+                config_file,
+                name,
+                flag,
+            )
+    return tokenizer
+
+
+def _read_config(root: pathlib.Path) -> dict[str, Any]:
+    """tokenizer_config.json, completed by the files that held a part of it before."""
+    file = root / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    if config.get("split_special_tokens"):
+        raise ValueError(f"{file}: split_special_tokens=True is not supported; only False is")
+    if "added_tokens_decoder" not in config:
+        if (old := root / "special_tokens_map.json").is_file():
+            config |= {key: value for key, value in read_json(old).items() if value is not None}
+        if (old := root / "added_tokens.json").is_file():
+            ids = read_json(old)
+            special = {token.content for token in _special(config, file)}
+            config["added_tokens_decoder"] = {
+                str(i): {"content": text, "normalized": text not in special}
+                | {"special": text in special}
+                for text, i in ids.items()
+            }
+    return config
+
+
+def _named(config: Mapping[str, Any], file: pathlib.Path) -> dict[str, tokenizers.AddedToken]:
+    """{"eos_token": ..., "unk_token": ...}: every key that names a special token."""
+    more = config.get("extra_special_tokens")
+    said = {**config, **(more if isinstance(more, dict) else {})}
+    flags = ("add_bos_token", "add_eos_token")  # not tokens
+    return {
+        key: _added_token(value, key, file, is_special=True)
+        for key, value in said.items()
+        if key.endswith("_token") and key not in flags and value is not None
+    }
+
+
+def _special(config: Mapping[str, Any], file: pathlib.Path) -> list[tokenizers.AddedToken]:
+    """All tokens that the config names as special."""
+    found = list(_named(config, file).values())
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key) or []
+        if not isinstance(tokens, (list, dict)):
+            raise ValueError(f"{file}: {key}={tokens!r} must be a list of tokens")
+        found += [_added_token(t, key, file) for t in tokens if isinstance(tokens, list)]
+    return found
+
+
+def _added_token(
+    value: Any, key: str, file: pathlib.Path, is_special: bool = False
+) -> tokenizers.AddedToken:
+    """As the file says it; special where it does not say, or if it `is_special` anyway."""
+    said = {"content": value} if isinstance(value, str) else value
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    is_token = isinstance(said, dict) and isinstance(text := said.get("content"), str) and text
+    if not is_token or not all(isinstance(said.get(flag, False), bool) for flag in flags):
+        raise ValueError(f"{file}: {key} has {value!r:.80}, which is not a token")
+    given = {flag: said[flag] for flag in flags if flag in said}
+    given |= {"special": is_special or given.get("special", True)}
+    return tokenizers.AddedToken(said["content"], **{"normalized": False} | given)
+
+
+def _add_declared(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: pathlib.Path
+) -> None:
+    """Makes tokens of all that the config declares, as special as it says.
+
+    Those with ids must get them; others that are new are put behind the last id.
+    """
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict) or not all(str(i).isdecimal() for i in declared):
+        raise ValueError(f"{file}: added_tokens_decoder must map token ids to tokens")
+    wanted = {int(i): _added_token(t, f"token {i}", file) for i, t in declared.items()}
+    backend.add_tokens([token for _, token in sorted(wanted.items())])
+    for i, token in wanted.items():
+        if (got := backend.token_to_id(token.content)) != i:
+            raise ValueError(
+                f"{file}: added token {token.content!r} must have id {i}, but the vocabulary and "
+                f"the tokens before it give it {got}"
+            )
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    new = {token.content: token for token in _special(config, file) if token.content not in known}
+    backend.add_tokens(list(new.values()))
+
+
+def _end_of_model(root: pathlib.Path, backend: tokenizers.Tokenizer) -> int | None:
+    """The first end of a text that a model in the same folder names, if it is a token."""
+    for file in (root / "config.json", root / "generation_config.json"):
+        ends = read_json(file).get("eos_token_id") if file.is_file() else None
+        for end in ends if isinstance(ends, list) else [ends]:
+            if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**32:
+                continue
+            if backend.id_to_token(end) is not None:
+                return end
+    return None
 
 
 def _read_qwen2(root: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -304,32 +443,38 @@ def _read_qwen2(root: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tok
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     backend.decoder = decoders.ByteLevel()
-    added = config.get("added_tokens_decoder", {})
-    for wanted, token in sorted((int(key), token) for key, token in added.items()):
-        backend.add_tokens([tokenizers.AddedToken(**token)])
-        if (got := backend.token_to_id(token["content"])) != wanted:
-            raise ValueError(
-                f"{root}: added token {token['content']!r} must have id {wanted}, but vocab.json "
-                f"and the tokens before it give it {got}"
-            )
     return backend
 
 
-def _chat_template(root: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-    file = root / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        return next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template
+def _chat_template(root: pathlib.Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The template, or several by name."""
+    files = {"default": root / "chat_template.jinja"}
+    files |= {file.stem: file for file in (root / "additional_chat_templates").glob("*.jinja")}
+    try:
+        found = {name: f.read_text(encoding="utf-8") for name, f in files.items() if f.is_file()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{root}: a chat template is not UTF-8 ({error})") from error
+    if not found and (said := config.get("chat_template")) is not None:
+        named = said if isinstance(said, list) else [{"name": "default", "template": said}]
+        for entry in named:
+            said = entry if isinstance(entry, dict) else {}
+            name, text = said.get("name"), said.get("template")
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise ValueError(
+                    f"{root / 'tokenizer_config.json'}: chat_template must be text, or a list of "
+                    '{"name": ..., "template": ...}'
+                )
+            found[name] = text
+    if set(found) == {"default"}:
+        return found["default"]
+    return found or None
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file; a ValueError with its path if there is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
         raise ValueError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(value).__name__}")

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.config import ModelConfig
-from dlm.params import Params, param_specs
+from dlm.params import Params, init_from_specs, param_specs
 
 
 class Learned(struct.PyTreeNode):
@@ -46,9 +46,12 @@ class Trainable:
     Attributes:
       needs_target: whether the objective that goes with it runs the model of `train.init_from`. If
         not, only that model's configuration and tokenizer are read.
+      is_model: whether what is learned is the model itself, all of it or a change to it, so that
+        `attach` returns nothing as `own`.
     """
 
     needs_target: ClassVar[bool] = True
+    is_model: ClassVar[bool] = False
 
     def fitted(self, task: tasks.Task) -> Self:
         """This, with what only the training data know; ValueError if they are of another kind."""
@@ -71,6 +74,12 @@ class Trainable:
           own: fresh ones, drawn as `specs` says.
         """
         return own
+
+    def fresh(self, key: jax.Array, cfg: ModelConfig, params: Params) -> Params:
+        """Parameters before the first step, as `start` makes them of some that `key` draws."""
+        specs = self.specs(cfg)
+        own = jax.jit(lambda key: init_from_specs(key, specs, cfg.jnp_dtype))(key)
+        return self.start(cfg, params, own)
 
     def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
         """What the objective is given.
@@ -95,6 +104,8 @@ class Trainable:
 @dataclasses.dataclass(frozen=True)
 class Everything(Trainable):
     """All parameters of the model; nothing is frozen."""
+
+    is_model: ClassVar[bool] = True
 
     def specs(self, cfg: ModelConfig) -> Params:
         """Those of the model."""

@@ -185,6 +185,8 @@ def _make_recipe(settings: RunConfig, task: tasks.Task) -> _Recipe:
             trainable = trainable.fitted(task)
         except ValueError as error:
             raise ConfigError(f"train.trainable: {error}") from error
+    if reason := objective.refuse(trainable):
+        raise ConfigError(reason)
     decay_steps = settings.optim.decay_steps or settings.train.num_steps
     return _Recipe(
         objective, trainable, dataclasses.replace(settings.optim, decay_steps=decay_steps)

@@ -132,7 +132,13 @@ def load_model(
         raise ConfigError(f"train.init_from={path!r}: {error}") from error
     if model.tokenizer is None:
         raise ConfigError(f"train.init_from={path!r} must be a model with a tokenizer")
-    cfg = dataclasses.replace(model.cfg, dtype=settings.model.get("dtype", model.cfg.dtype))
+    if (num := model.tokenizer.vocab_size) > model.cfg.vocab_size:
+        raise ConfigError(
+            f"train.init_from={path!r} has a tokenizer with {num} tokens, which must be at most "
+            f"the {model.cfg.vocab_size} rows of its embedding"
+        )
+    dtype = settings.model.get("dtype", model.cfg.dtype)
+    cfg = dataclasses.replace(model.cfg, dtype=dtype, never_causal=False)  # it learns anew
     return _check_length(cfg, settings), model.tokenizer, model.params
 
 

@@ -56,14 +56,14 @@ def is_single(prompts: object) -> bool:
 
 
 def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
-    """A prompt as token ids."""
+    """A prompt as token ids: a string as the model's own tokenizer does, begin token and all."""
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise ValueError(
-                "prompts are strings but the checkpoint has no tokenizer: give token ids, or load "
-                "a directory that has a tokenizer.json"
+                "prompts are strings but the checkpoint has no tokenizer that could be read: give "
+                "token ids, or load a directory that has a tokenizer.json"
             )
-        return lm.tokenizer.encode(prompt)
+        return lm.tokenizer.encode(prompt, whole=True)
     return [int(token) for token in prompt]
 
 

@@ -156,14 +156,25 @@ def to_text(
 ) -> tuple[str | None, int, bool]:
     """Token ids as text, cut before the first stop string; of how many tokens; whether it was cut.
 
-    The tokens that stay are the fewest whose text is as long as what is left.
+    Stop strings are looked for where special tokens are text too, which they are not in what is
+    given back. Tokens that stay hold all that is left.
     """
     if tokenizer is None:
         return None, len(tokens), False
     ids = tokens.tolist()
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
     place = cut(text, stops)
     if place == len(text):
-        return text, len(ids), False
-    n = next(k for k in range(len(ids) + 1) if len(tokenizer.decode(ids[:k])) >= place)
-    return text[:place], n, True
+        return tokenizer.decode(ids), len(ids), False
+
+    def length(n: int) -> int:
+        return len(tokenizer.decode(ids[:n], skip_special_tokens=False))
+
+    # From the end: half a character may be longer than the whole one.
+    n = next(n for n in range(len(ids), -1, -1) if length(n) <= place)
+    n += length(n) < place  # the stop begins inside a token
+    excess = length(n) - place
+    if excess and not tokenizer.decode(ids[n - 1 : n]):  # a special one
+        n, excess = n - 1, 0
+    left = tokenizer.decode(ids[:n])
+    return left[: len(left) - excess], n, True

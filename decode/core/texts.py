@@ -164,7 +164,7 @@ class Asked:
 
     def _has_stop(self, tokens: np.ndarray) -> bool:
         assert self.lm.tokenizer is not None
-        text = self.lm.tokenizer.decode(tokens.tolist())
+        text = self.lm.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
         return cut(text, self.stops) < len(text)
 
 

@@ -152,8 +152,9 @@ class Inputs(Component):
     def validate(self, cfg: ModelConfig) -> None:
         if self.shows_mask and cfg.mask_token_id is None:
             raise ValueError(
-                "mask_token_id=None: masked diffusion needs a model with a MASK token; models "
-                "trained on noise take inputs that show noise"
+                "mask_token_id=None: masked diffusion needs a model with a MASK token; "
+                "autoregressive models write with decode.complete, and those trained on noise take "
+                "inputs that show noise"
             )
 
     def see(
@@ -297,8 +298,17 @@ class Constraint(Component):
         return commit, state
 
 
-def check_range(name: str, value: Any, low: float, high: float, note: str = "") -> None:
-    """Raises ValueError unless low <= value <= high, for a component's `validate`."""
-    if not low <= float(value) <= high:
-        bounds = f"in [{low:g}, {high:g}]" if high < float("inf") else f"at least {low:g}"
-        raise ValueError(f"{name}={float(value):g} must be {bounds}{note}")
+def check_range(
+    name: str, value: Any, low: float, high: float, note: str = "", *, ends: str = "[]"
+) -> None:
+    """Raises ValueError unless low <= value <= high, for a component's `validate`.
+
+    `ends` has "(" in place of "[", and ")" in place of "]", for an end that is itself ruled out.
+    """
+    number, left, right = float(value), *ends
+    is_above = number > low if left == "(" else number >= low
+    is_below = number < high if right == ")" else number <= high
+    if not (is_above and is_below):
+        lowest = f"{'above' if left == '(' else 'at least'} {low:g}"
+        bounds = f"in {left}{low:g}, {high:g}{right}" if high < float("inf") else lowest
+        raise ValueError(f"{name}={number:g} must be {bounds}{note}")

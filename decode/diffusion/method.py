@@ -62,7 +62,7 @@ class DiffusionMethod(struct.PyTreeNode):
         those of softmax(z). None: the arg-max.
       guidance: classifier-free guidance scale w >= 0: z_u + (w + 1) (z_c - z_u), where z_u sees
         MASK in place of the prompt. Twice the forwards. None: off.
-      lookahead: d >= 1 runs the same rounds with fewer forwards, by guessing d of them ahead; see
+      lookahead: d >= 0; the same rounds run with fewer forwards, by guessing d of them ahead, see
         `decode.diffusion.lookahead`. 0: off. Static.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
       top_logprobs: how many of the most probable tokens are reported per position. Static.
@@ -84,7 +84,8 @@ class DiffusionMethod(struct.PyTreeNode):
 
     def end_ids(self, cfg: ModelConfig) -> jax.Array:
         """[n] int32: tokens that end a text."""
-        return jnp.append(jnp.asarray(self.stop_ids, jnp.int32).reshape(-1), cfg.eos_token_id)
+        ids = jnp.asarray(self.stop_ids, jnp.int32).reshape(-1)
+        return jnp.append(ids, jnp.asarray(cfg.eos_ids, jnp.int32))
 
     @property
     def components(self) -> dict[str, Component]:

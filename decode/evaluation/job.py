@@ -111,7 +111,7 @@ def make_job(
     task = task.first(num_examples)  # of a stream, these have all operations equally often
     order = np.random.default_rng(0).permutation(len(task))[:num_examples]
     examples = [task[int(i)] for i in order]
-    prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
+    prompts = [lm.tokenizer.encode(example.prompt, whole=True) for example in examples]
     gen_len = gen_len or preset.gen_len
     if (longest := max(map(len, prompts))) + gen_len > lm.cfg.max_seq_len:
         raise ValueError(

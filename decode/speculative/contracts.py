@@ -9,7 +9,7 @@ Letters: B rows, S token slots, T positions seen at once, D width of the target,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import struct
 
 from decode.core.component import Part
 from decode.core.sampling import Sampling
-from decode.speculative.tree import DraftTree, Drawn, TreeShape
+from decode.speculative.tree import DraftTree, TreeShape
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
@@ -135,6 +135,11 @@ class Drafter(Part):
         """Published settings, by the name under which users ask for them; none if it is trained."""
         return {}
 
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        """A small one for a target, with fresh heads if it has any: what tests of all run."""
+        return cls()
+
     @property
     def shape(self) -> TreeShape:
         """Of every tree."""
@@ -159,11 +164,6 @@ class Drafter(Part):
     def num_extra(self) -> int:
         """E, rows of its own in the judged window."""
         return 0
-
-    @property
-    def drawn(self) -> Drawn:
-        """How children of a node are drawn where the text is: see `DraftTree.drawn`."""
-        return "none"
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -398,9 +398,9 @@ def _commit(
     index = jnp.arange(J + 1)[None]
     drafts = jnp.take_along_axis(tree.tokens, jnp.roll(walk.path, -1, axis=1), axis=1)
     written = jnp.where(index < walk.num_accepted[:, None], drafts, walk.bonus[:, None])
-    is_end = written == cfg.eos_token_id
-    stop_ids = jnp.asarray(method.stop_ids, jnp.int32).reshape(-1)
-    is_end |= (written[..., None] == stop_ids[None, None]).any(axis=-1)
+    ids = jnp.asarray(method.stop_ids, jnp.int32).reshape(-1)
+    ids = jnp.append(ids, jnp.asarray(cfg.eos_ids, jnp.int32))
+    is_end = (written[..., None] == ids[None, None]).any(axis=-1)
     count = jnp.minimum(walk.num_accepted + 1, state.end - state.length)
     has_end = (is_end & (index < count[:, None])).any(axis=1)
     count = jnp.where(has_end, jnp.argmax(is_end, axis=1) + 1, count)

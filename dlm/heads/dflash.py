@@ -51,6 +51,8 @@ from dlm.tokenizer import read_json
 from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
+_SIZES = ("d_ff", "n_heads", "n_kv_heads", "head_dim")  # of the target, unless given
+
 
 class DFlashNetwork(struct.PyTreeNode):
     """A network that is ready to draft or to be trained.
@@ -126,8 +128,8 @@ class DFlashHeads(files.Heads):
         second to its fourth last, as published, or, of a target too small for that, at L/4, L/2
         and L.
       block_len: b >= 2 (published: 16).
-      d_ff, n_heads, n_kv_heads, head_dim: sizes of its layers; 0: the target's.
-      mask_id: a token that does not come up in texts; -1: the target's MASK.
+      d_ff, n_heads, n_kv_heads, head_dim: >= 0, sizes of its layers; 0: the target's.
+      mask_id: >= -1, a token that does not come up in texts; -1: the target's MASK.
     """
 
     n_layers: int = 5
@@ -141,11 +143,10 @@ class DFlashHeads(files.Heads):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        if self.n_layers < 1 or self.block_len < 2 or self.d_ff < 0:
-            raise ValueError(
-                f"n_layers={self.n_layers} must be at least 1, block_len={self.block_len} 2 and "
-                f"d_ff={self.d_ff} 0"
-            )
+        lowest = {"n_layers": 1, "block_len": 2, "mask_id": -1} | dict.fromkeys(_SIZES, 0)
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
     def feature_layers(self, cfg: ModelConfig) -> tuple[int, ...]:
         """Of a target `cfg`; ValueError if it does not have them."""
@@ -192,8 +193,7 @@ class DFlashHeads(files.Heads):
         )
 
     def _layers(self, cfg: ModelConfig) -> ModelConfig:
-        names = ("d_ff", "n_heads", "n_kv_heads", "head_dim")
-        sizes = {name: getattr(self, name) or getattr(cfg, name) for name in names}
+        sizes = {name: getattr(self, name) or getattr(cfg, name) for name in _SIZES}
         return cfg.plain(n_layers=self.n_layers, qk_norm=True, tie_embeddings=True, **sizes)
 
 
@@ -227,7 +227,9 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         )
     if "sliding_attention" in raw.get("layer_types", ()):
         raise ValueError(f"{file}: layer_types has sliding_attention, which is not implemented")
-    layers = read_config(root, dtype=cfg.dtype)
+    of_draft = ("architectures", "auto_map", "block_size", "dflash_config", "num_target_layers")
+    of_layers = {key: value for key, value in raw.items() if key not in of_draft}
+    layers = read_config(root, dtype=cfg.dtype, raw=of_layers)
     heads = DFlashHeads(
         n_layers=layers.n_layers,
         layers=tuple(layer + 1 for layer in about["target_layer_ids"]),

@@ -125,14 +125,14 @@ class EagleHeads(files.Heads):
     """What both kinds share as a `train.trainable`.
 
     Attributes:
-      d_ff: width of the network's MLP; 0: the target's.
+      d_ff: >= 0, width of the network's MLP; 0: the target's.
     """
 
     d_ff: int = 0
 
     def __post_init__(self) -> None:
         if self.d_ff < 0:
-            raise ValueError(f"d_ff={self.d_ff} must not be negative")
+            raise ValueError(f"d_ff={self.d_ff} must be at least 0")
 
     def network(self, cfg: ModelConfig, own: Params) -> EagleNetwork:
         """For a target `cfg`, with parameters `own`."""

@@ -37,8 +37,9 @@ class MedusaJoint(Trainable):
     model_rate: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.model_rate < 0:
-            raise ValueError(f"model_rate={self.model_rate} must not be negative")
+        if not self.model_rate >= 0:
+            raise ValueError(f"model_rate={self.model_rate} must be at least 0")
+        _ = self._heads  # which refuses what it cannot be
 
     @property
     def _heads(self) -> MedusaHeads:

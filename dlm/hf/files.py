@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from jax.typing import DTypeLike
 from dlm.config import ModelConfig
 from dlm.hf.format import TOKEN_IDS, Format
 from dlm.hf.formats import FORMATS
+from dlm.hf.harmless import check_keys
 from dlm.tokenizer import has_tokenizer, load_tokenizer, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MOST_LAYERS = 10_000  # lists of more would fill the memory
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "int | None": (int,),
@@ -28,25 +31,34 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_config(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ModelConfig:
+def read_config(
+    path: str | os.PathLike[str], dtype: DTypeLike | None = None, raw: dict[str, Any] | None = None
+) -> ModelConfig:
     """The configuration of a published model.
 
     Token ids that `config.json` does not give are looked up in `generation_config.json`, then in
     the tokenizer's files. The begin token is the tokenizer's first: Dream's `config.json` names
-    another one than its tokenizer and its authors use.
+    another one than its tokenizer and its authors use. All ends of a text that any of them names
+    end one; the tokenizer's is the one that is written.
 
     Args:
       path: a directory with `config.json`.
       dtype: such as "bfloat16" or `jnp.float32`; by default the file's, else that of the stored
         embedding, else bfloat16.
+      raw: what config.json says, as far as it is to be read; None: all of it.
 
     Raises:
       FileNotFoundError: there is no such directory or file.
       ValueError: the file is broken, incomplete, or asks for something that is not implemented.
     """
     root = pathlib.Path(path)
-    raw, form = read_raw_config(root)
     file = root / "config.json"
+    if raw is None:
+        raw, form = read_raw_config(root)
+    else:
+        form = format_of(file, raw)
+    known = (*form.fields.values(), *form.fixed, *form.absent, *form.extra, *form.keys)
+    check_keys(file, raw, {*known, *TOKEN_IDS})
 
     for key, (supported, absent) in form.fixed.items():
         value = raw.get(key, absent)
@@ -65,21 +77,33 @@ def read_config(path: str | os.PathLike[str], dtype: DTypeLike | None = None) ->
     # Keys that are given come first: the absent ones are computed from them.
     values: dict[str, Any] = {}
     for name, key in sorted(form.fields.items(), key=lambda item: item[1] in missing):
-        value = form.absent[key](raw) if key in missing else raw[key]
+        given: Any = form.absent[key](raw) if key in missing else raw[key]
         kind = _KINDS[kinds[name]]
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
-            raise ValueError(f"{file}: {key}={value!r} must be of type {kinds[name]}")
-        values[name] = value
+        if not isinstance(given, kind) or (isinstance(given, bool) and bool not in kind):
+            raise ValueError(f"{file}: {key}={given!r} must be of type {kinds[name]}")
+        if isinstance(given, int) and kinds[name] == "int" and given < 1:
+            raise ValueError(f"{file}: {key}={given} must be at least 1")
+        if isinstance(given, float) and not math.isfinite(given):
+            raise ValueError(f"{file}: {key}={given!r} must be finite")
+        if name == "n_layers" and isinstance(given, int) and given > MOST_LAYERS:
+            raise ValueError(f"{file}: {key}={given} must be at most {MOST_LAYERS}")
+        values[name] = given
     try:
         values |= form.read(raw | {key: values[name] for name, key in form.fields.items()})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if dtype is None:
-        dtype = raw.get("torch_dtype") or raw.get("dtype") or _stored_dtype(root, form)
-    dtype = "bfloat16" if dtype is None else jnp.dtype(dtype).name
+        dtype = _said_dtype(file, raw) or _stored_dtype(root, form) or "bfloat16"
+    try:
+        dtype = jnp.dtype(dtype).name
+    except TypeError as error:
+        raise ValueError(
+            f"dtype={dtype!r} must be 'float32', 'bfloat16', 'float16' or 'float64'"
+        ) from error
     names = [name for name in TOKEN_IDS if name not in form.implied]
     ids = _read_token_ids(root, raw, names, values["vocab_size"], form)
-    cfg = ModelConfig(**values, **form.implied, **ids, dtype=dtype)
+    never_causal = form.has_mask is True
+    cfg = ModelConfig(**values, **form.implied, **ids, never_causal=never_causal, dtype=dtype)
     # A model that another family's files could hold as well is written as what it was.
     is_first = next((other for other in FORMATS.values() if not other.refuse(cfg)), form) is form
     return cfg if is_first else dataclasses.replace(cfg, family=form.architecture)
@@ -95,52 +119,124 @@ def read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the directory must hold a published model")
     raw = read_json(file)
-    model_type, architectures = raw.get("model_type"), raw.get("architectures") or [None]
-    alike = [form for form in FORMATS.values() if form.model_type == model_type]
-    if not alike:
-        known = dict.fromkeys(form.model_type for form in FORMATS.values())
+    return raw, format_of(file, raw)
+
+
+# Other names of the same network.
+_ALSO = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+
+
+def format_of(file: pathlib.Path, raw: dict[str, Any]) -> Format:
+    """The format of a config.json: what `architectures` and `auto_map` name, of its `model_type`.
+
+    Several networks share a `model_type`, so those names count; without any it is the first of them
+    in `FORMATS`.
+
+    Raises:
+      ValueError: it is not supported.
+    """
+    model_type = raw.get("model_type")
+    forms = {form.architecture: form for form in FORMATS.values() if form.model_type == model_type}
+    if not forms:
+        types = dict.fromkeys(form.model_type for form in FORMATS.values())
         raise ValueError(
             f"{file}: model_type={model_type!r} is not supported; "
-            f"only {' and '.join(map(repr, known))} are"
+            f"only {' and '.join(map(repr, types))} are"
         )
-    form = FORMATS.get(architectures[0], alike[0])
-    if form not in alike:
+    listed, code = raw.get("architectures") or [], raw.get("auto_map") or {}
+    if not isinstance(listed, list) or not isinstance(code, dict):
+        raise ValueError(f"{file}: architectures={listed!r} must be a list, auto_map an object")
+    names: dict[str, Any] = {f"architectures={listed!r}": name for name in listed}
+    for key in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"):
+        if isinstance(name := code.get(key), str):
+            names[f"auto_map[{key!r}]={name!r}"] = name.rpartition(".")[2]
+    found = {said: _ALSO.get(str(name), str(name)) for said, name in names.items()}
+    for said, name in found.items():
+        if name not in forms:
+            raise ValueError(
+                f"{file}: {said} is not supported; with model_type={model_type!r} only "
+                f"{' and '.join(map(repr, forms))} are"
+            )
+    if len(different := sorted(set(found.values()))) > 1:
         raise ValueError(
-            f"{file}: architectures={architectures} are of model_type={form.model_type!r}, but "
-            f"model_type={model_type!r}: which of both is it?"
+            f"{file}: architectures and auto_map must name one network, not "
+            f"{' and '.join(map(repr, different))}"
         )
-    return raw, form
+    return forms[different[0]] if different else next(iter(forms.values()))
 
 
 def _read_token_ids(
     root: pathlib.Path, raw: dict[str, Any], names: Sequence[str], vocab_size: int, form: Format
 ) -> dict[str, Any]:
+    """The token ids of `ModelConfig`, of which `names` are to be read."""
     generation_file = root / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
-    tokenizer = load_tokenizer(root) if has_tokenizer(root) else None
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        tokenizer = None  # it belongs to another model, as `dlm.load` will say
-    ids: dict[str, Any] = {}
-    optional = {"bos_token_id"} if form.has_mask else {"bos_token_id", "mask_token_id"}
+    files = {root / "config.json": raw, generation_file: generation}
+    tokenizer, why_not = None, ""
+    try:
+        tokenizer = load_tokenizer(root) if has_tokenizer(root) else None
+    except (OSError, ValueError) as error:  # it matters only if an id is missing
+        why_not = f", which cannot be read: {error}"
+
+    def said(name: str) -> list[int]:
+        """What the files say."""
+        return [i for file, keys in files.items() for i in _token_ids(file, name, keys.get(name))]
+
+    masks = said("mask_token_id")[:1]
+
+    def found(name: str) -> list[int]:
+        """What the files say, and the tokenizer."""
+        own: int | None = None if tokenizer is None else getattr(tokenizer, name)
+        # A token that has no row in the embedding, or is MASK, is not what the tokenizer says.
+        is_mask = name == "eos_token_id" and own in masks
+        ours = [] if own is None or own >= vocab_size or is_mask else [own]
+        is_first = name in ("bos_token_id", "eos_token_id")
+        every = ours + said(name) if is_first else said(name) + ours
+        default = form.default_ids.get(name, vocab_size)
+        return every or ([default] if default < vocab_size else [])
+
+    ids: dict[str, Any] = {name: next(iter(found(name)), None) for name in names}
+    ids["more_eos_ids"] = tuple(found("eos_token_id"))
+    if "pad_token_id" in names:  # nothing sees it: one that cannot be, such as -1, is as none
+        unfit = {ids.get("mask_token_id"), form.implied.get("mask_token_id")}
+        pads = (i for i in found("pad_token_id") if 0 <= i < vocab_size and i not in unfit)
+        ids["pad_token_id"] = next(pads, ids["eos_token_id"])
+    optional = {"bos_token_id"} | (set() if form.has_mask else {"mask_token_id"})
     for name in names:
-        of_tokenizer = None if tokenizer is None else getattr(tokenizer, name)
-        found = [raw.get(name), generation.get(name), of_tokenizer]
-        if name == "bos_token_id":
-            found.insert(0, of_tokenizer)
-        if (default := form.default_ids.get(name, vocab_size)) < vocab_size:
-            found.append(default)
-        value = next((value for value in found if value is not None), None)
-        if isinstance(value, list):  # several ends: the tokenizer's one, or the first
-            value = of_tokenizer if of_tokenizer in value else value[0]
-        if value is None and name == "pad_token_id":
-            value = ids["eos_token_id"]
-        if not isinstance(value, int) and not (value is None and name in optional):
+        if ids[name] is None and name not in optional:
             raise ValueError(
-                f"{root / 'config.json'} must give {name} as an integer, but it, "
-                f"generation_config.json and the tokenizer give {value!r}"
+                f"{root / 'config.json'} must give {name}, which neither it nor "
+                f"generation_config.json nor the tokenizer does{why_not}"
             )
-        ids[name] = value
     return ids
+
+
+def _token_ids(file: pathlib.Path, name: str, value: Any) -> list[int]:
+    """One token id of a file, or several of them (ends of a text), or none, as a list."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    may_be_several = name == "eos_token_id"
+    if any(type(i) is not int for i in ids) or (isinstance(value, list) and not may_be_several):
+        kind = "an integer or a list of integers" if may_be_several else "an integer"
+        raise ValueError(f"{file}: {name}={value!r} must be {kind}")
+    return ids
+
+
+def _said_dtype(file: pathlib.Path, raw: dict[str, Any]) -> str | None:
+    """Of config.json; None: it does not say, or says that the weights do."""
+    found = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    if len(set(map(str, found.values()))) > 1:
+        raise ValueError(f"{file}: {found} must say the same: leave one of them out")
+    for key, value in found.items():
+        name = str(value).removeprefix("torch.")
+        if name == "auto":
+            return None
+        if name not in DTYPES.values():
+            raise ValueError(
+                f"{file}: {key}={value!r} is not supported; only 'auto' and "
+                f"{', '.join(map(repr, DTYPES.values()))} are"
+            )
+        return name
+    return None
 
 
 def _stored_dtype(root: pathlib.Path, form: Format) -> str | None:
@@ -173,9 +269,15 @@ def raw_config(cfg: ModelConfig, form: Format) -> dict[str, Any]:
         "use_cache": form.is_causal,
         "vocab_size": cfg.vocab_size,
         **form.config_keys(cfg),
-        **{name: getattr(cfg, name) for name in TOKEN_IDS if getattr(cfg, name) is not None},
+        **token_ids(cfg),
     }
     return dict(sorted(raw.items()))
+
+
+def token_ids(cfg: ModelConfig) -> dict[str, Any]:
+    """Token ids as config.json and generation_config.json give them; several ends are a list."""
+    ids = {name: getattr(cfg, name) for name in TOKEN_IDS if getattr(cfg, name) is not None}
+    return ids | ({"eos_token_id": list(cfg.eos_ids)} if cfg.more_eos_ids else {})
 
 
 def open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -189,6 +291,8 @@ def open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, A
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must have a weight_map from tensors to files")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must name a file for every tensor")
     files = sorted(set(weight_map.values()))
     absent = [name for name in files if not (root / name).is_file()]
     if absent:

@@ -175,7 +175,7 @@ class Format:
         for name, value in read.items():
             if getattr(cfg, name) != value:
                 return f"{self.model_type} cannot say {name}={getattr(cfg, name)}"
-        said = {*self.fields, *TOKEN_IDS, *read, "dtype", "family"}
+        said = {*self.fields, *TOKEN_IDS, *read, "more_eos_ids", "never_causal", "dtype", "family"}
         for field in dataclasses.fields(ModelConfig):
             name, value = field.name, getattr(cfg, field.name)
             needed = self.implied.get(name, field.default)

@@ -5,6 +5,7 @@ A key that is absent has the value that the published code gives it, one that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def number(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
     value = raw.get(key, absent)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ValueError(f"{key}={value!r} must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}={value!r} must be finite")
     return value
 
 

@@ -95,7 +95,9 @@ def read_scaling(
 ) -> rope.Scaling | None:
     """What one of them says of stretching; None: nothing is stretched."""
     kind = said.get("rope_type", said.get("type", "default"))
-    if kind not in KNOWN:
+    if said.get("type", kind) != kind:
+        raise ValueError(f"{name}: type={said['type']!r} and rope_type={kind!r} must be the same")
+    if not isinstance(kind, str) or kind not in KNOWN:
         raise ValueError(
             f"{name} of type {kind!r} is not supported; only {', '.join(map(repr, KNOWN))} are"
         )
@@ -118,6 +120,8 @@ def read_scaling(
     original = keys.whole(raw, ORIGINAL)
     original = keys.whole(said, ORIGINAL) if original is None else original
     original = longest if original is None else original
+    if original < 1:
+        raise ValueError(f"{ORIGINAL}={original} must be at least 1")
     factor = keys.number(said, "factor")
     if kind == "linear":
         return rope.Linear(factor=factor)

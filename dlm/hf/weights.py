@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -45,11 +46,18 @@ from dlm.hf.files import (
     raw_config,
     read_config,
     read_raw_config,
+    token_ids,
 )
 from dlm.hf.format import Format, Stored, letter_sizes, locate
 from dlm.params import Params, abstract_params, param_shardings, param_specs
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer
+
+# How names of tensors end that only quantised models have.
+QUANTISED = (
+    *(".absmax", ".g_idx", ".input_scale", ".quant_map", ".qweight", ".qzeros", ".scales", ".SCB"),
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", "_blocks"),
+)
 
 # Kinds of files beside the weights that `convert_hf` keeps.
 COPIED = ("", ".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
@@ -121,10 +129,11 @@ def check_tensors(
     root: pathlib.Path, files: Mapping[str, Any], cfg: ModelConfig, form: Format
 ) -> None:
     """ValueError unless the tensors of a directory, of `open_tensors`, are those of `cfg`."""
+    _refuse_quantised(root, files)
     expected = dict(expected_tensors(cfg, form))
     harmless = set(form.ignored)
     if cfg.tie_embeddings:
-        harmless.add(form.tensors["unembed"].name)  # the embedding once more
+        harmless.add(_head(form))  # the embedding once more
     missing = [
         f"{name} {list(expected[name])}"
         for name in sorted(set(expected) - set(files), key=_natural)
@@ -141,10 +150,61 @@ def check_tensors(
             wrong.append(f"{name} {shape} instead of {list(expected[name])}")
         if kind not in DTYPES:
             wrong.append(f"{name} {kind} instead of a float")
-    if missing or unexpected or wrong:
-        lists = {"missing": missing, "unexpected": unexpected, "not as expected": wrong}
-        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
-        raise ValueError(f"{root} does not hold the tensors of this {form.model_type}: {found}")
+    lists = {"missing": missing, "unexpected": unexpected, "not as expected": wrong}
+    lists = {what: names for what, names in lists.items() if names}
+    if lists:
+        found = "; ".join(_list(what, names, 10 // len(lists)) for what, names in lists.items())
+        hint = ""
+        if lists == {"missing": missing} and set(expected) - set(files) == {_head(form)}:
+            hint = f"; {_tying(form)} must be true if it is the embedding"
+        raise ValueError(
+            f"{root} does not hold the tensors of this {form.model_type}: {found}{hint}"
+        )
+    _check_tied(root, files, cfg, form)
+
+
+def _list(what: str, names: list[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what}: {', '.join(names[:most])}{more}"
+
+
+def _head(form: Format) -> str:
+    """The tensor that makes logits."""
+    return form.tensors["unembed"].name
+
+
+def _tying(form: Format) -> str:
+    """The key that says whether that is the embedding."""
+    return form.fields.get("tie_embeddings", "tie_word_embeddings")
+
+
+def _refuse_quantised(root: pathlib.Path, files: Mapping[str, Any]) -> None:
+    """ValueError if there are tensors of a quantised model."""
+    for name in sorted(files, key=_natural):
+        if name.endswith(QUANTISED) or ".quant_state." in name:
+            raise ValueError(
+                f"{root}: the weights are quantised, as {name} shows, and only floats are read: "
+                "download the model as it was before, or a GGUF of it"
+            )
+
+
+def _check_tied(
+    root: pathlib.Path, files: Mapping[str, Any], cfg: ModelConfig, form: Format
+) -> None:
+    """ValueError if a model whose head is its embedding stores another head."""
+    head, embed = _head(form), form.tensors["embed"].name
+    if not cfg.tie_embeddings or head not in files:
+        return
+    ours, theirs = files[embed], files[head]
+    ends = [*range(0, cfg.vocab_size, 4096), cfg.vocab_size]  # so that memory holds few rows
+    is_same = list(ours.get_shape()) == list(theirs.get_shape()) and all(
+        np.array_equal(ours[a:b], theirs[a:b]) for a, b in itertools.pairwise(ends)
+    )
+    if not is_same:
+        raise ValueError(
+            f"{root / 'config.json'}: {_tying(form)} says that {head} is {embed}, but another one "
+            f"is stored: it must be false, or {head} taken out"
+        )
 
 
 def with_prefix(files: Mapping[str, Any], form: Format) -> Mapping[str, Any]:
@@ -266,6 +326,7 @@ def save_hf(
 
     with _new_directory(path) as unfinished:
         _write_json(unfinished / "config.json", raw_config(cfg, form))
+        _write_json(unfinished / "generation_config.json", token_ids(cfg))
         if tokenizer is not None:
             tokenizer.save(unfinished)
         write_tensors(unfinished, cfg, form, read, shard_bytes)

@@ -34,9 +34,9 @@ class Encoded:
     """An example as token ids, with the order in which a model decided them.
 
     Attributes:
-        prompt: [n] int32.
-        completion: [G] int32. Behind its first end-of-text token there is nothing else.
-        step_map: [G] int32. The round that decided each position; -1: none did.
+      prompt: [n] int32.
+      completion: [G] int32. Behind its first end-of-text token there is nothing else.
+      step_map: [G] int32. The round that decided each position; -1: none did.
     """
 
     prompt: np.ndarray

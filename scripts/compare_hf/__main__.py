@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}: run scripts.quickstart_spec first")
     prompts = held_out_prompts(lm, flags.FLAGS.task, flags.FLAGS.num_prompts)
     decoders = {("ours", name): run for name, run in ours(folder, gen_len, max(map(len, prompts)))}
-    eos, pad = lm.cfg.eos_token_id, lm.cfg.pad_token_id
+    eos, pad = list(lm.cfg.eos_ids), lm.cfg.pad_token_id
     decoders |= {("transformers", name): run for name, run in theirs(folder, gen_len, eos, pad)}
     tallies = alternate(decoders, prompts)
     print(

@@ -72,7 +72,9 @@ def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[
         yield name, decoder(drafter)
 
 
-def theirs(folder: pathlib.Path, gen_len: int, eos: int, pad: int) -> Iterator[tuple[str, Decoder]]:
+def theirs(
+    folder: pathlib.Path, gen_len: int, eos: list[int], pad: int
+) -> Iterator[tuple[str, Decoder]]:
     """Decoders of Hugging Face, by method."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -55,7 +55,8 @@ def _components() -> str:
     return "\n".join(head + [_row(c, axis) for axis, kinds in COMPONENTS.items() for c in kinds])
 
 
-def _objectives() -> list[type]:
+def objective_kinds() -> list[type[objectives.Objective]]:
+    """Every objective of `train.objectives`."""
     found: list[type] = []
     for info in pkgutil.iter_modules(objectives.__path__):
         module = importlib.import_module(f"{objectives.__name__}.{info.name}")
@@ -83,7 +84,7 @@ def pages() -> dict[pathlib.Path, str]:
         "decoders.md": {"arguments": sections(DECODERS)},
         "training.md": {
             "configs": _configs(),
-            "objectives": _table(_objectives(), "objective"),
+            "objectives": _table(objective_kinds(), "objective"),
         },
     }
     made = {}

@@ -1,5 +1,7 @@
 """The notebook API: strings, stop strings, seeds, and what is reported."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,14 @@ def test_texts_are_cut_before_stop_strings(lm):
         assert len(lm.tokenizer.decode(cut.tokens.tolist())) >= len(cut.text)
 
 
+def test_a_special_token_can_be_a_stop_string(lm):
+    """It is not in the text, so it must be looked for elsewhere."""
+    stop, token = "<|startoftext|>", 257
+    answer = complete(lm, "abc", gen_len=40, stop=stop, logit_bias={token: 100.0})
+    assert (answer.text, answer.finish_reason) == ("", "stop") and len(answer.tokens) == 0
+    assert answer.num_forwards < 40 and answer.canvas[0] == token
+
+
 def test_stop_ids_and_lengths(lm):
     whole = complete(lm, "abc", gen_len=12)
     assert whole.finish_reason == "length" and len(whole.tokens) == 12
@@ -61,6 +71,18 @@ def test_stop_ids_and_lengths(lm):
     cut = complete(lm, "abc", gen_len=12, stop_ids=[stop])
     first = whole.tokens.tolist().index(stop)
     assert cut.finish_reason == "eos" and cut.tokens.tolist() == whole.tokens[:first].tolist()
+
+
+def test_every_end_of_the_model_ends_a_text(lm):
+    """Each of several ids, with and without drafts; the first that comes up does."""
+    whole = complete(lm, "abc", gen_len=40).tokens.tolist()
+    firsts = [token for i, token in enumerate(whole) if token not in whole[:i]]
+    assert len(firsts) > 4
+    cfg = dataclasses.replace(lm.cfg, more_eos_ids=(firsts[4], firsts[2]))
+    for drafter in (None, PromptLookup()):
+        cut = complete(dataclasses.replace(lm, cfg=cfg), "abc", gen_len=40, drafter=drafter)
+        assert cut.finish_reason == "eos" and cut.canvas[-1] == firsts[2]
+        assert cut.tokens.tolist() == whole[: whole.index(firsts[2])]
 
 
 def test_seeds_are_per_prompt(lm):

@@ -95,6 +95,16 @@ def test_gen_len_need_not_be_a_multiple_of_the_block(lm):
     assert (odd.step_map >= 0).all() and (odd.canvas != lm.cfg.mask_token_id).all()
 
 
+def test_every_end_of_the_model_ends_a_text(lm):
+    whole = generate(lm, PROMPT, gen_len=32, block_len=8)
+    first, third = whole.tokens[0], whole.tokens[2]
+    assert first != third and third not in whole.tokens[:2]
+    cfg = dataclasses.replace(lm.cfg, more_eos_ids=(int(third),))
+    cut = generate(dataclasses.replace(lm, cfg=cfg), PROMPT, gen_len=32, block_len=8)
+    assert cut.finish_reason == "eos" and cut.tokens.tolist() == whole.tokens[:2].tolist()
+    assert cut.num_forwards < whole.num_forwards  # the row is done there
+
+
 def test_text_in_text_out(text_lm):
     prompts = ["Grüße", "a longer prompt"]
     completions = generate(text_lm, prompts, rule=Quota(4), gen_len=8, block_len=4)

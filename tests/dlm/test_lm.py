@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import json
 import shutil
 
 import jax
@@ -11,12 +12,14 @@ import pytest
 
 import dlm
 import dlm.lm
+from decode.core.requests import encode
+from decode.generate import generate
 from dlm import vocab
 from dlm.hf.weights import load_params
 from dlm.models.decoder import forward
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
-from dlm.tokenizer import byte_tokenizer, word_tokenizer
+from dlm.tokenizer import word_tokenizer
 from dlm.window import Window
 from tests.lib.paths import GOLDEN, ROOT
 
@@ -115,43 +118,83 @@ def test_save_and_load_with_a_tokenizer(tmp_path, name):
         np.testing.assert_array_equal(a, b)
 
 
-def _with_tokenizer(path, tokenizer):
+def _with_tokenizer(path, tokenizer, **changes):
     path.mkdir()
-    shutil.copy(GOLDEN / "llada_small/config.json", path)
+    config = json.loads((GOLDEN / "llada_small/config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "llada_small/model.safetensors", path)
     tokenizer.save(path)
-    return path  # without weights: the tokenizer is looked at first
+    return path
+
+
+def test_tokens_beyond_the_embedding_are_said_and_refused(tmp_path, caplog):
+    """Such as the padding token of a fine-tune that did not widen its model."""
+    tokenizer = dataclasses.replace(words(95), mask_token_id=94, pad_token_id=96)
+    lm = dlm.load(_with_tokenizer(tmp_path / "model", tokenizer, eos_token_id=93))
+    assert caplog.messages == [
+        "The tokenizer has 1 tokens that are no rows of the embedding, vocab_size=96, such as "
+        "'<|mdm_mask|>': prompts with them are refused."
+    ]
+    assert (lm.cfg.eos_ids, lm.cfg.pad_token_id) == ((95, 93), 95)
+    assert encode(lm, "w3 <|mdm_mask|>") == [3, 96]
+    with pytest.raises(ValueError, match=r"contains token 96, which must be in \[0, vocab_size=96"):
+        generate(lm, "w3 <|mdm_mask|>", gen_len=4)
+
+
+def test_another_mask_token_is_said(tmp_path, caplog):
+    lm = dlm.load(_with_tokenizer(tmp_path / "model", words()))
+    assert caplog.messages == [
+        "The tokenizer's mask_token_id=95 is not the model's 94, which is taken."
+    ]
+    assert (lm.cfg.mask_token_id, lm.cfg.eos_ids) == (94, (95,))  # its end is the model's MASK
+
+
+def test_another_end_is_an_end_too(tmp_path, caplog):
+    tokenizer = dataclasses.replace(reversed_specials(), eos_token_id=3, pad_token_id=3)
+    lm = dlm.load(_with_tokenizer(tmp_path / "model", tokenizer))
+    assert lm.cfg.eos_ids == (3, 95) and not caplog.messages
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "message"),
+    ("file", "text"),
     [
-        (byte_tokenizer(), "its vocab_size=259 must be at most the model's 96"),
-        (words(), "its mask_token_id=95 must be the model's 94"),
-        (
-            dataclasses.replace(reversed_specials(), eos_token_id=3),
-            "its eos_token_id=3 must be the model's 95",
-        ),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", None),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
     ],
 )
-def test_wrong_tokenizer(tmp_path, tokenizer, message):
-    with pytest.raises(ValueError, match=f"wrong tokenizer: {message}"):
-        dlm.load(_with_tokenizer(tmp_path / "model", tokenizer))
-    lm = dlm.load(GOLDEN / "llada_small")
-    with pytest.raises(ValueError, match=f"wrong tokenizer: {message}"):
-        dataclasses.replace(lm, tokenizer=tokenizer)
-
-
-def test_a_tokenizer_that_cannot_be_read_is_an_error(tmp_path):
+def test_weights_load_without_a_tokenizer_that_can_be_read(tmp_path, caplog, file, text):
     path = _with_tokenizer(tmp_path / "model", reversed_specials())
-    (path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer.json nor vocab.json"):
+    (path / file).unlink() if text is None else (path / file).write_text(text)
+    lm = dlm.load(path)
+    assert lm.tokenizer is None and lm.cfg == dlm.load(GOLDEN / "llada_small").cfg
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"Loading {path} without tokenizer, for token ids alone: ")
+    with pytest.raises(ValueError, match="the checkpoint has no tokenizer"):
+        generate(lm, "w3 ", gen_len=4)
+    caplog.clear()
+    assert dlm.load(path, tokenizer=None).tokenizer is None and not caplog.messages
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"mask_token_id": None}))
+    with pytest.raises(ValueError, match=r"nor the tokenizer does, which cannot be read: .*tok"):
         dlm.load(path)
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    path = _with_tokenizer(tmp_path / "model", words())
+    assert dlm.load(path, tokenizer=None).tokenizer is None
+    mine = reversed_specials()
+    assert dlm.load(path, tokenizer=mine).tokenizer is mine
+    with pytest.raises(ValueError, match="tokenizer='x' must be a Tokenizer, 'own' or None"):
+        dlm.load(path, tokenizer="x")
 
 
 def test_missing_parts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a directory: download the model"):
         dlm.load(tmp_path / "nowhere")
     path = _with_tokenizer(tmp_path / "model", reversed_specials())
+    (path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor"):
         dlm.load(path)
 

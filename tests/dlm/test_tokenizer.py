@@ -1,5 +1,6 @@
 """Tokenizers: lossless, longest match, files, chat templates."""
 
+import datetime
 import doctest
 import json
 
@@ -241,11 +242,154 @@ def test_config_that_is_not_an_object(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_special_tokens_must_exist(tmp_path):
-    with pytest.raises(ValueError, match="must name an eos_token"):
+def test_an_end_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match="must name an eos_token; config"):
         load_tokenizer(_published(tmp_path))
-    with pytest.raises(ValueError, match=r"eos_token='<eos>' is not in the vocabulary"):
-        load_tokenizer(_published(tmp_path, eos_token="<eos>"))
+    for name, ends, eos in (
+        ("config.json", 4, 4),
+        ("config.json", [9, 1], 1),  # 9 is no token here
+        ("generation_config.json", [1, 4], 1),
+    ):
+        path = _published(tmp_path / f"{name}-{eos}")
+        (path / name).write_text(json.dumps({"eos_token_id": ends}))
+        assert load_tokenizer(path).eos_token_id == eos
+        assert load_tokenizer(path).pad_token_id == eos
+
+
+# What declares "<|im_end|>", which tokenizer.json does not know: files, and whether it is special.
+_IM_END = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False}
+DECLARED = {
+    "an end": ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, True),
+    "an end with flags": (
+        {"tokenizer_config.json": {"eos_token": {"__type": "AddedToken", **_IM_END}}},
+        True,
+    ),
+    "added, special": (
+        {"tokenizer_config.json": {"added_tokens_decoder": {"259": {**_IM_END, "special": True}}}},
+        True,
+    ),
+    "added, as text": (
+        {"tokenizer_config.json": {"added_tokens_decoder": {"259": {**_IM_END, "special": False}}}},
+        False,
+    ),
+    "additional": ({"tokenizer_config.json": {"additional_special_tokens": ["<|im_end|>"]}}, True),
+    "additional with flags": (
+        {"tokenizer_config.json": {"additional_special_tokens": [_IM_END]}},
+        True,
+    ),
+    "extra": ({"tokenizer_config.json": {"extra_special_tokens": ["<|im_end|>"]}}, True),
+    "extra by name": (
+        {"tokenizer_config.json": {"extra_special_tokens": {"im_token": "<|im_end|>"}}},
+        True,
+    ),
+    "a name of its own": ({"tokenizer_config.json": {"image_token": "<|im_end|>"}}, True),
+    "special_tokens_map.json": ({"special_tokens_map.json": {"pad_token": _IM_END}}, True),
+    "map, additional": (
+        {"special_tokens_map.json": {"additional_special_tokens": ["<|im_end|>"]}},
+        True,
+    ),
+    "added_tokens.json": ({"added_tokens.json": {"<|im_end|>": 259}}, False),
+    "added_tokens.json, special": (
+        {"added_tokens.json": {"<|im_end|>": 259}, "tokenizer_config.json": {"cls_token": _IM_END}},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "is_special"), DECLARED.values(), ids=list(DECLARED))
+def test_what_only_a_config_declares_is_a_token(tmp_path, files, is_special):
+    byte_tokenizer().save(tmp_path)
+    eos = {"eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(eos))
+    for name, said in files.items():
+        said = eos | said if name == "tokenizer_config.json" else said
+        (tmp_path / name).write_text(json.dumps(said))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a<|im_end|>b") == [97, 259, 98] and tokenizer.vocab_size == 260
+    assert tokenizer.decode([97, 259, 98]) == ("ab" if is_special else "a<|im_end|>b")
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a<|im_end|>b") == [97, 259, 98]
+
+
+def test_older_files_are_read_only_without_newer_ones(tmp_path):
+    path = _published(tmp_path, eos_token="<s>")
+    (path / "special_tokens_map.json").write_text('{"eos_token": "</s>", "pad_token": null}')
+    assert load_tokenizer(path).eos_token_id == 4
+    _published(tmp_path, eos_token="<s>", added_tokens_decoder={})
+    assert load_tokenizer(path).eos_token_id == 3
+
+
+def test_tokens_that_the_vocabulary_has_keep_their_ids(tmp_path):
+    tokenizer = load_tokenizer(_published(tmp_path, eos_token="</s>", sep_token="ab"))
+    assert tokenizer.encode("aabb") == [0, 2, 1]  # a token of its own now
+    assert tokenizer.decode([0, 2, 1]) == "ab" and tokenizer.vocab_size == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": 3}, "eos_token has 3, which is not a token"),
+        ({"eos_token": {"text": "</s>"}}, "eos_token has .*, which is not a token"),
+        ({"eos_token": ""}, "eos_token has '', which is not a token"),
+        ({"eos_token": {"content": "x", "lstrip": 1}}, "which is not a token"),
+        ({"additional_special_tokens": "x"}, "additional_special_tokens='x' must be a list of"),
+        ({"additional_special_tokens": [7]}, "additional_special_tokens has 7, which is not a to"),
+        ({"added_tokens_decoder": ["x"]}, "added_tokens_decoder must map token ids to tokens"),
+        ({"added_tokens_decoder": {"x": "y"}}, "added_tokens_decoder must map token ids to tok"),
+        ({"added_tokens_decoder": {"99": "y"}}, "'y' must have id 99, but .* give it"),
+        ({"split_special_tokens": True}, "split_special_tokens=True is not supported"),
+        ({"chat_template": 3}, "chat_template must be text, or a list of"),
+        ({"chat_template": [{"name": "x"}]}, "chat_template must be text, or a list of"),
+    ],
+)
+def test_broken_configs(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(_published(tmp_path, **{"eos_token": "</s>"} | config))
+
+
+# ---- What is put around a text ----------------------------------------------------------------
+
+
+def test_a_whole_text_gets_what_the_tokenizer_adds(tmp_path):
+    tokenizer = load_tokenizer(_published(tmp_path, bos_token="<s>", eos_token="</s>"))
+    assert tokenizer.encode("ab") == [2]
+    assert tokenizer.encode("ab", whole=True) == [3, 2] and tokenizer.encode("", whole=True) == [3]
+    assert tokenizer.encode("<s>ab", whole=True) == [3, 2]  # it has one
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("ab", whole=True) == [3, 2]
+
+
+def test_a_rendered_text_is_whole(tmp_path):
+    tokenizer = _with_template(tmp_path, "{{ bos_token }}{{ messages[0].content }}")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}])
+    assert tokenizer.encode(prompt, whole=True) == [3, 2]
+    tokenizer = _with_template(tmp_path, "{{ messages[0].content }}")  # none at all
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}])
+    assert tokenizer.encode(prompt + "a", whole=True) == [2, 0]
+    assert tokenizer.encode(str(prompt), whole=True) == [3, 2]
+
+
+def test_special_tokens_in_what_users_write_can_be_text():
+    tokenizer = byte_tokenizer()
+    text = "a<|endoftext|>"
+    assert tokenizer.encode(text, plain=True) == list(text.encode())
+    assert tokenizer.encode(text) == [97, 256]  # no trace is left
+    with pytest.raises(ValueError, match=r"is not covered by the vocabulary"):
+        word_tokenizer(_PIECES).encode("1 <|endoftext|>", plain=True)
+
+
+@pytest.mark.parametrize(("flag", "says"), [("bos", False), ("eos", True)])
+def test_a_flag_that_tokenizer_json_does_not_follow_is_said(tmp_path, caplog, flag, says):
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    load_tokenizer(_published(tmp_path, **config, add_bos_token=True, add_eos_token=False))
+    assert not caplog.messages
+    load_tokenizer(_published(tmp_path, **config, **{f"add_{flag}_token": says}))
+    assert f"add_{flag}_token={says} is not what tokenizer.json does" in caplog.text
+
+
+def test_text_that_is_no_unicode():
+    with pytest.raises(ValueError, match=r"cannot be encoded"):
+        byte_tokenizer().encode("a\ud800")
 
 
 # ---- Chat templates ---------------------------------------------------------------------------
@@ -273,33 +417,47 @@ def test_chat_template(tmp_path):
     assert load_tokenizer(tmp_path / "saved").chat_template == _TEMPLATE
 
 
-def test_chat_template_helpers(tmp_path):
-    template = "  {% for m in messages %}\n{{ m | tojson }}\n{% break %}\n{% endfor %}\nend"
-    tokenizer = _with_template(tmp_path, template)
-    assert tokenizer.apply_chat_template([{"content": "é'<"}, {}]) == '{"content": "é\'<"}\nend'
-    tokenizer = _with_template(tmp_path, "{{ strftime_now('%Y') | length }}")
-    assert tokenizer.apply_chat_template([]) == "4"
-
-
 def test_chat_template_sources(tmp_path):
-    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    assert _with_template(tmp_path, named).apply_chat_template([]) == "D"
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    tokenizer = _with_template(tmp_path, named)
+    assert tokenizer.apply_chat_template([]) == "D"
+    assert tokenizer.apply_chat_template([], tools=[{}]) == "T"
+    assert tokenizer.apply_chat_template([], template="tool_use") == "T"
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == tokenizer.chat_template
+    with pytest.raises(
+        ValueError, match=r"template='rag' must be one of .*: 'default', 'tool_use'"
+    ):
+        tokenizer.apply_chat_template([], template="rag")
     (tmp_path / "chat_template.jinja").write_text("J")
-    assert _with_template(tmp_path, named).apply_chat_template([]) == "J"
+    tokenizer = _with_template(tmp_path, named)
+    assert tokenizer.apply_chat_template([], tools=[{}]) == "J"  # files count alone
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert _with_template(tmp_path, named).apply_chat_template([], template="rag") == "R"
+    only = _with_template(tmp_path / "one", [{"name": "rag", "template": "R"}])
+    with pytest.raises(ValueError, match=r"template='default' must be one of .*: 'rag'"):
+        only.apply_chat_template([])
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('roles must alternate') }}",
-        "{% if %}",
-        "{{ messages.append(1) }}",  # the sandbox is immutable
-        "{{ ''.__class__.__mro__ }}{{ messages[0].x.y }}",
-    ],
-)
-def test_chat_template_errors(tmp_path, template):
-    with pytest.raises(ValueError, match=r"the chat template cannot write these messages: .+"):
-        _with_template(tmp_path, template).apply_chat_template([{}])
+def test_chat_template_variables(tmp_path):
+    template = "{{ unk_token }}{{ image_token }}{{ enable_thinking }}{{ tools | length }}"
+    path = _published(tmp_path, eos_token="</s>", unk_token="<s>", image_token="<|mdm_mask|>")
+    (path / "chat_template.jinja").write_text(template)
+    rendered = load_tokenizer(path).apply_chat_template([], tools=[{}, {}], enable_thinking=False)
+    assert rendered == "<s><|mdm_mask|>False2"
+    (path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    now = datetime.datetime(1999, 1, 1)
+    assert load_tokenizer(path).apply_chat_template([], now=now) == "1999"
+
+
+def test_chat_template_errors(tmp_path):
+    tokenizer = _with_template(tmp_path, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="the chat template cannot write these messages: roles"):
+        tokenizer.apply_chat_template([{}])
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="a chat template is not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 def test_no_chat_template():

@@ -23,3 +23,17 @@ def random_prompts(cfg, num, seed=0):
     rng = np.random.default_rng(seed)
     high = min(cfg.vocab_size, 20)
     return [rng.integers(0, high, rng.integers(1, 14)).tolist() for _ in range(num)]
+
+
+def check_statistics(state, depth):
+    """What a finished state reports adds up; `depth` is J."""
+    histogram = np.asarray(state.acceptance_histogram)
+    assert (histogram.sum(axis=1) == state.num_forwards).all()
+    written = np.asarray(state.length - state.prompt_len)
+    committed = (histogram * np.arange(1, depth + 2)).sum(axis=1)
+    assert (committed >= written).all() and (committed - written <= depth).all()
+    step_map = np.asarray(state.step_map)
+    for b, n in enumerate(written):
+        steps = step_map[b, :n]
+        assert (np.diff(steps) >= 0).all() and (step_map[b, n:] == -1).all()
+        assert set(steps) == set(range(int(state.num_forwards[b])))

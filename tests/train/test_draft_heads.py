@@ -62,7 +62,8 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     """Card: changing y_j changes head i >= j only; the tree is drafted as the loss reads it."""
     _, own = fresh("hydra", toy_cfg, toy_params)
     own = shaken(own)
-    embed = np.asarray(toy_params["embed"])
+    params = toy_params | {"embed": 10 * toy_params["embed"]}  # so that tokens matter
+    embed = np.asarray(params["embed"])
     hidden = np.random.default_rng(4).normal(size=16).astype(np.float32)
 
     def logits(tokens, i):
@@ -79,7 +80,7 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     method = SpeculativeMethod(Hydra(own, TREE))
     state = init_state(toy_cfg, method, prompts, gen_len=4)
     drafted = HydraState(jnp.asarray(hidden[None]), None)
-    context = _context(toy_params, method, state)
+    context = _context(params, method, state)
     propose = jax.jit(method.drafter.propose, static_argnums=0)
     tree = propose(toy_cfg, context, drafted).tree
     tokens = np.asarray(tree.tokens[0])
@@ -92,8 +93,10 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
         assert tokens[v] == best[TREE.ranks[v - 1]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_by_hand(toy_cfg, toy_params, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"), [("medusa", {}), ("hydra", {}), ("hydra", {"teacher": True})]
+)
+def test_losses_by_hand(toy_cfg, toy_params, kind, options):
     batch = make_batch(toy_cfg)
     _, own = fresh(kind, toy_cfg, toy_params, num_blocks=1)
     own = shaken(own)
@@ -105,7 +108,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
     for b in range(B):
         start = int(batch["prompt_start"][b])
         hidden[b, start:] = hidden_of(toy_params, toy_cfg, tokens[b, start:])
-    embed = np.asarray(toy_params["embed"])
+    embed, head = (np.asarray(toy_params[name]) for name in ("embed", "unembed"))
     for on_prompt in (False, True):
         total = 0.0
         for k in range(3):
@@ -117,13 +120,19 @@ def test_losses_by_hand(toy_cfg, toy_params, kind):
                     t = target - 2 - k
                     behind = [] if kind == "medusa" else embed[tokens[b, t + 1 : t + 2 + k]]
                     z = np.asarray(said(own, np.concatenate([hidden[b, t], *behind]), k), float)
-                    losses.append(
-                        np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, target]]
-                    )
+                    p = np.eye(len(z))[tokens[b, target]]
+                    if options:  # the model's own law of that token
+                        p = np.exp(log_softmax(hidden[b, target - 1].astype(float) @ head.T))
+                    losses.append(-(p * log_softmax(z)).sum())
             total += 0.8**k * np.mean(losses)
-        loss, metrics = loss_of(KINDS[kind][2](on_prompt=on_prompt), learned, toy_cfg, batch)
+        objective = KINDS[kind][2](on_prompt=on_prompt, **options)
+        loss, metrics = loss_of(objective, learned, toy_cfg, batch)
         np.testing.assert_allclose(loss, total, rtol=1e-4)
         assert set(metrics) == {"loss", "accuracy_2", "accuracy_3", "accuracy_4"}
+
+
+def log_softmax(z):
+    return z - np.log(np.exp(z - z.max()).sum()) - z.max()
 
 
 def prefix_by_hand(own, cfg, hidden):

@@ -108,6 +108,13 @@ def test_weights_are_unbiased(stratified):
     assert error < 0.01
 
 
+def test_as_many_tokens_are_masked_as_their_weights_say():
+    corrupt = jax.jit(MaskedDiffusion(eps=0.1)._corrupt, static_argnums=0)
+    is_masked, p = (np.asarray(x, float) for x in corrupt((64, 4000), jax.random.key(0)))
+    assert (np.abs(is_masked.mean(axis=1) - p) < 4.5 * np.sqrt(p * (1 - p) / 4000)).all()
+    np.testing.assert_allclose(np.sort(p), 0.1 + 0.9 * np.arange(0.5, 64) / 64, atol=0.01)
+
+
 def test_stratified_levels_are_uniform_and_spread():
     keys = jax.random.split(jax.random.key(0), 2000)
     t = jax.vmap(lambda key: masked_diffusion._draw_t(key, 8, True))(keys)

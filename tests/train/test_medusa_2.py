@@ -59,7 +59,7 @@ def test_the_model_learns_at_its_own_rate(toy_cfg, toy_params):
     slow = joint.rate(ones)
     assert {float(x.max()) for x in jax.tree.leaves(slow["model"])} == {0.25}
     assert optax.global_norm(slow["heads"]) == optax.global_norm(ones["heads"])
-    with pytest.raises(ValueError, match="model_rate=-1 must not be negative"):
+    with pytest.raises(ValueError, match="model_rate=-1 must be at least 0"):
         MedusaJoint(model_rate=-1)
 
 

@@ -56,7 +56,6 @@ from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
 from dlm.sharding import make_mesh
-from dlm.tokenizer import Tokenizer
 from train.collect.config import TrajectoryConfig
 from train.collect.records import SETTINGS, open_records
 from train.config import ConfigError, build, from_fields
@@ -163,7 +162,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
             description=f"Trajectories of {settings.checkpoint}, see {SETTINGS}",
             check_data=False,
         )
-        _write_results(folder, model.tokenizer)
+        _write_results(folder, model)
     return tokens / seconds if seconds else 0.0
 
 
@@ -186,7 +185,7 @@ class _Decoder:
         lm, settings = self._lm, self._settings
         assert lm.tokenizer is not None
         examples = [self._task[i] for i in indices]
-        prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
+        prompts = [lm.tokenizer.encode(example.prompt, whole=True) for example in examples]
         for i, prompt in zip(indices, prompts, strict=True):
             if len(prompt) > settings.prompt_len:
                 raise ConfigError(
@@ -322,17 +321,18 @@ def _claim(folder: pathlib.Path, settings: TrajectoryConfig, made_with: dict[str
 _MAY_CHANGE = ("checkpoint", "batch_size", "tensor")  # where and how fast, not what
 
 
-def _write_results(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+def _write_results(folder: pathlib.Path, lm: LanguageModel) -> None:
     """results.jsonl, from finished shards; whole or not at all."""
+    assert lm.tokenizer is not None
     partial = folder / f"{_RESULTS}.partial"
     with partial.open("w", encoding="utf-8") as file:
         for record in open_records(folder):
             tokens = record["completion"].tolist()
-            if tokenizer.eos_token_id in tokens:
-                tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+            ends = (i for i, token in enumerate(tokens) if token in lm.cfg.eos_ids)
+            tokens = tokens[: next(ends, None)]
             line = {
                 "index": int(record["index"]),
-                "text": tokenizer.decode(tokens),
+                "text": lm.tokenizer.decode(tokens),
                 "score": float(record["score"]),
                 "num_forwards": int(record["num_forwards"]),
             }

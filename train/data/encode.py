@@ -39,7 +39,8 @@ def encode_example(
     if isinstance(example, tasks.Encoded):
         return _pad_encoded(example, tokenizer, prompt_len, completion_len)
     try:
-        prompt, completion = tokenizer.encode(example.prompt), tokenizer.encode(example.completion)
+        prompt = tokenizer.encode(example.prompt, whole=True)  # as decoding will
+        completion = tokenizer.encode(example.completion)
     except ValueError as error:
         raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
     if len(prompt) > prompt_len:

@@ -27,7 +27,7 @@ apart. What several objectives share is in `train.reading` and `train.losses`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from flax import struct
 
 from dlm.config import ModelConfig
 from dlm.params import Params
-from dlm.trainable import Learned
+from dlm.trainable import Everything, Learned, Trainable
 
 
 class Context(struct.PyTreeNode):
@@ -77,12 +77,29 @@ class Objective:
       needs_teacher: whether `learned.beside` is to be the moving average of the model
         (`optim.ema_decay`).
       reads: arrays that a batch must have.
+      goes_with: what is learned, as `train.trainable`; None: the model itself.
     """
 
     needs_teacher: ClassVar[bool] = False
     reads: ClassVar[frozenset[str]] = frozenset(
         {"prompt", "prompt_start", "completion", "completion_len"}
     )
+    goes_with: ClassVar[type[Trainable] | None] = None
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small one: what tests of all objectives run."""
+        return cls()
+
+    def refuse(self, trainable: Trainable) -> str | None:
+        """Why it makes no sense for what is learned, or None."""
+        wanted = self.goes_with
+        if trainable.is_model if wanted is None else isinstance(trainable, wanted):
+            return None
+        is_plain = isinstance(trainable, Everything)
+        given = "None" if is_plain else type(trainable).__name__
+        right = "None or a change to the model" if wanted is None else wanted.__name__
+        return f"train.trainable={given} must be {right} with {type(self).__name__} as objective"
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from dlm import vocab
 from dlm.config import ModelConfig
-from dlm.heads.draft_lm import Draft
-from dlm.trainable import Learned
+from dlm.heads.draft_lm import Draft, DraftLM
+from dlm.trainable import Learned, Trainable
 from train.losses import in_chunks
 from train.objectives import Context, Objective
 from train.reading import read_text
@@ -39,12 +39,19 @@ class AdaSpec(Objective):
       on_prompt: whether tokens of the prompt are learned too.
     """
 
+    goes_with = DraftLM
+
     share: float = 0.4
     on_prompt: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be in (0, 1]")
+
+    def refuse(self, trainable: Trainable) -> str | None:
+        if isinstance(trainable, DraftLM) and not trainable.reference:
+            return "train.trainable.reference='' must be the folder of a draft model"
+        return super().refuse(trainable)
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context
@@ -54,12 +61,8 @@ class AdaSpec(Objective):
         Returns:
           Scalar float32, and metrics: "loss", "acceptance" as `DistillSpec`, over all tokens, and
           "gap", the mean of those learned.
-
-        Raises:
-          ValueError: there is no reference.
         """
-        if learned.beside is None:
-            raise ValueError("train.trainable.reference='' must be the folder of a draft model")
+        assert learned.beside is not None
         ours: Draft = learned.own
         target, reference = learned.target, learned.beside
         frozen = jax.lax.stop_gradient(

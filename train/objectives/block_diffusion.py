@@ -35,7 +35,7 @@ class BlockDiffusion(TokenObjective):
     """BD3-LM's training loss.
 
     Attributes:
-      block_len: positions per block; decode with the same.
+      block_len: >= 1, positions per block; decode with the same.
       eps: the smallest masking probability; in (0, 1).
       weight_power: a in [0, 1]; masked tokens are weighted by p^-a. 1: the published bound.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.

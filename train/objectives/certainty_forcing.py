@@ -41,8 +41,9 @@ class CertaintyForcing(TokenObjective):
     """dParallel's training loss.
 
     Attributes:
-      block_len: positions per block (LLaDA: 32); None: the whole completion is active (Dream).
-      beta: weight of the entropy (LLaDA: 2, Dream: 1).
+      block_len: >= 1, positions per block (LLaDA: 32); None: the whole completion is active
+        (Dream).
+      beta: >= 0, weight of the entropy (LLaDA: 2, Dream: 1).
       temperature: T > 0 of the entropy.
       eps: q = (1 - eps) / 2 + eps is the probability of being masked in the first view; in [0, 1].
       remat: whether the backward pass recomputes each layer instead of keeping its activations.

@@ -29,7 +29,7 @@ from dlm.blocks.mlp import mlp
 from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotary_angles
 from dlm.config import ModelConfig
-from dlm.heads.dflash import DFlashNetwork
+from dlm.heads.dflash import DFlashHeads, DFlashNetwork
 from dlm.params import Params
 from dlm.trainable import Learned
 from train.draft_attention import draft_attention
@@ -48,6 +48,8 @@ class DFlashLoss(Objective):
       teacher: whether the target's distribution is learned, not the text.
       on_prompt: whether tokens of the prompt are learned too.
     """
+
+    goes_with = DFlashHeads
 
     num_anchors: int = 64
     reach: float = 7.0

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from dlm import vocab
 from dlm.config import ModelConfig
-from dlm.heads.draft_lm import Draft
+from dlm.heads.draft_lm import Draft, DraftLM
 from dlm.trainable import Learned
 from train.losses import in_chunks
 from train.objectives import Context, Objective
@@ -46,6 +46,8 @@ class DistillSpec(Objective):
       temperature: > 0; of both distributions.
       on_prompt: whether tokens of the prompt are learned too.
     """
+
+    goes_with = DraftLM
 
     divergence: str = "kl"
     beta: float = 0.5

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
+from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.trainable import Learned
 from dlm.window import Window
 from train.losses import score_head, soft_cross_entropy
@@ -41,13 +42,15 @@ class Eagle1Loss(Objective):
       on_prompt: whether tokens of the prompt are learned too.
     """
 
+    goes_with = Eagle1Heads
+
     weight: float = 0.1
     noise: float = 0.1
     on_prompt: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.noise < 0:
-            raise ValueError(f"weight={self.weight} and noise={self.noise} must not be negative")
+        if not (self.weight >= 0 and self.noise >= 0):
+            raise ValueError(f"weight={self.weight} and noise={self.noise} must be at least 0")
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

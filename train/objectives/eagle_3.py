@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
+from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.params import Params
 from dlm.trainable import Learned
 from train.draft_attention import draft_attention
@@ -44,6 +45,8 @@ class Eagle3Loss(Objective):
       on_prompt: whether tokens of the prompt are learned too.
     """
 
+    goes_with = Eagle3Heads
+
     num_steps: int = 7
     decay: float = 0.8
     on_prompt: bool = False
@@ -51,6 +54,8 @@ class Eagle3Loss(Objective):
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1")
+        if not self.decay > 0:
+            raise ValueError(f"decay={self.decay} must be positive")
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dlm import vocab
 from dlm.config import ModelConfig
-from dlm.heads.hydra import head_hidden, read_prefix
+from dlm.heads.hydra import HydraHeads, head_hidden, read_prefix
 from dlm.trainable import Learned
 from dlm.window import Window
 from train.losses import score_head, soft_cross_entropy
@@ -37,9 +37,15 @@ class HydraLoss(Objective):
       on_prompt: whether tokens of the prompt are learned too.
     """
 
+    goes_with = HydraHeads
+
     decay: float = 0.8
     teacher: bool = False
     on_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.decay > 0:
+            raise ValueError(f"decay={self.decay} must be positive")
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

@@ -88,6 +88,7 @@ class Learn2PDLoss(Objective):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"confidence", "is_right", "undecided"})
+    goes_with = FilterOfRounds
 
     decided_weight: float = 1.0
     tau: float = 0.9

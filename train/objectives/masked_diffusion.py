@@ -52,7 +52,8 @@ class MaskedDiffusion(TokenObjective):
       eps: the smallest masking probability, so that no weight 1/p exceeds 1/eps; in (0, 1).
       stratified: whether the rows of a batch share out the masking levels (see above).
       weight_power: a in [0, 1]; masked tokens are weighted by p^-a. 1: the published bound.
-      anneal: share of the steps in which attention goes from causal to full; 0: it is full.
+      anneal: in [0, 1], share of the steps in which attention goes from causal to full; 0: it is
+        full.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
     """
 

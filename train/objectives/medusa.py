@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm.config import ModelConfig
-from dlm.heads.medusa import head_hidden
+from dlm.heads.medusa import MedusaHeads, head_hidden
 from dlm.trainable import Learned
 from train.losses import score_head
 from train.objectives import Context, Objective
@@ -35,8 +35,14 @@ class MedusaLoss(Objective):
       on_prompt: whether tokens of the prompt are learned too.
     """
 
+    goes_with = MedusaHeads
+
     decay: float = 0.8
     on_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.decay > 0:
+            raise ValueError(f"decay={self.decay} must be positive")
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

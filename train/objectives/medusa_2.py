@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
+from dlm.heads.medusa_2 import MedusaJoint
 from dlm.trainable import Learned
 from train.losses import score_head, soft_cross_entropy
 from train.objectives import Context, Objective
@@ -39,14 +40,18 @@ class Medusa2Loss(Objective):
       on_prompt: whether tokens of the prompt are learned too.
     """
 
+    goes_with = MedusaJoint
+
     weight: float = 0.2
     decay: float = 0.8
     from_itself: bool = False
     on_prompt: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"weight={self.weight} must not be negative")
+        if not self.weight >= 0:
+            raise ValueError(f"weight={self.weight} must be at least 0")
+        if not self.decay > 0:
+            raise ValueError(f"decay={self.decay} must be positive")
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,10 @@ class PsKd(Objective):
             object.__setattr__(self, "of", build(self.of, "train.objective.of"))
         if not isinstance(self.of, TokenObjective):
             raise ValueError(f"of={type(self.of).__name__} must be a TokenObjective")
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(of={"make": "train.objectives.causal:Causal"})
 
     def loss(
         self, learned: Learned, cfg: ModelConfig, batch: Mapping[str, jax.Array], context: Context

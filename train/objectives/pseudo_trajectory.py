@@ -38,9 +38,9 @@ class PseudoTrajectory(TokenObjective):
     """d3LLM's training loss.
 
     Attributes:
-      block_lens: positions per block, in the course of training.
+      block_lens: >= 1 each, positions per block, in the course of training.
       ratios: the lowest mask ratio at first, and the highest at all times; in [0, 1].
-      beta: weight of the entropy.
+      beta: >= 0, weight of the entropy.
       temperature: > 0, of the entropy.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
     """

@@ -31,7 +31,8 @@ class BlockCausal(ExactBlocks):
     arXiv:2510.06303; Wu et al., "Fast-dLLM v2", arXiv:2509.26328.
 
     Attributes:
-      block_len, aligned: see `ExactBlocks`.
+      block_len: >= 1, positions per block, as trained. Static.
+      aligned: see `ExactBlocks`. Static.
     """
 
     def allocate(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> ExactBlocksState:

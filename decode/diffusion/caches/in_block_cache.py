@@ -142,5 +142,5 @@ class InBlockCache(ExactBlocks):
         # The block's slots lie C further right than its positions.
         before = jnp.stack([canvas.start, part], axis=-1) + C
         after = jnp.stack([part + n, jnp.minimum(canvas.end, first + C)], axis=-1) + C
-        slots = Slots(kv, jnp.stack([before, after], axis=1), length=canvas.length)
-        return forward(params, cfg, window, slots).hidden
+        ranges = jnp.stack([before, after], axis=1)
+        return forward(params, cfg, window, Slots(kv, ranges, length=canvas.length)).hidden

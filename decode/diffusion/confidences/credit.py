@@ -96,8 +96,9 @@ class SparseCredit(Confidence):
     block; then the smallest credit is given up. Greedy only: a sample would need all logits.
 
     Attributes:
-      alpha, gamma, beta: as for `Credit`.
-      num_slots: K.
+      alpha, gamma: >= 0, as for `Credit`.
+      beta: in [0, 1], as for `Credit`.
+      num_slots: K in [1, vocab_size]. Static.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"given"})

@@ -40,7 +40,7 @@ class EndsLast(Confidence):
 
     @classmethod
     def example(cls, cfg: ModelConfig) -> Self:
-        return cls((cfg.eos_token_id,))
+        return cls(cfg.eos_ids)
 
     def validate(self, cfg: ModelConfig) -> None:
         ids = [] if self.ids is None else np.asarray(self.ids, np.int64).tolist()
@@ -51,7 +51,7 @@ class EndsLast(Confidence):
 
     def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> jax.Array:
         """[B, W, n] int32: the ends."""
-        ids = (cfg.eos_token_id,) if self.ids is None else self.ids
+        ids = cfg.eos_ids if self.ids is None else self.ids
         ids = jnp.asarray(ids, jnp.int32).reshape(1, 1, -1)
         return jnp.broadcast_to(ids, (batch_size, window_len, ids.shape[-1]))
 

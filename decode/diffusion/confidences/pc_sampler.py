@@ -53,7 +53,7 @@ class PcSampler(Confidence):
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("decay", self.decay, 0, float("inf"))
-        check_range("alpha", self.alpha, 1e-9, float("inf"))
+        check_range("alpha", self.alpha, 0, float("inf"), ends="(]")
         if np.shape(self.background) != (cfg.vocab_size,):
             raise ValueError(
                 f"background has shape {np.shape(self.background)} and must have one frequency "

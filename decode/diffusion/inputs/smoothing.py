@@ -28,7 +28,7 @@ class Smoothing(Inputs):
 
     Attributes:
       start: in [0, 1] (0.15).
-      growth: per round (0.02).
+      growth: in [0, 1], per round (0.02).
       limit: in [0, 1] (0.3).
     """
 

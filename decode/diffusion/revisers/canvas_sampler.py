@@ -39,8 +39,8 @@ class Annealed(Confidence):
     steps: jax.Array | int = 48
 
     def validate(self, cfg: ModelConfig) -> None:
-        check_range("first", self.first, 1e-6, float("inf"))
-        check_range("last", self.last, 1e-6, float("inf"))
+        check_range("first", self.first, 0, float("inf"), ends="(]")
+        check_range("last", self.last, 0, float("inf"), ends="(]")
         check_range("steps", self.steps, 2, float("inf"), " rounds")
 
     def refuse(self, method: DiffusionMethod) -> str | None:

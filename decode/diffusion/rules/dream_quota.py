@@ -60,7 +60,7 @@ class DreamQuota(CommitRule):
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps", self.steps, 1, float("inf"))
-        check_range("eps", self.eps, 1e-12, 1)
+        check_range("eps", self.eps, 0, 1, ends="()")
         if self.alg_temp is not None:
             check_range("alg_temp", self.alg_temp, 0, float("inf"), ", or None")
         if self.alg_temp_units not in ("probability", "nats"):

@@ -39,8 +39,8 @@ class Klass(CommitRule):
 
     Attributes:
       threshold: in [0, 1]; strict.
-      max_kl: in nats, strict (0.01).
-      history: rounds (2).
+      max_kl: >= 0, in nats, strict (0.01).
+      history: >= 0, rounds (2).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "values"})

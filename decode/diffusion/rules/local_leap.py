@@ -27,7 +27,7 @@ class LocalLeap(CommitRule):
     Attributes:
       threshold: in [0, 1]; the bar everywhere, and what makes an anchor (tau_a, 0.9 there).
       relaxed: in [0, threshold]; the bar near an anchor (tau_r, 0.75 there).
-      radius: positions to either side of an anchor (W, 4 there).
+      radius: >= 0, positions to either side of an anchor (W, 4 there).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"values"})

@@ -46,7 +46,7 @@ class Origin(CommitRule):
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("steps", self.steps, 1, float("inf"))
-        check_range("eps", self.eps, 1e-12, 1)
+        check_range("eps", self.eps, 0, 1, ends="()")
 
     def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         uniform = draw_uniform(round.noise_key, Stream.ORIGIN)

@@ -27,8 +27,8 @@ class AdaBlock(Scheduler):
 
     Attributes:
       delimiter_ids: [n] int32 or a sequence of ints: newline tokens, there.
-      block_len: positions of a block without delimiter. Static.
-      threshold: in [0, 1]; 0.3 for LLaDA, 0.5 for Dream. Above 1: never a delimiter.
+      block_len: >= 1, positions of a block without delimiter. Static.
+      threshold: >= 0; 0.3 for LLaDA, 0.5 for Dream. Above 1: never a delimiter.
       share: in (0, 1], how far it looks ahead (0.25). Static.
       window: "budget": a share of the completion's length; "progress": of the positions from its
         start to the block's first, at least one (paper). Static.
@@ -47,7 +47,7 @@ class AdaBlock(Scheduler):
     def validate(self, cfg: ModelConfig) -> None:
         check_range("block_len", self.block_len, 1, float("inf"))
         check_range("threshold", self.threshold, 0, float("inf"))
-        check_range("share", self.share, 1e-9, 1)
+        check_range("share", self.share, 0, 1, ends="(]")
         if self.window not in ("budget", "progress"):
             raise ValueError(f"window={self.window!r} must be 'budget' or 'progress'")
         ids = np.asarray(self.delimiter_ids, np.int64).reshape(-1)

@@ -17,5 +17,7 @@ class FixedBlocks(BlocksOfOneLength):
     """Blocks of `block_len` positions; the last one may be shorter.
 
     Attributes:
-      block_len, aligned: see `BlocksOfOneLength`.
+      block_len: >= 1, positions per block; None: one block, the whole completion.
+      aligned: whether blocks are counted from the start of the prompt, as block-diffusion models
+        need, so that the first one may be shorter too.
     """

@@ -32,7 +32,7 @@ class MultiBlock(Scheduler):
     gate 0.9 there); Qian et al., "d3LLM", arXiv:2601.07568 (0.5, no gate).
 
     Attributes:
-      block_len: positions per block; the last one may be shorter. Static.
+      block_len: >= 1, positions per block; the last one may be shorter. Static.
       max_open: >= 1, blocks decoded at once; the window is that long. Static. 1: `FixedBlocks`.
       open_at: in [0, 1], share of the last open block that opens the next. 1: when it is full.
       active_at: in [0, 1], share of the predecessor that makes a block fully active.

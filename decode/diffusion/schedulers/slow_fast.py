@@ -28,11 +28,11 @@ class SlowFast(Scheduler):
     code goes on exploring a block which exploration has filled; here it ends.
 
     Attributes:
-      block_len: stretches do not cross blocks of this many positions; None: the whole completion.
-        Static.
+      block_len: >= 1; stretches do not cross blocks of this many positions; None: the whole
+        completion. Static.
       explore: >= 2, rounds of a slow phase (6).
       floor: in [0, 1], confidence of a position that the model sees (0.3).
-      max_std: in positions, strict (1).
+      max_std: >= 0, in positions, strict (1).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"values"})

@@ -25,8 +25,9 @@ class SubBlocks(BlocksOfOneLength):
     3.3 (block 32, sub-block 8).
 
     Attributes:
-      block_len, aligned: see `BlocksOfOneLength`.
-      sub_len: positions per sub-block. Static.
+      block_len: >= 1, positions per block; None: the whole completion. Static.
+      sub_len: >= 1, positions per sub-block. Static.
+      aligned: as for `FixedBlocks`. Static.
       first_alone: whether the first position of a block is decided alone, before the others see it.
         Where logits are shifted it is predicted from the block before, and the others were never
         trained without it (Fast-dLLM v2). Static.

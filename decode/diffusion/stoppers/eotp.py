@@ -38,7 +38,7 @@ class Eotp(Stopper):
     Attributes:
       cut_at: "predicted" or "committed". The first must see the whole suffix, which the dual cache
         does not show.
-      eot_id: the end-of-text token; None: the model's `eos_token_id`.
+      eot_id: in [0, vocab_size), the end-of-text token; None: any of the model's `eos_ids`.
     """
 
     cut_at: str = struct.field(pytree_node=False, default="predicted")
@@ -62,12 +62,13 @@ class Eotp(Stopper):
             check_range("eot_id", self.eot_id, 0, cfg.vocab_size - 1)
 
     def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> jax.Array:
-        """[B] int32: the end-of-text token."""
-        eot_id = cfg.eos_token_id if self.eot_id is None else self.eot_id
-        return jnp.full(batch_size, eot_id, jnp.int32)
+        """[B, n] int32: the end-of-text tokens."""
+        ids = cfg.eos_ids if self.eot_id is None else (self.eot_id,)
+        return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (batch_size, len(ids)))
 
     def cut(self, round: Round, commit: jax.Array, state: Any) -> jax.Array:
-        is_eot = (round.proposal == state[:, None]) & (round.index < round.gen_len[:, None])
+        is_eot = (round.proposal[..., None] == state[:, None]).any(axis=-1)
+        is_eot &= round.index < round.gen_len[:, None]
         here = is_eot & commit
         at, found = jnp.argmax(here, axis=-1), here.any(axis=-1)
         if self.cut_at == "predicted":

@@ -25,10 +25,10 @@ class Prophet(Stopper):
     arXiv:2508.19982, section 3.
 
     Attributes:
-      answer_start: first completion position of the answer region.
-      answer_len: its positions, clipped to the completion (5).
+      answer_start: >= 0, first completion position of the answer region.
+      answer_len: >= 1, its positions, clipped to the completion (5).
       total_steps: T_max >= 1, against which progress is measured; None: one per position.
-      early, mid, late: thresholds for progress below 0.33, below 0.67, and beyond.
+      early, mid, late: >= 0, thresholds for progress below 0.33, below 0.67, and beyond.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"canvas"})
@@ -49,6 +49,8 @@ class Prophet(Stopper):
         check_range("answer_len", self.answer_len, 1, float("inf"))
         if self.total_steps is not None:
             check_range("total_steps", self.total_steps, 1, float("inf"))
+        for name in ("early", "mid", "late"):
+            check_range(name, getattr(self, name), 0, float("inf"))
 
     def fill(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         place = round.index - self.answer_start

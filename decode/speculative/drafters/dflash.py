@@ -10,17 +10,21 @@ Letters: B rows, b block length, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Self
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 
 from decode.core.sampling import draw
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.heads import check_fit
-from decode.speculative.tree import Drawn, TreeShape, chain
+from decode.speculative.tree import TreeShape, chain
 from dlm import vocab
 from dlm.cache import KVCache, init_cache, write
 from dlm.config import ModelConfig
-from dlm.heads.dflash import DFlashNetwork
+from dlm.heads.dflash import DFlashHeads, DFlashNetwork
+from dlm.params import Params
 
 
 @struct.dataclass
@@ -29,7 +33,7 @@ class DFlash(Drafter):
 
     Attributes:
       network: of `dlm.heads.dflash.load`.
-      num_drafts: how many of its b - 1 tokens are judged; 0: all. Static.
+      num_drafts: >= 0, how many of its b - 1 tokens are judged; 0: all. Static.
       is_sampled: whether they are drawn from the network's distributions, for
         `SpeculativeSampling` and `BlockVerification`; else they are its most probable tokens (as
         published). Static.
@@ -39,9 +43,11 @@ class DFlash(Drafter):
     num_drafts: int = struct.field(pytree_node=False, default=0)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
-    @property
-    def drawn(self) -> Drawn:
-        return "without" if self.is_sampled else "none"
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        heads = DFlashHeads(n_layers=1, block_len=4, mask_id=cfg.pad_token_id)
+        own = heads.fresh(jax.random.key(0), cfg, params)
+        return cls(heads.network(cfg, own))
 
     def validate(self, cfg: ModelConfig) -> None:
         check_fit(self.network.cfg, self.feature_layers, cfg)

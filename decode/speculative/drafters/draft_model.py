@@ -13,7 +13,7 @@ Letters: B rows, S slots, W nodes, J depth, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from decode.core.sampling import draw
 from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
-from decode.speculative.tree import DraftTree, Drawn, TreeShape, chain
+from decode.speculative.tree import DraftTree, TreeShape, chain
 from dlm import vocab
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
@@ -57,9 +57,10 @@ class _Model(Drafter):
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
     layers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
 
-    @property
-    def drawn(self) -> Drawn:
-        return "without" if self.is_sampled else "none"
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        """The first layer of the target."""
+        return cls(params, cfg, layers=(0,))
 
     def validate(self, cfg: ModelConfig) -> None:
         if abs(self.draft.vocab_size - cfg.vocab_size) > MAX_PADDING:
@@ -116,7 +117,7 @@ class DraftModel(_Model):
     One forward more reads the last draft, which the next round needs if all were accepted.
 
     Attributes:
-      num_drafts: tokens per round. Static.
+      num_drafts: >= 1, tokens per round. Static.
     """
 
     num_drafts: int = struct.field(pytree_node=False, default=4)
@@ -198,6 +199,10 @@ class DraftModelBest(BestTree, _Model):
     Reference: EAGLE-2, arXiv:2406.16858; see `expand_best`. Which nodes there are follows from the
     context alone, so any rule for drafts that were not drawn is exact.
     """
+
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        return cls(params, cfg, width=3, levels=3, budget=9, layers=(0,))
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)

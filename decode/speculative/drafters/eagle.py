@@ -16,6 +16,8 @@ the target, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,10 +25,13 @@ from flax import struct
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
 from decode.speculative.drafters.heads import check_fit
-from decode.speculative.tree import DraftTree, Drawn, TreeShape, from_paths
+from decode.speculative.tree import DraftTree, TreeShape, from_paths
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
+from dlm.heads.eagle_1 import Eagle1Heads
+from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.params import Params
 from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 
@@ -177,9 +182,11 @@ class Eagle(_Network):
     shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
-    @property
-    def drawn(self) -> Drawn:
-        return "without" if self.is_sampled else "none"
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        heads = Eagle3Heads()
+        own = heads.fresh(jax.random.key(0), cfg, params)
+        return cls(heads.network(cfg, own), from_paths([[0], [1], [0, 0], [0, 1], [1, 0]]))
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
@@ -216,6 +223,12 @@ class EagleBest(BestTree, _Network):
     Which nodes there are follows from the context alone, so any rule for drafts that were not drawn
     is exact.
     """
+
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        heads = Eagle1Heads()
+        own = heads.fresh(jax.random.key(0), cfg, params)
+        return cls(heads.network(cfg, own), width=3, levels=3, budget=9)
 
     @property
     def num_ids(self) -> int:

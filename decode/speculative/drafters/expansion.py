@@ -134,9 +134,9 @@ class BestTree(Drafter):
     """What drafters of the most probable tree share.
 
     Attributes:
-      width: nodes that are expanded per level, and children of each. Static.
-      levels: levels below the root, and forwards of who drafts. Static.
-      budget: nodes that are judged, the root aside. Static.
+      width: >= 1, nodes that are expanded per level, and children of each. Static.
+      levels: >= 1, levels below the root, and forwards of who drafts. Static.
+      budget: >= 1, nodes that are judged, the root aside. Static.
     """
 
     width: int = struct.field(pytree_node=False, default=10)

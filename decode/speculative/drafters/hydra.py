@@ -7,6 +7,8 @@ Letters: B rows, W nodes, n nodes of a level, D model width, J heads.
 
 from __future__ import annotations
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,11 +16,12 @@ from flax import struct
 from decode.speculative.contracts import Context, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import expand
 from decode.speculative.drafters.heads import HeadsDrafter
-from decode.speculative.tree import Drawn
+from decode.speculative.tree import from_paths
 from dlm import vocab
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
-from dlm.heads.hydra import head_hidden, prefix_config, read_prefix
+from dlm.heads.hydra import HydraHeads, head_hidden, prefix_config, read_prefix
+from dlm.params import Params
 from dlm.window import Slots, Window
 
 
@@ -46,9 +49,10 @@ class Hydra(HeadsDrafter):
 
     is_sampled: bool = struct.field(pytree_node=False, default=False)
 
-    @property
-    def drawn(self) -> Drawn:
-        return "without" if self.is_sampled else "none"
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        own = HydraHeads(num_heads=2, has_prefix=True).fresh(jax.random.key(0), cfg, params)
+        return cls(own, from_paths([[0], [1], [0, 0], [0, 1]]))
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> HydraState:
         cache = None

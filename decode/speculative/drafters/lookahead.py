@@ -21,6 +21,7 @@ Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per firs
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, 
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.params import Params
 
 
 class LookaheadState(struct.PyTreeNode):
@@ -67,6 +69,10 @@ class Lookahead(Drafter):
     @classmethod
     def points(cls) -> Mapping[str, Drafter]:
         return {"lookahead": cls()}
+
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        return cls(ngram=4, window=3, num_candidates=2)
 
     def validate(self, cfg: ModelConfig) -> None:
         if self.ngram < 3 or self.window < 1 or self.num_candidates < 1:
@@ -152,7 +158,9 @@ class Lookahead(Drafter):
         last = seen.extra_hidden[:, (n - 1) * W - 1 :]  # guesses are never drawn
         new = vocab.read(vocab.head(context.params), last).token
         filler = self._filler(context, n * W)
-        new = jnp.where(new == cfg.eos_token_id, filler[:, 0], new)  # nothing follows it
+        ends = jnp.asarray(cfg.eos_ids, jnp.int32)[None, None]
+        is_end = (new[..., None] == ends).any(axis=-1)
+        new = jnp.where(is_end, filler[:, 0], new)  # nothing follows it
 
         rows = jnp.concatenate([state.window[:, 1:], new[:, None]], axis=1)
         is_known = (state.rounds >= n - 1) & context.active

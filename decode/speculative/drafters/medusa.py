@@ -8,15 +8,19 @@ Letters: B rows, W nodes, D model width, J heads.
 
 from __future__ import annotations
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from decode.speculative.contracts import Context, Proposal, spent
 from decode.speculative.drafters.heads import HeadsDrafter
+from decode.speculative.tree import from_paths
 from dlm import vocab
 from dlm.config import ModelConfig
-from dlm.heads.medusa import head_hidden
+from dlm.heads.medusa import MedusaHeads, head_hidden
+from dlm.params import Params
 
 
 @struct.dataclass
@@ -26,6 +30,11 @@ class Medusa(HeadsDrafter):
     Attributes:
       own: of `dlm.heads.medusa.load`.
     """
+
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        own = MedusaHeads(num_heads=2).fresh(jax.random.key(0), cfg, params)
+        return cls(own, from_paths([[0], [1], [0, 0], [0, 1]]))
 
     def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         columns = [context.root]

@@ -26,9 +26,9 @@ class PromptLookup(Drafter):
     """A chain that is copied from prompt and completion; nothing is trained.
 
     Attributes:
-      num_drafts: most tokens per round. Static.
-      max_ngram: longest suffix that is looked for, in tokens. Static.
-      min_ngram: shortest. Static.
+      num_drafts: >= 1, most tokens per round. Static.
+      max_ngram: >= 1, longest suffix that is looked for, in tokens. Static.
+      min_ngram: >= 1, shortest. Static.
       latest: whether the last occurrence is taken, not the first (as published). Static.
     """
 

@@ -17,8 +17,9 @@ Letters: B rows, S slots, M slots that are searched, O places, Q suffixes, J dra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.drafters.matches import match_lengths
 from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
+from dlm.params import Params
 
 
 @struct.dataclass
@@ -38,9 +40,9 @@ class Suffix(Drafter):
       corpus: [M] int32. Further texts, separated by an id that no text has, such as -1; or None.
       num_drafts: J >= 1, most tokens per round. Static.
       max_suffix: Q >= 1, the longest suffix that is looked for, in tokens. Static.
-      factor: a suffix of n tokens drafts at most factor * n + offset. Static.
-      offset: see `factor`. Static.
-      min_probability: of a draft. Static.
+      factor: >= 0; a suffix of n tokens drafts at most factor * n + offset. Static.
+      offset: any number, see `factor`. Static.
+      min_probability: in [0, 1], of a draft. Static.
       num_places: O >= 1. Static.
     """
 
@@ -56,6 +58,10 @@ class Suffix(Drafter):
     def points(cls) -> Mapping[str, Drafter]:
         return {"suffix": cls()}
 
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        return cls(num_drafts=4, max_suffix=6, num_places=8)
+
     def validate(self, cfg: ModelConfig) -> None:
         if min(self.num_drafts, self.max_suffix, self.num_places) < 1:
             raise ValueError(
@@ -64,6 +70,10 @@ class Suffix(Drafter):
             )
         if not 0 <= self.min_probability <= 1:
             raise ValueError(f"min_probability={self.min_probability} must be in [0, 1]")
+        if not self.factor >= 0:
+            raise ValueError(f"factor={self.factor} must be at least 0")
+        if not math.isfinite(self.offset):
+            raise ValueError(f"offset={self.offset} must be finite")
 
     @property
     def shape(self) -> TreeShape:

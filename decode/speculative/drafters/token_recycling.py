@@ -11,6 +11,7 @@ Letters: B rows, W nodes, V vocabulary, k successors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.tree import TreeShape, from_paths
 from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.params import Params
 
 # 80 nodes on six levels, as published; which ones the paper only draws.
 EIGHTY = from_paths(
@@ -53,6 +55,10 @@ class TokenRecycling(Drafter):
     @classmethod
     def points(cls) -> Mapping[str, Drafter]:
         return {"token_recycling": cls()}
+
+    @classmethod
+    def example(cls, cfg: ModelConfig, params: Params) -> Self:
+        return cls(from_paths([[0], [1], [0, 0], [0, 1], [1, 0]]))
 
     @property
     def num_successors(self) -> int:

@@ -22,6 +22,8 @@ NORMS = {  # the second norm of others is the MLP's first; here it is attention'
 def read_scales(raw: dict[str, Any]) -> dict[str, Any]:
     """What embeddings and scores are multiplied by."""
     before = keys.number(raw, "query_pre_attn_scalar", 256)
+    if before is None or not before > 0:
+        raise ValueError(f"query_pre_attn_scalar={before!r} must be positive")
     return {"embed_scale": raw["hidden_size"] ** 0.5, "attention_scale": before**-0.5}
 
 

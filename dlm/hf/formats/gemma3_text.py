@@ -41,6 +41,8 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
 def _read_tables(raw: dict[str, Any]) -> dict[str, Any]:
     """Both rotary tables; newer files give an object for either kind of layer."""
     nested = raw.get("rope_parameters") or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"rope_parameters={nested!r} must be an object")
     if set(nested) & {GLOBAL, LOCAL}:
         if set(nested) - {GLOBAL, LOCAL} or not all(isinstance(x, dict) for x in nested.values()):
             raise ValueError(

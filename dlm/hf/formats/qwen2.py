@@ -16,7 +16,8 @@ from dlm.hf.rope import KEYS, read_rope, write_rope
 
 def read_sliding(raw: dict[str, Any]) -> dict[str, Any]:
     """The window and the pattern."""
-    layers, first = raw["num_hidden_layers"], keys.whole(raw, "max_window_layers", 28)
+    layers, first = raw["num_hidden_layers"], keys.whole(raw, "max_window_layers")
+    first = 28 if first is None else first
     window = keys.whole(raw, "sliding_window", 4096)
     if not keys.flag(raw, "use_sliding_window", False):
         window = None

@@ -6,7 +6,11 @@ import json
 import jax.numpy as jnp
 import pytest
 
+import dlm
+from decode.complete import complete
+from decode.generate import generate
 from dlm.hf.files import read_config
+from dlm.hf.harmless import HARMLESS
 from dlm.hf.weights import load_params, save_hf
 from dlm.presets import PRESETS
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
@@ -89,6 +93,8 @@ def test_published_configs_give_the_presets(model):
 )
 def test_published_causal_configs_give_the_presets(tmp_path, raw, preset):
     (tmp_path / "config.json").write_text(json.dumps(raw))
+    if raw["model_type"] != "llama":
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [151645, 151643]}')
     expected = PRESETS[preset]
     cfg = read_config(tmp_path)
     named = dict(bos_token_id=cfg.bos_token_id, pad_token_id=cfg.pad_token_id)
@@ -114,6 +120,50 @@ def test_rope_parameters_of_newer_files(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_scaling": wrong}))
         with pytest.raises(ValueError, match=message):
             read_config(tmp_path)
+
+
+_LLAMA3 = LLAMA_3_1_8B["rope_scaling"]
+ROTARY = {  # keys -> the base and whether frequencies are stretched, or what the message says
+    "the same twice": ({"rope_parameters": _LLAMA3 | {"rope_theta": 500000.0}}, (5e5, True)),
+    "the base beside it": (
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default"}}, (5e5, False)
+    ),
+    "the base in it": (
+        {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_theta": 1e4}},
+        (1e4, False),
+    ),
+    "null": ({"rope_scaling": None, "rope_parameters": None}, (5e5, False)),
+    "empty": ({"rope_scaling": {}}, (5e5, False)),
+    "both names of the kind": ({"rope_scaling": _LLAMA3 | {"type": "llama3"}}, (5e5, True)),
+    "two scalings": (
+        {"rope_parameters": {"rope_type": "default"}}, "rope_scaling=.* rope_parameters=.* same",
+    ),
+    "two bases": (
+        {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4}},
+        "rope_theta=500000.0 and the 10000.0 of rope_parameters must be the same",
+    ),
+    "two bases, older": ({"rope_scaling": _LLAMA3 | {"rope_theta": 1e4}}, "must be the same"),
+    "two kinds": ({"rope_scaling": _LLAMA3 | {"type": "linear"}}, "type='linear' and rope_type='l"),
+    "a number that means nothing": (
+        {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "has factor=2.0, which means no",
+    ),
+    "an unknown number": ({"rope_scaling": _LLAMA3 | {"attn_factor": 1.0}}, "has attn_factor=1.0"),
+    "an unknown kind": ({"rope_scaling": {"type": "mrope"}}, "of type 'mrope' is not supported"),
+    "text": ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+    "a part of the head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not sup"),
+    "all of the head": ({"partial_rotary_factor": 1.0}, (5e5, True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "right"), ROTARY.values(), ids=list(ROTARY))
+def test_rotary_settings_agree_or_are_refused(tmp_path, keys, right):
+    path = write_causal(tmp_path, **keys)
+    if isinstance(right, str):
+        with pytest.raises(ValueError, match=f"config.json: .*{right}"):
+            read_config(path)
+    else:
+        cfg = read_config(path)
+        assert (cfg.rope_theta, cfg.rope_scaling is not None) == right
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -154,7 +204,7 @@ def test_dtype(model):
 def test_token_ids_fall_back_to_other_files(model):
     ids = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
     path = model("dream_small", drop=ids)
-    with pytest.raises(ValueError, match=r"config.json must give mask_token_id as an integer"):
+    with pytest.raises(ValueError, match=r"config.json must give mask_token_id, which neither"):
         read_config(path)
     word_tokenizer([f"{i} " for i in range(80)]).save(path)
     cfg = read_config(path)
@@ -165,7 +215,91 @@ def test_token_ids_fall_back_to_other_files(model):
     assert [getattr(cfg, name) for name in ids] == [81, 80, 80, 71]  # of two ends, its own
     path = model("dream_small", drop=("pad_token_id",), eos_token_id=[3, 4])
     cfg = read_config(path)
-    assert [getattr(cfg, name) for name in ids] == [94, 3, 80, 95]
+    assert [getattr(cfg, name) for name in ids] == [94, 80, 80, 95]
+
+
+# What config.json, generation_config.json and the tokenizer say, and all ends, the written first.
+ENDS = {
+    "Llama 3": ([2, 12, 8], [2, 12, 8], None, (2, 8, 12)),
+    "Qwen Instruct": (2, [2, 12], 2, (2, 12)),
+    "the tokenizer's is written": ([2, 12], None, 12, (12, 2)),
+    "a base model made a chat model": (2, 2, 12, (12, 2)),
+    "only in generation_config.json": (None, [12, 2], None, (12, 2)),
+    "only in the tokenizer": (None, None, 12, (12,)),
+    "generation_config.json adds": (2, 12, None, (2, 12)),
+    "given twice": ([2, 2], [2], 2, (2,)),
+    "a list of one": ([2], None, None, (2,)),
+    "empty lists": ([], [2], None, (2,)),
+    "0 is a token": (0, [7, 0], None, (0, 7)),
+}
+
+
+def write_causal(path, **changes):
+    """A small Llama's config.json, with changes; None takes a key away."""
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
+        "num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 256,
+    }  # fmt: skip
+    raw = LLAMA_3_1_8B | sizes | {"bos_token_id": 1, "eos_token_id": 2} | changes
+    raw = {key: value for key, value in raw.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(raw))
+    return path
+
+
+@pytest.mark.parametrize(("config", "generation", "own", "ends"), ENDS.values(), ids=list(ENDS))
+def test_every_listed_end_counts(tmp_path, config, generation, own, ends):
+    write_causal(tmp_path, eos_token_id=config)
+    if generation is not None:
+        text = json.dumps({"eos_token_id": generation})
+        (tmp_path / "generation_config.json").write_text(text)
+    if own is not None:
+        words = word_tokenizer([f"w{i} " for i in range(100)])
+        dataclasses.replace(words, eos_token_id=own, mask_token_id=None).save(tmp_path)
+    cfg = read_config(tmp_path)
+    assert cfg.eos_ids == ends and cfg.eos_token_id == ends[0]
+
+
+@pytest.mark.parametrize("ends", [(5,), (5, 3, 9)], ids=str)
+@pytest.mark.parametrize("mask", [7, None], ids=["diffusion", "causal"])
+def test_ends_are_written_to_both_files(tmp_path, ends, mask):
+    shifted = dict(mask_token_id=mask, shifted_logits=mask is None)
+    cfg = dataclasses.replace(TINY, eos_token_id=ends[0], more_eos_ids=ends[1:], **shifted)
+    save_hf(tmp_path / "model", random_params(cfg), cfg)
+    said = 5 if len(ends) == 1 else [5, 3, 9]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == said
+    assert read_config(tmp_path / "model") == cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("eos_token_id", "2", r"eos_token_id='2' must be an integer or a list of integers"),
+        ("eos_token_id", [2, None], r"eos_token_id=\[2, None\] must be an integer or a list"),
+        ("eos_token_id", [2, [3]], r"must be an integer or a list of integers"),
+        ("eos_token_id", True, r"eos_token_id=True must be an integer or a list"),
+        ("eos_token_id", 2.0, r"eos_token_id=2.0 must be an integer or a list"),
+        ("eos_token_id", [2, 128], r"more_eos_ids=128 must be in \[0, vocab_size=128\)"),
+        ("eos_token_id", -1, r"eos_token_id=-1 must be in \[0, vocab_size=128\)"),
+        ("eos_token_id", None, "config.json must give eos_token_id, which neither it nor"),
+        ("bos_token_id", [1], r"bos_token_id=\[1\] must be an integer"),
+        ("pad_token_id", "<pad>", r"pad_token_id='<pad>' must be an integer"),
+    ],
+)
+def test_ids_that_are_none(tmp_path, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(write_causal(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize("pad", [-1, 128, 4000])
+def test_a_pad_token_that_cannot_be_is_as_none(tmp_path, pad):
+    assert read_config(write_causal(tmp_path, pad_token_id=pad)).pad_token_id == 2
+
+
+def test_a_mask_that_pads_or_ends(model):
+    assert read_config(model(pad_token_id=94)).pad_token_id == 95
+    with pytest.raises(ValueError, match=r"mask_token_id=94 must not be among the ends of a text"):
+        read_config(model(eos_token_id=[95, 94]))
 
 
 def test_begin_token_is_the_tokenizers(model):
@@ -204,13 +338,188 @@ def test_pad_token_is_eos_where_nothing_says_otherwise(model):
         ("llada_small", {"n_layers": True}, "n_layers=True must be of type int"),
         ("dream_small", {"rope_theta": "big"}, "rope_theta='big' must be of type float"),
         ("dream_small", {"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be of type bool"),
-        ("dream_small", {"mask_token_id": "x"}, "mask_token_id as an integer, but .* give 'x'"),
-        ("dream_small", {"num_attention_heads": 0}, "n_heads=0 must be at least 1"),
+        ("dream_small", {"mask_token_id": "x"}, "mask_token_id='x' must be an integer"),
+        ("dream_small", {"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
     ],
 )
 def test_unsupported_configs(model, name, changes, message):
     with pytest.raises(ValueError, match=message):
         read_config(model(name, **changes))
+
+
+# ---- Which network it is ----------------------------------------------------------------------
+
+_CODE = "modeling_x."
+NETWORKS = {  # config.json -> what the message says
+    "as Stable-DiffCoder was once": (
+        {"model_type": "llama", "architectures": ["MoreDiffcoderForCausalLM"]},
+        r"architectures=\['MoreDiffcoderForCausalLM'\] is not supported; with model_type='llama' o",
+    ),
+    "of two minds": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+         "auto_map": {"AutoModel": _CODE + "StableDiffcoderForCausalLM"}},
+        "must name one network, not 'LlamaForCausalLM' and 'StableDiffcoderForCausalLM'",
+    ),
+    "by its code alone": (
+        {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": _CODE + "DiffCoder"}},
+        r"auto_map\['AutoModelForCausalLM'\]='modeling_x.DiffCoder' is not supported; .*'LlamaFor",
+    ),
+    "SDLM": (
+        {"model_type": "qwen2", "architectures": ["SDLMQwen2ForCausalLM"]},
+        r"architectures=\['SDLMQwen2ForCausalLM'\] is not .* only 'Qwen2ForCausalLM' are",
+    ),
+    "Efficient-DLM": (
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"],
+         "auto_map": {"AutoModel": _CODE + "EfficientDLM"}},
+        r"auto_map\['AutoModel'\]='modeling_x.EfficientDLM' is not supported; .*'Qwen3ForCausalLM'",
+    ),
+    "as LLaDA-MoE was once": (
+        {"model_type": "llada", "architectures": ["LLaDANewModelLM"], "activation_type": "swiglu"},
+        r"architectures=\['LLaDANewModelLM'\] is not supported; .* only 'LLaDAModelLM' ",
+    ),
+    "a draft": ({"model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}, "Eagle3"),
+    "a reward model": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForSequenceClassification"]}, "Sequence",
+    ),
+    "only the stack": ({"model_type": "qwen3", "architectures": ["Qwen3Model"]}, "'Qwen3Model'"),
+    "of another type": ({"model_type": "llama", "architectures": ["Qwen2ForCausalLM"]}, "'Qwen2F"),
+    "not a list": ({"model_type": "llama", "architectures": "Llama"}, "'Llama' must be a list"),
+    "not an object": ({"model_type": "llama", "auto_map": ["x"]}, "auto_map an object"),
+    "not a name": ({"model_type": "llama", "architectures": [3]}, r"architectures=\[3\] is not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "message"), NETWORKS.values(), ids=list(NETWORKS))
+def test_another_network_of_a_known_type_is_refused(tmp_path, raw, message):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_3_0_6B | raw))
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"architectures": None},
+        {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoTokenizer": ["x.Tok", None]}},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"auto_map": {"AutoConfig": "x.Config", "AutoModelForCausalLM": "a--b.LlamaForCausalLM"}},
+        {"auto_map": {"AutoModelForSequenceClassification": "x.RewardModel"}},
+    ],
+)
+def test_names_of_the_same_network(tmp_path, said):
+    assert read_config(write_causal(tmp_path, **said)) == read_config(write_causal(tmp_path))
+
+
+def test_diffusion_models_do_not_write_from_left_to_right():
+    for name in NAMES:
+        assert read_config(GOLDEN / name).never_causal
+        lm = dlm.load(GOLDEN / name)
+        with pytest.raises(ValueError, match=r"a diffusion model, .*: use decode.generate"):
+            complete(lm, [1, 2], gen_len=2)
+    lm = dlm.load(GOLDEN / "llama_draft")
+    assert not lm.cfg.never_causal
+    with pytest.raises(ValueError, match=r"models write with decode.complete"):
+        generate(lm, [1, 2], gen_len=2)
+
+
+# ---- Keys -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llada_small", "dream_small"])
+@pytest.mark.parametrize("key", sorted(HARMLESS))
+def test_harmless_keys_change_nothing(name, key, model):
+    known = json.loads((GOLDEN / name / "config.json").read_text())
+    if key not in {*known, "dtype", "auto_map"}:
+        assert read_config(model(name, **{key: 7})) == read_config(GOLDEN / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_target", "qwen2_small", "llada_small", "dream_small"]
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping=50.0: it is not known here"),
+        ("logits_scaling", 8.0, "logits_scaling=8.0: it is not known here"),
+        ("num_experts", 8, "num_experts=8: it is not known here and may change what the model"),
+        ("qk_layernorm", True, "qk_layernorm=True: it is not known here"),
+        ("text_config", {"a": "x" * 99}, r"text_config=\{'a': 'xxx.*\.\.\.: it is not known here"),
+        ("rope_interleaved", True, "rope_interleaved=True: only False is supported for this fam"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5.* only 1 is"),
+        ("is_encoder_decoder", True, "is_encoder_decoder=True: only False is supported"),
+        ("pruned_heads", {"0": [1]}, "pruned_heads=.*: only .* is supported"),
+        ("layer_types", ["full_attention", "linear_attention"], "layer_types="),
+        ("quantization_config", {"quant_method": "fp8"}, r"are quantised \(fp8\), and only floats"),
+        ("quantization_config", {"load_in_4bit": True}, "are quantised, and only floats"),
+        ("quantization", {"bits": 4}, "quantization says that the weights are quantised, and only"),
+        ("compression_config", {"format": "x"}, "compression_config says that the weights are qu"),
+    ],
+)
+def test_unknown_keys_are_refused(model, name, key, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(model(name, **{key: value}))
+    assert "config.json: " in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"partial_rotary_factor": 1.0}, {"rope_interleaved": False}, {"use_mrope": False},
+        {"attn_logit_softcapping": None}, {"quantization_config": None}, {"pruned_heads": {}},
+        {"layer_types": ["full_attention"] * 3}, {"num_experts": None},
+    ],
+)  # fmt: skip
+def test_what_says_nothing_is_read(model, said):
+    cfg = read_config(model("qwen2_small", **said))
+    assert cfg == read_config(GOLDEN / "qwen2_small")
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"torch_dtype": "auto"}, "float32"),
+        ({"torch_dtype": None, "dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "torch.float16"}, "float16"),
+        ({"torch_dtype": "float16", "dtype": "float16"}, "float16"),
+    ],
+)
+def test_dtypes_of_files(model, said, dtype):
+    assert read_config(model(**said)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn' is not supported; only "),
+        ({"torch_dtype": 16}, "torch_dtype=16 is not supported"),
+        ({"dtype": "bfloat16"}, "'torch_dtype': 'float32'.* must say the same"),
+    ],
+)
+def test_dtypes_that_are_none(model, said, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(model(**said))
+    with pytest.raises(ValueError, match="dtype='int9' must be 'float32', 'bfloat16'"):
+        read_config(model(), dtype="int9")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_must_be_finite(model, value):
+    path = model("dream_small", rms_norm_eps="here")
+    text = (path / "config.json").read_text().replace('"here"', value)
+    (path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rms_norm_eps=-?(nan|inf) must be finite"):
+        read_config(path)
+
+
+def test_no_number_of_layers_fills_the_memory(model):
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000000 must be at most 10000"):
+        read_config(model("dream_small", num_hidden_layers=10**12))
+
+
+def test_a_file_that_is_too_deep(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        read_config(tmp_path)
 
 
 def test_absent_keys(model):

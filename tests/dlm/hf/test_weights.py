@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 import dlm.hf.weights
-from dlm.hf.files import read_config
+from dlm.hf.files import read_config, read_raw_config
 from dlm.hf.formats import FORMATS
 from dlm.hf.weights import load_params, save_hf
 from dlm.params import abstract_params, num_params, param_shardings
@@ -250,10 +250,76 @@ def test_harmless_extras(model, name):
     rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     path = model(name, tensors=tensors | rotary)
     assert_same(load_params(path, cfg), load_params(GOLDEN / name, cfg))
-    # A tied model may store its embedding twice.
-    tied = load_params(path, dataclasses.replace(cfg, tie_embeddings=True))
-    assert "unembed" not in tied
-    np.testing.assert_array_equal(tied["embed"], load_params(path, cfg)["embed"])
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "key"),
+    [
+        ("llada_small", "model.transformer.ff_out.weight", "weight_tying"),
+        ("dream_small", "lm_head.weight", "tie_word_embeddings"),
+    ],
+)
+def test_a_tied_head_is_the_embedding(model, name, head, key):
+    """It may be stored twice, but not be another one; a missing head may be the embedding."""
+    tensors, tied = tensors_of(name), {key: True}
+    path = model(name)
+    embed = read_raw_config(path)[1].tensors["embed"].name
+    for stored in (
+        {**tensors, head: tensors[embed]},
+        {k: tensors[k] for k in tensors if k != head},
+    ):
+        path = model(name, tensors=stored, **tied)
+        params = load_params(path, read_config(path))
+        assert "unembed" not in params
+        np.testing.assert_array_equal(params["embed"], tensors[embed])
+    other = tensors[embed].copy()
+    other[-1, -1] += 1
+    for wrong in (other, tensors[embed][:-1]):
+        path = model(name, tensors={**tensors, head: wrong}, **tied)
+        with pytest.raises(
+            ValueError, match=f"config.json: {key} says that {head} is {embed}, but"
+        ):
+            load_params(path, read_config(path))
+    path = model(name, tensors={k: tensors[k] for k in tensors if k != head}, **{key: False})
+    with pytest.raises(
+        ValueError, match=rf"missing: {head} .*; {key} must be true if it is the em"
+    ):
+        load_params(path, read_config(path))
+
+
+@pytest.mark.parametrize(
+    "end", ["weight_scale_inv", "weight_scale", "qweight", "qzeros", "weight.absmax", "SCB",
+            "weight.quant_state.bitsandbytes__nf4", "weight_packed", "scales"],
+)  # fmt: skip
+def test_quantised_tensors_are_told_in_one_sentence(model, end):
+    tensors = tensors_of("dream_small")
+    name = f"model.layers.0.mlp.up_proj.{end}"
+    path = model("dream_small", tensors=tensors | {name: np.zeros(3, np.float32)})
+    with pytest.raises(ValueError) as error:
+        load_params(path, read_config(path))
+    assert str(error.value) == (
+        f"{path}: the weights are quantised, as {name} shows, and only floats are read: download "
+        "the model as it was before, or a GGUF of it"
+    )
+
+
+def test_at_most_ten_names_are_told(model):
+    tensors = tensors_of("dream_small")
+    path = model("dream_small", tensors={f"x.{name}": value for name, value in tensors.items()})
+    with pytest.raises(ValueError) as error:
+        load_params(path, read_config(path))
+    missing, unexpected = str(error.value).split("; ")
+    assert missing.count(" [") == 5 and missing.endswith(" and 34 more")
+    assert unexpected.count(" [") == 5 and unexpected.endswith(" and 34 more")
+
+
+def test_an_index_that_names_no_files(model):
+    path = model()
+    in_two_files(path)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": ["b"]}}))
+    with pytest.raises(ValueError, match="weight_map must name a file for every tensor"):
+        load_params(path, read_config(path))
 
 
 def test_broken_weights(model):

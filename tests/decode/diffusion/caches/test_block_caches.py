@@ -11,6 +11,7 @@ from decode.diffusion.components import (
     FixedBlocks,
     NoCache,
     PrefixCache,
+    Quota,
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod, decode
@@ -43,7 +44,7 @@ def blocks_look_back_only(monkeypatch):
 @pytest.mark.parametrize("cache", [PrefixCache(), DualCache()])
 def test_caches_are_exact_if_blocks_do_not_look_ahead(toy_model, blocks_look_back_only, cache):
     cfg, params = toy_model
-    method = DiffusionMethod(FixedBlocks(C), rule=Threshold(0.5))
+    method = DiffusionMethod(FixedBlocks(C), rule=Quota(C))
     go = functools.partial(run, params, cfg, prompts=PROMPTS, gen_len=12)
     exact = go(method.replace(cache=NoCache()))
     cached = go(method.replace(cache=cache))

@@ -168,7 +168,7 @@ def test_annealed_samples_follow_their_temperature(toy_cfg, toy_params):
         (dict(inputs=Smoothing(start=2.0)), r"start=2 must be in \[0, 1\]"),
         (dict(inputs=UniformNoise(-1.0)), r"self_condition=-1 must be in \[0, 1\]"),
         (dict(inputs=Smoothing(), lookahead=2), "Smoothing does not allow"),
-        (dict(confidence=Annealed(0.0)), "first=0 must be at least"),
+        (dict(confidence=Annealed(0.0)), "first=0 must be above 0"),
         (dict(confidence=Annealed(), temperature=1.0), "Annealed sets the temperature itself"),
         (dict(reviser=Renoise(steps=0)), "steps=0 must be at least 1 rounds"),
         (

@@ -90,6 +90,17 @@ def test_the_models_end_of_text_is_the_default(toy_model):
     assert int(default.end[0]) < int(default.tokens.shape[1])
 
 
+def test_any_of_several_ends_cuts(toy_cfg):
+    """Position i proposes token i: the surest of ends 3 and 5, then the first that is committed."""
+    cfg = dataclasses.replace(toy_cfg, eos_token_id=5, more_eos_ids=(3,))
+    round = make_round([0.1, 0.2, 0.3, 0.6, 0.5, 0.9])
+    state = Eotp().init(cfg, 1, 6)
+    none = jnp.zeros((1, 6), bool)
+    assert Eotp().cut(round, none, state).tolist() == [6]
+    assert Eotp().cut(round, none.at[0, 3:].set(True), state).tolist() == [4]
+    assert Eotp(eot_id=3).cut(round, none, Eotp(eot_id=3).init(cfg, 1, 6)).tolist() == [4]
+
+
 def test_a_completion_ends_at_the_cut(toy_model):
     """Every array has one entry per position that is left."""
     cfg, params = toy_model
@@ -120,7 +131,7 @@ def ends(cut_at, eots, commit=(), undecided=range(8), confidence=CONFIDENCE):
     view = view.replace(
         proposal=jnp.where(mark(eots), 7, 1), index=4 + view.index, gen_len=jnp.array([10])
     )
-    end = Eotp(cut_at).cut(view, mark(commit), jnp.array([7]))
+    end = Eotp(cut_at).cut(view, mark(commit), jnp.array([[7]]))
     return int(end[0]) - 4
 
 

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode.core.sampling import Sampling
-from decode.speculative.contracts import Context
+from decode.speculative.contracts import Context, Seen
+from decode.speculative.drafters.jacobi import Jacobi
+from decode.speculative.drafters.layer_skip import layer_skip
 from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.tree import chain, from_paths
@@ -24,6 +27,29 @@ def context_of(row):
 @jax.jit
 def tree_of(drafter, context, state):
     return drafter.propose(None, context, state).tree
+
+
+def test_without_a_drafter_the_tree_is_its_root_and_costs_nothing():
+    proposal = NoDraft().propose(None, context_of([4, 7]), ())
+    assert proposal.tree.tokens.tolist() == [[7]] and proposal.cost.tolist() == [0]
+
+
+def test_guesses_of_jacobi_are_what_stands_behind_what_was_kept():
+    """The root at first; the newest guess fills up."""
+    drafter, context = Jacobi(num_guesses=3), context_of([4, 7])
+    state = drafter.init(None, 1, 0)
+    assert tree_of(drafter, context, state).tokens.tolist() == [[7, 7, 7, 7]]
+    none = jnp.zeros((1, 4), jnp.int32)
+    for count, expected in ((1, [11, 12, 13]), (2, [12, 13, 13]), (4, [13, 13, 13])):
+        seen = Seen(none, none, none[:, 0], jnp.array([count]), chosen=jnp.arange(10, 14)[None])
+        state = drafter.observe(None, context, seen, state)
+        assert tree_of(drafter, context, state).tokens.tolist() == [[7, *expected]]
+
+
+def test_layers_that_are_kept_are_the_models_own(toy_cfg, toy_params):
+    drafter = layer_skip(toy_params, toy_cfg, [1], num_drafts=3)
+    assert drafter.params is toy_params and drafter.draft is toy_cfg
+    assert (drafter.layers, drafter.num_drafts) == ((1,), 3)
 
 
 def test_prompt_lookup_copies_what_followed_the_first_or_the_latest_occurrence():

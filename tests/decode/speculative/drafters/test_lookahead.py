@@ -83,6 +83,7 @@ def test_rounds_are_those_of_plain_python(toy_cfg, toy_params, ngram, window):
 
 
 def test_nothing_follows_an_end(toy_cfg, toy_params):
+    toy_cfg = dataclasses.replace(toy_cfg, more_eos_ids=(5,))
     drafter = Lookahead(3, 4, num_candidates=2)
     method = SpeculativeMethod(drafter)
     state = init_state(toy_cfg, method, [[1, 7]], gen_len=4)
@@ -92,16 +93,18 @@ def test_nothing_follows_an_end(toy_cfg, toy_params):
     chosen = jnp.full((1, drafter.num_nodes), toy_cfg.eos_token_id)
     nodes = jnp.zeros((1, drafter.num_nodes, toy_cfg.d_model))
     head = vocab.head(toy_params)
-    says_end = jnp.broadcast_to(head[toy_cfg.eos_token_id], (1, drafter.num_extra, toy_cfg.d_model))
-    assert (vocab.read(head, says_end).token == toy_cfg.eos_token_id).all()
+    ends = jnp.resize(jnp.asarray(toy_cfg.eos_ids), (1, drafter.num_extra))  # one after the other
+    says_end = head[ends]
+    assert (vocab.read(head, says_end).token == ends).all()
     seen = Seen(
         tokens=tree.tokens[:, :1], hidden=nodes[:, :1], start=context.length - 1,
         count=jnp.ones(1, jnp.int32), tree_hidden=nodes, tree=tree, chosen=chosen,
         extra_hidden=says_end,
     )  # fmt: skip
     after = drafter.observe(toy_cfg, context, seen, before.replace(rounds=jnp.array([5])))
-    assert not (after.window == toy_cfg.eos_token_id).any()
-    assert not (after.pool == toy_cfg.eos_token_id).any() and (after.pool >= 0).any()
+    for end in toy_cfg.eos_ids:
+        assert not (after.window == end).any()
+        assert not (after.pool == end).any() and (after.pool >= 0).any()
 
 
 def test_candidates_share_what_they_begin_with(toy_cfg, toy_params):

@@ -1,0 +1,161 @@
+"""Chat templates: the Jinja sources with which models are published, from messages to a prompt.
+
+They are run as `transformers` runs them: sandboxed, with the same tags, filters and names.
+
+Example:
+    >>> messages = [{"role": "user", "content": "Hi"}]
+    >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    >>> render(template, messages) + " Ho"
+    '<user>Hi<assistant> Ho'
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import numpy as np
+from absl import logging
+
+# Names under which messages hold what the model thought; templates read one of the first two.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
+
+class Rendered(str):
+    """A prompt that a chat template wrote: it is whole, so nothing is put before or behind it.
+
+    It stays one when text is added at its end.
+    """
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> Rendered:
+        return Rendered(super().__add__(other))
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any] | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    now: datetime.datetime | None = None,
+) -> Rendered:
+    """The prompt for a conversation.
+
+    As in `transformers`, keys of messages whose value is None count as absent, and what a model
+    thought may be called `reasoning_content`, `thinking` or `reasoning`.
+
+    Args:
+      template: Jinja source.
+      messages: such as `[{"role": "user", "content": "Hi"}]`.
+      variables: what else the template sees, by name. A warning says so if it reads one of them
+        nowhere.
+      tokens: special tokens, likewise, but without warnings.
+      now: the time that `strftime_now` tells; None: this moment.
+
+    Raises:
+      ValueError: the template is broken, or it refuses the messages, or there is something else
+        than text, numbers, lists and dictionaries.
+    """
+    variables = {name: _plain(value, name) for name, value in (variables or {}).items()}
+    chat = [_message(_plain(message, "messages")) for message in messages]
+
+    def tell(form: str) -> str:
+        return (now or datetime.datetime.now()).strftime(form)
+
+    seen = {"tools": None, "documents": None, "strftime_now": tell, **(tokens or {}), **variables}
+    try:
+        compiled, reads = _compile(template)
+        text = compiled.render(seen, messages=chat)
+    except Exception as error:  # templates may do anything
+        raise ValueError(f"the chat template cannot write these messages: {error}") from error
+    unread = [name for name, value in variables.items() if value is not None and name not in reads]
+    if unread:
+        logging.warning("The chat template reads no %s.", " and no ".join(unread))
+    return Rendered(text)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """A template, and the names of what it reads."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    reads = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    return environment.from_string(template), frozenset(reads)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: what the assistant wrote; a scope of its own."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own filter, which writes for web pages."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"messages has {message!r}, which must be a dictionary with role, content")
+    said = {key: value for key, value in message.items() if value is not None}
+    thought = next((said[name] for name in _THOUGHTS if name in said), None)
+    if thought is None:
+        return said
+    return {"thinking": thought} | said | {"reasoning_content": thought}
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A copy made of nothing that a template could misuse."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {_plain(key, name): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, str):
+        return str.__str__(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise ValueError(
+        f"{name} has a {type(value).__name__}, which must be text, a number, a list or a "
+        "dictionary (of a function its JSON schema)"
+    )
