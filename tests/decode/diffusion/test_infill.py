@@ -157,6 +157,9 @@ def test_an_end_that_is_given_ends_nothing(toy_cfg, toy_params):
     ends = dataclasses.replace(toy_cfg, eos_token_id=int(state.tokens[3, P]))  # fills a gap
     again = run(toy_params, ends, method)
     np.testing.assert_array_equal(again.tokens[3], state.tokens[3])
+    for kind in ("predicted", "committed"):
+        cut = run(toy_params, ends, method.replace(stopper=Eotp(kind)))
+        assert int(cut.end[3] - cut.start[3]) == len(TEXTS[3])  # whose last token is given
 
 
 @pytest.fixture(scope="module")
