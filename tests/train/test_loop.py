@@ -448,17 +448,18 @@ def test_a_bad_record_is_named_and_costs_nothing_that_was_learned(tmp_path, monk
     del config.data.valid
     monkeypatch.setattr(toys.Lines, "too_long", 40)
     with pytest.raises(ConfigError, match=r"^lines\.txt, line 41: the prompt has"):
-        loop.run(config, tmp_path)
-    lines = read_metrics(tmp_path)
+        loop.run(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
     assert 1 <= len(lines) < 8
-    with checkpoint.open_manager(tmp_path, from_config_dict(config).checkpoint) as manager:
+    with checkpoint.open_manager(tmp_path / "run", from_config_dict(config).checkpoint) as manager:
         assert manager.latest_step() == len(lines)
     monkeypatch.undo()  # the record is mended
     with pytest.raises(ConfigError, match=r"the examples of .* are not those"):
-        loop.run(config, tmp_path)
-    (tmp_path / "data.json").unlink()
-    assert loop.run(config, tmp_path).step == 8
-    assert read_metrics(tmp_path)[: len(lines)] == lines
+        loop.run(config, tmp_path / "run")
+    (tmp_path / "run" / "data.json").unlink()
+    assert loop.run(config, tmp_path / "run").step == 8
+    loop.run(config, tmp_path / "never_bad")
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "never_bad")
 
 
 def test_bad_files_come_before_any_step(tmp_path):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from kernels_pallas.window_attention import pack_mask
+from tests.lib import toys
 from tests.lib.runs import toy_config
 from train import loop
 from train.config import ConfigError, from_config_dict
-from train.reading import read_completion, read_text
+from train.reading import _window, read_completion, read_text
 
 LENGTHS = (5, 1, 4)  # of the texts in a row of ten
 
@@ -45,7 +46,7 @@ def test_a_packed_text_is_read_as_it_is_alone(toy_cfg, toy_params, texts):
     @jax.jit
     def read(batch):
         text = read_text(toy_params, toy_cfg, batch, on_prompt=False)
-        return text.hidden[0], text.counts[0]
+        return text.hidden[0], text.is_scored[0]
 
     hidden, counts = read(packed)
     expected, counted = zip(*map(read, alone), strict=True)
@@ -54,6 +55,11 @@ def test_a_packed_text_is_read_as_it_is_alone(toy_cfg, toy_params, texts):
     assert np.flatnonzero(~np.asarray(counts)).tolist() == [0, 5, 6]  # nothing is before these
     seen, counts = read(joined)
     assert np.abs(seen - hidden)[5:].max() > 0.01 and counts.sum() == 9
+
+
+def test_positions_count_from_the_beginning_of_a_text(texts):
+    positions = _window(texts[0], texts[0]["completion"]).positions
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3]]
 
 
 def test_a_packed_text_is_unmasked_as_it_is_alone(toy_cfg, toy_params, texts):
@@ -82,7 +88,7 @@ def test_a_packed_text_is_unmasked_as_it_is_alone(toy_cfg, toy_params, texts):
 def test_objectives_that_cannot_keep_texts_apart_are_refused():
     config = toy_config(data__prompt_len=0)
     config.data.packing = config.data.keep_apart = True
-    loop._make_recipe(from_config_dict(config))
+    loop._make_recipe(from_config_dict(config), toys.Copy())
     config.train.objective.make = "train.objectives.block_diffusion:BlockDiffusion"
     with pytest.raises(ConfigError, match=r"keep_apart=True must be False with train\.objective="):
-        loop._make_recipe(from_config_dict(config))
+        loop._make_recipe(from_config_dict(config), toys.Copy())

@@ -85,7 +85,9 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path, left_by):
         leave_lock(tmp_path, **{**content, "started": "1"})
     else:
         process.stdin.close()
+        deadline = time.monotonic() + 20
         while workdir._started(pid) is not None:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     if left_by == "a process that ended":
         process.wait()

@@ -135,9 +135,6 @@ def valid_batches(
     if task is None:
         return []
     encode = _encoder(task, tokenizer, data)
-    used: Sequence[int] = range(len(task))
-    if data.too_long == "leave_out":
-        used = _that_fit(task, tokenizer, data, encode)
     process = jax.process_index(), jax.process_count()
     if not data.batch_size:
         if num_batches != 1:
@@ -146,6 +143,9 @@ def valid_batches(
                 "all rows are one batch"
             )
         return [_whole(task, tokenizer, data, num_shards, "data.valid")]
+    used: Sequence[int] = range(len(task))
+    if data.too_long == "leave_out":
+        used = _that_fit(task, tokenizer, data, encode)
     if not data.buckets and not data.packing:
         if len(used) < num_batches * data.batch_size:
             raise ConfigError(
@@ -210,14 +210,15 @@ def _whole(
 ) -> Batch:
     """All rows of a task, of which each process has its own."""
     process = jax.process_index(), jax.process_count()
-    if len(task) % math.lcm(num_shards, process[1]):
+    encode = _encoder(task, tokenizer, data)
+    used = _that_fit(task, tokenizer, data, encode)
+    if len(used) % math.lcm(num_shards, process[1]):
         raise ConfigError(
-            f"{where} has {len(task)} rows, all of them in a batch with data.batch_size=0: they "
+            f"{where} has {len(used)} rows, all of them in a batch with data.batch_size=0: they "
             f"must be a multiple of mesh.data * mesh.fsdp = {num_shards} and of the number of "
             f"processes, {process[1]}"
         )
-    encode = _encoder(task, tokenizer, data)
-    return stack(encode(index) for index in range(len(task))[rows_of(len(task), process)])
+    return stack(encode(index) for index in used[rows_of(len(used), process)])
 
 
 def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callable[[int], Row]:
@@ -270,11 +271,12 @@ def _that_fit(
             for index in chunk:
                 encode_cut(index)  # says which example it is, and what is wrong
             raise
-        wrong += [
-            index
-            for index, (prompt, completion) in zip(chunk, lengths, strict=True)
-            if prompt > data.prompt_len or completion > data.completion_len
-        ]
+        for index, (prompt, completion) in zip(chunk, lengths, strict=True):
+            if prompt > data.prompt_len or completion > data.completion_len:
+                try:
+                    encode(index)
+                except ConfigError:
+                    wrong.append(index)
     if not wrong:
         return everything
     if data.too_long == "refuse":
@@ -293,13 +295,12 @@ def _that_fit(
 
 
 def _num_tokens(examples: Sequence[Any], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Tokens of the prompt, and of the completion with its EOS, of some examples."""
+    """At most how many tokens the prompt has, and the completion with its EOS, of some examples."""
     if isinstance(examples[0], tasks.Encoded):
         return [(len(example.prompt), len(example.completion)) for example in examples]
-    prompts, completions = (
-        tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
-        for texts in ([e.prompt for e in examples], [e.completion for e in examples])
-    )
+    encode = tokenizer.backend.encode_batch_fast  # prompts may have a begin token already
+    prompts = encode([example.prompt for example in examples], add_special_tokens=True)
+    completions = encode([example.completion for example in examples], add_special_tokens=False)
     return [(len(p), len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
 
 

@@ -3,11 +3,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from dlm.sharding import make_mesh
 from dlm.tasks import Encoded, Example
 from dlm.tasks.jsonl import JsonlTask
-from dlm.tokenizer import word_tokenizer
+from dlm.tokenizer import Tokenizer, word_tokenizer
 from tests.lib import toys
 from train import data
 from train.config import ConfigError, DataConfig
@@ -67,7 +68,7 @@ def test_what_does_not_fit_is_cut_at_its_far_ends():
 @pytest.mark.parametrize("buckets", [(), ((3, 3),)])
 def test_what_does_not_fit_is_left_out(buckets):
     task = toys.Lines()
-    config = dataclasses.replace(CONFIG, too_long="leave_out", buckets=buckets)
+    config = dataclasses.replace(CONFIG, prompt_len=6, too_long="leave_out", buckets=buckets)
     fits = [i for i in range(64) if len(task[i].completion) <= 4]
     batches = take(data.train_iterator(task, TOKENIZER, config), 60)
     seen = {int(i) for batch in batches for i in batch["index"]}
@@ -80,6 +81,42 @@ def test_what_does_not_fit_is_left_out(buckets):
             data.valid_batches(task, TOKENIZER, config, 16)
     with pytest.raises(ConfigError, match=r"all 64 examples are longer .*'leave_out' leaves none"):
         data.train_iterator(task, TOKENIZER, dataclasses.replace(config, prompt_len=0, buckets=()))
+
+
+def test_a_begin_token_needs_room_too():
+    """Of prompts that are as long as there is room, those stay that bring theirs along."""
+    backend = word_tokenizer("abcdef>^").backend  # ^ = 7, EOS = PAD = 8, MASK = 9
+    backend.post_processor = processors.TemplateProcessing(
+        single=["^", "$A"], special_tokens=[("^", 7)]
+    )
+    tokenizer = Tokenizer(backend, 8, 8, bos_token_id=7)
+
+    class Prompts(toys.Lines):
+        def __getitem__(self, index):
+            return Example(("abcd>", "^abc>", "abc>", "abcde>")[index], "a", {})
+
+    config = dataclasses.replace(CONFIG, too_long="leave_out", batch_size=2)
+    iterator = data.train_iterator(Prompts(num_examples=4), tokenizer, config)
+    rows = {
+        int(i): row
+        for batch in take(iterator, 6)
+        for i, row in zip(batch["index"], batch["prompt"], strict=True)
+    }
+    assert {i: row.tolist() for i, row in rows.items()} == {
+        1: [7, 0, 1, 2, 6],
+        2: [7, 0, 1, 2, 6],
+    }
+
+
+def test_all_rows_at_once_but_for_those_that_are_left_out():
+    task = toys.Lines()
+    config = dataclasses.replace(CONFIG, too_long="leave_out", batch_size=0)
+    fits = [i for i in range(64) if len(task[i].completion) <= 4]
+    batch = next(data.train_iterator(task, TOKENIZER, config))
+    assert batch["index"].tolist() == fits
+    assert data.valid_batches(task, TOKENIZER, config, 1)[0]["index"].tolist() == fits
+    with pytest.raises(ConfigError, match=rf"data\.train has {len(fits)} rows, all of them in a"):
+        data.train_iterator(task, TOKENIZER, config, num_shards=len(fits) - 1)
 
 
 def test_records_that_cannot_be_encoded_are_named_before_they_are_counted():
