@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,20 @@ def test_gradients_match_finite_differences(monkeypatch):
         hidden, head, targets = case(M=3, D=4, V=23, dtype=jnp.float64)
         loss = lambda hidden, head: mixed_loss(hidden, head, targets)
         check_grads(loss, (hidden, head), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_through_a_cap_of_logits(monkeypatch):
+    monkeypatch.setattr(xla, "WHOLE_LOGITS", 0)
+    monkeypatch.setattr(xla, "VOCAB_TILE", 10)
+    with jax.enable_x64(True):
+        hidden, head, targets = case(M=3, D=4, V=23, dtype=jnp.float64)
+        capped = functools.partial(unembed_loss, cap=1.5)
+        loss = lambda hidden, head: mixed_loss(hidden, head, targets, capped)
+        check_grads(loss, (hidden, head), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+        z = 1.5 * np.tanh(np.asarray(hidden @ head.T) / 1.5)
+        log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        got = capped(hidden, head, targets).log_prob
+        np.testing.assert_allclose(got, log_p[np.arange(3), targets], rtol=1e-9)
 
 
 def test_sharded_vocabulary_and_rows_equal_unsharded():

@@ -56,6 +56,21 @@ def test_equals_float64_softmax():
     np.testing.assert_allclose(stats.logsumexp, scipy.special.logsumexp(z, axis=-1), rtol=1e-5)
 
 
+def test_capped_logits(monkeypatch):
+    """cap tanh(z / cap): less certain, in the same order."""
+    cut(monkeypatch, 100)
+    hidden, head = random_case()
+    stats = unembed_stats(hidden, head, k=3, cap=2.0)
+    z = 2 * np.tanh(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / 2)
+    np.testing.assert_allclose(unembed_logits(hidden, head, cap=2.0), z, rtol=1e-4, atol=1e-5)
+    log_p = scipy.special.log_softmax(z, axis=-1)
+    np.testing.assert_allclose(
+        stats.entropy, scipy.stats.entropy(np.exp(log_p), axis=-1), rtol=1e-4
+    )
+    np.testing.assert_allclose(stats.top_log_probs, -np.sort(-log_p)[:, :3], rtol=1e-4)
+    assert_same(stats, unembed_stats(hidden, head, k=3, cap=2.0, implementation="reference"))
+
+
 def test_near_certainty_keeps_its_order():
     """Gaps of 25 and 30 nats are both probability 1.0 in float32, but not in log_prob."""
     logits = jnp.array([[25.0, 0.0, 0.0], [30.0, 0.0, 0.0]])

@@ -15,9 +15,9 @@ from tests.lib.vocabulary import assert_same, random_case
 summarize = jax.jit(
     functools.partial(tpu.summarize_tpu, interpret=INTERPRET),
     static_argnums=2,
-    static_argnames="k",
+    static_argnames=("k", "cap"),
 )
-reference = jax.jit(unembed_stats_reference, static_argnums=4)
+reference = jax.jit(unembed_stats_reference, static_argnums=(4, 6))
 
 
 @pytest.mark.parametrize(("M", "D", "V"), [(7, 64, 1000), (270, 32, 300), (5, 96, 4173)])
@@ -26,6 +26,13 @@ def test_vocabulary_statistics_equal_the_reference(M, D, V):
     banned = jnp.array([3, V - 1, -1])
     expected = reference(hidden, head, banned)
     summary = summarize(hidden, head, 0, banned, None, None, k=0)
+    assert_same(finish(summary), expected)
+
+
+def test_capped_logits():
+    hidden, head = random_case(7, 64, 1000)
+    expected = reference(hidden, head, None, None, 0, None, 3.0)
+    summary = summarize(hidden, head, 0, None, None, None, k=0, cap=3.0)
     assert_same(finish(summary), expected)
 
 
