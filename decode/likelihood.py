@@ -389,6 +389,11 @@ def _check_numbers(num_samples: int, batch_size: int, guidance: float, antitheti
 def _encode_pairs(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
     """Token ids of all prompts and answers, checked."""
     MaskInputs().validate(lm.cfg)
+    if lm.cfg.block_len is not None:
+        raise ValueError(
+            "likelihoods show the model the whole text, but it was trained to see its own block of "
+            f"{lm.cfg.block_len} and those before it: use a model with full attention"
+        )
     if isinstance(pairs, str) or not isinstance(pairs, Sequence):
         raise TypeError(
             f"pairs is a {type(pairs).__name__}; it must be a list of (prompt, answer) pairs"

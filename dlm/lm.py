@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pathlib
 from typing import Literal
 
 import jax
@@ -24,6 +25,9 @@ from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.hf.files import read_config
+from dlm.hf.gguf import load_gguf_params, read_gguf_config
+from dlm.hf.gguf_file import open_gguf
+from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
 from dlm.params import Params
 from dlm.sharding import RULES, Rules
@@ -62,7 +66,7 @@ def load(
     then right.
 
     Args:
-      path: a directory with `config.json`, weights, and maybe a tokenizer.
+      path: a directory with `config.json`, weights, and maybe a tokenizer; or a .gguf file.
       dtype: of the parameters, such as "bfloat16"; by default the file's.
       tokenizer: "own": that of the directory, if it has one that can be read; None: only token ids
         go in and out.
@@ -75,7 +79,11 @@ def load(
     """
     # Before the weights, which take long.
     lm = describe(path, dtype=dtype, tokenizer=tokenizer)
-    return dataclasses.replace(lm, params=load_params(path, lm.cfg, mesh, rules), mesh=mesh)
+    if _is_gguf(path):
+        params = load_gguf_params(open_gguf(path), lm.cfg, mesh, rules)
+    else:
+        params = load_params(path, lm.cfg, mesh, rules)
+    return dataclasses.replace(lm, params=params, mesh=mesh)
 
 
 def describe(
@@ -85,7 +93,7 @@ def describe(
     tokenizer: Tokenizer | Literal["own"] | None = "own",
 ) -> LanguageModel:
     """As `load`, but of configuration and tokenizer only: `params` are {}."""
-    cfg = read_config(path, dtype)
+    cfg = read_gguf_config(open_gguf(path), dtype) if _is_gguf(path) else read_config(path, dtype)
     if tokenizer == "own":
         tokenizer = _own_tokenizer(path)
     if isinstance(tokenizer, Tokenizer):
@@ -124,12 +132,16 @@ def fingerprint(lm: LanguageModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def _is_gguf(path: str | os.PathLike[str]) -> bool:
+    return pathlib.Path(path).suffix == ".gguf"
+
+
 def _own_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     """None if there is none that can be read."""
-    if not has_tokenizer(path):
+    if not _is_gguf(path) and not has_tokenizer(path):
         return None
     try:
-        return load_tokenizer(path)
+        return load_gguf_tokenizer(open_gguf(path)) if _is_gguf(path) else load_tokenizer(path)
     except (OSError, ValueError) as error:
         logging.warning("Loading %s without tokenizer, for token ids alone: %s.", path, error)
         return None

@@ -38,7 +38,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.mo
 
 # How Qwen2 (and so Dream, which publishes only vocab.json and merges.txt) cuts text before BPE.
 _QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-_QWEN2_PATTERN = (
+QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -439,7 +439,7 @@ def _read_qwen2(root: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tok
         raise ValueError(f"{root}: broken vocab.json or merges.txt ({error})") from error
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_PATTERN), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     backend.decoder = decoders.ByteLevel()

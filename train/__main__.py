@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
         result = loop.run(_CONFIG.value, _WORKDIR.value)
     except (ConfigError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        logging.error("Interrupted; what was saved before is as it was.")
+        sys.exit(130)
     logging.info("Step %d: %s", result.step, result.metrics)
     if result.model_path is None:
         logging.info("Stopped as asked; the same command goes on from here.")

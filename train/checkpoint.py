@@ -2,9 +2,11 @@
 
 config.json     the settings, all defaults filled in
 model.json      fields of the model's `ModelConfig`
+data.json       what `train.data.describe` says of the examples
 versions.json   Python, packages and git revision that last wrote here
 tokenizer/      the tokenizer
 metrics.jsonl   see `train.metrics`
+lock.json       who is in the folder, while someone is
 checkpoints/    Orbax checkpoints: training state and data iterator
 model/          the finished model, as `dlm.load` reads it
 exported.json   the step whose model that is
@@ -17,11 +19,15 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import shutil
 import subprocess
+from collections.abc import Mapping
+from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from dlm.config import ModelConfig
 from dlm.tokenizer import Tokenizer, load_tokenizer
@@ -92,6 +98,30 @@ def write_settings(
     tokenizer.save(workdir / "tokenizer")
 
 
+def write_data(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Notes what the examples are, of `train.data.describe`."""
+    write_json(workdir / "data.json", facts)
+
+
+def check_same_data(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Makes sure that a run goes on with the examples that it was begun with, if that is known.
+
+    Raises:
+      ConfigError: there are others.
+    """
+    path = workdir / "data.json"
+    if not path.exists():
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if old != facts:
+        raise ConfigError(
+            f"the examples of data.train are not those that {str(workdir)!r} was begun with: "
+            f"there were {old['num_examples']} (SHA-256 {old['sha256'][:12]}...) and are "
+            f"{facts['num_examples']} ({facts['sha256'][:12]}...): put the old ones back, or "
+            f"delete {path} to go on with these"
+        )
+
+
 def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
     """The model and the tokenizer of the run in a folder."""
     fields = json.loads((workdir / "model.json").read_text(encoding="utf-8"))
@@ -100,11 +130,15 @@ def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
 
 def latest_step(workdir: pathlib.Path) -> int | None:
     """The last step that was saved; None: there is none."""
-    root = workdir / "checkpoints"
+    return max(_paths(workdir / "checkpoints"), default=None)
+
+
+def _paths(root: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The folder of every step that was saved."""
     if not root.exists():
-        return None
+        return {}
     found = ocp.path.step.standard_name_format().find_all(root.absolute())
-    return max((metadata.step for metadata in found), default=None)
+    return {metadata.step: pathlib.Path(metadata.path) for metadata in found}
 
 
 def write_exported(workdir: pathlib.Path, step: int) -> None:
@@ -146,6 +180,58 @@ def save(
             state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
         ),
         force=True,
+    )
+
+
+def restore_newest(
+    manager: ocp.CheckpointManager,
+    abstract_state: Any,
+    iterator: grain.DatasetIterator,
+    is_packed: bool = False,
+) -> tuple[int, Any]:
+    """The newest step that can be read, and its state; `iterator` is set to the batch that follows.
+
+    A damaged step is put aside as "STEP.damaged" if an older one can be read; not with several
+    processes, of which only some might see the damage. Files that are missing or too short are
+    seen; wrong numbers inside of them may not be.
+
+    Args: as `restore`.
+
+    Raises:
+      ConfigError: there is no such step, the message says what to delete; or as `restore`.
+    """
+    root = pathlib.Path(manager.directory)
+    paths = _paths(root)
+    steps = sorted(paths, reverse=True)
+    damaged: list[int] = []
+    said = ""
+    for step in steps:
+        try:
+            state = restore(manager, step, abstract_state, iterator, is_packed)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever Orbax and what is below it make of broken files
+            said = said or f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            damaged.append(step)
+            if jax.process_count() > 1:
+                break
+            continue
+        for bad in damaged:
+            aside = root / f"{bad}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            paths[bad].rename(aside)
+            logging.warning(
+                "Step %d in %s is damaged (%s): going on from step %d.", bad, root, said, step
+            )
+        if damaged:
+            manager.reload()
+        return step, state
+    older = [step for step in steps if step not in damaged]
+    advice = f"delete {root} to start anew"
+    if older:
+        advice = f"delete {paths[damaged[0]]} to go on from step {older[0]}"
+    raise ConfigError(
+        f"step {', '.join(map(str, damaged))} in {root} cannot be read ({said}): {advice}"
     )
 
 

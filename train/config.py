@@ -34,12 +34,17 @@ class DataConfig:
       prompt_len: P, tokens of the longest prompt; shorter ones are padded on the left. 0: only
         tasks with empty prompts (pre-training).
       completion_len: G, tokens of the longest completion, its EOS included.
+      too_long: what becomes of an example that does not fit. "refuse": the run ends with a sentence
+        that names it, before the first step if the task has its examples in memory. "cut": its
+        prompt loses its first tokens, its completion its last ones and its EOS. "leave_out": it is
+        not learned from; all examples are read before the first step.
       batch_size: rows per step, over all processes; 0: all rows of the task in every step.
       buckets: smaller (prompt_len, completion_len) for batches of shorter examples, each of which
         goes to the smallest one it fits. Such a batch has more rows, for about as many tokens; how
         many depends on the mesh too. Every bucket is compiled on its own.
       packing: whether texts, each with its EOS, are joined and cut into rows of completion_len
         tokens; prompts must be empty.
+      keep_apart: whether packed texts are kept from seeing each other.
       seed: of the shuffling.
       num_threads: that make batches ahead of time, in each process; 0: none.
       prefetch: batches kept ready, in each process.
@@ -52,8 +57,10 @@ class DataConfig:
     prompt_len: int
     completion_len: int
     batch_size: int
+    too_long: str = "refuse"
     buckets: tuple[tuple[int, int], ...] = ()
     packing: bool = False
+    keep_apart: bool = False
     seed: int = 0
     num_threads: int = 1
     prefetch: int = 4
@@ -67,6 +74,17 @@ class DataConfig:
                 "data.batch_size=0 must be at least 1 with data.packing or data.buckets, whose "
                 "batches are not the same rows every time"
             )
+        if self.too_long not in ("refuse", "cut", "leave_out"):
+            raise ConfigError(
+                f"data.too_long={self.too_long!r} must be 'refuse', 'cut' or 'leave_out'"
+            )
+        if self.packing and self.too_long != "refuse":
+            raise ConfigError(
+                f"data.too_long={self.too_long!r} must be 'refuse' with data.packing=True, for "
+                "which no text is too long"
+            )
+        if self.keep_apart and not self.packing:
+            raise ConfigError("data.keep_apart=True needs data.packing=True: other rows are apart")
         for bucket in self.buckets:
             if not _is_bucket(bucket, self.prompt_len, self.completion_len):
                 raise ConfigError(

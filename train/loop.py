@@ -52,7 +52,7 @@ from train.step import (
     state_shardings,
     valid_step,
 )
-from train.workdir import check_writable
+from train.workdir import check_writable, hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RunResult:
     """What `run` returns.
 
     Attributes:
-      step: steps done; fewer than `train.num_steps` if the run was stopped by SIGTERM.
+      step: steps done; fewer than `train.num_steps` if the run was stopped by a signal.
       metrics: the last line of `metrics.jsonl`; {} if there is none.
       model_path: the finished model, for `dlm.load`; None if the run was stopped.
     """
@@ -93,21 +93,24 @@ def run(
       The last metrics and where the model is.
 
     Raises:
-      ConfigError: the settings cannot be run, or the workdir belongs to other ones.
+      ConfigError: the settings cannot be run, or the workdir belongs to other ones, to other data
+        or to a run that has not ended.
       NonFiniteError: training diverged. Nothing saved before is touched.
     """
     settings = from_config_dict(config)
     num_steps = settings.train.num_steps
     folder = pathlib.Path(workdir)
     check_writable(folder)
-    start = checkpoint.latest_step(folder)
-    if start is not None:
-        checkpoint.check_same_run(folder, settings, start)
-        if start == num_steps == checkpoint.exported_step(folder):
-            return _result(folder, start, folder / "model")  # nothing is left to do
-    else:
-        checkpoint.check_is_run(folder)
     with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(hold(folder))
+        start = checkpoint.latest_step(folder)
+        if start is not None:
+            checkpoint.check_same_run(folder, settings, start)
+            if start == num_steps == checkpoint.exported_step(folder):
+                return _result(folder, start, folder / "model")  # nothing is left to do
+        else:
+            checkpoint.check_is_run(folder)
         mesh = _make_mesh(settings)
         stack.enter_context(jax.set_mesh(mesh))
 
@@ -117,19 +120,23 @@ def run(
         model = open_model(settings, folder, start, recipe.trainable, task, mesh)
 
         # -- Data
+        facts = data.describe(task)
+        if start is not None:
+            checkpoint.check_same_data(folder, facts)
         feed = _open_data(settings, task, valid_task, model.tokenizer, stack)
 
         # -- State
         manager = stack.enter_context(checkpoint.open_manager(folder, settings.checkpoint))
-        state = _open_state(settings, start, recipe, model, feed, manager, mesh)
+        start, state = _open_state(settings, start, recipe, model, feed, manager, mesh)
         if jax.process_index() == 0:
             checkpoint.write_settings(folder, settings, model.cfg, model.tokenizer)
+            checkpoint.write_data(folder, facts)
 
         # -- Steps
-        reporter = stack.enter_context(Reporter(settings, folder, start or 0, description))
-        is_stopping = stack.enter_context(_stop_on_sigterm(manager))
+        reporter = stack.enter_context(Reporter(settings, folder, start, description))
+        is_stopping = stack.enter_context(_stop_on_signals(manager))
         step, state = _steps(
-            settings, start or 0, state, recipe, model, feed, manager, reporter, is_stopping, mesh
+            settings, start, state, recipe, model, feed, manager, reporter, is_stopping, mesh
         )
         manager.wait_until_finished()
 
@@ -177,6 +184,11 @@ def _make_recipe(settings: RunConfig, task: tasks.Task) -> _Recipe:
         raise ConfigError(
             "optim.ema_decay=0 must be positive: the objective compares the model with the "
             "moving average of itself"
+        )
+    if settings.data.keep_apart and not objective.keeps_apart:
+        raise ConfigError(
+            f"data.keep_apart=True must be False with train.objective="
+            f"{settings.train.objective['make']!r}, which lets packed texts see each other"
         )
     trainable: Trainable = EVERYTHING
     if settings.train.trainable is not None:
@@ -236,8 +248,8 @@ def _open_state(
     feed: _Feed,
     manager: ocp.CheckpointManager,
     mesh: Mesh,
-) -> TrainState:
-    """The state before the first step, or the one that was saved at `start`.
+) -> tuple[int, TrainState]:
+    """Steps done and the state: before the first one, or the last that was saved and can be read.
 
     `feed` is set to the batch that follows; the given parameters of `model` are let go.
     """
@@ -247,7 +259,7 @@ def _open_state(
     shardings = state_shardings(specs, recipe.optim, mesh)
     if start is not None:
         abstract = abstract_state(specs, master_dtype, recipe.optim, shardings)
-        return checkpoint.restore(manager, start, abstract, feed.iterator, settings.data.packing)
+        return checkpoint.restore_newest(manager, abstract, feed.iterator, settings.data.packing)
     init_key, *_ = _keys(settings)
     given, model.given = model.given, None
     if model.frozen is not None:
@@ -256,7 +268,7 @@ def _open_state(
             out_shardings=shardings.params,
         )
         given = trainable.start(cfg, model.frozen.target, fresh())
-    return first_state(init_key, given, specs, master_dtype, recipe.optim, shardings)
+    return 0, first_state(init_key, given, specs, master_dtype, recipe.optim, shardings)
 
 
 def _make_mesh(settings: RunConfig) -> Mesh:
@@ -289,6 +301,7 @@ def _steps(
     """Trains from `step` on until the end, or until the run is to stop: steps done, and the state.
 
     Raises:
+      ConfigError: an example cannot be used; the state before its batch is saved.
       NonFiniteError: training diverged; the state before it is saved.
     """
     num_steps = settings.train.num_steps
@@ -302,7 +315,15 @@ def _steps(
     try:
         while step < num_steps and not is_stopped:
             before = [*before[-1:], feed.iterator.get_state()]
-            local = next(feed.iterator)
+            try:
+                local = next(feed.iterator)
+            except ConfigError:
+                if jax.process_count() == 1 and step and step not in manager.all_steps():
+                    reporter.flush()
+                    feed.iterator.set_state(before[-1])
+                    checkpoint.save(manager, step, state, feed.iterator)
+                manager.wait_until_finished()
+                raise
             _check_batch(recipe.objective, local)
             batch = data.to_global(local, mesh)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -371,20 +392,41 @@ def _validator(
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(manager: ocp.CheckpointManager) -> Iterator[Callable[[int], bool]]:
-    """Gives a function that tells after each step whether the run has been asked to stop."""
-    if jax.process_count() > 1:  # all processes must stop after the same step
-        yield manager.reached_preemption
+def _stop_on_signals(manager: ocp.CheckpointManager) -> Iterator[Callable[[int], bool]]:
+    """Gives a function that tells after each step whether the run has been asked to stop.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (of batch systems) ask. A second SIGINT ends the run at
+    once. Of several processes all stop after the same step, whichever is asked: SIGTERM is then
+    JAX's, which tells the others.
+    """
+    is_alone = jax.process_count() == 1
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield (lambda step: False) if is_alone else manager.reached_preemption
         return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # only the main thread may handle signals
-        return
-    received = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    received: list[str] = []
+
+    def receive(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and name in received:
+            raise KeyboardInterrupt
+        received.append(name)
+        if not is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def is_stopping(step: int) -> bool:
+        if not (received if is_alone else manager.reached_preemption(step)):
+            return False
+        asked = f", as {received[0]} asked" if received else ""
+        logging.info("Stopping after step %d%s.", step, asked)
+        return True
+
+    handled = [signal.SIGINT, signal.SIGUSR1] + ([signal.SIGTERM] if is_alone else [])
+    previous = {number: signal.signal(number, receive) for number in handled}
     try:
-        yield lambda step: received.is_set()
+        yield is_stopping
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # ---- Result -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
 from dlm.window import Window
+from kernels_pallas.window_attention import pack_mask
 from train.objectives import Predictions, row_mean_weight
 
 
@@ -58,13 +59,15 @@ def read_text(
     output = decoder.forward(
         params,
         cfg,
-        Window.left_padded(tokens, start, is_causal=True),
+        _window(batch, tokens, is_causal=True),
         feature_layers=feature_layers,
         remat=remat,
     )
     index = jnp.arange(tokens.shape[1])[None]
-    # A row's first real token has nothing before it to be predicted from.
+    # The first real token of a row, or of a text in it, has nothing to be predicted from.
     is_scored = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
+    if "segment" in batch:
+        is_scored &= ~_is_first(batch["segment"])
     if not on_prompt:
         is_scored &= index >= P
     return Text(tokens, output.hidden, is_scored, start, output.features)
@@ -91,16 +94,41 @@ def read_completion(
     Raises:
       ValueError: the model has no mask token, or it is shifted and there is no prompt.
     """
-    prompt, start = batch["prompt"], batch["prompt_start"]
+    prompt = batch["prompt"]
     P = prompt.shape[1]
     if cfg.mask_token_id is None:
         raise ValueError("mask_token_id=None must be a token id for masked diffusion")
     if cfg.shifted_logits and P == 0:
         raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
     noisy = jnp.where(is_masked, cfg.mask_token_id, batch["completion"])
-    window = Window.left_padded(jnp.concatenate([prompt, noisy], axis=1), start, mask=mask)
+    window = _window(batch, jnp.concatenate([prompt, noisy], axis=1), mask)
     hidden = decoder.forward(params, cfg, window, remat=remat).hidden
     return hidden[:, P - 1 : -1] if cfg.shifted_logits else hidden[:, P:]
+
+
+def _window(
+    batch: Mapping[str, jax.Array],
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+) -> Window:
+    """Texts [B, T] left-padded, or several in a row that do not see each other."""
+    segment = batch.get("segment")
+    if segment is None:
+        return Window.left_padded(tokens, batch["prompt_start"], mask=mask, is_causal=is_causal)
+    T = tokens.shape[1]
+    index = jnp.arange(T)[None]
+    begin = jax.lax.cummax(jnp.where(_is_first(segment), index, 0), axis=1)
+    is_seen = segment[:, :, None] == segment[:, None]  # [B, T, T]
+    if is_causal:
+        is_seen &= jnp.tri(T, dtype=bool)[None]
+    bits = pack_mask(is_seen)
+    return Window(tokens, index - begin, mask=bits if mask is None else bits & mask)
+
+
+def _is_first(segment: jax.Array) -> jax.Array:
+    """[B, T] bool. Where a segment begins, but for the row's first one."""
+    return jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)))
 
 
 def draw_block(

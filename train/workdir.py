@@ -6,13 +6,23 @@ The same command goes on there; another one is refused in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
+import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from train.config import ConfigError, differences
+
+LOCK = "lock.json"
+BEAT_S = 20.0  # how often whoever is in a folder says so
+STALE_S = 180.0  # without a sign for so long, another host's process is taken to be gone
 
 
 def check_writable(workdir: pathlib.Path) -> None:
@@ -30,6 +40,88 @@ def check_writable(workdir: pathlib.Path) -> None:
             f"workdir={str(workdir)!r} cannot be written to ({error.strerror}); choose a folder "
             "that can"
         ) from error
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps others out of a folder.
+
+    Its lock.json names the process and is touched every `BEAT_S`, also on file systems that several
+    hosts share. What a killed process left is taken over: on its own host at once, on another one
+    `STALE_S` after the last touch. (Two that take over in the same instant may both succeed.)
+
+    Raises:
+      ConfigError: another process is in the folder.
+    """
+    path = workdir / LOCK
+    pid = os.getpid()
+    own = {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(own, file)
+            break
+        except FileExistsError:
+            _check_abandoned(path)
+            path.unlink(missing_ok=True)
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _check_abandoned(path: pathlib.Path) -> None:
+    """Raises ConfigError unless whoever made a lock is gone."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent) as probe:  # the file system's clock
+            age_s = pathlib.Path(probe.name).stat().st_mtime - path.stat().st_mtime
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return  # it has just left
+    try:
+        host, pid, started = (json.loads(text)[name] for name in ("host", "pid", "started"))
+    except (ValueError, KeyError, TypeError):  # it has just come, or died as it did
+        host, pid, started = "an unknown host", "unknown", None
+    if host == socket.gethostname() and isinstance(pid, int):
+        is_gone = _started(pid) is None or _started(pid) != started
+    else:
+        is_gone = age_s > STALE_S
+    if not is_gone:
+        raise ConfigError(
+            f"workdir={str(path.parent)!r} is in use by process {pid} on {host}, last seen "
+            f"{max(0, age_s):.0f} s ago: wait for its end or choose another folder; if it is gone, "
+            f"delete {path}"
+        )
+    logging.warning("Process %s on %s, which used %s, is gone.", pid, host, path.parent)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host started, in its own units; None: there is none."""
+    try:
+        after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if pathlib.Path("/proc/self/stat").exists():
+            return None
+    else:
+        return None if after_name[0] in "ZX" else after_name[19]
+    try:  # a system without /proc
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"
 
 
 def check_same(

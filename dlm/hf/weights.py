@@ -87,35 +87,40 @@ def load_params(
     """
     root = pathlib.Path(path)
     _, form = read_raw_config(root)
-    specs, tree = _flat(param_specs(cfg))
-    shardings = _flat(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
     with contextlib.ExitStack() as stack:
         files = with_prefix(open_tensors(root, stack), form)
         check_tensors(root, files, cfg, form)
+        return read_params(files, cfg, form, mesh, rules)
 
-        def load_leaf(leaf: str) -> jax.Array:
-            key, layers = locate(leaf, cfg)
-            stored, shape = form.tensors[key], specs[leaf].shape
-            dtype = jnp.dtype(specs[leaf].dtype or cfg.dtype)
-            read = functools.partial(_read_leaf, files, stored, cfg, layers, dtype)
-            if mesh is None:
-                return jnp.asarray(read(tuple(range(dim) for dim in shape)))
-            sharding, placed = shardings[leaf], []
-            first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
-            for device, index in sharding.addressable_devices_indices_map(shape).items():
-                assert index is not None  # it is, for arrays without extended dtypes
-                part = tuple(
-                    range(*axis.indices(dim)) for axis, dim in zip(index, shape, strict=True)
-                )
-                values: jax.Array | np.ndarray | None = first.get(part)
-                if values is None:
-                    values = read(part)
-                # One shard after the other, so that no more than one waits on the host.
-                placed.append(jax.device_put(values, device).block_until_ready())
-                first.setdefault(part, placed[-1])
-            return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
-        return jax.tree.unflatten(tree, [load_leaf(leaf) for leaf in specs])
+def read_params(
+    files: Mapping[str, Any], cfg: ModelConfig, form: Format, mesh: Mesh | None, rules: Rules
+) -> Params:
+    """The parameters in tensors that passed `check_tensors`, one leaf after the other."""
+    specs, tree = _flat(param_specs(cfg))
+    shardings = _flat(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
+
+    def load_leaf(leaf: str) -> jax.Array:
+        key, layers = locate(leaf, cfg)
+        stored, shape = form.tensors[key], specs[leaf].shape
+        dtype = jnp.dtype(specs[leaf].dtype or cfg.dtype)
+        read = functools.partial(_read_leaf, files, stored, cfg, layers, dtype)
+        if mesh is None:
+            return jnp.asarray(read(tuple(range(dim) for dim in shape)))
+        sharding, placed = shardings[leaf], []
+        first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None  # it is, for arrays without extended dtypes
+            part = tuple(range(*axis.indices(dim)) for axis, dim in zip(index, shape, strict=True))
+            values: jax.Array | np.ndarray | None = first.get(part)
+            if values is None:
+                values = read(part)
+            # One shard after the other, so that no more than one waits on the host.
+            placed.append(jax.device_put(values, device).block_until_ready())
+            first.setdefault(part, placed[-1])
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+    return jax.tree.unflatten(tree, [load_leaf(leaf) for leaf in specs])
 
 
 def _flat(tree: Params) -> tuple[dict[str, Any], Any]:

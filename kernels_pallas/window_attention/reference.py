@@ -19,7 +19,6 @@ def window_attention_reference(
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
     near: Near | None = None,
-    *,
     scale: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:

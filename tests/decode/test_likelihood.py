@@ -383,6 +383,9 @@ def test_refusals(lm, shifted_lm, toy_cfg):
             log_likelihood(lm, good, **options)
     with pytest.raises(ValueError, match="prompt of pair 0 is empty"):
         log_likelihood(shifted_lm, [([], [1])])
+    blocks = LanguageModel(lm.params, dataclasses.replace(toy_cfg, block_len=4))
+    with pytest.raises(ValueError, match="trained to see its own block of 4 and those before it"):
+        log_likelihood(blocks, good)
     causal = dataclasses.replace(toy_cfg, mask_token_id=None)
     with pytest.raises(ValueError, match="MASK token"):
         log_likelihood(LanguageModel(lm.params, causal), good)

@@ -30,6 +30,12 @@ def test_sections_become_frozen_dataclasses():
         ),
         ({"data.batch_size": "8"}, r"data\.batch_size='8' must be a number"),
         ({"data.batch_size": 7, "mesh.fsdp": 2}, r"batch_size=7 must be a multiple of .* = 2"),
+        ({"data.too_long": "drop"}, r"too_long='drop' must be 'refuse', 'cut' or 'leave_out'"),
+        (
+            {"data.too_long": "cut", "data.packing": True, "data.prompt_len": 0},
+            r"too_long='cut' must be 'refuse' with data\.packing",
+        ),
+        ({"data.keep_apart": True}, r"keep_apart=True needs data\.packing=True"),
         ({"train.num_steps": 9, "optim.accumulate": 2}, "num_steps=9 must be a multiple"),
         ({"optim.learning_rate": float("nan")}, "learning_rate=nan"),
         ({"optim.end_factor": 1.5}, r"end_factor=1\.5 must be in \[0, 1\]"),

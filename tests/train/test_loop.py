@@ -30,6 +30,7 @@ from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
+from train.workdir import hold
 
 CONFIG_FILE = "tests/lib/toys.py"
 
@@ -291,6 +292,82 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, monkeypa
     assert (tmp_path / weights).read_bytes() == (workdir / weights).read_bytes()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_that_ask_a_run_to_stop(number):
+    before = signal.getsignal(number)
+    with loop._stop_on_signals(None) as is_stopping:
+        assert not is_stopping(1)
+        os.kill(os.getpid(), number)
+        assert is_stopping(1)
+        if number == signal.SIGINT:  # once more: at once
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_build_tasks", lambda _: pytest.fail("worked"))
+    with hold(tmp_path), pytest.raises(ConfigError, match="is in use by process"):
+        loop.run(toy_config(), tmp_path)
+
+
+def test_other_data_are_refused(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    noted = json.loads((copy / "data.json").read_text())
+    assert noted["num_examples"] == 512
+    (copy / "data.json").write_text(json.dumps({**noted, "num_examples": 511}))
+    with pytest.raises(ConfigError, match=r"there were 511 .* and are 512 .*data\.json to go on"):
+        loop.run(toy_config(train__num_steps=9), copy)
+    assert not (copy / "lock.json").exists()
+    (copy / "data.json").unlink()
+    loop.run(toy_config(train__num_steps=9), copy)
+    assert json.loads((copy / "data.json").read_text()) == noted
+
+
+def damage(step, how):
+    """Breaks a checkpoint, as a full disk or a careless copy does."""
+    files = [path for path in step.rglob("*") if path.is_file()]
+    if how == "no place in the data":
+        next((step / "data").glob("process*")).unlink()
+    elif how == "empty files":
+        for file in files:
+            file.write_bytes(b"")
+    elif how == "no arrays":
+        shutil.rmtree(step / "state" / "d")
+    elif how == "empty folder":
+        shutil.rmtree(step)
+        step.mkdir()
+    else:
+        file = max((step / "state").rglob("*"), key=lambda path: path.stat().st_size)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["half a file", *more("no place in the data", "empty files", "no arrays", "empty folder")],
+)
+def test_a_damaged_checkpoint_is_put_aside(finished, tmp_path, caplog, how):
+    """The run goes on from the one before, to the same end."""
+    workdir, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    (copy / "exported.json").unlink()
+    damage(copy / "checkpoints" / "8", how)
+    assert loop.run(toy_config(), copy).step == 8
+    assert "Step 8 in" in caplog.text and "is damaged" in caplog.text
+    weights = "model/model.safetensors"
+    assert (copy / weights).read_bytes() == (workdir / weights).read_bytes()
+    assert without_times(copy) == without_times(workdir)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["4", "8", "8.damaged"]
+    damage(copy / "checkpoints" / "8", how)  # once more
+    assert loop.run(toy_config(train__num_steps=9), copy).step == 9
+    for step in ("8", "9"):
+        damage(copy / "checkpoints" / step, how)
+    with pytest.raises(ConfigError, match=r"step 9, 8 in .* cannot be read \(.*start anew$"):
+        loop.run(toy_config(train__num_steps=10), copy)
+
+
 def test_resuming_on_another_mesh(finished, tmp_path):
     workdir, _ = finished
     loop.run(toy_config(train__num_steps=4, optim__decay_steps=8), tmp_path)
@@ -303,7 +380,7 @@ def test_resuming_on_another_mesh(finished, tmp_path):
 
 def test_other_threads_cannot_and_need_not_handle_signals():
     def check():
-        with loop._stop_on_sigterm(None) as is_stopping:
+        with loop._stop_on_signals(None) as is_stopping:
             results.append(is_stopping(1))
 
     results = []
@@ -365,19 +442,24 @@ def test_resuming_with_buckets_and_with_packing(mode, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_bad_record_is_named_and_costs_nothing_that_was_saved(tmp_path, monkeypatch):
-    config = lines_config("buckets", checkpoint__every=1)
+@pytest.mark.parametrize("every", [0, *more(1)])
+def test_a_bad_record_is_named_and_costs_nothing_that_was_learned(tmp_path, monkeypatch, every):
+    config = lines_config("buckets", checkpoint__every=every)
     del config.data.valid
     monkeypatch.setattr(toys.Lines, "too_long", 40)
     with pytest.raises(ConfigError, match=r"^lines\.txt, line 41: the prompt has"):
-        loop.run(config, tmp_path)
-    lines = read_metrics(tmp_path)
+        loop.run(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
     assert 1 <= len(lines) < 8
-    with checkpoint.open_manager(tmp_path, from_config_dict(config).checkpoint) as manager:
+    with checkpoint.open_manager(tmp_path / "run", from_config_dict(config).checkpoint) as manager:
         assert manager.latest_step() == len(lines)
     monkeypatch.undo()  # the record is mended
-    assert loop.run(config, tmp_path).step == 8
-    assert read_metrics(tmp_path)[: len(lines)] == lines
+    with pytest.raises(ConfigError, match=r"the examples of .* are not those"):
+        loop.run(config, tmp_path / "run")
+    (tmp_path / "run" / "data.json").unlink()
+    assert loop.run(config, tmp_path / "run").step == 8
+    loop.run(config, tmp_path / "never_bad")
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "never_bad")
 
 
 def test_bad_files_come_before_any_step(tmp_path):
@@ -402,10 +484,19 @@ def test_bad_files_come_before_any_step(tmp_path):
         f"data.train: {path}, line 101: the record lacks the field 'a' of the template"
     )
     assert run(short + '\n{"q": "abcdef", "a": ""}\n' + short) == (
-        f"{path}, line 102: the prompt has 6 tokens, more than data.prompt_len=5: 'abcdef'"
+        f"{path}, line 102: the prompt has 6 tokens, more than data.prompt_len=5: 'abcdef' "
+        "(data.too_long='cut' or 'leave_out' lets it pass)"
     )
     assert run(short + '{"q": "", "a": "abcd"}\n' + short).startswith(
         f"{path}, line 101: the completion has 4 tokens and its end, more than"
+    )
+    # Thirty characters, of four tokens each: short as texts go.
+    emoji = json.dumps({"q": "", "a": "🙂" * 30}, ensure_ascii=False) + "\n"
+    text = ('{"q": "", "a": "' + "b" * 60 + '"}\n') * 100
+    assert run(text + emoji + text + emoji, data__completion_len=64, model__max_seq_len=80) == (
+        f"{path}, line 101: the completion has 120 tokens and its end, more than "
+        f"data.completion_len=64: '{'🙂' * 30}' (data.too_long='cut' or 'leave_out' lets it pass); "
+        "examples that do not fit: 2"
     )
     assert run(short, model__max_seq_len=8) == (
         "model.max_seq_len=8 must be at least data.prompt_len + data.completion_len = 9"

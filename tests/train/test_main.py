@@ -59,7 +59,7 @@ def test_wrong_flags_are_one_sentence(parse, arguments, message):
 
 @pytest.mark.slow
 def test_command_line_end_to_end(tmp_path):
-    """Trains, refuses, and stops cleanly on SIGTERM: as a user meets it."""
+    """Trains, refuses, and stops cleanly on Ctrl-C: as a user meets it."""
 
     def start(*arguments):
         return subprocess.Popen(
@@ -75,9 +75,10 @@ def test_command_line_end_to_end(tmp_path):
     process = start(f"--workdir={workdir}", "--config.train.num_steps=1000000")
     while not (workdir / "metrics.jsonl").exists() or len(read_metrics(workdir)) < 3:
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75 and "the same command goes on from here" in err
+    assert ", as SIGINT asked" in err
     assert "Starting from fresh parameters" in err and out == ""
     assert "orbax" not in err  # other packages' notes are left out
 

@@ -6,6 +6,7 @@ go on with another number.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +123,18 @@ def test_processes_are_killed_fewer_go_on_and_one_finishes(tmp_path, mode, first
             np.testing.assert_allclose(one[name], other[name], rtol=1e-3, err_msg=name)
     models = (dlm.load(path / "model").params for path in (tmp_path / "one", folder))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *models)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    processes = start_processes(PROGRAM, 2, str(tmp_path), "1000000", "examples")
+    wait_for((tmp_path / "checkpoints" / "2").exists, processes)
+    processes[1].send_signal(signal.SIGUSR1)
+    finish(processes)
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == [*range(1, len(steps) + 1)] and not (tmp_path / "lock.json").exists()
+    assert (tmp_path / "checkpoints" / str(steps[-1])).exists()
 
 
 COLLECT = """

@@ -1,7 +1,12 @@
 """Folders that cannot be used, and folders of something else."""
 
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -38,3 +43,76 @@ def test_a_run_that_has_gone_further_is_refused(tmp_path):
     workdir.check_not_beyond(tmp_path, "num_steps", 8, 8)
     with pytest.raises(ConfigError, match=r"num_steps=4 must be at least 8, the steps that"):
         workdir.check_not_beyond(tmp_path, "num_steps", 4, 8)
+
+
+# ---- Who is in it -----------------------------------------------------------------------------
+
+
+def leave_lock(folder, age_s=0.0, **content):
+    """As another process would have left it, so many seconds ago."""
+    path = folder / workdir.LOCK
+    path.write_text(json.dumps(content) if content else "")
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def test_one_at_a_time(tmp_path):
+    with workdir.hold(tmp_path):
+        held = json.loads((tmp_path / workdir.LOCK).read_text())
+        assert (held["pid"], held["host"]) == (os.getpid(), socket.gethostname())
+        with (
+            pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on") as error,
+            workdir.hold(tmp_path),
+        ):
+            pytest.fail("both are in")
+        assert f"delete {tmp_path / workdir.LOCK}" in str(error.value)
+        assert json.loads((tmp_path / workdir.LOCK).read_text()) == held
+    assert not (tmp_path / workdir.LOCK).exists()
+    with pytest.raises(KeyError), workdir.hold(tmp_path):
+        raise KeyError
+    assert not (tmp_path / workdir.LOCK).exists()
+
+
+@pytest.mark.parametrize("left_by", ["a process that ended", "a zombie", "an earlier process"])
+def test_what_a_killed_process_left_is_taken_over(tmp_path, left_by):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pid, started = process.pid, workdir._started(process.pid)
+    content = {"host": socket.gethostname(), "pid": pid, "started": started}
+    leave_lock(tmp_path, age_s=1e6, **content)
+    with pytest.raises(ConfigError, match=f"process {pid} on"), workdir.hold(tmp_path):
+        pytest.fail("it still runs")
+    if left_by == "an earlier process":  # of the same number
+        leave_lock(tmp_path, **{**content, "started": "1"})
+    else:
+        process.stdin.close()
+        deadline = time.monotonic() + 20
+        while workdir._started(pid) is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    if left_by == "a process that ended":
+        process.wait()
+    with workdir.hold(tmp_path):
+        assert json.loads((tmp_path / workdir.LOCK).read_text())["pid"] == os.getpid()
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("content", [{"host": "elsewhere", "pid": 1, "started": "1"}, {}])
+def test_on_another_host_silence_tells(tmp_path, content):
+    path = leave_lock(tmp_path, age_s=workdir.STALE_S - 20, **content)
+    with pytest.raises(ConfigError, match="in use by process"), workdir.hold(tmp_path):
+        pytest.fail("it may still run")
+    leave_lock(tmp_path, age_s=workdir.STALE_S + 20, **content)
+    with workdir.hold(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_S", 0.01)
+    with workdir.hold(tmp_path):
+        path = tmp_path / workdir.LOCK
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime < time.time() - 60:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)

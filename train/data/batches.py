@@ -8,15 +8,16 @@ with `data.packing` texts are cut into rows without any padding: see `train.data
 
 from __future__ import annotations
 
-import heapq
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from dlm import tasks
@@ -28,8 +29,8 @@ from train.data.rows import Bucketed, Packed, Row, Whole, bucket_sizes, rows_of,
 
 Batch = dict[str, Any]
 
-# How many of the longest texts are tried before training, where a task holds its texts.
-NUM_TRIED = 32
+# How many texts are encoded at once to see whether they fit.
+_AT_ONCE = 1024
 
 
 def train_iterator(
@@ -47,9 +48,9 @@ def train_iterator(
       num_shards: that the rows of a batch are to be divided into.
 
     Raises:
-      ConfigError: the batch size cannot be divided, there are too few examples, or one of the
-        longest is too long (where the task has `examples`). While iterating: an example is too
-        long or cannot be read.
+      ConfigError: the batch size cannot be divided, there are too few examples, or one is too long
+        (where the task has them `loaded`). While iterating: an example is too long or cannot be
+        read.
     """
     process = process_index, process_count = jax.process_index(), jax.process_count()
     if not data.batch_size:
@@ -66,12 +67,11 @@ def train_iterator(
     if data.packing and len(task) < process_count:
         raise ConfigError(f"data.train has {len(task)} examples for {process_count} processes")
     encode = _encoder(task, tokenizer, data)
-    for index in _longest(task):
-        encode(index)
+    used = _that_fit(task, tokenizer, data, encode)
     local_batch_size = data.batch_size // process_count
     # With packing every process has texts of its own; else all know the order of all examples.
-    texts = range(len(task))[process_index::process_count] if data.packing else range(len(task))
-    order = grain.MapDataset.range(texts.start, texts.stop, texts.step)
+    texts = used[process_index::process_count] if data.packing else used
+    order = grain.MapDataset.source(texts)
     order = order.seed(data.seed).shuffle().repeat()
     rows = order.map(encode)
     if not data.buckets and not data.packing:
@@ -102,7 +102,13 @@ def train_iterator(
     iterator = iter(rows.to_iter_dataset(options))
     made: grain.DatasetIterator
     if data.packing:
-        made = Packed(iterator, encode, local_batch_size, data.completion_len)
+        made = Packed(
+            iterator,
+            encode,
+            local_batch_size,
+            data.completion_len,
+            keep_apart=data.keep_apart,
+        )
     else:
         made = Bucketed(iterator, encode, _bucket_sizes(data, num_shards), process)
     return grain.experimental.ThreadPrefetchDatasetIterator(
@@ -137,29 +143,32 @@ def valid_batches(
                 "all rows are one batch"
             )
         return [_whole(task, tokenizer, data, num_shards, "data.valid")]
+    used: Sequence[int] = range(len(task))
+    if data.too_long == "leave_out":
+        used = _that_fit(task, tokenizer, data, encode)
     if not data.buckets and not data.packing:
-        if len(task) < num_batches * data.batch_size:
+        if len(used) < num_batches * data.batch_size:
             raise ConfigError(
-                f"data.valid has {len(task)} examples; train.num_eval_batches={num_batches} of "
+                f"data.valid has {len(used)} examples; train.num_eval_batches={num_batches} of "
                 f"data.batch_size={data.batch_size} need {num_batches * data.batch_size}"
             )
         mine = rows_of(data.batch_size, process)
         starts = range(0, num_batches * data.batch_size, data.batch_size)
         return [
-            stack(encode(index) for index in range(start, start + data.batch_size)[mine])
+            stack(encode(index) for index in used[start : start + data.batch_size][mine])
             for start in starts
         ]
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    rows = iter(grain.MapDataset.range(len(task)).map(encode).to_iter_dataset(options))
+    rows = iter(grain.MapDataset.source(used).map(encode).to_iter_dataset(options))
     found: grain.DatasetIterator
     if data.packing:
-        found = Packed(rows, encode, data.batch_size, data.completion_len, process)
+        found = Packed(rows, encode, data.batch_size, data.completion_len, process, data.keep_apart)
     else:
         found = Bucketed(rows, encode, _bucket_sizes(data, num_shards), process)
     batches = list(itertools.islice(found, num_batches))
     if len(batches) < num_batches:
         raise ConfigError(
-            f"data.valid has {len(task)} examples, enough for {len(batches)} whole batches; "
+            f"data.valid has {len(used)} examples, enough for {len(batches)} whole batches; "
             f"train.num_eval_batches={num_batches} are needed"
         )
     return batches
@@ -201,14 +210,15 @@ def _whole(
 ) -> Batch:
     """All rows of a task, of which each process has its own."""
     process = jax.process_index(), jax.process_count()
-    if len(task) % math.lcm(num_shards, process[1]):
+    encode = _encoder(task, tokenizer, data)
+    used = _that_fit(task, tokenizer, data, encode)
+    if len(used) % math.lcm(num_shards, process[1]):
         raise ConfigError(
-            f"{where} has {len(task)} rows, all of them in a batch with data.batch_size=0: they "
+            f"{where} has {len(used)} rows, all of them in a batch with data.batch_size=0: they "
             f"must be a multiple of mesh.data * mesh.fsdp = {num_shards} and of the number of "
             f"processes, {process[1]}"
         )
-    encode = _encoder(task, tokenizer, data)
-    return stack(encode(index) for index in range(len(task))[rows_of(len(task), process)])
+    return stack(encode(index) for index in used[rows_of(len(used), process)])
 
 
 def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callable[[int], Row]:
@@ -223,7 +233,8 @@ def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callab
             if data.packing:
                 row = encode_text(example, tokenizer)
             else:
-                row = encode_example(example, tokenizer, data.prompt_len, data.completion_len)
+                cut = data.too_long == "cut"
+                row = encode_example(example, tokenizer, data.prompt_len, data.completion_len, cut)
         except ConfigError as error:
             raise ConfigError(f"{task.where(index)}: {error}") from error
         return {**row, "index": np.array(index, np.int32)}
@@ -231,17 +242,66 @@ def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callab
     return encode
 
 
-def _longest(task: tasks.Task) -> list[int]:
-    """Examples with the longest texts, so that none of them ends a run that has long begun.
+def _that_fit(
+    task: tasks.Task, tokenizer: Tokenizer, data: DataConfig, encode: Callable[[int], Row]
+) -> Sequence[int]:
+    """The examples that are used: all, or those that are short enough.
 
-    Only where they are in memory: a task of many records reads them when they are needed.
+    A task that has its examples in memory is searched for one that would end a run which has long
+    begun; of another one this is done only to leave examples out.
+
+    Raises:
+      ConfigError: an example is too long and is to be refused, or none is short enough.
     """
-    examples = task.loaded
-    return [
-        index
-        for length in (lambda i: len(examples[i].prompt), lambda i: len(examples[i].completion))
-        for index in heapq.nlargest(NUM_TRIED, range(len(examples)), key=length)
-    ]
+    everything = range(len(task))
+    if data.packing:  # no text is too long, but none may have a prompt
+        for index, example in enumerate(task.loaded):
+            if len(example.prompt):
+                encode(index)
+        return everything
+    if data.too_long == "cut" or (data.too_long == "refuse" and not task.loaded):
+        return everything
+    encode_cut = _encoder(task, tokenizer, dataclasses.replace(data, too_long="cut"))
+    wrong = []
+    for start in range(0, len(task), _AT_ONCE):
+        chunk = everything[start : start + _AT_ONCE]
+        try:
+            lengths = _num_tokens([task[index] for index in chunk], tokenizer)
+        except Exception:  # neither tasks nor the tokenizers library raise anything narrower
+            for index in chunk:
+                encode_cut(index)  # says which example it is, and what is wrong
+            raise
+        for index, (prompt, completion) in zip(chunk, lengths, strict=True):
+            if prompt > data.prompt_len or completion > data.completion_len:
+                try:
+                    encode(index)
+                except ConfigError:
+                    wrong.append(index)
+    if not wrong:
+        return everything
+    if data.too_long == "refuse":
+        try:
+            encode(wrong[0])
+        except ConfigError as error:
+            count = f"; examples that do not fit: {len(wrong)}" if len(wrong) > 1 else ""
+            raise ConfigError(f"{error}{count}") from error
+    if len(wrong) == len(task):
+        raise ConfigError(
+            f"all {len(task)} examples are longer than data.prompt_len={data.prompt_len} and "
+            f"data.completion_len={data.completion_len}: data.too_long='leave_out' leaves none"
+        )
+    logging.info("Leaving out %d of %d examples that are too long.", len(wrong), len(task))
+    return sorted(set(everything) - set(wrong))
+
+
+def _num_tokens(examples: Sequence[Any], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """At most how many tokens the prompt has, and the completion with its EOS, of some examples."""
+    if isinstance(examples[0], tasks.Encoded):
+        return [(len(example.prompt), len(example.completion)) for example in examples]
+    encode = tokenizer.backend.encode_batch_fast  # prompts may have a begin token already
+    prompts = encode([example.prompt for example in examples], add_special_tokens=True)
+    completions = encode([example.completion for example in examples], add_special_tokens=False)
+    return [(len(p), len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
 
 
 def _bucket_sizes(data: DataConfig, num_shards: int) -> dict[tuple[int, int], int]:

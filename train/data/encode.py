@@ -11,12 +11,15 @@ from dlm import tasks
 from dlm.tokenizer import Tokenizer
 from train.config import ConfigError
 
+_HINT = " (data.too_long='cut' or 'leave_out' lets it pass)"
+
 
 def encode_example(
     example: tasks.Example | tasks.Encoded | tasks.Arrays,
     tokenizer: Tokenizer,
     prompt_len: int,
     completion_len: int,
+    cut: bool = False,
 ) -> dict[str, np.ndarray]:
     """One row of a batch.
 
@@ -26,6 +29,8 @@ def encode_example(
       tokenizer: encodes both.
       prompt_len: P.
       completion_len: G; the completion and one EOS must fit.
+      cut: whether what does not fit is cut instead: the first tokens of a prompt, the last ones of
+        a completion, which then has no EOS.
 
     Returns:
       prompt [P], prompt_start [], completion [G] and completion_len [], of token ids step_map [G]
@@ -37,21 +42,24 @@ def encode_example(
     if isinstance(example, tasks.Arrays):
         return _check_arrays(example, prompt_len, completion_len)
     if isinstance(example, tasks.Encoded):
-        return _pad_encoded(example, tokenizer, prompt_len, completion_len)
+        return _pad_encoded(example, tokenizer, prompt_len, completion_len, cut)
     try:
         prompt = tokenizer.encode(example.prompt, whole=True)  # as decoding will
         completion = tokenizer.encode(example.completion)
     except ValueError as error:
         raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
-    if len(prompt) > prompt_len:
+    if cut:
+        prompt = prompt[max(0, len(prompt) - prompt_len) :]
+        completion = completion[:completion_len]
+    elif len(prompt) > prompt_len:
         raise ConfigError(
             f"the prompt has {len(prompt)} tokens, more than data.prompt_len={prompt_len}: "
-            f"{_shorten(example.prompt)}"
+            f"{_shorten(example.prompt)}{_HINT}"
         )
-    if len(completion) + 1 > completion_len:
+    elif len(completion) + 1 > completion_len:
         raise ConfigError(
             f"the completion has {len(completion)} tokens and its end, more than "
-            f"data.completion_len={completion_len}: {_shorten(example.completion)}"
+            f"data.completion_len={completion_len}: {_shorten(example.completion)}{_HINT}"
         )
     start = prompt_len - len(prompt)
     num_eos = completion_len - len(completion)
@@ -59,21 +67,32 @@ def encode_example(
         "prompt": np.array([tokenizer.pad_token_id] * start + prompt, np.int32),
         "prompt_start": np.array(start, np.int32),
         "completion": np.array(completion + [tokenizer.eos_token_id] * num_eos, np.int32),
-        "completion_len": np.array(len(completion) + 1, np.int32),
+        "completion_len": np.array(min(len(completion) + 1, completion_len), np.int32),
     }
 
 
 def _pad_encoded(
-    example: tasks.Encoded, tokenizer: Tokenizer, prompt_len: int, completion_len: int
+    example: tasks.Encoded,
+    tokenizer: Tokenizer,
+    prompt_len: int,
+    completion_len: int,
+    cut: bool,
 ) -> dict[str, np.ndarray]:
     """As `encode_example`. Positions added to a completion were never decided."""
+    if cut:
+        example = tasks.Encoded(
+            example.prompt[max(0, len(example.prompt) - prompt_len) :],
+            example.completion[:completion_len],
+            example.step_map[:completion_len],
+        )
     for name, tokens, limit in (
         ("prompt", example.prompt, prompt_len),
         ("completion", example.completion, completion_len),
     ):
         if len(tokens) > limit:
             raise ConfigError(
-                f"a trajectory's {name} has {len(tokens)} tokens, more than data.{name}_len={limit}"
+                f"a trajectory's {name} has {len(tokens)} tokens, more than "
+                f"data.{name}_len={limit}{_HINT}"
             )
     eos, start = tokenizer.eos_token_id, prompt_len - len(example.prompt)
     more = (0, completion_len - len(example.completion))

@@ -51,8 +51,9 @@ class Packed(grain.DatasetIterator):
     """Texts one after another, cut into rows of G tokens; for pre-training.
 
     Nothing is dropped or padded. A row begins and ends anywhere in a text, and the texts in a row
-    attend to each other, as usual: the EOS between them is all that tells them apart. Rows of a
-    long text come one after another, so a book should be several records.
+    attend to each other, as usual: the EOS between them is all that tells them apart, unless rows
+    say in "segment" which text each token is from. Rows of a long text come one after another, so
+    a book should be several records.
 
     LLaDA (arXiv:2502.09992, Sec. 2.2) trains on such full rows of 4096 tokens, without a mask; how
     it joins texts is not said. It cuts 1 % of them to a random length, which is left out here: that
@@ -69,6 +70,7 @@ class Packed(grain.DatasetIterator):
         num_rows: int,
         row_len: int,
         process: tuple[int, int] = (0, 1),
+        keep_apart: bool = False,
     ) -> None:
         """Nothing is read yet.
 
@@ -78,16 +80,19 @@ class Packed(grain.DatasetIterator):
           num_rows: of a batch.
           row_len: G.
           process: whose rows are returned, see `rows_of`.
+          keep_apart: whether rows have "segment" [G] int32: 0 up to the first end of a text, then
+            1, and so on.
         """
         super().__init__(texts)
         self._encode = encode
         self._num_rows, self._row_len = num_rows, row_len
         self._process = process
+        self._keep_apart = keep_apart
         self._index, self._offset = -1, 0  # the next token is this one of that text
         self._tokens = np.zeros(0, np.int32)
 
     def __next__(self) -> Row:
-        parts, owners = [], []
+        parts, owners, begins = [], [], []
         missing = self._num_rows * self._row_len
         while missing:
             if self._offset >= len(self._tokens):
@@ -97,12 +102,16 @@ class Packed(grain.DatasetIterator):
             part = self._tokens[self._offset : self._offset + missing]
             parts.append(part)
             owners.append(np.full(len(part), self._index, np.int32))
+            begins.append(np.arange(self._offset, self._offset + len(part)) == 0)
             self._offset += len(part)
             missing -= len(part)
         mine = rows_of(self._num_rows, self._process)
-        completion, owner = (
-            np.concatenate(x).reshape(self._num_rows, self._row_len)[mine] for x in (parts, owners)
+        completion, owner, begin = (
+            np.concatenate(x).reshape(self._num_rows, self._row_len)[mine]
+            for x in (parts, owners, begins)
         )
+        begin[:, 0] = False
+        apart = {"segment": np.cumsum(begin, axis=1, dtype=np.int32)} if self._keep_apart else {}
         num_rows = len(completion)
         return {
             "prompt": np.zeros((num_rows, 0), np.int32),
@@ -110,6 +119,7 @@ class Packed(grain.DatasetIterator):
             "completion": completion,
             "completion_len": np.full(num_rows, self._row_len, np.int32),
             "index": owner[:, 0],
+            **apart,
         }
 
     def get_state(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ does:
     completion: [B, G] int32. Completions, filled up with EOS.
     completion_len: [B] int32. Tokens of the completion, its first EOS included, at most G.
     index: [B] int32. Which examples of the task these are; of a packed row, its first one.
+    segment: [B, G] int32. Only of packed texts that are to be kept apart (`data.keep_apart`, for
+        objectives with `keeps_apart`): which text of its row a token is from; prompts are empty.
     step_map: [B, G] int32. Only of trajectories (`train.collect.trajectories`): the round in
         which the teacher decided each position, EOS padding included; -1: never.
 
@@ -76,11 +78,13 @@ class Objective:
     Attributes:
       needs_teacher: whether `learned.beside` is to be the moving average of the model
         (`optim.ema_decay`).
+      keeps_apart: whether tokens see only those of their "segment", if the batch has segments.
       reads: arrays that a batch must have.
       goes_with: what is learned, as `train.trainable`; None: the model itself.
     """
 
     needs_teacher: ClassVar[bool] = False
+    keeps_apart: ClassVar[bool] = False
     reads: ClassVar[frozenset[str]] = frozenset(
         {"prompt", "prompt_start", "completion", "completion_len"}
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class Causal(TokenObjective):
       on_prompt: whether prompt tokens count too, all but the first one.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
     """
+
+    keeps_apart: ClassVar[bool] = True
 
     on_prompt: bool = False
     remat: bool = False

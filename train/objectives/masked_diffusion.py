@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ class MaskedDiffusion(TokenObjective):
         full.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
     """
+
+    keeps_apart: ClassVar[bool] = True
 
     eps: float = 1e-3
     stratified: bool = True

@@ -27,7 +27,7 @@ class EndsLast(Confidence):
     at temperature 0; at others that one leaves end-of-text in, and lets the end of a turn out).
 
     Attributes:
-      ids: [n] int32 or a sequence of ints. The ends; None: the model's end-of-text.
+      ids: [n] int32 or a sequence of ints. The ends; None: all of the model's.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"given"})

@@ -18,6 +18,7 @@ from decode.diffusion.public.llada2 import llada2 as llada2
 from decode.diffusion.public.llada2 import llada2_1 as llada2_1
 from decode.diffusion.public.sdar import sdar as sdar
 from decode.diffusion.public.sdar import sdar_evaluation as sdar_evaluation
+from decode.diffusion.public.sglang import sglang as sglang
 from decode.diffusion.public.stable_diffcoder import stable_diffcoder as stable_diffcoder
 
 DECODERS = (
@@ -31,4 +32,5 @@ DECODERS = (
     stable_diffcoder,
     llada2,
     llada2_1,
+    sglang,
 )

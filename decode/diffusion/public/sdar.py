@@ -7,9 +7,11 @@ from typing import Any
 
 from decode.diffusion.caches.block_causal import BlockCausal
 from decode.diffusion.confidences.left_to_right import LeftToRight
+from decode.diffusion.contracts import CommitRule
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.public.sampling import check_choice, filtered
 from decode.diffusion.rules.block_quota import BlockQuota
+from decode.diffusion.rules.entropy_budget import EntropyBudget
 from decode.diffusion.schedulers.fixed_blocks import FixedBlocks
 from decode.diffusion.stoppers.end_of_text import EosBlock, Filled
 
@@ -23,6 +25,7 @@ def sdar(
     top_p: float = 1.0,
     remasking_strategy: str = "low_confidence_dynamic",
     confidence_threshold: float = 0.85,
+    eb_threshold: float | None = None,
     stopping_criteria_idx: Sequence[int] | None = None,
 ) -> DiffusionMethod:
     """SDAR, TraDo, by `generate.py`.
@@ -40,20 +43,26 @@ def sdar(
       top_k: `Filters`; 0: off.
       top_p: `Filters`; 1: off.
       remasking_strategy: "low_confidence_static" is `BlockQuota` without a threshold,
-        "low_confidence_dynamic" with it, "sequential" is `LeftToRight`. "entropy_bounded" is
-        refused: `EntropyBudget` bounds another sum.
+        "low_confidence_dynamic" with it, "sequential" is `LeftToRight`, "entropy_bounded" is
+        `EntropyBudget(counts_last=True)`, JetEngine's: in `generate.py` it does not run.
       confidence_threshold: `BlockQuota.threshold`.
+      eb_threshold: `EntropyBudget.budget`, in nats without temperature.
       stopping_criteria_idx: `stop_ids` with `EosBlock`; None: `Filled`.
     """
     strategies = ("low_confidence_dynamic", "low_confidence_static", "sequential")
-    check_choice("remasking_strategy", remasking_strategy, strategies)
+    check_choice("remasking_strategy", remasking_strategy, (*strategies, "entropy_bounded"))
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive: greedy is sdar_evaluation")
-    is_dynamic = remasking_strategy == "low_confidence_dynamic"
     fields = filtered(temperature, top_k, top_p)
     if remasking_strategy == "sequential":
         fields["confidence"] = LeftToRight()
-    rule = BlockQuota(block_length, denoising_steps, confidence_threshold if is_dynamic else None)
+    rule: CommitRule = BlockQuota(block_length, denoising_steps)
+    if remasking_strategy == "low_confidence_dynamic":
+        rule = BlockQuota(block_length, denoising_steps, confidence_threshold)
+    elif remasking_strategy == "entropy_bounded":
+        if eb_threshold is None:
+            raise ValueError("remasking_strategy='entropy_bounded' needs an eb_threshold, in nats")
+        rule = EntropyBudget(eb_threshold, counts_last=True)
     return _in_blocks(block_length, rule, stopping_criteria_idx, fields)
 
 
@@ -81,7 +90,7 @@ def sdar_evaluation(
 
 
 def _in_blocks(
-    block_length: int, rule: BlockQuota, stops: Sequence[int] | None, fields: dict[str, Any]
+    block_length: int, rule: CommitRule, stops: Sequence[int] | None, fields: dict[str, Any]
 ) -> DiffusionMethod:
     return DiffusionMethod(
         FixedBlocks(block_length, aligned=True),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from decode.diffusion.contracts import CommitRule, Points, check_range
-from decode.diffusion.round import Round, within_budget
+from decode.diffusion.round import Round, rank, within_budget
 from dlm.config import ModelConfig
 
 
@@ -24,9 +25,12 @@ class EntropyBudget(CommitRule):
 
     Attributes:
       budget: gamma >= 0, in nats; 0.001 to 0.15 there.
+      counts_last: whether the sum is that of all n and must stay below the budget, as JetEngine has
+        it (Cheng et al., "SDAR", arXiv:2510.06303, `entropy_bounded`). Static.
     """
 
     budget: jax.Array | float = 0.1
+    counts_last: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def points(cls, block_len: int) -> Points:
@@ -40,4 +44,10 @@ class EntropyBudget(CommitRule):
         check_range("budget", self.budget, 0, float("inf"), " nats")
 
     def commit(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
-        return within_budget(round.stats.entropy, round.eligible, self.budget), state
+        entropy = round.stats.entropy
+        if not self.counts_last:
+            return within_budget(entropy, round.eligible, self.budget), state
+        order = rank(-entropy, round.eligible)  # [B, W]
+        up_to = (order[:, :, None] >= order[:, None]) & round.eligible[:, None]
+        total = jnp.where(up_to, entropy[:, None], 0.0).sum(axis=-1)
+        return round.eligible & ((total < self.budget) | (order == 0)), state

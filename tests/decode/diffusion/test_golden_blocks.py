@@ -17,7 +17,6 @@ from decode.diffusion import public
 from decode.diffusion.components import Filled, LeftToRight, Probability, TokenBan
 from decode.diffusion.loop import decode, init_state, stream
 from dlm.hf.files import read_config
-from dlm.hf.formats import FORMATS
 from tests.lib.checkpoints import load_with_mask
 from tests.lib.paths import SHARED
 from tests.lib.replay import replay
@@ -27,16 +26,11 @@ GOLDENS = SHARED / "goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the traces are not there")
 
 
-needs_experts = pytest.mark.skipif(
-    "SDARMoeForCausalLM" not in FORMATS, reason="models with experts are not read yet"
-)
-
-
-def cases(family, *folders, only="", marks=()):
+def cases(family, *folders, only=""):
     for folder in folders:
         for file in sorted((GOLDENS / family / folder).glob("*.npz")):
             if only in file.name and file.name != "forward.npz":
-                yield pytest.param(file.parent, file.stem, id=f"{folder}-{file.stem}", marks=marks)
+                yield pytest.param(file.parent, file.stem, id=f"{folder}-{file.stem}")
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +88,7 @@ def of_sdar(a):
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        *cases("sdar", "dense_a", "dense_b_headdim8", only="greedy"),
-        *cases("sdar", "moe_a", only="greedy", marks=needs_experts),
+        *cases("sdar", "dense_a", "dense_b_headdim8", "moe_a", only="greedy"),
     ],
 )
 def test_sdar_greedy(load, folder, name):
@@ -237,7 +230,6 @@ def returned(state, trace):
     return np.asarray(state.tokens)[0, first : first + len(trace["returned"])].tolist()
 
 
-@needs_experts
 @pytest.mark.parametrize(("folder", "name"), cases("llada2", *LLADA2))
 def test_llada2(load, folder, name):
     method, trace, gen_len = read_llada2(folder, name)

@@ -11,6 +11,7 @@ from decode.diffusion.components import (
     COMPONENTS,
     DualCache,
     EndsLast,
+    EntropyBudget,
     EosBlock,
     Factor,
     InBlockCache,
@@ -89,12 +90,19 @@ def test_block_diffusion():
     assert isinstance(method.confidence, LeftToRight) and method.rule.threshold is None
     assert public.sdar(stopping_criteria_idx=[7]).stop_ids == (7,)
     assert public.sdar(remasking_strategy="low_confidence_static").rule.threshold is None
+    method = public.sdar(remasking_strategy="entropy_bounded", eb_threshold=0.3)
+    assert method.rule == EntropyBudget(0.3, counts_last=True)
     assert public.sdar_evaluation(threshold=1.0).rule.threshold is None
     method = public.fast_dllm_v2(use_block_cache=True, temperature=0.7)
     assert method.cache == InBlockCache(32, sub_len=8) and method.constraint.sampling.top_p == 0.95
     assert not public.bd3lm().cache.aligned
     assert public.llada2(steps=32, gen_length=64, minimal_topk=4).rule.steps == 16
     assert isinstance(public.llada2_1().stopper, EosBlock)
+    assert public.sglang() == public.llada2()
+    joint = public.sglang(dllm_algorithm="JointThreshold", edit_threshold=0.5, threshold=0.7)
+    assert joint == public.llada2_1(threshold=0.7, editing_threshold=0.5)
+    hierarchy = public.sglang(dllm_algorithm="HierarchyBlock")
+    assert hierarchy == public.fast_dllm_v2(threshold=0.9)
     assert public.stable_diffcoder(threshold=0.95).rule == Threshold(0.95)
     assert public.stable_diffcoder(steps=256).rule.steps == 2
 
@@ -114,7 +122,10 @@ def test_block_diffusion():
         (public.dream, {"alg": "random"}, "alg='random' must be one of 'origin'"),
         (public.dream, {"alg_temp": 0.1}, "alg_temp=0.1 goes with an alg that ranks"),
         (public.sdar, {"temperature": 0}, "temperature=0 must be positive"),
-        (public.sdar, {"remasking_strategy": "entropy_bounded"}, "must be one of"),
+        (public.sdar, {"remasking_strategy": "best"}, "must be one of 'low_confidence_dynamic'"),
+        (public.sdar, {"remasking_strategy": "entropy_bounded"}, "needs an eb_threshold, in nats"),
+        (public.sglang, {"dllm_algorithm": "LinearSpec"}, "must be one of 'LowConfidence', "),
+        (public.sglang, {"penalty_lambda": 0.1}, "penalty_lambda=0.1 must be one of 0"),
         (public.stable_diffcoder, {"shift": True}, "shift=True must be one of False"),
     ],
 )

@@ -118,10 +118,10 @@ def other_numbers(part):
 
 
 def check_rows_and_pieces(target, method):
-    """A row alone is that row of the batch; interrupted every two rounds is not interrupted."""
+    """Rows do not see each other; interrupted every two rounds is not interrupted."""
     whole = target.run(method)
-    for b in (0, 5):
-        assert_same(report(target.run(method, [b]), [0]), report(whole, [b]))
+    for rows in ([5], range(7, -1, -1), range(15, 7, -1)):  # alone; elsewhere, in other company
+        assert_same(report(target.run(method, rows), range(len(rows))), report(whole, rows))
     state, calls = target.begin(method), 0
     while not state.has_stopped.all():
         state = jax.tree.map(jnp.array, jax.device_get(state))  # as if it had been on a disk

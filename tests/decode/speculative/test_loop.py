@@ -354,10 +354,7 @@ def test_bad_requests_are_refused(toy_cfg, options, message):
 
 
 def test_bad_methods_are_refused(toy_cfg, toy_params):
-    other = dataclasses.replace(toy_cfg, vocab_size=30)
-    small = DraftModel(init_params(jax.random.key(0), other), other)
     for method, message in (
-        (SpeculativeMethod(small), "vocabulary of 30 tokens and the target one of 24"),
         (SpeculativeMethod(TokenRecycling(), BlockVerification()), "judges chains"),
         (SpeculativeMethod(PromptLookup(num_drafts=0)), "num_drafts=0 must be at least 1"),
         (SpeculativeMethod(PromptLookup(max_ngram=0)), "min_ngram=1 must be at least 1 and at"),

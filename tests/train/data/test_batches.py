@@ -3,10 +3,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from dlm.sharding import make_mesh
-from dlm.tasks import Example
-from dlm.tokenizer import word_tokenizer
+from dlm.tasks import Encoded, Example
+from dlm.tasks.jsonl import JsonlTask
+from dlm.tokenizer import Tokenizer, word_tokenizer
 from tests.lib import toys
 from train import data
 from train.config import ConfigError, DataConfig
@@ -44,6 +46,95 @@ def test_too_long_and_uncovered_texts_say_so():
         data.encode_example(Example("a", "abcde", {}), TOKENIZER, 3, 5)
     with pytest.raises(ConfigError, match=r"tokenizer does not fit the task: .*'xyz'"):
         data.encode_example(Example("axyz", "a", {}), TOKENIZER, 8, 5)
+
+
+def test_what_does_not_fit_is_cut_at_its_far_ends():
+    row = data.encode_example(Example("abcdef>", "abcdef", {}), TOKENIZER, 3, 4, cut=True)
+    assert row["prompt"].tolist() == [4, 5, 6] and row["prompt_start"] == 0
+    assert row["completion"].tolist() == [0, 1, 2, 3] and row["completion_len"] == 4
+    full = data.encode_example(Example("", "abcd", {}), TOKENIZER, 0, 4, cut=True)
+    assert full["completion"].tolist() == [0, 1, 2, 3] and full["completion_len"] == 4
+    short = Example("ab>", "ab", {})
+    cut, whole = (data.encode_example(short, TOKENIZER, 3, 4, cut=cut) for cut in (True, False))
+    assert_equal(cut, whole)
+    trajectory = Encoded(np.arange(5), np.array([3, 1, 2, 7]), np.array([0, 2, 1, 3]))
+    row = data.encode_example(trajectory, TOKENIZER, 2, 3, cut=True)
+    assert row["prompt"].tolist() == [3, 4] and row["completion"].tolist() == [3, 1, 2]
+    assert row["step_map"].tolist() == [0, 2, 1] and row["completion_len"] == 3
+    with pytest.raises(ConfigError, match=r"trajectory's prompt has 5 tokens, .*'leave_out' lets"):
+        data.encode_example(trajectory, TOKENIZER, 2, 4)
+
+
+@pytest.mark.parametrize("buckets", [(), ((3, 3),)])
+def test_what_does_not_fit_is_left_out(buckets):
+    task = toys.Lines()
+    config = dataclasses.replace(CONFIG, prompt_len=6, too_long="leave_out", buckets=buckets)
+    fits = [i for i in range(64) if len(task[i].completion) <= 4]
+    batches = take(data.train_iterator(task, TOKENIZER, config), 60)
+    seen = {int(i) for batch in batches for i in batch["index"]}
+    assert seen == set(fits) and 20 < len(fits) < 60
+    valid = data.valid_batches(task, TOKENIZER, config, 3)
+    assert {int(i) for batch in valid for i in batch["index"]} < set(fits)
+    if not buckets:
+        assert [int(i) for batch in valid for i in batch["index"]] == fits[:12]
+        with pytest.raises(ConfigError, match=rf"data\.valid has {len(fits)} examples"):
+            data.valid_batches(task, TOKENIZER, config, 16)
+    with pytest.raises(ConfigError, match=r"all 64 examples are longer .*'leave_out' leaves none"):
+        data.train_iterator(task, TOKENIZER, dataclasses.replace(config, prompt_len=0, buckets=()))
+
+
+def test_a_begin_token_needs_room_too():
+    """Of prompts that are as long as there is room, those stay that bring theirs along."""
+    backend = word_tokenizer("abcdef>^").backend  # ^ = 7, EOS = PAD = 8, MASK = 9
+    backend.post_processor = processors.TemplateProcessing(
+        single=["^", "$A"], special_tokens=[("^", 7)]
+    )
+    tokenizer = Tokenizer(backend, 8, 8, bos_token_id=7)
+
+    class Prompts(toys.Lines):
+        def __getitem__(self, index):
+            return Example(("abcd>", "^abc>", "abc>", "abcde>")[index], "a", {})
+
+    config = dataclasses.replace(CONFIG, too_long="leave_out", batch_size=2)
+    iterator = data.train_iterator(Prompts(num_examples=4), tokenizer, config)
+    rows = {
+        int(i): row
+        for batch in take(iterator, 6)
+        for i, row in zip(batch["index"], batch["prompt"], strict=True)
+    }
+    assert {i: row.tolist() for i, row in rows.items()} == {
+        1: [7, 0, 1, 2, 6],
+        2: [7, 0, 1, 2, 6],
+    }
+
+
+def test_all_rows_at_once_but_for_those_that_are_left_out():
+    task = toys.Lines()
+    config = dataclasses.replace(CONFIG, too_long="leave_out", batch_size=0)
+    fits = [i for i in range(64) if len(task[i].completion) <= 4]
+    batch = next(data.train_iterator(task, TOKENIZER, config))
+    assert batch["index"].tolist() == fits
+    assert data.valid_batches(task, TOKENIZER, config, 1)[0]["index"].tolist() == fits
+    with pytest.raises(ConfigError, match=rf"data\.train has {len(fits)} rows, all of them in a"):
+        data.train_iterator(task, TOKENIZER, config, num_shards=len(fits) - 1)
+
+
+def test_records_that_cannot_be_encoded_are_named_before_they_are_counted():
+    class Odd(toys.Lines):
+        def __getitem__(self, index):
+            return Example("", "xyz" if index == 50 else "abcdef", {})
+
+    config = dataclasses.replace(CONFIG, too_long="leave_out")
+    with pytest.raises(ConfigError, match=r"^lines\.txt, line 51: data\.tokenizer does not fit"):
+        data.train_iterator(Odd(), TOKENIZER, config)
+
+
+def test_packed_texts_with_prompts_come_before_any_batch(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"q": "", "a": "ab"}\n' * 200 + '{"q": "b", "a": "a"}\n')
+    config = dataclasses.replace(CONFIG, prompt_len=0, packing=True)
+    with pytest.raises(ConfigError, match=r"line 201: data\.packing=True takes whole texts"):
+        data.train_iterator(JsonlTask(path, "{q}", "{a}"), TOKENIZER, config)
 
 
 def test_errors_reach_the_loop_from_reading_threads():

@@ -28,7 +28,8 @@ EOS = 7
 EXAMPLES = DataConfig(task={}, prompt_len=7, completion_len=7, batch_size=4, num_threads=0)
 BUCKETS = dataclasses.replace(EXAMPLES, buckets=((5, 5), (3, 3)))  # of 5 and of 9 rows
 PACKING = dataclasses.replace(EXAMPLES, prompt_len=0, completion_len=8, packing=True)
-MODES = {"examples": EXAMPLES, "buckets": BUCKETS, "packing": PACKING}
+APART = dataclasses.replace(PACKING, keep_apart=True)
+MODES = {"examples": EXAMPLES, "buckets": BUCKETS, "packing": PACKING, "apart": APART}
 
 
 def make_iterator(config, task=None, **changes):
@@ -245,6 +246,26 @@ def test_no_token_is_lost():
     np.testing.assert_array_equal(starts, owners[: rows.size : 8])
     assert batches[0]["prompt"].shape == (4, 0) and not batches[0]["prompt_start"].any()
     assert (batches[0]["completion_len"] == 8).all()
+
+
+def test_segments_say_which_text_of_its_row_a_token_is_from():
+    """A text that begins where a row does, or goes on in it, is its first one."""
+    config = dataclasses.replace(APART, completion_len=12)
+    batches = take(make_iterator(config), 20)
+    valid = data.valid_batches(toys.Lines(has_prompts=False), TOKENIZER, config, 5)
+    for batch in batches + valid:
+        ends = np.pad(batch["completion"][:, :-1] == EOS, ((0, 0), (1, 0)))
+        np.testing.assert_array_equal(batch["segment"], ends.cumsum(axis=1))
+        assert batch["segment"].dtype == np.int32
+    assert any((batch["completion"][:-1, -1] == EOS).any() for batch in batches)
+    assert "segment" not in next(make_iterator(PACKING))
+
+
+def test_a_text_after_itself_is_another_one():
+    """The last text of an epoch may be the first one of the next."""
+    task = toys.Lines(num_examples=1, has_prompts=False)
+    batch = next(make_iterator(dataclasses.replace(APART, completion_len=32), task))
+    assert batch["segment"].max() > 2
 
 
 def test_a_text_may_be_longer_than_a_batch():

@@ -71,8 +71,8 @@ def test_a_ragged_batch_equals_the_plain_loop(toy_cfg, toy_params):
 
 
 def test_by_default_the_end_is_the_models(toy_cfg):
-    cfg = dataclasses.replace(toy_cfg, eos_token_id=5)
-    assert np.unique(EndsLast().init(cfg, 2, 3)).tolist() == [5]
+    cfg = dataclasses.replace(toy_cfg, eos_token_id=5, more_eos_ids=(7,))
+    assert np.unique(EndsLast().init(cfg, 2, 3)).tolist() == [5, 7]
     with pytest.raises(ValueError, match=r"an end in ids=24 must be in \[0, 23\]"):
         EndsLast((24,)).validate(toy_cfg)
     with pytest.raises(ValueError, match=r"ids=\[3, 3\] must be different tokens"):

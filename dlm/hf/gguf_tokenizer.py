@@ -1,0 +1,296 @@
+"""The tokenizer and the chat template inside a GGUF file.
+
+Two kinds are read. "gpt2" is byte-level BPE; how it cuts text first is said by a name only, see
+`PRE_TOKENIZERS`. "llama" is SentencePiece's BPE: pieces and scores, of which the highest is merged
+first. A whole `tokenizer.huggingface.json` is preferred to both.
+
+References: the GGUF specification; the `tokenizer.json` files that models publish beside such
+files; Kudo & Richardson, "SentencePiece", arXiv:1808.06226.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from dlm.hf.gguf_file import GGUFFile
+from dlm.tokenizer import QWEN2_PATTERN, Tokenizer
+
+
+class _Type(enum.IntEnum):
+    """What an entry of `tokenizer.ggml.token_type` says."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class PreTokenizer:
+    """How byte-level BPE cuts text before it merges.
+
+    Attributes:
+      pattern: a piece is what it matches, or what is between two matches; None: as GPT-2 does.
+      splits_digits: whether every digit is a piece of its own, whatever the pattern.
+      is_nfc: whether text is brought to Unicode's normal form C first.
+      ignores_merges: whether a piece that is a token is that token, without merging.
+      adds_bos: whether the begin token is added, where the file does not say.
+    """
+
+    pattern: str | None = None
+    splits_digits: bool = False
+    is_nfc: bool = False
+    ignores_merges: bool = False
+    adds_bos: bool = False
+
+
+_LLAMA_3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA_3 = PreTokenizer(_LLAMA_3_PATTERN, ignores_merges=True, adds_bos=True)
+
+# `tokenizer.ggml.pre` -> how text is cut.
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer(),
+    "llama-bpe": _LLAMA_3,
+    "llama3": _LLAMA_3,
+    "llama-v3": _LLAMA_3,
+    "qwen2": PreTokenizer(QWEN2_PATTERN, is_nfc=True),
+    "smaug-bpe": PreTokenizer(_LLAMA_3_PATTERN),
+    "smollm": PreTokenizer(splits_digits=True),
+    "starcoder": PreTokenizer(splits_digits=True),
+    "tekken": PreTokenizer(_TEKKEN_PATTERN, ignores_merges=True, adds_bos=True),
+}
+
+_IDS = ("eos", "padding", "bos", "mask", "unknown", "eot", "eom", "seperator")
+
+# Keys behind "tokenizer.ggml." that say what prompts for filling in look like; nothing here fills
+# in with them.
+_UNUSED_KEYS = ("fim_", "prefix_token_id", "suffix_token_id", "middle_token_id", "token_type_count")
+
+
+def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
+    """The tokenizer of a file, of `open_gguf`.
+
+    Raises:
+      ValueError: it is missing, incomplete or of a kind that is not read.
+    """
+    given = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in file.metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    ids = token_ids(file)
+    assert ids["eos"] is not None
+    if (whole := file.metadata.get("tokenizer.huggingface.json")) is not None:
+        try:
+            backend = tokenizers.Tokenizer.from_str(whole)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file.path}: broken tokenizer.huggingface.json ({error})") from error
+    else:
+        backend = _build(file, given, ids)
+    return Tokenizer(
+        backend,
+        ids["eos"],
+        ids["eos"] if ids["padding"] is None else ids["padding"],
+        bos_token_id=ids["bos"],
+        mask_token_id=ids["mask"],
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+    )
+
+
+def token_ids(file: GGUFFile) -> dict[str, int | None]:
+    """The ids that a file gives for "eos", "padding", "bos", "mask", ...; None where it does not.
+
+    Raises:
+      ValueError: one is no number, or no token of the file, or there is no end of a text.
+    """
+    num = len(file.metadata.get("tokenizer.ggml.tokens", ()))
+    ids: dict[str, int | None] = {}
+    for name in _IDS:
+        key = f"tokenizer.ggml.{name}_token_id"
+        ids[name] = value = file.metadata.get(key)
+        if value is not None and not (type(value) is int and 0 <= value < (num or value + 1)):
+            raise ValueError(f"{file.path}: {key}={value!r} must be one of the {num} tokens")
+    if ids["eos"] is None:
+        raise ValueError(f"{file.path} must give tokenizer.ggml.eos_token_id")
+    return ids
+
+
+def _build(
+    file: GGUFFile, given: dict[str, Any], ids: Mapping[str, int | None]
+) -> tokenizers.Tokenizer:
+    for key in list(given):
+        if key.startswith(_UNUSED_KEYS) or key.removesuffix("_token_id") in _IDS:
+            del given[key]
+    kind, tokens, types = (given.pop(key, None) for key in ("model", "tokens", "token_type"))
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{file.path} must give tokenizer.ggml.tokens, a list of strings")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.token_type must be a list of {len(tokens)} numbers"
+        )
+    twice = len(tokens) - len(set(tokens))
+    if twice:
+        raise ValueError(f"{file.path}: {twice} of tokenizer.ggml.tokens are there twice")
+    if kind == "gpt2":
+        backend, adds_bos = _byte_level(file, given, tokens, types)
+    elif kind == "llama":
+        backend, adds_bos = _sentence_piece(file, given, tokens, types, ids["unknown"]), True
+    else:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; only 'gpt2' and 'llama' "
+            "are, and a whole tokenizer.huggingface.json"
+        )
+    for content, type_ in zip(tokens, types, strict=True):
+        if content and type_ in (_Type.CONTROL, _Type.USER_DEFINED, _Type.UNKNOWN):
+            special = type_ != _Type.USER_DEFINED
+            backend.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False)])
+    adds = {
+        "bos": given.pop("add_bos_token", adds_bos and ids["bos"] is not None),
+        "eos": given.pop("add_eos_token", False),
+    }
+    if given.pop("add_sep_token", False) or given:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.{next(iter(given), 'add_sep_token')} is not known for "
+            f"tokenizers of kind {kind!r} here, and might change how text is encoded"
+        )
+    backend.post_processor = _frame(file, tokens, ids, adds)
+    return backend
+
+
+def _frame(
+    file: GGUFFile,
+    tokens: Sequence[str],
+    ids: Mapping[str, int | None],
+    adds: Mapping[str, Any],
+) -> processors.TemplateProcessing | None:
+    """What is put around an encoded text."""
+    around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
+    for name in around:
+        if adds[name]:
+            if (value := ids[name]) is None:
+                raise ValueError(
+                    f"{file.path}: tokenizer.ggml.add_{name}_token needs {name}_token_id beside it"
+                )
+            around[name] = [(tokens[value], value)]
+    special = around["bos"] + around["eos"]
+    if not special:
+        return None
+
+    def template(sequence: str) -> list[str]:
+        return (
+            [name for name, _ in around["bos"]] + [sequence] + [name for name, _ in around["eos"]]
+        )
+
+    return processors.TemplateProcessing(
+        single=template("$A"), pair=template("$A") + template("$B"), special_tokens=special
+    )
+
+
+def _byte_level(
+    file: GGUFFile, given: dict[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """Byte-level BPE, and whether it adds the begin token where the file does not say."""
+    name, merges = given.pop("pre", None), given.pop("merges", None)
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.pre={name!r} is not known; only "
+            f"{', '.join(map(repr, PRE_TOKENIZERS))} are"
+        )
+    pairs = [(a, b) for a, _, b in (str(merge).partition(" ") for merge in merges or ())]
+    if not pairs or any(not a or not b or " " in b for a, b in pairs):
+        raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of pairs of tokens")
+    if given.pop("add_space_prefix", False):
+        raise ValueError(f"{file.path}: tokenizer.ggml.add_space_prefix must be false for 'gpt2'")
+    given.pop("scores", None)  # merges say it all
+    cut = PRE_TOKENIZERS[name]
+    try:
+        model = models.BPE(
+            vocab=_vocab(tokens, types), merges=pairs, ignore_merges=cut.ignores_merges
+        )
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file.path}: broken tokenizer.ggml.merges ({error})") from error
+    backend = tokenizers.Tokenizer(model)
+    if cut.is_nfc:
+        backend.normalizer = normalizers.NFC()
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.splits_digits else []
+    if cut.pattern is not None:
+        steps.append(pre_tokenizers.Split(tokenizers.Regex(cut.pattern), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.pattern is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend, cut.adds_bos
+
+
+def _sentence_piece(
+    file: GGUFFile,
+    given: dict[str, Any],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    unknown: int | None,
+) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: of all neighbours that make a piece, those of the highest score merge.
+
+    Scores are all different in published files; of equal ones the piece that is listed first wins.
+    Spaces are written as "▁", one is put before a text and before what follows a special token, and
+    what no piece covers is spelled in bytes.
+    """
+    scores = given.pop("scores", None)
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.scores must be a list of {len(tokens)} numbers"
+        )
+    if given.pop("pre", "default") != "default" or given.pop("remove_extra_whitespaces", False):
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.pre and remove_extra_whitespaces must be absent for a "
+            "tokenizer of kind 'llama'"
+        )
+    given.pop("merges", None)  # follow from the scores
+    has_prefix = given.pop("add_space_prefix", True)
+    vocab = _vocab(tokens, types)
+    pieces = {token: i for token, i in vocab.items() if types[i] == _Type.NORMAL}
+    pairs = [
+        (scores[i], vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, i in pieces.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    unk = None if unknown is None else tokens[unknown]
+    model = models.BPE(
+        vocab=vocab,
+        merges=[(left, right) for *_, left, right in pairs],
+        unk_token=unk,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    spaces = normalizers.Replace(" ", "▁")
+    first = [normalizers.Prepend("▁")] if has_prefix else []
+    backend.normalizer = normalizers.Sequence([*first, spaces])
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if has_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _vocab(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
+    """Without the entries that only fill up the embedding."""
+    return {
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != _Type.UNUSED
+    }

