@@ -268,7 +268,8 @@ def sorted_by_expert(
     Args: as `in_turn`. Assignments to experts that are not here come last, and count nothing.
     """
     E = gate.shape[-3]
-    before, num_groups = 0, E
+    before: jax.Array | int = 0
+    num_groups = E
     if layer is not None:  # experts of other layers are groups without rows
         before, num_groups = layer * E, len(gate) * E
         gate, up, down = (x.reshape(-1, *x.shape[2:]) for x in (gate, up, down))
