@@ -1,4 +1,4 @@
-"""Tables of components, drafters, acceptance rules, objectives and configs, from docstrings."""
+"""Tables of components, drafters, rules, objectives, configs and families, from docstrings."""
 
 import dataclasses
 import importlib
@@ -13,6 +13,7 @@ import configs
 from decode.diffusion.components import COMPONENTS
 from decode.diffusion.public import DECODERS
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
+from dlm.hf import formats
 from scripts.docs_tables.arguments import sections
 from train import objectives
 from train.objectives import Objective
@@ -75,12 +76,23 @@ def _configs() -> str:
     return "\n".join(lines)
 
 
+def _families() -> str:
+    lines = ["| architecture | `model_type` | |", "|---|---|---|"]
+    for info in pkgutil.iter_modules(formats.__path__):
+        module = importlib.import_module(f"{formats.__name__}.{info.name}")
+        for form in vars(module).get("FORMATS", (vars(module).get("FORMAT"),)):
+            says = _sentence(inspect.getdoc(module) or "")
+            lines.append(f"| `{form.architecture}` | `{form.model_type}` | {says} |")
+    return "\n".join(lines)
+
+
 def pages() -> dict[pathlib.Path, str]:
     """Every page with tables, as it should be."""
     rules = _table(ACCEPTANCE_RULES, "rule")
     tables = {
         "methods.md": {"components": _components()},
         "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "models.md": {"families": _families()},
         "decoders.md": {"arguments": sections(DECODERS)},
         "training.md": {
             "configs": _configs(),
