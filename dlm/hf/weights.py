@@ -25,7 +25,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ def read_params(
         dtype = jnp.dtype(specs[leaf].dtype or cfg.dtype)
         read = functools.partial(_read_leaf, files, stored, cfg, layers, dtype)
         if mesh is None:
-            return jnp.asarray(read(tuple(range(dim) for dim in shape)))
+            return jax.device_put(read(tuple(range(dim) for dim in shape)))
         sharding, placed = shardings[leaf], []
         first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -242,7 +242,7 @@ def _read_leaf(
     """A part of one of our leaves; `part` says which range of each dimension."""
     if "{}" not in stored.name:
         return _read_tensor(files[stored.name], stored, cfg, part).astype(dtype, copy=False)
-    out = np.empty([len(axis) for axis in part], dtype)
+    out = _aligned([len(axis) for axis in part], dtype)
     for row, number in enumerate(part[0]):
         if stored.is_per_expert:
             for column, expert in enumerate(part[1]):
@@ -252,6 +252,14 @@ def _read_leaf(
             tensor = files[stored.name.format(layers[number])]
             out[row] = _read_tensor(tensor, stored, cfg, part[1:])
     return out
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array that begins where JAX wants arrays to, so that on CPU it is used and not copied."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(num_bytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _read_tensor(
@@ -323,8 +331,7 @@ def save_hf(
     def read(name: str) -> np.ndarray:
         parts = sorted(sources[name], key=lambda part: part[1].part)
         arrays = [
-            _to_stored(np.asarray(_entry(leaves[leaf], *index)), stored, cfg)
-            for leaf, stored, index in parts
+            _to_stored(_entry(leaves[leaf], index), stored, cfg) for leaf, stored, index in parts
         ]
         axis = parts[0][1].axis
         return arrays[0] if axis is None else np.concatenate(arrays, axis=axis)
@@ -463,9 +470,14 @@ def tensor_dtypes(cfg: ModelConfig, form: Format) -> dict[str, np.dtype]:
     return dtypes
 
 
+def _entry(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """leaf[index], brought to the host."""
+    return leaf[index] if isinstance(leaf, np.ndarray) else np.asarray(_take(leaf, *index))
+
+
 @jax.jit
-def _entry(leaf: jax.Array, *index: int) -> jax.Array:
-    """leaf[index]; one compilation per shape, where indexing outside compiles once per index."""
+def _take(leaf: jax.Array, *index: int) -> jax.Array:
+    """One compilation per shape, where indexing outside compiles once per index."""
     rest = leaf.shape[len(index) :]
     start = (*index, *(0 for _ in rest))
     return jax.lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)

@@ -40,6 +40,7 @@ FORMAT = dataclasses.replace(
         "rms_norm_eps": lambda raw: 1e-6,
     },
     extra={**llama.FORMAT.extra, "residual_dropout": 0.0},
+    has_mask=False,
     read=_read,
     write=_write,
     keys=(*KEYS, "attention_bias", "attention_out_bias", "mlp_bias"),
