@@ -142,10 +142,8 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
             for key, value in file.metadata.items()
             if not key.startswith(_HARMLESS)
         }
-        if given.pop("split.count", 1) > 1:
-            raise ValueError(
-                "split.count says that there are more parts: llama-gguf-split joins them"
-            )
+        if (count := given.pop("split.count", 1)) != 1:
+            raise ValueError(f"split.count={count!r} must be 1: llama-gguf-split joins parts")
         given = {key: value for key, value in given.items() if not key.startswith("split.")}
         embedding = _tensor(file, "token_embd.weight")
         form = _format(file, architecture)
@@ -307,7 +305,7 @@ def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
     if kind != "model":
         raise ValueError(f"general.type={kind!r} must be 'model'")
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
             f"general.architecture={name!r} is not supported; only "
             f"{' and '.join(map(repr, ARCHITECTURES))} are"
@@ -331,41 +329,42 @@ def _read_rope(
     file: GGUFFile, name: str, given: dict[str, Any], values: Mapping[str, Any]
 ) -> rope.Scaling | None:
     """How rotary frequencies are stretched; takes what says so from `given`."""
-    scaling = {
-        key.removeprefix(_SCALING): given.pop(key)
-        for key in list(given)
-        if key.startswith(_SCALING)
-    }
-    factor = scaling.pop("factor", given.pop("rope.scale_linear", 1.0)) or 1.0
-    kind = scaling.pop("type", "linear")
-    original = scaling.pop("original_context_length", values["max_seq_len"])
-    scaling.pop("finetuned", None)  # whether the model was trained so
+    factor = _take(given, name, "rope.scale_linear", float, 1.0)
+    factor = _take(given, name, f"{_SCALING}factor", float, factor) or 1.0
+    kind = given.pop(f"{_SCALING}type", "linear")
+    original = _take(given, name, f"{_SCALING}original_context_length", int, values["max_seq_len"])
+    given.pop(f"{_SCALING}finetuned", None)  # whether the model was trained so
+    found: rope.Scaling | None
     if kind == "none" or factor == 1:
-        found: rope.Scaling | None = None
+        found = None
+        for key in [key for key in given if key.startswith(_SCALING)]:
+            del given[key]  # of what is not done
     elif kind == "linear":
         found = rope.Linear(factor=factor)
     elif kind == "yarn":
         found = rope.Yarn(
             factor=factor,
             original_max_seq_len=original,
-            beta_fast=scaling.pop("yarn_beta_fast", 32.0),
-            beta_slow=scaling.pop("yarn_beta_slow", 1.0),
+            beta_fast=_take(given, name, f"{_SCALING}yarn_beta_fast", float, 32.0),
+            beta_slow=_take(given, name, f"{_SCALING}yarn_beta_slow", float, 1.0),
             attention=1 + 0.1 * math.log(max(factor, 1)),
         )
     else:
         raise ValueError(
             f"{name}.{_SCALING}type={kind!r} is not supported; only 'none', 'linear' and 'yarn' are"
         )
-    if found is not None and scaling:
-        key, value = next(iter(scaling.items()))
-        raise ValueError(f"{name}.{_SCALING}{key}={value!r} is not known here")
-    if "rope_freqs.weight" not in file.tensors:
+    if (tensor := file.tensors.get("rope_freqs.weight")) is None:
         return found
     if found is not None:
         raise ValueError(f"rope_freqs.weight beside {found} is not supported")
-    divisors = file.tensors["rope_freqs.weight"][(slice(None),)].astype(np.float64)
+    return _read_llama3(tensor, values["rope_theta"], values["head_dim"])
+
+
+def _read_llama3(tensor: GGUFTensor, theta: float, head_dim: int) -> rope.Llama3:
+    """What the divisors of the frequencies follow from; ValueError if it is something else."""
+    divisors = tensor[(slice(None),) * len(tensor.shape)].astype(np.float64)
     llama3 = dataclasses.replace(_LLAMA3, factor=float(str(np.float32(divisors.max()))))
-    frequency = values["rope_theta"] ** -(np.arange(0, values["head_dim"], 2) / values["head_dim"])
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = llama3.original_max_seq_len * frequency / (2 * np.pi)
     low, high = llama3.low_freq_factor, llama3.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)

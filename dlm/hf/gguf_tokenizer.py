@@ -87,6 +87,21 @@ _END_NAMES = (
 _UNUSED_KEYS = ("fim_", "prefix_token_id", "suffix_token_id", "middle_token_id", "token_type_count")
 
 
+# What the values of other keys are, where they are there.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "pre": (str,),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_sep_token"), (bool,)),
+    **dict.fromkeys(("add_space_prefix", "remove_extra_whitespaces"), (bool,)),
+}
+_LISTS: dict[str, tuple[type, ...]] = {
+    "tokens": (str,),
+    "token_type": (int,),
+    "scores": (int, float),
+    "merges": (str,),
+}
+
+
 def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     """The tokenizer of a file, of `open_gguf`.
 
@@ -113,6 +128,8 @@ def _backend(file: GGUFFile, ids: Mapping[str, int | None]) -> tokenizers.Tokeni
     """The tokenizer that is whole in the file, or that of its pieces."""
     if (whole := file.metadata.get("tokenizer.huggingface.json")) is None:
         return _build(file, ids)
+    if not isinstance(whole, str):
+        raise ValueError(f"tokenizer.huggingface.json={whole!r} must be text")
     try:
         return tokenizers.Tokenizer.from_str(whole)
     except Exception as error:  # the library raises nothing narrower
@@ -145,6 +162,7 @@ def token_ids(file: GGUFFile) -> dict[str, int | None]:
     Raises:
       ValueError: one is no number, or no token of the file, or there is no end of a text.
     """
+    _check_kinds(file)
     num = len(file.metadata.get("tokenizer.ggml.tokens", ()))
     ids: dict[str, int | None] = {}
     for name in _IDS:
@@ -155,6 +173,19 @@ def token_ids(file: GGUFFile) -> dict[str, int | None]:
     if ids["eos"] is None:
         raise ValueError("tokenizer.ggml.eos_token_id must be given")
     return ids
+
+
+def _check_kinds(file: GGUFFile) -> None:
+    """ValueError where a key has a value of another kind than it should."""
+    for key, kinds in (_KINDS | _LISTS).items():
+        value = file.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            continue
+        values = [value] if key in _KINDS else value
+        if not isinstance(values, list) or not all(isinstance(entry, kinds) for entry in values):
+            what = " or ".join(kind.__name__ for kind in kinds)
+            what = what if key in _KINDS else f"a list of {what}"
+            raise ValueError(f"tokenizer.ggml.{key} must be {what}")
 
 
 def end_ids(file: GGUFFile) -> tuple[int, ...]:
@@ -179,9 +210,9 @@ def _build(file: GGUFFile, ids: Mapping[str, int | None]) -> tokenizers.Tokenize
         and key.removesuffix("_token_id") not in _IDS
     }
     kind, tokens, types = (given.pop(key, None) for key in ("model", "tokens", "token_type"))
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokenizer.ggml.tokens must be given, a list of strings")
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if tokens is None:
+        raise ValueError("tokenizer.ggml.tokens must be given")
+    if types is None or len(types) != len(tokens):
         raise ValueError(f"tokenizer.ggml.token_type must be a list of {len(tokens)} numbers")
     twice = len(tokens) - len(set(tokens))
     if twice:
@@ -248,7 +279,7 @@ def _byte_level(
             f"tokenizer.ggml.pre={name!r} is not known; only "
             f"{', '.join(map(repr, PRE_TOKENIZERS))} are"
         )
-    pairs = [(a, b) for a, _, b in (str(merge).partition(" ") for merge in merges or ())]
+    pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges or ())]
     if not pairs or any(not a or not b or " " in b for a, b in pairs):
         raise ValueError("tokenizer.ggml.merges must be a list of pairs of tokens")
     if given.pop("add_space_prefix", False):
@@ -286,7 +317,7 @@ def _sentence_piece(
     what no piece covers is spelled in bytes.
     """
     scores = given.pop("scores", None)
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if scores is None or len(scores) != len(tokens):
         raise ValueError(f"tokenizer.ggml.scores must be a list of {len(tokens)} numbers")
     if given.pop("pre", "default") != "default" or given.pop("remove_extra_whitespaces", False):
         raise ValueError(
