@@ -24,7 +24,7 @@ from decode.core.requests import read_requests
 from decode.core.sampling import Sampling
 from decode.diffusion import loop as diffusion
 from decode.diffusion import step as rounds
-from decode.diffusion.caches import block_cache, block_causal, canvas, delayed_cache
+from decode.diffusion.caches import block_cache, canvas, delayed_cache, exact_blocks, in_block_cache
 from decode.diffusion.components import P2, FixedBlocks, Quota
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.recorded import GreedyOracle, Recorded
@@ -126,7 +126,7 @@ def test_a_round_of_diffusion(watch, axis, cls):
     watch(rounds, "make_frame", "judge", "_choose")
     watch(type(method.scheduler), "advance")
     watch(type(method.cache), "judge")
-    for module in (block_cache, block_causal, canvas, delayed_cache):
+    for module in (block_cache, canvas, delayed_cache, exact_blocks, in_block_cache):
         watch(module, "forward")
     if isinstance(method.cache, block_cache.BlockCache):
         watch(type(method.cache), "span")
