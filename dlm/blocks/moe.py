@@ -25,6 +25,7 @@ F hidden width of one, A = M k assignments, L layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +39,8 @@ from dlm.params import OfLayer, Params
 from dlm.sharding import per_shard, split_axes
 
 WEIGHTS = ("gate", "up", "down")  # of all experts of a layer: most of what a model weighs
-CHUNK = 256  # tokens that `at_once` takes at a time: it keeps 3 E CHUNK F numbers
+# Tokens that are taken at a time, for the memory that it costs: 3 E F numbers each, or 4 k D.
+AT_ONCE, SORTED = 256, 4096
 
 
 def moe(x: jax.Array, p: Params, experts: Experts, activation: str = "silu") -> jax.Array:
@@ -200,32 +202,44 @@ def at_once(
     *,
     activation: str,
 ) -> jax.Array:
-    """[M, D], at least float32: all experts over all tokens, `CHUNK` of them at a time.
+    """[M, D], at least float32: all experts over all tokens, `AT_ONCE` of them at a time.
 
     Args: as `in_turn`.
     """
-    M, act = len(rows), ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
     if layer is not None:
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
         gate, up, down = take(gate), take(up), take(down)
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     numbers = jnp.arange(gate.shape[0], dtype=jnp.int32)
 
-    def chunk(operands: tuple[jax.Array, ...]) -> jax.Array:
-        rows, chosen, weights = operands
+    def chunk(rows: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         is_chosen = chosen[None] == numbers[:, None, None]  # [E, m, k]
         of_expert = jnp.where(is_chosen, weights[None], 0.0).sum(axis=2)  # [E, m]
         hidden = act(jnp.einsum("md,edf->emf", rows, gate)) * jnp.einsum("md,edf->emf", rows, up)
         out = jnp.einsum("emf,efd->emd", hidden, down).astype(wide)
         return (out * of_expert[..., None]).sum(axis=0)
 
-    if M <= CHUNK:
-        return chunk((rows, chosen, weights))
+    return _in_chunks(chunk, AT_ONCE, rows, chosen, weights)
+
+
+def _in_chunks(
+    function: Callable[..., jax.Array],
+    size: int,
+    rows: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """A function of tokens, `size` of them at a time."""
+    M = len(rows)
+    if size >= M:
+        return function(rows, chosen, weights)
     padded = tuple(
-        jnp.pad(x, ((0, -M % CHUNK), (0, 0)), constant_values=pad).reshape(-1, CHUNK, x.shape[1])
+        jnp.pad(x, ((0, -M % size), (0, 0)), constant_values=pad).reshape(-1, size, x.shape[1])
         for x, pad in ((rows, 0), (chosen, -1), (weights, 0))
     )
-    return jax.lax.map(chunk, padded).reshape(-1, rows.shape[1])[:M]
+    out = jax.lax.map(lambda operands: function(*operands), padded)
+    return out.reshape(-1, rows.shape[1])[:M]
 
 
 def _entries(matrices: Any, layer: Any, number: jax.Array) -> Any:
@@ -253,25 +267,30 @@ def sorted_by_expert(
 
     Args: as `in_turn`. Assignments to experts that are not here come last, and count nothing.
     """
-    M, k = chosen.shape
     E = gate.shape[-3]
-    flat = chosen.reshape(-1)
-    flat = jnp.where((flat >= 0) & (flat < E), flat, E)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=E)  # E itself is dropped
-    num_here = sizes.sum()
+    before: jax.Array | int = 0
+    num_groups = E
     if layer is not None:  # experts of other layers are groups without rows
-        none = jnp.zeros(len(gate) * E, sizes.dtype)
-        sizes = jax.lax.dynamic_update_slice_in_dim(none, sizes, layer * E, axis=0)
+        before, num_groups = layer * E, len(gate) * E
         gate, up, down = (x.reshape(-1, *x.shape[2:]) for x in (gate, up, down))
-    token = order // k
-    inputs = rows[token]  # [A, D]
-    hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(inputs, gate, sizes))
-    hidden = hidden * jax.lax.ragged_dot(inputs, up, sizes)
-    out = jax.lax.ragged_dot(hidden, down, sizes)
-    out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-    is_here = jnp.arange(M * k) < num_here
-    out = jnp.where(is_here[:, None], out * weights.reshape(-1)[order][:, None], 0.0)
-    # Back in the order of tokens, so that sums are the same whatever else is in the batch.
-    back = jnp.argsort(order)
-    return out[back].reshape(M, k, -1).sum(axis=1)
+
+    def chunk(rows: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        M, k = chosen.shape
+        flat = chosen.reshape(-1)
+        flat = jnp.where((flat >= 0) & (flat < E), flat, E)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=E)  # E itself is dropped
+        is_here = jnp.arange(M * k) < sizes.sum()
+        if num_groups > E:
+            none = jnp.zeros(num_groups, sizes.dtype)
+            sizes = jax.lax.dynamic_update_slice_in_dim(none, sizes, before, axis=0)
+        inputs = rows[order // k]  # [A, D]
+        hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(inputs, gate, sizes))
+        hidden = hidden * jax.lax.ragged_dot(inputs, up, sizes)
+        out = jax.lax.ragged_dot(hidden, down, sizes)
+        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+        out = jnp.where(is_here[:, None], out * weights.reshape(-1)[order][:, None], 0.0)
+        # Back in the order of tokens: sums are the same whatever else is in the batch.
+        return out[jnp.argsort(order)].reshape(M, k, -1).sum(axis=1)
+
+    return _in_chunks(chunk, SORTED, rows, chosen, weights)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from decode.diffusion.components import DualCache, FixedBlocks, Threshold
+from decode.diffusion.components import BlockCausal, DualCache, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
 from dlm.config import ModelConfig
 from dlm.params import abstract_params
@@ -118,10 +118,15 @@ def plan(case: Case, preset: str, lengths: Lengths) -> dict[str, Any]:
     if case.batch:
         total, block = lengths.prompt_len + lengths.gen_len, lengths.block_len
         found["moved_by_refresh"] = moved(-1, 1)
-        found["round_ms"] = floor_ms(case, cfg, block, block, total, found["moved"])
-        found["refresh_ms"] = floor_ms(case, cfg, block, total, 0, found["moved_by_refresh"])
         rounds = block / lengths.tokens_per_round
-        per_block = found["refresh_ms"] + (rounds - 1) * found["round_ms"]
+        if cfg.block_len is None:
+            judged, read, refreshes = block, total, 1.0
+        else:  # a block and the one before it; the prompt is read once
+            judged, read = 2 * block, lengths.prompt_len
+            refreshes, rounds = block / lengths.gen_len, rounds + 1
+        found["round_ms"] = floor_ms(case, cfg, block, judged, total, found["moved"])
+        found["refresh_ms"] = floor_ms(case, cfg, block, read, 0, found["moved_by_refresh"])
+        per_block = refreshes * found["refresh_ms"] + (rounds - 1) * found["round_ms"]
         found["tokens_per_s"] = 1e3 * case.batch * block / per_block
     return found
 
@@ -143,7 +148,11 @@ def floor_ms(
 def _decoding(
     cfg: ModelConfig, mesh: jax.sharding.Mesh, batch: int, lengths: Lengths
 ) -> dict[str, Any]:
-    method = DiffusionMethod(FixedBlocks(lengths.block_len), cache=DualCache(), rule=Threshold(0.9))
+    parts: dict[str, Any] = {"scheduler": FixedBlocks(lengths.block_len), "cache": DualCache()}
+    if cfg.block_len is not None:
+        parts["scheduler"] = FixedBlocks(cfg.block_len, aligned=True)
+        parts["cache"] = BlockCausal(cfg.block_len)
+    method = DiffusionMethod(**parts, rule=Threshold(0.9))
     report = aot.decoding(
         method, cfg, mesh, batch_size=batch, prompt_len=lengths.prompt_len, gen_len=lengths.gen_len
     )

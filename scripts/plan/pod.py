@@ -4,8 +4,8 @@
     python -m scripts.plan.pod --slices=v5e:4x4 --recipes=llada_8b_dparallel
     python -m scripts.plan.pod --out=docs                          the table in docs/pods.md
 
-Per slice and program, the real program (the decoding loop with the dual cache and threshold 0.9, or
-a recipe's training step) is compiled ahead of time on several meshes. What is printed, per chip:
+Per slice and program, the real program (the decoding loop with threshold 0.9 and a model's cache,
+or a recipe's training step) is compiled ahead of time on several meshes; printed is, per chip:
 
     weights, cache, other state    arguments, counted from their shards
     temporaries                    as the compiler assigned them

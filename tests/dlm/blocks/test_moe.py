@@ -112,14 +112,16 @@ def test_weights_are_read_among_those_of_other_layers(form):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-5)
 
 
-def test_many_tokens_go_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr(moe_lib, "CHUNK", 4)
+@pytest.mark.parametrize("form", [sorted_by_expert, at_once])
+def test_many_tokens_go_a_chunk_at_a_time(monkeypatch, form):
+    monkeypatch.setattr(moe_lib, "AT_ONCE", 4)
+    monkeypatch.setattr(moe_lib, "SORTED", 4)
     p, rng = weights_of(EXPERTS), np.random.default_rng(10)
     rows = rng.normal(size=(10, D)).astype(np.float32)
     chosen = np.stack([rng.permutation(8)[:3] for _ in range(10)]).astype(np.int32)
     weights = rng.random((10, 3)).astype(np.float32)
     matrices = (p["gate"], p["up"], p["down"])
-    got = jax.jit(lambda: at_once(rows, chosen, weights, *matrices, activation="silu"))()
+    got = jax.jit(lambda *x: form(*x, activation="silu"))(rows, chosen, weights, *matrices)
     np.testing.assert_allclose(got, by_hand(rows, p, chosen, weights), rtol=2e-5, atol=1e-5)
 
 
