@@ -21,10 +21,11 @@ import train
 from decode.complete import complete
 from decode.core.component import Part
 from decode.core.requests import read_requests
+from decode.core.results import TopTokens
 from decode.core.sampling import Sampling
 from decode.diffusion import loop as diffusion
 from decode.diffusion import step as rounds
-from decode.diffusion.caches import block_cache, block_causal, canvas, delayed_cache
+from decode.diffusion.caches import block_cache, canvas, delayed_cache, exact_blocks, in_block_cache
 from decode.diffusion.components import P2, FixedBlocks, Quota
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.recorded import GreedyOracle, Recorded
@@ -34,12 +35,13 @@ from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.components import DRAFTERS, Suffix
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
+from dlm.blocks.rotary import rotary_angles
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.heads.learn2pd import init_filter
 from dlm.lm import LanguageModel
 from dlm.lora import Lora
 from dlm.models import decoder
-from dlm.params import abstract_params
+from dlm.params import OfLayer, abstract_params
 from dlm.tasks import Encoded
 from dlm.trainable import Learned
 from kernels_pallas.unembed_stats import Noise
@@ -126,7 +128,7 @@ def test_a_round_of_diffusion(watch, axis, cls):
     watch(rounds, "make_frame", "judge", "_choose")
     watch(type(method.scheduler), "advance")
     watch(type(method.cache), "judge")
-    for module in (block_cache, block_causal, canvas, delayed_cache):
+    for module in (block_cache, canvas, delayed_cache, exact_blocks, in_block_cache):
         watch(module, "forward")
     if isinstance(method.cache, block_cache.BlockCache):
         watch(type(method.cache), "span")
@@ -243,6 +245,15 @@ def test_what_is_said_of_the_vocabulary():
 
     for stats in jax.eval_shape(read, PARAMS, hidden, noise, ids):
         check(stats, M=5)
+
+
+def test_what_models_of_other_kinds_have():
+    positions = jax.ShapeDtypeStruct((3, 5), jnp.int32)
+    turned = lambda positions: rotary_angles(positions, CFG)
+    check(jax.eval_shape(turned, positions), T=5, R=CFG.head_dim)
+    check(OfLayer(jax.ShapeDtypeStruct((2, 4), jnp.float32), np.int32(0)))
+    check(vocab.CappedHead(PARAMS["embed"], 30.0))
+    check(TopTokens(np.zeros((3, 5, 2), np.int32), np.zeros((3, 5, 2), np.float32)), G=5, n=2)
 
 
 def test_requests_and_completions(toy_params):

@@ -62,7 +62,7 @@ class AcceptanceRule(Part):
     """Which drafts are kept?
 
     Attributes:
-      needs_laws: whether `Verdict.probs` must be there: [B, W, V] then lives in memory.
+      needs_probs: whether `Verdict.probs` must be there: [B, W, V] then lives in memory.
       is_lossless: whether the text follows the target's distribution.
     """
 

@@ -206,11 +206,10 @@ def at_once(
 
     Args: as `in_turn`.
     """
-    act = ACTIVATIONS[activation]
     if layer is not None:
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
         gate, up, down = take(gate), take(up), take(down)
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    act, wide = ACTIVATIONS[activation], jnp.promote_types(rows.dtype, jnp.float32)
     numbers = jnp.arange(gate.shape[0], dtype=jnp.int32)
 
     def chunk(rows: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from decode.diffusion.contracts import Stopper, check_range
@@ -28,7 +29,7 @@ class Prophet(Stopper):
       answer_start: >= 0, first completion position of the answer region.
       answer_len: >= 1, its positions, clipped to the completion (5).
       total_steps: T_max >= 1, against which progress is measured; None: one per position.
-      early, mid, late: >= 0, thresholds for progress below 0.33, below 0.67, and beyond.
+      early, mid, late: any number, thresholds for progress below 0.33, below 0.67, and beyond.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"canvas"})
@@ -50,7 +51,8 @@ class Prophet(Stopper):
         if self.total_steps is not None:
             check_range("total_steps", self.total_steps, 1, float("inf"))
         for name in ("early", "mid", "late"):
-            check_range(name, getattr(self, name), 0, float("inf"))
+            if np.isnan(float(getattr(self, name))):
+                raise ValueError(f"{name}=nan must be a number")
 
     def fill(self, round: Round, state: Any) -> tuple[jax.Array, Any]:
         place = round.index - self.answer_start

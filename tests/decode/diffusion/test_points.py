@@ -85,7 +85,10 @@ NAMED_CACHES = {
     "vicinity": lambda before, after: VicinityCache(before=before, after=after),
     "delayed": DelayedCache,
 }
-MEASURES = short_names("confidence") | {
+# Measures that only order positions have tests of their own.
+MEASURES = {
+    name: kind for name, kind in short_names("confidence").items() if not kind.only_orders
+} | {
     "tempered": lambda: Tempered(Margin()),
     "annealed": lambda: Annealed(steps=8),
 }

@@ -28,7 +28,7 @@ def walk(rule, shape, tokens, target, draft=None, drawn="without"):
     repeat = lambda x: jnp.tile(jnp.asarray(x)[None], (N, *[1] * np.ndim(x)))
     tree = shape.tree(repeat(jnp.array(tokens, jnp.int32)))
     if draft is not None:
-        tree = tree.replace(laws=repeat(jnp.array(draft, jnp.float32)), drawn=drawn)
+        tree = tree.replace(probs=repeat(jnp.array(draft, jnp.float32)), drawn=drawn)
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), N))
     target = jnp.array(target, jnp.float32)
     verdict = Verdict(tree, repeat(jnp.argmax(target, axis=-1)), repeat(target), keys)
