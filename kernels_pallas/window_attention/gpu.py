@@ -20,8 +20,9 @@ there is one share only, the program divides and writes the result.
 Which cache tiles a row needs is worked out beforehand, so tiles that no range touches are neither
 read nor computed. The stacked cache stays where it is and is read by (layer, row, head, slot).
 Masks are computed from positions in registers; ancestor bits arrive as one word per row and 32
-positions. Cached values outside of every range are overwritten by zeros in shared memory, so that
-even NaN there has no influence.
+positions. Where sight is limited, rows and keys bring along where they stand, and cache tiles that
+are out of everybody's sight are not needed. Cached values outside of every range are overwritten by
+zeros in shared memory, so that even NaN there has no influence.
 
 Bound by bandwidth while R <= 64: bytes = 2 * (slots in range, rounded up to tiles) * K * H *
 itemsize; by wgmma from about R = 128. One program per multiprocessor: `plan` counts its shared
@@ -93,15 +94,11 @@ def refusal(
     q: jax.Array,
     mask: str | jax.Array,
     cache: tuple[jax.Array, jax.Array] | None = None,
-    near: Near | None = None,
-    cap: float | None = None,
 ) -> str | None:
     """Why the kernel cannot serve this call, in words; None if it can."""
     T, H = q.shape[1], q.shape[3]
     if why_not := hopper.refusal():
         return why_not
-    if near is not None or cap is not None:
-        return "sliding windows and caps of scores are only served by the other implementations"
     if H not in (64, 128):
         return f"head width {H} is neither 64 nor 128"
     if not isinstance(mask, str) and T > 512:
@@ -125,10 +122,10 @@ def window_attention_gpu(
     cache: tuple[jax.Array, jax.Array] | None,
     cache_ranges: jax.Array | None,
     layer: jax.Array | int,
-    near: None = None,
+    near: Near | None = None,
     *,
     scale: float | None = None,
-    cap: None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """[B, T, N, H]: attention as `window_attention` defines it, without the write."""
     B, T, N, H = q.shape
@@ -160,7 +157,8 @@ def window_attention_gpu(
                 pad(jax.lax.dynamic_slice_in_dim(c, layer, 1), 3, tiles.tile) for c in cache
             )  # type: ignore[assignment]
             layer = 0
-        order, count = needed_tiles(cache_ranges, -(-S // tiles.tile), tiles.tile)
+        is_near = None if near is None else near.of_any()
+        order, count = needed_tiles(cache_ranges, -(-S // tiles.tile), tiles.tile, is_near)
         operands += [
             *(c.reshape(-1, *c.shape[3:]) for c in cache),
             cache_ranges.reshape(B, -1).astype(jnp.int32),
@@ -172,6 +170,15 @@ def window_attention_gpu(
         words = jax.lax.bitcast_convert_type(jnp.repeat(mask, G, axis=1), jnp.int32)
         words = pad(pad(words, 2, tiles.tile // 32), 1, ROWS * tiles.row_groups)
         operands.append(words.swapaxes(1, 2))
+
+    if near is not None:
+        places = near.positions.astype(jnp.int32)
+        of_rows = pad(jnp.repeat(places, G, axis=1), 1, ROWS * tiles.row_groups)
+        operands += [near.reach.astype(jnp.int32).reshape(1), of_rows]
+        operands.append(pad(places, 1, tiles.tile))
+        if S:
+            assert near.cached is not None
+            operands.append(pad(near.cached.astype(jnp.int32), 1, tiles.tile))
 
     if tiles.splits == 1:
         out_type = [jax.ShapeDtypeStruct((B * K, num_rows, H), q.dtype)]
@@ -191,6 +198,8 @@ def window_attention_gpu(
             is_causal=isinstance(mask, str) and mask == "causal",
             group=G,
             scale=H**-0.5 if scale is None else scale,
+            cap=cap,
+            is_near=near is not None,
         ),
         out_type=out_type,
         scratch_types=_scratch(tiles, H, q.dtype),
@@ -252,6 +261,8 @@ def _kernel(
     is_causal: bool,
     group: int,
     scale: float,
+    cap: float | None,
+    is_near: bool,
     **scratch: Any,
 ) -> None:
     refs = iter(operands)
@@ -261,6 +272,9 @@ def _kernel(
             next(refs) for _ in range(6)
         )
     words_ref = next(refs) if has_bits else None
+    if is_near:
+        reach_ref, row_place_ref, key_place_ref = (next(refs) for _ in range(3))
+        slot_place_ref = next(refs) if has_cache else None
     out_refs = tuple(refs)
     q, k, v = scratch["q"], scratch["k"], scratch["v"]
     k_loaded, v_loaded, freed = scratch["k_loaded"], scratch["v_loaded"], scratch["freed"]
@@ -349,6 +363,23 @@ def _kernel(
                 allowed |= (slot >= first) & (slot < stop)
             return allowed
 
+        def in_sight(key_places: Any, start: Any) -> jax.Array:
+            """Keys from `start` on that stand less than the reach away."""
+            rows = hopper.load(
+                row_place_ref.at[b, pl.ds(my_row, ROWS)],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+                optimized=False,
+            )
+            keys = hopper.load(
+                key_places.at[b, pl.ds(start, tiles.tile)],
+                layout=plgpu.Layout.WGMMA.reduce(0),
+                optimized=False,
+            )
+            away = jax.lax.broadcast_in_dim(rows, shape, [0]) - jax.lax.broadcast_in_dim(
+                keys, shape, [1]
+            )
+            return (away < reach_ref[0]) & (away > -reach_ref[0])
+
         def in_window(start: Any) -> jax.Array:
             position = start + iota(1)
             allowed = (position >= first_seen) & (position < stop_seen)
@@ -365,7 +396,13 @@ def _kernel(
                     row_words = jax.lax.broadcast_in_dim(row_words, shape, [0])
                     word = jnp.where(iota(1) >> 5 == w, row_words, word)
                 allowed &= (jax.lax.shift_right_logical(word, iota(1) & 31) & 1) == 1
+            if is_near:
+                allowed &= in_sight(key_place_ref, start)
             return allowed
+
+        def in_cache(start: Any) -> jax.Array:
+            allowed = in_ranges(start + iota(1))
+            return allowed & in_sight(slot_place_ref, start) if is_near else allowed
 
         def clean(slot: Any, start: Any) -> None:
             """Zeros the values outside of all ranges: a weight of zero does not undo NaN."""
@@ -398,7 +435,7 @@ def _kernel(
             step = i * key_groups + key_group
             slot = slot_of(step)
             start = cache_start(step) if is_cache else window_start(step)
-            allowed = in_ranges(start + iota(1)) if is_cache else in_window(start)
+            allowed = in_cache(start) if is_cache else in_window(start)
             plgpu.barrier_wait(k_loaded.at[slot])
 
             def multiply_keys(ref: Any) -> jax.Array:
@@ -406,7 +443,8 @@ def _kernel(
                 return ref[...]
 
             s = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
-            s = jnp.where(allowed, s * (scale * LOG2_E), LOWEST)
+            s = s * (scale * LOG2_E) if cap is None else _cap(s, scale, cap)
+            s = jnp.where(allowed, s, LOWEST)
             new_top = jnp.maximum(top, s.max(axis=1))
             keep = jnp.exp2(top - new_top)
             p = jnp.exp2(s - jax.lax.broadcast_in_dim(new_top, shape, [0]))
@@ -441,6 +479,13 @@ def _kernel(
             _write(carry, out_refs, (pair, split), my_row, row_group, scratch)
         else:
             _merge_and_write(carry, out_refs, (pair, split), my_row, warpgroup, scratch)
+
+
+def _cap(scores: jax.Array, scale: float, cap: float) -> jax.Array:
+    """cap tanh(scale s / cap) in units of log 2, of scores s; tanh by way of exp2."""
+    power = jnp.exp2(jnp.abs(scores) * (-2 * LOG2_E * scale / cap))  # in (0, 1]
+    bent = (1 - power) / (1 + power)
+    return jnp.where(scores < 0, -bent, bent) * (cap * LOG2_E)
 
 
 def _weigh(weights: jax.Array, values: Any) -> jax.Array:

@@ -115,7 +115,7 @@ def window_attention(
         reference=serve(window_attention_reference),
         kernels={
             "tpu": (with_gradient(tpu.window_attention_tpu), tpu.refusal(q, mask)),
-            "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read, near, cap)),
+            "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read)),
         },
     )
     out = attend(q, k, v, bits, window_range, read, cache_ranges, layer, near)

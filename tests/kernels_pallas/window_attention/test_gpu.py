@@ -18,7 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dlm.cache import init_cache
 from dlm.config import ModelConfig
 from kernels_pallas import hopper
-from kernels_pallas.window_attention import gpu, window_attention, window_attention_reference
+from kernels_pallas.window_attention import (
+    Near,
+    gpu,
+    window_attention,
+    window_attention_reference,
+)
 from kernels_pallas.window_attention.shapes import ATTENTION
 from tests.lib.kernels import interpret_gpu, lower_for_cuda, needs_mosaic_gpu
 
@@ -94,6 +99,36 @@ def test_attention_in_the_interpreter(monkeypatch, case):
     np.testing.assert_array_equal(got[sees_nothing], 0)
 
 
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    "case", ["grouped heads of 128", "bits, window over two tiles", "three shares"]
+)
+def test_limited_sight_scale_and_cap_in_the_interpreter(monkeypatch, case):
+    """Text in order in the first row; in others keys stand anywhere."""
+    B, T, N, K, H, mask, S, ranges, _ = CASES[case]
+    rng = np.random.default_rng(7)
+    q, k, v, mask, cache = attention_case(rng, B, T, S, N, K, H, mask)
+    cached = np.stack([rng.permutation(S) for _ in range(B)]).astype(np.int32)
+    cached[0] = np.arange(S)
+    positions = S - 3 + np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    near = Near(np.int32(max(S // 3, 4)), positions, cached)
+    options = dict(scale=0.2, cap=2.0)
+    exact = window_attention_reference(
+        *(x.astype(jnp.float32) for x in (q, k, v)), mask, None,
+        tuple(x.astype(jnp.float32) for x in cache), jnp.array(ranges), 1, near, **options,
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "_weigh", weigh)
+    with interpret_gpu():
+        got = jax.jit(
+            lambda layer, near, *a: gpu.window_attention_gpu(
+                *a, mask, None, cache, jnp.array(ranges), layer, near, **options
+            )
+        )(1, near, q, k, v)
+    np.testing.assert_allclose(np.asarray(got, np.float32), exact, atol=2e-2)
+    far = expected_attention(q, k, v, mask, None, cache, jnp.array(ranges))
+    assert np.abs(np.asarray(exact) - far).max() > 0.1
+
+
 def attention_arguments(shape):
     """Abstract q, k, v, mask bits, cache, ranges of a named shape."""
     abstract = jax.ShapeDtypeStruct
@@ -111,6 +146,29 @@ def attention_arguments(shape):
 def attend(shape, q, k, v, bits, cache, ranges):
     mask = shape.mask if bits is None else bits
     return window_attention(q, k, v, mask=mask, cache=cache, cache_ranges=ranges, layer=1)[0]
+
+
+def near_arguments(shape):
+    """Those of `attend_near`."""
+    abstract = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    cached = abstract(shape.B, shape.S) if shape.S else None
+    near = Near(abstract(), abstract(shape.B, shape.T), cached)
+    return near, *attention_arguments(shape)
+
+
+def attend_near(shape, near, q, k, v, bits, cache, ranges):
+    mask = shape.mask if bits is None else bits
+    return window_attention(
+        q, k, v, mask=mask, cache=cache, cache_ranges=ranges, layer=1, near=near, cap=30.0
+    )[0]
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("name", ["llama3_8b token", "llama3_8b tree", "llama3_8b prefill"])
+def test_limited_sight_and_caps_lower_for_cuda(name):
+    shape = ATTENTION[name]
+    text = lower_for_cuda(functools.partial(attend_near, shape), *near_arguments(shape))
+    assert "mosaic_gpu" in text
 
 
 @needs_mosaic_gpu
