@@ -41,7 +41,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.window_attention.masks import Near
+from kernels_pallas.slots import Cache
+from kernels_pallas.window_attention.masks import Mask, Near
 from kernels_pallas.window_attention.tpu import needed_tiles
 
 ROWS = 64  # rows per warpgroup: the height of a wgmma
@@ -117,9 +118,9 @@ def window_attention_gpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: str | jax.Array,
+    mask: Mask,
     window_range: jax.Array | None,
-    cache: tuple[jax.Array, jax.Array] | None,
+    cache: Cache | None,
     cache_ranges: jax.Array | None,
     layer: jax.Array | int,
     near: Near | None = None,
