@@ -241,6 +241,13 @@ def init_from_specs(key: jax.Array, specs: Params, dtype: DTypeLike) -> Params:
     return jax.tree_util.tree_map_with_path(init, specs)
 
 
+def cast_params(params: Params, cfg: ModelConfig) -> Params:
+    """Parameters of a model in `cfg.dtype`, but for those that have a dtype of their own."""
+    return jax.tree.map(
+        lambda spec, x: x.astype(spec.dtype or cfg.jnp_dtype), param_specs(cfg), params
+    )
+
+
 def abstract_params(cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = RULES) -> Params:
     """`jax.ShapeDtypeStruct` per parameter; with a mesh, each carries its sharding."""
     return abstract_from_specs(param_specs(cfg), cfg.jnp_dtype, mesh, rules)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.config import ModelConfig
-from dlm.params import Params, init_from_specs, param_specs
+from dlm.params import Params, cast_params, init_from_specs, param_specs
 
 
 class Learned(struct.PyTreeNode):
@@ -117,5 +117,5 @@ class Everything(Trainable):
 
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:
         """Writes `folder/model`."""
-        params = jax.tree.map(lambda x: x.astype(lm.cfg.jnp_dtype), own)
+        params = cast_params(own, lm.cfg)
         lm_lib.save(folder / "model", dataclasses.replace(lm, params=params))

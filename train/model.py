@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dlm import lm, tasks
 from dlm.config import ModelConfig
-from dlm.params import Params, num_params
+from dlm.params import Params, cast_params, num_params
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
 from dlm.trainable import Learned, Trainable
 from train import checkpoint
@@ -75,7 +75,7 @@ def open_model(
         cfg = model_config(settings, tokenizer)
     frozen: Learned | None = None
     if trainable is not EVERYTHING:
-        target = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), given or {})
+        target = cast_params(given, cfg) if given else {}
         frozen, given = Learned(target, beside=trainable.beside(cfg, mesh)), None
     try:
         specs = trainable.specs(cfg)

@@ -189,7 +189,7 @@ def _attach(
     """
 
     def cast(spec: ParamSpec, x: jax.Array) -> jax.Array:
-        return constrain(x.astype(cfg.jnp_dtype), *spec.axes)
+        return constrain(x.astype(spec.dtype or cfg.jnp_dtype), *spec.axes)
 
     own = jax.tree.map(cast, trainable.specs(cfg), own)
     return trainable.attach(cfg, frozen or Learned({}), own)

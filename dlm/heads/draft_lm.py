@@ -13,7 +13,7 @@ from dlm import lm as lm_lib
 from dlm.config import ModelConfig
 from dlm.hf.files import read_config
 from dlm.hf.weights import load_params
-from dlm.params import Params, param_specs
+from dlm.params import Params, cast_params, param_specs
 from dlm.trainable import Learned, Trainable
 
 
@@ -71,7 +71,7 @@ class DraftLM(Trainable):
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:
         """Writes `folder/model`, a model of its own."""
         cfg = self._draft_cfg(lm.cfg)
-        params = jax.tree.map(lambda x: x.astype(cfg.jnp_dtype), own)
+        params = cast_params(own, cfg)
         lm_lib.save(folder / "model", lm_lib.LanguageModel(params, cfg, lm.tokenizer))
 
     def _draft_cfg(self, target: ModelConfig) -> ModelConfig:

@@ -15,7 +15,7 @@ from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.heads.medusa import MedusaHeads, load
 from dlm.lm import LanguageModel, save
-from dlm.params import Params, param_specs
+from dlm.params import Params, cast_params, param_specs
 from dlm.trainable import Learned, Trainable
 
 
@@ -71,9 +71,8 @@ class MedusaJoint(Trainable):
 
     def export(self, folder: pathlib.Path, lm: LanguageModel, own: Params) -> None:
         """Writes `folder/model`, a model, and `folder/heads`, for `dlm.heads.medusa.load`."""
-        model, heads = jax.tree.map(
-            lambda x: x.astype(lm.cfg.jnp_dtype), (own["model"], own["heads"])
-        )
+        model = cast_params(own["model"], lm.cfg)
+        heads = jax.tree.map(lambda x: x.astype(lm.cfg.jnp_dtype), own["heads"])
         tuned = dataclasses.replace(lm, params=model)
         save(folder / "model", tuned)
         files.save(folder / "heads", self._heads, tuned, heads)
