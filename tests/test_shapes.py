@@ -36,6 +36,7 @@ from decode.speculative.components import DRAFTERS, Suffix
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
+from dlm.cache import init_cache
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.heads.learn2pd import init_filter
 from dlm.lm import LanguageModel
@@ -44,7 +45,7 @@ from dlm.models import decoder
 from dlm.params import OfLayer, abstract_params
 from dlm.tasks import Encoded
 from dlm.trainable import Learned
-from dlm.window import Window
+from dlm.window import Slots, Window
 from kernels_pallas.unembed_stats import Noise
 from tests.lib.docs import attributes, check_shapes, states_shape
 from tests.lib.kinds import KINDS
@@ -242,8 +243,10 @@ def test_models(watch):
     cfg = dataclasses.replace(CFG, **kind)
 
     def logits(params, tokens):
-        window = Window.at(tokens, jnp.zeros(3, jnp.int32), is_causal=True)
-        return vocab.logits(vocab.head(params), decoder.forward(params, cfg, window).hidden)
+        cache = init_cache(cfg, 3, 8)
+        start = jnp.zeros(3, jnp.int32)
+        window, slots = Window.at(tokens, start, is_causal=True), Slots.append(cache, start)
+        return vocab.logits(vocab.head(params), decoder.forward(params, cfg, window, slots).hidden)
 
     tokens = jax.ShapeDtypeStruct((3, 7), jnp.int32)
     assert jax.eval_shape(logits, abstract_params(cfg), tokens).shape == (3, 7, CFG.vocab_size)
