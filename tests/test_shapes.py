@@ -36,6 +36,7 @@ from decode.speculative.components import DRAFTERS, Suffix
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
+from dlm.cache import init_cache
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.heads.learn2pd import init_filter
 from dlm.lm import LanguageModel
@@ -44,8 +45,10 @@ from dlm.models import decoder
 from dlm.params import OfLayer, abstract_params
 from dlm.tasks import Encoded
 from dlm.trainable import Learned
+from dlm.window import Slots, Window
 from kernels_pallas.unembed_stats import Noise
 from tests.lib.docs import attributes, check_shapes, states_shape
+from tests.lib.kinds import KINDS
 from tests.lib.methods import CASES, method_with
 from tests.lib.models import TOY_CFG
 from tests.lib.objectives import make_batch
@@ -76,8 +79,8 @@ def watch(monkeypatch):
         if dataclasses.is_dataclass(x) and not isinstance(x, Part | type):
             if any(states_shape(text) for text in attributes(type(x)).values()):
                 check(x)
-        elif isinstance(x, tuple):
-            for part in x:
+        elif isinstance(x, tuple | dict):
+            for part in x.values() if isinstance(x, dict) else x:
                 check_all(part)
 
     def watch(owner, *names):
@@ -155,6 +158,9 @@ def test_what_diffusion_guesses_ahead_and_records():
     state = trace(method.replace(lookahead=2))
     check(state, P=P, G=G, S=P + G)
     assert state.drafts is not None
+    state = trace(method.replace(top_logprobs=4))
+    check(state, P=P, G=G, S=P + G)
+    check(state.top, G=G, n=4)
     check(trace(method.replace(confidence=Recorded(5))).components.confidence)
     check(GreedyOracle(np.zeros((3, G), np.int32)), G=G)
     check(trace(method.replace(temperature=0.7, reviser=P2(planner="shadow"))), S=P + G)
@@ -227,6 +233,23 @@ def test_what_is_learned_beside_a_model():
     for low_rank in (*layers["attention"].values(), *layers["mlp"].values()):
         check(low_rank, L=CFG.n_layers, r=2)
     check(init_filter(jax.random.key(0), 5))
+
+
+def test_models(watch):
+    """With experts, whose weights stay where they lie, scaled queries and capped logits."""
+    watch(decoder, "rotary_angles", "moe")
+    watch(vocab, "head")
+    kind = KINDS["every other has experts"] | dict(logit_cap=30.0, query_growth=(0.1, 3))
+    cfg = dataclasses.replace(CFG, **kind)
+
+    def logits(params, tokens):
+        cache = init_cache(cfg, 3, 8)
+        start = jnp.zeros(3, jnp.int32)
+        window, slots = Window.at(tokens, start, is_causal=True), Slots.append(cache, start)
+        return vocab.logits(vocab.head(params), decoder.forward(params, cfg, window, slots).hidden)
+
+    tokens = jax.ShapeDtypeStruct((3, 7), jnp.int32)
+    assert jax.eval_shape(logits, abstract_params(cfg), tokens).shape == (3, 7, CFG.vocab_size)
 
 
 # ---- The rest ---------------------------------------------------------------------------------

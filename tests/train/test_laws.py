@@ -35,8 +35,9 @@ TRAINABLES = sorted({kind.goes_with or Everything for kind in KINDS}, key=str)
 # Of those that choose or weigh among all tokens of a batch: settings with which they do not.
 BY_ROW = {AdaSpec: dict(share=1.0), DPaceLoss: dict(smoothing=1.0)}
 P, G = 5, 6
+# What is learned from rounds of decoding has batches, and tests, of its own.
 OF_TEXTS = [kind for kind in KINDS if kind.reads == Objective.reads]
-every_objective = pytest.mark.parametrize("kind", OF_TEXTS)
+of_texts = pytest.mark.parametrize("kind", OF_TEXTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def batch_of(cfg, seed=0):
     return {name: value.astype(np.int32) for name, value in batch.items()}
 
 
-@every_objective
+@of_texts
 def test_what_is_learned_has_a_gradient_and_nothing_else(run_of, kind):
     """Finite, in every parameter; what stays beside has none."""
     run = run_of(kind)
@@ -131,7 +132,7 @@ def test_what_is_learned_has_a_gradient_and_nothing_else(run_of, kind):
     assert not any(np.any(x) for x in jax.tree.leaves(beside))
 
 
-@every_objective
+@of_texts
 def test_rows_do_not_see_each_other(run_of, kind):
     """Other first rows change the loss by as much, whatever the rows behind them are."""
     run = run_of(kind)
@@ -146,7 +147,7 @@ def test_rows_do_not_see_each_other(run_of, kind):
     np.testing.assert_allclose(loss[0, 0] - loss[1, 0], loss[0, 1] - loss[1, 1], atol=2e-5)
 
 
-@every_objective
+@of_texts
 def test_padding_is_not_seen(run_of, kind):
     """Neither before prompts, nor, where texts are autoregressive, behind their ends."""
     run = run_of(kind)
@@ -172,7 +173,7 @@ def is_diffusion(run):
     return False
 
 
-@pytest.mark.parametrize("kind", more(*KINDS))
+@pytest.mark.parametrize("kind", more(*OF_TEXTS))
 def test_interrupted_is_not_interrupted(run_of, tmp_path, kind):
     """Two steps, with or without a checkpoint between them, to the bit."""
     run = run_of(kind)
@@ -195,7 +196,7 @@ def test_interrupted_is_not_interrupted(run_of, tmp_path, kind):
     jax.tree.map(np.testing.assert_array_equal, advance(restored, 1), advance(first, 1))
 
 
-@every_objective
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_it_goes_with(folder, kind):
     """It refuses whatever is learned but what it is written for."""
     others = [*TRAINABLES, Lora]
