@@ -50,7 +50,8 @@ class DFlash(Drafter):
         return cls(heads.network(cfg, own))
 
     def validate(self, cfg: ModelConfig) -> None:
-        check_fit(self.network.cfg, self.feature_layers, cfg)
+        layers = self.network.cfg
+        check_fit(layers.vocab_size, layers.d_model, self.feature_layers, cfg)
         most = self.network.block_len - 1
         if not 0 <= self.num_drafts <= most:
             raise ValueError(
