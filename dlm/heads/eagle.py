@@ -36,7 +36,6 @@ from dlm.params import Params, param_specs
 from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
-
 Attention = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 

@@ -437,13 +437,13 @@ def _read_tensors(
         )
     if "embed_tokens.weight" in held:
         specs["embed"] = ParamSpec((V, D), ("vocab", "embed"))
-    elif D != cfg.d_model or network.tie_embeddings:
+    elif cfg.d_model != D or network.tie_embeddings:
         raise ValueError(
             f"{path} must hold embed_tokens.weight: the network has an embedding of its own"
         )
     if network.tie_embeddings or ("lm_head.weight" not in held and num_ids == V):
         del specs["unembed"]
-        if num_ids != V or (D != cfg.d_model and not network.tie_embeddings):
+        if num_ids != V or (cfg.d_model != D and not network.tie_embeddings):
             raise ValueError(f"{path} must hold lm_head.weight, a head for {num_ids} tokens")
     names = _names(network, specs)
     flat = dict(specs)
