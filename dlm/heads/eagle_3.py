@@ -296,12 +296,12 @@ def load_published(
     switches = {name: _flag(file, said, name) for name in _SWITCHES}
     given = {"norm_before_residual": norm_before_residual, "norm_output": norm_output}
     switches |= {name: value for name, value in given.items() if value is not None}
-    if "speculators_model_type" in raw and said.get("norm_before_residual") is None:
-        if norm_before_residual is None:
-            raise ValueError(
-                f"{file} must give norm_before_residual, which readers of such files take for "
-                "different things: give it as an argument"
-            )
+    unsaid = said.get("norm_before_residual") is None and norm_before_residual is None
+    if unsaid and "speculators_model_type" in raw:
+        raise ValueError(
+            f"{file} must give norm_before_residual, which readers of such files take for "
+            "different things where it is absent: give it as an argument"
+        )
     if switches["fc_norm"] and switches["norm_before_fc"]:
         raise ValueError(f"{file}: fc_norm=True and norm_before_fc=True exclude each other")
     network = read_layers(file, of_layers, cfg)

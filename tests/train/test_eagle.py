@@ -81,12 +81,17 @@ def _fed(network, state):
 
 def last_of_all(network, params, pairs):
     """As `last_state`, of any number of layers, each attending by hand."""
-    n, cfg = len(pairs), network.cfg
+    n = len(pairs)
     states, tokens, positions = (
         np.asarray([*x, *[x[0]] * (MOST - n)]) for x in zip(*pairs, strict=True)
     )
-    seen = np.tri(MOST, dtype=bool)
-    gap = np.asarray(positions)[:, None] - np.asarray(positions)
+    return np.asarray(_ran(network, params["embed"], states, tokens, positions))[n - 1]
+
+
+@jax.jit
+def _ran(network, embed, states, tokens, positions):
+    cfg, seen = network.cfg, np.tri(MOST, dtype=bool)
+    gap = positions[:, None] - positions
 
     def attention(i, q, k, v):
         k, v = (jnp.repeat(a[0], q.shape[2] // a.shape[2], axis=1) for a in (k, v))
@@ -95,9 +100,7 @@ def last_of_all(network, params, pairs):
         w = jax.nn.softmax(jnp.where(within, s, -jnp.inf), axis=-1)
         return jnp.einsum("nts,snh->tnh", w, v)[None]
 
-    u, at = jnp.asarray(states, jnp.float32)[None], jnp.asarray(positions)[None]
-    embedded = params["embed"][tokens][None]
-    return np.asarray(network.run(embedded, u, at, attention)[0, n - 1])
+    return network.run(embed[tokens][None], states[None], positions[None], attention)[0]
 
 
 @jax.jit
