@@ -27,7 +27,10 @@ from dlm.hf.formats import qwen2
 from dlm.hf.rope import write_rope
 from dlm.params import Params
 
-_OUTPUT_FIRST = ("fc", "attention/o", "mlp/gate", "mlp/up", "mlp/down")
+_OUTPUT_FIRST = (
+    *("fc", "attention/o", "mlp/gate", "mlp/up", "mlp/down"),
+    *("_conv/projection", "selector/hidden"),
+)
 
 
 def published_layer(prefix: str, cfg: ModelConfig | None = None) -> dict[str, str]:
@@ -242,7 +245,7 @@ def to_published(own: Params, names: Mapping[str, str]) -> dict[str, np.ndarray]
         name = jax.tree_util.keystr(at, simple=True, separator="/")
         x = np.asarray(leaf)
         x = x.reshape(-1) if name.endswith("_bias") else x
-        x = x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x
+        x = x.reshape(-1, x.shape[-1]) if x.ndim == 3 and "attention/" in name else x
         tensors[names[name]] = np.ascontiguousarray(x.T if name.endswith(_OUTPUT_FIRST) else x)
     return tensors
 

@@ -38,13 +38,18 @@ TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [2, 0, 1], 
 def network_of(kind, cfg, params):
     heads = KINDS[kind]
     fresh = init(heads, cfg)
-    return heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
+    network = heads.network(cfg, shaken(heads.start(cfg, params, fresh)))
+    if kind == "3.1":  # the first layer sees five positions, as published ones may
+        pattern = ("dense sliding rotary", "dense global rotary")
+        sliding = dataclasses.replace(network.cfg, sliding_window=5, pattern=pattern)
+        network = network.replace(cfg=sliding)
+    return network
 
 
 def last_state(network, params, pairs):
     """What the network leaves at the last of pairs (u, token, position), all in a row."""
     n = len(pairs)
-    if network.cfg.n_layers > 1 or network.cfg.sliding_window is not None:
+    if network.cfg.n_layers > 1:
         return last_of_all(network, params, pairs)
     states, tokens, positions = (
         np.asarray([*x, *[x[0]] * (MOST - n)]) for x in zip(*pairs, strict=True)
@@ -90,14 +95,14 @@ def last_of_all(network, params, pairs):
 
 @jax.jit
 def _ran(network, embed, states, tokens, positions):
-    cfg, seen = network.cfg, np.tri(MOST, dtype=bool)
-    gap = positions[:, None] - positions
+    seen = np.tri(MOST, dtype=bool)
+    gap = positions[:, None] - positions[None]
 
     def attention(i, q, k, v):
         k, v = (jnp.repeat(a[0], q.shape[2] // a.shape[2], axis=1) for a in (k, v))
         s = jnp.einsum("tnh,snh->nts", q[0], k) / q.shape[-1] ** 0.5
-        within = seen if cfg.sliding_window is None else seen & (gap < cfg.sliding_window)
-        w = jax.nn.softmax(jnp.where(within, s, -jnp.inf), axis=-1)
+        within = seen if network.reach[i] is None else seen & (gap < network.reach[i])
+        w = jax.nn.softmax(jnp.where(within[None], s, -jnp.inf), axis=-1)
         return jnp.einsum("nts,snh->tnh", w, v)[None]
 
     return network.run(embed[tokens][None], states[None], positions[None], attention)[0]
@@ -132,7 +137,7 @@ def roll(network, params, features, tokens, drafted):
     return state
 
 
-@pytest.mark.parametrize("kind", ["1", "3, some tokens", *more("3")])
+@pytest.mark.parametrize("kind", ["1", "3.1", *more("3, some tokens", "3")])
 def test_trees_are_what_the_network_says_pair_by_pair(toy_cfg, toy_params, kind):
     """In the middle of texts: the network's cache, positions and masks, and the drafts' laws."""
     cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
@@ -367,6 +372,14 @@ def test_what_does_not_fit_is_refused(toy_cfg, toy_params):
             SpeculativeMethod(drafter).validate(cfg)
     with pytest.raises(ValueError, match=r"vocab has 24, not in \[0, vocab_size=24\)"):
         Eagle3Heads(vocab=(3, 24)).specs(toy_cfg)
+    window = "num_steps=5 must be less than the network's sliding window, 5 positions"
+    with pytest.raises(ValueError, match=window):
+        Eagle3Loss(num_steps=5).loss(
+            Learned(toy_params, network_of("3.1", toy_cfg, toy_params)),
+            toy_cfg,
+            make_batch(toy_cfg),
+            CONTEXT,
+        )
     with pytest.raises(ValueError, match="num_steps=40 must be at most"):
         Eagle3Loss(num_steps=40).loss(
             Learned(toy_params, network), toy_cfg, make_batch(toy_cfg), CONTEXT

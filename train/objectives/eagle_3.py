@@ -142,7 +142,7 @@ def unroll(
             start, reach = text.start[:, None], network.reach[i]
             if reach is not None:
                 start = jnp.maximum(start, index + j + 1 - reach)
-            limits = jnp.stack(jnp.broadcast_arrays(start, index + 1), axis=-1)
+            limits = jnp.stack(jnp.broadcast_arrays(start, index + 1), axis=-1)[:, :, None]
             return draft_attention(q[:, :, None], *firsts[i], *owns[i], limits)[:, :, 0]
 
         embedded = network.embed(target, tokens)
