@@ -153,7 +153,7 @@ class DFlashNetwork(struct.PyTreeNode):
             if (conv := p.get(f"{name}_conv")) is None:
                 return x + function(h)
             _, taps, D = conv["base"].shape
-            by_block = (x.shape[0], -1, self.block_len)
+            by_block = (x.shape[0], x.shape[1] // self.block_len, self.block_len)
             factors = linear(h, conv["projection"]).reshape(*by_block, 2, taps, -1)
             mix = lambda u, i: _convolve(  # noqa: E731
                 u.reshape(*by_block, D), conv["base"][i], factors[..., i, :, :]
