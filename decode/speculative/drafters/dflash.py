@@ -123,6 +123,7 @@ class DFlash(Drafter):
             hidden, logits, ids, noise = slot
             scores = logits + network.edges(hidden, ids, previous)
             if is_drawn:
+                assert context.sampling.temperature is not None
                 scores = scores / context.sampling.temperature
             best = jnp.argmax(scores + noise, axis=-1)[:, None]
             token = jnp.take_along_axis(ids, best, axis=1)[:, 0]
