@@ -23,6 +23,8 @@ def draft_attention(
     own_k: jax.Array,
     own_v: jax.Array,
     limits: jax.Array,
+    *,
+    is_causal: bool = False,
 ) -> jax.Array:
     """Queries see the text from one position up to another, and their group's own keys.
 
@@ -30,7 +32,9 @@ def draft_attention(
       q: [B, G, n, N, H].
       k, v: [B, T, K, H]. Keys and values of the text.
       own_k, own_v: [B, G, m, K, H]; m may be 0.
-      limits: [B, G, 2] int32. The first position that a group sees, and one behind the last.
+      limits: [B, G, n, 2] int32, or [B, G, 1, 2]. The first position that a query sees, and one
+        behind the last.
+      is_causal: whether a query sees only as many keys of its group as it has queries up to it.
 
     Returns:
       [B, G, n, N, H] in the dtype of `q`; the softmax is float32. Anything finite where a group
@@ -40,6 +44,7 @@ def draft_attention(
     T, K = k.shape[1:3]
     size = max(1, min(QUERIES // n, G))
     num = -(-G // size)
+    own_seen = jnp.tri(n, own_k.shape[2], dtype=bool)[None, None, :, None, None]
 
     def chunked(x: jax.Array) -> jax.Array:
         """[num, B, size, ...] of [B, G, ...]."""
@@ -50,10 +55,12 @@ def draft_attention(
         q, own_k, own_v, limits = chunk
         q = q.reshape(B, size, n, K, N // K, H) * H**-0.5
         of_text = jnp.einsum("bgnkxh,btkh->bgnkxt", q, k, preferred_element_type=jnp.float32)
-        index = jnp.arange(T)[None, None]
+        index = jnp.arange(T)[None, None, None]
         is_seen = (index >= limits[..., :1]) & (index < limits[..., 1:])
-        of_text = jnp.where(is_seen[:, :, None, None, None], of_text, -1e30)
+        of_text = jnp.where(is_seen[:, :, :, None, None], of_text, -1e30)
         of_own = jnp.einsum("bgnkxh,bgmkh->bgnkxm", q, own_k, preferred_element_type=jnp.float32)
+        if is_causal:
+            of_own = jnp.where(own_seen, of_own, -1e30)
         w = jax.nn.softmax(jnp.concatenate([of_text, of_own], axis=-1), axis=-1).astype(q.dtype)
         out = jnp.einsum("bgnkxt,btkh->bgnkxh", w[..., :T], v)
         out += jnp.einsum("bgnkxm,bgmkh->bgnkxh", w[..., T:], own_v)

@@ -1,13 +1,14 @@
-"""EAGLE's draft network: one decoder layer over the target's features.
+"""EAGLE's draft network: a decoder layer, or a few, over the target's features.
 
 What both kinds share (`dlm.heads.eagle_1`, `dlm.heads.eagle_3`). A position t of the network is a
 pair of the feature f_t, which the target made of x_1 .. x_t, and the token x_{t+1} behind it. Its
 state stands for the feature of t + 1, which the target has not made yet, and predicts x_{t+2}:
 
-    s_t = layer(E(x_{t+1}), u_t)        u_t = begin(f_t)
+    s_t = layers(E(x_{t+1}), u_t)        u_t = begin(f_t)
     logits = W norm(s_t)
 
-Where f_t is not known either, further down in a draft, u_t is the state s_{t-1}.
+Where f_t is not known either, further down in a draft, u_t is feed(s_{t-1}), the state itself
+unless the network says otherwise. Layers behind the first are those of any decoder.
 
 Letters: B rows, T positions, D model width, V vocabulary, U draft vocabulary, K key/value heads,
 H head width.
@@ -16,6 +17,7 @@ H head width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,11 @@ from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
-from dlm.params import Params, ParamSpec
+from dlm.params import Params, param_specs
 from dlm.trainable import Learned
 from dlm.window import Slots, Window
+
+Attention = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class EagleNetwork(struct.PyTreeNode):
@@ -41,7 +45,7 @@ class EagleNetwork(struct.PyTreeNode):
     Attributes:
       own: its parameters.
       ids: [U] int32, ascending. The tokens it can draft; None: all.
-      cfg: of its one layer; widths and vocabulary are the target's. Static.
+      cfg: of its layers; the vocabulary is the target's. Static.
       feature_layers: what of the target it reads, see `dlm.models.decoder.forward`; empty: the
         final hidden states. Static.
     """
@@ -54,7 +58,12 @@ class EagleNetwork(struct.PyTreeNode):
     @property
     def feature_width(self) -> int:
         """Numbers per position of what it reads."""
-        return self.cfg.d_model * max(len(self.feature_layers), 1)
+        return self.target_width * max(len(self.feature_layers), 1)
+
+    @property
+    def target_width(self) -> int:
+        """Width of the target."""
+        return self.cfg.d_model
 
     @property
     def num_ids(self) -> int:
@@ -65,8 +74,23 @@ class EagleNetwork(struct.PyTreeNode):
         """[B, T, D] of features [B, T, `feature_width`] in the model's dtype."""
         raise NotImplementedError
 
+    def feed(self, states: jax.Array) -> jax.Array:
+        """u [B, T, D] of the next position where there is no feature, of states [B, T, D]."""
+        return states
+
+    def embed(self, target: Params, tokens: jax.Array) -> jax.Array:
+        """[B, T, D] of tokens [B, T] int32: rows of its own embedding, if it has one."""
+        table: jax.Array = self.own["embed"] if "embed" in self.own else target["embed"]
+        return table.at[tokens].get(mode="clip")
+
+    @property
+    def reach(self) -> tuple[int | None, ...]:
+        """Per layer: only keys at positions less than this away are seen; None: all."""
+        kinds = self.cfg.kinds("attention")
+        return tuple(self.cfg.sliding_window if kind == "sliding" else None for kind in kinds)
+
     def enter(self, embedded: jax.Array, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What attention reads, and the residual [B, T, D], of embeddings and states [B, T, D]."""
+        """What attention reads, and the residual [B, T, D], of embeddings and u [B, T, D]."""
         raise NotImplementedError
 
     def normed(self, states: jax.Array) -> jax.Array:
@@ -82,9 +106,35 @@ class EagleNetwork(struct.PyTreeNode):
         return project_qkv(x, self.own["attention"], self.cfg, rotary_angles(positions, self.cfg))
 
     def leave(self, attended: jax.Array, residual: jax.Array) -> jax.Array:
-        """States [B, T, D] from what attention gave [B, T, N, H]."""
-        x = residual + linear(attended, self.own["attention"]["o"], num_in=2)
-        return x + mlp(rms_norm(x, self.own["mlp_norm"], self.cfg.norm_eps), self.own["mlp"])
+        """What the first layer gives [B, T, D], of what attention gave [B, T, N, H]."""
+        return self._finish(self.own, attended, residual)
+
+    def _finish(self, p: Params, attended: jax.Array, residual: jax.Array) -> jax.Array:
+        x = residual + linear(attended, p["attention"]["o"], num_in=2)
+        if self.cfg.o_bias:
+            x = x + p["attention"]["o_bias"][None, None]
+        return x + mlp(rms_norm(x, p["mlp_norm"], self.cfg.norm_eps), p["mlp"])
+
+    def run(
+        self, embedded: jax.Array, states: jax.Array, positions: jax.Array, attention: Attention
+    ) -> jax.Array:
+        """States [B, T, D] of embeddings of x_{t+1} and u_t, both [B, T, D].
+
+        Args:
+          embedded, states: see above.
+          positions: [B, T] int32. t.
+          attention: what is attended to, given a layer's number and its queries [B, T, N, H], keys
+            and values [B, T, K, H].
+        """
+        x, residual = self.enter(embedded, states)
+        x = self.leave(attention(0, *self.project(x, positions)), residual)
+        angles = rotary_angles(positions, self.cfg)
+        for i in range(1, self.cfg.n_layers):
+            p = jax.tree.map(lambda leaf, i=i: leaf[i - 1], self.own["more"])
+            h = rms_norm(x, p["attention_norm"], self.cfg.norm_eps)
+            q, k, v = project_qkv(h, p["attention"], self.cfg, angles)
+            x = self._finish(p, attention(i, q, k, v), x)
+        return x
 
     def read(
         self,
@@ -93,22 +143,27 @@ class EagleNetwork(struct.PyTreeNode):
         window: Window,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs the layer over pairs of u_t and x_{t+1} at positions t.
+        """Runs the layers over pairs of u_t and x_{t+1} at positions t.
 
         Args:
           target: the target's parameters, for its embedding.
           states: [B, T, D]. u_t.
           window: x_{t+1} [B, T] int32 as its tokens, t as their positions.
-          slots: the layer's cache, if there is one.
+          slots: the layers' cache, if there is one.
 
         Returns:
           States [B, T, D], and the written cache; None if nothing was written.
         """
-        embedded = target["embed"].at[window.tokens].get(mode="clip")
-        x, residual = self.enter(embedded, states)
-        q, k, v = self.project(x, window.positions)
-        attended, written = attend(q, k, v, window, slots)
-        return self.leave(attended, residual), written
+        written: KVCache | None = None
+
+        def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            nonlocal written
+            used = slots if slots is None or written is None else slots.replace(cache=written)
+            attended, written = attend(q, k, v, window, used, i, reach=self.reach[i])
+            return attended
+
+        embedded = self.embed(target, window.tokens)
+        return self.run(embedded, states, window.positions, attention), written
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
         """[B, T, V] float32 of states [B, T, D]; tokens that it cannot draft have -inf."""
@@ -125,7 +180,7 @@ class EagleHeads(files.Heads):
     """What both kinds share as a `train.trainable`.
 
     Attributes:
-      d_ff: >= 0, width of the network's MLP; 0: the target's.
+      d_ff: >= 0, width of the network's MLPs; 0: the target's.
     """
 
     d_ff: int = 0
@@ -148,21 +203,13 @@ class EagleHeads(files.Heads):
 
 
 def layer_specs(cfg: ModelConfig, width: int) -> Params:
-    """Specifications of attention over `width` numbers per position, of the MLP and its norm."""
-    D, F, N, K, H = cfg.d_model, cfg.d_ff, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    out = 0.3 * 2**-0.5  # as in `dlm.params.param_specs`
-    into = lambda heads, axis: ParamSpec((heads, H, width), (axis, None, "embed"), width**-0.5)  # noqa: E731
-    return {
-        "attention": {
-            "q": into(N, "heads"),
-            "k": into(K, "kv_heads"),
-            "v": into(K, "kv_heads"),
-            "o": ParamSpec((N, H, D), ("heads", None, "embed"), out * (N * H) ** -0.5),
-        },
-        "mlp_norm": ParamSpec((D,), (None,), fill=1.0),
-        "mlp": {
-            "gate": ParamSpec((D, F), ("embed", "ffn"), D**-0.5),
-            "up": ParamSpec((D, F), ("embed", "ffn"), D**-0.5),
-            "down": ParamSpec((F, D), ("ffn", "embed"), out * F**-0.5),
-        },
-    }
+    """Specifications of one layer whose attention reads `width` numbers, without a norm of them."""
+    stacked = {k: v for k, v in param_specs(cfg)["layers"].items() if k != "attention_norm"}
+    layer: Params = jax.tree.map(
+        lambda spec: dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]), stacked
+    )
+    for name in "qkv":
+        spec = layer["attention"][name]
+        shape = (*spec.shape[:-1], width)
+        layer["attention"][name] = dataclasses.replace(spec, shape=shape, stddev=width**-0.5)
+    return layer

@@ -100,7 +100,7 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> Eagle1Network:
       FileNotFoundError: a file is missing.
       ValueError: it does not fit the target, as EAGLE-3's do not.
     """
-    stored = read_published(path, _TENSORS)
+    stored = read_published(path, _TENSORS, ignored=("embed_tokens.weight",))
     heads = Eagle1Heads(d_ff=len(stored["mlp/gate"]))
     own = from_published(path, stored, _TENSORS, heads.specs(cfg), cfg.jnp_dtype)
     return heads.network(cfg, own)

@@ -1,16 +1,25 @@
 """EAGLE-3's draft network, which reads three layers of the target and feeds on its own states.
 
-Reference: Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via
-Training-Time Test", arXiv:2503.01840, Sec. 3.1, and the public code. In the words of
+References: Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via
+Training-Time Test", arXiv:2503.01840, Sec. 3.1, and the public codes; EAGLE-3.1, which keeps states
+from drifting away in deep drafts, "attention drift", arXiv:2605.09992. In the words of
 `dlm.heads.eagle`, with g_t the residual stream of the target at the entrance of three layers:
 
     u_t = Wfc g_t                                            of true features only
     s_t = u_t + attention([RMSNorm(E(x_{t+1})) ; RMSNorm(u_t)]), then + MLP(RMSNorm(..))
     logits = W' RMSNorm(s_t)                                 W' is its own, for part of the tokens
 
+Published ones differ in four switches:
+
+    fc_norm               each of the three parts of g_t is normalised first (EAGLE-3.1)
+    norm_before_fc        or g_t is, as a whole
+    norm_before_residual  RMSNorm(u_t) is what attention is added to, not u_t
+    norm_output           the next state is made of RMSNorm(s_t), the one of the logits (EAGLE-3.1)
+
 A published one is read by `load_published`.
 
-Letters: D model width, F MLP width, V vocabulary, U draft vocabulary.
+Letters: D model width, F MLP width, V vocabulary, U draft vocabulary, n features, I width of the
+target.
 """
 
 from __future__ import annotations
@@ -18,10 +27,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from dlm import vocab
 from dlm.blocks.linear import linear
@@ -31,31 +44,64 @@ from dlm.heads import files
 from dlm.heads.eagle import EagleHeads, EagleNetwork, layer_specs
 from dlm.heads.published import (
     from_published,
+    one_by_one,
     published_layer,
+    read_layers,
     read_published,
+    stacked,
+    tensor_names,
     to_published,
+    unstacked,
+    write_config,
+    write_layers,
     write_published,
 )
+from dlm.hf.harmless import check_keys
 from dlm.lm import LanguageModel
-from dlm.params import Params, ParamSpec
+from dlm.params import Params, ParamSpec, param_specs
+from dlm.tokenizer import read_json
 
 
 class Eagle3Network(EagleNetwork):
-    """See above."""
+    """See above.
+
+    Attributes:
+      norm_before_residual, norm_output: see above; the other switches are known from `own`. Static.
+    """
+
+    norm_before_residual: bool = struct.field(pytree_node=False, default=False)
+    norm_output: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def target_width(self) -> int:
+        width: int = self.own["fc"].shape[0] // len(self.feature_layers)
+        return width
 
     def begin(self, features: jax.Array) -> jax.Array:
+        eps = self.cfg.norm_eps
+        if "fc_norm" in self.own:
+            parts = jnp.split(features, len(self.feature_layers), axis=-1)
+            normed = [rms_norm(x, self.own["fc_norm"][i], eps) for i, x in enumerate(parts)]
+            features = jnp.concatenate(normed, axis=-1)
+        if "input_norm" in self.own:
+            features = rms_norm(features, self.own["input_norm"], eps)
         return linear(features, self.own["fc"])
+
+    def feed(self, states: jax.Array) -> jax.Array:
+        return self.normed(states) if self.norm_output else states
 
     def enter(self, embedded: jax.Array, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         eps = self.cfg.norm_eps
         e = rms_norm(embedded, self.own["embed_norm"], eps)
         u = rms_norm(states, self.own["state_norm"], eps)
-        return jnp.concatenate([e, u], axis=-1), states
+        return jnp.concatenate([e, u], axis=-1), u if self.norm_before_residual else states
 
     def normed(self, states: jax.Array) -> jax.Array:
         return rms_norm(states, self.own["final_norm"], self.cfg.norm_eps)
 
     def head(self, target: Params) -> vocab.Head:
+        if "unembed" not in self.own:
+            return vocab.head(target)
         head: jax.Array = self.own["unembed"]
         return head
 
@@ -70,10 +116,18 @@ class Eagle3Heads(EagleHeads):
         or L/4, L/2 and L of one of less than 8.
       vocab: tokens it can draft, or a JSON file with the list of them
         (`python -m scripts.draft_vocab`); empty: all.
+      n_layers: >= 1, of the network; those behind the first are plain decoder layers.
+      fc_norm, norm_before_fc, norm_before_residual, norm_output: see above; not both of the first
+        two.
     """
 
     layers: tuple[int, ...] = ()
     vocab: str | tuple[int, ...] = ()
+    n_layers: int = 1
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
         vocab = self.vocab
@@ -83,6 +137,10 @@ class Eagle3Heads(EagleHeads):
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers and len(set(self.layers)) != 3:
             raise ValueError(f"layers={self.layers} must be three different ones")
+        if self.n_layers < 1:
+            raise ValueError(f"n_layers={self.n_layers} must be at least 1")
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm=True and norm_before_fc=True exclude each other: one norm")
         super().__post_init__()
 
     @property
@@ -102,21 +160,18 @@ class Eagle3Heads(EagleHeads):
         return chosen
 
     def specs(self, cfg: ModelConfig) -> Params:
-        """Its parameters: a decoder layer with two norms before attention, "fc", and a head."""
-        D = cfg.d_model
+        """Its parameters, see `network_specs`."""
         self.feature_layers(cfg)
         for token in (*self.ids[:1], *self.ids[-1:]):
             if not 0 <= token < cfg.vocab_size:
                 raise ValueError(f"vocab has {token}, not in [0, vocab_size={cfg.vocab_size})")
-        norm = ParamSpec((D,), (None,), fill=1.0)
-        num_ids = len(self.ids) or cfg.vocab_size
-        return layer_specs(self.layer(cfg), 2 * D) | {
-            "fc": ParamSpec((3 * D, D), ("embed", None), (3 * D) ** -0.5),
-            "embed_norm": norm,
-            "state_norm": norm,
-            "final_norm": norm,
-            "unembed": ParamSpec((num_ids, D), ("vocab", "embed"), D**-0.5),
-        }
+        return network_specs(
+            self.layer(cfg),
+            (cfg.d_model,) * 3,
+            len(self.ids) or cfg.vocab_size,
+            fc_norm=self.fc_norm,
+            norm_before_fc=self.norm_before_fc,
+        )
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh parameters `own`, whose output head becomes the model's."""
@@ -129,7 +184,52 @@ class Eagle3Heads(EagleHeads):
     def network(self, cfg: ModelConfig, own: Params) -> Eagle3Network:
         """For a target `cfg`."""
         ids = jnp.asarray(self.ids, jnp.int32) if self.ids else None
-        return Eagle3Network(own, ids, self.layer(cfg), self.feature_layers(cfg))
+        return Eagle3Network(
+            own,
+            ids,
+            self.layer(cfg),
+            self.feature_layers(cfg),
+            norm_before_residual=self.norm_before_residual,
+            norm_output=self.norm_output,
+        )
+
+    def layer(self, cfg: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(super().layer(cfg), n_layers=self.n_layers)
+
+
+def network_specs(
+    layers: ModelConfig,
+    features: tuple[int, ...],
+    num_ids: int,
+    *,
+    fc_norm: bool = False,
+    norm_before_fc: bool = False,
+) -> Params:
+    """A decoder layer with two norms before attention, "more" layers, "fc", norms, and a head.
+
+    Args:
+      layers: the network's.
+      features: the width of each.
+      num_ids: U.
+      fc_norm, norm_before_fc: see above.
+    """
+    D, n, I = layers.d_model, len(features), sum(features)  # noqa: E741
+    norm = ParamSpec((D,), (None,), fill=1.0)
+    specs = layer_specs(layers, 2 * D) | {
+        "fc": ParamSpec((I, D), ("embed", None), I**-0.5),
+        "embed_norm": norm,
+        "state_norm": norm,
+        "final_norm": norm,
+        "unembed": ParamSpec((num_ids, D), ("vocab", "embed"), D**-0.5),
+    }
+    if layers.n_layers > 1:
+        more = dataclasses.replace(layers, n_layers=layers.n_layers - 1)
+        specs["more"] = param_specs(more)["layers"]
+    if fc_norm:
+        specs["fc_norm"] = ParamSpec((n, I // n), (None, None), fill=1.0)
+    if norm_before_fc:
+        specs["input_norm"] = ParamSpec((I,), (None,), fill=1.0)
+    return specs
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> Eagle3Network:
@@ -140,48 +240,286 @@ def load(path: str | pathlib.Path, lm: LanguageModel) -> Eagle3Network:
 
 # ---- Published files ---------------------------------------------------------------------------
 
-_TENSORS = published_layer("midlayer") | {
-    "fc": "fc.weight",
-    "embed_norm": "midlayer.input_layernorm.weight",
-    "state_norm": "midlayer.hidden_norm.weight",
-    "final_norm": "norm.weight",
-    "unembed": "lm_head.weight",
+# Switches, and what they are where a file does not say.
+_SWITCHES = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
+# What else files may say of such networks, and the only value that is implemented.
+_FIXED = {
+    "use_aux_hidden_state": True,
+    "use_last_layernorm": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_mtp_layernorm": False,
 }
+_IDS = "eagle_aux_hidden_state_layer_ids"
+_NETWORK = ("draft_vocab_size", "target_hidden_size", "eagle_config", _IDS, *_SWITCHES, *_FIXED)
+_SPECULATORS = ("speculators_model_type", "speculators_config", "speculators_version")
+_ARCHITECTURES = (
+    *("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel"),
+    *("Eagle3Speculator", "Eagle3DraftModel"),
+)
 
 
-def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> Eagle3Network:
-    """A network in the layout of the public code, as safetensors.
+def load_published(
+    path: str | pathlib.Path,
+    cfg: ModelConfig,
+    *,
+    layers: tuple[int, ...] | None = None,
+    norm_before_residual: bool | None = None,
+    norm_output: bool | None = None,
+) -> Eagle3Network:
+    """A network in the layouts of the public codes: config.json and safetensors.
 
-    The vocabulary is stored as "d2t", what is to be added to a draft token to get the target's. The
-    files do not say which layers of the target are read: it is the published ones.
+    config.json is that of EAGLE's own code, of SpecForge, of speculators or of Model-Optimizer. The
+    vocabulary is stored as "d2t", what is to be added to a draft token to get the target's. Which
+    layers of the target are read has two readings: a list that begins with 1 is one of layers whose
+    output is read, any other one of layers whose input is (as here); without a list it is the
+    published ones.
 
     Args:
       path: the directory.
       cfg: the target.
+      layers: at whose entrance the target is read, in the order of the features; None: as the file
+        says.
+      norm_before_residual: instead of what the file says.
+      norm_output: likewise. (Files of SpecForge from before September 2026 say true where nothing
+        of the kind is done.)
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: it does not fit the target, as EAGLE-1's do not.
+      ValueError: it does not fit the target, or wants what is not implemented; the message names
+        file, key and value.
     """
-    stored = read_published(path, _TENSORS)
-    vocab: tuple[int, ...] = ()
-    if "d2t" in stored:
-        offsets = stored["d2t"].astype(np.int64)
-        vocab = tuple((np.arange(len(offsets)) + offsets).tolist())
-        if sorted(set(vocab)) != list(vocab):
-            raise ValueError(f"{path}: the tokens that d2t stands for must ascend")
-        vocab = () if len(vocab) == cfg.vocab_size else vocab
-    heads = Eagle3Heads(d_ff=len(stored["mlp/gate"]), vocab=vocab)
-    own = from_published(path, stored, _TENSORS, heads.specs(cfg), cfg.jnp_dtype)
-    return heads.network(cfg, own)
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: it says what network the directory holds")
+    raw = read_json(file)
+    said, of_layers = _split(file, raw)
+    switches = {name: _flag(file, said, name) for name in _SWITCHES}
+    given = {"norm_before_residual": norm_before_residual, "norm_output": norm_output}
+    switches |= {name: value for name, value in given.items() if value is not None}
+    unsaid = said.get("norm_before_residual") is None and norm_before_residual is None
+    if unsaid and "speculators_model_type" in raw:
+        raise ValueError(
+            f"{file} must give norm_before_residual, which readers of such files take for "
+            "different things where it is absent: give it as an argument"
+        )
+    if switches["fc_norm"] and switches["norm_before_fc"]:
+        raise ValueError(f"{file}: fc_norm=True and norm_before_fc=True exclude each other")
+    network = read_layers(file, of_layers, cfg)
+    width = said.get("target_hidden_size") or network.d_model
+    if width != cfg.d_model:
+        raise ValueError(
+            f"{file}: target_hidden_size={width!r} (by default hidden_size) must be the target's "
+            f"d_model={cfg.d_model}"
+        )
+    chosen = _layers_read(file, said, cfg) if layers is None else tuple(layers)
+    if not chosen or not all(0 <= layer <= cfg.n_layers for layer in chosen):
+        raise ValueError(
+            f"{path}: layers={chosen} must be in [0, n_layers={cfg.n_layers}] of the target"
+        )
+    num_ids = said.get("draft_vocab_size") or cfg.vocab_size
+    specs = network_specs(
+        network,
+        (cfg.d_model,) * len(chosen),
+        num_ids,
+        fc_norm=switches["fc_norm"],
+        norm_before_fc=switches["norm_before_fc"],
+    )
+    own, ids = _read_tensors(pathlib.Path(path), network, specs, num_ids, cfg)
+    return Eagle3Network(
+        own,
+        None if ids is None else jnp.asarray(ids, jnp.int32),
+        dataclasses.replace(network, tie_embeddings=False),
+        chosen,
+        norm_before_residual=switches["norm_before_residual"],
+        norm_output=switches["norm_output"],
+    )
+
+
+def _split(file: pathlib.Path, raw: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What a config.json says of the network, and what it says of its layers."""
+    nested = raw.get("eagle_config") or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"{file}: eagle_config={nested!r} must be an object")
+    if unknown := [key for key in nested if key not in _NETWORK]:
+        raise ValueError(
+            f"{file}: eagle_config has {unknown[0]}={nested[unknown[0]]!r}, which is not known "
+            "here and may change what the network computes; without effect, take it out"
+        )
+    kinds = raw.get("architectures") or []
+    if not isinstance(kinds, list) or not {*kinds} <= {*_ARCHITECTURES}:
+        raise ValueError(
+            f"{file}: architectures={kinds!r} is not supported; only "
+            f"{', '.join(map(repr, _ARCHITECTURES))} are"
+        )
+    said = nested | {key: value for key, value in raw.items() if value is not None}
+    for key, only in _FIXED.items():
+        if said.get(key) not in (None, only):
+            raise ValueError(f"{file}: {key}={said[key]!r} is not supported; only {only} is")
+    rest = {key: value for key, value in raw.items() if key not in _NETWORK}
+    if "speculators_model_type" not in raw:
+        return said, rest
+    if (kind := raw["speculators_model_type"]) != "eagle3":
+        raise ValueError(
+            f"{file}: speculators_model_type={kind!r} is not supported; only 'eagle3' is"
+        )
+    of_layers = rest.pop("transformer_layer_config", None)
+    if not isinstance(of_layers, dict):
+        raise ValueError(f"{file}: transformer_layer_config={of_layers!r} must be an object")
+    ours = (*_SPECULATORS, "embed_requires_grad", "architectures", "model_type")
+    check_keys(file, rest, (*ours, "tie_word_embeddings"))
+    tied = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
+    return said, of_layers | tied
+
+
+def _flag(file: pathlib.Path, said: Mapping[str, Any], key: str) -> bool:
+    value = said.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{file}: {key}={value!r} must be true or false")
+    return value
+
+
+def _layers_read(file: pathlib.Path, said: Mapping[str, Any], cfg: ModelConfig) -> tuple[int, ...]:
+    """At whose entrance the target is read."""
+    ids = said.get(_IDS)
+    if ids is None:
+        return Eagle3Heads().feature_layers(cfg)
+    if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
+        raise ValueError(f"{file}: {_IDS}={ids!r} must be a list of integers")
+    shift = 1 if ids[0] == 1 else 0
+    if not all(0 <= i + shift <= cfg.n_layers for i in ids):
+        raise ValueError(
+            f"{file}: {_IDS}={ids!r} must be layers of the target, which has {cfg.n_layers}"
+        )
+    return tuple(i + shift for i in ids)
+
+
+def _names(network: ModelConfig, specs: Params) -> dict[str, str]:
+    first = "layers.0"
+    names = published_layer(first, network) | {
+        "fc": "fc.weight",
+        "embed_norm": f"{first}.input_layernorm.weight",
+        "state_norm": f"{first}.hidden_norm.weight",
+        "final_norm": "norm.weight",
+    }
+    for i in range(1, network.n_layers):
+        prefix = f"layers.{i}"
+        more = published_layer(prefix, network)
+        more["attention_norm"] = f"{prefix}.input_layernorm.weight"
+        names |= {f"more/{i - 1}/{ours}": theirs for ours, theirs in more.items()}
+    if "fc_norm" in specs:
+        names |= {f"fc_norm/{i}": f"fc_norm.{i}.weight" for i in range(specs["fc_norm"].shape[0])}
+    if "input_norm" in specs:
+        names["input_norm"] = "input_norm.weight"
+    if "unembed" in specs:
+        names["unembed"] = "lm_head.weight"
+    if "embed" in specs:
+        names["embed"] = "embed_tokens.weight"
+    return names
+
+
+def _canonical(name: str) -> str:
+    """One name of those under which the public codes store the same tensor."""
+    name = name.removeprefix("model.")
+    return re.sub(r"^midlayer\.(?:(\d+)\.)?", lambda found: f"layers.{found[1] or 0}.", name)
+
+
+def _read_tensors(
+    path: pathlib.Path, network: ModelConfig, specs: Params, num_ids: int, cfg: ModelConfig
+) -> tuple[Params, np.ndarray | None]:
+    """Parameters as `specs`, and tokens [U] that can be drafted; None: all."""
+    V, D = cfg.vocab_size, network.d_model
+    held = {_canonical(name) for name in tensor_names(path)}
+    specs = dict(specs)
+    if any(name.endswith("q_norm.weight") for name in held) != network.qk_norm:
+        raise ValueError(
+            f"{path / 'config.json'}: model_type does not go with the tensors: norms of queries "
+            "and keys are what 'qwen3' has and 'llama' has not"
+        )
+    if "embed_tokens.weight" in held:
+        specs["embed"] = ParamSpec((V, D), ("vocab", "embed"))
+    elif cfg.d_model != D or network.tie_embeddings:
+        raise ValueError(
+            f"{path} must hold embed_tokens.weight: the network has an embedding of its own"
+        )
+    if network.tie_embeddings or ("lm_head.weight" not in held and num_ids == V):
+        del specs["unembed"]
+        if num_ids != V or (cfg.d_model != D and not network.tie_embeddings):
+            raise ValueError(f"{path} must hold lm_head.weight, a head for {num_ids} tokens")
+    names = _names(network, specs)
+    flat = dict(specs)
+    if "more" in specs:
+        flat["more"] = one_by_one(specs["more"])
+    if "fc_norm" in specs:
+        flat["fc_norm"] = one_by_one({"x": specs["fc_norm"]})
+        flat["fc_norm"] = [part["x"] for part in flat["fc_norm"]]
+    ignored = ("d2t", "t2d", "lm_head.weight")
+    stored = read_published(path, names, ignored, _canonical)
+    own = from_published(path, stored, names, flat, cfg.jnp_dtype)
+    if "more" in own:
+        own["more"] = stacked(own["more"])
+    if "fc_norm" in own:
+        own["fc_norm"] = jnp.stack(own["fc_norm"])
+    if network.tie_embeddings:
+        own["unembed"] = own["embed"]
+    return own, _draft_ids(path, stored, num_ids, V)
+
+
+def _draft_ids(
+    path: pathlib.Path, stored: Mapping[str, np.ndarray], num_ids: int, num_tokens: int
+) -> np.ndarray | None:
+    if "d2t" not in stored:
+        if num_ids == num_tokens:
+            return None
+        raise ValueError(
+            f"{path} must hold d2t, which says for which tokens its {num_ids} of {num_tokens} "
+            "outputs stand"
+        )
+    offsets = stored["d2t"].astype(np.int64)
+    ids = np.arange(len(offsets)) + offsets
+    if len(ids) != num_ids:
+        raise ValueError(f"{path}: d2t has {len(ids)} entries, and draft_vocab_size={num_ids}")
+    if np.any(np.diff(ids) <= 0) or not 0 <= ids[0] <= ids[-1] < num_tokens:
+        raise ValueError(
+            f"{path}: the tokens that d2t stands for must ascend, in [0, vocab_size={num_tokens})"
+        )
+    if "t2d" in stored and set(np.flatnonzero(stored["t2d"]).tolist()) != set(ids.tolist()):
+        raise ValueError(
+            f"{path}: t2d must be true of the tokens that d2t stands for, and of none else"
+        )
+    return None if num_ids == num_tokens else ids
 
 
 def save_published(path: str | pathlib.Path, network: Eagle3Network) -> None:
-    """Writes what `load_published` reads, into a folder, made if needed."""
+    """Writes what `load_published` reads, into a folder, made if needed.
+
+    Raises:
+      ValueError: the first feature is of layer 1, which readers would take for another one.
+    """
+    if network.feature_layers[0] == 1:
+        raise ValueError(
+            f"layers={network.feature_layers} cannot be said in a file: a list that begins with 1 "
+            "is read as one of outputs"
+        )
     num_tokens = network.cfg.vocab_size
     ids = np.arange(num_tokens) if network.ids is None else np.asarray(network.ids)
     vocab = {
         "d2t": ids.astype(np.int64) - np.arange(len(ids)),
         "t2d": np.isin(np.arange(num_tokens), ids),
     }
-    write_published(path, to_published(network.own, _TENSORS) | vocab)
+    own = dict(network.own)
+    if "more" in own:
+        own["more"] = unstacked(own["more"])
+    if "fc_norm" in own:
+        own["fc_norm"] = list(own["fc_norm"])
+    write_published(path, to_published(own, _names(network.cfg, network.own)) | vocab)
+    config = write_layers(network.cfg) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": len(ids),
+        "target_hidden_size": network.target_width,
+        _IDS: list(network.feature_layers),
+        "fc_norm": "fc_norm" in own,
+        "norm_before_fc": "input_norm" in own,
+        "norm_before_residual": network.norm_before_residual,
+        "norm_output": network.norm_output,
+    }
+    write_config(path, config)

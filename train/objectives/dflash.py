@@ -24,9 +24,6 @@ import jax.numpy as jnp
 
 from dlm import vocab
 from dlm.blocks.attention import project_qkv
-from dlm.blocks.linear import linear
-from dlm.blocks.mlp import mlp
-from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotary_angles
 from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashHeads, DFlashNetwork
@@ -152,19 +149,21 @@ def read_blocks(
     roots = jnp.take_along_axis(text.tokens, anchors, axis=1)
     first = jnp.take_along_axis(text.positions, anchors, axis=1)
     positions = (first[..., None] + jnp.arange(b)[None, None]).reshape(B, A * b)
-    of_blocks, of_text = (rotary_angles(x, cfg) for x in (positions, text.positions))
-    limits = jnp.stack(jnp.broadcast_arrays(text.start[:, None], anchors), axis=-1)
+    of_text = rotary_angles(text.positions, cfg)
+    place = anchors[..., None] + jnp.arange(b)[None, None]  # [B, A, b]
     in_groups = lambda x: x.reshape(B, A, b, *x.shape[2:])  # noqa: E731
 
-    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
-        h = rms_norm(x, p["attention_norm"], cfg.norm_eps)
-        q, k, v = project_qkv(h, p["attention"], cfg, of_blocks)
+    def attention(
+        i: jax.Array, reach: jax.Array | None, p: Params, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> jax.Array:
         _, text_k, text_v = project_qkv(c, p["attention"], cfg, of_text)
-        attended = draft_attention(in_groups(q), text_k, text_v, in_groups(k), in_groups(v), limits)
-        x = x + linear(attended.reshape(q.shape), p["attention"]["o"], num_in=2)
-        return x + mlp(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["mlp"]), None
+        first = text.start[:, None, None]
+        if reach is not None:
+            first = jnp.maximum(first, place + 1 - reach)
+        limits = jnp.stack(jnp.broadcast_arrays(first, anchors[..., None]), axis=-1)
+        q, k, v = map(in_groups, (q, k, v))
+        seen = draft_attention(q, text_k, text_v, k, v, limits, is_causal=network.is_causal)
+        return seen.reshape(B, A * b, *seen.shape[3:])
 
-    x = target["embed"].at[network.blocks(roots).reshape(B, A * b)].get(mode="clip")
-    body = jax.checkpoint(layer, prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, network.own["layers"])
-    return in_groups(rms_norm(x, network.own["final_norm"], cfg.norm_eps))
+    tokens = network.blocks(roots).reshape(B, A * b)
+    return in_groups(network.run(target, tokens, positions, attention))

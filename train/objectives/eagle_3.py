@@ -107,7 +107,7 @@ class Eagle3Loss(Objective):
         return total, {"loss": total, **metrics}
 
 
-Pair = tuple[jax.Array, jax.Array]  # keys and values
+Pairs = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values, of every layer
 
 
 def unroll(
@@ -115,31 +115,42 @@ def unroll(
 ) -> Iterator[jax.Array]:
     """States [B, T, D] of step 0, 1, ..; the backward pass computes each step again."""
     assert text.features is not None
-    T = text.tokens.shape[1]
+    cfg, T = network.cfg, text.tokens.shape[1]
+    if any(reach is not None and reach <= num_steps for reach in network.reach):
+        raise ValueError(
+            f"num_steps={num_steps} must be less than the network's sliding window, "
+            f"{cfg.sliding_window} positions"
+        )
     index = jnp.arange(T)[None]
-    limits = jnp.stack(jnp.broadcast_arrays(text.start[:, None], index + 1), axis=-1)
-    states = network.begin(text.features)
-    cfg = network.cfg
-    none = jnp.zeros((*text.tokens.shape, 0, cfg.n_kv_heads, cfg.head_dim), states.dtype)
-    own: Pair = (none, none)  # keys and values of steps 1 to j
-    first: Pair | None = None  # of step 0
+    none = jnp.zeros((*text.tokens.shape, 0, cfg.n_kv_heads, cfg.head_dim), cfg.jnp_dtype)
+    own: Pairs = ((none, none),) * cfg.n_layers  # of steps 1 to j
+    first: Pairs = ()  # of step 0
 
     @functools.partial(jax.checkpoint, static_argnums=0)
-    def step(
-        j: int, states: jax.Array, first: Pair | None, own: Pair
-    ) -> tuple[jax.Array, Pair, Pair]:
+    def step(j: int, states: jax.Array, first: Pairs, own: Pairs) -> tuple[jax.Array, Pairs, Pairs]:
         tokens = jnp.pad(text.tokens[:, 1 + j :], ((0, 0), (0, 1 + j)))
-        x, residual = network.enter(target["embed"].at[tokens].get(mode="clip"), states)
-        q, k, v = network.project(x, text.positions + j)
-        if j == 0:
-            first = k, v
-        else:
-            add = lambda old, new: jnp.concatenate([old, new[:, :, None]], axis=2)  # noqa: E731
-            own = add(own[0], k), add(own[1], v)
-        assert first is not None
-        attended = draft_attention(q[:, :, None], first[0], first[1], own[0], own[1], limits)
-        return network.leave(attended[:, :, 0], residual), first, own
+        firsts, owns = list(first), list(own)
 
+        def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            if j == 0:
+                firsts.append((k, v))
+            else:
+                owns[i] = tuple(  # type: ignore[assignment]
+                    jnp.concatenate([old, new[:, :, None]], axis=2)
+                    for old, new in zip(owns[i], (k, v), strict=True)
+                )
+            start, reach = text.start[:, None], network.reach[i]
+            if reach is not None:
+                start = jnp.maximum(start, index + j + 1 - reach)
+            limits = jnp.stack(jnp.broadcast_arrays(start, index + 1), axis=-1)[:, :, None]
+            return draft_attention(q[:, :, None], *firsts[i], *owns[i], limits)[:, :, 0]
+
+        embedded = network.embed(target, tokens)
+        states = network.run(embedded, states, text.positions + j, attention)
+        return states, tuple(firsts), tuple(owns)
+
+    fed = network.begin(text.features)
     for j in range(num_steps):
-        states, first, own = step(j, states, first, own)
+        states, first, own = step(j, fed, first, own)
         yield states
+        fed = network.feed(states)

@@ -24,9 +24,9 @@ from flax import struct
 
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
-from decode.speculative.drafters.heads import check_fit
+from decode.speculative.drafters.heads import check_fit, place_cache
 from decode.speculative.tree import DraftTree, TreeShape, from_paths
-from dlm.cache import KVCache, init_cache
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads.eagle import EagleNetwork
 from dlm.heads.eagle_1 import Eagle1Heads
@@ -57,7 +57,7 @@ class EagleState(struct.PyTreeNode):
     """What is known of the text.
 
     Attributes:
-      cache: of the network's layer, a slot per position.
+      cache: of the network's layers, a slot per position.
       features: [B, J + 1, F]. Of the positions before the root whose features are new.
       count: [B] int32. How many of them there are; 0 only before anything was read.
     """
@@ -82,12 +82,13 @@ class _Network(Drafter):
         return self.network.feature_layers
 
     def validate(self, cfg: ModelConfig) -> None:
-        check_fit(self.network.cfg, self.feature_layers, cfg)
+        network = self.network
+        check_fit(network.cfg.vocab_size, network.target_width, self.feature_layers, cfg)
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> EagleState:
         shape = (batch_size, self.depth + 1, self.network.feature_width)
         return EagleState(
-            cache=init_cache(self.network.cfg, batch_size, num_slots),
+            cache=place_cache(self.network.cfg, batch_size, num_slots),
             features=jnp.zeros(shape, cfg.jnp_dtype),
             count=jnp.zeros(batch_size, jnp.int32),
         )
@@ -166,7 +167,9 @@ class _Network(Drafter):
             positions=start[:, None] - 1 + tree.depths[:, 1:],
             mask=pack_mask(tree.ancestors(depth)[:, 1:, 1:]),
         )
-        return self.network.read(context.params, above, window, Slots.below(cache, start))[0]
+        return self.network.read(
+            context.params, self.network.feed(above), window, Slots.below(cache, start)
+        )[0]
 
 
 @struct.dataclass

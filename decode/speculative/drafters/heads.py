@@ -12,6 +12,7 @@ from flax import struct
 
 from decode.speculative.contracts import Context, Drafter, Seen
 from decode.speculative.tree import TreeShape, from_paths
+from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.params import Params
 
@@ -65,12 +66,23 @@ class HeadsDrafter(Drafter):
         return jnp.where((seen.count > 0)[:, None], last, state)
 
 
-def check_fit(network: ModelConfig, feature_layers: tuple[int, ...], cfg: ModelConfig) -> None:
-    """Raises ValueError unless a network that reads features goes with the target `cfg`."""
-    if (network.vocab_size, network.d_model) != (cfg.vocab_size, cfg.d_model):
+def place_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
+    """An empty cache whose slots are for the positions of the same number, in order."""
+    cache = init_cache(cfg, batch_size, num_slots)
+    if cache.positions is None:
+        return cache
+    place = jnp.arange(cache.num_slots, dtype=jnp.int32)[None, None, None, :, None]
+    return cache.replace(positions=jnp.broadcast_to(place, cache.positions.shape))
+
+
+def check_fit(
+    vocab_size: int, d_model: int, feature_layers: tuple[int, ...], cfg: ModelConfig
+) -> None:
+    """Raises ValueError unless a network for a target of such sizes goes with the target `cfg`."""
+    if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
         raise ValueError(
-            f"the network is for a target of vocab_size={network.vocab_size} and d_model="
-            f"{network.d_model}, and this one has {cfg.vocab_size} and {cfg.d_model}: train one "
+            f"the network is for a target of vocab_size={vocab_size} and d_model="
+            f"{d_model}, and this one has {cfg.vocab_size} and {cfg.d_model}: train one "
             "for it"
         )
     if any(layer > cfg.n_layers for layer in feature_layers):
