@@ -102,13 +102,14 @@ class EagleNetwork(struct.PyTreeNode):
           slots: the layer's cache, if there is one.
 
         Returns:
-          States [B, T, D], and the written cache; None if nothing was written.
+          States [B, T, D], and the cache, written if the slots say where.
         """
         embedded = target["embed"].at[window.tokens].get(mode="clip")
         x, residual = self.enter(embedded, states)
         q, k, v = self.project(x, window.positions)
-        attended, written = attend(q, k, v, window, slots)
-        return self.leave(attended, residual), written
+        states = self.leave(attend(q, k, v, window, slots), residual)
+        new = KVCache(k.swapaxes(1, 2)[None], v.swapaxes(1, 2)[None])
+        return states, None if slots is None else slots.store(new)
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
         """[B, T, V] float32 of states [B, T, D]; tokens that it cannot draft have -inf."""
