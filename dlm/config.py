@@ -314,6 +314,13 @@ class ModelConfig:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        if isinstance(self.rope_scaling, rope.LongRope):
+            for name in ("short", "long"):
+                if (num := len(getattr(self.rope_scaling, name))) != self.rotary_width // 2:
+                    raise ValueError(
+                        f"rope_scaling: {name} has {num} numbers and must have "
+                        f"{self.rotary_width // 2}, half the rotary width"
+                    )
         for name in ("clip_qkv", "attention_scale", "attention_cap", "logit_cap"):
             value = getattr(self, name)
             if value is not None and not value > 0:

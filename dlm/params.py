@@ -206,6 +206,14 @@ def num_params(cfg: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(cfg)))
 
 
+def num_expert_params(cfg: ModelConfig) -> int:
+    """Number of parameters of experts that a router chooses among; every token uses k / E of it."""
+    if cfg.experts is None:
+        return 0
+    of_one = 3 * cfg.d_model * cfg.experts.d_ff
+    return of_one * cfg.experts.num_experts * len(cfg.stacks.get("experts", ()))
+
+
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     """Fresh parameters of a model in `cfg.dtype`; see `init_from_specs`."""

@@ -320,8 +320,7 @@ def _steps(
             except ConfigError:
                 if jax.process_count() == 1 and step and step not in manager.all_steps():
                     reporter.flush()
-                    feed.iterator.set_state(before[-1])
-                    checkpoint.save(manager, step, state, feed.iterator)
+                    checkpoint.save(manager, step, state, feed.iterator)  # which has not moved
                 manager.wait_until_finished()
                 raise
             _check_batch(recipe.objective, local)

@@ -65,7 +65,7 @@ class DiffusionMethod(struct.PyTreeNode):
       lookahead: d >= 0; the same rounds run with fewer forwards, by guessing d of them ahead, see
         `decode.diffusion.lookahead`. 0: off. Static.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
-      top_logprobs: how many of the most probable tokens are reported per position. Static.
+      top_logprobs: >= 0, how many of the most probable tokens are reported per position. Static.
     """
 
     scheduler: Scheduler = FixedBlocks()

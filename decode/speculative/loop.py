@@ -56,7 +56,7 @@ class SpeculativeMethod(struct.PyTreeNode):
       acceptance: which drafts are kept.
       sampling: the distribution of the text.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
-      top_logprobs: how many of the most probable tokens are reported per position. Static.
+      top_logprobs: >= 0, how many of the most probable tokens are reported per position. Static.
     """
 
     drafter: Drafter = NoDraft()

@@ -104,9 +104,15 @@ def read_config(
     ids = _read_token_ids(root, raw, names, values["vocab_size"], form)
     never_causal = form.has_mask is True
     cfg = ModelConfig(**values, **form.implied, **ids, never_causal=never_causal, dtype=dtype)
-    # A model that another family's files could hold as well is written as what it was.
+    return with_family(cfg, form)
+
+
+def with_family(cfg: ModelConfig, form: Format) -> ModelConfig:
+    """A model that another family's files could hold as well is written as what it was."""
     is_first = next((other for other in FORMATS.values() if not other.refuse(cfg)), form) is form
-    return cfg if is_first else dataclasses.replace(cfg, family=form.architecture)
+    if is_first or form.refuse(cfg) is not None:
+        return cfg
+    return dataclasses.replace(cfg, family=form.architecture)
 
 
 def read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlm.config import ModelConfig
-from dlm.hf.format import Format
-from dlm.hf.formats import dream, llada, llama, qwen2, qwen3
+from dlm import rope
+from dlm.config import Experts, ModelConfig
+from dlm.hf.files import with_family
+from dlm.hf.format import Format, Stored
+from dlm.hf.formats import dream, llada, llama, mixtral, qwen2, qwen3, qwen3_moe, smollm3
 from dlm.hf.gguf_file import READABLE, GGUFFile, GGUFTensor
-from dlm.hf.gguf_tokenizer import token_ids
+from dlm.hf.gguf_tokenizer import end_ids, token_ids
 from dlm.hf.weights import check_tensors, read_params
 from dlm.params import Params
-from dlm.rope import Llama3
 from dlm.sharding import RULES, Rules
 
 # What Llama, and what follows it, stores for rotations of neighbours: rows of queries and keys.
@@ -47,12 +49,24 @@ _NAMES = {
     "layers/attention/q_norm": "blk.{}.attn_q_norm.weight",
     "layers/attention/k_norm": "blk.{}.attn_k_norm.weight",
     "layers/attention/o": "blk.{}.attn_output.weight",
+    "layers/attention/o_bias": "blk.{}.attn_output.bias",
     "layers/mlp_norm": "blk.{}.ffn_norm.weight",
     "layers/mlp/gate": "blk.{}.ffn_gate.weight",
     "layers/mlp/up": "blk.{}.ffn_up.weight",
     "layers/mlp/down": "blk.{}.ffn_down.weight",
+    "layers/mlp/gate_bias": "blk.{}.ffn_gate.bias",
+    "layers/mlp/up_bias": "blk.{}.ffn_up.bias",
+    "layers/mlp/down_bias": "blk.{}.ffn_down.bias",
     "final_norm": "output_norm.weight",
     "unembed": "output.weight",
+}
+
+# Experts lie in one tensor per layer.
+_EXPERTS = {
+    "layers/moe/router": Stored("blk.{}.ffn_gate_inp.weight", "e d -> ed"),
+    "layers/moe/gate": Stored("blk.{}.ffn_gate_exps.weight", "e g d -> edg"),
+    "layers/moe/up": Stored("blk.{}.ffn_up_exps.weight", "e g d -> edg"),
+    "layers/moe/down": Stored("blk.{}.ffn_down_exps.weight", "e d g -> egd"),
 }
 
 
@@ -63,16 +77,25 @@ class Architecture:
     Attributes:
       format: the published format whose network it is.
       rotates_neighbours: whether rows of queries and keys are stored for such rotations.
+      experts: the format if there are experts, all in every layer, whose chosen ones' weights are
+        divided by their sum; None: there are none.
+      positions: what layers do with positions, over and over, see `dlm.config.LAYER_WORDS`.
     """
 
     format: Format
     rotates_neighbours: bool = False
+    experts: Format | None = None
+    positions: tuple[str, ...] = ("rotary",)
 
 
 ARCHITECTURES = {
-    "llama": Architecture(llama.FORMAT, rotates_neighbours=True),
+    "llama": Architecture(llama.FORMAT, rotates_neighbours=True, experts=mixtral.FORMAT),
     "qwen2": Architecture(qwen2.FORMAT),
     "qwen3": Architecture(qwen3.FORMAT),
+    "qwen3moe": Architecture(qwen3_moe.FORMAT, experts=qwen3_moe.FORMAT),
+    "smollm3": Architecture(
+        smollm3.FORMAT, rotates_neighbours=True, positions=("rotary", "rotary", "rotary", "none")
+    ),
     "dream": Architecture(dream.FORMAT),
     "llada": Architecture(llada.FORMAT, rotates_neighbours=True),
 }
@@ -96,7 +119,9 @@ _HARMLESS = ("general.", "tokenizer.", "quantize.imatrix.", "imatrix.")
 _SCALING = "rope.scaling."
 
 # Llama 3.1 and later but for the factor; files hold only what follows from it.
-_LLAMA3 = Llama3(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+_LLAMA3 = rope.Llama3(
+    factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+)
 
 
 def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
@@ -110,27 +135,53 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
     Raises:
       ValueError: a key is missing, unknown or asks for something that is not implemented.
     """
-    name, architecture = _architecture(file)
-    given = {
-        key.removeprefix(f"{name}."): value
-        for key, value in file.metadata.items()
-        if not key.startswith(_HARMLESS)
-    }
-    if given.pop("split.count", 1) > 1:
-        raise ValueError(
-            f"{file.path} is one of several parts (split.count): join them with llama-gguf-split"
-        )
-    given = {key: value for key, value in given.items() if not key.startswith("split.")}
+    try:
+        name, architecture = _architecture(file)
+        given = {
+            key.removeprefix(f"{name}."): value
+            for key, value in file.metadata.items()
+            if not key.startswith(_HARMLESS)
+        }
+        if (count := given.pop("split.count", 1)) != 1:
+            raise ValueError(f"split.count={count!r} must be 1: llama-gguf-split joins parts")
+        given = {key: value for key, value in given.items() if not key.startswith("split.")}
+        embedding = _tensor(file, "token_embd.weight")
+        form = _format(file, architecture)
+        values = {**_read_sizes(file, name, given), **form.implied}
+        values |= {
+            "vocab_size": embedding.shape[0],
+            "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+            "o_bias": "blk.0.attn_output.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+            "tie_embeddings": "output.weight" not in file.tensors,
+            "rope_scaling": _read_rope(file, name, given, values),
+            "experts": None if architecture.experts is None else _read_experts(name, given, values),
+            "never_causal": form.has_mask is True,
+        }
+        mlp = "dense" if values["experts"] is None else "experts"
+        values["pattern"] = tuple(f"{mlp} global {word}" for word in architecture.positions)
+        _check_rest(file, name, given, values, architecture)
+        if dtype is None:
+            dtype = {"F32": "float32", "F16": "float16"}.get(embedding.kind, "bfloat16")
+        cfg = ModelConfig(**values, **_token_ids(file), dtype=jnp.dtype(dtype).name)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+    return with_family(cfg, form)
 
-    def take(key: str, kind: type, absent: Any = None) -> Any:
-        value = given.pop(key, absent)
-        if value is None:
-            raise ValueError(f"{file.path} must give {name}.{key}")
-        if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
-            raise ValueError(f"{file.path}: {name}.{key}={value!r} must be one {kind.__name__}")
-        # float32 in the file: the shortest decimal number that is the same there, 1e-5 for example.
-        return value if kind is int else float(str(np.float32(value)))
 
+def _take(given: dict[str, Any], name: str, key: str, kind: type, absent: Any = None) -> Any:
+    """A number, taken out of what is given behind the architecture's name."""
+    value = given.pop(key, absent)
+    if value is None:
+        raise ValueError(f"{name}.{key} must be given")
+    if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{name}.{key}={value!r} must be one {kind.__name__}")
+    # float32 in the file: the shortest decimal number that is the same there, 1e-5 for example.
+    return value if kind is int else float(str(np.float32(value)))
+
+
+def _read_sizes(file: GGUFFile, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig, taken from `given`."""
     values: dict[str, Any] = {}
     for field, (key, kind) in _FIELDS.items():
         absent: Any = {"rope_theta": 10_000.0}.get(field)
@@ -138,43 +189,59 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
             absent = values["n_heads"]
         elif field == "head_dim":
             absent = values["d_model"] // max(1, values["n_heads"])
-        values[field] = take(key, kind, absent)
-    embedding = _tensor(file, "token_embd.weight")
-    values |= architecture.format.implied
-    values["vocab_size"] = embedding.shape[0]
-    values["qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
-    values["tie_embeddings"] = "output.weight" not in file.tensors
-    values["rope_scaling"] = _read_rope(file, name, given, values)
+        values[field] = _take(given, name, key, kind, absent)
+    if values["n_layers"] > len(file.tensors):
+        raise ValueError(
+            f"{name}.block_count={values['n_layers']} must be at most the number of tensors, "
+            f"{len(file.tensors)}"
+        )
+    return values
 
-    is_causal = architecture.format.is_causal
+
+def _read_experts(name: str, given: dict[str, Any], values: Mapping[str, Any]) -> Experts | None:
+    """The experts, taken from `given`; None: there are none."""
+    if not given.get("expert_count"):
+        return None
+    return Experts(
+        num_experts=_take(given, name, "expert_count", int),
+        num_chosen=_take(given, name, "expert_used_count", int),
+        d_ff=_take(given, name, "expert_feed_forward_length", int, values["d_ff"]),
+    )
+
+
+def _check_rest(
+    file: GGUFFile,
+    name: str,
+    given: Mapping[str, Any],
+    values: Mapping[str, Any],
+    architecture: Architecture,
+) -> None:
+    """ValueError unless all that is still given says what is the case here anyway."""
     only: dict[str, tuple[Any, ...]] = {
         "vocab_size": (values["vocab_size"],),
         "attention.value_length": (values["head_dim"],),
         "rope.dimension_count": (values["head_dim"],),
-        "attention.causal": (is_causal,),
+        "attention.causal": (architecture.format.is_causal,),
         "diffusion.shift_logits": (values["shifted_logits"],),
-        "expert_count": (0,),
-        "expert_used_count": (0,),
         "tensor_data_layout": ("Meta AI original pth",) if architecture.rotates_neighbours else (),
+        **dict.fromkeys(("expert_count", "expert_used_count", "expert_feed_forward_length"), (0,)),
+        "expert_shared_count": (0,),
+        "expert_gating_func": (1,),  # softmax
+        "expert_weights_norm": (True,),
+        "expert_weights_scale": (1.0,),
     }
     for key, value in given.items():
         whole = key if key in file.metadata else f"{name}.{key}"
         if key not in only:
             raise ValueError(
-                f"{file.path}: {whole}={_short(value)} is not known for {name} models here, and "
-                "might change what they compute"
+                f"{whole}={_short(value)} is not known for {name} models here, and might change "
+                "what they compute"
             )
         if value not in only[key]:
             raise ValueError(
-                f"{file.path}: {whole}={_short(value)} is not supported for this model; only "
+                f"{whole}={_short(value)} is not supported for this model; only "
                 f"{' or '.join(map(repr, only[key])) or 'its absence'} is"
             )
-    if dtype is None:
-        dtype = {"F32": "float32", "F16": "float16"}.get(embedding.kind, "bfloat16")
-    never_causal = architecture.format.has_mask is True
-    return ModelConfig(
-        **values, **_token_ids(file), never_causal=never_causal, dtype=jnp.dtype(dtype).name
-    )
 
 
 def load_gguf_params(
@@ -206,15 +273,10 @@ def load_gguf_params(
         for name, tensor in file.tensors.items()
         if name != "rope_freqs.weight"  # in `cfg.rope_scaling`
     }
-    layouts = architecture.format.tensors
-    form = dataclasses.replace(
-        architecture.format,
-        tensors={
-            leaf: dataclasses.replace(stored, name=_NAMES[leaf])
-            for leaf, stored in layouts.items()
-            if leaf in _NAMES
-        },
-    )
+    form = _format(file, architecture)
+    stored = {leaf: how for leaf, how in form.tensors.items() if leaf in _NAMES}
+    named = {leaf: dataclasses.replace(how, name=_NAMES[leaf]) for leaf, how in stored.items()}
+    form = dataclasses.replace(form, tensors=named | _EXPERTS)
     check_tensors(file.path, tensors, cfg, form)
     return read_params(tensors, cfg, form, mesh, rules)
 
@@ -241,57 +303,85 @@ def installed_smollm2() -> pathlib.Path:
 def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
-        raise ValueError(f"{file.path}: general.type={kind!r} must be 'model'")
+        raise ValueError(f"general.type={kind!r} must be 'model'")
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
-            f"{file.path}: general.architecture={name!r} is not supported; only "
+            f"general.architecture={name!r} is not supported; only "
             f"{' and '.join(map(repr, ARCHITECTURES))} are"
         )
     return name, ARCHITECTURES[name]
 
 
+def _format(file: GGUFFile, architecture: Architecture) -> Format:
+    """That of the network, which may have experts."""
+    has_experts = any(name.endswith("ffn_gate_exps.weight") for name in file.tensors)
+    return architecture.experts if architecture.experts and has_experts else architecture.format
+
+
 def _tensor(file: GGUFFile, name: str) -> GGUFTensor:
     if name not in file.tensors:
-        raise ValueError(f"{file.path} must hold the tensor {name}")
+        raise ValueError(f"there must be a tensor {name}")
     return file.tensors[name]
 
 
 def _read_rope(
     file: GGUFFile, name: str, given: dict[str, Any], values: Mapping[str, Any]
-) -> Llama3 | None:
+) -> rope.Scaling | None:
     """How rotary frequencies are stretched; takes what says so from `given`."""
-    scaling = {key: given.pop(key) for key in list(given) if key.startswith(_SCALING)}
-    factor = scaling.get(f"{_SCALING}factor", given.pop("rope.scale_linear", 1.0))
-    kind = scaling.get(f"{_SCALING}type", "linear")
-    if kind != "none" and not (kind == "linear" and factor in (0, 1)):
-        raise ValueError(
-            f"{file.path}: {name}.{_SCALING}type={kind!r} with factor {factor} is not supported; "
-            "only 'none' is"
+    factor = _take(given, name, "rope.scale_linear", float, 1.0)
+    factor = _take(given, name, f"{_SCALING}factor", float, factor) or 1.0
+    kind = given.pop(f"{_SCALING}type", "linear")
+    original = _take(given, name, f"{_SCALING}original_context_length", int, values["max_seq_len"])
+    given.pop(f"{_SCALING}finetuned", None)  # whether the model was trained so
+    found: rope.Scaling | None
+    if kind == "none" or factor == 1:
+        found = None
+        for key in [key for key in given if key.startswith(_SCALING)]:
+            del given[key]  # of what is not done
+    elif kind == "linear":
+        found = rope.Linear(factor=factor)
+    elif kind == "yarn":
+        found = rope.Yarn(
+            factor=factor,
+            original_max_seq_len=original,
+            beta_fast=_take(given, name, f"{_SCALING}yarn_beta_fast", float, 32.0),
+            beta_slow=_take(given, name, f"{_SCALING}yarn_beta_slow", float, 1.0),
+            attention=1 + 0.1 * math.log(max(factor, 1)),
         )
-    if "rope_freqs.weight" not in file.tensors:
-        return None
-    divisors = file.tensors["rope_freqs.weight"][(slice(None),)].astype(np.float64)
-    found = dataclasses.replace(_LLAMA3, factor=float(str(np.float32(divisors.max()))))
-    frequency = values["rope_theta"] ** -(np.arange(0, values["head_dim"], 2) / values["head_dim"])
-    turns = found.original_max_seq_len * frequency / (2 * np.pi)
-    low, high = found.low_freq_factor, found.high_freq_factor
+    else:
+        raise ValueError(
+            f"{name}.{_SCALING}type={kind!r} is not supported; only 'none', 'linear' and 'yarn' are"
+        )
+    if (tensor := file.tensors.get("rope_freqs.weight")) is None:
+        return found
+    if found is not None:
+        raise ValueError(f"rope_freqs.weight beside {found} is not supported")
+    return _read_llama3(tensor, values["rope_theta"], values["head_dim"])
+
+
+def _read_llama3(tensor: GGUFTensor, theta: float, head_dim: int) -> rope.Llama3:
+    """What the divisors of the frequencies follow from; ValueError if it is something else."""
+    divisors = tensor[(slice(None),) * len(tensor.shape)].astype(np.float64)
+    llama3 = dataclasses.replace(_LLAMA3, factor=float(str(np.float32(divisors.max()))))
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = llama3.original_max_seq_len * frequency / (2 * np.pi)
+    low, high = llama3.low_freq_factor, llama3.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / (kept + (1 - kept) / found.factor)
+    expected = 1 / (kept + (1 - kept) / llama3.factor)
     if divisors.shape != expected.shape or np.abs(divisors / expected - 1).max() > 1e-4:
         raise ValueError(
-            f"{file.path}: rope_freqs.weight={_short(divisors.tolist())} is not supported; only "
-            f"what follows from {found} is"
+            f"rope_freqs.weight={_short(divisors.tolist())} is not supported; only "
+            f"what follows from {llama3} is"
         )
-    return found
+    return llama3
 
 
 def _token_ids(file: GGUFFile) -> dict[str, Any]:
     ids = token_ids(file)
-    further = (ids["eot"], ids["eom"])  # ends of a turn, of a message
     return {
         "eos_token_id": ids["eos"],
-        "more_eos_ids": tuple(token for token in further if token is not None),
+        "more_eos_ids": end_ids(file),
         "bos_token_id": ids["bos"],
         "pad_token_id": ids["eos"] if ids["padding"] is None else ids["padding"],
         "mask_token_id": ids["mask"],

@@ -75,9 +75,31 @@ PRE_TOKENIZERS = {
 
 _IDS = ("eos", "padding", "bos", "mask", "unknown", "eot", "eom", "seperator")
 
+# Control tokens that end a text or a turn, by whichever name a family gives them. A file names one
+# end, and maybe those of a turn and of a message; readers of these files stop at all of them.
+_END_NAMES = (
+    "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
+    "<end_of_turn>", "<end_of_utterance>", "<|end_of_turn|>", "<EOT>", "</s>",
+)  # fmt: skip
+
 # Keys behind "tokenizer.ggml." that say what prompts for filling in look like; nothing here fills
 # in with them.
 _UNUSED_KEYS = ("fim_", "prefix_token_id", "suffix_token_id", "middle_token_id", "token_type_count")
+
+
+# What the values of other keys are, where they are there.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "pre": (str,),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_sep_token"), (bool,)),
+    **dict.fromkeys(("add_space_prefix", "remove_extra_whitespaces"), (bool,)),
+}
+_LISTS: dict[str, tuple[type, ...]] = {
+    "tokens": (str,),
+    "token_type": (int,),
+    "scores": (int, float),
+    "merges": (str,),
+}
 
 
 def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -86,28 +108,52 @@ def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     Raises:
       ValueError: it is missing, incomplete or of a kind that is not read.
     """
-    given = {
-        key.removeprefix("tokenizer.ggml."): value
+    try:
+        ids = token_ids(file)
+        assert ids["eos"] is not None
+        return Tokenizer(
+            _backend(file, ids),
+            ids["eos"],
+            ids["eos"] if ids["padding"] is None else ids["padding"],
+            bos_token_id=ids["bos"],
+            mask_token_id=ids["mask"],
+            chat_template=_chat_template(file),
+            other_tokens=_unknown(file, ids),
+        )
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+
+
+def _backend(file: GGUFFile, ids: Mapping[str, int | None]) -> tokenizers.Tokenizer:
+    """The tokenizer that is whole in the file, or that of its pieces."""
+    if (whole := file.metadata.get("tokenizer.huggingface.json")) is None:
+        return _build(file, ids)
+    if not isinstance(whole, str):
+        raise ValueError(f"tokenizer.huggingface.json={whole!r} must be text")
+    try:
+        return tokenizers.Tokenizer.from_str(whole)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"broken tokenizer.huggingface.json ({error})") from error
+
+
+def _chat_template(file: GGUFFile) -> str | dict[str, str] | None:
+    """One, or several by name."""
+    first, prefix = "tokenizer.chat_template", "tokenizer.chat_template."
+    found = {
+        "default" if key == first else key.removeprefix(prefix): value
         for key, value in file.metadata.items()
-        if key.startswith("tokenizer.ggml.")
+        if key == first or key.startswith(prefix)
     }
-    ids = token_ids(file)
-    assert ids["eos"] is not None
-    if (whole := file.metadata.get("tokenizer.huggingface.json")) is not None:
-        try:
-            backend = tokenizers.Tokenizer.from_str(whole)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file.path}: broken tokenizer.huggingface.json ({error})") from error
-    else:
-        backend = _build(file, given, ids)
-    return Tokenizer(
-        backend,
-        ids["eos"],
-        ids["eos"] if ids["padding"] is None else ids["padding"],
-        bos_token_id=ids["bos"],
-        mask_token_id=ids["mask"],
-        chat_template=file.metadata.get("tokenizer.chat_template"),
-    )
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"chat template {name!r} is {value!r}, not text")
+    return found.get("default") if set(found) <= {"default"} else found
+
+
+def _unknown(file: GGUFFile, ids: Mapping[str, int | None]) -> dict[str, str]:
+    """The token for what is unknown, as chat templates call it."""
+    tokens, i = file.metadata.get("tokenizer.ggml.tokens", ()), ids["unknown"]
+    return {} if i is None or i >= len(tokens) else {"unk_token": tokens[i]}
 
 
 def token_ids(file: GGUFFile) -> dict[str, int | None]:
@@ -116,41 +162,68 @@ def token_ids(file: GGUFFile) -> dict[str, int | None]:
     Raises:
       ValueError: one is no number, or no token of the file, or there is no end of a text.
     """
+    _check_kinds(file)
     num = len(file.metadata.get("tokenizer.ggml.tokens", ()))
     ids: dict[str, int | None] = {}
     for name in _IDS:
         key = f"tokenizer.ggml.{name}_token_id"
         ids[name] = value = file.metadata.get(key)
         if value is not None and not (type(value) is int and 0 <= value < (num or value + 1)):
-            raise ValueError(f"{file.path}: {key}={value!r} must be one of the {num} tokens")
+            raise ValueError(f"{key}={value!r} must be one of the {num} tokens")
     if ids["eos"] is None:
-        raise ValueError(f"{file.path} must give tokenizer.ggml.eos_token_id")
+        raise ValueError("tokenizer.ggml.eos_token_id must be given")
     return ids
 
 
-def _build(
-    file: GGUFFile, given: dict[str, Any], ids: Mapping[str, int | None]
-) -> tokenizers.Tokenizer:
-    for key in list(given):
-        if key.startswith(_UNUSED_KEYS) or key.removesuffix("_token_id") in _IDS:
-            del given[key]
+def _check_kinds(file: GGUFFile) -> None:
+    """ValueError where a key has a value of another kind than it should."""
+    for key, kinds in (_KINDS | _LISTS).items():
+        value = file.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            continue
+        values = [value] if key in _KINDS else value
+        if not isinstance(values, list) or not all(isinstance(entry, kinds) for entry in values):
+            what = " or ".join(kind.__name__ for kind in kinds)
+            what = what if key in _KINDS else f"a list of {what}"
+            raise ValueError(f"tokenizer.ggml.{key} must be {what}")
+
+
+def end_ids(file: GGUFFile) -> tuple[int, ...]:
+    """All tokens that end a text, that of the file first."""
+    ids = token_ids(file)
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    types = file.metadata.get("tokenizer.ggml.token_type", ())
+    named = [
+        i for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == _Type.CONTROL and token in _END_NAMES
+    ]  # fmt: skip
+    found = [i for i in (ids["eos"], ids["eot"], ids["eom"], *named) if i is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def _build(file: GGUFFile, ids: Mapping[str, int | None]) -> tokenizers.Tokenizer:
+    given = {
+        key: value
+        for whole, value in file.metadata.items()
+        if (key := whole.removeprefix("tokenizer.ggml.")) != whole
+        and not key.startswith(_UNUSED_KEYS)
+        and key.removesuffix("_token_id") not in _IDS
+    }
     kind, tokens, types = (given.pop(key, None) for key in ("model", "tokens", "token_type"))
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{file.path} must give tokenizer.ggml.tokens, a list of strings")
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise ValueError(
-            f"{file.path}: tokenizer.ggml.token_type must be a list of {len(tokens)} numbers"
-        )
+    if tokens is None:
+        raise ValueError("tokenizer.ggml.tokens must be given")
+    if types is None or len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type must be a list of {len(tokens)} numbers")
     twice = len(tokens) - len(set(tokens))
     if twice:
-        raise ValueError(f"{file.path}: {twice} of tokenizer.ggml.tokens are there twice")
+        raise ValueError(f"{twice} of tokenizer.ggml.tokens are there twice")
     if kind == "gpt2":
-        backend, adds_bos = _byte_level(file, given, tokens, types)
+        backend, adds_bos = _byte_level(given, tokens, types)
     elif kind == "llama":
-        backend, adds_bos = _sentence_piece(file, given, tokens, types, ids["unknown"]), True
+        backend, adds_bos = _sentence_piece(given, tokens, types, ids["unknown"]), True
     else:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; only 'gpt2' and 'llama' "
+            f"tokenizer.ggml.model={kind!r} is not supported; only 'gpt2' and 'llama' "
             "are, and a whole tokenizer.huggingface.json"
         )
     for content, type_ in zip(tokens, types, strict=True):
@@ -163,15 +236,14 @@ def _build(
     }
     if given.pop("add_sep_token", False) or given:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.{next(iter(given), 'add_sep_token')} is not known for "
+            f"tokenizer.ggml.{next(iter(given), 'add_sep_token')} is not known for "
             f"tokenizers of kind {kind!r} here, and might change how text is encoded"
         )
-    backend.post_processor = _frame(file, tokens, ids, adds)
+    backend.post_processor = _frame(tokens, ids, adds)
     return backend
 
 
 def _frame(
-    file: GGUFFile,
     tokens: Sequence[str],
     ids: Mapping[str, int | None],
     adds: Mapping[str, Any],
@@ -181,9 +253,7 @@ def _frame(
     for name in around:
         if adds[name]:
             if (value := ids[name]) is None:
-                raise ValueError(
-                    f"{file.path}: tokenizer.ggml.add_{name}_token needs {name}_token_id beside it"
-                )
+                raise ValueError(f"tokenizer.ggml.add_{name}_token needs {name}_token_id beside it")
             around[name] = [(tokens[value], value)]
     special = around["bos"] + around["eos"]
     if not special:
@@ -200,20 +270,20 @@ def _frame(
 
 
 def _byte_level(
-    file: GGUFFile, given: dict[str, Any], tokens: Sequence[str], types: Sequence[int]
+    given: dict[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level BPE, and whether it adds the begin token where the file does not say."""
     name, merges = given.pop("pre", None), given.pop("merges", None)
     if name not in PRE_TOKENIZERS:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.pre={name!r} is not known; only "
+            f"tokenizer.ggml.pre={name!r} is not known; only "
             f"{', '.join(map(repr, PRE_TOKENIZERS))} are"
         )
-    pairs = [(a, b) for a, _, b in (str(merge).partition(" ") for merge in merges or ())]
+    pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges or ())]
     if not pairs or any(not a or not b or " " in b for a, b in pairs):
-        raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of pairs of tokens")
+        raise ValueError("tokenizer.ggml.merges must be a list of pairs of tokens")
     if given.pop("add_space_prefix", False):
-        raise ValueError(f"{file.path}: tokenizer.ggml.add_space_prefix must be false for 'gpt2'")
+        raise ValueError("tokenizer.ggml.add_space_prefix must be false for 'gpt2'")
     given.pop("scores", None)  # merges say it all
     cut = PRE_TOKENIZERS[name]
     try:
@@ -221,7 +291,7 @@ def _byte_level(
             vocab=_vocab(tokens, types), merges=pairs, ignore_merges=cut.ignores_merges
         )
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file.path}: broken tokenizer.ggml.merges ({error})") from error
+        raise ValueError(f"broken tokenizer.ggml.merges ({error})") from error
     backend = tokenizers.Tokenizer(model)
     if cut.is_nfc:
         backend.normalizer = normalizers.NFC()
@@ -235,7 +305,6 @@ def _byte_level(
 
 
 def _sentence_piece(
-    file: GGUFFile,
     given: dict[str, Any],
     tokens: Sequence[str],
     types: Sequence[int],
@@ -248,13 +317,11 @@ def _sentence_piece(
     what no piece covers is spelled in bytes.
     """
     scores = given.pop("scores", None)
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ValueError(
-            f"{file.path}: tokenizer.ggml.scores must be a list of {len(tokens)} numbers"
-        )
+    if scores is None or len(scores) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.scores must be a list of {len(tokens)} numbers")
     if given.pop("pre", "default") != "default" or given.pop("remove_extra_whitespaces", False):
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.pre and remove_extra_whitespaces must be absent for a "
+            "tokenizer.ggml.pre and remove_extra_whitespaces must be absent for a "
             "tokenizer of kind 'llama'"
         )
     given.pop("merges", None)  # follow from the scores

@@ -6,7 +6,7 @@ A key that is absent has the value that the published code gives it, one that is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dlm.config import Experts, ModelConfig, shortest_pattern
@@ -44,6 +44,18 @@ def required(raw: dict[str, Any], key: str) -> int:
     if value is None:
         raise ValueError(f"{key} must be given")
     return int(value)
+
+
+def kv_heads(absent: int) -> Callable[[dict[str, Any]], Any]:
+    """For `Format.absent`: of a family whose code has so many where the key is absent.
+
+    Where it is null there are as many as heads.
+    """
+
+    def value(raw: dict[str, Any]) -> Any:
+        return raw["num_attention_heads"] if "num_key_value_heads" in raw else absent
+
+    return value
 
 
 def one_of(raw: dict[str, Any], names: Sequence[str], absent: Any = None) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm.config import ModelConfig
-from dlm.params import num_params
+from dlm.params import num_expert_params, num_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +78,24 @@ def forward_cost(
 ) -> tuple[float, float]:
     """Operations and bytes that one forward over `window` positions cannot avoid.
 
-    Bytes: every weight once, the cached keys and values once. Operations: two per weight and
-    position (the head for `judged` positions), plus attention.
+    Bytes: every weight once, the cached keys and values once; of experts those that somebody
+    chooses, if all are chosen alike. Operations: two per weight that a position uses (the head for
+    `judged` positions), plus attention.
     """
     head = cfg.vocab_size * cfg.d_model
     embeddings = head if cfg.tie_embeddings else 2 * head
     body = num_params(cfg) - embeddings
+    used, read = float(body), float(body)
+    if cfg.experts is not None:
+        chosen, share = num_expert_params(cfg), cfg.experts.num_chosen / cfg.experts.num_experts
+        used -= chosen * (1 - share)
+        read -= chosen * (1 - share) ** (batch * window)
     width = cfg.n_heads * cfg.head_dim
     attention = 4 * batch * window * (window + cached) * width * cfg.n_layers
-    flops = 2.0 * batch * (window * body + judged * head) + attention
+    flops = 2.0 * batch * (window * used + judged * head) + attention
     item = jnp.dtype(cfg.dtype).itemsize
     cache = 2 * batch * cached * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers
-    return flops, float(item * (body + head + cache))
+    return flops, float(item * (read + head + cache))
 
 
 def table(results: list[dict[str, Any]], case: str, columns: list[str]) -> str:

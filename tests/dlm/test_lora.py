@@ -14,6 +14,7 @@ import safetensors.numpy
 
 import dlm
 from dlm import lora as lora_lib
+from dlm.config import Experts
 from dlm.hf.weights import save_hf
 from dlm.lora import TARGETS, Lora
 from dlm.models.decoder import forward
@@ -23,6 +24,7 @@ from dlm.tokenizer import word_tokenizer
 from dlm.trainable import Learned
 from dlm.window import Window
 from tests.lib import toys
+from tests.lib.kinds import model
 from tests.lib.models import TOY_CFG, dream_toy
 from tests.lib.objectives import make_batch
 from tests.lib.oracle import Model
@@ -36,6 +38,19 @@ from train.objectives.masked_diffusion import MaskedDiffusion
 # D 16, N H 24, K H 12, F 20: no two sizes agree.
 WIDE = dataclasses.replace(TOY_CFG, head_dim=6, d_ff=20, qkv_bias=True, shifted_logits=True)
 LORA = Lora(rank=3, alpha=6.0)
+# What makes a published model of one of another kind.
+FAMILIES = {
+    "gemma": dict(
+        embed_scale=8.0, tie_embeddings=True, shifted_logits=True, mask_token_id=None,
+        logit_cap=None, norm_eps=1e-6,
+    ),
+    "experts behind a dense layer": dict(  # whose q, k and v are one matrix
+        pattern=("dense global rotary", *["experts global rotary"] * 3), sliding_window=None,
+        qk_norm=True, block_len=32, never_causal=True, rotary_dim=None,
+        experts=Experts(num_experts=4, num_chosen=2, d_ff=24, scores="sigmoid", bias="choose"),
+    ),
+}  # fmt: skip
+PREFIX, SAVED = "base_model.model.", "adapter_model.safetensors"
 SIZES = {  # of WIDE: what goes in, what comes out
     "q": (16, 24), "k": (16, 12), "v": (16, 12), "o": (24, 16),
     "gate": (16, 20), "up": (16, 20), "down": (20, 16),
@@ -130,6 +145,43 @@ def test_only_targets_change_and_only_by_their_own():
                 assert (merged["layers"][name][leaf] != 0).any() == is_target
         low_rank = attached["layers"][group][target]
         assert low_rank.scale == 2.0 and low_rank.weight is zeros["layers"][group][target]
+
+
+@pytest.mark.parametrize("name", ["gemma", "experts behind a dense layer"])
+def test_models_of_other_layers(tmp_path, name):
+    """Attached, merged, and saved and loaded, also where layers lie in two stacks."""
+    cfg, params = model(name, attention_cap=None, **FAMILIES[name])
+    lora = Lora(rank=3, alpha=6.0, targets=("q", "v", "o"))
+    delta = random_delta(lora, cfg)
+    window = Window(*(jnp.broadcast_to(jnp.arange(7), (2, 7)),) * 2)
+    run = jax.jit(lambda params: forward(params, cfg, window).hidden)
+    attached = run(lora.attach(cfg, Learned(params), delta).target)
+    np.testing.assert_allclose(run(jax.jit(lora.merge)(params, delta)), attached, atol=3e-5)
+    assert np.abs(attached - run(params)).max() > 0.1
+    lora_lib.save(tmp_path, lora, delta, cfg)
+    again, loaded = lora_lib.load(tmp_path, cfg)
+    assert again.rank == (3 if name == "gemma" else 6) and again.scale == lora.scale
+    np.testing.assert_allclose(run(jax.jit(again.merge)(params, loaded)), attached, atol=3e-5)
+    save_hf(tmp_path / "base", params, cfg)
+    save_hf(tmp_path / "merged", jax.jit(lora.merge)(params, delta), cfg)
+    base, merged, tensors = (
+        safetensors.numpy.load_file(tmp_path / file)
+        for file in ("base/model.safetensors", "merged/model.safetensors", SAVED)
+    )
+    changed = {name for name in base if (base[name] != merged[name]).any()}
+    assert len(tensors) == 2 * len(changed)
+    for weight in changed:
+        a, b = (tensors[PREFIX + weight.replace("weight", f"lora_{x}.weight")] for x in "AB")
+        np.testing.assert_allclose(merged[weight], base[weight] + 2 * b @ a, atol=1e-5)
+
+
+def test_mlps_that_are_not_there_are_refused():
+    cfg, _ = model("experts behind a dense layer")
+    with pytest.raises(ValueError, match="targets has 'gate', but MLPs of the model are experts"):
+        LORA.specs(cfg)
+    cfg, _ = model("gpt2")
+    with pytest.raises(ValueError, match=r"'gate', .* without a gate: name some of q, k, v, o, up"):
+        LORA.specs(cfg)
 
 
 def test_dtypes(wide):
@@ -271,7 +323,8 @@ def saved(tmp_path):
         ({"peft_type": "LOHA"}, "peft_type='LOHA' must be 'LORA'"),
         ({"use_dora": True}, "use_dora=True must be False"),
         ({"use_rslora": True}, "use_rslora=True must be False"),  # alpha / sqrt(r)
-        ({"alpha_pattern": {"q_proj": 1}}, "alpha_pattern={'q_proj': 1} must be {}"),
+        ({"alpha_pattern": {"q_proj": 1}}, "alpha_pattern={'q_proj': 1} and .* leave alpha / r=2"),
+        ({"rank_pattern": {"qkv": 3}}, "rank_pattern={'qkv': 3} must be of modules"),
         ({"r": 4}, r"q_proj.lora_A.weight is \[3, 16\] and must be \[4, 16\]"),
     ],
 )

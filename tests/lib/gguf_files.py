@@ -1,5 +1,7 @@
 """Small GGUF files, written by the gguf package as converters do."""
 
+import itertools
+
 import gguf
 import numpy as np
 
@@ -20,6 +22,12 @@ NAMES = {
     "model.layers.{}.mlp.gate_proj.weight": "blk.{}.ffn_gate.weight",
     "model.layers.{}.mlp.up_proj.weight": "blk.{}.ffn_up.weight",
     "model.layers.{}.mlp.down_proj.weight": "blk.{}.ffn_down.weight",
+    "model.layers.{}.self_attn.o_proj.bias": "blk.{}.attn_output.bias",
+    "model.layers.{}.mlp.gate_proj.bias": "blk.{}.ffn_gate.bias",
+    "model.layers.{}.mlp.up_proj.bias": "blk.{}.ffn_up.bias",
+    "model.layers.{}.mlp.down_proj.bias": "blk.{}.ffn_down.bias",
+    "model.layers.{}.mlp.gate.weight": "blk.{}.ffn_gate_inp.weight",
+    "model.layers.{}.block_sparse_moe.gate.weight": "blk.{}.ffn_gate_inp.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
     "model.transformer.wte.weight": "token_embd.weight",
@@ -34,6 +42,16 @@ NAMES = {
     "model.transformer.blocks.{}.ff_out.weight": "blk.{}.ffn_down.weight",
     "model.transformer.ln_f.weight": "output_norm.weight",
     "model.transformer.ff_out.weight": "output.weight",
+}
+
+# Tensors of single experts -> theirs, of all of a layer.
+EXPERTS = {
+    "model.layers.{}.mlp.experts.{expert}.gate_proj.weight": "blk.{}.ffn_gate_exps.weight",
+    "model.layers.{}.mlp.experts.{expert}.up_proj.weight": "blk.{}.ffn_up_exps.weight",
+    "model.layers.{}.mlp.experts.{expert}.down_proj.weight": "blk.{}.ffn_down_exps.weight",
+    "model.layers.{}.block_sparse_moe.experts.{expert}.w1.weight": "blk.{}.ffn_gate_exps.weight",
+    "model.layers.{}.block_sparse_moe.experts.{expert}.w3.weight": "blk.{}.ffn_up_exps.weight",
+    "model.layers.{}.block_sparse_moe.experts.{expert}.w2.weight": "blk.{}.ffn_down_exps.weight",
 }
 
 BYTES = [
@@ -55,7 +73,14 @@ TOKENIZER = {
 
 def renamed(tensors, num_layers):
     """Tensors of a published directory under the names of GGUF."""
-    return {
+    of_experts = {}
+    for layer in range(num_layers):
+        for name, new in EXPERTS.items():
+            names = (name.format(layer, expert=expert) for expert in itertools.count())
+            found = [tensors[n] for n in itertools.takewhile(tensors.__contains__, names)]
+            if found:
+                of_experts[new.format(layer)] = np.stack(found)
+    return of_experts | {
         NAMES[name].format(layer): tensors[name.format(layer)]
         for name in NAMES
         for layer in (range(num_layers) if "{}" in name else (0,))

@@ -25,6 +25,7 @@ from train.collect.records import Rounds
 from train.config import ConfigError
 from train.metrics import read_metrics
 from train.objectives.learn2pd import FilterOfRounds, Learn2PDLoss
+from train.objectives.masked_diffusion import MaskedDiffusion
 
 C = 8
 
@@ -215,10 +216,9 @@ def test_what_does_not_fit_is_refused(recorded, config, tmp_path):
     refused(r"num_eval_batches=2 must be 1 with data.batch_size=0", train__num_eval_batches=2)
     refused(r"keep_best=True needs data.valid", data__valid=None)
     refused(r"data.train has 720 rows.* must be a multiple of mesh.data .* = 7", mesh__data=7)
-    refused(
-        r"MaskedDiffusion learns from 'completion', and data.task gives confidence, index",
-        train__objective={"make": "train.objectives.masked_diffusion:MaskedDiffusion"},
-    )
+    rounds = {"confidence": np.zeros((4, 8)), "index": np.arange(4)}
+    with pytest.raises(ConfigError, match=r"learns from 'completion', and data.task gives conf"):
+        loop._check_batch(MaskedDiffusion(), rounds)
     wrong = {"make": "train.objectives.learn2pd:FilterOfRounds", "block_len": 9}
     refused(r"train.trainable: block_len=9 must be 8, the rounds'", train__trainable=wrong)
     with pytest.raises(ValueError, match=r"a filter learns from .*:Rounds, and .* is Copy"):

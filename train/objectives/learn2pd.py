@@ -38,7 +38,7 @@ class FilterOfRounds(Trainable):
     """The filter, as `train.trainable`: for the model, the blocks and the confidence of the rounds.
 
     Attributes:
-      block_len: C; 0: that of the rounds.
+      block_len: >= 0, C; 0: that of the rounds.
       model: `dlm.lm.fingerprint`; "": that of the rounds.
       confidence: name of the component; "": that of the rounds.
     """
@@ -48,6 +48,10 @@ class FilterOfRounds(Trainable):
     block_len: int = 0
     model: str = ""
     confidence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.block_len < 0:
+            raise ValueError(f"block_len={self.block_len} must be at least 0")
 
     def fitted(self, task: tasks.Task) -> Self:
         if not isinstance(task, Rounds):

@@ -53,8 +53,9 @@ class InBlockCache(ExactBlocks):
     3.3 (`use_block_cache` of the public code).
 
     Attributes:
-      block_len, aligned: see `ExactBlocks`.
-      sub_len: positions per sub-block. Static.
+      block_len: >= 1, positions per block, as trained. Static.
+      aligned: see `ExactBlocks`. Static.
+      sub_len: in [1, block_len], positions per sub-block. Static.
       quorum: in [0, 1], as for `DualCache`.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,10 @@ class Klass(CommitRule):
             "klass": {"rule": cls(0.9)},
             "klass_0.6": {"rule": cls(0.6)},
         }
+
+    @classmethod
+    def example(cls, cfg: ModelConfig) -> Self:
+        return cls(0.2, max_kl=1.0)
 
     def validate(self, cfg: ModelConfig) -> None:
         check_range("threshold", self.threshold, 0, 1)

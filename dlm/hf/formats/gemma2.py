@@ -69,6 +69,8 @@ FORMAT = dataclasses.replace(
     absent={
         **qwen2.FORMAT.absent,
         "head_dim": lambda raw: 256,
+        "num_key_value_heads": keys.kv_heads(4),
+        "rms_norm_eps": lambda raw: 1e-6,
         "tie_word_embeddings": lambda raw: True,
     },
     fixed={

@@ -15,6 +15,7 @@ from dlm.hf.formats import qwen3, qwen3_moe
 from dlm.hf.rope import KEYS, read_rope, write_rope
 
 LAYER, QKV = "model.layers.{}.", ("nh", "kh", "kh")
+SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 FUSED, SHARED = LAYER + "attention.query_key_value.weight", LAYER + "mlp.shared_experts."
 
 
@@ -32,6 +33,8 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
         scale=float(keys.number(raw, "routed_scaling_factor", 1.0)),
         shared_d_ff=width * (keys.whole(raw, "num_shared_experts") or 0),
     )
+    if keys.whole(raw, SHARED_WIDTH, width) not in (width, None):
+        raise ValueError(f"{SHARED_WIDTH}={raw[SHARED_WIDTH]} must be {width}, as of other experts")
     said = read_rope(raw, theta=600_000.0, is_partial=True)
     rotated = keys.whole(raw, "rotary_dim")
     found = raw["head_dim"] if said["rotary_dim"] is None else said["rotary_dim"]
@@ -73,12 +76,16 @@ FORMAT = Format(
         "hidden_act": (("silu",), "silu"),
         "moe_router_enable_expert_bias": ((True,), True),
         "norm_head": ((False,), False),
+        "norm_softmax": ((False,), False),
         "norm_topk_prob": ((True,), True),
         "rope_scaling": ((None,), None),
+        "router_dtype": (("fp32",), "fp32"),
         "score_function": (("sigmoid",), "sigmoid"),
         "use_bias": ((False,), False),
         "use_qk_norm": ((True, False), True),  # the published code never asks
         "use_qkv_bias": ((False,), False),
+        "use_rmsnorm": ((True,), True),
+        "using_split_qkv_in_self_attention": ((False,), False),
         "use_sliding_window": ((False,), False),
     },
     implied={"qk_norm": True, "shifted_logits": False, "block_len": 32},
@@ -107,6 +114,6 @@ FORMAT = Format(
     keys=(
         *(*KEYS, "rotary_dim", "first_k_dense_replace", "num_experts", "num_experts_per_tok"),
         *("moe_intermediate_size", "n_group", "topk_group", "routed_scaling_factor"),
-        "num_shared_experts",
+        *("num_shared_experts", SHARED_WIDTH),
     ),
 )

@@ -36,7 +36,11 @@ FORMAT = dataclasses.replace(
     mistral.FORMAT,
     model_type="ministral3",
     architecture="Ministral3ForCausalLM",
-    absent={**mistral.FORMAT.absent, "head_dim": lambda raw: 128},
+    absent={
+        **mistral.FORMAT.absent,
+        "head_dim": lambda raw: 128,
+        "rms_norm_eps": lambda raw: 1e-5,
+    },
     read=_read,
     write=_write,
     keys=(*KEYS, "sliding_window", "layer_types"),

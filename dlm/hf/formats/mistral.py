@@ -30,6 +30,11 @@ FORMAT = dataclasses.replace(
     qwen2.FORMAT,
     model_type="mistral",
     architecture="MistralForCausalLM",
+    absent={
+        **qwen2.FORMAT.absent,
+        "num_key_value_heads": keys.kv_heads(8),
+        "rms_norm_eps": lambda raw: 1e-6,
+    },
     implied={"shifted_logits": True},
     has_mask=None,
     read=lambda raw: {**read_rope(raw), **read_window(raw, 4096)},

@@ -41,6 +41,7 @@ FORMAT = dataclasses.replace(
     mistral.FORMAT,
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    absent={**mistral.FORMAT.absent, "rms_norm_eps": lambda raw: 1e-5},
     extra={**mistral.FORMAT.extra, "router_aux_loss_coef": 0.001},
     tensors={
         **mistral.FORMAT.tensors,

@@ -51,6 +51,7 @@ FORMAT = dataclasses.replace(
     qwen2.FORMAT,
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
+    absent={**qwen2.FORMAT.absent, "rms_norm_eps": lambda raw: 1e-5},
     implied={"qk_norm": True, "joint_qk_norm": True, "shifted_logits": True},
     extra={**qwen2.FORMAT.extra, "router_aux_loss_coef": 0.01},
     tensors={

@@ -36,6 +36,7 @@ FORMAT = dataclasses.replace(
     qwen2.FORMAT,
     model_type="phi3",
     architecture="Phi3ForCausalLM",
+    absent={**qwen2.FORMAT.absent, "rms_norm_eps": lambda raw: 1e-5},
     implied={"shifted_logits": True},
     extra={**qwen2.FORMAT.extra, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     tensors={

@@ -89,6 +89,8 @@ FORMAT = dataclasses.replace(
     absent={
         **qwen3.FORMAT.absent,
         "head_dim": lambda raw: raw["hidden_size"] // max(1, raw["num_attention_heads"]),
+        "num_key_value_heads": keys.kv_heads(4),
+        "rms_norm_eps": lambda raw: 1e-6,
     },
     fixed={"hidden_act": (("silu",), "silu")},
     implied={"qk_norm": True, "shifted_logits": True},

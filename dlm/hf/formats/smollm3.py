@@ -45,7 +45,12 @@ FORMAT = dataclasses.replace(
     llama.FORMAT,
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
-    absent={**llama.FORMAT.absent, "tie_word_embeddings": lambda raw: True},
+    absent={
+        **llama.FORMAT.absent,
+        "num_key_value_heads": keys.kv_heads(4),
+        "rms_norm_eps": lambda raw: 1e-6,
+        "tie_word_embeddings": lambda raw: True,
+    },
     read=_read,
     write=_write,
     keys=(

@@ -11,11 +11,11 @@ V = 9
 
 
 @jax.jit
-def laws(filters, round, logits, occurred, sampling):
+def both(filters, round, logits, occurred, sampling):
     """What is left after the filters, and what autoregressive sampling draws from."""
     z = filters.mask_logits(round, logits, ())
     temperature = 1.0 if round.temperature is None else round.temperature
-    expected = sampling.replace(temperature=temperature).law(logits, occurred[:, None])
+    expected = sampling.replace(temperature=temperature).probs(logits, occurred[:, None])
     return jax.nn.softmax(z / temperature), expected
 
 
@@ -33,7 +33,7 @@ def test_they_are_those_of_autoregressive_sampling(sampling, temperature):
     logits = jax.random.normal(jax.random.key(0), (2, 3, V)) * 2
     occurred = jnp.arange(2 * V).reshape(2, V) % 3 == 0
     round = make_round([[0.5] * 3] * 2).replace(temperature=temperature, occurred=occurred)
-    left, expected = laws(Filters(sampling), round, logits, occurred, sampling)
+    left, expected = both(Filters(sampling), round, logits, occurred, sampling)
     np.testing.assert_allclose(left, expected, atol=1e-6)
     assert (np.asarray(left) == 0).any()
 

@@ -34,6 +34,7 @@ from decode.diffusion.components import (
 )
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.generate import generate
+from dlm.tokenizer import word_tokenizer
 from tests.lib.models import TOY_CFG
 from tests.lib.oracle import Model
 from tests.lib.tiers import more
@@ -188,6 +189,15 @@ def test_generate_gives_whole_texts(lm):
     queued = generate(lm, TEXTS, gen_len=BEHIND, batch_size=2, **OPTIONS)
     for a, b in zip(found, queued, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist() and a.num_forwards == b.num_forwards
+
+
+def test_gaps_in_a_string(toy_params):
+    words = word_tokenizer([f"{i} " for i in range(22)])  # then the end, 22, and MASK, 23
+    cfg = dataclasses.replace(TOY_CFG, pad_token_id=END)
+    lm = dlm.LanguageModel(toy_params, cfg, words)
+    found = generate(lm, "1 2 <|mdm_mask|><|mdm_mask|>5 6 <|mdm_mask|>8 ", gen_len=0, **OPTIONS)
+    canvas, _, _ = fill_plainly(Model(lm.params, cfg), [1, 2, M, M, 5, 6, M, 8], 0, 4, 0.4)
+    assert found.tokens.tolist() == canvas and found.text == words.decode(canvas)
 
 
 def test_without_gaps_it_is_plain_decoding(lm):

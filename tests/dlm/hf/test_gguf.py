@@ -1,5 +1,6 @@
 """Models in GGUF files: numbers, sizes, rotations, and everything that can be wrong."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,11 +14,13 @@ import pytest
 import safetensors.numpy
 
 import dlm
-from dlm import vocab
+from dlm import rope, vocab
+from dlm.config import Experts
 from dlm.hf import gguf_file
 from dlm.hf.files import read_config
 from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import READABLE, GGUFTensor, open_gguf
+from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
 from dlm.models.decoder import forward
 from dlm.sharding import make_mesh
@@ -201,14 +204,64 @@ def test_qwen(tmp_path, kind):
     assert_same(lm.params, jax.tree.map(jnp.asarray, params))
 
 
-def test_a_llama_with_biases(tmp_path):
-    """They are put in order as the rows of their matrices are."""
-    cfg = dataclasses.replace(CFG, qkv_bias=True, mask_token_id=None)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_llama_with_biases(tmp_path, everywhere):
+    """Those of queries and keys are put in order as the rows of their matrices are."""
+    cfg = dataclasses.replace(
+        CFG, qkv_bias=True, o_bias=everywhere, mlp_bias=everywhere, mask_token_id=None
+    )
     params = random_params(cfg)
-    save_hf(tmp_path / "hf", params, cfg)  # as Qwen2
+    save_hf(tmp_path / "hf", params, cfg)  # as Qwen2 or as Llama
     path = write_gguf(
         tmp_path / "model.gguf",
         model_metadata(cfg, "llama", **{"tokenizer.ggml.mask_token_id": None}),
+        tensors_of(tmp_path / "hf", cfg, swaps=True),
+    )
+    lm = dlm.load(path)
+    assert lm.cfg == cfg
+    assert_same(lm.params, jax.tree.map(jnp.asarray, params))
+    dlm.save(tmp_path / "again", dataclasses.replace(lm, tokenizer=None))
+    assert dlm.load(tmp_path / "again").cfg == cfg
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_experts(tmp_path, name):
+    """All of a layer in one tensor; Mixtral is a Llama here."""
+    is_qwen = name == "qwen3moe"
+    cfg = dataclasses.replace(
+        CFG, pattern=("experts global rotary",), qk_norm=is_qwen, mask_token_id=None,
+        experts=Experts(num_experts=4, num_chosen=2, d_ff=32 if is_qwen else CFG.d_ff),
+        family="Qwen3MoeForCausalLM" if is_qwen else "MixtralForCausalLM",
+    )  # fmt: skip
+    params = random_params(cfg)
+    save_hf(tmp_path / "hf", params, cfg)
+    more = {
+        "tokenizer.ggml.mask_token_id": None,
+        f"{name}.expert_count": 4,
+        f"{name}.expert_used_count": 2,
+        f"{name}.expert_feed_forward_length": 32 if is_qwen else None,
+    }
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model_metadata(cfg, name, **more),
+        tensors_of(tmp_path / "hf", cfg, swaps=not is_qwen),
+    )
+    lm = dlm.load(path)
+    assert lm.cfg == dataclasses.replace(cfg, family=lm.cfg.family)
+    assert_same(lm.params, jax.tree.map(jnp.asarray, params))
+    dlm.save(tmp_path / "again", dataclasses.replace(lm, tokenizer=None))
+    assert dlm.load(tmp_path / "again").cfg == lm.cfg
+
+
+def test_smollm3(tmp_path):
+    """Every fourth layer rotates nothing, and is stored as if it did."""
+    pattern = ("dense global rotary",) * 3 + ("dense global none",)
+    cfg = dataclasses.replace(CFG, n_layers=8, pattern=pattern, mask_token_id=None)
+    params = random_params(cfg)
+    save_hf(tmp_path / "hf", params, cfg)
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model_metadata(cfg, "smollm3", **{"tokenizer.ggml.mask_token_id": None}),
         tensors_of(tmp_path / "hf", cfg, swaps=True),
     )
     lm = dlm.load(path)
@@ -276,6 +329,39 @@ def test_what_changes_nothing_is_accepted(written):
     assert read_gguf_config(open_gguf(written(**{"llama.rope.scaling.factor": 1.0}))) == CFG
 
 
+def test_frequencies_that_are_stretched(written):
+    def scaling(**keys):
+        keys = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+        return read_gguf_config(open_gguf(written(**keys))).rope_scaling
+
+    assert scaling(type="linear", factor=4.0) == rope.Linear(factor=4.0)
+    assert scaling(factor=4.0) == rope.Linear(factor=4.0)
+    assert scaling(type="none", factor=4.0) is None
+    path = written(**{"llama.rope.scale_linear": 2.0})
+    assert read_gguf_config(open_gguf(path)).rope_scaling == rope.Linear(factor=2.0)
+    yarn = scaling(type="yarn", factor=4.0, original_context_length=50, finetuned=True)
+    expected = rope.Yarn(factor=4.0, original_max_seq_len=50, attention=1 + 0.1 * np.log(4))
+    assert yarn == expected
+    beta = scaling(type="yarn", factor=4.0, yarn_beta_fast=16.0, yarn_beta_slow=2.0)
+    assert beta == dataclasses.replace(
+        expected, beta_fast=16.0, beta_slow=2.0, original_max_seq_len=CFG.max_seq_len
+    )
+
+
+def test_all_ends_of_a_text_end_it(written):
+    ends = {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 5}
+    assert read_gguf_config(open_gguf(written(**ends))).eos_ids == (256, 3, 5)
+    # A control token of a known name, though no key says so; as text it would be none.
+    tokens = [*TOKENIZER["tokenizer.ggml.tokens"][:258], "<|im_end|>", "<|eot_id|>"]
+    types = [*TOKENIZER["tokenizer.ggml.token_type"][:258], 3, 4]
+    named = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": ["! !"],
+    }
+    assert read_gguf_config(open_gguf(written(**named))).eos_ids == (256, 258)
+
+
 def llama3_divisors(factor, head_dim, theta):
     """As Llama 3's converter writes them: by wavelength, of a model trained on 8192 positions."""
     divisors = []
@@ -309,24 +395,37 @@ def test_frequencies_of_llama_3(written, factor):
     [
         ({"llama.attention.head_count": [4, 4]}, r"head_count=\[4, 4\] must be one int"),
         ({"llama.attention.head_count": 4.0}, "head_count=4.0 must be one int"),
-        ({"llama.block_count": None}, "must give llama.block_count"),
-        ({"llama.attention.layer_norm_rms_epsilon": None}, "must give llama.attention.layer_norm"),
-        ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported .* only 0 is"),
+        ({"llama.block_count": None}, "llama.block_count must be given"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "norm_rms_epsilon must be given"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count must be given"),
+        ({"llama.expert_count": 2, "llama.expert_used_count": 3}, "num_chosen=3 must be in"),
+        (
+            {"llama.expert_count": 2, "llama.expert_used_count": 1},
+            r"missing: blk.0.ffn_down_exps.weight \[2, 64, 96\]",
+        ),
+        ({"llama.attention.head_count_kv": 3}, "n_heads=4 must be a multiple of n_kv_heads=3"),
+        ({"llama.expert_gating_func": 2}, "expert_gating_func=2 is not supported .* only 1 is"),
+        ({"llama.block_count": 10**9}, "block_count=1000000000 must be at most the number of"),
         ({"llama.attention.causal": False}, "causal=False is not supported .* only True is"),
         ({"llama.rope.dimension_count": 16}, "dimension_count=16 is not supported .* only 32 is"),
         ({"llama.attention.value_length": 16}, "value_length=16 is not supported"),
         ({"llama.vocab_size": 259}, "vocab_size=259 is not supported .* only 260 is"),
         ({"llama.attention.sliding_window": 8}, "llama.attention.sliding_window=8 is not known"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn' with fact"),
-        ({"llama.rope.scaling.factor": 4.0}, "'linear' with factor 4.0 is not supported"),
-        ({"llama.rope.scale_linear": 4.0}, "'linear' with factor 4.0 is not supported"),
+        (
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
+            "rope.scaling.type='longrope' is not supported; only 'none', 'linear' and 'yarn' are",
+        ),
+        (
+            {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.attn_factor": 2.0},
+            "rope.scaling.attn_factor=2.0 is not known",
+        ),
         ({"mystery.key": 1}, "mystery.key=1 is not known for llama models"),
         ({"diffusion.shift_logits": False}, "diffusion.shift_logits=False is not supported"),
-        ({"split.count": 3}, "one of several parts .*: join them"),
+        ({"split.count": 3}, "split.count=3 must be 1: llama-gguf-split joins parts"),
         ({"general.type": "adapter"}, "general.type='adapter' must be 'model'"),
         ({"general.architecture": "rwkv7"}, "architecture='rwkv7' is not supported; only 'llama'"),
         ({"general.quantization_version": 1}, "quantization_version=1 must be 2"),
-        ({"tokenizer.ggml.eos_token_id": None}, "must give tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.ggml.eos_token_id": None}, "tokenizer.ggml.eos_token_id must be given"),
         ({"tokenizer.ggml.eos_token_id": 260}, "eos_token_id=260 must be one of the 260 tokens"),
         ({"tokenizer.ggml.bos_token_id": "1"}, "bos_token_id='1' must be one of the 260 tokens"),
     ],
@@ -341,7 +440,7 @@ def test_metadata_that_is_refused(written, changes, message):
     [
         ({"blk.1.ffn_up.weight": None}, r"missing: blk.1.ffn_up.weight \[96, 64\]"),
         ({"blk.1.ffn_up.bias": np.ones(96, np.float32)}, r"unexpected: blk.1.ffn_up.bias \[96\]"),
-        ({"token_embd.weight": None}, "must hold the tensor token_embd.weight"),
+        ({"token_embd.weight": None}, "there must be a tensor token_embd.weight"),
         ({"output_norm.weight": np.ones(65, np.float32)}, r"output_norm.weight \[65\] instead of"),
         ({"output_norm.weight": np.ones(64, np.int8)}, "tensors of kind I8; those that are read"),
     ],
@@ -404,6 +503,26 @@ def test_damaged_headers_give_a_sentence_or_a_model(written):
             refused += 1
             assert len(str(error)) < 2000
     assert refused > 100
+
+
+def test_values_of_another_kind_give_a_sentence(written):
+    """Every key with values of every kind: never an error from inside."""
+    more = {
+        "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0,
+        "llama.rope.scaling.original_context_length": 9, "llama.rope.scaling.yarn_beta_fast": 8.0,
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eot_token_id": 1, "split.count": 1,
+        "tokenizer.ggml.unknown_token_id": 1, "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "x", "general.type": "model", "general.alignment": 32,
+        "llama.expert_count": 0, "llama.expert_used_count": 0, "llama.vocab_size": 260,
+    }  # fmt: skip
+    file = open_gguf(written(**more))
+    assert read_gguf_config(file).bos_token_id == load_gguf_tokenizer(file).bos_token_id == 1
+    for key in file.metadata:
+        for value in (-1, 0, 7, 2**63, 0.5, float("nan"), True, "text", [], [1], ["a"]):
+            changed = dataclasses.replace(file, metadata=file.metadata | {key: value})
+            for read in (read_gguf_config, load_gguf_tokenizer):
+                with contextlib.suppress(ValueError):
+                    read(changed)
 
 
 def test_smollm2_that_is_installed(tmp_path, monkeypatch):

@@ -99,6 +99,16 @@ def test_kinds_of_tokens():
     assert tokenizer.vocab_size == 261
 
 
+def test_chat_templates():
+    one = read({**TOKENIZER, "tokenizer.chat_template": "{{ unk_token }}!"}, unknown_token_id=5)
+    assert one.chat_template == "{{ unk_token }}!"
+    assert one.apply_chat_template([{"role": "user", "content": "x"}]) == f"{BYTES[5]}!"
+    named = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
+    assert read({**TOKENIZER, **named}).chat_template == {"default": "a", "tool_use": "b"}
+    with pytest.raises(ValueError, match="chat template 'default' is 1, not text"):
+        read({**TOKENIZER, "tokenizer.chat_template": 1})
+
+
 def test_a_whole_tokenizer_comes_first():
     whole = byte_tokenizer().backend.to_str()
     keys = {"tokenizer.huggingface.json": whole, "tokenizer.chat_template": "{{ bos_token }}"}
@@ -116,18 +126,19 @@ def test_a_whole_tokenizer_comes_first():
         ({"model": None}, "model=None is not supported"),
         ({"pre": "mystery"}, "pre='mystery' is not known; only 'gpt-2', 'llama-bpe'"),
         ({"pre": None}, "pre=None is not known"),
-        ({"tokens": None}, "must give tokenizer.ggml.tokens"),
-        ({"tokens": [1] * 260}, "must give tokenizer.ggml.tokens, a list of strings"),
+        ({"tokens": None}, "tokenizer.ggml.tokens must be given"),
+        ({"tokens": [1] * 260}, "tokenizer.ggml.tokens must be a list of str"),
         ({"token_type": [1] * 259}, "token_type must be a list of 260 numbers"),
         ({"tokens": [*TOKENIZER["tokenizer.ggml.tokens"][:-1], "ab"]}, "1 of .* are there twice"),
         ({"merges": None}, "merges must be a list of pairs"),
         ({"merges": ["a b", "ab"]}, "merges must be a list of pairs"),
+        ({"add_bos_token": 1}, "add_bos_token must be bool"),
         ({"merges": ["a c"]}, "broken tokenizer.ggml.merges"),
         ({"add_space_prefix": True}, "add_space_prefix must be false"),
         ({"add_bos_token": True}, "add_bos_token needs bos_token_id beside it"),
         ({"add_sep_token": True}, "add_sep_token is not known"),
         ({"mystery": 1}, "tokenizer.ggml.mystery is not known for tokenizers of kind 'gpt2'"),
-        ({"eos_token_id": None}, "must give tokenizer.ggml.eos_token_id"),
+        ({"eos_token_id": None}, "tokenizer.ggml.eos_token_id must be given"),
     ],
 )
 def test_tokenizers_that_are_refused(changes, message):

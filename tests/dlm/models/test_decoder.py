@@ -13,7 +13,14 @@ from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
-from dlm.params import abstract_params, init_params, num_params, param_shardings, param_specs
+from dlm.params import (
+    abstract_params,
+    init_params,
+    num_expert_params,
+    num_params,
+    param_shardings,
+    param_specs,
+)
 from dlm.presets import PRESETS
 from dlm.sharding import constrain, logical_sharding, make_mesh
 from dlm.window import BlockDiffusion, Slots, Window
@@ -123,6 +130,22 @@ def test_remat_changes_no_gradient():
 def test_published_sizes():
     assert num_params(PRESETS["llada_8b"]) == 8_015_581_184
     assert num_params(PRESETS["dream_7b"]) == 7_615_616_512
+    for name, expected in {
+        "llada2_mini": 16_255_643_392,
+        "qwen3_30b_a3b": 30_532_122_624,
+        "mistral_7b": 7_241_732_096,
+        "mixtral_8x7b": 46_702_792_704,
+        "olmoe_1b_7b": 6_919_161_856,
+        "gemma2_2b": 2_614_341_888,
+        "gemma3_1b": 999_885_952,
+        "phi3_mini_4k": 3_821_079_552,
+        "smollm3_3b": 3_075_098_624,
+        "gpt2": 124_439_808,
+    }.items():
+        assert num_params(PRESETS[name]) == expected
+    mini = PRESETS["llada2_mini"]  # 16B, of which 1.4B are used
+    used = num_params(mini) - num_expert_params(mini) * (1 - 8 / 256)
+    assert round(used / 1e9, 1) == 1.4
     non_embedding = num_params(PRESETS["llada_8b"]) - 2 * 126464 * 4096
     assert round(non_embedding / 1e9, 2) == 6.98
 

@@ -16,6 +16,7 @@ def canvas_of(num_slots, **fields):
     nobody = jnp.zeros(2, bool)
     return Canvas(
         tokens=jnp.zeros((2, num_slots), jnp.int32), is_active=nobody, block_is_new=nobody,
+        undecided=jnp.ones((2, num_slots), bool),
         mix=None, window_start=arrays["block_start"], prompt_len=8, has_shadow=True, **arrays,
     )  # fmt: skip
 
