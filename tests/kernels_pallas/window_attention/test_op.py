@@ -104,7 +104,7 @@ def limited_case(seed=0):
 def test_limited_sight_is_by_position(implementation):
     """Whatever slot a key lies in; a key at the reach itself is not seen, one nearer is."""
     (q, k, v), arguments, allowed = limited_case()
-    got, _ = window_attention(q, k, v, **arguments, implementation=implementation)
+    got = window_attention(q, k, v, **arguments, implementation=implementation)
     ck, cv = arguments["cache"]
     for b in range(2):
         keys, values = (
@@ -120,7 +120,7 @@ def test_limited_sight_is_by_position(implementation):
 def test_scale_and_cap_of_scores(implementation):
     """cap tanh(scale q k / cap), by hand."""
     q, k, v, _, _ = random_case(np.random.default_rng(0), 1, 6, 1, 2, 2, 8)
-    got, _ = window_attention(q, k, v, scale=0.7, cap=1.5, implementation=implementation)
+    got = window_attention(q, k, v, scale=0.7, cap=1.5, implementation=implementation)
     scores = 1.5 * np.tanh(0.7 * np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) / 1.5)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(got, np.einsum("bnts,bsnh->btnh", weights, v), atol=1e-5)
