@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from dlm.config import ModelConfig
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
-from kernels_pallas.slots import put_slots, take_slots
+from kernels_pallas.slots import put_slots, put_windows, take_slots
 
 
 class KVCache(struct.PyTreeNode):
@@ -62,14 +63,51 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     return KVCache(k=zeros(), v=zeros(), positions=positions)
 
 
-def write(cache: KVCache, new: KVCache, start: jax.Array) -> KVCache:
-    """Puts the slots of `new` into slots start [B] and behind it."""
+def write(
+    cache: KVCache,
+    new: KVCache,
+    start: jax.Array,
+    rows: jax.Array | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> KVCache:
+    """Puts new keys and values into slots start [B] and behind it, in place.
 
-    def put(cache: KVCache, new: KVCache, start: jax.Array, axis: str | None) -> KVCache:
-        by_row = jax.vmap(functools.partial(put_slots, axis=axis), in_axes=(1, 1, 0), out_axes=1)
-        return jax.tree.map(lambda x, new: by_row(x, new, start), cache, new)
+    Args:
+      cache: see above.
+      new: [n, B, K, T, H]: of T slots.
+      start: see above.
+      rows: [B] bool. Rows that are written; None: all.
+      layers: the n layers that are written; None: all.
+    """
 
-    return _per_shard(put, cache, new=new, start=start)
+    at = jnp.arange(len(cache.k)) if layers is None else jnp.array(layers)
+
+    def put(cache: KVCache, new: KVCache, axis: str | None, **by_row: Any) -> KVCache:
+        start, rows = by_row["start"], by_row["rows"]
+        fill = lambda x, new: put_windows(x, new.astype(x.dtype), start, rows, at, axis)  # noqa: E731
+        return dataclasses.replace(cache, k=fill(cache.k, new.k), v=fill(cache.v, new.v))
+
+    return _per_shard(put, cache, new=new, start=start, rows=rows)
+
+
+def fill_layer(
+    cache: KVCache, new: KVCache, layer: jax.Array | int, rows: jax.Array | None
+) -> KVCache:
+    """Puts new keys and values [B, K, S, H] of all slots into one layer.
+
+    Args:
+      cache, new: see above.
+      layer: scalar int32.
+      rows: [B] bool. Rows that are written; None: all.
+    """
+
+    def fill(x: jax.Array, new: jax.Array) -> jax.Array:
+        if rows is not None:
+            old = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+            new = jnp.where(rows[:, None, None, None], new.astype(x.dtype), old)
+        return jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), layer, axis=0)
+
+    return dataclasses.replace(cache, k=fill(cache.k, new.k), v=fill(cache.v, new.v))
 
 
 def write_positions(
@@ -103,19 +141,19 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
       index: [B, n] int32. Where, from `start`, what belongs there lies.
     """
 
-    def move(x: jax.Array, start: jax.Array, index: jax.Array, axis: str | None) -> jax.Array:
-        kept = take_slots(x, start + index, axis)  # all is read before anything is written
-        return put_slots(x, kept, start, axis)
+    def move(cache: KVCache, start: jax.Array, index: jax.Array, axis: str | None) -> KVCache:
+        def one(x: jax.Array) -> jax.Array:
+            take = jax.vmap(functools.partial(take_slots, axis=axis), in_axes=(1, 0), out_axes=1)
+            kept = take(x, start[:, None] + index)  # all is read before anything is written
+            return put_windows(x, kept, start, None, jnp.arange(len(x)), axis)
 
-    def by_row(cache: KVCache, start: jax.Array, index: jax.Array, axis: str | None) -> KVCache:
-        moved = jax.vmap(functools.partial(move, axis=axis), in_axes=(1, 0, 0), out_axes=1)
-        return jax.tree.map(lambda x: moved(x, start, index), cache)
+        return jax.tree.map(one, cache)
 
-    return _per_shard(by_row, cache, start=start, index=index)
+    return _per_shard(move, cache, start=start, index=index)
 
 
 def _per_shard(
-    function: Callable[..., KVCache], cache: KVCache, **operands: jax.Array | KVCache
+    function: Callable[..., KVCache], cache: KVCache, **operands: jax.Array | KVCache | None
 ) -> KVCache:
     """On every device's part; `function` is told over which axis of the mesh slots are split."""
     _, B, K, S, _ = cache.k.shape

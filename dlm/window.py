@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dlm.cache import KVCache
+from dlm.cache import KVCache, write
 from kernels_pallas.window_attention import Mask
 
 
@@ -102,6 +102,17 @@ class Slots(struct.PyTreeNode):
     write_at: jax.Array | None = None
     write_rows: jax.Array | None = None
     length: jax.Array | None = None
+
+    def store(self, new: KVCache, layers: tuple[int, ...] | None = None) -> KVCache:
+        """The cache with what a window leaves in it; as it is if nothing is to be written.
+
+        Args:
+          new: [n, B, K, T, H]. The window's keys and values.
+          layers: the n layers that are written; None: all.
+        """
+        if self.write_at is None:
+            return self.cache
+        return write(self.cache, new, self.write_at, self.write_rows, layers)
 
     @classmethod
     def below(cls, cache: KVCache, start: jax.Array) -> Self:

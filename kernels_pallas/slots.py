@@ -41,6 +41,55 @@ def put_slots(old: jax.Array, new: jax.Array, at: jax.Array, axis: str | None = 
     return jax.lax.dynamic_update_slice_in_dim(old, after, here, axis=old.ndim - 2)
 
 
+def put_windows(
+    x: jax.Array,
+    new: jax.Array,
+    at: jax.Array,
+    rows: jax.Array | None,
+    layers: jax.Array,
+    axis: str | None = None,
+) -> jax.Array:
+    """A stack of rows with a window of new slots in each, written in place where it is given away.
+
+    Args:
+      x: [L, B, K, S, H]. The slots of this device.
+      new: [n, B, K, T, H].
+      at: [B] int32. First slot that is written; at + T is at most the number of slots.
+      rows: [B] bool. Rows that are written; None: all.
+      layers: [n] int32. Layers that are written, each another.
+      axis: the mesh axis over which slots are split, in order; None: all are here.
+
+    Returns:
+      [L, B, K, S, H].
+    """
+    if axis is not None:
+        old = jnp.take(x, layers, axis=0)
+        by_layer = jax.vmap(
+            lambda old, new: jax.vmap(lambda old, new, at: put_slots(old, new, at, axis))(
+                old, new, at
+            )
+        )
+        written = by_layer(old, new)
+        if rows is not None:
+            written = jnp.where(rows[None, :, None, None, None], written, old)
+        return x.at[layers].set(written)
+    # A scatter of whole windows: an update of slices, mapped over rows, would be compiled into one
+    # that turns the cache around and back, and one that reads what it keeps into one that copies.
+    first = at if rows is None else jnp.where(rows, at, x.shape[3])  # beyond the end: dropped
+    place = jnp.stack(
+        jnp.broadcast_arrays(layers[:, None], jnp.arange(len(at))[None], first[None]), axis=-1
+    )
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2, 3, 4),
+        inserted_window_dims=(0, 1),
+        scatter_dims_to_operand_dims=(0, 1, 3),
+    )
+    return jax.lax.scatter(
+        x, place, new, numbers, unique_indices=True,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )  # fmt: skip
+
+
 def take_slots(old: jax.Array, slots: jax.Array, axis: str | None = None) -> jax.Array:
     """[..., n, H]: the slots [n] int32 of `old` [..., S, H], on every device.
 

@@ -21,7 +21,6 @@ import train
 from decode.complete import complete
 from decode.core.component import Part
 from decode.core.requests import read_requests
-from decode.core.results import TopTokens
 from decode.core.sampling import Sampling
 from decode.diffusion import loop as diffusion
 from decode.diffusion import step as rounds
@@ -35,14 +34,13 @@ from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.components import DRAFTERS, Suffix
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
-from dlm.blocks.rotary import rotary_angles
 from dlm.cache import init_cache
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.heads.learn2pd import init_filter
 from dlm.lm import LanguageModel
 from dlm.lora import Lora
 from dlm.models import decoder
-from dlm.params import OfLayer, abstract_params
+from dlm.params import abstract_params
 from dlm.tasks import Encoded
 from dlm.trainable import Learned
 from dlm.window import Slots, Window
@@ -268,15 +266,6 @@ def test_what_is_said_of_the_vocabulary():
 
     for stats in jax.eval_shape(read, PARAMS, hidden, noise, ids):
         check(stats, M=5)
-
-
-def test_what_models_of_other_kinds_have():
-    positions = jax.ShapeDtypeStruct((3, 5), jnp.int32)
-    turned = lambda positions: rotary_angles(positions, CFG)
-    check(jax.eval_shape(turned, positions), T=5, R=CFG.head_dim)
-    check(OfLayer(jax.ShapeDtypeStruct((2, 4), jnp.float32), np.int32(0)))
-    check(vocab.CappedHead(PARAMS["embed"], 30.0))
-    check(TopTokens(np.zeros((3, 5, 2), np.int32), np.zeros((3, 5, 2), np.float32)), G=5, n=2)
 
 
 def test_requests_and_completions(toy_params):

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from dlm.blocks.linear import to_heads
 from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import Angles, rotate
-from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.params import Params
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
@@ -35,7 +34,7 @@ def attend(
     reach: jax.Array | int | None = None,
     scale: float | None = None,
     cap: float | None = None,
-) -> tuple[jax.Array, KVCache | None]:
+) -> jax.Array:
     """Attention, each device working on its rows, heads and slots of the cache.
 
     Args:
@@ -44,13 +43,13 @@ def attend(
       v: [B, T, K, H]. The window's own values.
       window: whose mask and range count.
       slots: the cache; None: only the window is seen.
-      layer: scalar int32. Which layer of the cache is read and written.
+      layer: scalar int32. Which layer of the cache is read.
       reach: only keys at positions less than this away are seen; None: all.
       scale: scores are multiplied by it; None: H^(-1/2).
       cap: c of c tanh(z / c), which scores z go through; None: they do not.
 
     Returns:
-      The attended values [B, T, N, H], and the written cache; None if nothing was written.
+      The attended values [B, T, N, H].
 
     Raises:
       ValueError: `BlockDiffusion` comes with slots or a range, or with what it does not know; a
@@ -71,7 +70,7 @@ def attend(
         by_head = dict.fromkeys("qkv", P(rows, None, heads))
         run = functools.partial(block_diffusion_attention, block_len=mask.block_len)
         of_blocks = by_head | {"segment_ids": P(rows)}
-        return per_shard(run, blocks, of_blocks, P(rows, None, heads)), None
+        return per_shard(run, blocks, of_blocks, P(rows, None, heads))
     operands: dict[str, Any] = {
         "q": q,
         "k": k,
@@ -80,18 +79,14 @@ def attend(
         "layer": jnp.asarray(layer, jnp.int32),
     }
     axis = None if slots is None else slots_axis(slots.cache.num_slots)
-    stacked = P(None, rows, heads, axis)
     specs: dict[str, Any] = dict.fromkeys("qkv", P(rows, None, heads))
     specs |= {"window_range": P(rows), "layer": P()}
     if slots is not None:
         operands |= {
             "cache": (slots.cache.k, slots.cache.v),
             "cache_ranges": slots.ranges,
-            "write_at": slots.write_at,
-            "write_rows": slots.write_rows,
         }
-        of_rows = ("cache_ranges", "write_at", "write_rows")
-        specs |= dict.fromkeys(of_rows, P(rows)) | {"cache": stacked}
+        specs |= {"cache_ranges": P(rows), "cache": P(None, rows, heads, axis)}
     if reach is not None:
         cached = None if slots is None or slots.ranges is None else slots.cache.positions
         if slots is not None and slots.ranges is not None and cached is None:
@@ -104,11 +99,7 @@ def attend(
         attention = functools.partial(attention, mask=mask)
     else:
         operands["mask"], specs["mask"] = mask, P(rows)
-    attended, written = per_shard(attention, operands, specs, (P(rows, None, heads), stacked))
-    if written is None:
-        return attended, None
-    assert slots is not None
-    return attended, slots.cache.replace(k=written[0], v=written[1])
+    return per_shard(attention, operands, specs, P(rows, None, heads))
 
 
 def project_qkv(

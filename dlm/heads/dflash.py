@@ -191,7 +191,7 @@ class DFlashNetwork(struct.PyTreeNode):
         slots = Slots.below(cache, start)
         attention = lambda i, reach, p, q, k, v: attend(  # noqa: E731
             q, k, v, window, slots, i, reach=reach
-        )[0]
+        )
         return self.run(target, window.tokens, window.positions, attention)
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:

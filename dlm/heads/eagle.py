@@ -152,18 +152,19 @@ class EagleNetwork(struct.PyTreeNode):
           slots: the layers' cache, if there is one.
 
         Returns:
-          States [B, T, D], and the written cache; None if nothing was written.
+          States [B, T, D], and the cache, written if the slots say where.
         """
-        written: KVCache | None = None
+        news: list[KVCache] = []
 
         def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            nonlocal written
-            used = slots if slots is None or written is None else slots.replace(cache=written)
-            attended, written = attend(q, k, v, window, used, i, reach=self.reach[i])
-            return attended
+            news.append(KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2)))
+            return attend(q, k, v, window, slots, i, reach=self.reach[i])
 
         embedded = self.embed(target, window.tokens)
-        return self.run(embedded, states, window.positions, attention), written
+        states = self.run(embedded, states, window.positions, attention)
+        if slots is None:
+            return states, None
+        return states, slots.store(jax.tree.map(lambda *x: jnp.stack(x), *news))
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
         """[B, T, V] float32 of states [B, T, D]; tokens that it cannot draft have -inf."""

@@ -117,7 +117,8 @@ def read_prefix(
     layer = jax.tree.map(lambda x: x[0], own["prefix"])
     own_cfg = prefix_config(cfg)
     angles = rotary_angles(window.positions, own_cfg)
-    return decoder_layer(hidden, layer, own_cfg, angles, window, slots)
+    hidden, new = decoder_layer(hidden, layer, own_cfg, angles, window, slots)
+    return hidden, None if slots is None else slots.store(jax.tree.map(lambda x: x[None], new))
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:

@@ -30,7 +30,7 @@ from dlm.blocks.mlp import mlp
 from dlm.blocks.moe import WEIGHTS, moe
 from dlm.blocks.norm import norm
 from dlm.blocks.rotary import Angles, rotary_angles
-from dlm.cache import KVCache, write_positions
+from dlm.cache import KVCache, fill_layer, write_positions
 from dlm.config import ModelConfig
 from dlm.params import OfLayer, Params, stacks
 from dlm.sharding import constrain
@@ -111,22 +111,27 @@ def forward(
     kinds = tuple(of_all[i] for i in run)
 
     def layer(kind: str, carry: Any, p: Params | None, at: _Place) -> Any:
-        x, written, kept = carry
+        x, filled, kept = carry
         take = lambda index: lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
         p = jax.tree.map(take(at.own), taken_out[kind]) if p is None else p
         if kind in in_place:
             p = p | {"moe": p["moe"] | {n: OfLayer(x, at.own) for n, x in in_place[kind].items()}}
         angles = tables if at.table is None else jax.tree.map(take(at.table), tables)
         kept = keep(kept, at.layer, x)
-        used = slots if slots is None or written is None else slots.replace(cache=written)
-        x, new = decoder_layer(x, p, cfg, angles, window, used, at.cached, at.reach)
-        return x, new, kept
+        x, new = decoder_layer(x, p, cfg, angles, window, slots, at.cached, at.reach)
+        if filled is not None and target is not None:
+            filled = fill_layer(filled, new, at.cached, target.write_rows)
+        is_late = target is not None and filled is None
+        return (x, filled, kept), new if is_late else None
 
-    def cycle(kinds: tuple[str, ...], carry: Any, xs: Any) -> tuple[Any, None]:
+    def cycle(kinds: tuple[str, ...], carry: Any, xs: Any) -> tuple[Any, list[KVCache | None]]:
+        news = []
         for kind, (p, at) in zip(kinds, xs, strict=True):
-            one = functools.partial(layer, kind)
-            carry = (jax.checkpoint(one, prevent_cse=False) if remat else one)(carry, p, at)
-        return carry, None
+            one: Callable[..., Any] = functools.partial(layer, kind)
+            one = jax.checkpoint(one, prevent_cse=False) if remat else one
+            carry, new = one(carry, p, at)
+            news.append(new)
+        return carry, news
 
     place = _Place(
         layer=np.array(run),
@@ -135,8 +140,13 @@ def forward(
         table=table,
         reach=_reach(cfg, run),
     )
-    given = None if slots is None else slots.cache
-    carry = (x, None if slots is None or slots.write_at is None else given, kept)
+    # A window of all slots replaces the old contents, which nobody reads, layer by layer. What
+    # other windows leave is written once, behind all layers: a loop that reads and writes the same
+    # array would copy the whole of it in every round.
+    target = None if slots is None or slots.write_at is None else slots
+    fills = target is not None and window.tokens.shape[1] == target.cache.num_slots
+    carry = (x, target.cache if target is not None and fills else None, kept)
+    late: list[KVCache] = []
     for start, period, count in repeats(kinds):
         in_cycle = kinds[start : start + period]
         xs = []
@@ -145,8 +155,14 @@ def forward(
             at = jax.tree.map(lambda x, own=own: jnp.asarray(x[own]), place)
             # Weights that are all run, in order, are scanned; of others each is read where it lies.
             xs.append((taken_out[kind] if count == len(cfg.stacks[kind]) else None, at))
-        carry, _ = jax.lax.scan(functools.partial(cycle, in_cycle), carry, xs)
+        carry, news = jax.lax.scan(functools.partial(cycle, in_cycle), carry, xs)
+        if target is not None and not fills:
+            join = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])  # noqa: E731
+            late.append(jax.tree.map(join, *news))
     x, written, kept = carry
+    if target is not None and late:
+        new = jax.tree.map(lambda *x: jnp.concatenate(x), *late)
+        written = target.store(new, None if depth == len(run) else run)
     kept = keep(kept, cfg.n_layers, x)
     hidden = norm(x, params, "final_norm", cfg)
     if cfg.logit_scale != 1:
@@ -156,7 +172,7 @@ def forward(
         written = write_positions(written, window.positions, slots.write_at, slots.write_rows)
     return ForwardOutput(
         hidden=hidden,
-        cache=given if written is None else written,
+        cache=slots.cache if slots is not None and written is None else written,
         features=None if kept is None else jnp.concatenate([*kept[:-1]], axis=-1),
     )
 
@@ -275,7 +291,7 @@ def decoder_layer(
     slots: Slots | None = None,
     layer: jax.Array | int = 0,
     reach: jax.Array | int | None = None,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, KVCache]:
     """One layer.
 
     Args:
@@ -285,11 +301,11 @@ def decoder_layer(
       angles: of `rotary_angles`; None: nothing is rotated.
       window: whose mask and range count.
       slots: the cache; None: only the window is seen.
-      layer: scalar int32. Which layer of the cache is read and written.
+      layer: scalar int32. Which layer of the cache is read.
       reach: only keys at positions less than this away are seen; None: all.
 
     Returns:
-      [B, T, D], and the written cache; None if nothing was written.
+      [B, T, D], and the keys and values of the window, each [B, K, T, H].
     """
 
     def enter(name: str) -> jax.Array:
@@ -304,7 +320,7 @@ def decoder_layer(
 
     with jax.named_scope("attention"):
         q, k, v = project_qkv(enter("attention"), p["attention"], cfg, angles)
-        attended, written = attend(
+        attended = attend(
             q, k, v, window, slots, layer,
             reach=reach, scale=cfg.attention_scale, cap=cfg.attention_cap,
         )  # fmt: skip
@@ -319,7 +335,7 @@ def decoder_layer(
         else:
             given = mlp(enter("mlp"), p["mlp"], cfg.activation)
         x = leave(given, "mlp")
-    return constrain(x, "batch", None, None), written
+    return constrain(x, "batch", None, None), KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 def _feature_buffer(

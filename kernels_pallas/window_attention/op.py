@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import choose
-from kernels_pallas.slots import Cache, first_slot, put_slots
+from kernels_pallas.slots import Cache, first_slot
 from kernels_pallas.window_attention import gpu, tpu
 from kernels_pallas.window_attention.masks import Mask, Near
 from kernels_pallas.window_attention.reference import window_attention_reference
@@ -49,14 +49,12 @@ def window_attention(
     cache: Cache | None = None,
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
-    write_at: jax.Array | None = None,
-    write_rows: jax.Array | None = None,
     near: Near | None = None,
     slots_axis: str | None = None,
     scale: float | None = None,
     cap: float | None = None,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, Cache | None]:
+) -> jax.Array:
     """Attends from a window of positions to a cache and to the window's own keys.
 
     Args:
@@ -71,26 +69,22 @@ def window_attention(
       cache_ranges: [B, R, 2] int32. Up to R ranges [first, past the last) of valid cache slots per
         row; empty where first >= last. None: no slot is attended to.
       layer: scalar int32 in [0, L). Which layer of the cache to use.
-      write_at: [B] int32. If given, the window's keys and values are written to slots
-        write_at .. write_at + T of `layer` after attention has read the old contents.
-      write_rows: [B] bool. Rows whose cache is written; None: all.
       near: how far queries see, and where queries and keys stand; None: as far as all else allows.
       slots_axis: inside `jax.shard_map`: the mesh axis over which the cache's slots are split, in
-        order; ranges and `write_at` count the slots of all devices. Served by "xla".
+        order; ranges count the slots of all devices. Served by "xla".
       scale: scores are multiplied by it; None: H^(-1/2).
       cap: c of c tanh(z / c), which scores z go through before they are masked; None: they do not.
       implementation: "xla", "tpu", "gpu" (Hopper) or "reference"; None: the best one where it is
         compiled.
 
     Returns:
-      The attended values [B, T, N, H] in q's dtype, and the written cache (None without
-      `write_at`).
+      The attended values [B, T, N, H] in q's dtype.
 
     Raises:
       ValueError: on shapes that do not fit together.
       NotImplementedError: if the named implementation does not exist here.
     """
-    _check_shapes(q, k, v, mask, cache, write_at)
+    _check_shapes(q, k, v, mask, cache)
     bits = None if isinstance(mask, str) else mask
     options: dict[str, float | None] = {"scale": scale, "cap": cap}
 
@@ -118,13 +112,7 @@ def window_attention(
             "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read)),
         },
     )
-    out = attend(q, k, v, bits, window_range, read, cache_ranges, layer, near)
-    if cache is None or write_at is None:
-        return out, None
-    return out, tuple(  # type: ignore[return-value]
-        _write_window(c, new, layer, write_at, write_rows, slots_axis)
-        for c, new in zip(cache, (k, v), strict=True)
-    )
+    return attend(q, k, v, bits, window_range, read, cache_ranges, layer, near)
 
 
 def _with_xla_gradient(
@@ -190,33 +178,12 @@ def _with_xla_gradient(
     return attend((q, k, v, cache), (bits, window_range, cache_ranges, jnp.asarray(layer), near))
 
 
-def _write_window(
-    cache: jax.Array,
-    new: jax.Array,
-    layer: jax.Array | int,
-    write_at: jax.Array,
-    write_rows: jax.Array | None,
-    slots_axis: str | None,
-) -> jax.Array:
-    """Writes `new` [B, T, K, H] into slots write_at .. write_at + T of one layer of the cache."""
-    old = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)  # [B, K, S, H]
-    new = new.astype(cache.dtype).swapaxes(1, 2)
-    if new.shape == old.shape and slots_axis is None:  # all slots: write_at can only be zero
-        written = new
-    else:
-        written = jax.vmap(functools.partial(put_slots, axis=slots_axis))(old, new, write_at)
-    if write_rows is not None:
-        written = jnp.where(write_rows[:, None, None, None], written, old)
-    return jax.lax.dynamic_update_index_in_dim(cache, written, layer, axis=0)
-
-
 def _check_shapes(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
     cache: Cache | None,
-    write_at: jax.Array | None,
 ) -> None:
     B, T, N, H = q.shape
     if k.shape != v.shape or k.shape[:2] != (B, T) or k.shape[3] != H or N % k.shape[2]:
@@ -235,5 +202,3 @@ def _check_shapes(
         raise ValueError(
             f"cache {cache[0].shape} must be [L, B={B}, K={k.shape[2]}, S, H={H}]: k is {k.shape}"
         )
-    if write_at is not None and cache is None:
-        raise ValueError("write_at is given without a cache to write to")

@@ -87,7 +87,7 @@ def attention_cases(name: str, shape: AttentionShape, calls: int) -> Iterator[Ca
         return arguments
 
     def attend(implementation: str | None, arguments: dict[str, Any], layer: Any) -> jax.Array:
-        return window_attention(**arguments, layer=layer, implementation=implementation)[0]  # type: ignore[arg-type]
+        return window_attention(**arguments, layer=layer, implementation=implementation)  # type: ignore[arg-type]
 
     def run(implementation: str | None) -> Callable[[], Any]:
         static = {"mask": inputs()["mask"]} if isinstance(inputs()["mask"], str) else {}

@@ -99,7 +99,7 @@ def _attention(
         mask: Any = shape.mask if bits is None else bits
         return window_attention(
             q, k, v, mask=mask, window_range=window, cache=cache, cache_ranges=ranges, layer=1
-        )[0]
+        )
 
     new = array((B, T, K, H), dtype)
     operands = (

@@ -67,21 +67,15 @@ def test_attention_to_slots_of_all_devices(mask):
     seen = ((np.arange(S) >= ranges[..., :1]) & (np.arange(S) < ranges[..., 1:])).any(axis=1)
     ck, cv = (jnp.where(seen[None, :, None, :, None], c, 1e9) for c in (ck, cv))
     window_range = jnp.array([[0, 3], [1, 3], [0, 2], [2, 2]])  # the last row sees nothing at all
-    write_at = jnp.array([0, 6, 15, 29])
-    write_rows = jnp.array([True, True, True, False])
     by_slot = P(None, None, None, "sequence")
 
-    def attend(axis, q, k, v, cache, ranges, write_at):
+    def attend(axis, q, k, v, cache, ranges):
         return window_attention(
             q, k, v, mask=mask, window_range=window_range, cache=cache, cache_ranges=ranges,
-            layer=1, write_at=write_at, write_rows=write_rows, slots_axis=axis,
+            layer=1, slots_axis=axis,
         )  # fmt: skip
 
-    run = split(attend, (P(), P(), P(), by_slot, P(), P()), (P(), by_slot))
-    out, written = run(q, k, v, (ck, cv), ranges, write_at)
+    out = split(attend, (P(), P(), P(), by_slot, P()), P())(q, k, v, (ck, cv), ranges)
     expected = window_attention_reference(q, k, v, mask, window_range, (ck, cv), ranges, 1)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     np.testing.assert_array_equal(out[3], 0)
-    whole = attend(None, q, k, v, (ck, cv), ranges, write_at)[1]
-    for one, other in zip(written, whole, strict=True):
-        np.testing.assert_array_equal(one, other)

@@ -82,8 +82,7 @@ class DFlash(Drafter):
         assert seen.features is not None
         place = seen.start[:, None] + jnp.arange(seen.features.shape[1])[None]
         new = self.network.keys_values(self.network.context(seen.features), place)
-        written = write(state.replace(positions=None), new, seen.start)
-        return written.replace(positions=state.positions)
+        return write(state, new, seen.start)
 
     def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
         root, J = context.root, self.depth

@@ -51,7 +51,7 @@ def test_denoising_a_block_sees_what_decoding_it_with_a_cache_sees():
     for first in (0, 4, 8):
         block = slice(first, first + 4)
         cache = tuple(x[:, 12:].swapaxes(1, 2)[None] for x in (k, v))
-        alone, _ = window_attention(
+        alone = window_attention(
             q[:, block], k[:, block], v[:, block],
             cache=cache, cache_ranges=jnp.array([[[0, first]]]),
         )  # fmt: skip

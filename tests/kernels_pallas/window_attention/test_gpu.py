@@ -145,7 +145,7 @@ def attention_arguments(shape):
 
 def attend(shape, q, k, v, bits, cache, ranges):
     mask = shape.mask if bits is None else bits
-    return window_attention(q, k, v, mask=mask, cache=cache, cache_ranges=ranges, layer=1)[0]
+    return window_attention(q, k, v, mask=mask, cache=cache, cache_ranges=ranges, layer=1)
 
 
 def near_arguments(shape):
@@ -181,7 +181,7 @@ def test_attention_lowers_for_cuda_at_real_shapes(name):
 
 def attend_cache(q, cache):
     ranges = jnp.array([[[0, 100]]])
-    return window_attention(q, q, q, cache=cache, cache_ranges=ranges, layer=0)[0]
+    return window_attention(q, q, q, cache=cache, cache_ranges=ranges, layer=0)
 
 
 @needs_mosaic_gpu
@@ -199,7 +199,7 @@ def test_attention_reads_caches_of_any_length_that_init_cache_makes(num_slots):
 @needs_mosaic_gpu
 def test_calls_that_are_refused_are_served_by_xla():
     q = jnp.zeros((1, 4, 2, 64))
-    text = lower_for_cuda(lambda q: window_attention(q, q, q)[0], q)
+    text = lower_for_cuda(lambda q: window_attention(q, q, q), q)
     assert "mosaic_gpu" not in text
     cached = (jnp.zeros((1, 1, 2, 130, 64), BF16),) * 2  # slots that TMA cannot read in tiles
     text = lower_for_cuda(lambda q: attend_cache(q.astype(BF16), cached), q)
@@ -213,7 +213,7 @@ def test_offering_the_kernels_changes_nothing_on_cpu():
     ranges = jnp.array([[[0, 70]]])
 
     def total(q, implementation):
-        out, _ = window_attention(
+        out = window_attention(
             q, k, v, cache=cache, cache_ranges=ranges, implementation=implementation
         )
         return out.astype(jnp.float32).sum()
@@ -243,7 +243,7 @@ def test_parity_on_a_device():
             np.random.default_rng(0), B, T, S, shape.N, shape.K, shape.H, shape.mask
         )
         ranges = jnp.tile(jnp.array([[[0, S // 3], [S // 2, S - 5]]]), (B, 1, 1))
-        got, _ = window_attention(
+        got = window_attention(
             q, k, v, mask=mask, cache=cache, cache_ranges=ranges, layer=1, implementation="gpu"
         )
         exact = expected_attention(q, k, v, mask, None, cache, ranges)

@@ -50,7 +50,7 @@ def test_equals_dense_float64_attention(implementation, group, mask):
     }[mask]
     window_range = np.array([[0, T], [2, 30], [5, 5]])
     ranges = np.array([[[0, 4], [7, 11]], [[3, 3], [0, 0]], [[0, 0], [0, 0]]])
-    got, cache = window_attention(
+    got = window_attention(
         q,
         k,
         v,
@@ -61,7 +61,6 @@ def test_equals_dense_float64_attention(implementation, group, mask):
         layer=1,
         implementation=implementation,
     )
-    assert cache is None
     for b in range(B):
         slot, position = np.arange(S), np.arange(T)
         in_cache = np.zeros(S, bool)
@@ -105,7 +104,7 @@ def limited_case(seed=0):
 def test_limited_sight_is_by_position(implementation):
     """Whatever slot a key lies in; a key at the reach itself is not seen, one nearer is."""
     (q, k, v), arguments, allowed = limited_case()
-    got, _ = window_attention(q, k, v, **arguments, implementation=implementation)
+    got = window_attention(q, k, v, **arguments, implementation=implementation)
     ck, cv = arguments["cache"]
     for b in range(2):
         keys, values = (
@@ -121,7 +120,7 @@ def test_limited_sight_is_by_position(implementation):
 def test_scale_and_cap_of_scores(implementation):
     """cap tanh(scale q k / cap), by hand."""
     q, k, v, _, _ = random_case(np.random.default_rng(0), 1, 6, 1, 2, 2, 8)
-    got, _ = window_attention(q, k, v, scale=0.7, cap=1.5, implementation=implementation)
+    got = window_attention(q, k, v, scale=0.7, cap=1.5, implementation=implementation)
     scores = 1.5 * np.tanh(0.7 * np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) / 1.5)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(got, np.einsum("bnts,bsnh->btnh", weights, v), atol=1e-5)
@@ -144,7 +143,7 @@ def test_packed_masks_hold_one_bit_per_position(S):
 def test_rows_that_may_see_nothing_are_zero():
     q, k, v, ck, cv = random_case(np.random.default_rng(0), 2, 3, 4, 2, 2, 4)
     none = np.zeros((2, 1, 2), np.int32)
-    out, _ = window_attention(
+    out = window_attention(
         q, k, v, window_range=np.array([[0, 3], [2, 2]]), cache=(ck, cv), cache_ranges=none
     )
     assert np.abs(out[0]).min() > 0
@@ -154,35 +153,11 @@ def test_rows_that_may_see_nothing_are_zero():
 def test_what_is_masked_has_no_influence_even_if_it_is_nan():
     q, k, v, ck, cv = random_case(np.random.default_rng(0), 1, 4, 6, 2, 2, 4)
     arguments = dict(window_range=np.array([[1, 3]]), cache_ranges=np.array([[[2, 4]]]), layer=0)
-    expected, _ = window_attention(q, k, v, cache=(ck, cv), **arguments)
+    expected = window_attention(q, k, v, cache=(ck, cv), **arguments)
     k2, ck2 = k.copy(), ck.copy()
     k2[:, [0, 3]], ck2[..., [0, 1, 4, 5], :] = 1e9, np.nan
-    got, _ = window_attention(q, k2, v, cache=(ck2, cv), **arguments)
+    got = window_attention(q, k2, v, cache=(ck2, cv), **arguments)
     np.testing.assert_array_equal(got, expected)
-
-
-def test_writes_the_window_of_the_chosen_rows_only_and_reads_the_old_contents():
-    q, k, v, ck, cv = random_case(np.random.default_rng(1), 3, 2, 6, 2, 2, 4)
-    arguments = dict(
-        cache=(jnp.asarray(ck), jnp.asarray(cv)), cache_ranges=np.tile([[0, 6]], (3, 1, 1))
-    )
-    read_only, _ = window_attention(q, k, v, layer=2, **arguments)
-    out, (k_new, v_new) = window_attention(
-        q,
-        k,
-        v,
-        layer=2,
-        write_at=jnp.array([0, 3, 4]),
-        write_rows=jnp.array([True, False, True]),
-        **arguments,
-    )
-    np.testing.assert_array_equal(out, read_only)
-    expected = ck.copy()
-    expected[2, 0, :, 0:2], expected[2, 2, :, 4:6] = k[0].swapaxes(0, 1), k[2].swapaxes(0, 1)
-    np.testing.assert_array_equal(k_new, expected)
-    expected = cv.copy()
-    expected[2, 0, :, 0:2], expected[2, 2, :, 4:6] = v[0].swapaxes(0, 1), v[2].swapaxes(0, 1)
-    np.testing.assert_array_equal(v_new, expected)
 
 
 ATTEND = jax.jit(window_attention, static_argnames=("mask",))
@@ -193,8 +168,8 @@ ATTEND = jax.jit(window_attention, static_argnames=("mask",))
 def test_splitting_keys_between_cache_and_window_changes_nothing(border, seed):
     """Attention over [prefix ; window] is the same wherever the border lies."""
     q, k, v, _, _ = random_case(np.random.default_rng(seed), 1, 13, 1, 4, 2, 8)
-    whole, _ = ATTEND(q, k, v, mask="causal")
-    got, _ = ATTEND(
+    whole = ATTEND(q, k, v, mask="causal")
+    got = ATTEND(
         q[:, border:],
         k[:, border:],
         v[:, border:],
@@ -210,7 +185,7 @@ def test_gradients_match_finite_differences():
     arguments = dict(mask="causal", cache=(ck, cv), cache_ranges=jnp.array([[[0, 2]]]))
 
     def loss(q, k, v):
-        return (window_attention(q, k, v, **arguments)[0] ** 2).sum()
+        return (window_attention(q, k, v, **arguments) ** 2).sum()
 
     check_grads(loss, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
@@ -218,9 +193,9 @@ def test_gradients_match_finite_differences():
 def test_bfloat16_stays_close_to_float32():
     q, k, v, ck, cv = random_case(np.random.default_rng(3), 2, 8, 16, 4, 2, 32)
     ranges = np.tile([[0, 16]], (2, 1, 1))
-    exact, _ = window_attention(q, k, v, cache=(ck, cv), cache_ranges=ranges)
+    exact = window_attention(q, k, v, cache=(ck, cv), cache_ranges=ranges)
     low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, ck, cv)]
-    got, _ = window_attention(*low[:3], cache=tuple(low[3:]), cache_ranges=ranges)
+    got = window_attention(*low[:3], cache=tuple(low[3:]), cache_ranges=ranges)
     assert got.dtype == jnp.bfloat16
     # Inputs, weights and output are each rounded to 8 bits: about 3 roundings of 2^-9 of |v| ~ 3.
     np.testing.assert_allclose(got.astype(np.float32), exact, atol=4e-2)
@@ -231,7 +206,6 @@ def test_bfloat16_stays_close_to_float32():
     [
         (dict(mask="diagonal"), "mask='diagonal' must be"),
         (dict(mask=jnp.zeros((1, 2, 2), jnp.uint32)), "must be uint32"),
-        (dict(write_at=jnp.zeros(1, jnp.int32)), "without a cache"),
         (dict(cache=(jnp.zeros((1, 2, 4, 2, 4)),) * 2), "cache"),
     ],
 )
