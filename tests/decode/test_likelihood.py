@@ -236,7 +236,7 @@ def test_mask_counts_are_those_of_the_paper():
     assert mask_counts(4000, 4096, 16).min() >= 1
 
 
-@pytest.mark.parametrize("antithetic", [True, *more(False)])
+@pytest.mark.parametrize("antithetic", more(True, False))
 def test_independent_tokens_give_the_sum(lm, antithetic):
     """Without attention the tokens know nothing of each other."""
     attention = lm.params["layers"]["attention"]

@@ -378,6 +378,7 @@ def test_other_models_are_refused(saved, tmp_path):
 # ---- Steps ------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_steps_change_the_adapter_only_and_are_the_same_sharded(toy_params):
     lora = Lora(rank=4, alpha=8.0)
     optim = OptimConfig(learning_rate=1e-2, decay_steps=9)

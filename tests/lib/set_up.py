@@ -6,7 +6,10 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest -m gpu: on a GPU
-flags = ["--xla_force_host_platform_device_count=8"]
+flags = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_parallel_codegen_split_count=1",  # the other core has another worker
+]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # half the time to compile; gone in 0.12
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])

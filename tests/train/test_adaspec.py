@@ -76,6 +76,7 @@ def test_the_largest_of_those_that_count():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_with_a_reference(scan_target, scan_draft, tmp_path):
     for name, arg in (("reference", "scan,runlocal"), ("adaspec", "scan,adaspec,runlocal")):
         config = distill_draft.get_config(arg)

@@ -74,6 +74,7 @@ def test_unknown_variants_are_refused(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fine_tuning_starts_from_a_pre_trained_model(tmp_path):
     before = loop.run(get_config("pretrain_jsonl", "runlocal"), tmp_path / "before")
     config = get_config("sft_jsonl", "runlocal")

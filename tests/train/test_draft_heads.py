@@ -203,7 +203,7 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle_3", *more("eagle_1", "dflash")])
+@pytest.mark.parametrize("kind", more("eagle_1", "eagle_3", "dflash"))
 def test_smoke_tests_of_networks(scan_target, tmp_path, kind):
     lm = dlm.load(scan_target)
     config = draft_heads.get_config(f"scan,{kind},runlocal")

@@ -65,6 +65,7 @@ def test_learn2pd_needs_a_model_and_prompts_and_its_smoke_test_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dparallel_smoke_test(tmp_path):
     tokenizer = word_tokenizer(toys.Copy().pieces)
     cfg = dataclasses.replace(

@@ -405,7 +405,7 @@ def lines_config(mode, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["buckets", *more("packing")])
+@pytest.mark.parametrize("mode", more("buckets", "packing"))
 def test_resuming_with_buckets_and_with_packing(mode, tmp_path, monkeypatch):
     """Stopped in the middle and not: the same numbers, and one compilation per shape."""
     traced = []

@@ -64,6 +64,7 @@ def test_the_model_learns_at_its_own_rate(toy_cfg, toy_params):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_heads_fit_the_model_they_were_trained_with(scan_target, tmp_path):
     config = draft_heads.get_config("scan,medusa,runlocal")
     config.train.init_from = str(scan_target)

@@ -56,8 +56,9 @@ def loop_of(method):
 
 
 @pytest.mark.parametrize(
-    "name", ["dual", "block causal", "guidance", "lookup",
-             *more("plain", "prefix", "sampled", "lookahead", "one by one", "recycling")]
+    "name", ["dual", "lookup",
+             *more("block causal", "guidance", "plain", "prefix", "sampled", "lookahead",
+                   "one by one", "recycling")]
 )  # fmt: skip
 def test_every_answer_is_the_one_its_prompt_gets_alone(toy_cfg, toy_params, name):
     lm = dlm.LanguageModel(toy_params, toy_cfg)

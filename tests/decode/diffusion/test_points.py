@@ -213,7 +213,7 @@ def check(drawn, seed):
 sparse = settings(suppress_health_check=[HealthCheck.filter_too_much])
 
 
-@settings(sparse, max_examples=6)
+@settings(sparse, max_examples=4)
 @given(drawn=points(), seed=st.integers(0, 3))
 def test_some_points_equal_the_oracle(drawn, seed):
     check(drawn, seed)

@@ -14,6 +14,7 @@ from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.params import init_from_specs, init_params
 from tests.lib.kinds import model
 from tests.lib.speculation import random_prompts, run, texts
+from tests.lib.tiers import more
 
 TREE = TreeShape((0, 0, 1, 2), (0, 1, 0, 0))  # a root, two drafts, one more below each
 
@@ -30,7 +31,7 @@ def drafters(cfg, params):
     }
 
 
-@pytest.fixture(scope="module", params=["gemma", "experts behind a dense layer"])
+@pytest.fixture(scope="module", params=["gemma", *more("experts behind a dense layer")])
 def case(request):
     """A model with a window much shorter than its texts, and its texts without drafts."""
     cfg, params = model(request.param, shifted_logits=True, sliding_window=4)

@@ -113,7 +113,7 @@ def random_shape(seed):
     return TreeShape(tuple(parents), tuple(ranks))
 
 
-@pytest.mark.parametrize("seed", [1, 2, *more(0, *range(3, 8))])
+@pytest.mark.parametrize("seed", [2, *more(0, 1, *range(3, 8))])
 def test_every_tree_writes_the_greedy_text(plain, toy_params, seed):
     """64 rows each: drafts that are never right, always right, and anything in between."""
     cfg, prompts, expected, truth = plain
@@ -229,8 +229,8 @@ SPLIT = dict(data=2, tensor=2, sequence=2)
     ("name", "axes"),
     [
         ("recycling", SPLIT),
-        ("eagle 3, best", SPLIT),
         *more(
+            ("eagle 3, best", SPLIT),
             *[
                 ("recycling", axes)
                 for axes in (

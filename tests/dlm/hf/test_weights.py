@@ -422,6 +422,10 @@ def test_save_from_a_mesh(tmp_path):
         ),
         ({"rope_scaling": SCALING, "block_len": 5}, "llada needs rope_scaling=None, not Llama3"),
         ({"mask_token_id": None}, "llada needs mask_token_id to be a token, not None"),
+        (
+            {"qkv_bias": True, "shifted_logits": True, "head_dim": 32},
+            "Dream needs head_dim .* qwen2 needs mask_token_id to be None, not",
+        ),
     ],
 )
 def test_save_refuses_what_the_formats_cannot_say(tmp_path, changes, message):

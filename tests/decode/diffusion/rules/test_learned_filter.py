@@ -40,6 +40,7 @@ def test_an_identity_is_the_fixed_threshold(toy_cfg, toy_params, cache):
     assert_same(run(toy_params, toy_cfg, learned), run(toy_params, toy_cfg, method))
 
 
+@pytest.mark.exhaustive
 def test_blocks_are_found_in_wider_windows(toy_cfg, toy_params):
     """WINO's shadow shows the whole block, EoTP the suffix: the filter still sees the block."""
     for change in (

@@ -14,6 +14,7 @@ from decode.speculative.tree import from_paths
 from dlm.config import ModelConfig
 from dlm.params import Params
 from tests.lib.speculation import random_prompts, run, texts
+from tests.lib.tiers import more
 
 SHAPE = from_paths([[0], [1], [0, 0]])
 
@@ -38,7 +39,7 @@ def drafters(params: Params, cfg: ModelConfig) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["chain", "tree", "best", "sampled"])
+@pytest.mark.parametrize("name", ["chain", *more("tree", "best", "sampled")])
 def test_padding_of_the_draft_model_is_never_drafted(toy_cfg, toy_params, name):
     """It drafts what it drafts without the padding: round for round the same is accepted."""
     prompts = random_prompts(toy_cfg, 2)
@@ -54,6 +55,7 @@ def test_padding_of_the_draft_model_is_never_drafted(toy_cfg, toy_params, name):
     assert bare.acceptance_histogram.tolist() == other.acceptance_histogram.tolist()
 
 
+@pytest.mark.exhaustive
 def test_padding_of_the_target_is_nothing_to_draft(toy_cfg, toy_params):
     cfg, params = padded(toy_cfg, toy_params, 7)
     params = params | {"unembed": params["unembed"].at[-7:].set(-50.0)}  # nor to write
@@ -74,7 +76,7 @@ def test_other_vocabularies_are_refused(toy_cfg, toy_params):
         DraftModel(toy_params, toy_cfg).validate(far)
 
 
-@pytest.mark.parametrize("name", ["chain", "tree", "best"])
+@pytest.mark.parametrize("name", ["tree", *more("chain", "best")])
 def test_nothing_is_drafted_beyond_the_context_of_the_draft_model(toy_cfg, toy_params, name):
     """The text goes on, one token per forward; before, it is drafted as ever."""
     prompts = random_prompts(toy_cfg, 1)
