@@ -260,7 +260,7 @@ def test_features_are_the_residual_stream(layers):
 # ---- A subset of the layers -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [(1, 3), *more((0,), (0, 1, 2), (0, 1, 2, 3))])
+@pytest.mark.parametrize("layers", [(1, 3), *more(((0,),), ((0, 1, 2),), ((0, 1, 2, 3),))])
 def test_some_layers_are_a_model_of_those_layers(layers):
     """Bit for bit, through a cache of their own and through one of the whole model."""
     cfg, params = model("qwen3", n_layers=4)
