@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 from typing import Literal
@@ -29,7 +30,7 @@ from dlm.hf.gguf import load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
-from dlm.params import Params
+from dlm.params import Apart, Params, is_apart, is_faster_apart
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
@@ -39,7 +40,7 @@ class LanguageModel:
     """What decoding and training take.
 
     Attributes:
-      params: as `param_specs(cfg)`.
+      params: as `param_specs(cfg)`, or `Apart`.
       cfg: the model.
       tokenizer: None: only token ids go in and out.
       mesh: over which the parameters are spread; None: they are on one device.
@@ -58,6 +59,7 @@ def load(
     tokenizer: Tokenizer | Literal["own"] | None = "own",
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    apart: bool | None = None,
 ) -> LanguageModel:
     """Loads a published model, or one that `save` wrote.
 
@@ -72,17 +74,22 @@ def load(
         go in and out.
       mesh: where to put the parameters; None: on the default device.
       rules: logical axes to mesh axes.
+      apart: whether each layer's weights are arrays of their own (`dlm.params.Apart`), which goes
+        without a mesh; None: if `dlm.params.is_faster_apart`. Both decode the same texts.
 
     Raises:
       FileNotFoundError: the directory or a file in it is missing.
-      ValueError: a file is broken, or the model is of an unknown kind.
+      ValueError: a file is broken, the model is of an unknown kind, or `apart` comes with a mesh.
     """
+    if apart and mesh is not None:
+        raise ValueError("apart=True goes without a mesh: what is sharded is stacked")
     # Before the weights, which take long.
     lm = describe(path, dtype=dtype, tokenizer=tokenizer)
+    apart = mesh is None and is_faster_apart(lm.cfg) if apart is None else apart
     if _is_gguf(path):
-        params = load_gguf_params(open_gguf(path), lm.cfg, mesh, rules)
+        params = load_gguf_params(open_gguf(path), lm.cfg, mesh, rules, apart)
     else:
-        params = load_params(path, lm.cfg, mesh, rules)
+        params = load_params(path, lm.cfg, mesh, rules, apart)
     return dataclasses.replace(lm, params=params, mesh=mesh)
 
 
@@ -125,10 +132,17 @@ def fingerprint(lm: LanguageModel) -> str:
         value = getattr(lm.cfg, field.name)
         if field.name != "dtype" and field.compare and value != field.default:
             digest.update(f"{field.name}={value!r};".encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params):
-        index = np.unravel_index(np.linspace(0, leaf.size - 1, 64).astype(np.int64), leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params, is_leaf=is_apart):
+        some = np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64)
+        index = np.unravel_index(some, leaf.shape)
+        if isinstance(leaf, Apart):
+            values = jnp.stack(
+                [leaf.layers[i][tuple(rest)] for i, *rest in zip(*index, strict=True)]
+            )
+        else:
+            values = leaf[index]
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf[index].astype(jnp.bfloat16)).tobytes())
+        digest.update(np.asarray(values.astype(jnp.bfloat16)).tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ from dlm import lm as lm_lib
 from dlm.config import ModelConfig
 from dlm.hf.files import format_for
 from dlm.hf.format import Stored
-from dlm.params import LowRank, Params, ParamSpec
+from dlm.params import Apart, LowRank, Params, ParamSpec
 from dlm.trainable import Learned, Trainable
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -119,7 +119,7 @@ class Lora(Trainable):
           own: as `specs`; cast to the dtype of what it changes.
         """
 
-        def both(target: str, weight: jax.Array, change: Params) -> LowRank:
+        def both(target: str, weight: jax.Array | Apart, change: Params) -> LowRank:
             cast = jax.tree.map(lambda x: x.astype(weight.dtype), change)
             return LowRank(weight, cast["down"], cast["up"], self.scale)
 
@@ -128,18 +128,23 @@ class Lora(Trainable):
     def merge(self, params: Params, delta: Params) -> Params:
         """Parameters of a plain model: the change is added in float32, then rounded."""
 
-        def add(target: str, weight: jax.Array, change: Params) -> jax.Array:
+        def add(target: str, weight: jax.Array | Apart, change: Params) -> jax.Array | Apart:
+            if isinstance(weight, Apart):
+                of_layers = zip(weight.layers, change["down"], change["up"], strict=True)
+                return Apart(
+                    tuple(add(target, w, {"down": down, "up": up}) for w, down, up in of_layers)
+                )
             down, up = (change[name].astype(jnp.float32) for name in ("down", "up"))
-            product = self.scale * jnp.matmul(down, up, precision="highest")  # [L, I, O]
+            product = self.scale * jnp.matmul(down, up, precision="highest")  # [..., I, O]
             if target in _OUTPUT_FIRST:
-                product = product.swapaxes(1, 2)
+                product = product.swapaxes(-1, -2)
             wide = jnp.promote_types(weight.dtype, jnp.float32)
             return (weight.astype(wide) + product.reshape(weight.shape)).astype(weight.dtype)
 
         return self._replace(params, delta, add)
 
     def _replace(
-        self, params: Params, own: Params, new: Callable[[str, jax.Array, Params], Any]
+        self, params: Params, own: Params, new: Callable[[str, jax.Array | Apart, Params], Any]
     ) -> Params:
         def of_stack(layers: Params, own: Params) -> Params:
             return {

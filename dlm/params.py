@@ -25,6 +25,8 @@ from dlm.sharding import RULES, Rules, logical_sharding
 
 Params = dict[str, Any]
 
+APART_BYTES = 2**20  # of a layer's weights
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -63,6 +65,33 @@ class LowRank(struct.PyTreeNode):
     scale: float = struct.field(pytree_node=False)
 
 
+class Apart(struct.PyTreeNode):
+    """A leaf of the parameters that is an array per layer, and not one of them all.
+
+    CPUs copy what a scan takes out of a stack before they multiply by it; an array of its own they
+    read where it is.
+
+    Attributes:
+      layers: L arrays of the same shape.
+    """
+
+    layers: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack that it stands for, [L, ...]."""
+        return (len(self.layers), *self.layers[0].shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.layers[0].dtype
+
+
+def is_apart(x: Any) -> bool:
+    """Says to functions of trees that such a leaf is one."""
+    return isinstance(x, Apart)
+
+
 class OfLayer(struct.PyTreeNode):
     """A leaf of a layer's parameters that lies among those of all layers, and is not taken out.
 
@@ -71,8 +100,13 @@ class OfLayer(struct.PyTreeNode):
       layer: scalar int32.
     """
 
-    stack: jax.Array
+    stack: jax.Array | Apart
     layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the layer's own."""
+        return self.stack.shape[1:]
 
 
 class LogitCap(struct.PyTreeNode):
@@ -199,6 +233,37 @@ def _norm_specs(cfg: ModelConfig, name: str, L: int | None = None) -> Params:
     if cfg.norm == "layer":
         specs[f"{name}_bias"] = ParamSpec(shape, axes)
     return specs
+
+
+def may_lie_apart(leaf: str, spec: ParamSpec) -> bool:
+    """Whether a parameter, named by its path, may be `Apart`: those that products are made with.
+
+    Not the weights of experts, few of which are read.
+    """
+    is_factor = leaf.rsplit("/", 1)[-1] in ("q", "k", "v", "o", "gate", "up", "down")
+    return leaf.startswith("layers/") and is_factor and "experts" not in spec.axes
+
+
+def is_faster_apart(cfg: ModelConfig) -> bool:
+    """Whether this process decodes faster if what can lies apart, see `Apart`.
+
+    It does on a CPU, if a layer has too many weights for its copy to stay near: `APART_BYTES`.
+    """
+    specs = jax.tree_util.tree_leaves_with_path(param_specs(cfg))
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), spec) for path, spec in specs)
+    of_all = sum(math.prod(spec.shape) for leaf, spec in named if may_lie_apart(leaf, spec))
+    of_one = of_all // cfg.n_layers * cfg.jnp_dtype.itemsize
+    return jax.default_backend() == "cpu" and of_one >= APART_BYTES
+
+
+def apart(params: Params, cfg: ModelConfig) -> Params:
+    """Parameters as `param_specs(cfg)` of which what can lies apart, on one device."""
+
+    def split(path: jax.tree_util.KeyPath, spec: ParamSpec, x: jax.Array) -> jax.Array | Apart:
+        leaf = jax.tree_util.keystr(path, simple=True, separator="/")
+        return Apart(tuple(x)) if may_lie_apart(leaf, spec) else x
+
+    return jax.tree_util.tree_map_with_path(split, param_specs(cfg), params)
 
 
 def num_params(cfg: ModelConfig) -> int:

@@ -5,26 +5,35 @@ Letters: B batch, T window positions, D width, H head width, M rows, I and O wid
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from dlm.params import LowRank
+from dlm.params import Apart, LowRank, OfLayer
+
+Weight = jax.Array | LowRank | OfLayer
 
 
-def to_heads(x: jax.Array, w: jax.Array | LowRank) -> jax.Array:
+def to_heads(x: jax.Array, w: Weight) -> jax.Array:
     """x [B, T, D] times w [heads, H, D]: [B, T, heads, H]."""
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, LowRank):
         weight, change = w.weight, low_rank(rows, w)
     else:
         weight, change = w, None
-    flat = weight.reshape(-1, weight.shape[-1])
-    product = jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
+
+    def times(weight: jax.Array) -> jax.Array:
+        flat = weight.reshape(-1, weight.shape[-1])
+        return jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
+
+    product = _where_it_lies(weight, times)
     product = product if change is None else product + change
     return product.reshape(*x.shape[:2], *weight.shape[:2])
 
 
-def linear(x: jax.Array, w: jax.Array | LowRank, num_in: int = 1) -> jax.Array:
+def linear(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
     """x [B, T, *in] times w [*in, *out], as one two-dimensional product.
 
     Products of more dimensions are several times slower in the backward pass on CPU.
@@ -35,9 +44,20 @@ def linear(x: jax.Array, w: jax.Array | LowRank, num_in: int = 1) -> jax.Array:
         weight, change = w.weight, low_rank(rows, w)
     else:
         weight, change = w, None
-    product = jnp.dot(rows, weight.reshape(rows.shape[1], -1))
+    product = _where_it_lies(weight, lambda w: jnp.dot(rows, w.reshape(rows.shape[1], -1)))
     product = product if change is None else product + change
     return product.reshape(B, T, *weight.shape[num_in:])
+
+
+def _where_it_lies(
+    weight: jax.Array | OfLayer, times: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`times` of a weight; of those that lie apart, each layer's product is a branch of its own."""
+    if isinstance(weight, OfLayer):
+        assert isinstance(weight.stack, Apart)
+        branches = [functools.partial(times, layer) for layer in weight.stack.layers]
+        return jax.lax.switch(weight.layer, branches)
+    return times(weight)
 
 
 def low_rank(rows: jax.Array, w: LowRank) -> jax.Array:

@@ -245,7 +245,11 @@ def _check_rest(
 
 
 def load_gguf_params(
-    file: GGUFFile, cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = RULES
+    file: GGUFFile,
+    cfg: ModelConfig,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    apart: bool = False,
 ) -> Params:
     """The parameters in a file, as `dlm.hf.weights.load_params` gives those of a directory.
 
@@ -278,7 +282,7 @@ def load_gguf_params(
     named = {leaf: dataclasses.replace(how, name=_NAMES[leaf]) for leaf, how in stored.items()}
     form = dataclasses.replace(form, tensors=named | _EXPERTS)
     check_tensors(file.path, tensors, cfg, form)
-    return read_params(tensors, cfg, form, mesh, rules)
+    return read_params(tensors, cfg, form, mesh, rules, apart)
 
 
 def installed_smollm2() -> pathlib.Path:

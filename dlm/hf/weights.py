@@ -49,7 +49,15 @@ from dlm.hf.files import (
     token_ids,
 )
 from dlm.hf.format import Format, Stored, letter_sizes, locate
-from dlm.params import Params, abstract_params, param_shardings, param_specs
+from dlm.params import (
+    Apart,
+    Params,
+    abstract_params,
+    is_apart,
+    may_lie_apart,
+    param_shardings,
+    param_specs,
+)
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer
 
@@ -66,7 +74,11 @@ COPIED = ("", ".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
 
 
 def load_params(
-    path: str | os.PathLike[str], cfg: ModelConfig, mesh: Mesh | None = None, rules: Rules = RULES
+    path: str | os.PathLike[str],
+    cfg: ModelConfig,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    apart: bool = False,
 ) -> Params:
     """The parameters of a published model, as `param_specs(cfg)`.
 
@@ -76,6 +88,7 @@ def load_params(
       mesh: where to put them; each process and device reads its own shards only. None: on the
         default device.
       rules: logical axes to mesh axes.
+      apart: whether what can is `Apart`, which goes without a mesh.
 
     Returns:
       The parameters in `cfg.dtype`.
@@ -90,23 +103,32 @@ def load_params(
     with contextlib.ExitStack() as stack:
         files = with_prefix(open_tensors(root, stack), form)
         check_tensors(root, files, cfg, form)
-        return read_params(files, cfg, form, mesh, rules)
+        return read_params(files, cfg, form, mesh, rules, apart)
 
 
 def read_params(
-    files: Mapping[str, Any], cfg: ModelConfig, form: Format, mesh: Mesh | None, rules: Rules
+    files: Mapping[str, Any],
+    cfg: ModelConfig,
+    form: Format,
+    mesh: Mesh | None,
+    rules: Rules,
+    apart: bool,
 ) -> Params:
     """The parameters in tensors that passed `check_tensors`, one leaf after the other."""
     specs, tree = _flat(param_specs(cfg))
     shardings = _flat(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
 
-    def load_leaf(leaf: str) -> jax.Array:
+    def load_leaf(leaf: str) -> jax.Array | Apart:
         key, layers = locate(leaf, cfg)
         stored, shape = form.tensors[key], specs[leaf].shape
         dtype = jnp.dtype(specs[leaf].dtype or cfg.dtype)
         read = functools.partial(_read_leaf, files, stored, cfg, layers, dtype)
         if mesh is None:
-            return jax.device_put(read(tuple(range(dim) for dim in shape)))
+            whole = tuple(range(dim) for dim in shape)
+            if apart and may_lie_apart(leaf, specs[leaf]):
+                each = ((range(i, i + 1), *whole[1:]) for i in whole[0])
+                return Apart(tuple(jax.device_put(read(part)[0]) for part in each))
+            return jax.device_put(read(whole))
         sharding, placed = shardings[leaf], []
         first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -125,7 +147,7 @@ def read_params(
 
 def _flat(tree: Params) -> tuple[dict[str, Any], Any]:
     """{path: leaf} in the tree's order, and its structure."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_apart)
     named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
     return named, structure
 
@@ -305,7 +327,7 @@ def save_hf(
 
     Args:
       path: the directory to make; it must not exist, or be empty.
-      params: as `abstract_params(cfg)`.
+      params: as `abstract_params(cfg)`, or `Apart`.
       cfg: the model.
       tokenizer: written too, if given.
       shard_bytes: largest file, except for single tensors above it; beyond it the model goes to
@@ -470,8 +492,10 @@ def tensor_dtypes(cfg: ModelConfig, form: Format) -> dict[str, np.dtype]:
     return dtypes
 
 
-def _entry(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+def _entry(leaf: jax.Array | np.ndarray | Apart, index: tuple[int, ...]) -> np.ndarray:
     """leaf[index], brought to the host."""
+    if isinstance(leaf, Apart):
+        leaf, index = leaf.layers[index[0]], index[1:]
     return leaf[index] if isinstance(leaf, np.ndarray) else np.asarray(_take(leaf, *index))
 
 

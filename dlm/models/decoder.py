@@ -32,7 +32,7 @@ from dlm.blocks.norm import norm
 from dlm.blocks.rotary import Angles, rotary_angles
 from dlm.cache import KVCache, fill_layer, write_positions
 from dlm.config import ModelConfig
-from dlm.params import OfLayer, Params, stacks
+from dlm.params import OfLayer, Params, is_apart, stacks
 from dlm.sharding import constrain
 from dlm.window import Slots, Window
 
@@ -104,18 +104,18 @@ def forward(
 
     tables, table = _rotary_tables(cfg, run, window, slots)
     kept, keep = _feature_buffer(cfg, feature_layers, x)
-    taken_out, in_place = stacks(params, cfg), {}
-    if slots is not None and "experts" in taken_out:  # else gradients may be wanted
-        taken_out, in_place["experts"] = _without_experts(taken_out)
+    leaves_experts = slots is not None  # else gradients may be wanted
+    of_kind = {
+        kind: _in_place(stack, leaves_experts) for kind, stack in stacks(params, cfg).items()
+    }
     of_all = cfg.kinds("mlp")
     kinds = tuple(of_all[i] for i in run)
 
-    def layer(kind: str, carry: Any, p: Params | None, at: _Place) -> Any:
+    def layer(kind: str, carry: Any, taken: list[jax.Array] | None, at: _Place) -> Any:
         x, filled, kept = carry
         take = lambda index: lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-        p = jax.tree.map(take(at.own), taken_out[kind]) if p is None else p
-        if kind in in_place:
-            p = p | {"moe": p["moe"] | {n: OfLayer(x, at.own) for n, x in in_place[kind].items()}}
+        stack, join = of_kind[kind]
+        p = join(jax.tree.map(take(at.own), stack) if taken is None else taken, at.own)
         angles = tables if at.table is None else jax.tree.map(take(at.table), tables)
         kept = keep(kept, at.layer, x)
         x, new = decoder_layer(x, p, cfg, angles, window, slots, at.cached, at.reach)
@@ -126,10 +126,10 @@ def forward(
 
     def cycle(kinds: tuple[str, ...], carry: Any, xs: Any) -> tuple[Any, list[KVCache | None]]:
         news = []
-        for kind, (p, at) in zip(kinds, xs, strict=True):
+        for kind, (taken, at) in zip(kinds, xs, strict=True):
             one: Callable[..., Any] = functools.partial(layer, kind)
             one = jax.checkpoint(one, prevent_cse=False) if remat else one
-            carry, new = one(carry, p, at)
+            carry, new = one(carry, taken, at)
             news.append(new)
         return carry, news
 
@@ -154,7 +154,7 @@ def forward(
             own = slice(start + j, start + period * count, period)
             at = jax.tree.map(lambda x, own=own: jnp.asarray(x[own]), place)
             # Weights that are all run, in order, are scanned; of others each is read where it lies.
-            xs.append((taken_out[kind] if count == len(cfg.stacks[kind]) else None, at))
+            xs.append((of_kind[kind][0] if count == len(cfg.stacks[kind]) else None, at))
         carry, news = jax.lax.scan(functools.partial(cycle, in_cycle), carry, xs)
         if target is not None and not fills:
             join = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])  # noqa: E731
@@ -177,12 +177,33 @@ def forward(
     )
 
 
-def _without_experts(of_kind: dict[str, Params]) -> tuple[dict[str, Params], Params]:
-    """Stacked layers without the weights of experts, and those, which are read where they lie."""
-    layers = of_kind["experts"]
-    weights = {name: layers["moe"][name] for name in WEIGHTS}
-    rest = {name: leaf for name, leaf in layers["moe"].items() if name not in weights}
-    return of_kind | {"experts": layers | {"moe": rest}}, weights
+def _in_place(
+    layers: Params, leaves_experts: bool
+) -> tuple[list[jax.Array], Callable[[list[jax.Array], jax.Array], Params]]:
+    """What of stacked layers is taken out, and how that and a number make a layer's parameters.
+
+    What lies apart stays where it lies; so do the weights of experts, if that is wanted.
+    """
+    found, tree = jax.tree_util.tree_flatten_with_path(layers, is_leaf=is_apart)
+    experts = [f"moe/{name}" for name in WEIGHTS] if leaves_experts else []
+    stays = [
+        is_apart(x) or jax.tree_util.keystr(path, simple=True, separator="/") in experts
+        for path, x in found
+    ]
+    leaves = [x for _, x in found]
+
+    def join(taken: list[jax.Array], own: jax.Array) -> Params:
+        rest = iter(taken)
+        p: Params = jax.tree.unflatten(
+            tree,
+            [
+                OfLayer(x, own) if is_here else next(rest)
+                for x, is_here in zip(leaves, stays, strict=True)
+            ],
+        )
+        return p
+
+    return [x for x, is_here in zip(leaves, stays, strict=True) if not is_here], join
 
 
 class _Place(struct.PyTreeNode):

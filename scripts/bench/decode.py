@@ -24,8 +24,9 @@ from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 from dlm.models.decoder import forward
-from dlm.params import Params, init_params, num_params
+from dlm.params import Params, num_params
 from dlm.window import Slots, Window
+from scripts.bench.models import random_params
 from scripts.bench.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s
 
 STEP_COLUMNS = ["batch", "cache", "window", "step_ms", "bare_forward_ms", "step_over_bare", "bound",
@@ -67,7 +68,7 @@ def _bench_batch(
     ceilings: Ceilings,
 ) -> list[dict[str, Any]]:
     """One step of every cache against a bare forward of the same window, and whole decodes."""
-    params = jax.block_until_ready(init_params(jax.random.key(0), cfg))
+    params = random_params(cfg)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, cfg.vocab_size - 2, (batch, prompt_len)).tolist()
     canvas = prompt_len + gen_len

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
+import dlm
 from dlm.config import ModelConfig
+from dlm.hf.gguf import installed_smollm2
+from dlm.params import Params, apart, init_params, is_faster_apart
 from dlm.presets import PRESETS
 
 # About 20 M parameters: large enough that matrix products and not dispatch decide on a CPU.
@@ -25,3 +30,17 @@ def model(preset: str, dtype: str) -> ModelConfig:
 def draft_of(preset: str, cfg: ModelConfig) -> ModelConfig:
     """The separate draft model of a target."""
     return DRAFTS.get(preset, dataclasses.replace(cfg, n_layers=2))
+
+
+def random_params(cfg: ModelConfig) -> Params:
+    """Random weights, laid out as `dlm.load` would."""
+    params = init_params(jax.random.key(0), cfg)
+    return jax.block_until_ready(apart(params, cfg) if is_faster_apart(cfg) else params)
+
+
+def load(checkpoint: str, cfg: ModelConfig, dtype: str) -> dlm.LanguageModel:
+    """A trained model ("smollm2": the one that is installed), or `cfg` with random weights."""
+    if not checkpoint:
+        return dlm.LanguageModel(random_params(cfg), cfg)
+    path = installed_smollm2() if checkpoint == "smollm2" else checkpoint
+    return dlm.load(path, dtype=dtype or None)

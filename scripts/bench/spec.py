@@ -45,6 +45,7 @@ from dlm.heads.medusa import MedusaHeads
 from dlm.models.decoder import forward
 from dlm.params import Params, init_from_specs, init_params, num_params
 from dlm.window import Slots, Window
+from scripts.bench.models import random_params
 from scripts.bench.timing import Ceilings, forward_cost, measure_ceilings, paired_medians_s
 from scripts.quickstart_spec.drafters import NUM_DRAFTS, TREE
 
@@ -124,7 +125,7 @@ def _bench_batch(
     ceilings: Ceilings,
 ) -> list[dict[str, Any]]:
     """Rounds of every size and drafter, and a bare jitted forward of one token, in turn."""
-    params = jax.block_until_ready(init_params(jax.random.key(0), cfg))
+    params = random_params(cfg)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, cfg.vocab_size - 2, (batch, prompt_len)).tolist()
     given = [(FREE, Binary(binary_tree(nodes))) for nodes in NODES] + [*drafters(cfg, draft)]

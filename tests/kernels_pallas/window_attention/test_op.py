@@ -116,6 +116,25 @@ def test_limited_sight_is_by_position(implementation):
     assert 0 < allowed[:, :, :14].sum() < 60
 
 
+@pytest.mark.parametrize("has_near", [False, True])
+def test_a_large_cache_is_read_in_parts(monkeypatch, has_near):
+    """As all at once; the last part overlaps, and what nobody sees is not read: it may be NaN."""
+    (q, k, v), arguments, _ = limited_case()
+    if not has_near:
+        arguments |= dict(near=None, cap=2.0)
+    ck, cv = arguments["cache"]
+    cv[1, :, :, 12:] = np.nan
+    arguments |= dict(cache=(ck, cv), cache_ranges=np.array([[[2, 3], [5, 11]], [[0, 0], [9, 10]]]))
+    expected = window_attention(q, k, v, **arguments | dict(cache=(ck, np.nan_to_num(cv))))
+    monkeypatch.setattr("kernels_pallas.window_attention.xla.SLOTS_AT_ONCE", 3)
+    attend = lambda cv, q: window_attention(q, k, v, **arguments | dict(cache=(ck, cv)))
+    np.testing.assert_allclose(attend(cv, q), expected, atol=1e-6)
+    gradient = lambda q: jax.grad(lambda q: (attend(np.nan_to_num(cv), q) ** 2).sum())(q)
+    in_parts = gradient(q)
+    monkeypatch.undo()
+    np.testing.assert_allclose(in_parts, gradient(q), atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_scale_and_cap_of_scores(implementation):
     """cap tanh(scale q k / cap), by hand."""

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dlm.presets import PRESETS
-from scripts.bench import decode, kernels, spec, train
+from scripts.bench import decode, kernels, models, spec, train, windows
 from scripts.bench.timing import table
 
 TINY = PRESETS["tiny"]
@@ -32,6 +32,16 @@ def test_spec_times_trees_of_every_size_and_drafters():
     assert {row["drafter"] for row in rows} >= {"Medusa", "Hydra", "EAGLE-3", "DFlash"}
     assert all(row["round_ms"] > 0 and row["break_even"] > 0 for row in rows)
     assert table(rows, "spec", spec.COLUMNS).count("\n") == len(rows) + 1
+
+
+@pytest.mark.exhaustive
+def test_windows_of_every_width_and_text():
+    lm = models.load("", dataclasses.replace(TINY, max_seq_len=1100), "")
+    rows = [*windows.bench_windows(lm, repeats=5)]
+    expected = [(1, 100), (8, 100), (32, 100), (1, 1000), (1000, 0)]
+    assert [(row["window"], row["behind"]) for row in rows] == expected
+    assert all(row["ms"] > 0 and row["floor_ms"] >= 0 for row in rows)
+    assert table(rows, "windows", windows.COLUMNS).count("\n") == len(rows) + 1
 
 
 @pytest.mark.exhaustive
