@@ -22,6 +22,8 @@ from decode.core.sampling import Sampling
 from decode.core.texts import Loop, TextOptions, answer
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
+from decode.speculative.controller import Controller, ControllerState
+from decode.speculative.costs import with_costs
 from decode.speculative.loop import (
     SpeculativeMethod,
     SpeculativeState,
@@ -36,6 +38,7 @@ from dlm.lm import LanguageModel
 class Options(TextOptions, total=False):
     """The keyword arguments of `complete`."""
 
+    controller: Controller
     method: str | SpeculativeMethod
     drafter: Drafter
     acceptance: AcceptanceRule
@@ -66,6 +69,7 @@ def complete(
     seed: int | Sequence[int] = 0,
     num_return: int = 1,
     top_logprobs: int = 0,
+    controller: Controller | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Completion | list[Completion]:
@@ -100,6 +104,8 @@ def complete(
       num_return: samples per prompt; the further ones are the first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.
+      controller: judges in every round as many drafts as pay on this device and this text, and
+        asks for none if none do; `Controller()` measures once what rounds cost. None: all.
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
       progress: whether to show a bar of prompts that are done.
@@ -118,6 +124,7 @@ def complete(
     given = {
         "drafter": drafter,
         "acceptance": acceptance,
+        "controller": controller,
         "sampling": sampling if temperature or sampling.has_filters else None,
         "stop_ids": tuple(stop_ids) or None,
         "top_logprobs": top_logprobs or None,
@@ -181,10 +188,21 @@ def collect(
                 log_prob=log_prob,
                 draft_forwards=int(fetched.draft_forwards[b]),
                 acceptance_histogram=fetched.acceptance_histogram[b],
+                rounds_by_width=_rounds_by_width(method, fetched.control, b),
                 top=None if fetched.top is None else fetched.top.of_row(b, len(canvas)),
             )
         )
     return completions
+
+
+def _rounds_by_width(
+    method: SpeculativeMethod, control: ControllerState | None, b: int
+) -> dict[int, int] | None:
+    """What the controller has chosen for a row."""
+    if method.controller is None or control is None:
+        return None
+    widths = (0, *method.controller.widths_of(method.drafter))
+    return dict(zip(widths, map(int, control.rounds[b]), strict=True))
 
 
 def _settled(state: SpeculativeState) -> list[np.ndarray]:
@@ -204,4 +222,5 @@ LOOP = Loop(
     settled=_settled,
     collect=collect,
     may_be_empty=lambda cfg: False,
+    ready=lambda lm, method, start: with_costs(lm.params, lm.cfg, method, start),
 )

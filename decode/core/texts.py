@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -60,6 +61,8 @@ class Loop:
       settled: the tokens that rows of a state have written for certain.
       collect: completions, of a state, the model, the method, their number and stop strings.
       may_be_empty: whether a model can begin without a prompt.
+      ready: the method with what has to be measured for it, of a model, the method and what makes
+        the first state of a method.
     """
 
     prepare: Callable[..., Any]
@@ -68,6 +71,9 @@ class Loop:
     settled: Callable[[Any], list[np.ndarray]]
     collect: Callable[..., list[Completion]]
     may_be_empty: Callable[[ModelConfig], bool]
+    ready: Callable[[LanguageModel, Any, Callable[[Any], Any]], Any] = lambda lm, method, start: (
+        method
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +141,17 @@ class Asked:
             lm.cfg, [self.prompts[i] for i in bucket], [self.gen_lens[i] for i in bucket]
         )
 
-        def start(chosen: Sequence[int], batch_size: int) -> Any:
+        def begin(method: Any, chosen: Sequence[int], batch_size: int) -> Any:
             some = lambda values: [values[bucket[i]] for i in chosen]  # noqa: E731
             gaps = {} if self.given is None else {"given": some(self.given)}
             return loop.prepare(
                 lm, method, some(self.prompts), gen_len=some(self.gen_lens),
                 seeds=some(self.seeds), prompt_len=P, canvas_len=G, batch_size=batch_size, **gaps,
             )  # fmt: skip
+
+        first = range(min(rows, len(bucket)))
+        method = loop.ready(lm, method, lambda method: begin(method, first, rows))
+        start = functools.partial(begin, method)
 
         def run(state: Any, max_done: int) -> Any:
             rounds = STOP_ROUNDS if self.stops else FOREVER
@@ -152,7 +162,7 @@ class Asked:
             return state
 
         if len(bucket) <= rows:
-            state = start(range(len(bucket)), rows)
+            state = start(first, rows)
             while not bool(state.has_stopped.all()):
                 state = run(state, FOREVER)
             groups: Any = [(range(len(bucket)), loop.reported(state))]

@@ -18,6 +18,7 @@ import numpy as np
 
 from decode.complete import complete
 from decode.core.requests import Prompt
+from decode.core.results import Completion
 from decode.speculative.contracts import Drafter
 from dlm.lm import LanguageModel
 
@@ -62,16 +63,23 @@ def lossless_report(
     some = list(prompts)
     plain = complete(lm, some, gen_len=gen_len, batch_size=batch_size, top_logprobs=2)
     fast = complete(lm, some, gen_len=gen_len, batch_size=batch_size, drafter=drafter)
-    report: list[Parting | None] = []
-    for a, b in zip(plain, fast, strict=True):
-        shared = min(len(a.canvas), len(b.canvas))
-        differs = a.canvas[:shared] != b.canvas[:shared]
-        place = int(np.argmax(differs)) if differs.any() else shared
-        if place == len(a.canvas) == len(b.canvas):
-            report.append(None)
-            continue
-        at = lambda canvas, place=place: int(canvas[place]) if place < len(canvas) else None  # noqa: E731
-        assert a.top is not None
-        best = np.asarray(a.top.log_probs)[min(place, len(a.canvas) - 1)]
-        report.append(Parting(place, at(a.canvas), at(b.canvas), float(best[0] - best[1])))
-    return report
+    return [first_parting(a, b.canvas) for a, b in zip(plain, fast, strict=True)]
+
+
+def first_parting(plain: Completion, canvas: np.ndarray) -> Parting | None:
+    """Where a greedy text leaves the plain one; None: nowhere.
+
+    Args:
+      plain: with two `top_logprobs` at least.
+      canvas: [n] int32. The tokens of the other text, its end included.
+    """
+    shared = min(len(plain.canvas), len(canvas))
+    differs = plain.canvas[:shared] != canvas[:shared]
+    place = int(np.argmax(differs)) if differs.any() else shared
+    if place == len(plain.canvas) == len(canvas):
+        return None
+    if plain.top is None:
+        raise ValueError("plain has no top: decode it with top_logprobs=2, for the margin")
+    best = np.asarray(plain.top.log_probs)[min(place, len(plain.canvas) - 1)]
+    at = lambda tokens: int(tokens[place]) if place < len(tokens) else None  # noqa: E731
+    return Parting(place, at(plain.canvas), at(canvas), float(best[0] - best[1]))

@@ -18,6 +18,16 @@ def bootstrap(values: npt.ArrayLike, num: int = 1000, seed: int = 0) -> tuple[fl
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    above: npt.ArrayLike, below: npt.ArrayLike, num: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of sum(above) / sum(below), examples drawn with replacement."""
+    pairs, rng = np.stack([above, below], axis=1).astype(float), np.random.default_rng(seed)
+    sums = [pairs[rng.integers(len(pairs), size=len(pairs))].sum(axis=0) for _ in range(num)]
+    low, high = np.percentile([a / b for a, b in sums], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds, and half of its 95 % interval (Student's t); nan of one seed."""
     n = len(values)

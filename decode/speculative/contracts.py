@@ -39,6 +39,7 @@ class Context(struct.PyTreeNode):
       active: [B] bool. Rows that are not done. States of the others need not be kept up.
       cache: the target's: keys and values of all positions before the root.
       end: [B] int32. The most positions that each row's text may have; None where nobody asks.
+      may_pause: whether rounds may pass in which the drafter proposes nothing. Static.
     """
 
     params: Params
@@ -49,6 +50,7 @@ class Context(struct.PyTreeNode):
     active: jax.Array
     cache: KVCache
     end: jax.Array | None = None
+    may_pause: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def root(self) -> jax.Array:
@@ -105,10 +107,13 @@ class Seen(struct.PyTreeNode):
       count: [B] int32. How many of the T there are; what is behind them is of no meaning.
       features: [B, T, n D]. The target's features there; None unless the drafter has
         `feature_layers`.
-      tree_hidden: [B, W, D], or None in the prompt. Hidden states of all nodes, kept or not.
+      tree_hidden: [B, n, D], or None in the prompt. Hidden states of all nodes that were judged,
+        kept or not: of a controller's choice, the root at least.
       tree: of them; None in the prompt.
-      chosen: [B, W] int32. What the target itself puts after each node; None in the prompt.
+      chosen: [B, n] int32. What the target itself puts after each node; None in the prompt.
       extra_hidden: [B, E, D]. Hidden states of the drafter's own rows; None if it has none.
+      best: [B, n, k] int32. The target's most probable tokens after each node, best first; None in
+        the prompt, and unless the drafter has `num_best`.
     """
 
     tokens: jax.Array
@@ -120,6 +125,7 @@ class Seen(struct.PyTreeNode):
     tree: DraftTree | None = None
     chosen: jax.Array | None = None
     extra_hidden: jax.Array | None = None
+    best: jax.Array | None = None
 
 
 @struct.dataclass
@@ -170,6 +176,11 @@ class Drafter(Part):
         """What it wants to see of the target, as in `dlm.models.decoder.forward`."""
         return ()
 
+    @property
+    def num_best(self) -> int:
+        """k, how many of the target's most probable tokens after each node it wants to see."""
+        return 0
+
     def refuse(self, method: SpeculativeMethod) -> str | None:
         """Why it makes no sense beside the other choices of a method, or None."""
         return None
@@ -189,3 +200,7 @@ class Drafter(Part):
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
         """The state after a round; `context` is as before it. Default: the same."""
         return state
+
+    def pause(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
+        """The state after a round in which it was not asked to propose. Default: as ever."""
+        return self.observe(cfg, context, seen, state)

@@ -1,16 +1,19 @@
 """The draft-and-verify loop: propose a tree, judge it with one forward, keep a path of it.
 
-A method is a pytree of three choices, whose structure picks the program and whose leaves are data:
+A method is a pytree of choices, whose structure picks the program and whose leaves are data:
 
     drafter      who proposes what may come next?    decode/drafters/
     acceptance   which of it is kept?                decode/speculative/accept.py
     sampling     what distribution is the text drawn from?    decode/core/sampling.py
+    controller   how many drafts are worth judging?           decode/speculative/controller.py
 
 Without a drafter (`NoDraft`) this is plain autoregressive decoding, one token per forward.
 
-Rows are independent: each has its own length, its own accepted path, its own end. Between rounds
-the cache covers all tokens of a row but its last one, the root, which is judged together with the
-drafts under it. A token lies in the cache slot of its position.
+Rows are independent: each has its own length, its own accepted path, its own end. What the target
+draws at a position follows from the row's key and the position alone, so with `Match` a text
+depends neither on the drafter nor on how many drafts are judged, whether it is greedy or drawn.
+Between rounds the cache covers all tokens of a row but its last one, the root, which is judged
+together with the drafts under it. A token lies in the cache slot of its position.
 
 Letters: B rows, S cache slots, G completion positions, W tree nodes, J largest depth, V vocabulary.
 """
@@ -18,7 +21,7 @@ Letters: B rows, S cache slots, G completion positions, W tree nodes, J largest 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +36,7 @@ from decode.core.sampling import Sampling, draw
 from decode.core.streams import Stream, fold_in
 from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen
+from decode.speculative.controller import Controller, ControllerState
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.tree import DraftTree
 from dlm import vocab
@@ -57,6 +61,9 @@ class SpeculativeMethod(struct.PyTreeNode):
       sampling: the distribution of the text.
       stop_ids: [n] int32. Tokens that end a text, besides the model's end-of-text.
       top_logprobs: >= 0, how many of the most probable tokens are reported per position. Static.
+      controller: how many drafts are judged in a round; None: always all. Rows of a batch share
+        this choice, so with drawn drafts and `SpeculativeSampling` or `BlockVerification` a text
+        follows the same law in any company, but is not the same text.
     """
 
     drafter: Drafter = NoDraft()
@@ -64,14 +71,16 @@ class SpeculativeMethod(struct.PyTreeNode):
     sampling: Sampling = GREEDY
     stop_ids: jax.Array | tuple[int, ...] = ()
     top_logprobs: int = struct.field(pytree_node=False, default=0)
+    controller: Controller | None = None
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, unless the choices make sense for the model."""
-        for part in (self.drafter, self.acceptance, self.sampling):
-            part.validate(cfg)
+        for part in (self.drafter, self.acceptance, self.sampling, self.controller):
+            if part is not None:
+                part.validate(cfg)
         check_top_logprobs(self.top_logprobs, cfg.vocab_size)
-        for part in (self.drafter, self.acceptance):
-            if reason := part.refuse(self):
+        for choice in (self.drafter, self.acceptance, self.controller):
+            if choice is not None and (reason := choice.refuse(self)):
                 raise ValueError(reason)
         for token in np.asarray(self.stop_ids, np.int64):
             if not 0 <= token < cfg.vocab_size:
@@ -102,6 +111,7 @@ class SpeculativeState(struct.PyTreeNode):
       cache: of the target.
       drafter: the drafter's state.
       top: the n most probable tokens per position written; None: they are not kept.
+      control: what the controller has seen and chosen; None without one.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
       chunk: prompt tokens read per forward. Static.
     """
@@ -121,6 +131,7 @@ class SpeculativeState(struct.PyTreeNode):
     cache: KVCache
     drafter: Any
     top: TopTokens | None
+    control: ControllerState | None
     num_steps: jax.Array
     chunk: int = struct.field(pytree_node=False)
 
@@ -176,7 +187,7 @@ def init_state(
             occurred[b, list(prompt)] = True
     zeros = functools.partial(np.zeros, B, np.int32)
     array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
-    cache, drafter, top = _allocate(cfg, method, B, S, G)
+    cache, drafter, top, control = _allocate(cfg, method, B, S, G)
     return SpeculativeState(
         tokens=array(tokens),
         length=array(lengths),
@@ -193,6 +204,7 @@ def init_state(
         cache=cache,
         drafter=drafter,
         top=top,
+        control=control,
         num_steps=array(np.zeros((), np.int32)),
         chunk=chunk,
     )
@@ -201,10 +213,11 @@ def init_state(
 @functools.partial(jax.jit, static_argnames=("cfg", "B", "S", "G"))
 def _allocate(
     cfg: ModelConfig, method: SpeculativeMethod, B: int, S: int, G: int
-) -> tuple[KVCache, Any, TopTokens | None]:
-    """The target's cache, what the drafter remembers, and the best tokens, all empty."""
+) -> tuple[KVCache, Any, TopTokens | None, ControllerState | None]:
+    """The target's cache, what drafter and controller remember, and the best tokens, all empty."""
     top = TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None
-    return init_cache(cfg, B, S), method.drafter.init(cfg, B, S), top
+    control = None if method.controller is None else method.controller.init(method.drafter, B)
+    return init_cache(cfg, B, S), method.drafter.init(cfg, B, S), top, control
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
@@ -241,19 +254,100 @@ def step(
 ) -> SpeculativeState:
     """One round. Pure; rows that are done stay as they are."""
     context = _context(params, method, state)
+    if method.controller is not None:
+        return _controlled(cfg, method, state, context)
     with jax.named_scope("draft"):
-        proposal = method.drafter.propose(cfg, context, state.drafter)
-        above = proposal.tree.ancestors(method.drafter.depth)
-        tree = _existing(proposal.tree, above, cfg.vocab_size)
-        proposal = proposal.replace(tree=tree)
+        proposal = _propose(cfg, method, state, context)
+    return _settle(cfg, method, state, context, proposal)
+
+
+def _controlled(
+    cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState, context: Context
+) -> SpeculativeState:
+    """One round, in which as many drafts are judged as the controller says: one branch per width.
+
+    The root alone is one branch, whether somebody drafted or not, unless the drafter has rows of
+    its own, which only rounds with drafts read.
+    """
+    drafter, controller, control = method.drafter, method.controller, state.control
+    assert controller is not None and control is not None
+    draft = functools.partial(_propose, cfg, method, state, context)
+    with jax.named_scope("draft"):
+        is_asked = controller.asks(control, context.active)
+        proposal = jax.lax.cond(is_asked, draft, lambda: _no_proposal(draft, state, context))
+    with jax.named_scope("choose"):
+        choice, nodes = controller.choose(drafter, control, proposal.tree, context.active)
+        choice = jnp.where(is_asked, choice, 0)
+
+    def judge(width: int, has_extra: bool) -> SpeculativeState:
+        tree = proposal.tree
+        if width < drafter.num_nodes:
+            tree = tree.take(jnp.sort(nodes[:, :width], axis=1))
+        chosen = proposal.replace(tree=tree, extra=proposal.extra if has_extra else None)
+        is_paused = None if has_extra or width > 1 else ~is_asked
+        return _settle(cfg, method, state, context, chosen, choice, is_paused)
+
+    has_extra, widths = drafter.num_extra > 0, controller.widths_of(drafter)
+    shapes = [(1, False), *((width, has_extra) for width in widths if has_extra or width > 1)]
+    at = [0, *(shapes.index((w, has_extra)) for w in widths)]
+    branches = [functools.partial(judge, *shape) for shape in shapes]
+    return jax.lax.switch(jnp.array(at)[choice], branches)
+
+
+def _propose(
+    cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState, context: Context
+) -> Proposal:
+    """What the drafter proposes, of tokens that the target has."""
+    proposal = method.drafter.propose(cfg, context, state.drafter)
+    tree = _existing(proposal.tree, method.drafter.depth, cfg.vocab_size)
+    return proposal.replace(tree=tree)
+
+
+def _no_proposal(
+    draft: Callable[[], Proposal], state: SpeculativeState, context: Context
+) -> Proposal:
+    """A root, in the shape of what would be proposed; the drafter's state stays."""
+    like = jax.eval_shape(draft).replace(state=None)
+    empty: Proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    tree = empty.tree.replace(
+        tokens=empty.tree.tokens.at[:, 0].set(context.root),
+        parents=empty.tree.parents.at[:, 0].set(-1),
+        depths=empty.tree.depths.at[:, 1:].set(1),
+        is_valid=empty.tree.is_valid.at[:, 0].set(True),
+    )
+    return empty.replace(tree=tree, state=state.drafter)
+
+
+def _settle(
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    state: SpeculativeState,
+    context: Context,
+    proposal: Proposal,
+    choice: jax.Array | None = None,
+    is_paused: jax.Array | None = None,
+) -> SpeculativeState:
+    """The second half of a round: judges n nodes, and keeps a path of them.
+
+    Args:
+      cfg, method, state, context: of the round.
+      proposal: whose tree is judged.
+      choice: [] int32. What the controller has chosen; None without one.
+      is_paused: [] bool. Whether nobody drafted; None: somebody did.
+    """
+    drafter, tree = method.drafter, proposal.tree
+    n = tree.tokens.shape[1]
+    depth = min(drafter.depth, n - 1)
     with jax.named_scope("judge"):
-        output, verdict, log_probs, top = _judge(params, cfg, method, state, proposal, above)
+        output, verdict, log_probs, top = _judge(context.params, cfg, method, state, proposal)
     with jax.named_scope("accept"):
-        walk = method.acceptance.walk(verdict, method.drafter.depth)
+        walk = method.acceptance.walk(verdict, depth)
+        rest = ((0, 0), (0, drafter.depth - depth))
+        walk = walk.replace(path=jnp.pad(walk.path, rest, mode="edge"))
     with jax.named_scope("commit"):
-        start, cache, W = state.length - 1, output.cache, method.drafter.num_nodes
+        start, cache = state.length - 1, output.cache
         assert cache is not None
-        if not method.drafter.is_chain:
+        if not drafter.is_chain and n > 1:
             cache = compact(cache, start, walk.path)
         of_path = lambda x: jnp.take_along_axis(x, walk.path[..., None], axis=1)  # noqa: E731
         seen = Seen(
@@ -262,14 +356,41 @@ def step(
             start=start,
             count=walk.num_accepted + 1,
             features=None if output.features is None else of_path(output.features),
-            tree_hidden=output.hidden[:, :W],
+            tree_hidden=output.hidden[:, :n],
             tree=tree,
             chosen=verdict.chosen,
-            extra_hidden=None if proposal.extra is None else output.hidden[:, W:],
+            extra_hidden=None if proposal.extra is None else output.hidden[:, n:],
+            best=None if top is None else top.tokens[..., : drafter.num_best],
         )
+        control = state.control
+        if choice is not None:
+            assert method.controller is not None and control is not None
+            control = method.controller.learn(drafter, control, choice, tree, walk, context.active)
+        if top is not None:
+            top = jax.tree.map(lambda x: x[..., : method.top_logprobs], top)
         state = _commit(cfg, method, state, proposal, walk, log_probs, top)
-        drafter = method.drafter.observe(cfg, context, seen, proposal.state)
-    return state.replace(cache=cache, drafter=drafter)
+        remembers = _observe(cfg, drafter, context, seen, proposal.state, is_paused)
+    return state.replace(cache=cache, drafter=remembers, control=control)
+
+
+def _observe(
+    cfg: ModelConfig,
+    drafter: Drafter,
+    context: Context,
+    seen: Seen,
+    state: Any,
+    is_paused: jax.Array | None,
+) -> Any:
+    """What the drafter remembers."""
+    observe, pause = (
+        functools.partial(see, cfg, context, seen, state)
+        for see in (drafter.observe, drafter.pause)
+    )
+    if is_paused is None or type(drafter).pause is Drafter.pause:
+        return observe()
+    if drafter.num_extra:  # its rows were not read
+        return pause()
+    return jax.lax.cond(is_paused, pause, observe)
 
 
 decode = loop.compile_decode(step)  # its arguments are said there
@@ -296,14 +417,15 @@ def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState)
         active=~state.has_stopped,
         cache=state.cache,
         end=state.end,
+        may_pause=method.controller is not None,
     )
 
 
-def _existing(tree: DraftTree, above: jax.Array, vocab_size: int) -> DraftTree:
+def _existing(tree: DraftTree, depth: int, vocab_size: int) -> DraftTree:
     """The tree without nodes whose token the target does not have, and those below them."""
     is_known = (tree.tokens >= 0) & (tree.tokens < vocab_size)
     is_missing = ~(tree.is_valid & is_known)
-    is_valid = ~(above & is_missing[:, None]).any(axis=2)
+    is_valid = ~(tree.ancestors(depth) & is_missing[:, None]).any(axis=2)
     return tree.replace(is_valid=is_valid, tokens=jnp.where(is_known, tree.tokens, 0))
 
 
@@ -313,16 +435,16 @@ def _judge(
     method: SpeculativeMethod,
     state: SpeculativeState,
     proposal: Proposal,
-    above: jax.Array,
 ) -> tuple[decoder.ForwardOutput, Verdict, jax.Array, TopTokens | None]:
-    """One forward over the tree, whose nodes see those `above` them [B, W, W], and extra rows.
+    """One forward over the tree, whose nodes see those above them, and extra rows.
 
     Returns:
       The forward, whose cache has the tree's keys and values behind its last token, the verdict on
       the tree, the log-probabilities of the arg-max [B, W] or of all tokens [B, W, V], and the
-      most probable tokens after each node [B, W, n].
+      most probable tokens after each node [B, W, k], as many as anybody wants to see.
     """
     start, tree = state.length - 1, proposal.tree
+    above = tree.ancestors(min(method.drafter.depth, tree.tokens.shape[1] - 1))
     output = decoder.forward(
         params,
         cfg,
@@ -332,8 +454,12 @@ def _judge(
     )
     W = tree.tokens.shape[1]
     hidden = output.hidden[:, :W]
-    key = fold_in(state.key, state.num_forwards)
+    key = fold_in(fold_in(state.key, state.num_forwards), Stream.ACCEPT)
+    by_node = jax.vmap(lambda position: fold_in(fold_in(state.key, position), Stream.TARGET), 1, 1)(
+        start[:, None] + tree.depths
+    )  # [B, W, 2]
     sampling, probs, log_probs, top = method.sampling, None, None, None
+    num_best = max(method.top_logprobs, method.drafter.num_best)
     if method.needs_probs:
         logits = vocab.logits(vocab.head(params), hidden)
         occurred = None
@@ -342,28 +468,25 @@ def _judge(
             occurred = state.occurred[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
         probs = sampling.probs(logits, occurred)
         log_probs = jax.nn.log_softmax(logits)
-        if method.top_logprobs:
-            best, tokens = jax.lax.top_k(log_probs, method.top_logprobs)
+        if num_best:
+            best, tokens = jax.lax.top_k(log_probs, num_best)
             top = TopTokens(tokens, best)
         if sampling.temperature is None:
             chosen = jnp.argmax(probs, axis=-1).astype(jnp.int32)
         else:
-            chosen = draw(fold_in(key, Stream.TARGET), probs)
+            chosen = jax.vmap(draw, 1, 1)(by_node, probs)
     else:
         noise = None
         if sampling.temperature is not None:
-            by_node = jax.vmap(lambda v: fold_in(fold_in(key, Stream.TARGET), v), out_axes=1)(
-                jnp.arange(W)
-            )
             noise = Noise(by_node, jnp.float32(sampling.temperature))
-        stats = vocab.read(vocab.head(params), hidden, noise=noise, k=method.top_logprobs)
+        stats = vocab.read(vocab.head(params), hidden, noise=noise, k=num_best)
         sampled = stats.token if noise is None else stats.sample
         log_probs = stats.log_prob if noise is None else stats.sample_log_prob
         assert sampled is not None and log_probs is not None
         chosen = sampled
         if stats.top_tokens is not None and stats.top_log_probs is not None:
             top = TopTokens(stats.top_tokens, stats.top_log_probs)
-    verdict = Verdict(tree=tree, chosen=chosen, probs=probs, key=fold_in(key, Stream.ACCEPT))
+    verdict = Verdict(tree=tree, chosen=chosen, probs=probs, key=key)
     return output, verdict, log_probs, top
 
 

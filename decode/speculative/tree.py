@@ -55,6 +55,33 @@ class DraftTree(struct.PyTreeNode):
             above = jnp.where(above > 0, jnp.take_along_axis(self.parents, above, axis=1), -1)
         return found
 
+    @property
+    def counts(self) -> jax.Array:
+        """[B, W] bool: nodes that exist, as far as that was known before they were drawn."""
+        return self.is_valid if self.drawn == "none" else jnp.ones_like(self.is_valid)
+
+    def ranks(self) -> jax.Array:
+        """[B, W] int32: how many siblings of a node are tested before it."""
+        W = self.tokens.shape[1]
+        is_before = jnp.arange(W)[None, :, None] > jnp.arange(W)[None, None]  # [1, v, u]
+        is_sibling = self.parents[:, :, None] == self.parents[:, None]
+        return (is_before & is_sibling & self.counts[:, None]).sum(axis=2, dtype=jnp.int32)
+
+    def take(self, nodes: jax.Array) -> DraftTree:
+        """The tree of some nodes [B, n] int32, which rise; of each, its parent and the siblings
+        that are tested before it must be among them."""
+        of = lambda x: jnp.take_along_axis(x, nodes, axis=1)  # noqa: E731
+        is_parent = of(self.parents)[:, :, None] == nodes[:, None]  # [B, n, n]
+        found = jnp.argmax(is_parent, axis=2).astype(jnp.int32)
+        probs = self.probs
+        return self.replace(
+            tokens=of(self.tokens),
+            parents=jnp.where(is_parent.any(axis=2), found, -1),
+            depths=of(self.depths),
+            is_valid=of(self.is_valid),
+            probs=None if probs is None else jnp.take_along_axis(probs, nodes[..., None], axis=1),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:

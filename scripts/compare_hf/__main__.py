@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     prompts = held_out_prompts(lm, flags.FLAGS.task, flags.FLAGS.num_prompts)
     decoders = {("ours", name): run for name, run in ours(folder, gen_len, max(map(len, prompts)))}
     eos, pad = list(lm.cfg.eos_ids), lm.cfg.pad_token_id
-    decoders |= {("transformers", name): run for name, run in theirs(folder, gen_len, eos, pad)}
+    target, draft = (folder / name / "model" for name in ("target", "draft"))
+    others = theirs(target, draft, gen_len, eos, pad)
+    decoders |= {("transformers", name): run for name, run in others}
     tallies = alternate(decoders, prompts)
     print(
         f"\n{flags.FLAGS.task}: {len(prompts)} held-out prompts, batch 1, {gen_len} tokens, "

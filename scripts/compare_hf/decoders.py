@@ -73,29 +73,40 @@ def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[
 
 
 def theirs(
-    folder: pathlib.Path, gen_len: int, eos: list[int], pad: int
+    target: pathlib.Path, draft: pathlib.Path | None, gen_len: int, eos: list[int], pad: int
 ) -> Iterator[tuple[str, Decoder]]:
-    """Decoders of Hugging Face, by method."""
+    """Decoders of Hugging Face, by method.
+
+    Args:
+      target: a checkpoint: a directory, or a .gguf file.
+      draft: of the draft model of assisted generation; None: no such decoder.
+      gen_len: most tokens to write.
+      eos: ids that end a text.
+      pad: padding.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32).eval()
-        for name in ("target", "draft")
-    )
-    draft.generation_config.num_assistant_tokens = NUM_DRAFTS["draft model"]
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
-    options: dict[str, dict[str, Any]] = {
-        "none": {},
-        "draft model": {"assistant_model": draft},
-        "prompt lookup": {
-            "prompt_lookup_num_tokens": NUM_DRAFTS["prompt lookup"],
-            "max_matching_ngram_size": MAX_NGRAM,
-        },
+    def load(path: pathlib.Path) -> Any:
+        of_file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+        folder = path.parent if of_file else path
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **of_file)
+        return model.eval()
+
+    model = load(target)
+    options: dict[str, dict[str, Any]] = {"none": {}}
+    if draft is not None:
+        assistant = load(draft)
+        assistant.generation_config.num_assistant_tokens = NUM_DRAFTS["draft model"]
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        options["draft model"] = {"assistant_model": assistant}
+    options["prompt lookup"] = {
+        "prompt_lookup_num_tokens": NUM_DRAFTS["prompt lookup"],
+        "max_matching_ngram_size": MAX_NGRAM,
     }
     calls = [0]
-    target.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
 
     def decoder(extra: dict[str, Any]) -> Decoder:
         def run(prompt: list[int]) -> tuple[list[int], int, float]:
@@ -103,7 +114,7 @@ def theirs(
             tokens = torch.tensor([prompt])
             began = time.perf_counter()
             with torch.inference_mode():
-                out = target.generate(
+                out = model.generate(
                     tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=gen_len,
                     do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad, **extra,
                 )  # fmt: skip

@@ -37,11 +37,24 @@ from kernels_pallas.window_attention import pack_mask
 MAX_PADDING = 1024
 
 
+class DraftState(struct.PyTreeNode):
+    """What the draft model has read.
+
+    Attributes:
+      cache: of the draft model, a slot per position.
+      known: [B] int32. How many positions from the first one on it has read, of what was kept.
+    """
+
+    cache: KVCache
+    known: jax.Array
+
+
 @struct.dataclass
 class _Model(Drafter):
     """What all ways of drafting share.
 
-    Texts that outgrow the draft model's context length go on without drafts.
+    What was written in rounds without drafts is read when drafts are asked for again. Texts that
+    outgrow the draft model's context length go on without drafts.
 
     Attributes:
       params: of the draft model.
@@ -70,13 +83,17 @@ class _Model(Drafter):
                 "rows of padding"
             )
 
-    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
+    def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> DraftState:
         n_layers = self.draft.n_layers if self.layers is None else len(self.layers)
         run = dataclasses.replace(self.draft, n_layers=n_layers)
-        return init_cache(run, batch_size, num_slots)
+        return DraftState(init_cache(run, batch_size, num_slots), jnp.zeros(batch_size, jnp.int32))
 
-    def prefill(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
-        return self._read(context, seen, state, None)
+    def prefill(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: DraftState
+    ) -> DraftState:
+        cache = self._read(context, seen.tokens, seen.start, state.cache, None)
+        known = jnp.where(seen.count > 0, seen.start + seen.count, state.known)
+        return DraftState(cache, known)
 
     def _logits(self, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
         """[..., V] float32 over the target's tokens: those that are padding of one are impossible.
@@ -100,14 +117,39 @@ class _Model(Drafter):
         return decoder.forward(self.params, self.draft, window, slots, layers=self.layers)
 
     def _read(
-        self, context: Context, seen: Seen, cache: KVCache, rows: jax.Array | None
+        self,
+        context: Context,
+        tokens: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        rows: jax.Array | None,
     ) -> KVCache:
-        """Keys and values of tokens in a row."""
-        window = Window.at(seen.tokens, seen.start, is_causal=True)
-        slots = Slots.append(cache, seen.start, rows)
-        output = self._forward(context, window, slots)
+        """The cache with tokens [B, T] from positions start [B] on."""
+        window = Window.at(tokens, start, is_causal=True)
+        output = self._forward(context, window, Slots.append(cache, start, rows))
         assert output.cache is not None
         return output.cache
+
+    def _catch_up(self, context: Context, state: DraftState) -> tuple[KVCache, jax.Array]:
+        """The cache of all positions before the root, and the forwards [B] that took."""
+        T, end = self.depth + 1, context.length - 1
+
+        def is_behind(known: jax.Array) -> jax.Array:
+            return (known < end) & context.active
+
+        def read(carry: tuple[DraftState, jax.Array]) -> tuple[DraftState, jax.Array]:
+            state, forwards = carry
+            rows, place = is_behind(state.known), state.known[:, None] + jnp.arange(T)[None]
+            tokens = jnp.take_along_axis(context.tokens, place, axis=1, mode="clip")
+            cache = self._read(context, tokens, state.known, state.cache, rows)
+            known = jnp.where(rows, jnp.minimum(state.known + T, end), state.known)
+            return DraftState(cache, known), forwards + rows
+
+        start = state, jnp.zeros_like(end)
+        state, forwards = jax.lax.while_loop(
+            lambda carry: is_behind(carry[0].known).any(), read, start
+        )
+        return state.cache, forwards
 
 
 @struct.dataclass
@@ -131,7 +173,11 @@ class DraftModel(_Model):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
+    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+        cost = spent(context, self.num_nodes)
+        if context.may_pause:  # or else all but the last draft was read by the round before
+            cache, forwards = self._catch_up(context, state)
+            state, cost = state.replace(cache=cache), cost + forwards
         is_drawn = self.is_sampled and context.sampling.temperature is not None
         extra = range(cfg.vocab_size, self.draft.vocab_size)
         padding = jnp.array(extra, jnp.int32) if extra else None
@@ -151,12 +197,18 @@ class DraftModel(_Model):
             following = vocab.read(vocab.head(self.params), hidden, banned_ids=padding).token
             return (following, output.cache), (token, None)
 
-        start = (context.root, state)
+        start = (context.root, state.cache)
         (_, cache), (tokens, probs) = jax.lax.scan(draft, start, jnp.arange(self.num_nodes))
         probs = None if probs is None else probs.swapaxes(0, 1)
         tree = chain(self.num_drafts).tree(tokens.T, probs=probs)
         tree = self._within(context, tree)
-        return Proposal(tree, spent(context, self.num_drafts + 1), cache)
+        return Proposal(tree, cost, DraftState(cache, context.length + self.num_drafts))
+
+    def observe(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: DraftState
+    ) -> DraftState:
+        """Drafts that were not kept are not known."""
+        return state.replace(known=jnp.minimum(state.known, seen.start + seen.count))
 
 
 @struct.dataclass
@@ -164,7 +216,7 @@ class DraftModelTree(_Model):
     """A tree of one shape, one forward of a smaller model per level; siblings may be drawn.
 
     Drafts of a node are its most probable tokens, or drawn without replacement. Every forward runs
-    the whole tree: nothing is written to the cache before it is accepted.
+    the whole tree: nothing is written to the cache before it is accepted, by the next round.
 
     Attributes:
       shape: of the tree. Static.
@@ -172,24 +224,23 @@ class DraftModelTree(_Model):
 
     shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
 
-    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
+    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+        cache, forwards = self._catch_up(context, state)
+
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             tree = self.shape.tree(tokens)
             start = context.length - 1
             above = pack_mask(tree.ancestors(self.depth))
             window = Window(tokens, start[:, None] + tree.depths, above)
-            slots = Slots.below(state, start)
+            slots = Slots.below(cache, start)
             hidden = self._forward(context, window, slots).hidden
             return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
         return Proposal(
             self._within(context, expand(self.shape, context, score, self.is_sampled)),
-            spent(context, self.shape.depth + 1),
-            state,
+            spent(context, self.shape.depth) + forwards,
+            DraftState(cache, context.length - 1),
         )
-
-    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
-        return self._read(context, seen, state, context.active)
 
 
 @struct.dataclass
@@ -213,7 +264,8 @@ class DraftModelBest(BestTree, _Model):
     def num_ids(self) -> int:
         return self.draft.vocab_size
 
-    def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
+    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+        cache, forwards = self._catch_up(context, state)
         start = context.length - 1
 
         def score(
@@ -222,16 +274,13 @@ class DraftModelBest(BestTree, _Model):
             rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
             tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
             window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
-            slots = Slots.below(state, start)
+            slots = Slots.below(cache, start)
             hidden = self._forward(context, window, slots).hidden
             return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
         tree = expand_best(self.width, self.levels, self.budget, context, score)
         return Proposal(
             self._within(context, tree),
-            spent(context, self.levels + 1),
-            state,
+            spent(context, self.levels) + forwards,
+            DraftState(cache, context.length - 1),
         )
-
-    def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: KVCache) -> KVCache:
-        return self._read(context, seen, state, context.active)

@@ -123,6 +123,13 @@ class _Network(Drafter):
     ) -> EagleState:
         return state.replace(features=self._features(seen), count=seen.count)
 
+    def pause(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: EagleState
+    ) -> EagleState:
+        """What `propose` would have read is read."""
+        _, cache = self._read_new(context, state)
+        return self.observe(cfg, context, seen, state.replace(cache=cache))
+
     def _features(self, seen: Seen) -> jax.Array:
         if not self.feature_layers:
             return seen.hidden

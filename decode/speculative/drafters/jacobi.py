@@ -59,7 +59,11 @@ class Jacobi(Drafter):
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
     ) -> jax.Array:
-        """What stands behind the nodes after the last one kept; the newest guess fills up."""
+        """What stands behind the nodes after the last one kept; the newest guess fills up.
+
+        Guesses that were not judged stay what they were.
+        """
         assert seen.chosen is not None
+        said = jnp.concatenate([seen.chosen, state[:, seen.chosen.shape[1] :]], axis=1)
         index = seen.count[:, None] + jnp.arange(self.num_guesses)[None]
-        return jnp.take_along_axis(seen.chosen, jnp.minimum(index, self.num_guesses), axis=1)
+        return jnp.take_along_axis(said, jnp.minimum(index, said.shape[1] - 1), axis=1)

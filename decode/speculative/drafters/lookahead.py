@@ -172,6 +172,17 @@ class Lookahead(Drafter):
             window=jnp.where(column < W, moved, filler), pool=pool, rounds=state.rounds + 1
         )
 
+    def pause(
+        self, cfg: ModelConfig, context: Context, seen: Seen, state: LookaheadState
+    ) -> LookaheadState:
+        """The window moves on by as many columns as tokens were written; nothing is remembered."""
+        W = self.window
+        column = jnp.arange(W)[None, None] + seen.count[:, None, None]
+        moved = jnp.take_along_axis(state.window, jnp.minimum(column, W - 1), axis=2)
+        is_known = (column < W) & (moved >= 0)
+        filler = self._filler(context, (self.ngram - 1) * W)
+        return state.replace(window=jnp.where(is_known, moved, filler))
+
     def _filler(self, context: Context, num: int) -> jax.Array:
         """[B, N - 1, W] int32: tokens of the text."""
         share = uniforms(fold_in(context.key, Stream.FILLER), num)

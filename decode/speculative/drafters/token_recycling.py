@@ -61,19 +61,21 @@ class TokenRecycling(Drafter):
         return cls(from_paths([[0], [1], [0, 0], [0, 1], [1, 0]]))
 
     @property
-    def num_successors(self) -> int:
-        """k."""
+    def num_best(self) -> int:
+        """k: as many as a node has children."""
         return max(self.shape.ranks, default=0) + 1
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> jax.Array:
         """[B, V, k] int32; -1: not known yet."""
-        return jnp.full((batch_size, cfg.vocab_size, self.num_successors), -1, jnp.int32)
+        return jnp.full((batch_size, cfg.vocab_size, self.num_best), -1, jnp.int32)
 
     def prefill(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
     ) -> jax.Array:
         exists = jnp.arange(seen.tokens.shape[1])[None] < seen.count[:, None]
-        return self._learn(context, seen.tokens, seen.hidden, exists, state)
+        best = vocab.read(vocab.head(context.params), seen.hidden, k=self.num_best).top_tokens
+        assert best is not None
+        return _learn(seen.tokens, best, exists, state)
 
     def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         root = context.root
@@ -91,23 +93,15 @@ class TokenRecycling(Drafter):
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: jax.Array
     ) -> jax.Array:
-        assert seen.tree is not None and seen.tree_hidden is not None
-        tree = seen.tree
-        return self._learn(context, tree.tokens, seen.tree_hidden, tree.is_valid, state)
+        assert seen.tree is not None and seen.best is not None
+        return _learn(seen.tree.tokens, seen.best, seen.tree.is_valid, state)
 
-    def _learn(
-        self,
-        context: Context,
-        tokens: jax.Array,
-        hidden: jax.Array,
-        exists: jax.Array,
-        table: jax.Array,
-    ) -> jax.Array:
-        """Notes what the target says after each token; of equal tokens, the last one counts."""
-        B, T, _ = hidden.shape
-        best = vocab.read(vocab.head(context.params), hidden, k=self.num_successors).top_tokens
-        later = jnp.triu(jnp.ones((T, T), bool), 1)[None]
-        again = (tokens[:, :, None] == tokens[:, None, :]) & exists[:, None, :] & later
-        is_last = exists & ~again.any(axis=2)
-        row = jnp.where(is_last, tokens, table.shape[1])
-        return table.at[jnp.arange(B)[:, None], row].set(best, mode="drop")
+
+def _learn(tokens: jax.Array, best: jax.Array, exists: jax.Array, table: jax.Array) -> jax.Array:
+    """Notes what the target says after each token; of equal tokens, the last one counts."""
+    B, T = tokens.shape
+    later = jnp.triu(jnp.ones((T, T), bool), 1)[None]
+    again = (tokens[:, :, None] == tokens[:, None, :]) & exists[:, None, :] & later
+    is_last = exists & ~again.any(axis=2)
+    row = jnp.where(is_last, tokens, table.shape[1])
+    return table.at[jnp.arange(B)[:, None], row].set(best, mode="drop")

@@ -146,6 +146,27 @@ def test_the_text_follows_the_targets_law(rule, shape, how):
     assert chi_square(counts) < LIMIT and accepted > 0.2
 
 
+def cut(nodes):
+    """Only some nodes are judged: a set in even rows, another one in odd rows."""
+
+    def change(verdict):
+        kept = jnp.where(jnp.arange(N)[:, None] % 2 == 0, *(jnp.array([n]) for n in nodes))
+        tree, take = verdict.tree.take(kept), jnp.take_along_axis
+        return dataclasses.replace(
+            verdict, tree=tree, probs=take(verdict.probs, kept[..., None], axis=1),
+            chosen=take(verdict.chosen, kept, axis=1),
+        )  # fmt: skip
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["without", *more("top", "with")])
+def test_a_part_of_the_tree_follows_the_targets_law(how):
+    rule, change = SpeculativeSampling(), cut(([0, 1, 2, 4], [0, 1, 4, 5]))
+    counts, accepted = first_two(rule, DEPTH_FIRST, how, change)
+    assert chi_square(counts) < LIMIT and accepted > 0.2
+
+
 # ---- Wrong on purpose: the same test must notice ----------------------------------------------
 
 
@@ -210,11 +231,13 @@ FORK = from_paths([[0], [1], [2]])
         (BlockVerification(), CHAIN, "without", other_law),
         (SpeculativeSampling(), TREE, "with", lambda v: drawn(v, "without")),
         (SpeculativeSampling(), TREE, "without", lambda v: drawn(v, "with")),
+        (SpeculativeSampling(), DEPTH_FIRST, "without", cut(([0, 4, 5, 6], [0, 1, 4, 6]))),
         (Typical(), TREE, "top", lambda v: v),
     ],
     ids=[
         "bonus", "bonus, tree", "first failure", "sorted siblings", "other law",
-        "other law, block", "drawn with, tested without", "drawn without, tested with", "typical",
+        "other law, block", "drawn with, tested without", "drawn without, tested with",
+        "a sibling left out", "typical",
     ],
 )  # fmt: skip
 def test_wrong_variants_are_noticed(rule, shape, how, change):

@@ -1,0 +1,146 @@
+"""Each benchmark from its flags to what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+import dlm
+from decode.evaluation.run import device
+from decode.speculative.drafters.draft_model import DraftModel
+from decode.speculative.loop import SpeculativeMethod
+from dlm.hf.gguf import installed_smollm2
+from dlm.params import num_params
+from scripts.bench import (
+    decode,
+    diffusion,
+    kernels,
+    models,
+    prompts,
+    spec,
+    spec_bench,
+    train,
+    windows,
+)
+from scripts.bench.timing import table
+from scripts.compare_hf.decoders import NUM_DRAFTS, theirs
+
+Flags = Any  # absl's, by name
+
+
+def _show(results: Iterable[dict[str, Any]], columns: dict[str, list[str]]) -> None:
+    """Every result when it is there, and a table per case in the end."""
+    found = []
+    for result in results:
+        print(json.dumps(result), flush=True)
+        found.append(result)
+    for case, of_case in columns.items():
+        print("\n" + table(found, case, of_case))
+
+
+def bench_decode(flags: Flags) -> None:
+    cfg = models.model(flags.preset, flags.dtype)
+    batches = [int(b) for b in flags.batch]
+    results = decode.bench_decode(
+        cfg, batches, flags.prompt_len, flags.gen_len, flags.block_len, flags.repeats
+    )
+    _show(results, {"step": decode.STEP_COLUMNS, "decode": decode.DECODE_COLUMNS})
+
+
+def bench_train(flags: Flags) -> None:
+    cfg = models.model(flags.preset, flags.dtype)
+    sizes = max(int(b) for b in flags.batch), flags.prompt_len, flags.gen_len
+    results = train.bench_train(flags.preset, cfg, sizes, flags.repeats)
+    _show(results, {"train": train.COLUMNS})
+
+
+def bench_spec(flags: Flags) -> None:
+    cfg = models.model(flags.preset, flags.dtype)
+    draft = models.draft_of(flags.preset, cfg)
+    batches = [int(b) for b in flags.batch]
+    results = spec.bench_spec(cfg, draft, batches, flags.prompt_len, flags.repeats)
+    _show(results, {"spec": spec.COLUMNS})
+
+
+def bench_windows(flags: Flags) -> None:
+    cfg = models.model(flags.preset, flags.dtype)
+    lm = models.load(flags.checkpoint, cfg, flags.dtype)
+    _show(windows.bench_windows(lm, flags.repeats), {"windows": windows.COLUMNS})
+
+
+def bench_diffusion(flags: Flags) -> None:
+    cfg = models.model(flags.preset, flags.dtype)
+    try:
+        results = [
+            *diffusion.bench_diffusion(
+                cfg, flags.code, flags.prompt_len, flags.gen_len, flags.block_len, flags.repeats
+            )
+        ]
+    except ImportError as error:
+        sys.exit(
+            f"error: {error}: --code={flags.code!r} must be a folder with generate.py and model/, "
+            "and the extra be installed, pip install -e '.[parity]'"
+        )
+    _show(results, {"diffusion": diffusion.COLUMNS})
+
+
+def bench_kernels(flags: Flags) -> None:
+    kernels.run(flags.toy, flags.calls, flags.only, flags.out, flags.repeats)
+
+
+def bench_spec_bench(flags: Flags) -> None:
+    try:
+        path = pathlib.Path(flags.checkpoint or installed_smollm2())
+        lm = dlm.load(path, dtype=flags.dtype or None)
+        asked = prompts.sample_prompts(lm, prompts.read_questions(flags.prompts), flags.num_prompts)
+        methods = spec_bench.methods_of(flags.drafters, flags.controller)
+        draft = pathlib.Path(flags.draft) if flags.draft else None
+        if draft is not None:
+            small = dlm.load(draft, dtype=flags.dtype or None)
+            drafter = DraftModel(small.params, small.cfg, num_drafts=NUM_DRAFTS["draft model"])
+            methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), flags.controller)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    others = {}
+    if flags.transformers:
+        try:
+            decoders = theirs(path, draft, flags.gen_len, list(lm.cfg.eos_ids), lm.cfg.pad_token_id)
+            others = {f"transformers, {name}": run for name, run in decoders}
+        except ImportError as error:
+            sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
+    found = []
+    for m in spec_bench.measure(lm, methods, asked, flags.gen_len, flags.repeats, others):
+        print(json.dumps(dataclasses.asdict(m)), flush=True)
+        found.append(m)
+    rows, num = spec_bench.summary(found), sum(map(len, asked.values()))
+    page = [
+        f"{path.name}, {num_params(lm.cfg) / 1e6:.0f} M parameters, {lm.cfg.dtype}, {device()}, "
+        f"jax {jax.__version__}; {num} prompts of {pathlib.Path(flags.prompts).name}, first turns, "
+        f"batch 1, greedy, at most {flags.gen_len} tokens; medians of {flags.repeats}.",
+        spec_bench.table(rows),
+        *(f"- {sentence}" for sentence in spec_bench.divergences(found)),
+    ]
+    print("\n" + "\n\n".join(page))
+    if flags.out:
+        out = pathlib.Path(flags.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "spec_bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        spec_bench.draw(rows, out / "spec_bench.png")
+        (out / "spec_bench.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+
+ALL: dict[str, Callable[[Flags], None]] = {
+    "decode": bench_decode,
+    "train": bench_train,
+    "spec": bench_spec,
+    "spec_bench": bench_spec_bench,
+    "windows": bench_windows,
+    "diffusion": bench_diffusion,
+    "kernels": bench_kernels,
+}

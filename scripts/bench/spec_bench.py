@@ -1,0 +1,289 @@
+"""What drafters do for real prompts, by category: acceptance, speed, and whether texts stay.
+
+Every prompt is decoded greedily, at batch 1, by each method in turn, as often as asked for; then
+comes the next prompt. Per category, and over all:
+
+    tau          tokens per forward of the target, what an end cut off not counted; plain: 1.00
+    tokens/s     of decoding; reading the prompt and compiling apart
+    with prompt  likewise, reading the prompt included
+    share        of the time of plain decoding over that of the method, with a 95 % interval over
+                 prompts (bootstrap)
+    break-even   tau from which a round pays: its seconds over those of a plain round
+    same text    prompts whose text is plain decoding's, token for token; of the others the first
+                 divergence is listed, with the margin between the two best log-probabilities there
+    widths       rounds by how many nodes a controller had judged (0: nobody drafted), in per cent
+
+Other libraries decode the same prompts in the same turns; their seconds include the prompt, and are
+compared with plain decoding's that do, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import dlm
+from decode.complete import collect, complete
+from decode.core.loop import FOREVER
+from decode.core.results import Completion
+from decode.evaluation.lossless import Parting, first_parting
+from decode.evaluation.statistics import bootstrap_ratio
+from decode.evaluation.tables import markdown
+from decode.speculative.controller import Controller
+from decode.speculative.costs import with_costs
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
+from decode.speculative.points import named
+from scripts.compare_hf.decoders import Decoder
+
+PLAIN, CONTROLLED = "plain", ", controlled"
+SHORTEST = 64  # prompts are padded to a power of two, at least this
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One method on one prompt.
+
+    Attributes:
+      method: its name.
+      category: of the prompt.
+      prompt: its number within the category.
+      seconds: of decoding, per repeat; of other libraries with the prompt.
+      prefill_s: of reading the prompt; None: in `seconds`.
+      num_tokens: that were written.
+      num_forwards: of the target.
+      parting: where the text leaves plain decoding's.
+      rounds_by_width: what the controller has chosen; None without one.
+    """
+
+    method: str
+    category: str
+    prompt: int
+    seconds: list[float]
+    prefill_s: float | None
+    num_tokens: int
+    num_forwards: int
+    parting: Parting | None
+    rounds_by_width: dict[int, int] | None
+
+
+def methods_of(names: list[str], controllers: list[str]) -> dict[str, SpeculativeMethod]:
+    """Plain decoding, and each drafter as `both` has it.
+
+    Raises:
+      ValueError: there is no such drafter.
+    """
+    methods = {PLAIN: named(PLAIN)}
+    for name in names:
+        methods |= both(name, named(name), controllers)
+    return methods
+
+
+def both(
+    name: str, method: SpeculativeMethod, controllers: list[str]
+) -> dict[str, SpeculativeMethod]:
+    """A method without ("off") a controller and with one ("on"), as far as it is asked for.
+
+    Raises:
+      ValueError: it is asked for neither way.
+    """
+    if not controllers or set(controllers) - {"on", "off"}:
+        raise ValueError(f"controller={controllers} must be of on and off")
+    ways = {
+        "off": (name, method),
+        "on": (name + CONTROLLED, method.replace(controller=Controller())),
+    }
+    return dict(ways[way] for way in controllers)
+
+
+def measure(
+    lm: dlm.LanguageModel,
+    methods: Mapping[str, SpeculativeMethod],
+    prompts: Mapping[str, list[list[int]]],
+    gen_len: int,
+    repeats: int,
+    others: Mapping[str, Decoder],
+) -> Iterator[Measured]:
+    """Every method, and every decoder of `others`, on every prompt.
+
+    Args:
+      lm: the target.
+      methods: by name; plain decoding must be among them.
+      prompts: token ids, by category.
+      gen_len: most tokens to write.
+      repeats: timed runs of each.
+      others: decoders of other libraries, by name.
+    """
+    for run in others.values():
+        run(next(iter(prompts.values()))[0])  # warms up
+    asked = [(c, i, prompt) for c, some in prompts.items() for i, prompt in enumerate(some)]
+    warm: set[tuple[str, int]] = set()
+    for category, i, prompt in tqdm(asked, unit="prompt"):
+        P = max(SHORTEST, 1 << (len(prompt) - 1).bit_length())
+        ready = {}
+        for name, method in methods.items():
+            start = functools.partial(_start, lm, prompt=prompt, prompt_len=P, gen_len=gen_len)
+            method = with_costs(lm.params, lm.cfg, method, start)
+            if (name, P) not in warm:  # compiles
+                jax.block_until_ready(decode(lm.params, lm.cfg, method, start(method), 1, FOREVER))
+                warm.add((name, P))
+            began = time.perf_counter()
+            state = jax.block_until_ready(start(method))
+            ready[name] = method, state, time.perf_counter() - began
+        seconds: dict[str, list[float]] = {name: [] for name in (*methods, *others)}
+        texts: dict[str, Completion] = {}
+        theirs: dict[str, tuple[list[int], int]] = {}
+        for _ in range(repeats):
+            for name, (method, first, _) in ready.items():
+                state = jax.block_until_ready(jax.tree.map(jnp.copy, first))
+                began = time.perf_counter()
+                state = decode(lm.params, lm.cfg, method, state, FOREVER, FOREVER)
+                jax.block_until_ready(state)
+                seconds[name].append(time.perf_counter() - began)
+                (texts[name],) = collect(state, lm, method)
+            for name, run in others.items():
+                tokens, forwards, elapsed = run(prompt)
+                seconds[name].append(elapsed)
+                theirs[name] = tokens, forwards
+        plain = texts[PLAIN]
+        found = {name: (t.canvas, t.num_forwards) for name, t in texts.items()}
+        found |= {name: (np.array(tokens), n) for name, (tokens, n) in theirs.items()}
+        if any(not np.array_equal(canvas, plain.canvas) for canvas, _ in found.values()):
+            plain = complete(lm, prompt, gen_len=gen_len, top_logprobs=2)
+        for name, (canvas, forwards) in found.items():
+            same = np.array_equal(canvas, plain.canvas)
+            yield Measured(
+                name, category, i, seconds[name],
+                ready[name][2] if name in ready else None,
+                len(canvas), forwards, None if same else first_parting(plain, canvas),
+                texts[name].rounds_by_width if name in texts else None,
+            )  # fmt: skip
+
+
+def _start(
+    lm: dlm.LanguageModel,
+    method: SpeculativeMethod,
+    prompt: list[int],
+    prompt_len: int,
+    gen_len: int,
+) -> SpeculativeState:
+    state = init_state(lm.cfg, method, [prompt], gen_len=gen_len, prompt_len=prompt_len)
+    return prefill(lm.params, lm.cfg, method, state)
+
+
+def summary(found: list[Measured]) -> list[dict[str, Any]]:
+    """A row per category and method; at last over all categories."""
+    rows = []
+    for category in [*dict.fromkeys(m.category for m in found), "all"]:
+        here = [m for m in found if category in (m.category, "all")]
+        plain = [m for m in here if m.method == PLAIN]
+        for method in dict.fromkeys(m.method for m in here):
+            of = [m for m in here if m.method == method]
+            is_other = of[0].prefill_s is None
+            times, plain_times = ([_seconds(m, is_other) for m in some] for some in (of, plain))
+            tokens, forwards = sum(m.num_tokens for m in of), sum(m.num_forwards for m in of)
+            plain_round_s = sum(plain_times) / sum(m.num_forwards for m in plain)
+            rows.append(
+                {
+                    "category": category, "method": method, "prompts": len(of),
+                    "tau": tokens / forwards,
+                    "tokens_per_s": None if is_other else tokens / sum(times),
+                    "with_prompt": tokens / sum(_seconds(m, True) for m in of),
+                    "share": sum(plain_times) / sum(times),
+                    "interval": bootstrap_ratio(plain_times, times),
+                    "break_even": sum(times) / forwards / plain_round_s,
+                    "same_text": sum(m.parting is None for m in of), "widths": _widths(of),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _seconds(measured: Measured, with_prompt: bool) -> float:
+    prefill_s = measured.prefill_s if with_prompt else None
+    return float(np.median(measured.seconds)) + (prefill_s or 0.0)
+
+
+def _widths(found: list[Measured]) -> dict[int, int] | None:
+    """Rounds by width, over all prompts."""
+    total: dict[int, int] = {}
+    for m in found:
+        if m.rounds_by_width is None:
+            return None
+        for width, rounds in m.rounds_by_width.items():
+            total[width] = total.get(width, 0) + rounds
+    return total
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `summary`, to be read."""
+    lines = []
+    for row in rows:
+        widths = row["widths"] or {}
+        total = max(1, sum(widths.values()))
+        lines.append(
+            {
+                "category": row["category"],
+                "method": row["method"],
+                "tau": f"{row['tau']:.2f}",
+                "tokens/s": "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
+                "with prompt": f"{row['with_prompt']:.1f}",
+                "share of plain": "{:.2f} ({:.2f} to {:.2f})".format(
+                    row["share"], *row["interval"]
+                ),
+                "break-even": f"{row['break_even']:.2f}",
+                "same text": f"{row['same_text']}/{row['prompts']}",
+                "widths (%)": ", ".join(f"{w}: {100 * n / total:.0f}" for w, n in widths.items()),
+            }
+        )
+    return markdown(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Share of plain decoding by category: without a controller hollow, with one filled."""
+    categories = list(dict.fromkeys(row["category"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != PLAIN))
+    drafters = list(dict.fromkeys(name.removesuffix(CONTROLLED) for name in names))
+    figure = Figure(figsize=(7, 0.28 * len(categories) * len(drafters) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color="0.5", linewidth=1)
+    for i, drafter in enumerate(drafters):
+        for is_controlled, face in ((False, "white"), (True, f"C{i}")):
+            name = drafter + CONTROLLED * is_controlled
+            of = [row for row in rows if row["method"] == name]
+            if not of:
+                continue
+            share = np.array([row["share"] for row in of])
+            low, high = np.array([row["interval"] for row in of]).T
+            place = [categories.index(row["category"]) + 0.8 * i / len(drafters) for row in of]
+            axes.errorbar(
+                share, place, xerr=np.maximum([share - low, high - share], 0), fmt="o", label=name,
+                color=f"C{i}", markerfacecolor=face, markersize=5, linewidth=1,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yticks(np.arange(len(categories)) + 0.4 - 0.4 / len(drafters), categories)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second over those of plain decoding (95 % intervals over prompts)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.savefig(path, dpi=150)
+
+
+def divergences(found: list[Measured]) -> list[str]:
+    """A sentence for every text that parts from plain decoding's."""
+    return [
+        f"{m.method}, {m.category} {m.prompt}: parts at token {m.parting.position} of "
+        f"{m.num_tokens}, where the two best are {m.parting.margin:.2g} nats apart"
+        for m in found
+        if m.parting is not None
+    ]

@@ -1,0 +1,364 @@
+"""What a controller learns, chooses and spends; that nothing it chooses changes a text."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decode.complete import complete
+from decode.core.sampling import Sampling
+from decode.speculative import costs, loop
+from decode.speculative.accept import SpeculativeSampling, Typical, Walk
+from decode.speculative.components import (
+    DRAFTERS,
+    DFlash,
+    DraftModel,
+    DraftModelBest,
+    DraftModelTree,
+    Eagle,
+    EagleBest,
+    Hydra,
+    NoDraft,
+    PromptLookup,
+    TokenRecycling,
+)
+from decode.speculative.controller import Controller
+from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
+from decode.speculative.tree import DraftTree, TreeShape, chain, from_paths
+from dlm.lm import LanguageModel
+from dlm.params import param_shardings
+from dlm.sharding import make_mesh
+from tests.lib.docs import check_refusals
+from tests.lib.drafters import Adversary
+from tests.lib.speculation import check_statistics, random_prompts, run, texts
+from tests.lib.tiers import more
+
+ACTIVE, NONE = np.ones(1, bool), np.zeros(1, np.int32)
+TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
+# A round that drafts takes hardly longer than one that does not, so much is tried.
+EAGER = {"tolerance": 0.1, "memory": 0.8, "savings": 1.0, "credit": 0.1}
+
+
+def controller(drafter, slope=0.05, **options):
+    """With costs that grow by `slope` per node."""
+    made = Controller(**options)
+    widths = np.array(made.widths_of(drafter))
+    return made.replace(costs=np.array([1.0, *(1 + slope * widths)], np.float32))
+
+
+@jax.jit
+def reach_of(made, drafter, state, tree):
+    return made.reach(state, tree, drafter.depth)
+
+
+@jax.jit
+def choice_of(made, drafter, state, tree, active):
+    return made.choose(drafter, state, tree, active)
+
+
+@jax.jit
+def learned(made, drafter, state, choice, tree, walk, active):
+    return made.learn(drafter, state, choice, tree, walk, active)
+
+
+def empty(drafter, made, num=1):
+    return jax.tree.map(np.array, made.init(drafter, num))
+
+
+def seen(state, hits, tries):
+    """The same in all cells, or as an array that fits them."""
+    return state.replace(
+        hits=np.broadcast_to(np.float32(hits), state.hits.shape),
+        tries=np.broadcast_to(np.float32(tries), state.tries.shape),
+    )
+
+
+def tree_of(shape, num=1):
+    zeros = np.zeros((num, shape.num_nodes), np.int32)
+    rows = lambda x: np.broadcast_to(np.int32(x)[None], zeros.shape)
+    return DraftTree(zeros, rows((-1, *shape.parents)), rows(shape.depths), zeros == 0)
+
+
+# ---- What it learns -----------------------------------------------------------------------------
+
+
+def test_levels_that_nobody_tried_are_like_the_one_above():
+    """With 3 hits of 4, level 1 has (3 + 0.5) / (4 + 1) = 0.7, and so have those below."""
+    drafter = Adversary(None, None, shape=chain(3))
+    made = controller(drafter)
+    column = lambda *x: np.float32(x).reshape(1, 3, 1)
+    for tries, expected in (
+        ((4, 0, 0), [0.7, 0.49, 0.343]),
+        ((4, 2, 0), [0.7, 0.7 * 0.7 / 3, 0.7 * (0.7 / 3) ** 2]),  # level 2: (0 + 0.7) / 3
+    ):
+        state = seen(empty(drafter, made), column(3, 0, 0), column(*tries))
+        reach = reach_of(made, drafter, state, tree_of(chain(3)))
+        np.testing.assert_allclose(reach[0, 1:], expected, rtol=1e-5)
+
+
+def test_a_round_is_remembered_by_depth_and_rank():
+    """The second child is kept, whose only child is not: three tries at depth 1, one at 2."""
+    drafter = Adversary(None, None, shape=TREE)
+    made = controller(drafter, memory=0.5)
+    walk = Walk(np.array([[0, 2, 2]]), np.array([1]), np.array([9]))
+    state = empty(drafter, made)
+    for times in (1, 1.5):
+        state = learned(made, drafter, state, 2, tree_of(TREE), walk, ACTIVE)
+        assert np.asarray(state.tries)[0, :, :3].tolist() == [[times] * 3, [times, 0, 0]]
+        assert np.asarray(state.hits)[0, :, :3].tolist() == [[0, times, 0], [0, 0, 0]]
+    assert state.rounds.tolist() == [[0, 0, 2, 0]]
+    other = learned(made, drafter, state, 2, tree_of(TREE), walk, ~ACTIVE)
+    jax.tree.map(np.testing.assert_array_equal, other, state)
+
+
+# ---- What it chooses ----------------------------------------------------------------------------
+
+
+def choose(drafter, made, state, shape):
+    choice, nodes = choice_of(made, drafter, state, tree_of(shape), ACTIVE)
+    return made.widths_of(drafter)[int(choice) - 1], np.asarray(nodes[0])
+
+
+def test_it_widens_when_drafts_are_accepted_and_narrows_when_not():
+    drafter = Adversary(None, None, shape=chain(15))
+    made = controller(drafter)
+    state = empty(drafter, made)
+    assert made.widths_of(drafter) == (1, 3, 16)
+    states = (seen(state, 20, 20), state, seen(state, 0, 20))
+    assert [choose(drafter, made, s, chain(15))[0] for s in states] == [16, 3, 1]
+
+
+def test_the_most_likely_nodes_are_judged():
+    """First children are right, so the tree is cut to them before second ones."""
+    drafter = Adversary(None, None, shape=TREE)
+    made = controller(drafter)
+    state = empty(drafter, made)
+    _, nodes = choose(drafter, made, seen(state, 9.0 * (np.arange(6) == 0), 10), TREE)
+    assert nodes[:3].tolist() == [0, 1, 4]
+
+
+def check_cut(tree, nodes, width):
+    """The cut has whole paths, and no node without the siblings that are tested before it."""
+    kept = np.sort(nodes[:, :width], axis=1)
+    cut = jax.device_get(jax.jit(DraftTree.take)(tree, kept))
+    for b, row in enumerate(kept):
+        for v, at in enumerate(row[1:], start=1):
+            parent = int(tree.parents[b, at])
+            assert row[cut.parents[b, v]] == parent and cut.depths[b, v] == tree.depths[b, at]
+            before = [u for u in range(parent + 1, at) if tree.parents[b, u] == parent]
+            assert set(before) <= set(row)
+
+
+@pytest.mark.parametrize("seed", [0, *more(1, 2, 3)])
+def test_every_cut_is_a_tree_with_siblings_in_order(seed):
+    rng = np.random.default_rng(seed)
+    parents = [int(rng.integers(0, max(1, v // 4))) for v in range(1, 40)]  # up to 12 children
+    ranks = [parents[:v].count(p) for v, p in enumerate(parents)]
+    shape = TreeShape(tuple(parents), tuple(ranks))
+    drafter = Adversary(None, None, shape=shape)
+    made = controller(drafter)
+    state = empty(drafter, made, 16)
+    tries = rng.integers(0, 9, state.tries.shape) * rng.integers(0, 2, state.tries.shape)
+    state, tree = seen(state, rng.integers(0, tries + 1), tries), tree_of(shape, 16)
+    _, nodes = choice_of(made, drafter, state, tree, np.ones(16, bool))
+    for width in (2, 7, 20, 39):
+        check_cut(tree, np.asarray(nodes), width)
+
+
+def test_a_batch_chooses_what_serves_all_its_rows():
+    drafter = Adversary(None, None, shape=chain(15))
+    made = controller(drafter, slope=0.4)
+    state = seen(empty(drafter, made, 4), 20.0 * np.eye(4)[0].reshape(4, 1, 1), 20)
+    tree = tree_of(chain(15), 4)
+    choices = [
+        int(choice_of(made, drafter, state, tree, active)[0])
+        for active in (np.eye(4)[0] > 0, np.ones(4, bool))
+    ]
+    assert choices == [3, 1]
+
+
+# ---- What it spends -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", [1.2, 6.0])
+def test_drafts_that_are_never_right_cost_one_try_and_the_tolerance(cost):
+    """And the credit. By hand: a round takes 1, or `cost` with drafts; nothing is ever accepted."""
+    drafter = Adversary(None, None)
+    made = Controller(tolerance=0.05, costs=np.array([1, cost, cost], np.float32))
+    walk, tree = Walk(np.zeros((1, 4), np.int32), NONE, NONE), tree_of(chain(3))
+
+    @jax.jit
+    def one(state):
+        asked = made.asks(state, ACTIVE)
+        choice = jnp.where(asked, 2, 0)
+        return made.learn(drafter, state, choice, tree, walk, ACTIVE), asked
+
+    state, time, rounds = empty(drafter, made), 0.0, 400
+    for n in range(1, rounds + 1):
+        state, asked = one(state)
+        time += cost if asked else 1.0
+        assert time <= n * 1.05 + made.credit + cost
+    assert time >= rounds * 1.03  # it goes on trying
+    assert state.rounds.sum() == rounds and state.rounds[0, 2] > 1
+
+
+def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
+    cfg, prompts, expected, truth = plain
+    right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1), shape=chain(7))
+    wrong = Adversary(jnp.asarray(truth), jnp.zeros(64), low=24, high=30, shape=chain(7))
+    made = controller(right, slope=0.1, **EAGER)
+    rounds = []
+    for drafter in (right, wrong):
+        method = SpeculativeMethod(drafter, controller=made)
+        state = run(toy_params, cfg, method, prompts)
+        assert texts(state, 64) == expected
+        check_statistics(state, 7)
+        assert (state.control.rounds.sum(axis=1) == state.num_forwards).all()
+        rounds.append(np.asarray(state.control.rounds.sum(axis=0)))
+    assert rounds[0][0] == 0 and rounds[0][3] > 0.5 * rounds[0].sum()
+    assert rounds[1][2:].sum() == 0  # its drafts do not exist, so nothing is judged
+
+
+# ---- Losslessness -------------------------------------------------------------------------------
+
+
+FIRST = (PromptLookup, TokenRecycling)
+
+
+@pytest.mark.parametrize("kind", [*FIRST, *more(*(k for k in DRAFTERS if k not in FIRST))])
+def test_every_drafter_writes_the_plain_text(plain, toy_params, kind):
+    """Greedy or drawn, alone or in a batch; most branches are taken."""
+    cfg, prompts, expected, _ = plain
+    drafter = kind.example(cfg, toy_params)
+    method = SpeculativeMethod(drafter, controller=controller(drafter, **EAGER))
+    state = run(toy_params, cfg, method, prompts[:16], gen_len=12)
+    assert texts(state, 16) == expected[:16]
+    check_statistics(state, drafter.depth)
+    rounds = np.asarray(state.control.rounds)
+    assert (rounds.sum(axis=1) == state.num_forwards).all()
+    assert rounds[:, 1:].any() and (kind not in FIRST or rounds[:, 0].any())
+    drawn = Sampling(temperature=0.8)
+    alone = run(toy_params, cfg, SpeculativeMethod(sampling=drawn), prompts[:16], gen_len=12)
+    state = run(toy_params, cfg, method.replace(sampling=drawn), prompts[:16], gen_len=12)
+    assert texts(state, 16) == texts(alone, 16)
+
+
+@pytest.mark.parametrize(
+    "kind", [DraftModel, Eagle, *more(DraftModelTree, DraftModelBest, EagleBest, DFlash, Hydra)]
+)
+def test_rounds_without_drafts_are_made_up_for(plain, toy_params, kind):
+    """What is drafted after them is what is drafted when the text so far is a prompt."""
+    cfg, prompts, _, _ = plain
+    drafter = kind.example(cfg, toy_params)
+    method = SpeculativeMethod(drafter, controller=controller(drafter))
+    last = len(method.controller.widths_of(drafter))
+    step = jax.jit(loop.step, static_argnames="cfg")
+
+    def begin(prompts, num):
+        state = init_state(cfg, method, prompts, gen_len=num, prompt_len=40, canvas_len=40)
+        return prefill(toy_params, cfg, method, state)
+
+    @jax.jit
+    def drafts(state):
+        context = loop._context(toy_params, method, state)
+        tree = drafter.propose(cfg, context, state.drafter).tree
+        return jnp.where(tree.is_valid, tree.tokens, -1)
+
+    state = begin(prompts[:8], 40)
+    for choice in (last, 0, 0, last, *[0] * 9, last, 0):
+        fixed = method.replace(controller=method.controller.replace(fixed=choice))
+        state = step(toy_params, cfg, fixed, state)
+    going = ~np.asarray(state.has_stopped)
+    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
+    whole = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
+    again = begin([row[:40] for row in whole], 1)
+    assert going.sum() > 2 and max(map(len, whole)) <= 40
+    found, expected = (np.asarray(drafts(s))[going] for s in (state, again))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_drawn_drafts_follow_the_targets_law(toy_cfg, toy_params):
+    """First tokens of many rows, some of whose trees are cut, against the target's own."""
+    drafter = DraftModel(toy_params, toy_cfg, layers=(0,), num_drafts=3, is_sampled=True)
+    sampling, prompts = Sampling(temperature=1.0, top_k=3), [[3, 1, 2]] * 512
+    plain = SpeculativeMethod(sampling=sampling)
+    method = SpeculativeMethod(
+        drafter, SpeculativeSampling(), sampling, controller=controller(drafter, **EAGER)
+    )
+    counts = []
+    for some in (plain, method):
+        state = run(toy_params, toy_cfg, some, prompts, gen_len=6, seeds=range(512))
+        rows = np.array([row[:2] + [0] * (2 - len(row)) for row in texts(state, 512)])
+        codes = rows[:, 0] * toy_cfg.vocab_size + rows[:, 1]
+        counts.append(np.bincount(codes, minlength=toy_cfg.vocab_size**2))
+    a, b = counts
+    there = a + b > 10
+    chi_square = ((a - b)[there] ** 2 / (a + b)[there]).sum()
+    assert chi_square < there.sum() + 4 * np.sqrt(2 * there.sum())
+
+
+@pytest.mark.exhaustive
+def test_sharded_is_unsharded(plain, toy_params):
+    cfg, prompts, expected, _ = plain
+    drafter = TokenRecycling(TREE)
+    method = SpeculativeMethod(drafter, controller=controller(drafter, **EAGER))
+    mesh = make_mesh(data=2, tensor=2, sequence=2)
+    whole = run(toy_params, cfg, method, prompts[:8])
+    params = jax.device_put(toy_params, param_shardings(cfg, mesh))
+    with jax.set_mesh(mesh):
+        split = run(params, cfg, method, prompts[:8])
+    assert texts(split, 8) == texts(whole, 8) == expected[:8]
+    np.testing.assert_array_equal(split.control.rounds, whole.control.rounds)
+
+
+# ---- What is measured ---------------------------------------------------------------------------
+
+
+def test_costs_are_measured_once_and_kept(plain, toy_params, tmp_path, monkeypatch):
+    """By `complete`, for batches that stay full; a second process reads the file."""
+    cfg, _, _, _ = plain
+    lm, prompts = LanguageModel(toy_params, cfg), random_prompts(cfg, 5)
+    monkeypatch.setattr(costs, "_file", lambda: tmp_path / costs.FILE)
+    monkeypatch.setattr(costs, "_measured", {})
+    calls = []
+    measure = costs.measure
+    monkeypatch.setattr(costs, "measure", lambda *a: calls.append(0) or measure(*a))
+    options = {"drafter": PromptLookup(3), "gen_len": 8, "batch_size": 2}
+    compiled = decode._cache_size()
+    answers = complete(lm, prompts, controller=Controller(), **options)
+    assert len(calls) == 1 and decode._cache_size() == compiled + 1
+    plain_answers = complete(lm, prompts, gen_len=8, batch_size=2)
+    for a, b in zip(answers, plain_answers, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist() and b.rounds_by_width is None
+        assert list(a.rounds_by_width) == [0, 1, 4]
+        assert sum(a.rounds_by_width.values()) == a.num_forwards
+    (found,) = json.loads((tmp_path / costs.FILE).read_text()).values()
+    assert len(found) == 3 and min(found) > 0
+    monkeypatch.setattr(costs, "_measured", {})
+    complete(lm, prompts, controller=Controller(), **options)
+    assert len(calls) == 1
+    complete(lm, prompts, controller=Controller(prior=0.9), **options)
+    assert len(calls) == 1 and decode._cache_size() == compiled + 2  # and plain decoding
+
+
+def test_nonsense_is_refused(toy_cfg):
+    made = controller(PromptLookup())
+    refuse = lambda made: SpeculativeMethod(PromptLookup(), controller=made).validate(toy_cfg)
+    check_refusals(made, refuse, toy_cfg)
+    for change, message in (
+        ({"costs": None}, "complete. measures them"),
+        ({"costs": np.ones(3, np.float32)}, "must be 4 positive numbers"),
+        ({"costs": np.zeros(4, np.float32)}, "must be 4 positive numbers"),
+        ({"widths": (4, 2, 11)}, "must rise within"),
+        ({"widths": (1, 4, 12)}, "must rise within"),
+        ({"fixed": 4}, "fixed=4 must be an index of 4 costs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse(dataclasses.replace(made, **change))
+    lossy = SpeculativeMethod(PromptLookup(), Typical(), Sampling(), controller=made)
+    with pytest.raises(ValueError, match="Typical is lossy"):
+        lossy.validate(toy_cfg)
+    assert Controller().widths_of(NoDraft()) == (1,)

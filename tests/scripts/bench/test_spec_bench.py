@@ -1,0 +1,65 @@
+"""Drafters on prompts by category: what is read, what is reported, and what parts from plain."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dlm.lm import LanguageModel
+from scripts.bench import prompts, spec_bench
+from tests.lib.speculation import random_prompts
+
+
+def test_questions_of_spec_bench_have_six_categories(tmp_path):
+    lines = [
+        {"category": c, "turns": [f"{c} {i}", "and then?"]}
+        for c in ("writing", "math", "rag", "qa")
+        for i in range(3)
+    ]
+    file = tmp_path / "question_dev.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = prompts.read_questions(tmp_path)
+    assert {c: len(texts) for c, texts in found.items()} == {"multi-turn": 6, "rag": 3, "qa": 3}
+    file.write_text("\n".join(map(json.dumps, lines[:6])))  # of another set they stay what they are
+    assert list(prompts.read_questions(tmp_path)) == ["writing", "math"]
+    file.unlink()
+    with pytest.raises(ValueError, match="has no question"):
+        prompts.read_questions(tmp_path)
+
+
+def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
+    """Drafts change nothing; a decoder that writes something else is listed, with its margin."""
+    lm = LanguageModel(toy_params, toy_cfg)
+    some = random_prompts(toy_cfg, 3)
+    asked = {"short": some[:2], "long": some[2:]}
+    methods = spec_bench.methods_of(["prompt_lookup"], ["off", "on"])
+    others = {"other": lambda prompt: ([1, 2, 3], 3, 0.5)}
+    found = [*spec_bench.measure(lm, methods, asked, 8, 2, others)]
+    names = ["plain", "prompt_lookup", "prompt_lookup, controlled", "other"]
+    assert [m.method for m in found] == names * 3
+    assert all(len(m.seconds) == 2 for m in found)
+    rows = {(row["category"], row["method"]): row for row in spec_bench.summary(found)}
+    assert {category for category, _ in rows} == {"short", "long", "all"}
+    for category in ("short", "long", "all"):
+        plain = rows[category, "plain"]
+        assert plain["tau"] == plain["share"] == plain["break_even"] == 1
+        for name in names[1:3]:
+            row = rows[category, name]
+            assert row["tau"] >= 1 and row["same_text"] == row["prompts"]
+            np.testing.assert_allclose(row["share"] * row["break_even"], row["tau"], rtol=1e-6)
+        assert rows[category, "other"]["same_text"] == 0
+    assert sum(rows["all", names[2]]["widths"].values()) == sum(
+        m.num_forwards for m in found if m.method == names[2]
+    )
+    assert spec_bench.table([*rows.values()]).count("\n") == 1 + len(rows)
+    spec_bench.draw([*rows.values()], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    listed = spec_bench.divergences(found)
+    assert len(listed) == 3 and all(s.startswith("other, ") and "nats" in s for s in listed)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match=r"controller=.* must be of on and off"):
+        spec_bench.methods_of(["suffix"], ["maybe"])
+    with pytest.raises(ValueError, match="there is no method"):
+        spec_bench.methods_of(["suffixx"], ["on"])
