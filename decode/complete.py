@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack, overload
 
 import jax
@@ -15,11 +15,10 @@ from decode.core.requests import (
 )
 from decode.core.results import (
     Completion,
-    read_bias,
     to_text,
 )
-from decode.core.sampling import Sampling
-from decode.core.texts import Loop, TextOptions, answer
+from decode.core.streaming import Piece, stream_answer
+from decode.core.texts import Loop, MethodOptions, TextOptions, answer, read_sampling
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
@@ -35,13 +34,17 @@ from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
 
-class Options(TextOptions, total=False):
-    """The keyword arguments of `complete`."""
+class Choices(MethodOptions, total=False):
+    """The keyword arguments of `complete` that say how to decode."""
 
-    controller: Controller
-    method: str | SpeculativeMethod
-    drafter: Drafter
-    acceptance: AcceptanceRule
+    method: str | SpeculativeMethod | None
+    drafter: Drafter | None
+    acceptance: AcceptanceRule | None
+    controller: Controller | None
+
+
+class Options(Choices, TextOptions, total=False):
+    """The keyword arguments of `complete`."""
 
 
 @overload
@@ -119,30 +122,70 @@ def complete(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    bias = read_bias(lm, logit_bias)
-    sampling = Sampling(temperature or None, top_k, top_p, min_p, repetition_penalty, bias)
-    given = {
-        "drafter": drafter,
-        "acceptance": acceptance,
-        "controller": controller,
-        "sampling": sampling if temperature or sampling.has_filters else None,
-        "stop_ids": tuple(stop_ids) or None,
-        "top_logprobs": top_logprobs or None,
-    }
+    choices = Choices(
+        method=method, drafter=drafter, acceptance=acceptance, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        logit_bias=logit_bias, stop_ids=stop_ids, top_logprobs=top_logprobs,
+        controller=controller,
+    )  # fmt: skip
+    return answer(
+        lm, prompts, LOOP, _choose(lm, choices), gen_len=gen_len, seed=seed, stop=stop,
+        num_return=num_return, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+
+
+def stream_text(
+    lm: LanguageModel,
+    prompt: OnePrompt,
+    *,
+    gen_len: int = 256,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    **choices: Unpack[Choices],
+) -> Iterator[Piece]:
+    """The text of `complete`, piece by piece as it is written: one per round.
+
+    Example:
+      >>> for piece in stream_text(lm, "def fibonacci(n):", method="prompt_lookup"):
+      ...     print(piece.text, end="", flush=True)
+
+    Args:
+      lm, prompt, gen_len, stop, seed, choices: see `complete`.
+
+    Yields:
+      What is new. The last piece has the `Completion`.
+
+    Raises:
+      ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
+    """
+    return stream_answer(
+        lm, prompt, LOOP, _choose(lm, choices), gen_len=gen_len, stop=stop, seed=seed
+    )
+
+
+def _choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
+    """The method that was asked for, see `complete`."""
     if lm.cfg.never_causal:
         raise ValueError(
             "this is a diffusion model, which never learned to write from left to right: use "
             "decode.generate"
         )
+    temperature = choices.get("temperature", 0.0)
+    sampling = read_sampling(lm, choices, temperature or None)
+    given: dict[str, Any] = {
+        "drafter": choices.get("drafter"),
+        "acceptance": choices.get("acceptance"),
+        "controller": choices.get("controller"),
+        "sampling": sampling if temperature or sampling.has_filters else None,
+        "stop_ids": tuple(choices.get("stop_ids", ())) or None,
+        "top_logprobs": choices.get("top_logprobs") or None,
+    }
+    method = choices.get("method")
     if method is None:
         method = SpeculativeMethod()
     elif isinstance(method, str):
         method = named(method)
-    chosen = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
-    return answer(
-        lm, prompts, LOOP, chosen, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+    return method.replace(**{k: choice for k, choice in given.items() if choice is not None})
 
 
 def collect(
@@ -205,10 +248,13 @@ def _rounds_by_width(
     return dict(zip(widths, map(int, control.rounds[b]), strict=True))
 
 
-def _settled(state: SpeculativeState) -> list[np.ndarray]:
-    """What each row has written."""
+def _written(
+    state: SpeculativeState, method: SpeculativeMethod
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What each row has written; all of it is certain."""
     tokens, start, length = jax.device_get((state.tokens, state.prompt_len, state.length))
-    return [row[a:b] for row, a, b in zip(tokens, start, length, strict=True)]
+    certain = [row[a:b] for row, a, b in zip(tokens, start, length, strict=True)]
+    return certain, [row[:0] for row in certain]
 
 
 def _prepare(lm: LanguageModel, method: SpeculativeMethod, prompts: Any, **asked: Any) -> Any:
@@ -219,7 +265,7 @@ LOOP = Loop(
     prepare=_prepare,
     decode=decode,
     reported=lambda state: state.replace(cache=None, drafter=None),
-    settled=_settled,
+    written=_written,
     collect=collect,
     may_be_empty=lambda cfg: False,
     ready=lambda lm, method, start: with_costs(lm.params, lm.cfg, method, start),

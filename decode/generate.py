@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -17,11 +17,10 @@ from decode.core.requests import (
 )
 from decode.core.results import (
     Completion,
-    read_bias,
     to_text,
 )
-from decode.core.sampling import Sampling
-from decode.core.texts import Loop, TextOptions, answer
+from decode.core.streaming import Piece, stream_answer
+from decode.core.texts import Loop, MethodOptions, TextOptions, answer, read_sampling
 from decode.diffusion.caches.canvas import CachePolicy
 from decode.diffusion.components import by_name
 from decode.diffusion.contracts import (
@@ -38,21 +37,26 @@ from decode.diffusion.points import blocks_of, complete, named
 from dlm.lm import LanguageModel
 
 
-class Options(TextOptions, total=False):
-    """The keyword arguments of `generate`."""
+class Choices(MethodOptions, total=False):
+    """The keyword arguments of `generate` that say how to decode."""
 
-    method: str | DiffusionMethod
-    rule: CommitRule
-    cache: str | CachePolicy
-    confidence: str | Confidence
-    stopper: str | Stopper
-    scheduler: Scheduler
-    reviser: Reviser
-    constraint: Constraint
-    inputs: Inputs
+    method: str | DiffusionMethod | None
+    rule: CommitRule | None
+    cache: str | CachePolicy | None
+    confidence: str | Confidence | None
+    stopper: str | Stopper | None
+    scheduler: Scheduler | None
+    reviser: Reviser | None
+    constraint: Constraint | None
+    inputs: Inputs | None
     block_len: int | Literal["auto"] | None
     guidance: float
     lookahead: int
+
+
+class Options(Choices, TextOptions, total=False):
+    """The keyword arguments of `generate`."""
+
     infill: bool
 
 
@@ -152,8 +156,54 @@ def generate(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    bias = read_bias(lm, logit_bias)
-    filters = Sampling(None, top_k, top_p, min_p, repetition_penalty, bias)
+    choices = Choices(
+        method=method, rule=rule, cache=cache, confidence=confidence, stopper=stopper,
+        scheduler=scheduler, reviser=reviser, constraint=constraint, inputs=inputs,
+        block_len=block_len, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, logit_bias=logit_bias, guidance=guidance,
+        lookahead=lookahead, stop_ids=stop_ids, top_logprobs=top_logprobs,
+    )  # fmt: skip
+    return answer(
+        lm, prompts, LOOP, _choose(lm, gen_len, choices), gen_len=gen_len, seed=seed, stop=stop,
+        num_return=num_return, batch_size=batch_size, progress=progress, infill=infill,
+    )  # fmt: skip
+
+
+def stream_text(
+    lm: LanguageModel,
+    prompt: OnePrompt,
+    *,
+    gen_len: int = 256,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    **choices: Unpack[Choices],
+) -> Iterator[Piece]:
+    """The text of `generate`, piece by piece as it becomes certain: one per round.
+
+    Text is certain once all positions before it are decided and the reviser cannot change it any
+    more; `Piece.ahead` is the canvas behind it as it is now.
+
+    Example:
+      >>> for piece in stream_text(lm, "Reverse the list: a b c", cache="dual"):
+      ...     print(piece.text, end="", flush=True)
+
+    Args:
+      lm, prompt, gen_len, stop, seed, choices: see `generate`.
+
+    Yields:
+      What is new. The last piece has the `Completion`.
+
+    Raises:
+      ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
+    """
+    method = _choose(lm, gen_len, choices)
+    return stream_answer(lm, prompt, LOOP, method, gen_len=gen_len, stop=stop, seed=seed)
+
+
+def _choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) -> DiffusionMethod:
+    """The method that was asked for, see `generate`."""
+    method, constraint = choices.get("method"), choices.get("constraint")
+    filters = read_sampling(lm, choices, None)
     if filters.has_filters:
         if constraint is not None:
             raise ValueError(
@@ -169,35 +219,28 @@ def generate(
                 "logit_bias are two constraints: give one"
             )
         constraint = Filters(filters, ids=had.ids, ban_mask=had.ban_mask)
-    given = {
-        "rule": rule,
-        "cache": by_name("cache", cache),
-        "confidence": by_name("confidence", confidence),
-        "stopper": by_name("stopper", stopper),
-        "scheduler": scheduler,
-        "reviser": reviser,
+    given: dict[str, Any] = {
+        **{axis: choices.get(axis) for axis in ("rule", "scheduler", "reviser", "inputs")},
+        "cache": by_name("cache", choices.get("cache")),
+        "confidence": by_name("confidence", choices.get("confidence")),
+        "stopper": by_name("stopper", choices.get("stopper")),
         "constraint": constraint,
-        "inputs": inputs,
-        "temperature": temperature or None,
-        "guidance": guidance or None,
-        "lookahead": lookahead or None,
-        "stop_ids": tuple(stop_ids) or None,
-        "top_logprobs": top_logprobs or None,
+        "temperature": choices.get("temperature") or None,
+        "guidance": choices.get("guidance") or None,
+        "lookahead": choices.get("lookahead") or None,
+        "top_logprobs": choices.get("top_logprobs") or None,
+        "stop_ids": tuple(choices.get("stop_ids", ())) or None,
     }
+    given = {name: choice for name, choice in given.items() if choice is not None}
+    block_len = choices.get("block_len", "auto")
     if block_len == "auto":
         block_len = lm.cfg.block_len or 32
-    choices = {name: choice for name, choice in given.items() if choice is not None}
     if method is None:
-        method = complete(block_len, **(blocks_of(lm.cfg, block_len) | choices))
-    else:
-        if isinstance(method, str):
-            longest = max(np.ravel(gen_len).tolist(), default=1)
-            method = named(method, longest if block_len is None else block_len)
-        method = method.replace(**choices)
-    return answer(
-        lm, prompts, LOOP, method, gen_len=gen_len, seed=seed, num_return=num_return, stop=stop,
-        batch_size=batch_size, progress=progress, infill=infill,
-    )  # fmt: skip
+        return complete(block_len, **(blocks_of(lm.cfg, block_len) | given))
+    if isinstance(method, str):
+        longest = max(np.ravel(gen_len).tolist(), default=1)
+        method = named(method, longest if block_len is None else block_len)
+    return method.replace(**given)
 
 
 def collect(
@@ -264,11 +307,21 @@ def collect(
     return completions
 
 
-def _settled(state: DiffusionState) -> list[np.ndarray]:
-    """What stands in each row up to the first undecided position."""
-    tokens, step_map = jax.device_get((state.tokens[:, state.prompt_len :], state.step_map))
+def _written(
+    state: DiffusionState, method: DiffusionMethod
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of each row what stands before the first undecided position, and the rest of the canvas.
+
+    If the reviser may change what is decided, only what stands before the open block is certain.
+    """
+    P = state.prompt_len
+    fetched = (state.tokens[:, P:], state.step_map, state.block_start - P, state.end - P)
+    tokens, step_map, closed, end = jax.device_get(fetched)
     lengths = np.cumprod(step_map >= 0, axis=1).sum(axis=1)
-    return [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+    if method.reviser.changes:
+        lengths = np.minimum(lengths, closed)
+    rows = list(zip(tokens, np.minimum(lengths, end), end, strict=True))
+    return [row[:n] for row, n, _ in rows], [row[n:stop] for row, n, stop in rows]
 
 
 def _prepare(lm: LanguageModel, method: DiffusionMethod, prompts: Any, **asked: Any) -> Any:
@@ -279,7 +332,7 @@ LOOP = Loop(
     prepare=_prepare,
     decode=decode,
     reported=lambda state: state.replace(cache=None, components=None, drafts=None),
-    settled=_settled,
+    written=_written,
     collect=collect,
     may_be_empty=lambda cfg: not cfg.shifted_logits,
 )

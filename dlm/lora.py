@@ -132,8 +132,11 @@ class Lora(Trainable):
             if isinstance(weight, Apart):
                 of_layers = zip(weight.layers, change["down"], change["up"], strict=True)
                 return Apart(
-                    tuple(add(target, w, {"down": down, "up": up}) for w, down, up in of_layers)
+                    tuple(sum_up(target, w, {"down": down, "up": up}) for w, down, up in of_layers)
                 )
+            return sum_up(target, weight, change)
+
+        def sum_up(target: str, weight: jax.Array, change: Params) -> jax.Array:
             down, up = (change[name].astype(jnp.float32) for name in ("down", "up"))
             product = self.scale * jnp.matmul(down, up, precision="highest")  # [..., I, O]
             if target in _OUTPUT_FIRST:

@@ -59,7 +59,7 @@ class LowRank(struct.PyTreeNode):
       scale: static.
     """
 
-    weight: jax.Array
+    weight: jax.Array | Apart | OfLayer
     down: jax.Array
     up: jax.Array
     scale: float = struct.field(pytree_node=False)

@@ -26,27 +26,49 @@ from decode.core.requests import (
     round_rows,
     split_gaps,
 )
-from decode.core.results import STOP_ROUNDS, Completion, cut, gather_samples, read_stops
+from decode.core.results import (
+    STOP_ROUNDS,
+    Completion,
+    cut,
+    gather_samples,
+    read_bias,
+    read_stops,
+)
+from decode.core.sampling import Sampling
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 
 
-class TextOptions(TypedDict, total=False):
-    """The keyword arguments of both."""
+class MethodOptions(TypedDict, total=False):
+    """The keyword arguments of both that say how to decode."""
 
-    gen_len: int | Sequence[int]
     temperature: float
     top_k: int | None
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
     logit_bias: Mapping[int, float] | None
-    stop: str | Sequence[str]
     stop_ids: Sequence[int]
+    top_logprobs: int
+
+
+class TextOptions(TypedDict, total=False):
+    """The keyword arguments of both that say what is asked for."""
+
+    gen_len: int | Sequence[int]
+    stop: str | Sequence[str]
     seed: int | Sequence[int]
     num_return: int
-    top_logprobs: int
     batch_size: int | None
+    progress: bool
+
+
+def read_sampling(lm: LanguageModel, given: MethodOptions, temperature: float | None) -> Sampling:
+    """The temperature and filters that were asked for."""
+    return Sampling(
+        temperature, given.get("top_k"), given.get("top_p"), given.get("min_p"),
+        given.get("repetition_penalty"), read_bias(lm, given.get("logit_bias")),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +80,8 @@ class Loop:
         `seeds` per prompt, `prompt_len`, `canvas_len` and `batch_size`.
       decode: rounds of it, see `decode.core.loop`.
       reported: a state without what only the loop needs.
-      settled: the tokens that rows of a state have written for certain.
+      written: of each row of a state, with its method, the tokens that are certain, and those
+        behind them that may still change, MASK where nothing is decided.
       collect: completions, of a state, the model, the method, their number and stop strings.
       may_be_empty: whether a model can begin without a prompt.
       ready: the method with what has to be measured for it, of a model, the method and what makes
@@ -68,7 +91,7 @@ class Loop:
     prepare: Callable[..., Any]
     decode: jax.stages.Wrapped
     reported: Callable[[Any], Any]
-    settled: Callable[[Any], list[np.ndarray]]
+    written: Callable[[Any, Any], tuple[list[np.ndarray], list[np.ndarray]]]
     collect: Callable[..., list[Completion]]
     may_be_empty: Callable[[ModelConfig], bool]
     ready: Callable[[LanguageModel, Any, Callable[[Any], Any]], Any] = lambda lm, method, start: (
@@ -157,7 +180,8 @@ class Asked:
             rounds = STOP_ROUNDS if self.stops else FOREVER
             state = loop.decode(lm.params, lm.cfg, method, state, rounds, max_done)
             if self.stops:
-                has_stop = np.array([self._has_stop(row) for row in loop.settled(state)])
+                certain, _ = loop.written(state, method)
+                has_stop = np.array([self._has_stop(row) for row in certain])
                 state = state.replace(has_stopped=state.has_stopped | jnp.asarray(has_stop))
             return state
 

@@ -187,12 +187,15 @@ class Controller(Part):
         rank = jnp.arange(R, dtype=jnp.float32)
         prior = jnp.asarray(self.prior, jnp.float32)
 
-        def below(above: jax.Array, level: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        def below(
+            above: jax.Array, level: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
             rate = (level[0] + self.weight * above) / (level[1] + self.weight)
             return rate, rate
 
         start = jnp.broadcast_to(prior * (1 - prior) ** rank, (len(hits), R))
-        rates = jax.lax.scan(below, start, (hits.swapaxes(0, 1), tries.swapaxes(0, 1)))[1]
+        rates: jax.Array
+        _, rates = jax.lax.scan(below, start, (hits.swapaxes(0, 1), tries.swapaxes(0, 1)))
         # By more than rounding less than the parent's, and than the sibling's before: then the most
         # likely nodes are a tree, and none is among them without the siblings tested before it.
         rates = jax.lax.cummin(jnp.clip(rates.swapaxes(0, 1), 1e-6, LIKELIEST), axis=2)

@@ -7,6 +7,7 @@ on: device, model, method and shapes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -80,7 +81,7 @@ def measure(
         for choice, times in enumerate(seconds):
             length, has_stopped = map(jnp.array, first)
             state = state.replace(length=length, has_stopped=has_stopped)
-            fixed = method.replace(controller=controller.replace(fixed=choice))
+            fixed = method.replace(controller=dataclasses.replace(controller, fixed=choice))
             jax.block_until_ready(state)
             began = time.perf_counter()
             state = jax.block_until_ready(decode(params, cfg, fixed, state, 1, FOREVER))
@@ -94,7 +95,8 @@ def measure(
 
 def _with(method: SpeculativeMethod, costs: np.ndarray) -> SpeculativeMethod:
     assert method.controller is not None
-    return method.replace(controller=method.controller.replace(costs=costs.astype(np.float32)))
+    known = dataclasses.replace(method.controller, costs=jnp.asarray(costs, jnp.float32))
+    return method.replace(controller=known)
 
 
 def _name(
@@ -115,7 +117,7 @@ def _name(
 
 
 def _file() -> pathlib.Path | None:
-    folder = jax.config.jax_compilation_cache_dir
+    folder = jax.config.values["jax_compilation_cache_dir"]
     return pathlib.Path(folder) / FILE if folder and "://" not in folder else None
 
 

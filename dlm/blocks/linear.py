@@ -19,10 +19,7 @@ Weight = jax.Array | LowRank | OfLayer
 def to_heads(x: jax.Array, w: Weight) -> jax.Array:
     """x [B, T, D] times w [heads, H, D]: [B, T, heads, H]."""
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, LowRank):
-        weight, change = w.weight, low_rank(rows, w)
-    else:
-        weight, change = w, None
+    weight, change = (w.weight, low_rank(rows, w)) if isinstance(w, LowRank) else (w, None)
 
     def times(weight: jax.Array) -> jax.Array:
         flat = weight.reshape(-1, weight.shape[-1])
@@ -40,23 +37,21 @@ def linear(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
     """
     B, T = x.shape[:2]
     rows = x.reshape(B * T, -1)
-    if isinstance(w, LowRank):
-        weight, change = w.weight, low_rank(rows, w)
-    else:
-        weight, change = w, None
+    weight, change = (w.weight, low_rank(rows, w)) if isinstance(w, LowRank) else (w, None)
     product = _where_it_lies(weight, lambda w: jnp.dot(rows, w.reshape(rows.shape[1], -1)))
     product = product if change is None else product + change
     return product.reshape(B, T, *weight.shape[num_in:])
 
 
 def _where_it_lies(
-    weight: jax.Array | OfLayer, times: Callable[[jax.Array], jax.Array]
+    weight: jax.Array | Apart | OfLayer, times: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """`times` of a weight; of those that lie apart, each layer's product is a branch of its own."""
     if isinstance(weight, OfLayer):
         assert isinstance(weight.stack, Apart)
         branches = [functools.partial(times, layer) for layer in weight.stack.layers]
         return jax.lax.switch(weight.layer, branches)
+    assert not isinstance(weight, Apart)  # `forward` says which layer of it
     return times(weight)
 
 

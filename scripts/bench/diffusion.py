@@ -80,7 +80,7 @@ def bench_diffusion(
         }  # fmt: skip
 
 
-def _ours(lm: LanguageModel, options: dict[str, bool], gen_len: int, block_len: int) -> Decoder:
+def _ours(lm: LanguageModel, options: dict[str, Any], gen_len: int, block_len: int) -> Decoder:
     method = fast_dllm(
         steps=gen_len // TOKENS_PER_STEP, gen_length=gen_len, block_length=block_len, **options
     )

@@ -1,0 +1,116 @@
+"""A text while it is written: certain pieces of it as they come, and what may still change."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from decode.core.requests import Prompt, encode, round_lengths
+from decode.core.results import Completion, cut, read_stops
+from decode.core.texts import Loop
+from dlm.lm import LanguageModel
+from dlm.tokenizer import Tokenizer
+
+OPEN = "·"  # stands for a position that nothing has been decided for
+_HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a round of decoding has brought.
+
+    Attributes:
+      text: what is new of the certain text: it is never taken back, and never half a character. All
+        pieces joined are `Completion.text`.
+      ahead: what stands behind the certain text and may still change, `OPEN` where nothing is
+        decided; "" from autoregressive models.
+      completion: the whole answer, with the last piece; else None.
+    """
+
+    text: str
+    ahead: str = ""
+    completion: Completion | None = None
+
+
+def stream_answer(
+    lm: LanguageModel,
+    prompt: Prompt,
+    loop: Loop,
+    method: Any,
+    *,
+    gen_len: int,
+    stop: str | Sequence[str],
+    seed: int,
+) -> Iterator[Piece]:
+    """A piece per round of a loop.
+
+    Raises:
+      ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
+    """
+    tokenizer, stops = lm.tokenizer, read_stops(lm, stop)
+    if tokenizer is None:
+        raise ValueError(
+            "the checkpoint has no tokenizer that could be read, so there is no text to stream: "
+            "use decode.generate or decode.complete with token ids"
+        )
+    tokens = encode(lm, prompt)
+    P, G = round_lengths(lm.cfg, [tokens], [gen_len])
+    ends = {*lm.cfg.eos_ids, *np.asarray(method.stop_ids).reshape(-1).tolist()}
+    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
+        asked = dict(gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G)
+        start = lambda method: loop.prepare(lm, method, [tokens], **asked)  # noqa: E731
+        method = loop.ready(lm, method, start)
+        state = start(method)
+        shown = ""
+        while True:
+            state = loop.decode(lm.params, lm.cfg, method, state, 1)
+            certain, ahead = (rows[0].tolist() for rows in loop.written(state, method))
+            written = _before(ends, certain + ahead)
+            text = _sure(tokenizer, written[: len(certain)], stops)
+            if text is None or bool(state.has_stopped.all()):
+                break
+            if text.startswith(shown):
+                rest = _provisional(tokenizer, written[len(certain) :], lm.cfg.mask_token_id)
+                yield Piece(text[len(shown) :], rest)
+                shown = text
+        (completion,) = loop.collect(loop.reported(state), lm, method, num=1, stops=stops)
+    assert completion.text is not None
+    yield Piece(completion.text[len(shown) :], completion=completion)
+
+
+def _before(ends: set[int], tokens: list[int]) -> list[int]:
+    """Tokens before the first that ends a text."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
+def _sure(tokenizer: Tokenizer, tokens: list[int], stops: Sequence[str]) -> str | None:
+    """What the text begins with whatever follows its tokens; None if it has a stop string."""
+    raw = tokenizer.decode(tokens, skip_special_tokens=False)
+    if cut(raw, stops) < len(raw):
+        return None
+    sure = len(raw) - max((_overlap(raw, stop) for stop in stops), default=0)
+    n = len(tokens)
+    while n and len(tokenizer.decode(tokens[:n], skip_special_tokens=False)) > sure:
+        n -= 1
+    return tokenizer.decode(tokens[:n]).rstrip(_HALF)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text with which the stop string may have begun."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _provisional(tokenizer: Tokenizer, tokens: list[int], mask: int | None) -> str:
+    """Tokens that may change, as text; what is open at the end is left out."""
+    parts = []
+    for is_open, run in itertools.groupby(tokens, lambda token: token == mask):
+        some = list(run)
+        parts.append(OPEN * len(some) if is_open else tokenizer.decode(some))
+    return "".join(parts).rstrip(OPEN)
