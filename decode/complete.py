@@ -18,7 +18,15 @@ from decode.core.results import (
     to_text,
 )
 from decode.core.streaming import Piece, stream_answer
-from decode.core.texts import Loop, MethodOptions, TextOptions, answer, read_sampling
+from decode.core.texts import (
+    Loop,
+    MethodOptions,
+    TextOptions,
+    gather,
+    gather_samples,
+    read_asked,
+    read_sampling,
+)
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
@@ -111,7 +119,8 @@ def complete(
         asks for none if none do; `Controller()` measures once what rounds cost. None: all.
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
-      progress: whether to show a bar of prompts that are done.
+      progress: whether to show a bar of prompts that are done, tokens per second and the seconds
+        of compiling.
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts. Its `tokens` end before
@@ -122,16 +131,41 @@ def complete(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    choices = Choices(
+    found = as_finished(
+        lm, prompts,
         method=method, drafter=drafter, acceptance=acceptance, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         logit_bias=logit_bias, stop_ids=stop_ids, top_logprobs=top_logprobs,
         controller=controller,
+        gen_len=gen_len, stop=stop,
+        seed=seed, num_return=num_return, batch_size=batch_size, progress=progress,
     )  # fmt: skip
-    return answer(
-        lm, prompts, LOOP, _choose(lm, choices), gen_len=gen_len, seed=seed, stop=stop,
-        num_return=num_return, batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+    return gather(prompts, found)
+
+
+def as_finished(
+    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]
+) -> Iterator[tuple[int, Completion]]:
+    """The number of each prompt and its completion, as they finish: decodes as it is asked.
+
+    The arguments, and errors, are those of `complete`.
+    """
+    asked = read_asked(lm, prompts, options)
+    found = asked.as_finished(
+        LOOP, _choose(lm, options), options.get("batch_size"), options.get("progress", False)
+    )
+    return gather_samples(found, options.get("num_return", 1))
+
+
+def warm_up(
+    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]
+) -> float:
+    """Compiles what `complete` needs for such prompts, and decodes nothing: the seconds it took.
+
+    The arguments, and errors, are those of `complete`.
+    """
+    asked = read_asked(lm, prompts, options)
+    return asked.warm_up(LOOP, _choose(lm, options), options.get("batch_size"))
 
 
 def stream_text(

@@ -20,9 +20,18 @@ from decode.core.results import (
     to_text,
 )
 from decode.core.streaming import Piece, stream_answer
-from decode.core.texts import Loop, MethodOptions, TextOptions, answer, read_sampling
+from decode.core.texts import (
+    GEN_LEN,
+    Loop,
+    MethodOptions,
+    TextOptions,
+    gather,
+    gather_samples,
+    read_asked,
+    read_sampling,
+)
 from decode.diffusion.caches.canvas import CachePolicy
-from decode.diffusion.components import by_name
+from decode.diffusion.components import FixedBlocks, by_name
 from decode.diffusion.contracts import (
     CommitRule,
     Confidence,
@@ -143,7 +152,8 @@ def generate(
         log-probabilities when the position was written; 0: none.
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
-      progress: whether to show a bar of prompts that are done.
+      progress: whether to show a bar of prompts that are done, tokens per second and the seconds
+        of compiling.
       infill: whether MASK tokens inside of prompts are filled, before and while `gen_len` tokens
         (0: none) are written behind. What stands around them stays, and a text ends behind it only.
         `tokens` and `text` are then the whole text, the other arrays of a `Completion` begin at the
@@ -156,17 +166,44 @@ def generate(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    choices = Choices(
+    found = as_finished(
+        lm, prompts,
         method=method, rule=rule, cache=cache, confidence=confidence, stopper=stopper,
         scheduler=scheduler, reviser=reviser, constraint=constraint, inputs=inputs,
         block_len=block_len, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, logit_bias=logit_bias, guidance=guidance,
         lookahead=lookahead, stop_ids=stop_ids, top_logprobs=top_logprobs,
+        gen_len=gen_len, stop=stop,
+        seed=seed, num_return=num_return, batch_size=batch_size, progress=progress, infill=infill,
     )  # fmt: skip
-    return answer(
-        lm, prompts, LOOP, _choose(lm, gen_len, choices), gen_len=gen_len, seed=seed, stop=stop,
-        num_return=num_return, batch_size=batch_size, progress=progress, infill=infill,
-    )  # fmt: skip
+    return gather(prompts, found)
+
+
+def as_finished(
+    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]
+) -> Iterator[tuple[int, Completion]]:
+    """The number of each prompt and its completion, as they finish: decodes as it is asked.
+
+    The arguments, and errors, are those of `generate`.
+    """
+    asked = read_asked(lm, prompts, options, options.get("infill", False))
+    method = _choose(lm, options.get("gen_len", GEN_LEN), options)
+    found = asked.as_finished(
+        LOOP, method, options.get("batch_size"), options.get("progress", False)
+    )
+    return gather_samples(found, options.get("num_return", 1))
+
+
+def warm_up(
+    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]
+) -> float:
+    """Compiles what `generate` needs for such prompts, and decodes nothing: the seconds it took.
+
+    The arguments, and errors, are those of `generate`.
+    """
+    asked = read_asked(lm, prompts, options, options.get("infill", False))
+    method = _choose(lm, options.get("gen_len", GEN_LEN), options)
+    return asked.warm_up(LOOP, method, options.get("batch_size"))
 
 
 def stream_text(
@@ -240,6 +277,9 @@ def _choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) -
     if isinstance(method, str):
         longest = max(np.ravel(gen_len).tolist(), default=1)
         method = named(method, longest if block_len is None else block_len)
+        if block_len is None and type(method.scheduler) is FixedBlocks:
+            # One block, whose length need not be part of the program.
+            method = method.replace(scheduler=FixedBlocks(None))
     return method.replace(**given)
 
 

@@ -1,10 +1,19 @@
 """What a language model is here: configuration, parameters, a window forward, caches, files."""
 
+from dlm.compilation import keep_programs
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel, fingerprint, load, save
 from dlm.presets import PRESETS
 from dlm.xla_flags import prefer_cublas
 
-__all__ = ["PRESETS", "LanguageModel", "ModelConfig", "fingerprint", "load", "save"]
+__all__ = [
+    "PRESETS",
+    "LanguageModel",
+    "ModelConfig",
+    "fingerprint",
+    "keep_programs",
+    "load",
+    "save",
+]
 
 prefer_cublas()

@@ -19,6 +19,7 @@ from decode.diffusion.components import Threshold, short_names
 from decode.generate import generate
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from dlm.tokenizer import Tokenizer
+from train.host import set_up_process
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "runs/quickstart/train/model", "A model trained by scripts.quickstart."
@@ -51,10 +52,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
+    set_up_process()
     if not pathlib.Path(_CHECKPOINT.value).is_dir():
-        raise app.UsageError(
-            f"--checkpoint={_CHECKPOINT.value} is not a folder: run `make quickstart` first"
-        )
+        raise app.UsageError(f"--checkpoint={_CHECKPOINT.value} is no folder: run make quickstart")
     people = [name.strip() for name in _PEOPLE.value.split(",")]
     try:
         example = WaitingLine(num_shots=0).ask(

@@ -31,7 +31,8 @@ from decode.diffusion.recorded import GreedyOracle, Recorded
 from decode.generate import generate
 from decode.speculative import loop as speculative
 from decode.speculative.accept import SpeculativeSampling
-from decode.speculative.components import DRAFTERS, Suffix
+from decode.speculative.components import DRAFTERS, PromptLookup, Suffix
+from decode.speculative.controller import Controller
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
 from dlm.cache import init_cache
@@ -188,6 +189,18 @@ def test_a_round_of_speculation(watch, kind):
     check(state, G=G)
     if hasattr(state.drafter, "shape"):
         check_returned(state.drafter, kind.init)
+
+
+def test_a_controlled_round():
+    controller = Controller(widths=(1, 3), costs=np.ones(3, np.float32))
+    method = SpeculativeMethod(PromptLookup(num_drafts=2), controller=controller)
+
+    def round_of(params):
+        state = speculative.init_state(CFG, method, PROMPTS, gen_len=[9, 7, 9], chunk=5)
+        return speculative.step(params, CFG, method, state)
+
+    check(controller, K=2)
+    check(jax.eval_shape(round_of, PARAMS).control, J=2, K=2)
 
 
 # ---- Training ---------------------------------------------------------------------------------

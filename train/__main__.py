@@ -11,13 +11,12 @@ import logging as python_logging
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from train import loop
 from train.config import ConfigError
-from train.host import STOPPED, join_cluster, keep_freed_memory
+from train.host import STOPPED, join_cluster, set_up_process
 from train.metrics import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -28,9 +27,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; the same one resumes it.", required=True
 )
-_COMPILE_CACHE = flags.DEFINE_string(
-    "compile_cache_dir", "", "Folder for compiled programs, used by later runs; off if empty."
-)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,10 +34,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.section.field=…")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours_or_serious)
-    if _COMPILE_CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value)
     join_cluster()
-    keep_freed_memory()
+    set_up_process()
     try:
         result = loop.run(_CONFIG.value, _WORKDIR.value)
     except (ConfigError, NonFiniteError) as error:

@@ -9,8 +9,19 @@ import sys
 import jax
 from absl import logging
 
+from dlm.compilation import SWITCH, keep_programs
+
 STOPPED = 75  # exit code of a run that was told to stop and has saved: start it again
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def set_up_process() -> None:
+    """What commands do before they compute: memory that is freed and programs are kept."""
+    keep_freed_memory()
+    try:
+        keep_programs()
+    except OSError as error:
+        logging.warning("Compiled programs are not kept (%s): %s=/some/folder", error, SWITCH)
 
 
 def keep_freed_memory() -> bool:

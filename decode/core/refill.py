@@ -45,34 +45,56 @@ def refill(
 
     Yields:
       Some finished requests, and a state that holds what is reported of them in its first rows. Its
-      `num_steps` are the rounds so far, each over all rows.
+      `num_steps` are the rounds so far, each over all rows. Meanwhile the device goes on.
 
     Raises:
       TypeError: the state holds something that is not per row, so that rows cannot be replaced.
     """
     queue = collections.deque(range(num))
-    shards = batch_shards()
-    group = -(-max(1, rows // GROUP) // shards) * shards
-    axes = _row_axes(start, rows)
-    every, wanted = (tuple(jax.tree.leaves(tree)) for tree in (axes, reported(axes)))
     here = [queue.popleft() for _ in range(min(rows, num))]
     state = start(here, rows)
+    every, wanted = _row_axes(state, start, rows, reported)
     holds: list[int | None] = [*here, *[None] * (rows - len(here))]
+    finished: list[tuple[list[int], Any]] = []
+    group = _group(rows)
     while (idle := holds.count(None)) < rows:
-        state = run(state, min(rows, idle + group) if queue else rows)
+        state = run(state, min(rows, idle + group))
+        yield from finished
+        finished = []
         stopped = np.asarray(state.has_stopped)
         done = [b for b, request in enumerate(holds) if request is not None and stopped[b]]
-        for first in range(0, len(done), group):
-            places = done[first : first + group]
-            lanes = jnp.array(places + [rows] * (group - len(places)), jnp.int32)
+        size = rows if 2 * len(done) > rows else group
+        for first in range(0, len(done), size):
+            places = done[first : first + size]
+            lanes = np.array(places + [rows] * (size - len(places)), np.int32)
             taken = _take(wanted, rows, reported(state), lanes)
-            finished = [request for b in places if (request := holds[b]) is not None]
+            finished.append(([i for b in places if (i := holds[b]) is not None], taken))
             following = [queue.popleft() for _ in places[: len(queue)]]
             if following:
-                state = _put(every, rows, state, start(following, group), lanes)
+                state = _put(every, rows, state, start(following, size), lanes)
             for b, request in itertools.zip_longest(places, following):
                 holds[b] = request
-            yield finished, taken
+    yield from finished
+
+
+def warm_up(
+    rows: int,
+    state: Any,
+    start: Callable[[Sequence[int], int], Any],
+    reported: Callable[[Any], Any],
+) -> None:
+    """Compiles what `refill` needs to swap rows of a state, which is given away."""
+    every, wanted = _row_axes(state, start, rows, reported)
+    for size in {_group(rows), rows}:
+        lanes = np.full(size, rows, np.int32)
+        _take(wanted, rows, reported(state), lanes)
+        state = _put(every, rows, state, start([0], size), lanes)
+
+
+def _group(rows: int) -> int:
+    """So many rows are waited for: as many for every device of the mesh in use."""
+    shards = batch_shards()
+    return -(-max(1, rows // GROUP) // shards) * shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +116,14 @@ class _RowAxis:
         return jnp.concatenate(each)
 
 
-def _row_axes(start: Callable[[Sequence[int], int], Any], rows: int) -> Any:
-    """A `_RowAxis` for every array of a state."""
-    one, two = (jax.eval_shape(functools.partial(start, [0], n)) for n in (rows, 2 * rows))
+def _row_axes(
+    state: Any,
+    start: Callable[[Sequence[int], int], Any],
+    rows: int,
+    reported: Callable[[Any], Any],
+) -> tuple[tuple[_RowAxis, ...], tuple[_RowAxis, ...]]:
+    """Of every array of a state, and of every one that is reported."""
+    twice = jax.eval_shape(functools.partial(start, [0], 2 * rows))
 
     def find(path: jax.tree_util.KeyPath, a: Any, b: Any) -> _RowAxis:
         differ = [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
@@ -109,7 +136,8 @@ def _row_axes(start: Callable[[Sequence[int], int], Any], rows: int) -> Any:
             )
         return _RowAxis(differ[0], a.shape[differ[0]] // rows)
 
-    return jax.tree_util.tree_map_with_path(find, one, two)
+    axes = jax.tree_util.tree_map_with_path(find, state, twice)
+    return tuple(jax.tree.leaves(axes)), tuple(jax.tree.leaves(reported(axes)))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "rows"))
@@ -118,7 +146,7 @@ def _take(axes: tuple[_RowAxis, ...], rows: int, state: Any, lanes: jax.Array) -
 
     def take(x: jax.Array, at: _RowAxis) -> jax.Array:
         if at.axis < 0:
-            return x
+            return jnp.copy(x)  # the state's own is given away
         return jnp.take(x, at.index(lanes, rows), axis=at.axis, mode="clip")
 
     leaves, structure = jax.tree.flatten(state)

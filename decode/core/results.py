@@ -110,12 +110,6 @@ class Completion:
         return float((self.acceptance_histogram * lengths).sum() / self.acceptance_histogram.sum())
 
 
-def gather_samples(completions: Sequence[Completion], num_return: int) -> list[Completion]:
-    """One completion per request, of `num_return` each in a row, the others behind the first."""
-    groups = zip(*[iter(completions)] * num_return, strict=True)
-    return [dataclasses.replace(first, others=tuple(others)) for first, *others in groups]
-
-
 def read_stops(lm: LanguageModel, stop: str | Sequence[str]) -> list[str]:
     """Stop strings as a list.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.core.loop import FOREVER
-from decode.core.refill import refill
+from decode.core.refill import refill, warm_up
 from decode.core.requests import (
     Prompt,
     encode,
@@ -26,17 +28,14 @@ from decode.core.requests import (
     round_rows,
     split_gaps,
 )
-from decode.core.results import (
-    STOP_ROUNDS,
-    Completion,
-    cut,
-    gather_samples,
-    read_bias,
-    read_stops,
-)
+from decode.core.results import STOP_ROUNDS, Completion, cut, read_bias, read_stops
 from decode.core.sampling import Sampling
+from dlm.compilation import Compiling
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
+
+Item = TypeVar("Item")
+GEN_LEN = 256  # tokens, unless it is said
 
 
 class MethodOptions(TypedDict, total=False):
@@ -99,6 +98,27 @@ class Loop:
     )
 
 
+@dataclasses.dataclass
+class Pace:
+    """How fast it goes so far.
+
+    Attributes:
+      rounds: of the loop, each over all rows at once.
+      tokens: of completions that are done.
+      seconds: wall time, that of compiling aside.
+      compile_s: seconds of compiling, or of reading programs from disk.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    compile_s: float = 0.0
+
+    def __str__(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return f"{rate:.0f} tokens/s after {self.compile_s:.1f} s of compiling"
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """Requests of a model.
@@ -109,8 +129,7 @@ class Asked:
       gen_lens: most tokens to write, per prompt.
       seeds: one per prompt.
       stops: strings that end a text.
-      given: per prompt, what stands at its first completion positions, see `split_gaps`; None:
-        nothing.
+      beside: what else the loop's `prepare` takes, by name, one per prompt.
     """
 
     lm: LanguageModel
@@ -118,63 +137,121 @@ class Asked:
     gen_lens: list[int]
     seeds: list[int]
     stops: Sequence[str] = ()
-    given: list[list[int]] | None = None
+    beside: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def answers(
-        self, loop: Loop, method: Any, batch_size: int | None, progress: bool
+        self,
+        loop: Loop,
+        method: Any,
+        batch_size: int | None = None,
+        progress: bool = False,
+        pace: Pace | None = None,
     ) -> list[Completion]:
         """In the order of the prompts; the arguments are those of `as_finished`."""
-        found = dict(self.as_finished(loop, method, batch_size, progress))
+        found = dict(self.as_finished(loop, method, batch_size, progress, pace))
         return [found[i] for i in range(len(self.prompts))]
 
     def as_finished(
-        self, loop: Loop, method: Any, batch_size: int | None = None, progress: bool = False
+        self,
+        loop: Loop,
+        method: Any,
+        batch_size: int | None = None,
+        progress: bool = False,
+        pace: Pace | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """The number of each prompt and its completion, as they finish.
 
         Rows that are done make place for the next prompts, see `decode.core.refill`. Prompts of
         very different lengths are decoded one bucket of lengths after the other, the longest first.
+        What is wrong with any of them is said before the first is decoded.
 
         Args:
           loop: which of them.
           method: how to decode.
           batch_size: rows at once; None: as many as there are prompts, up to 32.
           progress: whether to show a bar.
+          pace: kept up to date.
         """
-        lm, num = self.lm, len(self.prompts)
+        rows = self._rows(loop, batch_size)
+        found = self._decode_all(loop, method, rows, progress, pace or Pace())
+        return _inside(self.lm, found)
+
+    def warm_up(self, loop: Loop, method: Any, batch_size: int | None = None) -> float:
+        """Compiles what decoding them needs, and decodes nothing. The seconds of compiling.
+
+        The arguments are those of `as_finished`.
+        """
+        rows = self._rows(loop, batch_size)
+        with Compiling() as compiling, _mesh(self.lm):
+            for bucket in prompt_buckets(self.prompts, rows):
+                ready, start = self._ready(loop, method, bucket, rows)
+                state = start([0], rows)
+                state = loop.decode(self.lm.params, self.lm.cfg, ready, state, 0, rows)
+                if len(bucket) > rows:
+                    warm_up(rows, state, start, loop.reported)
+        return compiling.seconds
+
+    def _rows(self, loop: Loop, batch_size: int | None) -> int:
+        """B; ValueError if anything is wrong with the requests."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        mesh = contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh)
-        with mesh, tqdm(total=num, unit="prompt", disable=not progress) as bar:
-            read_requests(  # what is wrong with any of them is said before the first is decoded
-                lm.cfg, self.prompts, self.gen_lens, self.seeds, None, None, None,
-                may_be_empty=loop.may_be_empty(lm.cfg),
-            )  # fmt: skip
-            rows = round_rows(num, batch_size)
+        read_requests(
+            self.lm.cfg, self.prompts, self.gen_lens, self.seeds, None, None, None,
+            may_be_empty=loop.may_be_empty(self.lm.cfg),
+        )  # fmt: skip
+        with _mesh(self.lm):
+            return round_rows(len(self.prompts), batch_size)
+
+    def _decode_all(
+        self, loop: Loop, method: Any, rows: int, progress: bool, pace: Pace
+    ) -> Iterator[tuple[int, Completion]]:
+        """As `as_finished`."""
+        began, before = time.perf_counter(), 0
+        total = len(self.prompts)
+        with (
+            tqdm(total=total, unit="prompt", disable=not progress) as bar,
+            Compiling() as compiling,
+        ):
             for bucket in prompt_buckets(self.prompts, rows):
-                for i, completion in self._decode(loop, method, bucket, rows):
+                for i, completion, rounds in self._decode(loop, method, bucket, rows):
+                    pace.rounds = before + rounds
+                    pace.tokens += len(completion.tokens)
+                    pace.compile_s = compiling.seconds
+                    pace.seconds = time.perf_counter() - began - pace.compile_s
+                    bar.set_postfix_str(str(pace), refresh=False)
                     bar.update()
                     yield i, completion
+                before = pace.rounds
 
-    def _decode(
+    def _ready(
         self, loop: Loop, method: Any, bucket: list[int], rows: int
-    ) -> Iterator[tuple[int, Completion]]:
-        lm = self.lm
+    ) -> tuple[Any, Callable[[Sequence[int], int], Any]]:
+        """The method, all measured that it needs, and what makes states before the first round.
+
+        The latter is told which requests of the bucket, and how many rows.
+        """
         P, G = round_lengths(
-            lm.cfg, [self.prompts[i] for i in bucket], [self.gen_lens[i] for i in bucket]
+            self.lm.cfg, [self.prompts[i] for i in bucket], [self.gen_lens[i] for i in bucket]
         )
 
         def begin(method: Any, chosen: Sequence[int], batch_size: int) -> Any:
             some = lambda values: [values[bucket[i]] for i in chosen]  # noqa: E731
-            gaps = {} if self.given is None else {"given": some(self.given)}
+            beside = {name: some(values) for name, values in self.beside.items()}
             return loop.prepare(
-                lm, method, some(self.prompts), gen_len=some(self.gen_lens),
-                seeds=some(self.seeds), prompt_len=P, canvas_len=G, batch_size=batch_size, **gaps,
+                self.lm, method, some(self.prompts), gen_len=some(self.gen_lens),
+                seeds=some(self.seeds), prompt_len=P, canvas_len=G, batch_size=batch_size, **beside,
             )  # fmt: skip
 
         first = range(min(rows, len(bucket)))
-        method = loop.ready(lm, method, lambda method: begin(method, first, rows))
-        start = functools.partial(begin, method)
+        method = loop.ready(self.lm, method, lambda method: begin(method, first, rows))
+        return method, functools.partial(begin, method)
+
+    def _decode(
+        self, loop: Loop, method: Any, bucket: list[int], rows: int
+    ) -> Iterator[tuple[int, Completion, int]]:
+        """Completions of a bucket, with the rounds that it took so far."""
+        lm = self.lm
+        method, start = self._ready(loop, method, bucket, rows)
 
         def run(state: Any, max_done: int) -> Any:
             rounds = STOP_ROUNDS if self.stops else FOREVER
@@ -186,15 +263,16 @@ class Asked:
             return state
 
         if len(bucket) <= rows:
-            state = start(first, rows)
-            while not bool(state.has_stopped.all()):
-                state = run(state, FOREVER)
+            state = start(range(len(bucket)), rows)
+            while not np.asarray(state.has_stopped).all():
+                state = run(state, rows)
             groups: Any = [(range(len(bucket)), loop.reported(state))]
         else:
             groups = refill(len(bucket), rows, start, run, loop.reported)
         for finished, state in groups:
             found = loop.collect(state, lm, method, num=len(finished), stops=self.stops)
-            yield from zip((bucket[i] for i in finished), found, strict=True)
+            for i, completion in zip(finished, found, strict=True):
+                yield bucket[i], completion, int(state.num_steps)
 
     def _has_stop(self, tokens: np.ndarray) -> bool:
         assert self.lm.tokenizer is not None
@@ -202,21 +280,13 @@ class Asked:
         return cut(text, self.stops) < len(text)
 
 
-def answer(
+def read_asked(
     lm: LanguageModel,
     prompts: Prompt | Sequence[Prompt],
-    loop: Loop,
-    method: Any,
-    *,
-    gen_len: int | Sequence[int],
-    seed: int | Sequence[int],
-    num_return: int,
-    stop: str | Sequence[str],
-    batch_size: int | None,
-    progress: bool,
+    options: TextOptions,
     infill: bool = False,
-) -> Completion | list[Completion]:
-    """What `generate` and `complete` do once they know the loop and the method.
+) -> Asked:
+    """What is asked for, in the words of `generate` and `complete`, one request or many.
 
     With `infill`, MASK tokens inside of prompts are decided too.
 
@@ -224,15 +294,53 @@ def answer(
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
       TypeError: if `prompts` is neither text nor token ids.
     """
-    stops = read_stops(lm, stop)
-    single = is_single(prompts)
-    every: Any = [prompts] if single else prompts
-    encoded, bodies = [encode(lm, prompt) for prompt in every], None
+    stops = read_stops(lm, options.get("stop", ()))
+    every: Any = [prompts] if is_single(prompts) else prompts
+    encoded = [encode(lm, prompt) for prompt in every]
+    gen_len, num_return = options.get("gen_len", GEN_LEN), options.get("num_return", 1)
+    beside: dict[str, list[Any]] = {}
     if infill:
         if stops:
             raise ValueError("infill=True has no stop strings: they may stand in what is given")
         encoded, bodies, gen_len = split_gaps(lm.cfg, encoded, gen_len)
-        bodies = [body for body in bodies for _ in range(num_return)]
-    asked = Asked(lm, *repeat_requests(encoded, gen_len, seed, num_return), stops, bodies)
-    answers = gather_samples(asked.answers(loop, method, batch_size, progress), num_return)
-    return answers[0] if single else answers
+        beside["given"] = [body for body in bodies for _ in range(num_return)]
+    requests = repeat_requests(encoded, gen_len, options.get("seed", 0), num_return)
+    return Asked(lm, *requests, stops, beside)
+
+
+def gather(
+    prompts: Prompt | Sequence[Prompt], found: Iterator[tuple[int, Completion]]
+) -> Completion | list[Completion]:
+    """The answers in the order of the prompts; the answer, if there was one prompt."""
+    answers = dict(found)
+    return answers[0] if is_single(prompts) else [answers[i] for i in range(len(answers))]
+
+
+def gather_samples(
+    found: Iterator[tuple[int, Completion]], num_return: int
+) -> Iterator[tuple[int, Completion]]:
+    """One completion per request, of `num_return` each, when the last of them is there."""
+    waiting: dict[int, dict[int, Completion]] = collections.defaultdict(dict)
+    for i, completion in found:
+        request, sample = divmod(i, num_return)
+        waiting[request][sample] = completion
+        if len(waiting[request]) == num_return:
+            samples = waiting.pop(request)
+            first, *others = (samples[j] for j in range(num_return))
+            yield request, dataclasses.replace(first, others=tuple(others))
+
+
+def _mesh(lm: LanguageModel) -> contextlib.AbstractContextManager[object]:
+    """In which a model computes."""
+    return contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh)
+
+
+def _inside(lm: LanguageModel, found: Iterator[Item]) -> Iterator[Item]:
+    """What an iterator gives that computes in the mesh of a model; who takes it does not."""
+    while True:
+        with _mesh(lm):
+            try:
+                item = next(found)
+            except StopIteration:
+                return
+        yield item

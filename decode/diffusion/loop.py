@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,29 +98,7 @@ def init_state(
         tokens[b, P : end[b]] = mask_id(cfg)
     stays = None if given is None else _lay_out(cfg, method, given, tokens[:, P:], end - P)
 
-    zeros = functools.partial(np.zeros, B, np.int32)
-    blank = _allocate(cfg, method, end - P, P - start, P, G)
-    array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
-    return DiffusionState(
-        tokens=array(tokens),
-        start=array(start),
-        end=array(end),
-        block_start=array(np.full(B, P, np.int32)),
-        block_step=array(zeros()),
-        num_open=array(zeros()),
-        step_map=array(np.full((B, G), -1, np.int32) if stays is None else stays - 1),
-        log_prob=array(np.zeros((B, G), np.float32)),
-        confidence=array(np.zeros((B, G), np.float32)),
-        row_step=array(zeros()),
-        num_forwards=array(zeros()),
-        has_stopped=array(end == P),
-        stopped_early=array(np.zeros(B, bool)),
-        key=array(asked.key),
-        num_steps=array(np.zeros((), np.int32)),
-        given=None if stays is None else array(stays > 0),
-        prompt_len=P,
-        **blank,
-    )
+    return _first_state(cfg, method, tokens, start, end, asked.key, stays, P, G)
 
 
 def _lay_out(
@@ -147,22 +124,44 @@ def _lay_out(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "P", "G"))
-def _allocate(
-    cfg: ModelConfig, method: DiffusionMethod, gen_len: jax.Array, prompt_len: jax.Array,
-    P: int, G: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What of a state components make, and what is too large to come from the host."""
-    B, W = len(gen_len), method.window_len(G)
+def _first_state(
+    cfg: ModelConfig, method: DiffusionMethod, tokens: jax.Array, start: jax.Array, end: jax.Array,
+    key: jax.Array, stays: jax.Array | None, P: int, G: int,
+) -> DiffusionState:  # fmt: skip
+    """The state of rows of which nothing is decided but what `stays`; see `DiffusionState`.
+
+    One program, as rows that are replaced while others go on wait for it.
+    """
+    B, W = len(start), method.window_len(G)
     rows = 2 * B if method.guidance is not None else B
     shadow = W if "shadow" in method.needs else 0
-    first = method.scheduler.open_block(jnp.zeros(B, jnp.int32), gen_len, prompt_len)
-    return {
-        "block_end": P + first,
-        "cache": method.cache.allocate(cfg, rows, P + G + shadow),
-        "components": init_components(cfg, method, B, W),
-        "top": TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None,
-        "drafts": no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
-    }
+    zeros = functools.partial(jnp.zeros, B, jnp.int32)
+    blank = functools.partial(jnp.zeros, (B, G), jnp.float32)
+    first = method.scheduler.open_block(zeros(), end - P, P - start)
+    return DiffusionState(
+        tokens=jnp.copy(tokens),  # the state is given away, what the host holds is not
+        start=jnp.copy(start),
+        end=jnp.copy(end),
+        block_start=jnp.full(B, P, jnp.int32),
+        block_end=P + first,
+        block_step=zeros(),
+        num_open=zeros(),
+        step_map=jnp.full((B, G), -1, jnp.int32) if stays is None else stays - 1,
+        log_prob=blank(),
+        confidence=blank(),
+        row_step=zeros(),
+        num_forwards=zeros(),
+        has_stopped=end == P,
+        stopped_early=jnp.zeros(B, bool),
+        key=jnp.copy(key),
+        cache=method.cache.allocate(cfg, rows, P + G + shadow),
+        components=init_components(cfg, method, B, W),
+        num_steps=jnp.zeros((), jnp.int32),
+        top=TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None,
+        drafts=no_drafts(method.lookahead, B, P + G) if method.lookahead else None,
+        given=None if stays is None else stays > 0,
+        prompt_len=P,
+    )
 
 
 def step(

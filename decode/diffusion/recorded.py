@@ -91,6 +91,18 @@ class Recorded(Confidence):
         )
 
 
+class OracleState(struct.PyTreeNode):
+    """State of `GreedyOracle`.
+
+    Attributes:
+      before: [B, W] int32. The block's proposals in the round before; -1: it is the first.
+      answer: [B] int32. Which answer is the row's; at first row b has answer b.
+    """
+
+    before: jax.Array
+    answer: jax.Array
+
+
 @struct.dataclass
 class GreedyOracle(Reviser):
     """Extremely greedy parallel decoding (EGP): commits whatever a reference answer confirms.
@@ -103,22 +115,24 @@ class GreedyOracle(Reviser):
     how training data of the filter is made, with the model's own answer as the reference.
 
     Attributes:
-      reference: [B, G] int32. Per row of the batch, the answer.
+      reference: [N, G] int32. The answers, see `OracleState.answer`.
     """
 
     reference: jax.Array | np.ndarray
 
-    def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> jax.Array:
-        """[B, W] int32: the block's proposals in the round before; -1: it is the first."""
-        return jnp.full((batch_size, window_len), -1, jnp.int32)
+    def init(self, cfg: ModelConfig, batch_size: int, window_len: int) -> OracleState:
+        return OracleState(
+            before=jnp.full((batch_size, window_len), -1, jnp.int32),
+            answer=jnp.arange(batch_size),
+        )
 
-    def revise(self, round: Round, commit: jax.Array, state: jax.Array) -> tuple[Revision, Any]:
+    def revise(self, round: Round, commit: jax.Array, state: OracleState) -> tuple[Revision, Any]:
         place = jnp.minimum(round.index, self.reference.shape[1] - 1)
-        right = jnp.take_along_axis(jnp.asarray(self.reference), place, axis=-1)
-        before = jnp.where((round.block_step == 0)[:, None], -1, state)
+        right = jnp.asarray(self.reference)[state.answer[:, None], place]
+        before = jnp.where((round.block_step == 0)[:, None], -1, state.before)
         is_stuck = ((round.proposal == before) | ~round.in_block).all(axis=-1, keepdims=True)
         wanted = round.undecided & round.in_block
         return Revision(
             commit=wanted & (is_stuck | (round.proposal == right)),
             proposal=jnp.where(is_stuck, right, round.proposal),
-        ), round.proposal
+        ), state.replace(before=round.proposal)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.diffusion.loop import DiffusionMethod
-from decode.evaluation.run import Programs, batches, device
+from decode.evaluation.run import answered, device
 from dlm.lm import LanguageModel, fingerprint
 from dlm.tasks import Example, Task
 from dlm.tasks.presets import TaskPreset
@@ -48,7 +48,7 @@ class Job:
       groups: indices of the examples per group; the first is `ALL`.
       gen_len: tokens per answer, end-of-text included.
       block_len: positions per block; of the methods, and of what `first_block_s` means.
-      batch_size: examples decoded at once.
+      batch_size: rows decoded at once: those that are done make place for the next examples.
     """
 
     lm: LanguageModel
@@ -68,7 +68,7 @@ class Measurement(TypedDict):
       score: in [0, 1], of the task's scorer.
       tokens: up to end-of-text.
       forwards: of the model.
-      first_block_s: seconds until the first block was decided.
+      first_block_s: seconds from when an example got its row until its first block was decided.
       seconds: of decoding.
       compile_s: of compiling.
     """
@@ -88,7 +88,7 @@ def make_job(
     num_examples: int,
     block_len: int,
     gen_len: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> Job:
     """Held-out examples, in an order of their own, as token ids.
 
@@ -98,7 +98,7 @@ def make_job(
       num_examples: of the task's test split.
       block_len: positions per block.
       gen_len: tokens per answer; 0: the preset's.
-      batch_size: examples decoded at once.
+      batch_size: rows decoded at once.
 
     Raises:
       ValueError: the checkpoint cannot read them, or has no room for them.
@@ -130,36 +130,29 @@ def make_job(
     return Job(lm, task, examples, prompts, groups, gen_len, block_len, batch_size)
 
 
-def measure(job: Job, method: DiffusionMethod, programs: Programs) -> Measurement:
-    """Decodes all examples once.
+def measure(job: Job, method: DiffusionMethod) -> Measurement:
+    """Decodes all examples once, in a batch that stays full.
 
     Args:
       job: what to decode.
       method: how.
-      programs: compiled programs, see `decode.evaluation.run`; added to.
     """
+    done = answered(job.lm, method, job.prompts, gen_len=job.gen_len, batch_size=job.batch_size)
     found = Measurement(
-        score=[], tokens=[], forwards=[], first_block_s=[], seconds=0.0, compile_s=0.0
-    )
-    examples = iter(job.examples)
-    for batch in batches(
-        job.lm, method, job.prompts, gen_len=job.gen_len, batch_size=job.batch_size,
-        programs=programs,
-    ):  # fmt: skip
-        found["seconds"] += batch.seconds
-        found["compile_s"] = batch.compile_s
-        round_s = batch.seconds / int(batch.state.num_steps)
-        for completion in batch.completions:
-            score = job.task.score(next(examples), completion.text or "")["score"]
-            found["score"].append(score)
-            found["tokens"].append(len(completion.tokens))
-            found["forwards"].append(completion.num_forwards)
-            rounds = float(completion.step_map[: job.block_len].max()) + 1
-            if method.lookahead:  # one forward makes several of them
-                passes = 1 if method.guidance is None else 2
-                every = int(completion.step_map.max()) + 1
-                rounds *= completion.num_forwards / passes / every
-            found["first_block_s"].append(rounds * round_s)
+        score=[], tokens=[], forwards=[], first_block_s=[], seconds=done.seconds,
+        compile_s=done.compile_s,
+    )  # fmt: skip
+    round_s = done.seconds / done.rounds
+    for example, completion in zip(job.examples, done.completions, strict=True):
+        found["score"].append(job.task.score(example, completion.text or "")["score"])
+        found["tokens"].append(len(completion.tokens))
+        found["forwards"].append(completion.num_forwards)
+        rounds = float(completion.step_map[: job.block_len].max()) + 1
+        if method.lookahead:  # one forward makes several of them
+            passes = 1 if method.guidance is None else 2
+            every = int(completion.step_map.max()) + 1
+            rounds *= completion.num_forwards / passes / every
+        found["first_block_s"].append(rounds * round_s)
     return found
 
 
@@ -185,7 +178,6 @@ def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list
         "jax": jax.__version__,
     }
     measured: dict[str, Measurement] = {}
-    programs: Programs = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         try:
             record = json.loads(line)
@@ -198,7 +190,7 @@ def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list
     for point, key in (bar := tqdm(list(zip(points, keys, strict=True)), unit="method")):
         bar.set_description(point.label)
         if key not in measured:
-            measured[key] = measure(job, point.method, programs)
+            measured[key] = measure(job, point.method)
             record = {"settings": json.loads(key), "found": measured[key]}
             with log.open("a") as file:
                 file.write(f"\n{json.dumps(record)}\n")  # in front: the last write may be cut short

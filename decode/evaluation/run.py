@@ -1,8 +1,9 @@
 """Running a method on prompts and knowing how long it takes: one way for both loops.
 
-programs: Programs = {}  # methods of one structure share a compilation
-for batch in batches(lm, method, prompts, gen_len=256, batch_size=32, programs=programs):
-    batch.completions, batch.seconds, batch.compile_s
+done = answered(lm, method, prompts, gen_len=256, batch_size=32)  # any number, rows kept busy
+done.completions, done.seconds, done.compile_s
+
+`timed` decodes one batch, and leaves its state to be looked at.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import contextlib
 import dataclasses
 import platform
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 
 from decode import complete, generate
+from decode.core.requests import per_prompt, per_prompt_seeds
 from decode.core.results import Completion
+from decode.core.texts import Asked, Pace
 from decode.diffusion import loop as diffusion
 from decode.diffusion.loop import DiffusionMethod, DiffusionState
 from decode.speculative import loop as speculative
@@ -108,33 +111,53 @@ def timed(
     return Timed(completions, state, prepare_s, seconds, compile_s)
 
 
-def batches(
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Any number of prompts, decoded.
+
+    Attributes:
+      completions: in the order of the prompts.
+      rounds: of the loop, each over all rows at once.
+      seconds: wall time of reading prompts, of rounds, and of replacing rows that are done.
+      compile_s: of compiling; 0 where earlier prompts needed the same programs.
+    """
+
+    completions: list[Completion]
+    rounds: int
+    seconds: float
+    compile_s: float
+
+
+def answered(
     lm: LanguageModel,
     method: Method,
     prompts: Sequence[Sequence[int]],
     *,
-    gen_len: int,
-    batch_size: int,
-    programs: Programs | None = None,
-) -> Iterator[Timed]:
-    """Decodes any number of prompts, so many at a time, all of them with one program.
-
-    Prompt i has the seed i, so that its answer does not depend on `batch_size`.
+    gen_len: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+) -> Answered:
+    """Decodes prompts in a batch that stays full, see `decode.core.refill`.
 
     Args:
-      lm, method, prompts, gen_len, programs: as `timed` takes them.
-      batch_size: rows at once; the last batch is filled with rows that are done.
+      lm, method, prompts, gen_len, seeds: as `timed` takes them.
+      batch_size: rows at once; None: as many as there are prompts, up to 32.
 
     Raises:
       ValueError: as `timed`.
     """
-    programs = {} if programs is None else programs
-    longest = max(map(len, prompts))
-    for first in range(0, len(prompts), batch_size):
-        yield timed(
-            lm, method, prompts[first : first + batch_size], gen_len=gen_len, seeds=first,
-            prompt_len=longest, batch_size=batch_size, programs=programs,
-        )  # fmt: skip
+    num = len(prompts)
+    asked = Asked(
+        lm,
+        [list(prompt) for prompt in prompts],
+        per_prompt("gen_len", gen_len, num),
+        per_prompt_seeds(seeds, num),
+    )
+    loop = complete.LOOP if isinstance(method, SpeculativeMethod) else generate.LOOP
+    pace = Pace()
+    compile_s = asked.warm_up(loop, method, batch_size)
+    completions = asked.answers(loop, method, batch_size, pace=pace)
+    return Answered(completions, pace.rounds, pace.seconds, compile_s)
 
 
 def device() -> str:

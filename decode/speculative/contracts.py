@@ -107,12 +107,12 @@ class Seen(struct.PyTreeNode):
       count: [B] int32. How many of the T there are; what is behind them is of no meaning.
       features: [B, T, n D]. The target's features there; None unless the drafter has
         `feature_layers`.
-      tree_hidden: [B, n, D], or None in the prompt. Hidden states of all nodes that were judged,
+      tree_hidden: [B, M, D], or None in the prompt. Hidden states of all nodes that were judged,
         kept or not: of a controller's choice, the root at least.
       tree: of them; None in the prompt.
-      chosen: [B, n] int32. What the target itself puts after each node; None in the prompt.
+      chosen: [B, M] int32. What the target itself puts after each node; None in the prompt.
       extra_hidden: [B, E, D]. Hidden states of the drafter's own rows; None if it has none.
-      best: [B, n, k] int32. The target's most probable tokens after each node, best first; None in
+      best: [B, M, k] int32. The target's most probable tokens after each node, best first; None in
         the prompt, and unless the drafter has `num_best`.
     """
 

@@ -23,6 +23,7 @@ from scripts.bench import (
     kernels,
     models,
     prompts,
+    refill,
     spec,
     spec_bench,
     train,
@@ -72,6 +73,13 @@ def bench_windows(flags: Flags) -> None:
     cfg = models.model(flags.preset, flags.dtype)
     lm = models.load(flags.checkpoint, cfg, flags.dtype)
     _show(windows.bench_windows(lm, flags.repeats), {"windows": windows.COLUMNS})
+
+
+def bench_refill(flags: Flags) -> None:
+    refill.run(
+        flags.checkpoint or "smollm2", flags.task, flags.num_prompts, flags.gen_len,
+        flags.block_len, flags.rows, flags.repeats,
+    )  # fmt: skip
 
 
 def bench_diffusion(flags: Flags) -> None:
@@ -141,6 +149,7 @@ ALL: dict[str, Callable[[Flags], None]] = {
     "spec": bench_spec,
     "spec_bench": bench_spec_bench,
     "windows": bench_windows,
+    "refill": bench_refill,
     "diffusion": bench_diffusion,
     "kernels": bench_kernels,
 }

@@ -24,15 +24,16 @@ from decode.evaluation.run import device
 from dlm.tasks.presets import TASKS
 from scripts.compare.points import make_points
 from scripts.compare.report import report, summarise, write
+from train.host import set_up_process
 
-_TASK = flags.DEFINE_string("task", "waiting_line", "Key of `dlm.tasks.presets.TASKS`.")
+_TASK = flags.DEFINE_enum("task", "waiting_line", TASKS, "What is asked.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
 _METHODS = flags.DEFINE_list("methods", [], "Names from decode/diffusion/points.py; default: all.")
 _METHODS_FILE = flags.DEFINE_string("methods_file", "", "Points of your own instead.")
 _BLOCK_LEN = flags.DEFINE_integer("block_len", 8, "Positions per block.", lower_bound=1)
 _GEN_LEN = flags.DEFINE_integer("gen_len", 0, "Tokens per answer; 0: the task's.", lower_bound=0)
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 200, "Held-out examples.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Examples decoded at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows decoded at once.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "runs/compare", "Folder for everything written.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Measure everything again.")
 
@@ -41,9 +42,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
+    set_up_process()
     try:
-        if _TASK.value not in TASKS:
-            raise ValueError(f"there is no task {_TASK.value!r}; there are {', '.join(TASKS)}")
         preset = TASKS[_TASK.value]
         job = make_job(
             dlm.load(_CHECKPOINT.value), preset, num_examples=_NUM_EXAMPLES.value,

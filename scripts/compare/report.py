@@ -3,13 +3,15 @@
     accuracy       per cent, with a bootstrap 95 % interval over examples
     NFE            forwards per answer, with such an interval
     tokens/fwd     tokens up to end-of-text over forwards, all answers together
-    tokens/s       the same tokens over the wall time of all batches; compilation excluded
-    first block    seconds until an answer's first --block_len positions are decided (or it ends):
-                   rounds until then, times the seconds a round of its batch takes; mean
-    compile        seconds; points that share a program were compiled once and say the same
+    tokens/s       the same tokens over the wall time, in which rows that are done make place for
+                   the next examples; compilation excluded
+    first block    seconds from when an example got its row until its first --block_len positions
+                   are decided (or it ends): rounds until then, times the seconds of a round; mean
+    compile        seconds of compiling, or of reading programs from disk; of points that share
+                   programs, only the first one's
     AUP            per family, `aup`; only comparable within one run
 
-Each batch is timed once. Where other programs run beside it, seconds can be off by a factor of two,
+Everything is timed once. Where other programs run beside it, seconds can be off by a factor of two,
 those of the baseline too: trust NFE there, and times of a quiet machine only.
 """
 

@@ -25,14 +25,14 @@ from configs import causal_lm
 from decode.evaluation.run import device
 from scripts.compare_hf.decoders import alternate, ours, table, theirs
 from scripts.quickstart_spec.drafters import held_out_prompts
-from train.host import keep_freed_memory
+from train.host import set_up_process
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
-    keep_freed_memory()
+    set_up_process()
     try:
         import torch
         import transformers

@@ -20,9 +20,9 @@ import jax
 from absl import app, flags, logging
 
 import dlm
-from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, RULES, measure_all, train
+from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, ROWS, RULES, measure_all, train
 from scripts.quickstart.report import table, write
-from train.host import keep_freed_memory
+from train.host import set_up_process
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything written.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few training steps and answers: does it run?")
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX have much to say
-    keep_freed_memory()
+    set_up_process()
     workdir = pathlib.Path(_WORKDIR.value)
     start = time.perf_counter()
     model_path, task = train(workdir, _SMOKE.value)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     write(workdir, measurements, answers, lm, len(task))
 
     done = time.perf_counter()
-    print(f"\nexact match in % on {len(task)} held-out lines, one batch, {lm.cfg.dtype}, "
+    print(f"\nexact match in % on {len(task)} held-out lines, {ROWS} rows at once, {lm.cfg.dtype}, "
           f"gen_len {GEN_LEN}, block {BLOCK_LEN}, {jax.devices()[0].device_kind}:\n")  # fmt: skip
     print(table(measurements))
     print(f"\ntraining {trained - start:.0f} s, decoding {done - trained:.0f} s. Written:")

@@ -15,7 +15,7 @@ from decode.evaluation.figures import OperatingPoint, plot_speed_quality
 from decode.evaluation.run import device
 from decode.view import Answer, write_commit_order
 from dlm.tasks.waiting_line import OPERATIONS
-from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, PRESET, Measurement
+from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, PRESET, ROWS, Measurement
 
 
 def table(measurements: list[Measurement]) -> str:
@@ -54,7 +54,8 @@ def write(
     about = {
         "device": device(),
         "dtype": lm.cfg.dtype,
-        "batch": num_examples,
+        "num_examples": num_examples,
+        "rows": ROWS,
         "gen_len": GEN_LEN,
         "block_len": BLOCK_LEN,
         "jax": jax.__version__,

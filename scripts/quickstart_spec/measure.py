@@ -11,8 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dlm
-from decode.core.results import Completion
-from decode.evaluation.run import Programs, batches, device
+from decode.evaluation.run import answered, device
 from decode.speculative.contracts import Drafter
 from decode.speculative.loop import SpeculativeMethod
 from scripts.quickstart_spec.drafters import GEN_LEN, drafters, held_out_prompts
@@ -31,7 +30,7 @@ class Measurement:
       forwards: of the target, per text.
       draft_forwards: of a draft model, per text.
       tokens_per_s: tokens of all texts over the median wall time.
-      seconds: median wall time of all batches, prompts and compilation excluded.
+      seconds: median wall time, reading the prompts included and compilation excluded.
       compile_s: compilation.
       speedup: seconds of plain decoding over these.
     """
@@ -58,20 +57,12 @@ def measure(
     repeats: int,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """What is to be known of one drafter, and the texts."""
-    programs: Programs = {}
-    seconds: list[float] = []
-    compile_s = 0.0
-    completions: list[Completion] = []
-    for _ in range(repeats):
-        seconds.append(0.0)
-        completions = []
-        for batch in batches(
-            lm, SpeculativeMethod(drafter), prompts, gen_len=gen_len, batch_size=batch_size,
-            programs=programs,
-        ):  # fmt: skip
-            seconds[-1] += batch.seconds
-            compile_s = batch.compile_s
-            completions += batch.completions
+    runs = [
+        answered(lm, SpeculativeMethod(drafter), prompts, gen_len=gen_len, batch_size=batch_size)
+        for _ in range(repeats)
+    ]
+    completions, compile_s = runs[-1].completions, runs[0].compile_s
+    seconds = [run.seconds for run in runs]
     histogram = np.sum([np.asarray(c.acceptance_histogram) for c in completions], axis=0)
     num_tokens = sum(len(c.canvas) for c in completions)
     return {

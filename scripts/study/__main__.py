@@ -30,14 +30,14 @@ from scripts.study.make import make
 from scripts.study.measure import measure
 from scripts.study.page import read_sections, section, write_figure, write_page
 from train.config import ConfigError
-from train.host import keep_freed_memory
+from train.host import set_up_process
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
-    keep_freed_memory()
+    set_up_process()
     if unknown := sorted(set(flags.FLAGS.tasks) - set(RECIPES)):
         known = ", ".join(RECIPES)
         sys.exit(f"error: --tasks has {unknown[0]!r}, which must be one of {known}")

@@ -1,11 +1,15 @@
 """The commands a newcomer types, shrunk to seconds, as subprocesses."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from tests.lib.commands import run
+from tests.lib.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,22 @@ def test_ask_decodes_your_own_line(workdir):
     assert "forwards; surest first" in out
     out = run("scripts.ask", *flags, people, "--person=Nora Evans", "--index=9", ok=False)
     assert "index=9 must be in [0, 3]" in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_second_start_of_the_quickstart_compiles_nothing(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "DLM_PROGRAMS": str(tmp_path / "programs")}
+    command = [sys.executable, "-m", "scripts.quickstart", f"--workdir={tmp_path}", "--smoke"]
+
+    def programs() -> set[str]:
+        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+        return {file.name for file in (tmp_path / "programs").rglob("*-cache")}
+
+    first = programs()
+    assert len(first) > 20
+    assert programs() == first  # whatever is compiled is kept
 
 
 @pytest.mark.exhaustive

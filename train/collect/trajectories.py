@@ -39,6 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
@@ -47,11 +48,13 @@ from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 from ml_collections import config_dict, config_flags
 
+from decode import generate
 from decode.core.results import Completion
-from decode.diffusion.loop import DiffusionMethod, DiffusionState
+from decode.core.texts import Asked, Loop, Pace
+from decode.diffusion.loop import DiffusionMethod, DiffusionState, init_state
 from decode.diffusion.points import named, override
 from decode.diffusion.recorded import GreedyOracle, Record, Recorded
-from decode.evaluation.run import Programs, Timed, timed
+from decode.diffusion.state import ComponentStates
 from dlm import lm as lm_lib
 from dlm import tasks
 from dlm.lm import LanguageModel, fingerprint
@@ -59,7 +62,7 @@ from dlm.sharding import make_mesh
 from train.collect.config import TrajectoryConfig
 from train.collect.records import SETTINGS, open_records
 from train.config import ConfigError, build, from_fields
-from train.host import join_cluster
+from train.host import join_cluster, set_up_process
 from train.workdir import check_same, check_writable, write_json
 
 _NAME = "trajectories"
@@ -135,14 +138,11 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
                 continue
             partial = paths[i].with_name(paths[i].name + ".partial")
             writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
-            for first in range(i * size, min((i + 1) * size, num), settings.batch_size):
-                last = min(first + settings.batch_size, (i + 1) * size, num)
-                for record in decoder.decode(range(first, last)):
-                    writer.write(features.serialize_example(record))
-                    bar.update()
-                tokens, seconds = decoder.tokens, decoder.seconds
-                if seconds:
-                    bar.set_postfix({"tokens/s": f"{tokens / seconds:,.0f}"})
+            for record in decoder.decode(range(i * size, min((i + 1) * size, num)), bar):
+                writer.write(features.serialize_example(record))
+            tokens, seconds = decoder.tokens, decoder.seconds
+            if seconds:
+                bar.set_postfix({"tokens/s": f"{tokens / seconds:,.0f}"})
             writer.close()
             partial.replace(paths[i])
     if jax.process_count() > 1:
@@ -167,7 +167,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
 
 
 class _Decoder:
-    """Decodes examples batch by batch, and keeps the time."""
+    """Decodes examples shard by shard, and keeps the time."""
 
     def __init__(
         self,
@@ -177,11 +177,10 @@ class _Decoder:
         settings: TrajectoryConfig,
     ) -> None:
         self._lm, self._task, self._method, self._settings = lm, task, method, settings
-        self._programs: Programs = {}
         self.tokens = self.seconds = 0.0
 
-    def decode(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Records of some examples."""
+    def decode(self, indices: Sequence[int], bar: tqdm.tqdm[Any]) -> Iterator[dict[str, Any]]:
+        """Records of some examples, in their order; the bar moves on as they are decoded."""
         lm, settings = self._lm, self._settings
         assert lm.tokenizer is not None
         examples = [self._task[i] for i in indices]
@@ -192,33 +191,35 @@ class _Decoder:
                     f"the prompt of example {i} has {len(prompt)} tokens, more than "
                     f"prompt_len={settings.prompt_len}"
                 )
-        seeds = [settings.seed + i for i in indices]
-        completions = self._run(self._method, prompts, seeds).completions
-        rounds: list[dict[str, np.ndarray] | None] = [None] * len(prompts)
-        answers = np.full((settings.batch_size, settings.gen_len), lm.cfg.eos_token_id, np.int32)
-        for b, completion in enumerate(completions):
+        num = len(prompts)
+        lengths, seeds = [settings.gen_len] * num, [settings.seed + i for i in indices]
+        asked = Asked(lm, prompts, lengths, seeds, beside={"number": range(num)})
+        completions: dict[int, Completion] = {}
+        for b, completion in self._run(asked, generate.LOOP, self._method):
+            completions[b] = completion
+            bar.update()
+        rounds: list[dict[str, np.ndarray] | None] = [None] * num
+        answers = np.full(
+            (settings.examples_per_shard, settings.gen_len), lm.cfg.eos_token_id, np.int32
+        )
+        for b, completion in completions.items():
             answers[b, : len(completion.tokens)] = completion.tokens
         if settings.oracle:
-            state = self._run(knowing(self._method, answers), prompts, seeds).state
-            assert isinstance(state, DiffusionState)
-            rounds = _rounds(state, answers, len(prompts))
-        for i, example, prompt, completion, answer, recorded in zip(
-            indices, examples, prompts, completions, answers, rounds, strict=False
-        ):
-            self.tokens += min(len(completion.tokens) + 1, settings.gen_len)
-            yield self._record(i, example, prompt, completion, answer, recorded)
+            known = knowing(self._method, jnp.asarray(answers))
+            for b, recorded in self._run(asked, RECORDING, known):
+                assert isinstance(recorded, Recording)
+                rounds[b] = _rounds(recorded.record, answers[b], settings.block_len)
+        for b, i in enumerate(indices):
+            self.tokens += min(len(completions[b].tokens) + 1, settings.gen_len)
+            yield self._record(i, examples[b], prompts[b], completions[b], answers[b], rounds[b])
 
     def _run(
-        self, method: DiffusionMethod, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
-    ) -> Timed:
-        settings = self._settings
-        batch = timed(
-            self._lm, method, prompts, gen_len=settings.gen_len, seeds=seeds,
-            prompt_len=settings.prompt_len, batch_size=settings.batch_size,
-            programs=self._programs,
-        )  # fmt: skip
-        self.seconds += batch.seconds
-        return batch
+        self, asked: Asked, loop: Loop, method: DiffusionMethod
+    ) -> Iterator[tuple[int, Completion]]:
+        pace, rows = Pace(), self._settings.batch_size
+        asked.warm_up(loop, method, rows)
+        yield from asked.as_finished(loop, method, rows, pace=pace)
+        self.seconds += pace.seconds
 
     def _record(
         self,
@@ -252,31 +253,76 @@ def knowing(method: DiffusionMethod, answers: jax.Array | np.ndarray) -> Diffusi
 
     Args:
       method: of the first one.
-      answers: [B, G] int32. What that one wrote.
+      answers: [N, G] int32. What that one wrote.
     """
     recorded = Recorded(num_rounds=answers.shape[1] * 2, base=method.confidence)
     return method.replace(confidence=recorded, reviser=GreedyOracle(answers))
 
 
-def _rounds(
-    state: DiffusionState, answers: np.ndarray, num: int
-) -> list[dict[str, np.ndarray] | None]:
-    """The rounds of the second decoding, per example."""
-    record: Record = jax.tree.map(np.asarray, jax.device_get(state.components.confidence))
-    found: list[dict[str, np.ndarray] | None] = []
-    G = answers.shape[1]
-    for b, count in enumerate(np.asarray(state.row_step)[:num]):
-        place = record.block_start[b, :count, None] + np.arange(record.proposal.shape[2])
-        exists = place < G
-        right = answers[b][np.minimum(place, G - 1)]
-        found.append(
-            {
-                "confidence": np.asarray(record.confidence[b, :count]),
-                "is_right": (record.proposal[b, :count] == right) & exists,
-                "undecided": np.asarray(record.undecided[b, :count]),
-            }
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recording(Completion):
+    """What the second decoding of an example gives.
+
+    Attributes:
+      record: its rounds, without a batch axis.
+    """
+
+    record: Record
+
+
+def _prepare_knowing(
+    lm: LanguageModel, method: DiffusionMethod, prompts: Any, *, number: Sequence[int],
+    batch_size: int, **asked: Any,
+) -> DiffusionState:  # fmt: skip
+    """The state before the first round of examples whose answers have these numbers."""
+    state = init_state(lm.cfg, method, prompts, batch_size=batch_size, **asked)
+    answer = np.zeros(batch_size, np.int32)
+    answer[: len(number)] = number
+    reviser = state.components.reviser.replace(answer=jnp.array(answer))
+    return state.replace(components=state.components.replace(reviser=reviser))
+
+
+def _collect_rounds(
+    state: DiffusionState, lm: LanguageModel, method: DiffusionMethod, num: int,
+    stops: Sequence[str],
+) -> list[Completion]:  # fmt: skip
+    records, counts = jax.device_get((state.components.confidence, state.row_step))
+    found: list[Completion] = []
+    for b, completion in enumerate(generate.collect(state, lm, method, num, stops)):
+        fields = {f.name: getattr(completion, f.name) for f in dataclasses.fields(completion)}
+        rounds = slice(int(counts[b]))
+        record = Record(*(x[b, rounds] for x in jax.tree.leaves(records)))
+        found.append(Recording(**fields, record=record))
     return found
+
+
+def _without_caches(state: DiffusionState) -> DiffusionState:
+    others = dict.fromkeys(ComponentStates.__dataclass_fields__)
+    kept = ComponentStates(**others | {"confidence": state.components.confidence})
+    return state.replace(cache=None, drafts=None, components=kept)
+
+
+RECORDING = dataclasses.replace(
+    generate.LOOP, prepare=_prepare_knowing, reported=_without_caches, collect=_collect_rounds
+)
+
+
+def _rounds(record: Record, answer: np.ndarray, block_len: int) -> dict[str, np.ndarray]:
+    """What the filter learns from, of the second decoding of an example."""
+    C = min(block_len, len(answer))
+    record = record.replace(
+        confidence=record.confidence[:, :C],
+        proposal=record.proposal[:, :C],
+        undecided=record.undecided[:, :C],
+    )
+    place = record.block_start[:, None] + np.arange(record.proposal.shape[1])
+    exists = place < len(answer)
+    right = answer[np.minimum(place, len(answer) - 1)]
+    return {
+        "confidence": np.asarray(record.confidence),
+        "is_right": np.asarray((record.proposal == right) & exists),
+        "undecided": np.asarray(record.undecided),
+    }
 
 
 def _features(settings: TrajectoryConfig) -> tfds.features.FeaturesDict:
@@ -348,6 +394,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.field=…")
     join_cluster()
+    set_up_process()
     try:
         tokens_per_s = run(flags.FLAGS.config, flags.FLAGS.out)
     except ConfigError as error:

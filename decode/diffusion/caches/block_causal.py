@@ -20,12 +20,13 @@ class BlockCausal(ExactBlocks):
     (Tiny-A2D, which pads prompts on the left to whole blocks).
 
     A finished block never changes, so what is cached of it is exact. Each forward runs over the
-    open block and the one before it, which settles the latter in the cache with its final tokens;
-    everything earlier is read. The prompt is filled in before the first round, by a forward that
-    `num_forwards` does not count.
+    open blocks and reads everything earlier; the first one behind a finished block runs over that
+    block too, which settles it in the cache with its final tokens. The prompt is filled in before
+    the first round, by a forward that `num_forwards` does not count.
 
     For models trained with this attention: others lose quality. Needs blocks of the same length,
-    counted from the same place (`FixedBlocks(block_len, aligned)`).
+    counted from the same place (`FixedBlocks(block_len, aligned)`), of which several may be open
+    (`MultiBlock`): each sees those before it as far as they are decided.
 
     Reference: Arriola et al., "Block Diffusion", arXiv:2503.09573, section 3; Cheng et al., "SDAR",
     arXiv:2510.06303; Wu et al., "Fast-dLLM v2", arXiv:2509.26328.

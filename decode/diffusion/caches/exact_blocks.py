@@ -1,15 +1,18 @@
 """What caches of block-diffusion models share: all but the open block is exact.
 
 A position sees its own block and all before it, so a finished block never changes. A forward runs
-over the open block and the one before it, which settles the latter in the cache with its final
-tokens; everything earlier is read. The prompt is filled in before a row's first round, by a forward
-that `num_forwards` does not count.
+over the open blocks, one or several, and reads everything earlier from the cache. Blocks that were
+finished in the round before are settled there first, with their final tokens: the round that
+follows runs over them too. It does so for all rows; rounds in which nobody's block is new are half
+as long. The prompt is filled in before a row's first round, by a forward that `num_forwards` does
+not count.
 
 Letters: B rows, W window positions, D model width.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
@@ -34,8 +37,7 @@ class ExactBlocksState:
     """State of `ExactBlocks`.
 
     Attributes:
-      kv: keys and values; canvas position i is slot block_len + i, so that the window of a row with
-        a short prompt may start before it.
+      kv: keys and values; canvas position i is slot i.
       is_filled: [B] bool. Whether the row's prompt is there.
     """
 
@@ -78,8 +80,7 @@ class ExactBlocks(CachePolicy):
         self, cfg: ModelConfig, batch_size: int, num_slots: int
     ) -> ExactBlocksState:
         """As `allocate`."""
-        slots = num_slots + 2 * self.block_len
-        return ExactBlocksState(init_cache(cfg, batch_size, slots), jnp.zeros(batch_size, bool))
+        return ExactBlocksState(init_cache(cfg, batch_size, num_slots), jnp.zeros(batch_size, bool))
 
     def judge_blocks(
         self,
@@ -88,26 +89,42 @@ class ExactBlocks(CachePolicy):
         canvas: Canvas,
         window_len: int,
         state: ExactBlocksState,
+        *,
+        keep_open: bool = False,
     ) -> tuple[jax.Array, ExactBlocksState, jax.Array]:
-        """As `judge`: a forward over the open block and the one before it."""
-        C, kv = self.block_len, state.kv
+        """As `judge`: a forward over the open blocks, and those to be settled.
+
+        With `keep_open` what it computes of the open blocks is kept in the cache.
+        """
+        S, kv = canvas.tokens.shape[1], state.kv
         if canvas.prompt_len:
             lacking = canvas.is_active & ~state.is_filled
             fill = lambda kv: self._run(  # noqa: E731
                 params, cfg, canvas.replace(is_active=lacking), jnp.zeros_like(canvas.start),
-                canvas.prompt_len, kv, None,
+                canvas.prompt_len, kv, None, keep=True,
             )[1]  # fmt: skip
             kv = jax.lax.cond(lacking.any(), fill, lambda kv: kv, kv)
-        first = self.first(canvas) - C  # of the block before
-        settled = jnp.stack([canvas.start + C, first + C], axis=-1)[:, None]
-        hidden, kv = self._run(params, cfg, canvas, first, 2 * C, kv, settled)
-        index = (canvas.window_start - first - int(cfg.shifted_logits))[:, None]
-        index = jnp.minimum(index + jnp.arange(window_len)[None], 2 * C - 1)
-        hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+        first, shift = self.first(canvas), int(cfg.shifted_logits)
+        span = -(-window_len // self.block_len) * self.block_len  # of open blocks; so many may end
+
+        def run(back: int, keep: bool, kv: KVCache) -> tuple[jax.Array, KVCache]:
+            """From `back` positions before the open blocks on."""
+            length = min(back + span, S)
+            at = jnp.clip(first - back, 0, S - length)
+            earlier = jnp.stack([canvas.start, at], axis=-1)[:, None]
+            hidden, kv = self._run(params, cfg, canvas, at, length, kv, earlier, keep=keep)
+            index = (canvas.window_start - at - shift)[:, None] + jnp.arange(window_len)[None]
+            index = jnp.minimum(index, length - 1)
+            return jnp.take_along_axis(hidden, index[..., None], axis=1), kv
+
+        # What precedes the first block of a completion is the prompt, which is there.
+        is_behind = canvas.block_is_new & (canvas.block_start > canvas.prompt_len)
+        settle, go_on = (functools.partial(run, *how) for how in ((span, True), (shift, keep_open)))
+        hidden, kv = jax.lax.cond((canvas.is_active & is_behind).any(), settle, go_on, kv)
         return hidden, ExactBlocksState(kv, jnp.ones_like(state.is_filled)), canvas.is_active
 
     def first(self, canvas: Canvas) -> jax.Array:
-        """[B]: where the open block starts, be it inside the prompt."""
+        """[B]: where the first open block starts, be it inside the prompt."""
         behind = (canvas.block_start - self._origin(canvas)) % self.block_len
         return canvas.block_start - behind
 
@@ -124,8 +141,10 @@ class ExactBlocks(CachePolicy):
         length: int,
         kv: KVCache,
         cache_ranges: jax.Array | None,
+        *,
+        keep: bool,
     ) -> tuple[jax.Array, KVCache]:
-        """A forward over `length` positions from `first` [B] on, which are written to the cache."""
+        """A forward over `length` positions from `first` [B] on; `keep`: they are cached."""
         S = canvas.tokens.shape[1]
         place = first[:, None] + jnp.arange(length)[None]
         block = (place - self._origin(canvas)[:, None]) // self.block_len
@@ -135,8 +154,7 @@ class ExactBlocks(CachePolicy):
             mask=pack_mask(block[:, :, None] >= block[:, None, :]),
             range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
         )
-        write_at = first + self.block_len
-        slots = Slots(kv, cache_ranges, write_at, canvas.is_active, canvas.length)
+        slots = Slots(kv, cache_ranges, first if keep else None, canvas.is_active, canvas.length)
         out = forward(params, cfg, window, slots)
         assert out.cache is not None
         return out.hidden, out.cache

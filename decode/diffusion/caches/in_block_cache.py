@@ -111,7 +111,9 @@ class InBlockCache(ExactBlocks):
 
         def refresh(state: InBlockState) -> tuple[jax.Array, InBlockState]:
             rows = canvas.replace(is_active=waiting)
-            hidden, blocks, _ = self.judge_blocks(params, cfg, rows, window_len, state.blocks)
+            hidden, blocks, _ = self.judge_blocks(
+                params, cfg, rows, window_len, state.blocks, keep_open=True
+            )
             return hidden, InBlockState(blocks, jnp.where(counts, part, state.part))
 
         def reuse(state: InBlockState) -> tuple[jax.Array, InBlockState]:
@@ -140,8 +142,7 @@ class InBlockCache(ExactBlocks):
             range=jnp.stack([canvas.start, jnp.minimum(canvas.end, first + C)], axis=-1)
             - part[:, None],
         )
-        # The block's slots lie C further right than its positions.
-        before = jnp.stack([canvas.start, part], axis=-1) + C
-        after = jnp.stack([part + n, jnp.minimum(canvas.end, first + C)], axis=-1) + C
+        before = jnp.stack([canvas.start, part], axis=-1)
+        after = jnp.stack([part + n, jnp.minimum(canvas.end, first + C)], axis=-1)
         ranges = jnp.stack([before, after], axis=1)
         return forward(params, cfg, window, Slots(kv, ranges, length=canvas.length)).hidden

@@ -47,10 +47,10 @@ class LearnedFilter(CommitRule):
 
     def refuse(self, method: DiffusionMethod) -> str | None:
         C, confidence = self.filter.block_len, method.confidence.name
-        if method.scheduler.fixed_len != C:
+        if method.scheduler.fixed_len != C or method.scheduler.opens_early:
             return (
                 f"LearnedFilter was trained with blocks of {C}, and {method.scheduler} makes other "
-                f"ones: use blocks of that length"
+                f"ones, or several at once: use blocks of that length, one at a time"
             )
         if confidence != self.filter.confidence:
             return (

@@ -26,7 +26,8 @@ class MultiBlock(Scheduler):
     step's guaranteed commit is the surest eligible position of all open blocks.
 
     Block caches refresh whenever the first open block is done. Confidences and rules that remember
-    a block start over at that moment too.
+    a block start over at that moment too. Models that were trained in blocks need theirs
+    (`aligned`), and the cache of these.
 
     Reference: Wang et al., "D2F", arXiv:2508.09192, section 3.3 (pipelined decoding; 0.1, 0.95,
     gate 0.9 there); Qian et al., "d3LLM", arXiv:2601.07568 (0.5, no gate).
@@ -37,6 +38,8 @@ class MultiBlock(Scheduler):
       open_at: in [0, 1], share of the last open block that opens the next. 1: when it is full.
       active_at: in [0, 1], share of the predecessor that makes a block fully active.
       gate: in [0, 1], confidence needed in half active blocks. 0: no gate.
+      aligned: whether blocks are counted from the start of the prompt, as block-diffusion models
+        need, so that the first one may be shorter too. Static.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
@@ -48,6 +51,7 @@ class MultiBlock(Scheduler):
     open_at: jax.Array | float = 0.5
     active_at: jax.Array | float = 1.0
     gate: jax.Array | float = 0.0
+    aligned: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
     @classmethod
     def points(cls, block_len: int) -> Points:
@@ -75,14 +79,35 @@ class MultiBlock(Scheduler):
             )
         return None
 
+    @property
+    def fixed_len(self) -> int:
+        return self.block_len
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.aligned
+
+    def _num_blocks(self, gen_len: int) -> int:
+        """Most blocks of a completion."""
+        return -(-(gen_len + (self.block_len - 1) * self.aligned) // self.block_len)
+
+    def _behind(self, prompt_len: jax.Array) -> jax.Array:
+        """[B]: so many positions before the completion its first block starts."""
+        return prompt_len % self.block_len if self.aligned else jnp.zeros_like(prompt_len)
+
     def window_len(self, gen_len: int) -> int:
+        if self.aligned:  # whole blocks, of which the first may begin in the prompt
+            return min(self.max_open, self._num_blocks(gen_len)) * self.block_len
         return min(self.max_open * self.block_len, gen_len)
 
     def open_block(self, start: jax.Array, end: jax.Array, prompt_len: jax.Array) -> jax.Array:
-        return jnp.minimum(start + self.block_len, end)
+        behind = (start + self._behind(prompt_len)) % self.block_len
+        return jnp.minimum(start + self.block_len - behind, end)
 
     def focus(self, round: Round, state: Any) -> tuple[jax.Array, jax.Array, Any]:
-        block = (round.index - round.block_start[:, None]) // self.block_len  # [B, W]
+        behind = self._behind(round.prompt_len)
+        block = (round.index + behind[:, None]) // self.block_len  # [B, W]
+        block -= ((round.block_start + behind) // self.block_len)[:, None]
         same = block[:, :, None] == block[:, None, :] + 1  # the predecessor's positions
         same &= round.in_block[:, None]
         share = (same & ~round.undecided[:, None]).sum(axis=-1) / jnp.maximum(same.sum(axis=-1), 1)
@@ -91,23 +116,31 @@ class MultiBlock(Scheduler):
         return round.eligible & (is_active | passes), round.block_end, state
 
     def advance(self, progress: Progress) -> tuple[jax.Array, jax.Array]:
-        B, G = progress.decided.shape
-        num_blocks = -(-G // self.block_len)
-        short = num_blocks * self.block_len - G
-        first = jnp.arange(num_blocks)[None] * self.block_len
-        there = jnp.arange(G)[None] < progress.end[:, None]
+        C, G = self.block_len, progress.decided.shape[1]
+        behind = self._behind(progress.prompt_len)[:, None]  # [B, 1]
+        number = jnp.arange(self._num_blocks(G))[None]
+        first, stop = jnp.maximum(number * C - behind, 0), (number + 1) * C - behind
+        place = jnp.arange(G)[None]
+        there = place < progress.end[:, None]
+        here = (place + behind)[..., None] // C == number[:, None]  # [B, G, blocks]
 
         def count(where: jax.Array) -> jax.Array:
-            return jnp.pad(where, ((0, 0), (0, short))).reshape(B, num_blocks, -1).sum(axis=-1)
+            return (here & where[..., None]).sum(axis=1)
 
         size, done = count(there), count(there & progress.decided)
         is_open = (first >= progress.block_start[:, None]) & (first < progress.block_end[:, None])
         complete = jnp.cumprod((done == size) | (first < progress.block_start[:, None]), axis=-1)
-        start = jnp.minimum((complete.astype(bool) & is_open).sum(axis=-1) * self.block_len, G)
-        start = jnp.minimum(progress.block_start + start, progress.end)
-        is_last = is_open & (first + self.block_len >= progress.block_end[:, None])
+        passed = (complete.astype(bool) & is_open).sum(axis=-1)
+
+        def boundary(place: jax.Array, blocks: jax.Array | int) -> jax.Array:
+            """Where the block that holds a position starts, or one so many blocks behind it."""
+            return ((place + behind[:, 0]) // C + blocks) * C - behind[:, 0]
+
+        start = jnp.maximum(boundary(progress.block_start, passed), progress.block_start)
+        start = jnp.minimum(start, progress.end)
+        is_last = is_open & (stop >= progress.block_end[:, None])
         ripe = is_last & (done >= self.open_at * size)
-        stop = progress.block_end + jnp.where(ripe.any(axis=-1), self.block_len, 0)
-        stop = jnp.maximum(stop, start + self.block_len)
-        limit = jnp.minimum(start + self.max_open * self.block_len, progress.end)
-        return start, jnp.minimum(stop, limit)
+        until = progress.block_end + jnp.where(ripe.any(axis=-1), C, 0)
+        until = jnp.maximum(until, boundary(start, 1))
+        limit = jnp.minimum(boundary(start, self.max_open), progress.end)
+        return start, jnp.minimum(until, limit)

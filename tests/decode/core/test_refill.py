@@ -22,6 +22,7 @@ from decode.diffusion.loop import DiffusionMethod
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod
+from dlm.compilation import Compiling
 from dlm.sharding import make_mesh
 from tests.lib.tiers import more
 
@@ -104,6 +105,66 @@ def test_rows_are_kept_busy_by_programs_compiled_once(toy_cfg, toy_params):
              for i in some]  # fmt: skip
     assert sorted(found) == list(range(3 * NUM))
     assert sum(forwards) / ROWS <= rounds < batches
+
+
+def decode_some(lm, name, prompts, how=None, **options):
+    if name == "generate":
+        run = getattr(generate, how or name)
+        return run(lm, prompts, block_len=4, rule=Threshold(0.5), **options)
+    return getattr(complete, how or name)(
+        lm, prompts, drafter=PromptLookup(num_drafts=3), **options
+    )
+
+
+@pytest.mark.parametrize("name", ["generate", "complete"])
+def test_what_was_warmed_up_compiles_nothing_more(toy_cfg, toy_params, name):
+    """Neither more prompts nor other lengths of the same buckets, thresholds or seeds."""
+    lm = dlm.LanguageModel(toy_params, toy_cfg)
+    prompts, lens, _ = requests(toy_cfg, 3 * ROWS)
+    options = {"gen_len": lens, "batch_size": ROWS, "num_return": 2}
+    jax.clear_caches()
+    with Compiling() as compiling:
+        assert decode_some(lm, name, prompts, "warm_up", **options) > 0
+    assert compiling.num > 2
+    with Compiling() as compiling:
+        whole = decode_some(lm, name, prompts, **options)
+        parts = dict(decode_some(lm, name, prompts, "as_finished", **options))
+        assert decode_some(lm, name, prompts, "warm_up", **options) < 0.5
+    assert compiling.num == 0
+    assert sorted(parts) == list(range(len(prompts)))
+    for i, answer in enumerate(whole):
+        for ours, theirs in zip(
+            (answer, *answer.others), (parts[i], *parts[i].others), strict=True
+        ):
+            assert ours.canvas.tolist() == theirs.canvas.tolist()
+
+
+@pytest.mark.parametrize("name", ["generate", "complete"])
+def test_lengths_of_one_bucket_share_a_program(toy_cfg, toy_params, name):
+    lm = dlm.LanguageModel(toy_params, toy_cfg)
+    blocks = {"block_len": None, "method": "klass"} if name == "generate" else {}
+    decode = getattr(dict(generate=generate, complete=complete)[name], name)
+    decode(lm, [1, 2, 3], gen_len=17, **blocks)
+    with Compiling() as compiling:
+        answers = [decode(lm, [1, 2, 3], gen_len=n, **blocks) for n in range(18, 22)]
+    assert compiling.num == 0
+    assert [len(answer.canvas) for answer in answers] == [18, 19, 20, 21]
+
+
+def test_an_iterator_decodes_as_it_is_asked_and_leaves_the_mesh_alone(toy_cfg, toy_params):
+    mesh = make_mesh(data=2)
+    lm = dlm.LanguageModel(jax.device_put(toy_params), toy_cfg, mesh=mesh)
+    prompts, lens, _ = requests(toy_cfg)
+    with pytest.raises(ValueError, match="gen_len=0 of prompt 0"):  # before it is asked
+        decode_some(lm, "generate", prompts, "as_finished", gen_len=0)
+    found = decode_some(lm, "generate", prompts, "as_finished", gen_len=lens, batch_size=2)
+    alone = decode_some(dlm.LanguageModel(toy_params, toy_cfg), "generate", prompts, gen_len=lens)
+    numbers = []
+    for i, answer in found:
+        assert jax.sharding.get_abstract_mesh().empty
+        assert answer.canvas.tolist() == alone[i].canvas.tolist()
+        numbers.append(i)
+    assert sorted(numbers) == list(range(NUM)) != numbers
 
 
 def test_what_is_not_per_row_is_refused(toy_cfg, toy_params):

@@ -41,7 +41,7 @@ def test_groups(job):
         "all": 10, "one right answer": 5, "many right answers": 4
     }  # fmt: skip
     scan = make_job(untrained(Scan()), TASKS["scan"], num_examples=50, block_len=4, gen_len=8)
-    assert list(scan.groups) == ["all", "after", "and"] and scan.batch_size == 50
+    assert list(scan.groups) == ["all", "after", "and"] and scan.batch_size == 32
 
 
 def test_measured_points_are_not_measured_again(job, tmp_path, monkeypatch):
@@ -56,7 +56,7 @@ def test_measured_points_are_not_measured_again(job, tmp_path, monkeypatch):
     first = measure_points(job, points, log)
     assert len(decoded) == 3 and len(first[0]["score"]) == 10
     assert all(n == 8 for n in first[0]["forwards"])  # one per step, eight tokens, untrained
-    assert first[1]["compile_s"] == first[2]["compile_s"]  # one program
+    assert first[2]["compile_s"] < 0.2 * first[1]["compile_s"]  # one program
     assert measure_points(job, points, log) == first and len(decoded) == 3
 
     # An interrupted write costs that point only; the next one starts on a line of its own.
@@ -75,12 +75,10 @@ def test_measured_points_are_not_measured_again(job, tmp_path, monkeypatch):
     assert len(decoded) == 6
 
 
-def test_batches_do_not_change_answers(job, lm):
+def test_rows_do_not_change_answers(job, lm):
     method = named("threshold_dual_cache", 4)
-    whole = measure(dataclasses.replace(job, batch_size=10), method, {})
-    programs: dict = {}
-    parts = measure(job, method, programs)  # batches of 4, 4 and 2
-    assert len(programs) == 1
+    whole = measure(dataclasses.replace(job, batch_size=10), method)
+    parts = measure(job, method)  # four at a time
     for name in ("score", "tokens", "forwards"):
         assert whole[name] == parts[name]
     assert all(0 < s <= parts["seconds"] for s in parts["first_block_s"])

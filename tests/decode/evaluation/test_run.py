@@ -9,10 +9,11 @@ import dlm
 from decode.complete import complete
 from decode.diffusion.components import Threshold
 from decode.diffusion.loop import DiffusionMethod
-from decode.evaluation.run import batches, timed
+from decode.evaluation.run import answered, timed
 from decode.generate import generate
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.loop import SpeculativeMethod
+from dlm.compilation import Compiling
 
 PROMPTS = [[5, 6, 7, 5, 6], [8], [9, 5, 6, 7]]
 GEN_LEN = 8
@@ -42,21 +43,25 @@ def test_a_diffusion_method(lm):
     assert again.compile_s == whole.compile_s and len(programs) == 1
 
 
-def test_batches_of_a_speculative_method(lm):
+def test_more_prompts_than_rows_of_a_speculative_method(lm):
     causal = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, mask_token_id=None))
-    programs = {}
-    parts = list(
-        batches(
-            causal, SpeculativeMethod(PromptLookup(2)), PROMPTS, gen_len=GEN_LEN, batch_size=2,
-            programs=programs,
-        )
-    )  # fmt: skip
-    assert [len(part.completions) for part in parts] == [2, 1] and len(programs) == 1
-    found = [completion for part in parts for completion in part.completions]
-    same(found, complete(causal, PROMPTS, drafter=PromptLookup(2), gen_len=GEN_LEN))
-    assert parts[0].state.cache is None and parts[0].prepare_s > 0
+    method = SpeculativeMethod(PromptLookup(2))
+    done = answered(causal, method, PROMPTS, gen_len=GEN_LEN, batch_size=2)
+    same(done.completions, complete(causal, PROMPTS, drafter=PromptLookup(2), gen_len=GEN_LEN))
+    forwards = [completion.num_forwards for completion in done.completions]
+    assert max(forwards) <= done.rounds <= sum(forwards)
+    assert done.seconds > 0 and done.compile_s > 0
+    with Compiling() as compiling:
+        again = answered(causal, method, PROMPTS * 2, gen_len=GEN_LEN, batch_size=2)
+    same(again.completions, done.completions * 2)
+    assert again.compile_s < 0.2 * done.compile_s and compiling.num == 0
+    one = answered(causal, method, PROMPTS, gen_len=GEN_LEN)  # as many rows as there are prompts
+    same(one.completions, done.completions)
+    assert one.rounds == max(forwards)
 
 
 def test_what_makes_no_sense_is_refused_before_it_compiles(lm):
     with pytest.raises(ValueError, match="max_seq_len"):
         timed(lm, DiffusionMethod(), PROMPTS, gen_len=10**6)
+    with pytest.raises(ValueError, match="max_seq_len"):
+        answered(lm, DiffusionMethod(), PROMPTS, gen_len=10**6)

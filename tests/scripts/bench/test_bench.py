@@ -5,9 +5,13 @@ import json
 
 import pytest
 
+from decode.diffusion.components import Threshold
 from dlm.presets import PRESETS
-from scripts.bench import decode, kernels, models, spec, train, windows
+from dlm.tasks.presets import TASKS
+from dlm.tasks.waiting_line import WaitingLine
+from scripts.bench import decode, kernels, models, refill, spec, train, windows
 from scripts.bench.timing import table
+from tests.lib.untrained import untrained
 
 TINY = PRESETS["tiny"]
 
@@ -32,6 +36,16 @@ def test_spec_times_trees_of_every_size_and_drafters():
     assert {row["drafter"] for row in rows} >= {"Medusa", "Hydra", "EAGLE-3", "DFlash"}
     assert all(row["round_ms"] > 0 and row["break_even"] > 0 for row in rows)
     assert table(rows, "spec", spec.COLUMNS).count("\n") == len(rows) + 1
+
+
+def test_refilled_rows_give_the_same_answers_in_fewer_rounds():
+    lm = untrained(WaitingLine())
+    method, prompts, gen_len = refill.of_task(lm, TASKS["waiting_line"], 12, block_len=8)
+    method = method.replace(rule=Threshold(0.05))  # of an untrained model
+    row = refill.bench_refill(lm, method, prompts, gen_len, rows=4, repeats=1)
+    assert row["same_answers"] and 0 < row["full_rounds"] < row["static_rounds"]
+    assert row["static_occupancy"] < row["occupancy"] <= 1 and row["compile_s"] > 0
+    assert table([row], "refill", refill.COLUMNS).count("\n") == 2
 
 
 @pytest.mark.exhaustive

@@ -1,3 +1,5 @@
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ from decode.diffusion.components import (
     FixedBlocks,
     MultiBlock,
     NarrowOut,
+    Quota,
     SubBlocks,
     Threshold,
 )
-from decode.diffusion.loop import DiffusionMethod, decode, init_state
+from decode.diffusion.loop import DiffusionMethod, decode, init_state, stream
 from dlm.models.decoder import forward
 from dlm.window import Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_mask
@@ -78,6 +81,69 @@ def test_cached_decoding_equals_recomputing_everything(toy_model, sub_len, align
         assert state.tokens[b, 11 : 11 + length].tolist() == tokens
         assert state.step_map[b, :length].tolist() == step_map
         assert int(state.num_forwards[b]) == steps
+
+
+def decode_pipeline(model, prompt, gen_len, threshold, blocks):
+    """Several open blocks, the whole canvas recomputed under the block-causal mask."""
+    cfg, P, n = model.cfg, len(prompt), len(prompt) + gen_len
+    canvas, step_map, step = list(prompt) + [cfg.mask_token_id] * gen_len, [-1] * gen_len, 0
+    block = (np.arange(n) - (0 if blocks.aligned else P)) // C
+    members = [[i for i in range(P, n) if block[i] == b] for b in range(block[P], block[-1] + 1)]
+    first, last = 0, 1  # of the open ones, and behind them
+    while first < len(members):
+        hidden, _ = model.run(canvas, range(n), allowed=block[:, None] >= block[None])
+        sure = {}
+        for i in (i for b in members[first:last] for i in b if step_map[i - P] < 0):
+            z = model.logits(hidden[i - int(cfg.shifted_logits)])
+            z[cfg.mask_token_id] = -np.inf
+            p = np.exp(z - z.max())
+            sure[i] = (p.max() / p.sum(), int(z.argmax()))
+        best = max(sure, key=lambda i: (sure[i][0], -i))
+        for i, (p, token) in sure.items():
+            if p >= threshold or i == best:
+                canvas[i], step_map[i - P] = token, step
+        step += 1
+        done = [sum(step_map[i - P] >= 0 for i in b) / len(b) for b in members]
+        is_ripe = done[last - 1] >= blocks.open_at
+        while first < last and done[first] == 1:
+            first += 1
+        last = min(max(last + is_ripe, first + 1), first + blocks.max_open, len(members))
+    return canvas[P:], step_map, step
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        MultiBlock(C, 3, 0.3, aligned=True),
+        *more(MultiBlock(C, 2, 0.5), MultiBlock(C, 4, 0.0, aligned=True)),
+    ],
+)
+def test_a_pipeline_of_blocks_equals_recomputing_everything(toy_model, blocks):
+    cfg, params = toy_model
+    method = DiffusionMethod(blocks, BlockCausal(C, blocks.aligned), rule=Threshold(0.7))
+    state = init_state(cfg, method, PROMPTS, gen_len=LENGTHS, prompt_len=11, batch_size=8)
+    state = decode(params, cfg, method, state)
+    model, num_early = Model(params, cfg), 0
+    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        tokens, step_map, steps = decode_pipeline(model, prompt, length, 0.7, blocks)
+        assert state.tokens[b, 11 : 11 + length].tolist() == tokens
+        assert state.step_map[b, :length].tolist() == step_map
+        assert int(state.num_forwards[b]) == steps
+        place = np.arange(length) + (len(prompt) if blocks.aligned else 0)
+        of_block = [np.array(step_map)[place // C == k] for k in np.unique(place // C)]
+        num_early += sum(a.max() > b.min() for a, b in itertools.pairwise(of_block))
+    assert num_early > 0  # blocks overlapped
+
+
+def test_only_the_first_round_of_a_block_settles_the_one_before(toy_cfg, toy_params):
+    method = DiffusionMethod(FixedBlocks(C, aligned=True), BlockCausal(C), rule=Quota(2))
+    state = init_state(toy_cfg, method, [[1, 2, 3, 4]], gen_len=12)
+    keys, wrote = np.array(state.cache.kv.k), []
+    for after in stream(toy_params, toy_cfg, method, state):
+        before, keys = keys, np.array(after.cache.kv.k)
+        wrote.append(sorted(set(np.nonzero((before != keys).any(axis=(0, 1, 2, 4)))[0] // C)))
+    # The prompt; then the block that is done, and the open one with it.
+    assert wrote == [[0], [], [1, 2], [], [2, 3], []]
 
 
 def test_blocks_of_one_are_autoregressive(toy_cfg, toy_params):

@@ -101,7 +101,7 @@ def test_blocks_open_and_close_by_hand():
     """Blocks of 4, three open at most, the next one opens at half; a row of 10."""
     blocks = MultiBlock(4, max_open=3, open_at=0.5)
 
-    def advance(decided, start, stop, end=10):
+    def advance(decided, start, stop, end=10, blocks=blocks):
         decided = jnp.array([[c == "x" for c in decided]])
         progress = Progress(
             completion=jnp.zeros((1, 12), jnp.int32), decided=decided, prompt_len=jnp.array([3]),
@@ -119,6 +119,19 @@ def test_blocks_open_and_close_by_hand():
     assert advance("xxxxxxxxxx..", 0, 10) == (10, 10)
     assert advance("xxxxx...x...", 4, 10) == (4, 10)
     assert MultiBlock(4, 1, 0.5).window_len(12) == 4
+
+    # Three tokens of the prompt belong to the first block.
+    aligned = MultiBlock(4, max_open=3, open_at=0.5, aligned=True)
+    here = functools.partial(advance, blocks=aligned)
+    assert here("............", 0, 1) == (0, 1)
+    assert here("x...........", 0, 1) == (1, 5)
+    assert here("xxx.........", 1, 5) == (1, 9)
+    assert here("xxxxx.x.....", 1, 9) == (5, 9)
+    assert here("xxxxxxxxx...", 1, 9) == (9, 10)
+    assert here(".xxxxxxxx...", 0, 9) == (0, 9)  # three blocks are open
+    assert (aligned.window_len(12), aligned.window_len(2)) == (12, 8)
+    start, prompt_len, end = jnp.array([0, 1, 9]), jnp.array([3, 3, 3]), jnp.array([10, 10, 10])
+    assert aligned.open_block(start, end, prompt_len).tolist() == [1, 5, 10]
 
 
 def test_a_gate_of_one_waits_for_the_block_before(toy_cfg, toy_params):

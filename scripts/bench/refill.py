@@ -1,0 +1,136 @@
+"""Batches that stay full, against batches that wait for their slowest row.
+
+Both decode the same prompts in the same number of rows, in the order in which they are asked:
+`static` one batch after the other, `full` in a batch whose rows are replaced as they finish
+(`decode.core.refill`). Seconds are wall time of everything but compiling: reading prompts, rounds,
+swaps, texts. `occupancy` is the share of all rows' rounds in which a row had something to decode.
+
+A diffusion checkpoint answers held-out examples of a task with `Threshold(0.9)`, an autoregressive
+one questions about passages of Python's standard library, of 40 to 1,200 characters, with prompt
+lookup.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+import dlm
+from decode.core.results import Completion
+from decode.diffusion.components import Eos, FixedBlocks, Threshold
+from decode.diffusion.loop import DiffusionMethod
+from decode.evaluation.job import make_job
+from decode.evaluation.run import Answered, Method, answered, device
+from decode.speculative.points import named
+from dlm.hf.gguf import installed_smollm2
+from dlm.lm import LanguageModel
+from dlm.tasks.presets import TASKS, TaskPreset
+from dlm.tasks.python_source import PythonSource
+from scripts.bench.timing import table
+
+COLUMNS = ["method", "prompts", "rows", "same_answers", "forwards", "static_rounds", "full_rounds",
+           "static_occupancy", "occupancy", "static_tokens_per_s", "tokens_per_s", "gain",
+           "compile_s"]  # fmt: skip
+
+
+def run(
+    checkpoint: str, task: str, num: int, gen_len: int, block_len: int, rows: int, repeats: int
+) -> None:
+    """Measures, and prints a line and a table.
+
+    Args:
+      checkpoint: for `dlm.load`, or "smollm2".
+      task: of a diffusion checkpoint; "": it is autoregressive.
+      num: prompts.
+      gen_len: most tokens of an answer about a passage; tasks have their own.
+      block_len: positions per block of diffusion checkpoints.
+      rows: decoded at once.
+      repeats: timed runs.
+    """
+    path = installed_smollm2() if checkpoint == "smollm2" else checkpoint
+    lm = dlm.load(path, dtype="float32")
+    if task:
+        method, prompts, gen_len = of_task(lm, TASKS[task], num, block_len)
+    else:
+        method, prompts = of_passages(lm, num)
+    result = bench_refill(lm, method, prompts, gen_len, rows, repeats)
+    print(json.dumps(result), flush=True)
+    print("\n" + table([result], "refill", COLUMNS))
+
+
+def of_task(
+    lm: LanguageModel, preset: TaskPreset, num: int, block_len: int
+) -> tuple[Method, list[list[int]], int]:
+    """How held-out examples are answered, their prompts, and the length of answers."""
+    job = make_job(lm, preset, num_examples=num, block_len=block_len)
+    method = DiffusionMethod(FixedBlocks(block_len), rule=Threshold(0.9), stopper=Eos())
+    return method, list(job.prompts), job.gen_len
+
+
+def of_passages(lm: LanguageModel, num: int) -> tuple[Method, list[list[int]]]:
+    """How questions about passages are answered, and their prompts, of very different lengths."""
+    assert lm.tokenizer is not None
+    rng = np.random.default_rng(0)
+    prompts: list[list[int]] = []
+    for chars in np.geomspace(40, 1200, num).astype(int)[rng.permutation(num)]:
+        passages = PythonSource(prompt_chars=int(chars), split="test")
+        passage = passages[int(rng.integers(len(passages)))].prompt
+        said = [{"role": "user", "content": f"What does this Python code do?\n\n{passage}"}]
+        prompts.append(lm.tokenizer.encode(lm.tokenizer.apply_chat_template(said)))
+    return named("prompt_lookup"), prompts
+
+
+def bench_refill(
+    lm: LanguageModel,
+    method: Method,
+    prompts: list[list[int]],
+    gen_len: int,
+    rows: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Both ways, in turn."""
+    parts = {"static": range(0, len(prompts), rows), "full": range(1)}
+    size = {"static": rows, "full": len(prompts)}
+    found: dict[str, list[Answered]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    compile_s = 0.0
+    for repeat in range(repeats + 1):
+        for name in parts:
+            found[name] = [
+                answered(
+                    lm, method, prompts[i : i + size[name]], gen_len=gen_len, seeds=i,
+                    batch_size=rows,
+                )
+                for i in parts[name]
+            ]  # fmt: skip
+            compile_s += sum(part.compile_s for part in found[name])
+            if repeat:  # the first one warms up
+                seconds[name].append(sum(part.seconds for part in found[name]))
+    median = {name: float(np.median(times)) for name, times in seconds.items()}
+    answers: dict[str, list[Completion]] = {
+        name: [completion for part in of_parts for completion in part.completions]
+        for name, of_parts in found.items()
+    }
+    rounds = {name: sum(part.rounds for part in of_parts) for name, of_parts in found.items()}
+    tokens = sum(len(completion.tokens) for completion in answers["full"])
+    forwards = [completion.num_forwards for completion in answers["full"]]
+    is_same = all(
+        a.canvas.tolist() == b.canvas.tolist() and a.num_forwards == b.num_forwards
+        for a, b in zip(answers["full"], answers["static"], strict=True)
+    )
+    return {
+        "case": "refill", "device": device(), "jax": jax.__version__, "dtype": lm.cfg.dtype,
+        "method": "prompt lookup" if lm.cfg.mask_token_id is None else "threshold 0.9",
+        "prompts": len(prompts), "gen_len": gen_len, "rows": rows, "same_answers": is_same,
+        "forwards": round(float(np.mean(forwards)), 2),
+        "static_rounds": rounds["static"], "full_rounds": rounds["full"],
+        "static_occupancy": round(sum(forwards) / rows / rounds["static"], 3),
+        "occupancy": round(sum(forwards) / rows / rounds["full"], 3),
+        "static_tokens_per_s": round(tokens / median["static"], 1),
+        "tokens_per_s": round(tokens / median["full"], 1),
+        "gain": round(median["static"] / median["full"], 2),
+        "seconds": seconds, "compile_s": round(compile_s, 2),
+    }  # fmt: skip

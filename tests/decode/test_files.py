@@ -1,0 +1,114 @@
+"""Files of prompts and answers: what is read and written, going on, refusals."""
+
+import functools
+import json
+
+import pytest
+
+import dlm
+from decode import files
+from decode.complete import as_finished, complete
+from decode.files import answer_file
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+
+DECODE = functools.partial(as_finished, drafter=PromptLookup(num_drafts=3), batch_size=2)
+PROMPTS = [[5, 6, 7, 5, 6], {"prompt": [8], "gen_len": 3}, {"prompt": [9, 5, 6, 7]}, [1], [2, 3]]
+
+
+@pytest.fixture(scope="module")
+def lm(toy_cfg, toy_params):
+    return dlm.LanguageModel(toy_params, toy_cfg)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, PROMPTS)) + "\n\n")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_answers(lm, prompts, tmp_path):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert answer_file(lm, prompts, whole, DECODE, gen_len=8) == 5
+    found = read(whole)
+    assert [line["index"] for line in found] == list(range(5))
+    tokens = [p["prompt"] if isinstance(p, dict) else p for p in PROMPTS]
+    answers = complete(lm, tokens, drafter=PromptLookup(num_drafts=3), gen_len=[8, 3, 8, 8, 8])
+    for line, answer in zip(found, answers, strict=True):
+        assert line["tokens"] == answer.tokens.tolist() and line["text"] is None
+        assert line["num_forwards"] == answer.num_forwards
+        assert line["finish_reason"] == answer.finish_reason
+
+    def interrupted(*args, **options):
+        for n, item in enumerate(DECODE(*args, **options)):
+            if n == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    interrupted.__module__, interrupted.__name__ = "decode.complete", "as_finished"
+    same = functools.partial(interrupted, **DECODE.keywords)
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(lm, prompts, out, same, gen_len=8)
+    assert len(read(out)) == 2
+    with out.open("a") as file:
+        file.write('{"index": 4, "te')  # cut short
+    assert answer_file(lm, prompts, out, functools.partial(DECODE, batch_size=1), gen_len=8) == 3
+    assert out.read_bytes() == whole.read_bytes()
+    assert answer_file(lm, prompts, out, DECODE, gen_len=8) == 0
+
+
+def test_answers_of_another_run_are_left_alone(lm, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    answer_file(lm, prompts, out, DECODE, gen_len=8)
+    before = out.read_bytes()
+    for change, message in (
+        (dict(gen_len=9), "gen_len was 8 and is 9"),
+        (dict(gen_len=8, seed=1), "seed was 0 and is 1"),
+        (
+            dict(gen_len=8, decode=functools.partial(DECODE, temperature=0.5)),
+            "temperature was None",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"answers of another run .{message}"):
+            answer_file(lm, prompts, out, **{"decode": DECODE, **change})
+    prompts.write_text("[1]\n")
+    with pytest.raises(ValueError, match="prompts was"):
+        answer_file(lm, prompts, out, DECODE, gen_len=8)
+    assert out.read_bytes() == before
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    with pytest.raises(ValueError, match=r"out.jsonl is there without out.jsonl.settings.json"):
+        answer_file(lm, prompts, out, DECODE, gen_len=8)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("{}", "line 1 must have either a prompt or messages"),
+        ('{"prompt": [1], "messages": []}', "line 1 must have either a prompt or messages"),
+        ('{"prompt": [1], "max_tokens": 3}', "line 1 has 'max_tokens'; known are prompt"),
+        ('{"prompt": [1.5]}', r"prompt=\[1.5\] must be a text or a list of token ids"),
+        ('{"prompt": [1], "gen_len": "3"}', "gen_len='3' must be a whole number"),
+        ('{"messages": []}', "line 1 has messages, but the checkpoint has no tokenizer"),
+        ("[]", "prompt 0 is empty"),
+        ('"text"', "prompts are strings but the checkpoint has no tokenizer"),
+    ],
+)
+def test_lines_that_are_no_prompts_are_refused(lm, tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        answer_file(lm, path, tmp_path / "out.jsonl", DECODE, gen_len=4)
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("old")
+    monkeypatch.setattr(type(file), "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        files._replace(file, "new")
+    assert file.read_bytes() == b"old"
