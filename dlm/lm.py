@@ -15,17 +15,20 @@ import hashlib
 import math
 import os
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
-from dlm.hf.files import read_config
+from dlm.hf.files import read_config, read_raw_config
+from dlm.hf.generation import read_generation, read_gguf_generation
 from dlm.hf.gguf import load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
@@ -44,12 +47,15 @@ class LanguageModel:
       cfg: the model.
       tokenizer: None: only token ids go in and out.
       mesh: over which the parameters are spread; None: they are on one device.
+      generation: how its authors generate with it, as far as its files say: keyword arguments of
+        `decode.complete` and `decode.generate`, which use what they are given and nothing else.
     """
 
     params: Params = dataclasses.field(repr=False)
     cfg: ModelConfig
     tokenizer: Tokenizer | None = None
     mesh: Mesh | None = None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -100,14 +106,20 @@ def describe(
     tokenizer: Tokenizer | Literal["own"] | None = "own",
 ) -> LanguageModel:
     """As `load`, but of configuration and tokenizer only: `params` are {}."""
-    cfg = read_gguf_config(open_gguf(path), dtype) if _is_gguf(path) else read_config(path, dtype)
+    root = pathlib.Path(path)
+    if _is_gguf(path):
+        file = open_gguf(path)
+        cfg, generation = read_gguf_config(file, dtype), read_gguf_generation(root, file.metadata)
+    else:
+        cfg = read_config(path, dtype)
+        generation = read_generation(root, read_raw_config(root)[0])
     if tokenizer == "own":
         tokenizer = _own_tokenizer(path)
     if isinstance(tokenizer, Tokenizer):
         _compare(tokenizer, cfg)
     elif tokenizer is not None:
         raise ValueError(f"tokenizer={tokenizer!r} must be a Tokenizer, 'own' or None")
-    return LanguageModel({}, cfg, tokenizer)
+    return LanguageModel({}, cfg, tokenizer, generation=generation)
 
 
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
@@ -117,7 +129,7 @@ def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
       path: a new or an empty directory.
       lm: the model.
     """
-    save_hf(path, lm.params, lm.cfg, lm.tokenizer)
+    save_hf(path, lm.params, lm.cfg, lm.tokenizer, lm.generation)
 
 
 def fingerprint(lm: LanguageModel) -> str:
@@ -142,12 +154,15 @@ def fingerprint(lm: LanguageModel) -> str:
         else:
             values = leaf[index]
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(values.astype(jnp.bfloat16)).tobytes())
+        values = values.astype(jnp.bfloat16)
+        if isinstance(values, jax.Array) and not values.is_fully_addressable:
+            values = multihost_utils.process_allgather(values, tiled=True)
+        digest.update(np.asarray(values).tobytes())
     return digest.hexdigest()[:16]
 
 
 def _is_gguf(path: str | os.PathLike[str]) -> bool:
-    return pathlib.Path(path).suffix == ".gguf"
+    return pathlib.Path(path).suffix.lower() == ".gguf"
 
 
 def _own_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:

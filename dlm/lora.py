@@ -23,17 +23,19 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.hf.files import format_for
+from dlm.hf.files import format_for, read_tensors
 from dlm.hf.format import Stored
+from dlm.hf.keys import LARGEST
 from dlm.params import Apart, LowRank, Params, ParamSpec
+from dlm.tokenizer import read_json
 from dlm.trainable import Learned, Trainable
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+_INPUTS = {"o": "nh", "down": "f"}  # letters of what goes in; "d" of others
 _OUTPUT_FIRST = ("q", "k", "v")  # how their weights are stored, see `param_specs`
 
 
@@ -242,27 +244,24 @@ def load(path: str | os.PathLike[str], cfg: ModelConfig) -> tuple[Lora, Params]:
       ValueError: it changes something else than the weights here can, or another model.
     """
     root = pathlib.Path(path)
-    config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
-    plain = {
-        "peft_type": "LORA",
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,  # another scale
-    }
-    for key, wanted in plain.items():
-        if config.get(key, wanted) != wanted:
-            raise ValueError(f"{root / _CONFIG}: {key}={config[key]!r} must be {wanted!r}")
-    tensors = safetensors.numpy.load_file(root / _TENSORS)
+    config = _read_config(root / _CONFIG)
+    tensors = read_tensors(root / _TENSORS)
     modules = {
         name: parts
         for name, parts in _modules(cfg, TARGETS).items()
         if f"{_PREFIX}{name.format(0)}.lora_A.weight" in tensors
     }
     ranks = _ranks(root / _CONFIG, config, modules)
-    rank = max([config["r"], *ranks.values()])
+    rank = max(ranks.values(), default=config["r"])
     targets = tuple(t for t in TARGETS if any(t in parts for parts in modules.values()))
     alpha = config["lora_alpha"] * (rank / config["r"])
-    lora = Lora(rank=rank, alpha=alpha, targets=targets)
+    try:
+        lora = Lora(rank=rank, alpha=alpha, targets=targets)
+    except ValueError as error:
+        names = ", ".join(sorted(tensors)[:3])
+        raise ValueError(
+            f"{root} changes no weights that can be: {error}; it has {names}"
+        ) from error
     read = set()
 
     def matrix(name: str, letter: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -273,20 +272,27 @@ def load(path: str | os.PathLike[str], cfg: ModelConfig) -> tuple[Lora, Params]:
         read.add(name)
         return tensors[name].astype(np.float32)
 
+    specs, delta = lora.specs(cfg), {}
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, parts in modules.items():  # all are there before memory is taken for them
+        target, stored = next(iter(parts.items()))
+        num_in, num_out = _num_in(target, stored, cfg), _num_out(target, stored, cfg)
+        for layer in range(cfg.n_layers):
+            module, own = _PREFIX + name.format(layer), ranks[name]
+            a = matrix(module, "A", (own, num_in))
+            found[name.format(layer)] = a, matrix(module, "B", (num_out, own))
+
     def stack(
         name: str, target: str, stored: Stored, layers: Sequence[int], spec: Params
     ) -> Params:
         down, up = (np.zeros(spec[side].shape, np.float32) for side in ("down", "up"))
         own, start = ranks[name], stored.start(cfg)
         for row, layer in enumerate(layers):
-            module = _PREFIX + name.format(layer)
-            a = matrix(module, "A", (own, down.shape[1]))
-            b = matrix(module, "B", (_num_out(target, stored, cfg), own))
+            a, b = found[name.format(layer)]
             down[row, :, :own] = a.T
             up[row, :own] = b[start : start + up.shape[2]].T
         return {"down": jnp.asarray(down), "up": jnp.asarray(up)}
 
-    specs, delta = lora.specs(cfg), {}
     for kind, layers in cfg.stacks.items():
         of_kind = specs[kind] if len(cfg.stacks) > 1 else specs
         delta[kind] = {
@@ -302,6 +308,80 @@ def load(path: str | os.PathLike[str], cfg: ModelConfig) -> tuple[Lora, Params]:
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
+# Keys of adapter_config.json that count, and what is implemented; null counts as absent. The last
+# one: with others, such as "pissa", the model's own weights were changed before training.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "use_rslora": (False,),  # another scale
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "layer_replication": (),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "megatron_config": (),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+# What changes nothing, or shows in the tensors, of which each must be read.
+_HARMLESS = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_bias",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "trainable_token_indices",
+]
+
+
+def _read_config(file: pathlib.Path) -> dict[str, Any]:
+    """adapter_config.json, without keys that are null."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {file.parent} holds no adapter")
+    config = {key: value for key, value in read_json(file).items() if value is not None}
+    for key, value in config.items():
+        if key in _FIXED and value not in _FIXED[key]:
+            right = " or ".join(map(repr, _FIXED[key])) or "absent"
+            raise ValueError(f"{file}: {key}={value!r:.60} must be {right}")
+        if key not in (*_FIXED, *_READ, *_HARMLESS):
+            raise ValueError(
+                f"{file}: {key}={value!r:.60} is not known here and may change what the adapter "
+                "does; without effect, take it out"
+            )
+    patterns = [config.setdefault(key, {}) for key in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ValueError(f"{file}: rank_pattern and alpha_pattern must be objects")
+    ranks = [config.get("r"), *patterns[0].values()]
+    alphas = [config.get("lora_alpha"), *patterns[1].values()]
+    if not all(type(rank) is int and 0 < rank <= LARGEST for rank in ranks):
+        raise ValueError(
+            f"{file}: r and entries of rank_pattern are {ranks!r:.60}, not integers above 0"
+        )
+    if not all(type(alpha) in (int, float) and 0 < alpha <= LARGEST for alpha in alphas):
+        raise ValueError(
+            f"{file}: lora_alpha and entries of alpha_pattern are {alphas!r:.60}, not numbers "
+            "above 0"
+        )
+    return config
+
 
 def _modules(cfg: ModelConfig, targets: Sequence[str]) -> dict[str, dict[str, Stored]]:
     """Modules of the published format, "{}" standing for the layer, and the targets in each."""
@@ -316,7 +396,7 @@ def _modules(cfg: ModelConfig, targets: Sequence[str]) -> dict[str, dict[str, St
 
 def _ranks(file: pathlib.Path, config: dict[str, Any], modules: Iterable[str]) -> dict[str, int]:
     """Of each module; ValueError unless alpha / r is the same for all."""
-    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     found = {name: ranks.get(_last(name), config["r"]) for name in modules}
     known = set(map(_last, modules))
     scales = {alphas.get(_last(name), config["lora_alpha"]) / found[name] for name in modules}
@@ -328,10 +408,14 @@ def _ranks(file: pathlib.Path, config: dict[str, Any], modules: Iterable[str]) -
     return found
 
 
+def _num_in(target: str, stored: Stored, cfg: ModelConfig) -> int:
+    """Columns of A: numbers that go into a module."""
+    return stored.shape(cfg)[stored.stored.index(_INPUTS.get(target, "d"))]
+
+
 def _num_out(target: str, stored: Stored, cfg: ModelConfig) -> int:
     """Rows of B: numbers that come out of a module."""
-    num_in = {"o": "nh", "down": "f"}.get(target, "d")
-    return stored.shape(cfg)[1 - stored.stored.index(num_in)]
+    return stored.shape(cfg)[1 - stored.stored.index(_INPUTS.get(target, "d"))]
 
 
 def _last(module: str) -> str:

@@ -13,13 +13,14 @@ Example:
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -42,6 +43,19 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+@contextlib.contextmanager
+def refusing(said: str) -> Iterator[None]:
+    """Makes a ValueError that begins with `said` of whatever the tokenizers library raises."""
+    try:
+        yield
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{said} ({error})") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust: no Exception, and in no module
+            raise
+        raise ValueError(f"{said} ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,10 +113,11 @@ class Tokenizer:
     def _ids(self, text: str, adds: bool, plain: bool) -> list[int]:
         self.backend.encode_special_tokens = plain
         try:
-            return list(self.backend.encode(text, add_special_tokens=adds).ids)
-        except Exception as error:  # the library raises nothing narrower
+            with refusing(f"text={text[:40]!r}... cannot be encoded"):
+                return list(self.backend.encode(text, add_special_tokens=adds).ids)
+        except ValueError as error:
             if not isinstance(self.backend.model, models.WordLevel):
-                raise ValueError(f"text={text[:40]!r}... cannot be encoded: {error}") from error
+                raise
             at = self._first_uncovered(text)
             raise ValueError(
                 f"text[{at}:]={text[at : at + 20]!r}... is not covered by the vocabulary of "
@@ -117,7 +132,9 @@ class Tokenizer:
             vocabulary) are left out.
           skip_special_tokens: whether special tokens are left out too.
         """
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        whole = [int(i) for i in ids]
+        with refusing(f"{len(whole)} token ids cannot be decoded"):
+            return self.backend.decode(whole, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self,
@@ -285,10 +302,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     config = _read_config(root)
     file = root / "tokenizer.json"
     if file.is_file():
-        try:
+        with refusing(f"{file} is not a tokenizer file"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} is not a tokenizer file ({error})") from error
     elif (root / "vocab.json").is_file() and (root / "merges.txt").is_file():
         backend = _read_qwen2(root, config)
     else:
@@ -433,10 +448,8 @@ def _read_qwen2(root: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tok
             f"{root}: tokenizer_class={name!r} has no tokenizer.json, and vocab.json with "
             f"merges.txt is only understood for {', '.join(_QWEN2_CLASSES)}"
         )
-    try:
+    with refusing(f"{root}: broken vocab.json or merges.txt"):
         model = models.BPE.from_file(str(root / "vocab.json"), str(root / "merges.txt"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{root}: broken vocab.json or merges.txt ({error})") from error
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), "isolated")

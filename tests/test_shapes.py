@@ -62,8 +62,9 @@ PARAMS = abstract_params(CFG)
 SIZES = dict(B=3, D=CFG.d_model, V=CFG.vocab_size)
 PROMPTS, P, G = [[3, 7, 1], [5, 2, 9, 4, 4, 8, 6], [11]], 7, 9
 CHECKED: set[type] = set()
-# Of no step: see who makes them. `_Reading` may have no shadow, `Rounds` come from files.
-UNSEEN = {"_Reading", "Rounds"}
+# Of no step: see who makes them. `_Reading` may have no shadow, `Rounds` come from files, what a
+# `Recording` has of its own is no array.
+UNSEEN = {"_Reading", "Rounds", "Recording"}
 
 
 def check(made, **letters):
@@ -161,7 +162,9 @@ def test_what_diffusion_guesses_ahead_and_records():
     check(state, P=P, G=G, S=P + G)
     check(state.top, G=G, n=4)
     check(trace(method.replace(confidence=Recorded(5))).components.confidence)
-    check(GreedyOracle(np.zeros((3, G), np.int32)), G=G)
+    oracle = GreedyOracle(np.zeros((5, G), np.int32))
+    check(oracle, N=5, G=G)
+    check(trace(method.replace(reviser=oracle)).components.reviser, W=4)
     check(trace(method.replace(temperature=0.7, reviser=P2(planner="shadow"))), S=P + G)
 
 

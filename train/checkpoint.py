@@ -3,6 +3,7 @@
 config.json     the settings, all defaults filled in
 model.json      fields of the model's `ModelConfig`
 data.json       what `train.data.describe` says of the examples
+frozen.json     the fingerprint of a model that something is learned beside
 versions.json   Python, packages and git revision that last wrote here
 tokenizer/      the tokenizer
 metrics.jsonl   see `train.metrics`
@@ -34,7 +35,7 @@ from dlm.tokenizer import Tokenizer, load_tokenizer
 from train import config as config_lib
 from train.config import CheckpointConfig, ConfigError, RunConfig
 from train.step import TrainState
-from train.workdir import check_not_beyond, check_same, write_json
+from train.workdir import check_not_beyond, check_same, read_json, write_json
 
 # What may differ between a run and its resumption: it changes how long, how often and where, but
 # not what a step does. (`train.num_steps` does move the learning rate if `optim.decay_steps` is 0.)
@@ -57,7 +58,7 @@ def check_is_run(workdir: pathlib.Path) -> None:
     """Raises ConfigError if a folder without checkpoints has the settings of something else."""
     path = workdir / "config.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if lacking := sorted({"model", *config_lib.SECTIONS} - set(found)):
             raise ConfigError(
                 f"workdir={str(workdir)!r} is not a run's: its config.json has no {lacking[0]!r}; "
@@ -112,20 +113,55 @@ def check_same_data(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
     path = workdir / "data.json"
     if not path.exists():
         return
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_json(path)
     if old != facts:
+        was, now = (
+            f"{x.get('num_examples')} (SHA-256 {str(x.get('sha256'))[:12]}...)"
+            for x in (old, facts)
+        )
         raise ConfigError(
             f"the examples of data.train are not those that {str(workdir)!r} was begun with: "
-            f"there were {old['num_examples']} (SHA-256 {old['sha256'][:12]}...) and are "
-            f"{facts['num_examples']} ({facts['sha256'][:12]}...): put the old ones back, or "
-            f"delete {path} to go on with these"
+            f"there were {was} and are {now}: put the old ones back, or delete {path} to go on "
+            "with these"
+        )
+
+
+def write_frozen(workdir: pathlib.Path, fingerprint: str) -> None:
+    """Notes what stays as it is, of `train.model.RunModel.fingerprint`."""
+    write_json(workdir / "frozen.json", {"fingerprint": fingerprint})
+
+
+def check_same_frozen(workdir: pathlib.Path, fingerprint: str) -> None:
+    """Makes sure that what a run learns beside is what it was begun with, if that is known.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    path = workdir / "frozen.json"
+    if not path.exists():
+        return
+    old = read_json(path).get("fingerprint")
+    if old != fingerprint:
+        raise ConfigError(
+            f"the model of train.init_from, or another one that train.trainable reads, is not the "
+            f"one that {str(workdir)!r} was begun with (fingerprint {old}, and now {fingerprint}): "
+            f"put the old one back, or delete {path} to go on with this one"
         )
 
 
 def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
     """The model and the tokenizer of the run in a folder."""
-    fields = json.loads((workdir / "model.json").read_text(encoding="utf-8"))
-    return ModelConfig(**fields), load_tokenizer(workdir / "tokenizer")
+    path = workdir / "model.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: put it back, or choose another folder")
+    try:
+        cfg = ModelConfig(**read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not say what the model is: {error}") from error
+    try:
+        return cfg, load_tokenizer(workdir / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of this run is damaged: {error}") from error
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:
@@ -151,7 +187,7 @@ def exported_step(workdir: pathlib.Path) -> int | None:
     path = workdir / "exported.json"
     if not path.is_file() or not (workdir / "model").is_dir():
         return None
-    step: int = json.loads(path.read_text(encoding="utf-8"))["step"]
+    step: int | None = read_json(path).get("step")
     return step
 
 

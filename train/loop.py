@@ -119,6 +119,10 @@ def run(
         recipe = _make_recipe(settings, task)
         model = open_model(settings, folder, start, recipe.trainable, task, mesh)
 
+        frozen = model.fingerprint()
+        if start is not None and frozen is not None:
+            checkpoint.check_same_frozen(folder, frozen)
+
         # -- Data
         facts = data.describe(task)
         if start is not None:
@@ -131,6 +135,8 @@ def run(
         if jax.process_index() == 0:
             checkpoint.write_settings(folder, settings, model.cfg, model.tokenizer)
             checkpoint.write_data(folder, facts)
+            if frozen is not None:
+                checkpoint.write_frozen(folder, frozen)
 
         # -- Steps
         reporter = stack.enter_context(Reporter(settings, folder, start, description))

@@ -38,6 +38,13 @@ class RunModel:
     given: Params | None
     frozen: Learned | None
 
+    def fingerprint(self) -> str | None:
+        """Of what stays as it is, see `dlm.lm.fingerprint`; None: nothing does."""
+        if self.frozen is None:
+            return None
+        params = {"target": self.frozen.target, "beside": self.frozen.beside or {}}
+        return lm.fingerprint(lm.LanguageModel(params, self.cfg))
+
 
 def open_model(
     settings: RunConfig,

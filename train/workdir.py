@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import logging
 
+from dlm import tokenizer
 from train.config import ConfigError, differences
 
 LOCK = "lock.json"
@@ -138,7 +139,7 @@ def check_same(
     Raises:
       ConfigError: others differ; the message has them all, as they were and as they are.
     """
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_json(path)
     changed = [
         f"{name} was {before!r} and is {now!r}"
         for name, (before, now) in differences(old, settings).items()
@@ -161,5 +162,21 @@ def check_not_beyond(workdir: pathlib.Path, field: str, num_steps: int, step: in
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file that people may read, too."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Writes a file that people may read, too: whole, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+      ConfigError: something else is there.
+    """
+    try:
+        return tokenizer.read_json(path)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}: it is damaged, so put back what was there, or choose another folder"
+        ) from error

@@ -9,7 +9,7 @@ Letters: B rows, P prompt length, G completion positions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def is_single(prompts: object) -> bool:
     """Whether `prompts` is one prompt: a string, or a non-empty sequence of integers."""
     if isinstance(prompts, str):
         return True
-    if not isinstance(prompts, (Sequence, np.ndarray)):
+    if isinstance(prompts, bytes) or not isinstance(prompts, (Sequence, np.ndarray)):
         raise TypeError(
             f"prompts is a {type(prompts).__name__}; it must be a string, a list of token ids, or "
             "a list of these"
@@ -64,6 +64,15 @@ def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
                 "token ids, or load a directory that has a tokenizer.json"
             )
         return lm.tokenizer.encode(prompt, whole=True)
+    if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)):
+        is_message = isinstance(prompt, Mapping)
+        hint = "; messages go through lm.tokenizer.apply_chat_template" if is_message else ""
+        raise TypeError(
+            f"a prompt is a {type(prompt).__name__}; it must be a string or a list of token ids"
+            f"{hint}"
+        )
+    if wrong := [x for x in prompt if isinstance(x, bool) or not isinstance(x, (int, np.integer))]:
+        raise TypeError(f"a prompt has {wrong[0]!r} among its token ids, which must be integers")
     return [int(token) for token in prompt]
 
 

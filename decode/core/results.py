@@ -117,6 +117,8 @@ def read_stops(lm: LanguageModel, stop: str | Sequence[str]) -> list[str]:
       ValueError: one is empty, or there is no tokenizer to find them with.
     """
     stops = [stop] if isinstance(stop, str) else list(stop)
+    if wrong := [x for x in stops if not isinstance(x, str)]:
+        raise ValueError(f"stop has {wrong[0]!r}, which is no string: token ids go into stop_ids")
     if stops and lm.tokenizer is None:
         raise ValueError("stop has strings but the checkpoint has no tokenizer: use stop_ids")
     if not all(stops):

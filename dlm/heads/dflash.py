@@ -64,6 +64,7 @@ from dlm.heads.published import (
     write_published,
 )
 from dlm.hf import keys
+from dlm.hf.files import MOST_LAYERS
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec, param_specs
 from dlm.tokenizer import read_json
@@ -428,10 +429,16 @@ def _read_network(
     beside = ("architectures", "auto_map", "dflash_config", "num_target_layers", "is_causal")
     of_layers = {key: value for key, value in raw.items() if key not in (*beside, *_SAID)}
     if about.get("use_swa"):
-        if "sliding_attention" in (raw.get("layer_types") or ()):
+        num_layers = raw.get("num_hidden_layers")
+        if "sliding_attention" in str(raw.get("layer_types")):
             raise ValueError(f"{file}: use_swa=True and layer_types both say which layers slide")
+        if type(num_layers) is not int or not 1 <= num_layers <= MOST_LAYERS:
+            raise ValueError(
+                f"{file}: num_hidden_layers={num_layers!r:.60} must be an integer in [1, "
+                f"{MOST_LAYERS}]"
+            )
         of_layers |= {
-            "layer_types": ["sliding_attention"] * int(raw.get("num_hidden_layers") or 0),
+            "layer_types": ["sliding_attention"] * num_layers,
             "sliding_window": about.get("swa_window_size"),
             "use_sliding_window": True,
         }
@@ -470,11 +477,15 @@ def _read_network(
         raise ValueError(f"{file}: conv_group_size={group} must divide {layers.d_model}")
     if (top := said["selector_top_k"]) is not None and top > cfg.vocab_size:
         raise ValueError(f"{file}: selector_top_k={top} must be at most {cfg.vocab_size}")
-    scales = {
-        "embed_scale": keys.number(dict(said), "input_embedding_scale"),
-        "logit_scale": keys.number(dict(said), "output_multiplier"),
-        "logit_cap": keys.number(dict(said), "final_logit_softcapping") or None,
-    }
+    try:
+        scales = {
+            "embed_scale": keys.number(dict(said), "input_embedding_scale"),
+            "logit_scale": keys.number(dict(said), "output_multiplier"),
+            "logit_cap": keys.number(dict(said), "final_logit_softcapping") or None,
+        }
+        layers = dataclasses.replace(layers, tie_embeddings=True, **scales)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     specs = network_specs(
         layers,
         len(ids),
@@ -484,7 +495,7 @@ def _read_network(
     )
     return DFlashNetwork(
         specs,
-        dataclasses.replace(layers, tie_embeddings=True, **scales),
+        layers,
         tuple(i + 1 for i in ids),
         block_len,
         mask_id,

@@ -11,8 +11,6 @@ from jax.sharding import Mesh
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.hf.files import read_config
-from dlm.hf.weights import load_params
 from dlm.params import Params, cast_params, param_specs
 from dlm.trainable import Learned, Trainable
 
@@ -34,8 +32,8 @@ class DraftLM(Trainable):
     """Goes with `train.objectives.distill_spec` and `adaspec` as `train.trainable`.
 
     Attributes:
-      checkpoint: folder of the model to start from, with the target's vocabulary.
-      reference: folder of another draft model of the same sizes, which stays as it is, for
+      checkpoint: the model to start from, for `dlm.load`, with the target's vocabulary.
+      reference: another draft model of the same sizes, which stays as it is, for
         `train.objectives.adaspec`; "": none.
     """
 
@@ -51,17 +49,17 @@ class DraftLM(Trainable):
         if not self.reference:
             return None
         draft = self._draft_cfg(cfg)
-        found = dataclasses.replace(read_config(self.reference), dtype=draft.dtype)
+        found = lm_lib.describe(self.reference, dtype=draft.dtype, tokenizer=None).cfg
         if found != draft:
             raise ValueError(
                 f"reference={self.reference!r} is {found} and checkpoint={self.checkpoint!r} "
                 f"{draft}: they must be alike"
             )
-        return load_params(self.reference, draft, mesh)
+        return lm_lib.load(self.reference, dtype=draft.dtype, tokenizer=None, mesh=mesh).params
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """The weights of the checkpoint."""
-        loaded = load_params(self.checkpoint, read_config(self.checkpoint))
+        loaded = lm_lib.load(self.checkpoint, tokenizer=None).params
         return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), loaded, own)
 
     def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
@@ -75,7 +73,7 @@ class DraftLM(Trainable):
         lm_lib.save(folder / "model", lm_lib.LanguageModel(params, cfg, lm.tokenizer))
 
     def _draft_cfg(self, target: ModelConfig) -> ModelConfig:
-        cfg = read_config(self.checkpoint)
+        cfg = lm_lib.describe(self.checkpoint, tokenizer=None).cfg
         if cfg.vocab_size != target.vocab_size:
             raise ValueError(
                 f"checkpoint={self.checkpoint!r} has a vocabulary of {cfg.vocab_size} tokens and "

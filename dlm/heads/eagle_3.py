@@ -317,6 +317,11 @@ def load_published(
             f"{path}: layers={chosen} must be in [0, n_layers={cfg.n_layers}] of the target"
         )
     num_ids = said.get("draft_vocab_size") or cfg.vocab_size
+    if type(num_ids) is not int or not 1 <= num_ids <= cfg.vocab_size:
+        raise ValueError(
+            f"{file}: draft_vocab_size={num_ids!r} must be an integer in [1, vocab_size="
+            f"{cfg.vocab_size}]"
+        )
     specs = network_specs(
         network,
         (cfg.d_model,) * len(chosen),
@@ -346,7 +351,7 @@ def _split(file: pathlib.Path, raw: dict[str, Any]) -> tuple[Mapping[str, Any], 
             "here and may change what the network computes; without effect, take it out"
         )
     kinds = raw.get("architectures") or []
-    if not isinstance(kinds, list) or not {*kinds} <= {*_ARCHITECTURES}:
+    if not isinstance(kinds, list) or any(kind not in _ARCHITECTURES for kind in kinds):
         raise ValueError(
             f"{file}: architectures={kinds!r} is not supported; only "
             f"{', '.join(map(repr, _ARCHITECTURES))} are"
@@ -475,9 +480,12 @@ def _draft_ids(
             "outputs stand"
         )
     offsets = stored["d2t"].astype(np.int64)
-    ids = np.arange(len(offsets)) + offsets
-    if len(ids) != num_ids:
-        raise ValueError(f"{path}: d2t has {len(ids)} entries, and draft_vocab_size={num_ids}")
+    if offsets.shape != (num_ids,):
+        raise ValueError(
+            f"{path}: d2t of shape {list(offsets.shape)} must have the {num_ids} entries of "
+            "draft_vocab_size"
+        )
+    ids = np.arange(num_ids) + offsets
     if np.any(np.diff(ids) <= 0) or not 0 <= ids[0] <= ids[-1] < num_tokens:
         raise ValueError(
             f"{path}: the tokens that d2t stands for must ascend, in [0, vocab_size={num_tokens})"

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from dlm.hf.files import MOST_LAYERS, instead, read_tensors
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params
+from dlm.tokenizer import read_json
 from dlm.trainable import Trainable
 
 _CONFIG, _WEIGHTS = "heads.json", "heads.safetensors"
@@ -64,9 +65,11 @@ def load(path: str | pathlib.Path, kind: type[Kind], lm: LanguageModel) -> tuple
     """
     root = pathlib.Path(path)
     if not (root / _CONFIG).is_file():
-        raise FileNotFoundError(f"{root / _CONFIG} is missing: {root} holds no draft heads")
-    config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
-    found, model = config.pop("kind"), config.pop("model")
+        raise FileNotFoundError(
+            f"{root / _CONFIG} is missing: {root} holds no draft heads of a run{instead(root)}"
+        )
+    config = read_json(root / _CONFIG)
+    found, model = config.pop("kind", None), config.pop("model", None)
     if found != kind.__name__:
         raise ValueError(f"{root} holds {found}, not {kind.__name__}")
     if model != fingerprint(lm):
@@ -74,9 +77,17 @@ def load(path: str | pathlib.Path, kind: type[Kind], lm: LanguageModel) -> tuple
             f"the heads in {root} were trained for model {model}, and this one is "
             f"{fingerprint(lm)}: train heads for it"
         )
-    heads: Any = kind(**config)
-    specs = heads.specs(lm.cfg)
-    flat = safetensors.numpy.load_file(root / _WEIGHTS)
+    for name, value in config.items():
+        if name.startswith(("n_", "num_")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(
+                f"{root / _CONFIG}: {name}={value!r:.60} must be at most {MOST_LAYERS}"
+            )
+    try:
+        heads: Any = kind(**config)
+        specs = heads.specs(lm.cfg)
+    except (OverflowError, TypeError, ValueError) as error:  # no such field, or no such size
+        raise ValueError(f"{root / _CONFIG} does not say what {found} are: {error}") from error
+    flat = read_tensors(root / _WEIGHTS)
     expected, structure = jax.tree_util.tree_flatten_with_path(specs)
     leaves = []
     for p, spec in expected:

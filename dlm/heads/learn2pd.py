@@ -24,8 +24,11 @@ import numpy as np
 import safetensors.numpy
 from flax import struct
 
+from dlm.hf import keys
+from dlm.hf.files import read_tensors
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params, ParamSpec, init_from_specs
+from dlm.tokenizer import read_json
 
 _WEIGHTS, _CONFIG = "filter.safetensors", "filter.json"
 
@@ -109,12 +112,23 @@ def load_filter(path: str | os.PathLike[str], lm: LanguageModel | None) -> Filte
       ValueError: it is broken, or belongs to another model.
     """
     root = pathlib.Path(path)
-    config = json.loads((root / _CONFIG).read_text(encoding="utf-8"))
-    weights = safetensors.numpy.load_file(root / _WEIGHTS)
-    for name, spec in filter_specs(config["block_len"]).items():
+    if not (root / _CONFIG).is_file():
+        raise FileNotFoundError(f"{root / _CONFIG} is missing: {root} holds no filter")
+    config = read_json(root / _CONFIG)
+    kinds = {"block_len": int, "model": str, "confidence": str}
+    if {name: type(value) for name, value in config.items()} != kinds:
+        raise ValueError(f"{root / _CONFIG} must say {', '.join(kinds)}, and nothing else")
+    weights = read_tensors(root / _WEIGHTS)
+    try:
+        specs = filter_specs(keys.required(config, "block_len"))
+    except ValueError as error:
+        raise ValueError(f"{root / _CONFIG}: {error}") from error
+    for name, spec in specs.items():
         found = weights[name].shape if name in weights else None
         if found != spec.shape:
             raise ValueError(f"{root / _WEIGHTS}: {name} of shape {found} must be {spec.shape}")
+    if unknown := sorted(set(weights) - set(specs)):
+        raise ValueError(f"{root / _WEIGHTS}: {unknown[0]} is no part of a filter")
     if lm is not None and config["model"] and config["model"] != fingerprint(lm):
         raise ValueError(
             f"the filter in {root} belongs to model {config['model']}, and this one is "

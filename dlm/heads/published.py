@@ -21,12 +21,13 @@ from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
 from dlm.hf import keys
-from dlm.hf.files import SINGLE, open_tensors, read_config, token_ids
+from dlm.hf.files import DTYPES, SINGLE, open_tensors, read_config, token_ids
 from dlm.hf.format import TOKEN_IDS
 from dlm.hf.formats import qwen2
 from dlm.hf.rope import write_rope
 from dlm.params import Params
 
+_INTEGERS = ("I64", "I32", "I16", "U8", "I8", "BOOL")  # tables of tokens
 _OUTPUT_FIRST = (
     *("fc", "attention/o", "mlp/gate", "mlp/up", "mlp/down"),
     *("_conv/projection", "selector/hidden"),
@@ -80,6 +81,11 @@ def read_layers(file: pathlib.Path, raw: Mapping[str, Any], target: ModelConfig)
             f"{file}: model_type={kind!r} is not supported for the layers of a draft network; only "
             "'llama' and 'qwen3' are"
         )
+    types = raw.get("layer_types")
+    if types is not None and not (
+        isinstance(types, list) and all(isinstance(entry, str) for entry in types)
+    ):
+        raise ValueError(f"{file}: layer_types={types!r} must be a list of kinds of layers")
     sizes = dict(raw)
     skipped = ("architectures", "auto_map", *TOKEN_IDS, *qwen2.SLIDING_KEYS)
     for key in skipped:
@@ -191,6 +197,12 @@ def read_published(
                 f"{path} does not hold such a network: nothing here reads {unknown[0]}, which "
                 "belongs to another kind"
             )
+        for name, x in files.items():
+            kinds = _INTEGERS if name in ignored else DTYPES
+            if x.get_dtype() not in (*DTYPES, *kinds):
+                raise ValueError(
+                    f"{path}: {name} is {x.get_dtype()}, and must be {' or '.join(kinds)}"
+                )
         ours = {theirs: name for name, theirs in names.items()}
         return {ours.get(theirs, theirs): x[:] for theirs, x in files.items()}
 

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
+from dlm.hf import keys
 from dlm.hf.format import TOKEN_IDS, Format
 from dlm.hf.formats import FORMATS
 from dlm.hf.harmless import check_keys
@@ -77,7 +79,10 @@ def read_config(
     # Keys that are given come first: the absent ones are computed from them.
     values: dict[str, Any] = {}
     for name, key in sorted(form.fields.items(), key=lambda item: item[1] in missing):
-        given: Any = form.absent[key](raw) if key in missing else raw[key]
+        try:
+            given: Any = form.absent[key](raw) if key in missing else raw[key]
+        except ValueError as error:  # it follows from a key that is wrong
+            raise ValueError(f"{file}: {error}") from error
         kind = _KINDS[kinds[name]]
         if not isinstance(given, kind) or (isinstance(given, bool) and bool not in kind):
             raise ValueError(f"{file}: {key}={given!r} must be of type {kinds[name]}")
@@ -87,6 +92,8 @@ def read_config(
             raise ValueError(f"{file}: {key}={given!r} must be finite")
         if name == "n_layers" and isinstance(given, int) and given > MOST_LAYERS:
             raise ValueError(f"{file}: {key}={given} must be at most {MOST_LAYERS}")
+        if isinstance(given, int) and given > keys.LARGEST:
+            raise ValueError(f"{file}: {key}={given!r:.60} must be at most {keys.LARGEST}")
         values[name] = given
     try:
         values |= form.read(raw | {key: values[name] for name, key in form.fields.items()})
@@ -103,7 +110,10 @@ def read_config(
     names = [name for name in TOKEN_IDS if name not in form.implied]
     ids = _read_token_ids(root, raw, names, values["vocab_size"], form)
     never_causal = form.has_mask is True
-    cfg = ModelConfig(**values, **form.implied, **ids, never_causal=never_causal, dtype=dtype)
+    try:
+        cfg = ModelConfig(**values, **form.implied, **ids, never_causal=never_causal, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return with_family(cfg, form)
 
 
@@ -123,9 +133,33 @@ def read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:
         )
     file = root / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: the directory must hold a published model")
+        raise FileNotFoundError(
+            f"{file} is missing: the directory must hold a published model{instead(root)}"
+        )
     raw = read_json(file)
     return raw, format_of(file, raw)
+
+
+# What a directory may hold instead of what is read, and what to do then.
+_INSTEAD = {
+    "*.gguf": "give that file itself",
+    "adapter_config.json": "it is an adapter, which dlm.lora.load reads for a model",
+    "pytorch_model*.bin*": "weights are read as safetensors, which save_pretrained writes",
+    "consolidated*": "it is in its authors' layout: get the one for transformers",
+    "*.pt": "weights are read as safetensors",
+    "*.pth": "weights are read as safetensors",
+    "*.msgpack": "weights are read as safetensors",
+    "*.h5": "weights are read as safetensors",
+    "*.onnx": "weights are read as safetensors",
+}
+
+
+def instead(root: pathlib.Path) -> str:
+    """The end of a sentence that says what a directory lacks."""
+    for pattern, advice in _INSTEAD.items():
+        if found := sorted(root.glob(pattern)):
+            return f"; it has {found[0].name}: {advice}"
+    return ""
 
 
 # Other names of the same network.
@@ -151,7 +185,10 @@ def format_of(file: pathlib.Path, raw: dict[str, Any]) -> Format:
         )
     listed, code = raw.get("architectures") or [], raw.get("auto_map") or {}
     if not isinstance(listed, list) or not isinstance(code, dict):
-        raise ValueError(f"{file}: architectures={listed!r} must be a list, auto_map an object")
+        raise ValueError(
+            f"{file}: architectures={listed!r:.60} must be a list, and auto_map={code!r:.60} an "
+            "object"
+        )
     names: dict[str, Any] = {f"architectures={listed!r}": name for name in listed}
     for key in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"):
         if isinstance(name := code.get(key), str):
@@ -293,7 +330,9 @@ def open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, A
         return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     index = root / INDEX
     if not index.is_file():
-        raise FileNotFoundError(f"{root} has neither {SINGLE} nor {INDEX}; one must hold weights")
+        raise FileNotFoundError(
+            f"{root} has neither {SINGLE} nor {INDEX}; one must hold weights{instead(root)}"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must have a weight_map from tensors to files")
@@ -304,12 +343,30 @@ def open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, A
     if absent:
         raise FileNotFoundError(f"{index} names files that are missing: {', '.join(absent)}")
     handles = {name: _open_file(root / name, stack) for name in files}
-    present = {name: set(handle.keys()) for name, handle in handles.items()}
     return {
-        name: handles[file].get_slice(name)
-        for name, file in weight_map.items()
-        if name in present[file]
+        name: handle.get_slice(name)
+        for file, handle in handles.items()
+        for name in handle.keys()  # noqa: SIM118
+        if weight_map.get(name, file) == file  # what the index does not list is seen, too
     }
+
+
+def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of one file, by name.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is broken.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: it must hold weights")
+    with contextlib.ExitStack() as stack:
+        handle = _open_file(file, stack)
+        names = list(handle.keys())
+        kinds = {name: handle.get_slice(name).get_dtype() for name in names}
+        if wrong := [f"{name} {kind}" for name, kind in kinds.items() if kind not in DTYPES]:
+            raise ValueError(f"{file}: {wrong[0]} must be a float: {', '.join(DTYPES)}")
+        return {name: handle.get_tensor(name) for name in names}
 
 
 def _open_file(file: pathlib.Path, stack: contextlib.ExitStack) -> Any:

@@ -176,8 +176,13 @@ def _take(given: dict[str, Any], name: str, key: str, kind: type, absent: Any = 
         raise ValueError(f"{name}.{key} must be given")
     if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
         raise ValueError(f"{name}.{key}={value!r} must be one {kind.__name__}")
+    if kind is int:
+        return value
     # float32 in the file: the shortest decimal number that is the same there, 1e-5 for example.
-    return value if kind is int else float(str(np.float32(value)))
+    number = float(str(np.float32(value)))
+    if not math.isfinite(number):
+        raise ValueError(f"{name}.{key}={value!r} must be finite")
+    return number
 
 
 def _read_sizes(file: GGUFFile, name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -190,6 +195,8 @@ def _read_sizes(file: GGUFFile, name: str, given: dict[str, Any]) -> dict[str, A
         elif field == "head_dim":
             absent = values["d_model"] // max(1, values["n_heads"])
         values[field] = _take(given, name, key, kind, absent)
+        if not values[field] > 0:
+            raise ValueError(f"{name}.{key}={values[field]} must be positive")
     if values["n_layers"] > len(file.tensors):
         raise ValueError(
             f"{name}.block_count={values['n_layers']} must be at most the number of tensors, "
@@ -359,6 +366,8 @@ def _read_rope(
         )
     if (tensor := file.tensors.get("rope_freqs.weight")) is None:
         return found
+    if tensor.kind not in READABLE:
+        raise ValueError(f"rope_freqs.weight is of kind {tensor.kind}, which is not read")
     if found is not None:
         raise ValueError(f"rope_freqs.weight beside {found} is not supported")
     return _read_llama3(tensor, values["rope_theta"], values["head_dim"])

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dlm.hf.gguf_file import GGUFFile
-from dlm.tokenizer import QWEN2_PATTERN, Tokenizer
+from dlm.tokenizer import QWEN2_PATTERN, Tokenizer, refusing
 
 
 class _Type(enum.IntEnum):
@@ -130,10 +130,8 @@ def _backend(file: GGUFFile, ids: Mapping[str, int | None]) -> tokenizers.Tokeni
         return _build(file, ids)
     if not isinstance(whole, str):
         raise ValueError(f"tokenizer.huggingface.json={whole!r} must be text")
-    try:
+    with refusing("broken tokenizer.huggingface.json"):
         return tokenizers.Tokenizer.from_str(whole)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"broken tokenizer.huggingface.json ({error})") from error
 
 
 def _chat_template(file: GGUFFile) -> str | dict[str, str] | None:
@@ -286,12 +284,10 @@ def _byte_level(
         raise ValueError("tokenizer.ggml.add_space_prefix must be false for 'gpt2'")
     given.pop("scores", None)  # merges say it all
     cut = PRE_TOKENIZERS[name]
-    try:
+    with refusing("broken tokenizer.ggml.merges"):
         model = models.BPE(
             vocab=_vocab(tokens, types), merges=pairs, ignore_merges=cut.ignores_merges
         )
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"broken tokenizer.ggml.merges ({error})") from error
     backend = tokenizers.Tokenizer(model)
     if cut.is_nfc:
         backend.normalizer = normalizers.NFC()

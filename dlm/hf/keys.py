@@ -11,12 +11,16 @@ from typing import Any
 
 from dlm.config import Experts, ModelConfig, shortest_pattern
 
+LARGEST = 2**31 - 1  # integers beyond it are no sizes, and overflow floats
+
 
 def whole(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
     """An integer or None."""
     value = raw.get(key, absent)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise ValueError(f"{key}={value!r} must be an integer")
+    if value is not None and abs(value) > LARGEST:
+        raise ValueError(f"{key}={value!r:.60} must be at most {LARGEST}")
     return value
 
 
@@ -27,7 +31,18 @@ def number(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
         raise ValueError(f"{key}={value!r} must be a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key}={value!r} must be finite")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{key}={value!r:.60} must be at most {LARGEST}")
     return value
+
+
+def positive(raw: dict[str, Any], key: str, absent: int) -> int:
+    """An integer above 0; null counts as absent."""
+    value = whole(raw, key, absent)
+    value = absent if value is None else value
+    if value < 1:
+        raise ValueError(f"{key}={value} must be at least 1")
+    return int(value)
 
 
 def flag(raw: dict[str, Any], key: str, absent: bool) -> bool:
@@ -74,7 +89,8 @@ def per_layer(
     found = raw.get(key)
     if found is None:
         return None
-    if not isinstance(found, list) or len(found) != layers or not set(found) <= set(values):
+    is_list = isinstance(found, list) and len(found) == layers
+    if not is_list or any(entry not in values for entry in found):
         raise ValueError(
             f"{key}={found!r} must be a list of {layers} entries, each "
             f"{' or '.join(map(repr, values))}"

@@ -95,7 +95,7 @@ def read_scaling(
 ) -> rope.Scaling | None:
     """What one of them says of stretching; None: nothing is stretched."""
     kind = said.get("rope_type", said.get("type", "default"))
-    if said.get("type", kind) != kind:
+    if isinstance(kind, str) and said.get("type", kind) != kind:
         raise ValueError(f"{name}: type={said['type']!r} and rope_type={kind!r} must be the same")
     if not isinstance(kind, str) or kind not in KNOWN:
         raise ValueError(
@@ -148,6 +148,8 @@ def read_scaling(
         )
     if kind == "longrope":
         if attention is None:
+            if original < 2:
+                raise ValueError(f"{ORIGINAL}={original} must be at least 2 for type 'longrope'")
             grown = 1 + math.log(factor) / math.log(original) if factor > 1 else 1.0
             attention = math.sqrt(grown)
         return rope.LongRope(
@@ -205,7 +207,7 @@ def _yarn_attention(said: dict[str, Any], factor: float) -> float:
 
 def _factors(said: dict[str, Any], name: str, key: str) -> tuple[float, ...]:
     value = said[key]
-    is_list = isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
-    if not is_list:
-        raise ValueError(f"{name}: {key}={value!r} must be a list of numbers")
+    is_list = isinstance(value, list) and all(type(x) in (int, float) for x in value)
+    if not is_list or not all(0 < x <= keys.LARGEST for x in value):
+        raise ValueError(f"{name}: {key}={value!r:.60} must be a list of positive numbers")
     return tuple(float(x) for x in value)

@@ -25,6 +25,7 @@ import os
 import pathlib
 import re
 import shutil
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ from dlm.hf.files import (
     token_ids,
 )
 from dlm.hf.format import Format, Stored, letter_sizes, locate
+from dlm.hf.generation import write_generation
 from dlm.params import (
     Apart,
     Params,
@@ -318,6 +320,7 @@ def save_hf(
     params: Params,
     cfg: ModelConfig,
     tokenizer: Tokenizer | None = None,
+    generation: Mapping[str, Any] = types.MappingProxyType({}),
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a model in the published format that can hold it, see `format_for`.
@@ -330,6 +333,7 @@ def save_hf(
       params: as `abstract_params(cfg)`, or `Apart`.
       cfg: the model.
       tokenizer: written too, if given.
+      generation: how it is meant to generate, see `dlm.hf.generation`.
       shard_bytes: largest file, except for single tensors above it; beyond it the model goes to
         several files and an index.
 
@@ -360,7 +364,9 @@ def save_hf(
 
     with _new_directory(path) as unfinished:
         _write_json(unfinished / "config.json", raw_config(cfg, form))
-        _write_json(unfinished / "generation_config.json", token_ids(cfg))
+        _write_json(
+            unfinished / "generation_config.json", token_ids(cfg) | write_generation(generation)
+        )
         if tokenizer is not None:
             tokenizer.save(unfinished)
         write_tensors(unfinished, cfg, form, read, shard_bytes)

@@ -44,10 +44,11 @@ def read_records(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]
             continue
         try:
             record = json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
+        except (ValueError, RecursionError) as error:  # no JSON, or numbers or depths without end
+            said = getattr(error, "msg", None) or str(error)
+            raise ValueError(f"{path}, line {number}: not valid JSON ({said})") from error
         if not isinstance(record, dict):
             raise ValueError(
                 f"{path}, line {number}: must hold a JSON object, got {type(record).__name__}"
@@ -67,8 +68,8 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
         where: the record's origin, for the error.
 
     Raises:
-        ValueError: the record lacks a field of the template, has null there, or does not fit its
-            format specification.
+        ValueError: the record lacks a field of the template, has null, a list or an object there,
+            does not fit its format specification, or is no Unicode.
     """
     formatter = string.Formatter()
     for _, field, _, _ in formatter.parse(template):
@@ -84,10 +85,25 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
             ) from error
         if value is None:
             raise ValueError(f"{where}: the field {field!r} of the template is null")
+        whole = field.rpartition("[")[0]
+        if whole and isinstance(formatter.get_field(whole, (), record)[0], str):
+            raise ValueError(f"{where}: the field {whole!r} of the template is text, not a list")
+        if isinstance(value, (list, dict)):
+            raise ValueError(
+                f"{where}: the field {field!r} of the template is a {type(value).__name__}, of "
+                "which the template must name an entry"
+            )
     try:
         text = template.format_map(record)
     except (KeyError, TypeError, ValueError) as error:  # such as "{x:.2f}" where x is text
         raise ValueError(f"{where}: the template {template!r} does not fit: {error}") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: the text has half of a character, {text[error.start]!r}, which no tokenizer "
+            "can encode"
+        ) from error
     return text.replace("\r\n", "\n")
 
 
@@ -239,7 +255,8 @@ def score_python_syntax(example: tasks.Example, completion: str) -> dict[str, fl
             defined.add(node.name)
         elif isinstance(node, ast.Assign):
             defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    wanted = set.intersection(*(_called_names(test) for test in example.metadata["test_list"]))
+    tests = map(str, example.metadata["test_list"])
+    wanted = set.intersection(*map(_called_names, tests))
     return {"score": float(wanted <= defined), "parses": 1.0}
 
 

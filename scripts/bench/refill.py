@@ -5,9 +5,9 @@ Both decode the same prompts in the same number of rows, in the order in which t
 (`decode.core.refill`). Seconds are wall time of everything but compiling: reading prompts, rounds,
 swaps, texts. `occupancy` is the share of all rows' rounds in which a row had something to decode.
 
-A diffusion checkpoint answers held-out examples of a task with `Threshold(0.9)`, an autoregressive
-one questions about passages of Python's standard library, of 40 to 1,200 characters, with prompt
-lookup.
+Prompts are held-out examples of a task, or passages of Python's standard library, of 40 to 900
+characters: questions about them, or how they go on if the checkpoint has no chat template.
+Diffusion checkpoints decode with `Threshold(0.9)`, autoregressive ones with prompt lookup.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(
 
     Args:
       checkpoint: for `dlm.load`, or "smollm2".
-      task: of a diffusion checkpoint; "": it is autoregressive.
+      task: which held-out examples; "": passages.
       num: prompts.
       gen_len: most tokens of an answer about a passage; tasks have their own.
       block_len: positions per block of diffusion checkpoints.
@@ -53,34 +53,43 @@ def run(
     path = installed_smollm2() if checkpoint == "smollm2" else checkpoint
     lm = dlm.load(path, dtype="float32")
     if task:
-        method, prompts, gen_len = of_task(lm, TASKS[task], num, block_len)
+        prompts, gen_len = of_task(lm, TASKS[task], num, block_len)
     else:
-        method, prompts = of_passages(lm, num)
-    result = bench_refill(lm, method, prompts, gen_len, rows, repeats)
+        prompts = of_passages(lm, num)
+    result = bench_refill(lm, method_of(lm, block_len), prompts, gen_len, rows, repeats)
     print(json.dumps(result), flush=True)
     print("\n" + table([result], "refill", COLUMNS))
 
 
+def method_of(lm: LanguageModel, block_len: int) -> Method:
+    """How a checkpoint is decoded."""
+    if lm.cfg.never_causal or not lm.cfg.shifted_logits:
+        return DiffusionMethod(FixedBlocks(block_len), rule=Threshold(0.9), stopper=Eos())
+    return named("prompt_lookup")
+
+
 def of_task(
     lm: LanguageModel, preset: TaskPreset, num: int, block_len: int
-) -> tuple[Method, list[list[int]], int]:
-    """How held-out examples are answered, their prompts, and the length of answers."""
+) -> tuple[list[list[int]], int]:
+    """Prompts of held-out examples, and the length of answers."""
     job = make_job(lm, preset, num_examples=num, block_len=block_len)
-    method = DiffusionMethod(FixedBlocks(block_len), rule=Threshold(0.9), stopper=Eos())
-    return method, list(job.prompts), job.gen_len
+    return list(job.prompts), job.gen_len
 
 
-def of_passages(lm: LanguageModel, num: int) -> tuple[Method, list[list[int]]]:
-    """How questions about passages are answered, and their prompts, of very different lengths."""
-    assert lm.tokenizer is not None
+def of_passages(lm: LanguageModel, num: int) -> list[list[int]]:
+    """Prompts of very different lengths, in no order."""
+    if lm.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer to read passages with")
     rng = np.random.default_rng(0)
     prompts: list[list[int]] = []
-    for chars in np.geomspace(40, 1200, num).astype(int)[rng.permutation(num)]:
+    for chars in np.geomspace(40, 900, num).astype(int)[rng.permutation(num)]:
         passages = PythonSource(prompt_chars=int(chars), split="test")
-        passage = passages[int(rng.integers(len(passages)))].prompt
-        said = [{"role": "user", "content": f"What does this Python code do?\n\n{passage}"}]
-        prompts.append(lm.tokenizer.encode(lm.tokenizer.apply_chat_template(said)))
-    return named("prompt_lookup"), prompts
+        text = passages[int(rng.integers(len(passages)))].prompt
+        if lm.tokenizer.chat_template is not None:
+            asked = f"What does this Python code do?\n\n{text}"
+            text = lm.tokenizer.apply_chat_template([{"role": "user", "content": asked}])
+        prompts.append(lm.tokenizer.encode(text, whole=True))
+    return prompts
 
 
 def bench_refill(
@@ -123,7 +132,7 @@ def bench_refill(
     )
     return {
         "case": "refill", "device": device(), "jax": jax.__version__, "dtype": lm.cfg.dtype,
-        "method": "prompt lookup" if lm.cfg.mask_token_id is None else "threshold 0.9",
+        "method": "threshold 0.9" if isinstance(method, DiffusionMethod) else "prompt lookup",
         "prompts": len(prompts), "gen_len": gen_len, "rows": rows, "same_answers": is_same,
         "forwards": round(float(np.mean(forwards)), 2),
         "static_rounds": rounds["static"], "full_rounds": rounds["full"],

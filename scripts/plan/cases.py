@@ -17,7 +17,13 @@ from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from scripts.bench.timing import forward_cost
 from scripts.plan import aot
-from scripts.plan.meshes import Mesh, decoding_meshes, mesh_name, training_meshes
+from scripts.plan.meshes import (
+    Mesh,
+    decoding_meshes,
+    mesh_name,
+    mesh_of_name,
+    training_meshes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,14 @@ class Case:
     @property
     def key(self) -> str:
         return f"{self.slice} | {self.program} | {mesh_name(self.mesh)}"
+
+    @classmethod
+    def of_key(cls, key: str) -> Case:
+        """The case of a `key`, but for axes of one device."""
+        target, program, mesh = key.split(" | ")
+        batch = program.partition(", batch ")[2]
+        axes = mesh_of_name(mesh)
+        return cls(target, program, axes, int(batch or 0))
 
 
 def cases(

@@ -14,6 +14,12 @@ def mesh_name(mesh: Mesh) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh if size > 1) or "one chip"
 
 
+def mesh_of_name(name: str) -> Mesh:
+    """The mesh that `mesh_name` names, without axes of one device."""
+    axes = (part.split() for part in name.split(" x ") if name != "one chip")
+    return tuple((axis, int(size)) for axis, size in axes)
+
+
 def decoding_meshes(cfg: ModelConfig, chips: int, batch: int) -> Iterator[Mesh]:
     """As many tensor shards as heads allow, then fewer, while rows last; the rest are data shards.
 

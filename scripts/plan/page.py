@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import pathlib
 from typing import Any
@@ -14,6 +16,7 @@ from scripts.plan import aot
 from scripts.plan.cases import Case, Lengths
 from scripts.plan.meshes import mesh_name
 
+FILE = "pods.json"
 COLUMNS = {
     "round_ms": "round, ms at least",
     "refresh_ms": "refresh, ms at least",
@@ -25,8 +28,11 @@ GIB = 2**30
 USABLE = 0.98
 _INTRODUCTION = """# Models on TPU slices
 
-Written by `python -m scripts.plan.pod --slices={slices} --out=docs` on a machine without a TPU:
-every program was compiled ahead of time for the slice that is named, and none has run on one.
+Written on a machine without a TPU by
+
+{commands}
+
+Every program was compiled ahead of time for the slice that is named, and none has run on one.
 `scripts/plan/pod.py` says how each column is counted. GiB per device (a chip; half a chip on v4 and
 tpu7x)."""
 
@@ -116,23 +122,47 @@ def draw(found: dict[Case, dict[str, Any]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(
-    out: pathlib.Path, found: dict[Case, dict[str, Any]], lengths: Lengths, slices: list[str]
-) -> str:
-    """Writes pods.md and pods.png into a folder. Returns the tables."""
-    text = (
-        f"{lengths.prompt_len} prompt tokens, {lengths.gen_len} new ones in blocks of "
-        f"{lengths.block_len}, {lengths.tokens_per_round:g} committed per row and round, "
-        f"bfloat16, jax {jax.__version__}. *: the best mesh.\n\n"
-        f"{table(found)}\n\nWhat moves most, on the best meshes:\n\n{moves(found)}\n"
+def keep(
+    out: pathlib.Path, results: dict[str, dict[str, Any]], lengths: Lengths, commands: list[str]
+) -> None:
+    """Writes pods.json into a folder."""
+    about = {"lengths": dataclasses.asdict(lengths), "jax": jax.__version__}
+    about |= {"commands": commands, "cases": results}
+    (out / FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def in_order(results: dict[str, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
+    """All results by case: slices, and programs on each, in the order in which they came up."""
+    found = {Case.of_key(key): values for key, values in results.items()}
+    slices, programs = (
+        list(dict.fromkeys(getattr(case, name) for case in found)) for name in ("slice", "program")
     )
-    tables = text
+    rank = lambda case: (slices.index(case.slice), programs.index(case.program))  # noqa: E731
+    return {case: found[case] for case in sorted(found, key=rank)}
+
+
+def write(
+    out: pathlib.Path, results: dict[str, dict[str, Any]], lengths: Lengths, commands: list[str]
+) -> None:
+    """Writes pods.json, pods.md and pods.png: what was found, and by which commands."""
+    keep(out, results, lengths, commands)
+    found = in_order(results)
+    text = tables(found, lengths)
     refused = {c.key: values["refused"] for c, values in found.items() if "refused" in values}
     if refused:
         text += "\nWhat the compiler says of those without figures:\n\n"
         text += "".join(f"- {key}: {why}\n" for key, why in refused.items())
     draw(found, out / "pods.png")
-    introduction = _INTRODUCTION.format(slices=",".join(slices))
+    introduction = _INTRODUCTION.format(commands="\n".join(f"    {line}" for line in commands))
     page = f"{introduction}\n\n![Memory](pods.png)\n\n{text}"
     (out / "pods.md").write_text(page, encoding="utf-8")
-    return tables
+
+
+def tables(found: dict[Case, dict[str, Any]], lengths: Lengths) -> str:
+    """What fits, how fast it can be at most, and what moves."""
+    return (
+        f"{lengths.prompt_len} prompt tokens, {lengths.gen_len} new ones in blocks of "
+        f"{lengths.block_len}, {lengths.tokens_per_round:g} committed per row and round, "
+        f"bfloat16, jax {jax.__version__}. *: the best mesh.\n\n"
+        f"{table(found)}\n\nWhat moves most, on the best meshes:\n\n{moves(found)}\n"
+    )

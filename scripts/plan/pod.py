@@ -2,7 +2,7 @@
 
     python -m scripts.plan.pod --slices=v5e:4x4,v6e:4x4 --preset=llada_8b --batch=1,8,64
     python -m scripts.plan.pod --slices=v5e:4x4 --recipes=llada_8b_dparallel
-    python -m scripts.plan.pod --out=docs                          the table in docs/pods.md
+    python -m scripts.plan.pod --out=docs                          the first part of docs/pods.md
 
 Per slice and program, the real program (the decoding loop with threshold 0.9 and a model's cache,
 or a recipe's training step) is compiled ahead of time on several meshes; printed is, per chip:
@@ -19,7 +19,7 @@ or a recipe's training step) is compiled ahead of time on several meshes; printe
 
 The best mesh is that of the lowest floors (for training: of the least memory) among those that fit.
 A floor is not a prediction. Results are kept in pods.json, and what is in there is not compiled
-again: delete it to start anew.
+again: delete it to start anew. pods.md shows all of them, the last command's and those before.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ import sys
 
 from scripts.plan import aot  # isort: skip  # noqa: F401  (before JAX)
 
-import jax
 from absl import app, flags
 from tqdm import tqdm
 
 from dlm.presets import PRESETS
 from scripts.plan.cases import Lengths, cases, plan
-from scripts.plan.page import write
+from scripts.plan.page import FILE, keep, tables, write
 
 
 def main(argv: list[str]) -> None:
@@ -51,19 +50,20 @@ def main(argv: list[str]) -> None:
         wanted = list(cases(F.preset, F.slices, [int(b) for b in F.batch], F.recipes))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    file, asked = out / "pods.json", dataclasses.asdict(lengths)
+    file, asked = out / FILE, dataclasses.asdict(lengths)
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if known.get("lengths", asked) != asked:
         sys.exit(f"error: {file} is for {known['lengths']}, not {asked}: choose another --out")
-    results = known.get("cases", {})
+    results, commands = known.get("cases", {}), known.get("commands", [])
     for case in (bar := tqdm(wanted, unit="program")):
         bar.set_description(case.key)
         if case.key not in results:
             results[case.key] = plan(case, F.preset, lengths)
-            about = {"lengths": asked, "jax": jax.__version__, "cases": results}
-            file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    found = {case: results[case.key] for case in wanted}
-    print("\n" + write(out, found, lengths, F.slices))
+            keep(out, results, lengths, commands)
+    command = " ".join(["python -m scripts.plan.pod", *sys.argv[1:]])
+    commands += [command] if command not in commands else []
+    print("\n" + tables({case: results[case.key] for case in wanted}, lengths))
+    write(out, results, lengths, commands)
     print(f"Written: pods.md, pods.png and pods.json in {out}")
 
 

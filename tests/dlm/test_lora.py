@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -325,6 +326,18 @@ def saved(tmp_path):
         ({"use_rslora": True}, "use_rslora=True must be False"),  # alpha / sqrt(r)
         ({"alpha_pattern": {"q_proj": 1}}, "alpha_pattern={'q_proj': 1} and .* leave alpha / r=2"),
         ({"rank_pattern": {"qkv": 3}}, "rank_pattern={'qkv': 3} must be of modules"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' must be True or False or"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' must be"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens=\[1, 2\] must be absent"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] must be absent"),
+        ({"use_qalora": True}, "use_qalora=True must be False"),
+        ({"new_scale": 3}, "new_scale=3 is not known here and may change what the adapter does"),
+        ({"r": None}, r"r and entries of rank_pattern are \[None\], not integers above 0"),
+        ({"r": 0}, r"are \[0\], not integers"),
+        ({"rank_pattern": {"q_proj": "x"}}, r"are \[3, 'x'\], not integers"),
+        ({"rank_pattern": [3]}, "rank_pattern and alpha_pattern must be objects"),
+        ({"lora_alpha": "x"}, r"lora_alpha and entries of alpha_pattern are \['x'\], not numbers"),
+        ({"lora_alpha": float("inf")}, r"are \[inf\], not numbers above 0"),
         ({"r": 4}, r"q_proj.lora_A.weight is \[3, 16\] and must be \[4, 16\]"),
     ],
 )
@@ -334,7 +347,11 @@ def test_other_changes_are_refused(saved, entries, message):
 
 
 def test_what_peft_writes_by_default_is_accepted(saved):
-    path = saved(use_dora=False, use_rslora=False, alpha_pattern={}, rank_pattern={}, revision=None)
+    path = saved(
+        use_dora=False, use_rslora=False, alpha_pattern={}, rank_pattern=None, revision=None,
+        init_lora_weights=True, layers_to_transform=None, lora_bias=False, peft_version="0.18.0",
+        exclude_modules=None, eva_config=None, loftq_config={}, qalora_group_size=16,
+    )  # fmt: skip
     assert lora_lib.load(path, TOY_CFG)[0] == LORA
 
 
@@ -354,6 +371,25 @@ FOREIGN = "base_model.model.model.transformer.ff_out.lora_A.weight"
 def test_other_tensors_are_refused(saved, change, message):
     with pytest.raises(ValueError, match=message):
         lora_lib.load(saved(change), TOY_CFG)
+
+
+def test_broken_files_are_told_in_one_sentence(saved, tmp_path):
+    path = saved()
+    tensors, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+    whole = tensors.read_bytes()
+    for broken in (whole[:-9], b"version https://git-lfs.github.com/spec/v1", b""):
+        tensors.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"is not a complete safetensors file .*; download it"):
+            lora_lib.load(path, TOY_CFG)
+    tensors.rename(path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing: .*weights"):
+        lora_lib.load(path, TOY_CFG)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json is not valid JSON"):
+        lora_lib.load(path, TOY_CFG)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json is missing: .*no adapter"):
+        lora_lib.load(path, TOY_CFG)
 
 
 def test_other_models_are_refused(saved, tmp_path):
@@ -480,6 +516,25 @@ def test_run_that_was_stopped_goes_on_as_if_it_had_not(base, finished, tmp_path,
     assert without_times(tmp_path) == without_times(workdir)
     for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
+
+
+def test_a_run_does_not_go_on_beside_another_model(base, finished, tmp_path):
+    """Same sizes, other weights, same folder."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(base, tmp_path / "base")
+    config = lora_config(tmp_path / "base")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    settings["train"]["init_from"] = str(tmp_path / "base")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    config.train.num_steps = 9
+    assert loop.run(config, tmp_path / "run").step == 9
+    model = dlm.load(base)
+    shutil.rmtree(tmp_path / "base")
+    other = jax.tree.map(lambda x: x * 1.1, model.params)
+    dlm.save(tmp_path / "base", dataclasses.replace(model, params=other))
+    config.train.num_steps = 10
+    with pytest.raises(ConfigError, match=r"is not the one that .* was begun with .*frozen\.json"):
+        loop.run(config, tmp_path / "run")
 
 
 def test_runs_that_cannot_be_are_refused(base, finished, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from dlm.config import ModelConfig
 from dlm.tokenizer import word_tokenizer
 from tests.lib import toys
-from train import checkpoint
+from train import checkpoint, workdir
 from train.config import ConfigError, from_config_dict
 
 
@@ -58,6 +58,66 @@ def test_what_may_change(tmp_path):
     config.train.num_steps = 2
     with pytest.raises(ConfigError, match=r"num_steps=2 must be at least 3"):
         checkpoint.check_same_run(tmp_path, from_config_dict(config), 3)
+
+
+def cut_off(path):
+    """As a process leaves a file that it was killed over."""
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+
+
+def test_files_that_were_cut_off_are_told_in_one_sentence(tmp_path):
+    write(tmp_path, toys.get_config())
+    settings = from_config_dict(toys.get_config())
+    facts = {"num_examples": 3, "sha256": "ab"}
+    checkpoint.write_data(tmp_path, facts)
+    checkpoint.write_frozen(tmp_path, "cd")
+    checkpoint.write_exported(tmp_path, 4)
+    (tmp_path / "model").mkdir()
+    readers = {
+        "config.json": [
+            lambda: checkpoint.check_is_run(tmp_path),
+            lambda: checkpoint.check_same_run(tmp_path, settings, 3),
+        ],
+        "model.json": [lambda: checkpoint.read_model(tmp_path)],
+        "data.json": [lambda: checkpoint.check_same_data(tmp_path, facts)],
+        "frozen.json": [lambda: checkpoint.check_same_frozen(tmp_path, "cd")],
+        "exported.json": [lambda: checkpoint.exported_step(tmp_path)],
+    }
+    for name, reads in readers.items():
+        for read in reads:
+            read()
+        cut_off(tmp_path / name)
+        for read in reads:
+            with pytest.raises(ConfigError, match=rf"{name} is not valid JSON .*: it is damaged"):
+                read()
+    for text, message in (("{}", "does not say what the model is"), ('{"x": 1}', "does not say")):
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(ConfigError, match=rf"model\.json {message}"):
+            checkpoint.read_model(tmp_path)
+    write(tmp_path, toys.get_config())
+    cut_off(tmp_path / "tokenizer" / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"the tokenizer of this run is damaged: .*tokenizer"):
+        checkpoint.read_model(tmp_path)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.json is missing"):
+        checkpoint.read_model(tmp_path)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    workdir.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        workdir.write_json(path, {"a": object()})
+    assert workdir.read_json(path) == {"a": 1}
+
+
+def test_another_frozen_model_is_refused(tmp_path):
+    checkpoint.check_same_frozen(tmp_path, "ab")  # it is not known what there was
+    checkpoint.write_frozen(tmp_path, "ab")
+    checkpoint.check_same_frozen(tmp_path, "ab")
+    with pytest.raises(ConfigError, match=r"fingerprint ab, and now cd\): .*frozen\.json to go on"):
+        checkpoint.check_same_frozen(tmp_path, "cd")
 
 
 def test_checkpoints_without_config_are_refused(tmp_path):

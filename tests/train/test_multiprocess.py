@@ -18,7 +18,7 @@ import pytest
 
 import dlm
 from tests.lib import toys
-from tests.lib.paths import ROOT
+from tests.lib.paths import GOLDEN, ROOT
 from tests.lib.tiers import more
 from train import loop
 from train.collect import trajectories
@@ -143,7 +143,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
 from tests.train.test_multiprocess import collect
-from tests.lib.paths import ROOT
+from tests.lib.paths import GOLDEN, ROOT
 collect(sys.argv[4], sys.argv[5])
 """
 
@@ -173,3 +173,23 @@ def test_a_data_set_decoded_by_two_processes_of_which_one_is_killed(tmp_path):
     lines = (out / "results.jsonl").read_text()
     assert lines == (tmp_path / "one" / "results.jsonl").read_text()
     assert [json.loads(line)["index"] for line in lines.splitlines()] == [*range(24)]
+
+
+FINGERPRINT = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
+import dlm
+from dlm.sharding import make_mesh
+lm = dlm.load(sys.argv[4], mesh=make_mesh(fsdp=2))
+assert not lm.params["embed"].is_fully_addressable
+assert dlm.fingerprint(lm) == sys.argv[5], dlm.fingerprint(lm)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_model_has_one_fingerprint_however_it_is_spread():
+    path = str(GOLDEN / "llada_small")
+    finish(start_processes(FINGERPRINT, 2, path, dlm.fingerprint(dlm.load(path))))

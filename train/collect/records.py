@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dlm import tasks
+from dlm.tokenizer import read_json
 
 SETTINGS = "settings.json"  # fields of the `TrajectoryConfig` they were made with
 
@@ -116,7 +116,9 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
       ValueError: an earlier version of this project made them.
     """
     file = pathlib.Path(path) / SETTINGS
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: the folder holds no trajectories")
+    settings = read_json(file)
     if "confidence" not in settings:
         raise ValueError(f"{file} has no 'confidence': collect again, into another folder")
     return settings

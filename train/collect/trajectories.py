@@ -30,6 +30,7 @@ with any number of processes. Processes of a cluster write shards in turn, each 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -63,7 +64,7 @@ from train.collect.config import TrajectoryConfig
 from train.collect.records import SETTINGS, open_records
 from train.config import ConfigError, build, from_fields
 from train.host import join_cluster, set_up_process
-from train.workdir import check_same, check_writable, write_json
+from train.workdir import check_same, check_writable, hold, write_json
 
 _NAME = "trajectories"
 _RESULTS = "results.jsonl"
@@ -81,13 +82,20 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
       that decoding took. 0 if there was nothing left to do.
 
     Raises:
-      ConfigError: the settings make no sense, or `out` has trajectories of other settings.
+      ConfigError: the settings make no sense, or `out` has trajectories of other settings, or
+        another process is in it.
     """
     settings = (
         config if isinstance(config, TrajectoryConfig) else from_fields(TrajectoryConfig, config)
     )
     folder = pathlib.Path(out)
     check_writable(folder)
+    with hold(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _run(settings, folder)
+
+
+def _run(settings: TrajectoryConfig, folder: pathlib.Path) -> float:
+    """As `run`, in a folder of one's own."""
     mesh = None
     if settings.tensor > 1:
         mesh = make_mesh(tensor=settings.tensor, devices=jax.local_devices())
@@ -193,7 +201,7 @@ class _Decoder:
                 )
         num = len(prompts)
         lengths, seeds = [settings.gen_len] * num, [settings.seed + i for i in indices]
-        asked = Asked(lm, prompts, lengths, seeds, beside={"number": range(num)})
+        asked = Asked(lm, prompts, lengths, seeds)
         completions: dict[int, Completion] = {}
         for b, completion in self._run(asked, generate.LOOP, self._method):
             completions[b] = completion
@@ -206,6 +214,7 @@ class _Decoder:
             answers[b, : len(completion.tokens)] = completion.tokens
         if settings.oracle:
             known = knowing(self._method, jnp.asarray(answers))
+            asked = dataclasses.replace(asked, beside={"number": range(num)})
             for b, recorded in self._run(asked, RECORDING, known):
                 assert isinstance(recorded, Recording)
                 rounds[b] = _rounds(recorded.record, answers[b], settings.block_len)

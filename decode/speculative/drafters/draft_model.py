@@ -76,6 +76,11 @@ class _Model(Drafter):
         return cls(params, cfg, layers=(0,))
 
     def validate(self, cfg: ModelConfig) -> None:
+        if self.draft.never_causal:
+            raise ValueError(
+                "the draft model is a diffusion model, which never learned to write from left to "
+                "right: draft with an autoregressive one"
+            )
         if abs(self.draft.vocab_size - cfg.vocab_size) > MAX_PADDING:
             raise ValueError(
                 f"the draft model has a vocabulary of {self.draft.vocab_size} tokens and the "

@@ -30,7 +30,7 @@ def read_scales(raw: dict[str, Any]) -> dict[str, Any]:
 def write_scales(cfg: ModelConfig) -> dict[str, Any]:
     """The key that `read_scales` reads."""
     scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-    before = scale**-2
+    before = min(1 / scale / scale, 1e300)
     return {
         "query_pre_attn_scalar": round(before) if abs(before - round(before)) < 1e-6 else before
     }

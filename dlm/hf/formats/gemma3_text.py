@@ -21,10 +21,10 @@ EVERY = ("sliding_window_pattern", "_sliding_window_pattern")
 
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
     layers = raw["num_hidden_layers"]
-    every = {keys.whole(raw, key) for key in EVERY} - {None} or {6}
-    if len(every) > 1:
-        raise ValueError(f"{' and '.join(EVERY)} must be the same, not {sorted(every)}")
-    (every,) = every
+    given = {keys.positive(raw, key, 6) for key in EVERY if raw.get(key) is not None} or {6}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(EVERY)} must be the same, not {sorted(given)}")
+    (every,) = given
     absent = [(i + 1) % every > 0 for i in range(layers)]
     window = keys.whole(raw, "sliding_window", 4096)
     window, is_sliding = keys.sliding_layers(raw, layers, window, absent)

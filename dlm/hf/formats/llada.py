@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dlm.hf import keys
 from dlm.hf.format import Format, Stored
 
 FORMAT = Format(
@@ -24,7 +25,7 @@ FORMAT = Format(
     absent={
         "n_kv_heads": lambda raw: raw["n_heads"],
         "head_dim": lambda raw: raw["d_model"] // max(1, raw["n_heads"]),
-        "mlp_hidden_size": lambda raw: raw.get("mlp_ratio", 4) * raw["d_model"],
+        "mlp_hidden_size": lambda raw: keys.positive(raw, "mlp_ratio", 4) * raw["d_model"],
         "embedding_size": lambda raw: raw.get("vocab_size"),
         "include_qkv_bias": lambda raw: False,
         "weight_tying": lambda raw: True,

@@ -20,8 +20,11 @@ FUSED, SHARED = LAYER + "attention.query_key_value.weight", LAYER + "mlp.shared_
 
 
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
-    layers, dense = raw["num_hidden_layers"], keys.whole(raw, "first_k_dense_replace", 0)
+    layers, dense = raw["num_hidden_layers"], keys.whole(raw, "first_k_dense_replace") or 0
+    if dense < 0:
+        raise ValueError(f"first_k_dense_replace={dense} must be at least 0")
     width = keys.required(raw, "moe_intermediate_size")
+    scale = keys.number(raw, "routed_scaling_factor")
     experts = Experts(
         num_experts=keys.required(raw, "num_experts"),
         num_chosen=keys.required(raw, "num_experts_per_tok"),
@@ -30,7 +33,7 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
         bias="choose",
         num_groups=keys.whole(raw, "n_group") or 1,
         num_chosen_groups=keys.whole(raw, "topk_group") or 1,
-        scale=float(keys.number(raw, "routed_scaling_factor", 1.0)),
+        scale=float(1.0 if scale is None else scale),
         shared_d_ff=width * (keys.whole(raw, "num_shared_experts") or 0),
     )
     if keys.whole(raw, SHARED_WIDTH, width) not in (width, None):

@@ -67,7 +67,7 @@ FORMAT = Format(
     fields={**qwen3.FORMAT.fields, "d_ff": "dense_intermediate_size"},
     absent={
         **qwen3.FORMAT.absent,
-        "dense_intermediate_size": lambda raw: raw["expert_intermediate_size"],
+        "dense_intermediate_size": lambda raw: keys.required(raw, "expert_intermediate_size"),
         "head_dim": lambda raw: raw["hidden_size"] // max(1, raw["num_attention_heads"]),
     },
     fixed={

@@ -17,7 +17,7 @@ MOE = "model.layers.{}.block_sparse_moe."
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
     experts = Experts(
         num_experts=keys.one_of(raw, ("num_local_experts", "num_experts"), 8),
-        num_chosen=keys.whole(raw, "num_experts_per_tok", 2),
+        num_chosen=keys.positive(raw, "num_experts_per_tok", 2),
         d_ff=raw["intermediate_size"],
     )
     return {

@@ -21,7 +21,7 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
     has_bias = keys.flag(raw, "attention_bias", False)
     experts = Experts(
         num_experts=keys.one_of(raw, ("num_experts", "num_local_experts"), 64),
-        num_chosen=keys.whole(raw, "num_experts_per_tok", 8),
+        num_chosen=keys.positive(raw, "num_experts_per_tok", 8),
         d_ff=raw["intermediate_size"],
         is_renormalised=keys.flag(raw, "norm_topk_prob", False),
     )

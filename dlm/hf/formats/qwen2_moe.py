@@ -16,7 +16,7 @@ WIDTH = "shared_expert_intermediate_size"
 
 
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
-    shared = keys.whole(raw, WIDTH, 5632)
+    shared = keys.positive(raw, WIDTH, 5632)
     given = {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408} | raw
     experts, has_experts = qwen3_moe.read_experts(given, shared_d_ff=shared, has_shared_gate=True)
     layers, first = raw["num_hidden_layers"], keys.whole(raw, "max_window_layers", 28)

@@ -27,18 +27,16 @@ MOE_KEYS = (
 def read_experts(raw: dict[str, Any], **shared: Any) -> tuple[Experts | None, list[bool]]:
     """The experts, None if no layer has them, and which layers do."""
     layers, dense = raw["num_hidden_layers"], raw.get("mlp_only_layers") or []
-    step = keys.whole(raw, "decoder_sparse_step", 1)
-    if not isinstance(dense, list) or not set(dense) <= set(range(layers)):
+    step = keys.positive(raw, "decoder_sparse_step", 1)
+    if not isinstance(dense, list) or any(entry not in range(layers) for entry in dense):
         raise ValueError(f"mlp_only_layers={dense!r} must be a list of layers of the {layers}")
-    if step < 1:
-        raise ValueError(f"decoder_sparse_step={step} must be at least 1")
     has_experts = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
     if not any(has_experts):
         return None, has_experts
     experts = Experts(
         num_experts=keys.one_of(raw, ("num_experts", "num_local_experts"), 128),
-        num_chosen=keys.whole(raw, "num_experts_per_tok", 8),
-        d_ff=keys.whole(raw, "moe_intermediate_size", 768),
+        num_chosen=keys.positive(raw, "num_experts_per_tok", 8),
+        d_ff=keys.positive(raw, "moe_intermediate_size", 768),
         is_renormalised=keys.flag(raw, "norm_topk_prob", False),
         **shared,
     )

@@ -12,7 +12,7 @@ from dlm.hf.rope import KEYS, read_rope, write_rope
 
 
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
-    layers, every = raw["num_hidden_layers"], keys.whole(raw, "no_rope_layer_interval", 4)
+    layers, every = raw["num_hidden_layers"], keys.positive(raw, "no_rope_layer_interval", 4)
     rotates = keys.per_layer(raw, "no_rope_layers", layers, (0, 1))  # 1: it does
     if rotates is None:
         rotates = [int((i + 1) % every > 0) for i in range(layers)]

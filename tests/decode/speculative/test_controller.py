@@ -228,7 +228,7 @@ def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
 FIRST = (PromptLookup, TokenRecycling)
 
 
-@pytest.mark.parametrize("kind", [*FIRST, *more(*(k for k in DRAFTERS if k not in FIRST))])
+@pytest.mark.parametrize("kind", [*FIRST[:1], *more(*(k for k in DRAFTERS if k != FIRST[0]))])
 def test_every_drafter_writes_the_plain_text(plain, toy_params, kind):
     """Greedy or drawn, alone or in a batch; most branches are taken."""
     cfg, prompts, expected, _ = plain

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -384,7 +385,7 @@ NETWORKS = {  # config.json -> what the message says
     "only the stack": ({"model_type": "qwen3", "architectures": ["Qwen3Model"]}, "'Qwen3Model'"),
     "of another type": ({"model_type": "llama", "architectures": ["Qwen2ForCausalLM"]}, "'Qwen2F"),
     "not a list": ({"model_type": "llama", "architectures": "Llama"}, "'Llama' must be a list"),
-    "not an object": ({"model_type": "llama", "auto_map": ["x"]}, "auto_map an object"),
+    "not an object": ({"model_type": "llama", "auto_map": ["x"]}, r"auto_map=.* an object"),
     "not a name": ({"model_type": "llama", "architectures": [3]}, r"architectures=\[3\] is not"),
 }  # fmt: skip
 
@@ -541,3 +542,97 @@ def test_config_file_errors(tmp_path):
     (tmp_path / "config.json").write_text("3")
     with pytest.raises(ValueError, match=r"config.json must hold a JSON object, not a int"):
         read_config(tmp_path)
+
+
+# Models that are not read; `model_type` and architecture as published.
+NOT_READ = {
+    "DiffusionGemma": {
+        "model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"],
+        "canvas_length": 256, "text_config": {"model_type": "diffusion_gemma_text"},
+    },
+    "Nemotron-Labs-Diffusion": {
+        "model_type": "nemotron_labs_diffusion", "architectures": ["NemotronLabsDiffusionModel"],
+        "block_size": 32, "mask_token_id": 100,
+    },
+    "BERT-chat": {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]},
+    "WeDLM": {"model_type": "wedlm", "architectures": ["WeDLMForCausalLM"], "qk_norm": True},
+    "Gemma 3 with images": {
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": {"model_type": "gemma3_text"},
+    },
+    "DeepSeek": {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]},
+    "Mamba": {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]},
+    "a list": {"model_type": ["llama"]},
+    "no type": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", NOT_READ.values(), ids=list(NOT_READ))
+def test_what_is_not_read_is_refused_by_name(tmp_path, raw):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    name = re.escape(repr(raw.get("model_type")))
+    with pytest.raises(ValueError, match=rf"model_type={name} is not supported; only .*are$") as e:
+        dlm.load(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_of_a_known_type_the_network_is_named(tmp_path):
+    """WeDLM as its code registers it, with the types of Qwen."""
+    for model_type in ("qwen2", "qwen3"):
+        raw = QWEN_3_0_6B | {"model_type": model_type, "architectures": ["WeDLMForCausalLM"]}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(
+            ValueError, match=r"architectures=\['WeDLMForCausalLM'\] is not supported"
+        ):
+            read_config(tmp_path)
+
+
+# What people find in a folder instead of config.json or model.safetensors, and what is said.
+INSTEAD = {
+    "model.Q4_K_M.gguf": "; it has model.Q4_K_M.gguf: give that file itself",
+    "adapter_config.json": "; it has adapter_config.json: it is an adapter, which dlm.lora.load",
+    "pytorch_model.bin": "; it has pytorch_model.bin: weights are read as safetensors",
+    "pytorch_model.bin.index.json": "; it has pytorch_model.bin.index.json: weights are read as",
+    "consolidated.00.pth": "; it has consolidated.00.pth: it is in its authors' layout",
+    "medusa_lm_head.pt": "; it has medusa_lm_head.pt: weights are read as safetensors",
+    "model.onnx": "; it has model.onnx: weights are read as safetensors",
+    "README.md": "",
+}
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_is_there_instead_is_said(tmp_path, name, has_config):
+    (tmp_path / name).write_bytes(b"x")
+    if has_config:
+        write_causal(tmp_path)
+    lacks = "one must hold weights" if has_config else "must hold a published model"
+    with pytest.raises(FileNotFoundError, match=re.escape(lacks + INSTEAD[name])):
+        dlm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers=1000"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings=2147483648 must be at most"),
+        ({"rope_theta": 10**400}, "rope_theta=1000"),
+        ({"layer_types": [[1]] * 2, "model_type": "qwen2"}, "layer_types=.* must be a list of 2"),
+        ({"layer_types": [{}] * 2, "model_type": "mistral"}, "layer_types=.* must be a list of 2"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [[1]]},
+            r"mlp_only_layers=\[\[1\]\] must be a list of layers",
+        ),
+        (
+            {"model_type": "smollm3", "no_rope_layer_interval": 0},
+            "no_rope_layer_interval=0 must be at least 1",
+        ),
+        (
+            {"model_type": "gemma3_text", "sliding_window_pattern": 0},
+            "sliding_window_pattern=0 must be at least 1",
+        ),
+    ],
+)
+def test_values_that_no_arithmetic_bears(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(write_causal(tmp_path, **{"rope_scaling": None}, **changes))

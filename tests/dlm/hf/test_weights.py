@@ -214,6 +214,15 @@ def test_index_errors(model):
     assert first.is_file()
 
 
+def test_tensors_that_no_index_lists_are_seen(model):
+    path = model()
+    first, _ = in_two_files(path)
+    tensors = safetensors.numpy.load_file(first) | {"extra": np.zeros(3, np.float32)}
+    safetensors.numpy.save_file(tensors, first)
+    with pytest.raises(ValueError, match=r"does not hold the tensors .*: unexpected: extra \[3\]$"):
+        load_params(path, read_config(path))
+
+
 def test_all_wrong_tensors_are_listed_at_once(model):
     tensors = tensors_of("llada_small")
     prefix = "model.transformer.blocks"

@@ -49,11 +49,16 @@ def test_errors_name_file_and_line(tmp_path):
         jsonl.JsonlTask(bad, "{q}", "{q}")
     bad.write_text('{"q": [1]}\n\n{"a": 2}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 3: .*'q'.* it has a"):
+        jsonl.JsonlTask(bad, "{q[0]}", "")
+    with pytest.raises(ValueError, match=r"line 1: the field 'q' of the template is a list, of wh"):
         jsonl.JsonlTask(bad, "{q}", "")
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: .*index out of range.* it has q"):
         jsonl.JsonlTask(bad, "{q[1]}", "")
+    bad.write_text('{"q": "abc"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: the template '{q:d}' does not fit"):
         jsonl.JsonlTask(bad, "{q:d}", "")
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: the field 'q' .* is text, not a li"):
+        jsonl.JsonlTask(bad, "{q[0]}", "")
     bad.write_text('{"q": {"a": 1}}\n{"q": {"a": null}}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: the field 'q\[a\]' .* is null"):
         jsonl.JsonlTask(bad, "", "{q[a]}")

@@ -38,10 +38,11 @@ def test_spec_times_trees_of_every_size_and_drafters():
     assert table(rows, "spec", spec.COLUMNS).count("\n") == len(rows) + 1
 
 
+@pytest.mark.exhaustive
 def test_refilled_rows_give_the_same_answers_in_fewer_rounds():
     lm = untrained(WaitingLine())
-    method, prompts, gen_len = refill.of_task(lm, TASKS["waiting_line"], 12, block_len=8)
-    method = method.replace(rule=Threshold(0.05))  # of an untrained model
+    prompts, gen_len = refill.of_task(lm, TASKS["waiting_line"], 12, block_len=8)
+    method = refill.method_of(lm, 8).replace(rule=Threshold(0.05))  # of an untrained model
     row = refill.bench_refill(lm, method, prompts, gen_len, rows=4, repeats=1)
     assert row["same_answers"] and 0 < row["full_rounds"] < row["static_rounds"]
     assert row["static_occupancy"] < row["occupancy"] <= 1 and row["compile_s"] > 0

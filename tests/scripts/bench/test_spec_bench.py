@@ -27,6 +27,7 @@ def test_questions_of_spec_bench_have_six_categories(tmp_path):
         prompts.read_questions(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     """Drafts change nothing; a decoder that writes something else is listed, with its margin."""
     lm = LanguageModel(toy_params, toy_cfg)

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from dlm.params import num_params
 from dlm.presets import PRESETS
 from scripts.plan.collectives import collectives
-from scripts.plan.meshes import decoding_meshes, training_meshes
+from scripts.plan.meshes import decoding_meshes, mesh_name, mesh_of_name, training_meshes
 from tests.lib.commands import LIBTPU, needs_libtpu
 from tests.lib.paths import ROOT
 
@@ -105,6 +106,66 @@ def test_meshes_use_all_chips_and_no_more_rows_than_there_are():
     assert idle == [{"data": 8, "tensor": 32}, {"data": 2, "tensor": 32, "sequence": 4}]
 
 
+def test_keys_name_cases():
+    mesh = ("data", 2), ("tensor", 8)
+    for name, axes in (("data 2 x tensor 8", mesh), ("one chip", ())):
+        assert mesh_of_name(name) == axes and mesh_name(axes) == name
+    assert mesh_of_name(mesh_name((*mesh, ("sequence", 1)))) == mesh
+
+
+def moves_of_experts(moves, cfg):
+    """Transfers that have both dimensions of an expert's matrix."""
+    wanted = {cfg.d_model, cfg.experts.d_ff}
+    dims = lambda move: {
+        int(d) for d in move["shape"].partition("[")[2].rstrip("]").split(",") if d
+    }
+    return [move for move in moves if wanted <= dims(move)]
+
+
+def test_experts_stay_where_they_are_in_the_plans_of_the_docs():
+    """16 billion parameters on 16 chips: a sixteenth each, or more rows and fewer shards."""
+    cfg = PRESETS["llada2_mini"]
+    plans = json.loads((ROOT / "docs" / "pods.json").read_text())["cases"]
+    ours = {key: found for key, found in plans.items() if "llada2_mini" in key}
+    assert {key.split(" | ")[0] for key in ours} == {"v5e:4x4", "v6e:4x4"}
+    page = (ROOT / "docs" / "pods.md").read_text()
+    for key, found in ours.items():
+        if "refused" in found:
+            continue
+        tensor = dict(mesh_of_name(key.split(" | ")[2]))["tensor"]
+        assert found["weights"] < 1.1 * num_params(cfg) * 2 / tensor, key
+        assert not moves_of_experts(found["collectives"], cfg), key
+        # A round moves what tokens are, not what experts are.
+        assert found["moved"] < 2 * cfg.d_model * cfg.experts.d_ff * cfg.experts.num_experts, key
+        assert key.split(" | ")[1] in page
+
+
+@needs_libtpu
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("axes", [{"tensor": 16}, {"data": 2, "tensor": 8}], ids=str)
+def test_no_expert_travels(axes):
+    """The decoding loop of LLaDA2.0-mini, of three layers, as compiled for a slice."""
+    code = """
+import dataclasses, json, sys
+from scripts.plan import aot
+from decode.diffusion.components import BlockCausal, FixedBlocks, Threshold
+from decode.diffusion.loop import DiffusionMethod
+from dlm.presets import PRESETS
+from dlm.sharding import make_mesh
+cfg = PRESETS["llada2_mini"]
+cfg = dataclasses.replace(cfg, n_layers=3, pattern=cfg.pattern[:3])
+mesh = make_mesh(**json.loads(sys.argv[1]), devices=aot.devices_of("v5e:4x4"))
+method = DiffusionMethod(FixedBlocks(32, aligned=True), BlockCausal(32), rule=Threshold(0.9))
+print(json.dumps(aot.decoding(method, cfg, mesh, batch_size=8, prompt_len=256, gen_len=64)))
+"""
+    found = in_a_process(code, json.dumps(axes))
+    cfg = PRESETS["llada2_mini"]
+    assert found["collectives"] and not moves_of_experts(found["collectives"], cfg)
+    expert = 2 * cfg.d_model * cfg.experts.d_ff
+    gathered = [m for m in found["collectives"] if m["op"] == "all-gather" and m["branch"] != 1]
+    assert all(move["num_bytes"] < expert for move in gathered), gathered
+
+
 @needs_libtpu
 @pytest.mark.exhaustive
 def test_meshes_lie_on_slices_of_any_kind():
@@ -149,6 +210,7 @@ def test_a_plan_of_llada_8b(tmp_path):
         assert move["op"] != "all-gather" or slots not in dims, move
     assert found["round_ms"] > 1e3 * (found["weights"] + found["cache"]) / 819e9 * 0.9
     assert "| v5e:2x2 | llada_8b, batch 1 | tensor 4 * | yes " in (tmp_path / "pods.md").read_text()
+    assert plan["commands"] == [" ".join(["python -m scripts.plan.pod", *command[3:]])]
     assert (tmp_path / "pods.png").read_bytes().startswith(b"\x89PNG")
     command[3] = "--slices=v5e:3x7"
     wrong = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -26,6 +26,7 @@ from train.collect import trajectories
 from train.collect.config import TrajectoryConfig
 from train.collect.records import Rounds, Trajectories, open_records
 from train.config import ConfigError
+from train.workdir import hold
 
 P, G, C = 5, 6, 3
 
@@ -192,6 +193,12 @@ def test_settings_that_make_no_sense_are_refused(model_path, tmp_path, changes, 
         trajectories.run(settings(model_path, **changes), tmp_path / "out")
     with pytest.raises(ConfigError, match="batch_size=0 must be"):
         settings(model_path, batch_size=0)
+
+
+def test_two_in_one_folder_are_refused(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectories, "build", lambda *_: pytest.fail("worked"))
+    with hold(tmp_path), pytest.raises(ConfigError, match="is in use by process"):
+        trajectories.run(settings(model_path), tmp_path)
 
 
 def test_a_folder_of_other_settings_is_refused(collected, model_path):

@@ -69,6 +69,13 @@ def test_padding_of_the_target_is_nothing_to_draft(toy_cfg, toy_params):
         assert int(state.acceptance_histogram[:, 1:].sum()) > 0
 
 
+def test_diffusion_models_are_no_drafts(toy_cfg, toy_params):
+    never = dataclasses.replace(toy_cfg, never_causal=True)
+    for drafter in drafters(toy_params, never).values():
+        with pytest.raises(ValueError, match="the draft model is a diffusion model, which never"):
+            drafter.validate(toy_cfg)
+
+
 def test_other_vocabularies_are_refused(toy_cfg, toy_params):
     far = dataclasses.replace(toy_cfg, vocab_size=toy_cfg.vocab_size + 1025)
     message = f"vocabulary of {toy_cfg.vocab_size} tokens and the target one of {far.vocab_size}"
