@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -117,35 +119,49 @@ def _read(lm: LanguageModel, prompt: list[int]) -> jax.Array:
 
 
 class _Theirs:
-    """The same weights in transformers."""
+    """The same weights in transformers, in a process of its own: threads would compete."""
 
     def __init__(self, lm: LanguageModel) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, DynamicCache
+        context = multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.folder = tempfile.TemporaryDirectory()
+        dlm.save(f"{self.folder.name}/model", lm)
+        arguments = there, f"{self.folder.name}/model", lm.cfg.dtype
+        context.Process(target=_serve, args=arguments, daemon=True).start()
 
-        self.torch, self.new_cache = torch, DynamicCache
-        with tempfile.TemporaryDirectory() as folder:
-            dlm.save(f"{folder}/model", lm)
-            dtype = getattr(torch, lm.cfg.dtype)
-            self.model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=dtype).eval()
-
-    def read(self, text: list[int]) -> Any:
-        """The cache of a text."""
-        cache = self.new_cache()
-        with self.torch.inference_mode():
-            self.model(
-                self.torch.tensor([text]), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-        return cache
+    def read(self, text: list[int]) -> None:
+        """Makes the cache of a text."""
+        self._ask(text)
 
     def window(self, text: list[int], width: int) -> Run:
         """One window behind a text that is in the cache."""
-        cache, tokens = self.read(text), self.torch.zeros((1, width), dtype=self.torch.long)
+        self.read(text)
+        return lambda: self._ask(width)
 
-        def run() -> None:
-            with self.torch.inference_mode():
-                logits = self.model(tokens, past_key_values=cache, use_cache=True).logits
-                logits.argmax(-1)
-                cache.crop(len(text))
+    def _ask(self, what: list[int] | int) -> None:
+        self.pipe.send(what)
+        self.pipe.recv()
 
-        return run
+
+def _serve(pipe: Connection, folder: str, dtype: str) -> None:
+    """Reads texts that are sent, and windows of a width behind them, until nobody asks."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    cache = DynamicCache()
+    with torch.inference_mode():
+        while True:
+            try:
+                asked = pipe.recv()
+            except EOFError:
+                return
+            if isinstance(asked, int):
+                tokens = torch.zeros((1, asked), dtype=torch.long)
+                model(tokens, past_key_values=cache, use_cache=True).logits.argmax(-1)
+                cache.crop(-asked)
+            else:
+                cache = DynamicCache()
+                tokens = torch.tensor([asked])
+                model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            pipe.send(None)
