@@ -362,3 +362,11 @@ def test_nonsense_is_refused(toy_cfg):
     with pytest.raises(ValueError, match="Typical is lossy"):
         lossy.validate(toy_cfg)
     assert Controller().widths_of(NoDraft()) == (1,)
+
+
+def test_nodes_of_a_part_have_its_parents():
+    """By hand: of a chain with a side branch, every other node."""
+    zeros = np.zeros((1, 5), np.int32)
+    tree = DraftTree(zeros, np.int32([[-1, 0, 0, 1, 2]]), np.int32([[0, 1, 1, 2, 2]]), zeros == 0)
+    part = tree.take(np.array([[0, 2, 4]]))
+    assert part.parents.tolist() == [[-1, 0, 1]] and part.depths.tolist() == [[0, 1, 2]]
