@@ -174,6 +174,15 @@ def test_tokenizer_files(tmp_path, num):
     try_all(num, test)
 
 
+def test_panics_of_the_library_are_sentences(tmp_path):
+    """A post-processor that names a token which it does not give: no `Exception`, in Rust."""
+    frame = PIECES["post_processor"] | {"special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_bytes(to_json(PIECES | {"post_processor": frame}))
+    (tmp_path / "tokenizer_config.json").write_bytes(to_json({"eos_token": "</s>"}))
+    with pytest.raises(ValueError, match=r"cannot be encoded \(no entry found for key\)"):
+        load_tokenizer(tmp_path)
+
+
 # ---- Weights ----------------------------------------------------------------------------------
 
 SMALL = dataclasses.replace(

@@ -144,7 +144,10 @@ def test_experts_stay_where_they_are_in_the_plans_of_the_docs():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("axes", [{"tensor": 16}, {"data": 2, "tensor": 8}], ids=str)
 def test_no_expert_travels(axes):
-    """The decoding loop of LLaDA2.0-mini, of three layers, as compiled for a slice."""
+    """The decoding loop of LLaDA2.0-mini, of three layers, as compiled for a slice.
+
+    Rows and lengths of which no product is an expert's width.
+    """
     code = """
 import dataclasses, json, sys
 from scripts.plan import aot
@@ -156,7 +159,7 @@ cfg = PRESETS["llada2_mini"]
 cfg = dataclasses.replace(cfg, n_layers=3, pattern=cfg.pattern[:3])
 mesh = make_mesh(**json.loads(sys.argv[1]), devices=aot.devices_of("v5e:4x4"))
 method = DiffusionMethod(FixedBlocks(32, aligned=True), BlockCausal(32), rule=Threshold(0.9))
-print(json.dumps(aot.decoding(method, cfg, mesh, batch_size=8, prompt_len=256, gen_len=64)))
+print(json.dumps(aot.decoding(method, cfg, mesh, batch_size=6, prompt_len=288, gen_len=64)))
 """
     found = in_a_process(code, json.dumps(axes))
     cfg = PRESETS["llada2_mini"]
