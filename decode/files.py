@@ -72,7 +72,7 @@ def answer_file(
     text = source.read_text(encoding="utf-8")
     asked = [
         _read(lm, line, f"{source}, line {n}", gen_len)
-        for n, line in enumerate(text.splitlines(), 1)
+        for n, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     settings = _settings(lm, text, decode, gen_len, seed)
@@ -168,7 +168,8 @@ def _read_answers(target: pathlib.Path) -> dict[int, str]:
     kept = whole[: whole.rfind("\n") + 1]
     if kept != whole:
         _replace(target, kept)
-    return {json.loads(line)["index"]: line for line in kept.splitlines(keepends=True)}
+    lines = kept.split("\n")[:-1]  # only this ends a line: texts may hold U+2028 and the like
+    return {json.loads(line)["index"]: f"{line}\n" for line in lines}
 
 
 def _write(index: int, completion: Completion) -> str:

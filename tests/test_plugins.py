@@ -21,10 +21,11 @@ def test_every_test_is_in_one_share_and_shares_are_about_equal():
     assert all(tiers.runs(i, "all") for i in IDS)
 
 
-def test_sixteen_days_see_every_share():
+def test_as_many_days_as_there_are_shares_see_them_all():
     first = datetime.date(2024, 2, 20)
-    days = [first + datetime.timedelta(days=i) for i in range(16)]
-    assert {tiers.todays_share(day) for day in days} == {f"{k}/16" for k in range(16)}
+    days = [first + datetime.timedelta(days=i) for i in range(tiers.NUM_SHARES)]
+    shares = {f"{k}/{tiers.NUM_SHARES}" for k in range(tiers.NUM_SHARES)}
+    assert {tiers.todays_share(day) for day in days} == shares
 
 
 @pytest.mark.parametrize("share", ["some", "16/16", "-1/16", "1", "1/", "/16"])

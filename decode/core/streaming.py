@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from decode.core.requests import Prompt, encode, round_lengths
+from decode.core.requests import Prompt, encode, read_requests, round_lengths, round_rows
 from decode.core.results import Completion, cut, read_stops
-from decode.core.texts import Loop
+from decode.core.texts import Loop, inside
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
@@ -60,26 +58,44 @@ def stream_answer(
             "use decode.generate or decode.complete with token ids"
         )
     tokens = encode(lm, prompt)
+    read_requests(
+        lm.cfg, [tokens], [gen_len], [seed], None, None, None,
+        may_be_empty=loop.may_be_empty(lm.cfg),
+    )  # fmt: skip
+    return inside(lm, _pieces(lm, tokenizer, tokens, loop, method, gen_len, stops, seed))
+
+
+def _pieces(
+    lm: LanguageModel,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    loop: Loop,
+    method: Any,
+    gen_len: int,
+    stops: Sequence[str],
+    seed: int,
+) -> Iterator[Piece]:
+    """As `stream_answer`."""
     P, G = round_lengths(lm.cfg, [tokens], [gen_len])
+    asked = dict(
+        gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G, batch_size=round_rows(1, None)
+    )
+    start = lambda method: loop.prepare(lm, method, [tokens], **asked)  # noqa: E731
+    method = loop.ready(lm, method, start)
     ends = {*lm.cfg.eos_ids, *np.asarray(method.stop_ids).reshape(-1).tolist()}
-    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        asked = dict(gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G)
-        start = lambda method: loop.prepare(lm, method, [tokens], **asked)  # noqa: E731
-        method = loop.ready(lm, method, start)
-        state = start(method)
-        shown = ""
-        while True:
-            state = loop.decode(lm.params, lm.cfg, method, state, 1)
-            certain, ahead = (rows[0].tolist() for rows in loop.written(state, method))
-            written = _before(ends, certain + ahead)
-            text = _sure(tokenizer, written[: len(certain)], stops)
-            if text is None or bool(state.has_stopped.all()):
-                break
-            if text.startswith(shown):
-                rest = _provisional(tokenizer, written[len(certain) :], lm.cfg.mask_token_id)
-                yield Piece(text[len(shown) :], rest)
-                shown = text
-        (completion,) = loop.collect(loop.reported(state), lm, method, num=1, stops=stops)
+    state, shown = start(method), ""
+    while True:
+        state = loop.decode(lm.params, lm.cfg, method, state, 1)
+        certain, ahead = (rows[0].tolist() for rows in loop.written(state, method))
+        written = _before(ends, certain + ahead)
+        text = _sure(tokenizer, written[: len(certain)], stops)
+        if text is None or bool(state.has_stopped.all()):
+            break
+        if text.startswith(shown):
+            rest = _provisional(tokenizer, written[len(certain) :], lm.cfg.mask_token_id)
+            yield Piece(text[len(shown) :], rest)
+            shown = text
+    (completion,) = loop.collect(loop.reported(state), lm, method, num=1, stops=stops)
     assert completion.text is not None
     yield Piece(completion.text[len(shown) :], completion=completion)
 

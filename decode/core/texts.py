@@ -174,7 +174,7 @@ class Asked:
         """
         rows = self._rows(loop, batch_size)
         found = self._decode_all(loop, method, rows, progress, pace or Pace())
-        return _inside(self.lm, found)
+        return inside(self.lm, found)
 
     def warm_up(self, loop: Loop, method: Any, batch_size: int | None = None) -> float:
         """Compiles what decoding them needs, and decodes nothing. The seconds of compiling.
@@ -335,7 +335,7 @@ def _mesh(lm: LanguageModel) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh)
 
 
-def _inside(lm: LanguageModel, found: Iterator[Item]) -> Iterator[Item]:
+def inside(lm: LanguageModel, found: Iterator[Item]) -> Iterator[Item]:
     """What an iterator gives that computes in the mesh of a model; who takes it does not."""
     while True:
         with _mesh(lm):

@@ -9,7 +9,7 @@ Letters: B rows, S token slots, T positions seen at once, D width of the target,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,12 @@ class Drafter(Part):
 
     Most trees have one shape: a static field or a property `shape` of the class. Where another tree
     is made in every round, `num_nodes` and `depth` say how large it may be.
+
+    Attributes:
+      notices_pauses: whether it remembers rounds in which it was not asked by `pause`.
     """
+
+    notices_pauses: ClassVar[bool] = False
 
     @classmethod
     def points(cls) -> Mapping[str, Drafter]:
@@ -202,5 +207,5 @@ class Drafter(Part):
         return state
 
     def pause(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
-        """The state after a round in which it was not asked to propose. Default: as ever."""
-        return self.observe(cfg, context, seen, state)
+        """The state after a round in which it was not asked, of one that `notices_pauses`."""
+        raise NotImplementedError

@@ -124,7 +124,10 @@ def _file() -> pathlib.Path | None:
 def _read(file: pathlib.Path | None) -> dict[str, list[float]]:
     if file is None or not file.is_file():
         return {}
-    found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # damaged: what it held is measured again
+        return {}
     return found
 
 

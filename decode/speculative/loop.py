@@ -386,7 +386,7 @@ def _observe(
         functools.partial(see, cfg, context, seen, state)
         for see in (drafter.observe, drafter.pause)
     )
-    if is_paused is None or type(drafter).pause is Drafter.pause:
+    if is_paused is None or not drafter.notices_pauses:
         return observe()
     if drafter.num_extra:  # its rows were not read
         return pause()

@@ -27,7 +27,7 @@ def read_questions(folder: str | pathlib.Path) -> dict[str, list[str]]:
       ValueError: there are no questions, or a line has no turn.
     """
     files = sorted(pathlib.Path(folder).glob("question*.jsonl"))
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")]
     questions = [json.loads(line) for line in lines if line.strip()]
     if not questions:
         raise ValueError(f"{folder} has no question*.jsonl with questions in it")

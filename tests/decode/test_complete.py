@@ -2,29 +2,18 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 import dlm
 from decode.complete import complete
 from decode.speculative.drafters.prompt_lookup import PromptLookup
-from dlm.config import ModelConfig
-from dlm.params import init_params
-from dlm.tokenizer import byte_tokenizer
-from tests.lib.models import spread
+from tests.lib.untrained import byte_lm
 
 
 @pytest.fixture(scope="module")
 def lm():
-    tokenizer = byte_tokenizer()
-    cfg = ModelConfig(
-        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=128,
-        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
-        shifted_logits=True, dtype="float32",
-    )  # fmt: skip
-    return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)
+    return byte_lm()
 
 
 def test_drafts_change_the_forwards_and_nothing_else(lm):

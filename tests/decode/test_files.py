@@ -10,6 +10,7 @@ from decode import files
 from decode.complete import as_finished, complete
 from decode.files import answer_file
 from decode.speculative.drafters.prompt_lookup import PromptLookup
+from tests.lib.untrained import byte_lm
 
 DECODE = functools.partial(as_finished, drafter=PromptLookup(num_drafts=3), batch_size=2)
 PROMPTS = [[5, 6, 7, 5, 6], {"prompt": [8], "gen_len": 3}, {"prompt": [9, 5, 6, 7]}, [1], [2, 3]]
@@ -112,3 +113,16 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         files._replace(file, "new")
     assert file.read_bytes() == b"old"
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """What other tools call line breaks may stand in texts, unescaped."""
+    prompts, out, odd = tmp_path / "in.jsonl", tmp_path / "out.jsonl", "x\u2028y\x85z"
+    dump = lambda value: json.dumps(value, ensure_ascii=False) + "\n"
+    prompts.write_text(dump(odd) + dump("d"), encoding="utf-8")
+    lm = byte_lm()
+    assert answer_file(lm, prompts, out, DECODE, gen_len=3) == 2
+    first = json.loads(out.read_text(encoding="utf-8").split("\n")[0])
+    out.write_text(dump(first | {"text": odd}), encoding="utf-8")
+    assert answer_file(lm, prompts, out, DECODE, gen_len=3) == 1
+    assert json.loads(out.read_text(encoding="utf-8").split("\n")[0])["text"] == odd

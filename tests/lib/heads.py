@@ -1,12 +1,15 @@
 """Draft heads, networks and models beside a toy target."""
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 
 from decode.speculative.drafters.hydra import Hydra
 from decode.speculative.drafters.medusa import Medusa
 from decode.speculative.tree import from_paths
+from dlm.config import ModelConfig
 from dlm.heads.draft_lm import Draft
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
@@ -56,3 +59,21 @@ def models(toy_cfg, toy_params, dtype="float32"):
     """A target, and a draft model of one layer."""
     cfg = dataclasses.replace(toy_cfg, n_layers=1, dtype=dtype)
     return Learned(toy_params, Draft(random_model(9, cfg), cfg))
+
+
+def target_of(root: pathlib.Path) -> ModelConfig:
+    """The configuration of a target that a network in a folder was published for."""
+    raw = json.loads((root / "config.json").read_text())
+    return ModelConfig(
+        d_model=raw["hidden_size"],
+        n_layers=raw.get("num_target_layers", 12),
+        n_heads=4,
+        n_kv_heads=4,
+        head_dim=16,
+        d_ff=8,
+        vocab_size=raw["vocab_size"],
+        max_seq_len=64,
+        eos_token_id=2,
+        rope_theta=5e5,  # of the target: not the network's
+        dtype="float32",
+    )

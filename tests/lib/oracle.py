@@ -72,6 +72,23 @@ class Model:
         return np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
 
 
+def proposals(model, hidden_at):
+    """The probability and id of the best token but MASK, by position; of final hidden states."""
+    found = {}
+    for i, hidden in hidden_at.items():
+        z = model.logits(hidden)
+        z[model.cfg.mask_token_id] = -np.inf
+        p = np.exp(z - z.max())
+        found[i] = (p.max() / p.sum(), int(z.argmax()))
+    return found
+
+
+def sure(proposed, threshold):
+    """Positions of which a threshold commits the proposal: those that reach it, or the best one."""
+    best = max(proposed, key=lambda i: (proposed[i][0], -i))
+    return [i for i, (p, _) in proposed.items() if p >= threshold or i == best]
+
+
 def decode(
     model,
     prompt,

@@ -1,13 +1,15 @@
-"""Untrained models that read and write a task's words."""
+"""Untrained models with tokenizers."""
 
 import dataclasses
 
 import jax
 
 import dlm
+from dlm.config import ModelConfig
 from dlm.params import init_params
 from dlm.presets import PRESETS
-from dlm.tokenizer import word_tokenizer
+from dlm.tokenizer import byte_tokenizer, word_tokenizer
+from tests.lib.models import spread
 
 
 def untrained(task) -> dlm.LanguageModel:
@@ -22,3 +24,15 @@ def untrained(task) -> dlm.LanguageModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     return dlm.LanguageModel(init_params(jax.random.key(0), cfg), cfg, tokenizer)
+
+
+def byte_lm() -> dlm.LanguageModel:
+    """A tiny autoregressive or diffusion model of bytes, with a tokenizer."""
+    tokenizer = byte_tokenizer()
+    cfg = ModelConfig(
+        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=128,
+        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
+        shifted_logits=True, dtype="float32",
+    )  # fmt: skip
+    return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)

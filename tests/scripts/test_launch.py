@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from tests.lib.mains import run_main
@@ -65,6 +66,7 @@ def test_one_that_fails_ends_the_others(tmp_path):
     assert local(tmp_path, program, code=3)[0] == ""
 
 
+@pytest.mark.exhaustive
 def test_those_that_stopped_are_started_again(tmp_path):
     """Each process counts its starts; at the third one it is done."""
     program = """

@@ -242,6 +242,7 @@ def test_gradient_against_finite_differences_in_float64(toy_cfg):
 # ---- Learning ---------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_one_sample_is_learned_by_heart_and_decoded_a_block_per_forward(toy_cfg):
     """Check 5 of the card."""
     prompt, completion = [3, 1, 2], [5, 0, 7, 7, 2, 9, 4, 1]

@@ -74,6 +74,7 @@ def test_no_gradient_reaches_the_target(toy_cfg, toy_params):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_draft_model_comes_closer_to_its_target(scan_target, scan_draft, tmp_path):
     config = distill_draft.get_config("scan,runlocal")
     config.train.init_from = str(scan_target)

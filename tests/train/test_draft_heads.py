@@ -226,7 +226,7 @@ def test_smoke_tests_of_networks(scan_target, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hydra", *more("medusa")])
+@pytest.mark.parametrize("kind", more("hydra", "medusa"))
 def test_smoke_tests_from_target_to_drafts(scan_target, tmp_path, kind):
     """Train a target, then heads beside it; they draft its own greedy text."""
     lm = dlm.load(scan_target)

@@ -16,7 +16,7 @@ the target, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ class _Network(Drafter):
       network: of `dlm.heads.eagle_1.load` or `dlm.heads.eagle_3.load`.
     """
 
+    notices_pauses: ClassVar[bool] = True
     network: EagleNetwork
 
     @property

@@ -21,7 +21,7 @@ Letters: B rows, V vocabulary, N length of n-grams, W window, G n-grams per firs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ class Lookahead(Drafter):
       num_candidates: G >= 1 (7). Static.
     """
 
+    notices_pauses: ClassVar[bool] = True
     ngram: int = struct.field(pytree_node=False, default=5)
     window: int = struct.field(pytree_node=False, default=7)
     num_candidates: int = struct.field(pytree_node=False, default=7)

@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-import dlm
 from decode import complete, generate
 from decode.core.streaming import OPEN, Piece, _overlap, _sure
-from decode.diffusion.components import Quota, Remask
-from dlm.config import ModelConfig
-from dlm.params import init_params
+from decode.diffusion.components import FixedBlocks, Keep, Quota, Remask, TokenEdit
+from decode.diffusion.loop import DiffusionMethod, init_state, stream
+from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer
-from tests.lib.models import spread
+from tests.lib.untrained import byte_lm
 
 SETTINGS = {
     "complete": (complete, dict(gen_len=24, method="prompt_lookup")),
@@ -27,14 +26,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def lm():
-    tokenizer = byte_tokenizer()
-    cfg = ModelConfig(
-        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=128,
-        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
-        shifted_logits=True, dtype="float32",
-    )  # fmt: skip
-    return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)
+    return byte_lm()
 
 
 def all_of(api, lm, prompt, **options):
@@ -83,11 +75,14 @@ def test_what_is_ahead_is_shown(lm):
 
 
 def test_what_may_be_revised_is_ahead(lm):
-    """Text comes a block at a time, however many rounds that took."""
-    _, options = SETTINGS["revised"]
-    pieces = all_of(generate, lm, "abcab", **options)
-    assert sum(bool(piece.text) for piece in pieces) == 3
-    assert sum(bool(piece.ahead) for piece in pieces) > 6
+    """With a reviser only whole blocks are certain, without one what stands before a gap."""
+    revised = DiffusionMethod(FixedBlocks(8), rule=Quota(2), reviser=TokenEdit(0.3, 3))
+    lengths = []
+    for method in (revised, revised.replace(reviser=Keep())):
+        state = init_state(lm.cfg, method, [[97, 98, 99]], gen_len=24)
+        states = stream(lm.params, lm.cfg, method, state)
+        lengths.append({len(generate.LOOP.written(x, method)[0][0]) for x in states})
+    assert lengths[0] <= {0, 8, 16, 24} and len(lengths[1] - {0, 8, 16, 24}) > 2
 
 
 def test_characters_come_whole():
@@ -104,8 +99,21 @@ def test_how_a_stop_string_may_have_begun():
     assert [_overlap(text, "aab") for text in ("xa", "xaa", "xaab", "b", "")] == [1, 2, 0, 0, 0]
 
 
+def test_whoever_takes_the_pieces_is_in_no_mesh(lm):
+    _, options = SETTINGS["generate"]
+    mesh = make_mesh(data=2)
+    split = dataclasses.replace(lm, params=jax.device_put(lm.params), mesh=mesh)
+    pieces = []
+    for piece in generate.stream_text(split, "abcab", **options):
+        assert jax.sharding.get_abstract_mesh().empty
+        pieces.append(piece.text)
+    assert "".join(pieces) == generate.generate(lm, "abcab", **options).text
+
+
 def test_what_cannot_be_streamed_is_refused(lm):
     bare = dataclasses.replace(lm, tokenizer=None)
     with pytest.raises(ValueError, match="no tokenizer that could be read, so there is no text"):
-        next(complete.stream_text(bare, [1, 2]))
+        complete.stream_text(bare, [1, 2])
+    with pytest.raises(ValueError, match="gen_len=0 of prompt 0"):  # before anything is asked for
+        complete.stream_text(lm, "abc", gen_len=0)
     assert Piece("a").ahead == ""

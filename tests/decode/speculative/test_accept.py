@@ -121,13 +121,13 @@ DEPTH_FIRST = TreeShape((0, 1, 1, 0, 4, 0), (0, 0, 1, 1, 0, 2))  # the same, sto
 CASES = [
     (Match(), CHAIN, "top"),
     (Match(), TREE, "without"),
-    (SpeculativeSampling(), CHAIN, "without"),
-    (SpeculativeSampling(), TREE, "top"),
     (SpeculativeSampling(), DEPTH_FIRST, "without"),
     (SpeculativeSampling(), TREE, "with"),
     (BlockVerification(), CHAIN, "without"),
-    (BlockVerification(), CHAIN, "top"),
     *more(
+        (SpeculativeSampling(), CHAIN, "without"),
+        (SpeculativeSampling(), TREE, "top"),
+        (BlockVerification(), CHAIN, "top"),
         (Match(), CHAIN, "without"),
         (Match(), TREE, "top"),
         (SpeculativeSampling(), CHAIN, "top"),

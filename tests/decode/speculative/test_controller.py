@@ -205,6 +205,7 @@ def test_drafts_that_are_never_right_cost_one_try_and_the_tolerance(cost):
     assert state.rounds.sum() == rounds and state.rounds[0, 2] > 1
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
     cfg, prompts, expected, truth = plain
     right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1), shape=chain(7))

@@ -11,9 +11,8 @@ import pytest
 from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context, Seen
 from decode.speculative.drafters.dflash import DFlash
-from dlm.config import ModelConfig
 from dlm.heads.dflash import DFlashHeads, load_published, save_published
-from tests.lib.heads import init, shaken
+from tests.lib.heads import init, shaken, target_of
 from tests.lib.oracle import Model
 from tests.lib.paths import SHARED
 from train.objectives.dflash import read_blocks
@@ -21,24 +20,6 @@ from train.reading import Text
 
 GOLDENS = SHARED / "goldens" / "dflash_net"
 CASES = sorted(path.name for path in GOLDENS.glob("*")) or ["none"]
-
-
-def target_of(root):
-    """The configuration of a target that a network was published for."""
-    raw = json.loads((root / "config.json").read_text())
-    return ModelConfig(
-        d_model=raw["hidden_size"],
-        n_layers=raw["num_target_layers"],
-        n_heads=4,
-        n_kv_heads=4,
-        head_dim=16,
-        d_ff=8,
-        vocab_size=raw["vocab_size"],
-        max_seq_len=64,
-        eos_token_id=2,
-        rope_theta=5e5,  # of the target: not the network's
-        dtype="float32",
-    )
 
 
 def proposed(drafter, cfg, context, features):

@@ -13,32 +13,13 @@ from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context
 from decode.speculative.drafters.eagle import EagleBest
 from dlm.cache import init_cache
-from dlm.config import ModelConfig
 from dlm.heads.eagle_3 import Eagle3Heads, load_published, save_published
 from dlm.window import Slots, Window
-from tests.lib.heads import init, shaken
+from tests.lib.heads import init, shaken, target_of
 from tests.lib.paths import SHARED
 
 GOLDENS = SHARED / "goldens" / "eagle3_net"
 CASES = sorted(path.name for path in GOLDENS.glob("*")) or ["none"]
-
-
-def target_of(root):
-    """The configuration of a target that a network was published for."""
-    raw = json.loads((root / "config.json").read_text())
-    return ModelConfig(
-        d_model=raw["hidden_size"],
-        n_layers=12,
-        n_heads=4,
-        n_kv_heads=4,
-        head_dim=16,
-        d_ff=8,
-        vocab_size=raw["vocab_size"],
-        max_seq_len=64,
-        eos_token_id=2,
-        rope_theta=5e5,  # of the target: not the network's
-        dtype="float32",
-    )
 
 
 @jax.jit

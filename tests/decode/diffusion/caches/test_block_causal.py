@@ -18,7 +18,7 @@ from dlm.models.decoder import forward
 from dlm.window import Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_mask
 from kernels_pallas.window_attention import pack_mask
-from tests.lib.oracle import Model
+from tests.lib.oracle import Model, proposals, sure
 from tests.lib.tiers import more
 
 C = 4
@@ -43,17 +43,11 @@ def decode_plainly(model, prompt, gen_len, threshold, sub_len=C, origin=0, first
             while any(step_map[i - P] < 0 for i in part):
                 allowed = block[:, None] >= block[None]
                 hidden, _ = model.run(canvas, range(n), allowed=allowed)
-                sure = {}
-                for i in part:
-                    if step_map[i - P] < 0:
-                        z = model.logits(hidden[i - shift])
-                        z[cfg.mask_token_id] = -np.inf
-                        p = np.exp(z - z.max())
-                        sure[i] = (p.max() / p.sum(), int(z.argmax()))
-                best = max(sure, key=lambda i: (sure[i][0], -i))
-                for i, (p, token) in sure.items():
-                    if p >= threshold or i == best:
-                        canvas[i], step_map[i - P] = token, step
+                found = proposals(
+                    model, {i: hidden[i - shift] for i in part if step_map[i - P] < 0}
+                )
+                for i in sure(found, threshold):
+                    canvas[i], step_map[i - P] = found[i][1], step
                 step += 1
     return canvas[P:], step_map, step
 
@@ -92,16 +86,10 @@ def decode_pipeline(model, prompt, gen_len, threshold, blocks):
     first, last = 0, 1  # of the open ones, and behind them
     while first < len(members):
         hidden, _ = model.run(canvas, range(n), allowed=block[:, None] >= block[None])
-        sure = {}
-        for i in (i for b in members[first:last] for i in b if step_map[i - P] < 0):
-            z = model.logits(hidden[i - int(cfg.shifted_logits)])
-            z[cfg.mask_token_id] = -np.inf
-            p = np.exp(z - z.max())
-            sure[i] = (p.max() / p.sum(), int(z.argmax()))
-        best = max(sure, key=lambda i: (sure[i][0], -i))
-        for i, (p, token) in sure.items():
-            if p >= threshold or i == best:
-                canvas[i], step_map[i - P] = token, step
+        todo = [i for b in members[first:last] for i in b if step_map[i - P] < 0]
+        found = proposals(model, {i: hidden[i - int(cfg.shifted_logits)] for i in todo})
+        for i in sure(found, threshold):
+            canvas[i], step_map[i - P] = found[i][1], step
         step += 1
         done = [sum(step_map[i - P] >= 0 for i in b) / len(b) for b in members]
         is_ripe = done[last - 1] >= blocks.open_at

@@ -86,6 +86,7 @@ def test_refreshed_in_every_round_it_is_exact(toy_cfg, toy_params, point):
     assert_same(run(params, cfg, method.replace(cache=DelayedCache(1, num_lengths=1))), exact)
 
 
+@pytest.mark.exhaustive
 def test_the_lengths_change_no_result(toy_model):
     cfg, params = toy_model
     method = DiffusionMethod(FixedBlocks(4), rule=Threshold(0.5), temperature=0.5)

@@ -10,7 +10,7 @@ from decode.diffusion.components import (
     TokenEdit,
 )
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
-from tests.lib.oracle import Model
+from tests.lib.oracle import Model, proposals, sure
 
 C, c = 6, 3
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 3, 2, 2], [2] * 6, [9] * 12]
@@ -53,17 +53,13 @@ def decode_plainly(model, prompt, gen_len, threshold, first_alone):
             eligible = [i for i in here if not done[i]]
             if first_alone and part == low and not done[low]:
                 eligible = [low]
-            sure = {}
-            for i in eligible:
-                z = model.logits(before[-1] if shift and i == low else hidden[i - shift - first])
-                z[cfg.mask_token_id] = -np.inf
-                p = np.exp(z - z.max())
-                sure[i] = (p.max() / p.sum(), int(z.argmax()))
-            best = max(sure, key=lambda i: (sure[i][0], -i))
-            for i, (p, token) in sure.items():
-                if p >= threshold or i == best:
-                    canvas[i], done[i], step_map[i - P] = token, True, step
-                    log_prob[i - P] = np.log(p)
+            at = {
+                i: before[-1] if shift and i == low else hidden[i - shift - first] for i in eligible
+            }
+            found = proposals(model, at)
+            for i in sure(found, threshold):
+                canvas[i], done[i], step_map[i - P] = found[i][1], True, step
+                log_prob[i - P] = np.log(found[i][0])
             step, rounds = step + 1, rounds + 1
     return canvas[P:], step_map, step, log_prob
 

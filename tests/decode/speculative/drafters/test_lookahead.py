@@ -133,6 +133,7 @@ def _depth(parents, v):
     return 0 if v == 0 else 1 + _depth(parents, parents[v])
 
 
+@pytest.mark.exhaustive
 def test_the_window_changes_no_law(toy_cfg, toy_params):
     """Card: what is drawn at the root is drawn from the law it has without a window."""
     prompts = random_prompts(toy_cfg, 4, seed=2)
@@ -144,6 +145,7 @@ def test_the_window_changes_no_law(toy_cfg, toy_params):
     np.testing.assert_allclose(plain.log_prob, ahead.log_prob, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_repetition_is_found(toy_cfg, toy_params):
     """A text that goes round in circles takes fewer forwards than tokens."""
     cfg = dataclasses.replace(toy_cfg, eos_token_id=None)
