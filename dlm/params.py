@@ -25,7 +25,8 @@ from dlm.sharding import RULES, Rules, logical_sharding
 
 Params = dict[str, Any]
 
-APART_BYTES = 2**20  # of a layer's weights
+# Of a layer's weights; models with a MASK token read wider windows, for which a copy counts less.
+APART_BYTES, APART_BYTES_WIDE = 2**20, 10 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +248,15 @@ def may_lie_apart(leaf: str, spec: ParamSpec) -> bool:
 def is_faster_apart(cfg: ModelConfig) -> bool:
     """Whether this process decodes faster if what can lies apart, see `Apart`.
 
-    It does on a CPU, if a layer has too many weights for its copy to stay near: `APART_BYTES`.
+    It does on a CPU, if a layer has too many weights for its copy to stay near, or to count little
+    beside the products of a window: `APART_BYTES`, of models with a MASK token `APART_BYTES_WIDE`.
     """
     specs = jax.tree_util.tree_leaves_with_path(param_specs(cfg))
     named = ((jax.tree_util.keystr(path, simple=True, separator="/"), spec) for path, spec in specs)
     of_all = sum(math.prod(spec.shape) for leaf, spec in named if may_lie_apart(leaf, spec))
     of_one = of_all // cfg.n_layers * cfg.jnp_dtype.itemsize
-    return jax.default_backend() == "cpu" and of_one >= APART_BYTES
+    least = APART_BYTES if cfg.mask_token_id is None else APART_BYTES_WIDE
+    return jax.default_backend() == "cpu" and of_one >= least
 
 
 def apart(params: Params, cfg: ModelConfig) -> Params:

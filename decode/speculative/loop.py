@@ -171,7 +171,7 @@ def init_state(
     )
     P, G, B = asked.P, asked.G, asked.B
     chunk = min(P, chunk)
-    J, W = method.drafter.depth, method.drafter.num_nodes + method.drafter.num_extra
+    W = method.drafter.num_nodes + method.drafter.num_extra
     # A tree may be judged at the last position, and prompts are read in whole chunks.
     S = max(P + G + W, -(-P // chunk) * chunk)
 
@@ -180,44 +180,45 @@ def init_state(
     for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
         tokens[b, : len(prompt)] = prompt
         lengths[b], ends[b] = len(prompt), len(prompt) + length
+    return _first_state(cfg, method, tokens, lengths, ends, asked.key, G, chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "G", "chunk"))
+def _first_state(
+    cfg: ModelConfig, method: SpeculativeMethod, tokens: jax.Array, length: jax.Array,
+    end: jax.Array, key: jax.Array, G: int, chunk: int,
+) -> SpeculativeState:  # fmt: skip
+    """The state of rows of which nothing was read; see `SpeculativeState`.
+
+    One program, as rows that are replaced while others go on wait for it.
+    """
+    (B, S), drafter = tokens.shape, method.drafter
+    zeros = functools.partial(jnp.zeros, B, jnp.int32)
     occurred = None
     if method.sampling.repetition_penalty is not None:
-        occurred = np.zeros((B, cfg.vocab_size), bool)
-        for b, prompt in enumerate(prompts):
-            occurred[b, list(prompt)] = True
-    zeros = functools.partial(np.zeros, B, np.int32)
-    array = jnp.array  # copies: the state is donated, so no two of its arrays may share memory
-    cache, drafter, top, control = _allocate(cfg, method, B, S, G)
+        in_prompt = jnp.where(jnp.arange(S)[None] < length[:, None], tokens, cfg.vocab_size)
+        occurred = jnp.zeros((B, cfg.vocab_size), bool)
+        occurred = occurred.at[jnp.arange(B)[:, None], in_prompt].set(True, mode="drop")
     return SpeculativeState(
-        tokens=array(tokens),
-        length=array(lengths),
-        prompt_len=array(lengths),
-        end=array(ends),
-        step_map=array(np.full((B, G), -1, np.int32)),
-        log_prob=array(np.zeros((B, G), np.float32)),
-        num_forwards=array(zeros()),
-        draft_forwards=array(zeros()),
-        acceptance_histogram=array(np.zeros((B, J + 1), np.int32)),
-        has_stopped=array(ends == lengths),
-        occurred=None if occurred is None else array(occurred),
-        key=array(asked.key),
-        cache=cache,
-        drafter=drafter,
-        top=top,
-        control=control,
-        num_steps=array(np.zeros((), np.int32)),
+        tokens=jnp.copy(tokens),  # the state is given away, what the host holds is not
+        length=jnp.copy(length),
+        prompt_len=jnp.copy(length),
+        end=jnp.copy(end),
+        step_map=jnp.full((B, G), -1, jnp.int32),
+        log_prob=jnp.zeros((B, G)),
+        num_forwards=zeros(),
+        draft_forwards=zeros(),
+        acceptance_histogram=jnp.zeros((B, drafter.depth + 1), jnp.int32),
+        has_stopped=end == length,
+        occurred=occurred,
+        key=jnp.copy(key),
+        cache=init_cache(cfg, B, S),
+        drafter=drafter.init(cfg, B, S),
+        top=TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None,
+        control=None if method.controller is None else method.controller.init(drafter, B),
+        num_steps=jnp.zeros((), jnp.int32),
         chunk=chunk,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "B", "S", "G"))
-def _allocate(
-    cfg: ModelConfig, method: SpeculativeMethod, B: int, S: int, G: int
-) -> tuple[KVCache, Any, TopTokens | None, ControllerState | None]:
-    """The target's cache, what drafter and controller remember, and the best tokens, all empty."""
-    top = TopTokens.empty((B, G, method.top_logprobs)) if method.top_logprobs else None
-    control = None if method.controller is None else method.controller.init(method.drafter, B)
-    return init_cache(cfg, B, S), method.drafter.init(cfg, B, S), top, control
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))

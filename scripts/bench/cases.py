@@ -62,7 +62,7 @@ def bench_train(flags: Flags) -> None:
 
 
 def bench_spec(flags: Flags) -> None:
-    cfg = models.model(flags.preset, flags.dtype)
+    cfg = dataclasses.replace(models.model(flags.preset, flags.dtype), mask_token_id=None)
     draft = models.draft_of(flags.preset, cfg)
     batches = [int(b) for b in flags.batch]
     results = spec.bench_spec(cfg, draft, batches, flags.prompt_len, flags.repeats)
@@ -70,7 +70,7 @@ def bench_spec(flags: Flags) -> None:
 
 
 def bench_windows(flags: Flags) -> None:
-    cfg = models.model(flags.preset, flags.dtype)
+    cfg = dataclasses.replace(models.model(flags.preset, flags.dtype), mask_token_id=None)
     lm = models.load(flags.checkpoint, cfg, flags.dtype)
     _show(windows.bench_windows(lm, flags.repeats), {"windows": windows.COLUMNS})
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from importlib.metadata import version
 
 import jax
 from absl import app, flags, logging
@@ -33,11 +34,6 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
     logging.set_verbosity(logging.WARNING)
     set_up_process()
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
     folder, gen_len = pathlib.Path(flags.FLAGS.models), flags.FLAGS.gen_len
     try:
         lm = dlm.load(folder / "target" / "model")
@@ -47,13 +43,16 @@ def main(argv: list[str]) -> None:
     decoders = {("ours", name): run for name, run in ours(folder, gen_len, max(map(len, prompts)))}
     eos, pad = list(lm.cfg.eos_ids), lm.cfg.pad_token_id
     target, draft = (folder / name / "model" for name in ("target", "draft"))
-    others = theirs(target, draft, gen_len, eos, pad)
-    decoders |= {("transformers", name): run for name, run in others}
+    try:
+        others = theirs(target, draft, gen_len, eos, pad)
+        decoders |= {("transformers", name): run for name, run in others}
+    except ImportError as error:
+        sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
     tallies = alternate(decoders, prompts)
     print(
         f"\n{flags.FLAGS.task}: {len(prompts)} held-out prompts, batch 1, {gen_len} tokens, "
-        f"greedy, float32, {device()}, jax {jax.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}:\n\n{table(tallies)}\n"
+        f"greedy, float32, {device()}, jax {jax.__version__}, torch {version('torch')}, "
+        f"transformers {version('transformers')}:\n\n{table(tallies)}\n"
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -75,7 +78,7 @@ def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[
 def theirs(
     target: pathlib.Path, draft: pathlib.Path | None, gen_len: int, eos: list[int], pad: int
 ) -> Iterator[tuple[str, Decoder]]:
-    """Decoders of Hugging Face, by method.
+    """Decoders of Hugging Face, by method, in a process of their own: threads would compete.
 
     Args:
       target: a checkpoint: a directory, or a .gguf file.
@@ -83,7 +86,36 @@ def theirs(
       gen_len: most tokens to write.
       eos: ids that end a text.
       pad: padding.
+
+    Raises:
+      ImportError: torch or transformers are not installed.
     """
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is not installed")
+    context = multiprocessing.get_context("spawn")
+    pipe, there = context.Pipe()
+    arguments = there, target, draft, gen_len, eos, pad
+    context.Process(target=_serve, args=arguments, daemon=True).start()
+    there.close()  # so that a process that ends is noticed
+
+    def decoder(name: str) -> Decoder:
+        def run(prompt: list[int]) -> tuple[list[int], int, float]:
+            pipe.send((name, prompt))
+            found: tuple[list[int], int, float] = pipe.recv()
+            return found
+
+        return run
+
+    for name in pipe.recv():
+        yield name, decoder(name)
+
+
+def _serve(
+    pipe: Connection, target: pathlib.Path, draft: pathlib.Path | None, gen_len: int,
+    eos: list[int], pad: int,
+) -> None:  # fmt: skip
+    """Says which methods there are, then decodes prompts that are sent, until nobody asks."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,24 +139,23 @@ def theirs(
     }
     calls = [0]
     model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-
-    def decoder(extra: dict[str, Any]) -> Decoder:
-        def run(prompt: list[int]) -> tuple[list[int], int, float]:
-            calls[0] = 0
-            tokens = torch.tensor([prompt])
-            began = time.perf_counter()
-            with torch.inference_mode():
-                out = model.generate(
-                    tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=gen_len,
-                    do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad, **extra,
-                )  # fmt: skip
-            seconds = time.perf_counter() - began
-            return out[0, len(prompt) :].tolist(), calls[0], seconds
-
-        return run
-
-    for name, extra in options.items():
-        yield name, decoder(extra)
+    pipe.send([*options])
+    while True:
+        try:
+            name, prompt = pipe.recv()
+        except EOFError:
+            return
+        calls[0] = 0
+        tokens = torch.tensor([prompt])
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=gen_len,
+                do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad,
+                **options[name],
+            )  # fmt: skip
+        seconds = time.perf_counter() - began
+        pipe.send((out[0, len(prompt) :].tolist(), calls[0], seconds))
 
 
 def alternate(

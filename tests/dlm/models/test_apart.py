@@ -90,8 +90,12 @@ def test_a_loaded_model_is_saved_and_known_as_the_stacked_one(tmp_path):
 
 
 def test_large_layers_lie_apart_on_a_cpu():
-    large = dataclasses.replace(TINY, d_model=512, d_ff=1536)
-    assert is_faster_apart(large) and not is_faster_apart(TINY)
+    wide = dataclasses.replace(TINY, d_model=512, d_ff=1536)
+    causal = dataclasses.replace(wide, mask_token_id=None)
+    assert is_faster_apart(causal) and not is_faster_apart(
+        dataclasses.replace(TINY, mask_token_id=None)
+    )
+    assert is_faster_apart(dataclasses.replace(wide, d_ff=6144)) and not is_faster_apart(wide)
     assert dlm.load(GOLDEN / "llada_small").params["layers"]["mlp"]["up"].ndim == 3
 
 
