@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from decode.evaluation.run import device
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.loop import SpeculativeMethod
 from dlm.hf.gguf import installed_smollm2
+from dlm.lm import LanguageModel
 from dlm.params import num_params
 from scripts.bench import (
     decode,
@@ -30,7 +32,7 @@ from scripts.bench import (
     windows,
 )
 from scripts.bench.timing import table
-from scripts.compare_hf.decoders import NUM_DRAFTS, theirs
+from scripts.compare_hf.decoders import NUM_DRAFTS, Decoder, theirs
 
 Flags = Any  # absl's, by name
 
@@ -108,20 +110,13 @@ def bench_spec_bench(flags: Flags) -> None:
         lm = dlm.load(path, dtype=flags.dtype or None)
         asked = prompts.sample_prompts(lm, prompts.read_questions(flags.prompts), flags.num_prompts)
         methods = spec_bench.methods_of(flags.drafters, flags.controller)
-        draft = pathlib.Path(flags.draft) if flags.draft else None
-        if draft is not None:
-            small = dlm.load(draft, dtype=flags.dtype or None)
+        small = dlm.load(flags.draft, dtype=flags.dtype or None) if flags.draft else None
+        if small is not None:
             drafter = DraftModel(small.params, small.cfg, num_drafts=NUM_DRAFTS["draft model"])
             methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), flags.controller)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    others = {}
-    if flags.transformers:
-        try:
-            decoders = theirs(path, draft, flags.gen_len, list(lm.cfg.eos_ids), lm.cfg.pad_token_id)
-            others = {f"transformers, {name}": run for name, run in decoders}
-        except ImportError as error:
-            sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
+    others = _of_transformers(lm, small, flags.gen_len) if flags.transformers else {}
     found = []
     for m in spec_bench.measure(lm, methods, asked, flags.gen_len, flags.repeats, others):
         print(json.dumps(dataclasses.asdict(m)), flush=True)
@@ -141,6 +136,25 @@ def bench_spec_bench(flags: Flags) -> None:
         (out / "spec_bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         spec_bench.draw(rows, out / "spec_bench.png")
         (out / "spec_bench.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+
+def _of_transformers(
+    lm: LanguageModel, draft: LanguageModel | None, gen_len: int
+) -> dict[str, Decoder]:
+    """Decoders of transformers with the same weights, by name."""
+    with tempfile.TemporaryDirectory() as folder:  # read before the names of methods come
+        paths = [pathlib.Path(folder) / name for name in ("target", "draft")]
+        for path, model in zip(paths, (lm, draft), strict=True):
+            if model is not None:
+                dlm.save(path, model)
+        try:
+            found = theirs(
+                paths[0], None if draft is None else paths[1], gen_len, list(lm.cfg.eos_ids),
+                lm.cfg.pad_token_id,
+            )  # fmt: skip
+            return {f"transformers, {name}": run for name, run in found}
+        except ImportError as error:
+            sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
 
 
 ALL: dict[str, Callable[[Flags], None]] = {

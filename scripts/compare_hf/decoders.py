@@ -81,7 +81,7 @@ def theirs(
     """Decoders of Hugging Face, by method, in a process of their own: threads would compete.
 
     Args:
-      target: a checkpoint: a directory, or a .gguf file.
+      target: a checkpoint's directory, as `dlm.save` writes it.
       draft: of the draft model of assisted generation; None: no such decoder.
       gen_len: most tokens to write.
       eos: ids that end a text.
@@ -120,10 +120,7 @@ def _serve(
     from transformers import AutoModelForCausalLM
 
     def load(path: pathlib.Path) -> Any:
-        of_file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-        folder = path.parent if of_file else path
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **of_file)
-        return model.eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     model = load(target)
     options: dict[str, dict[str, Any]] = {"none": {}}
