@@ -1,7 +1,7 @@
 """A pytest plugin: of the tests marked `exhaustive`, a run takes a share.
 
 A test without the mark runs always. Those with it are more of the same, and together take too long
-for every change: a run takes one of 32 shares of them, by default that of the day, so that
+for every change: a run takes one of 64 shares of them, by default that of the day, so that
 nothing goes unseen for long. `--share=3/16` names a share, `--share=all` takes every test. A test
 named by its id (`pytest tests/test_x.py::test_y`) runs, whatever its mark.
 """
@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 
-NUM_SHARES = 32
+NUM_SHARES = 64
 # Minutes each, and most of them alone: two workers that begin with them end at about one time.
 FIRST = ("tests/scripts/", "tests/train/", "tests/decode/")
 
