@@ -64,15 +64,17 @@ def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
                 "token ids, or load a directory that has a tokenizer.json"
             )
         return lm.tokenizer.encode(prompt, whole=True)
+    hint = "; messages go through lm.tokenizer.apply_chat_template"
     if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)):
-        is_message = isinstance(prompt, Mapping)
-        hint = "; messages go through lm.tokenizer.apply_chat_template" if is_message else ""
         raise TypeError(
             f"a prompt is a {type(prompt).__name__}; it must be a string or a list of token ids"
-            f"{hint}"
+            f"{hint if isinstance(prompt, Mapping) else ''}"
         )
     if wrong := [x for x in prompt if isinstance(x, bool) or not isinstance(x, (int, np.integer))]:
-        raise TypeError(f"a prompt has {wrong[0]!r} among its token ids, which must be integers")
+        raise TypeError(
+            f"a prompt has {wrong[0]!r} among its token ids, which must be integers"
+            f"{hint if isinstance(wrong[0], Mapping) else ''}"
+        )
     return [int(token) for token in prompt]
 
 

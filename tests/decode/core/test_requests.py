@@ -33,6 +33,7 @@ def test_texts_and_token_ids(lm):
         ([True], "a prompt has True among"),
         (np.array([0.5]), "0.5.* among its token ids"),
         ([None], "a prompt has None among"),
+        ([{"role": "user"}], "a prompt has {.*}.* integers; messages go through .*chat_template$"),
         ([[1]], r"a prompt has \[1\] among"),
     ],
 )
