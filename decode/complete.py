@@ -12,6 +12,7 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
+    read_stop_ids,
 )
 from decode.core.results import (
     Completion,
@@ -211,7 +212,7 @@ def _choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
         "acceptance": choices.get("acceptance"),
         "controller": choices.get("controller"),
         "sampling": sampling if temperature or sampling.has_filters else None,
-        "stop_ids": tuple(choices.get("stop_ids", ())) or None,
+        "stop_ids": read_stop_ids(choices.get("stop_ids", ())) or None,
         "top_logprobs": choices.get("top_logprobs") or None,
     }
     method = choices.get("method")

@@ -14,6 +14,7 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
+    read_stop_ids,
 )
 from decode.core.results import (
     Completion,
@@ -266,7 +267,7 @@ def _choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) -
         "guidance": choices.get("guidance") or None,
         "lookahead": choices.get("lookahead") or None,
         "top_logprobs": choices.get("top_logprobs") or None,
-        "stop_ids": tuple(choices.get("stop_ids", ())) or None,
+        "stop_ids": read_stop_ids(choices.get("stop_ids", ())) or None,
     }
     given = {name: choice for name, choice in given.items() if choice is not None}
     block_len = choices.get("block_len", "auto")

@@ -48,6 +48,9 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"Interrupted; the same command goes on with {said.out}.", file=sys.stderr)
+        sys.exit(130)
     print(f"{said.out} is complete: {num} answers are new.")
 
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     set_up_process()
     try:
         result = loop.run(_CONFIG.value, _WORKDIR.value)
-    except (ConfigError, NonFiniteError) as error:
+    except (ConfigError, NonFiniteError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         logging.error("Interrupted; what was saved before is as it was.")

@@ -15,6 +15,7 @@ exported.json   the step whose model that is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -22,7 +23,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -209,14 +210,37 @@ def save(
       step: number of steps done.
       state: a pytree of arrays.
       iterator: which has given exactly the batches of those steps.
+
+    Raises:
+      OSError: this step, or the one before, cannot be written.
     """
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
-        ),
-        force=True,
-    )
+    with _telling(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+            ),
+            force=True,
+        )
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits until all that was saved is written; OSError if it cannot be."""
+    with _telling(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _telling(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Says in one sentence that a step cannot be written."""
+    try:
+        yield
+    except Exception as error:  # whatever Orbax and what is below it make of full disks
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise OSError(
+            f"a step cannot be saved in {manager.directory}, where those before are as they were; "
+            f"make room there, or mend what is wrong, and start the same command again ({said})"
+        ) from error
 
 
 def restore_newest(

@@ -96,10 +96,11 @@ def run(
       ConfigError: the settings cannot be run, or the workdir belongs to other ones, to other data
         or to a run that has not ended.
       NonFiniteError: training diverged. Nothing saved before is touched.
+      OSError: the workdir cannot be written to any more. Nothing saved before is touched.
     """
     settings = from_config_dict(config)
     num_steps = settings.train.num_steps
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     check_writable(folder)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -144,7 +145,7 @@ def run(
         step, state = _steps(
             settings, start, state, recipe, model, feed, manager, reporter, is_stopping, mesh
         )
-        manager.wait_until_finished()
+        checkpoint.wait(manager)
 
         # -- Result
         model_path = None
@@ -327,7 +328,7 @@ def _steps(
                 if jax.process_count() == 1 and step and step not in manager.all_steps():
                     reporter.flush()
                     checkpoint.save(manager, step, state, feed.iterator)  # which has not moved
-                manager.wait_until_finished()
+                checkpoint.wait(manager)
                 raise
             _check_batch(recipe.objective, local)
             batch = data.to_global(local, mesh)
@@ -355,7 +356,7 @@ def _steps(
         if good not in manager.all_steps():
             state = state.replace(is_finite=jnp.ones_like(state.is_finite))
             checkpoint.save(manager, good, state, feed.iterator)
-        manager.wait_until_finished()
+        checkpoint.wait(manager)
         where = f"the state before it is saved as step {good} in {manager.directory}"
         raise NonFiniteError(f"{error}; {where}") from None
     return step, state
@@ -396,13 +397,17 @@ def _validator(
     return validate
 
 
+_STOPPING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
 @contextlib.contextmanager
 def _stop_on_signals(manager: ocp.CheckpointManager) -> Iterator[Callable[[int], bool]]:
     """Gives a function that tells after each step whether the run has been asked to stop.
 
-    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (of batch systems) ask. A second SIGINT ends the run at
-    once. Of several processes all stop after the same step, whichever is asked: SIGTERM is then
-    JAX's, which tells the others.
+    SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), and SIGUSR1, SIGUSR2 and SIGXCPU (of
+    batch systems) ask, unless the process was started to ignore them, as `nohup` does. A second
+    SIGINT ends the run at once. Of several processes all stop after the same step, whichever is
+    asked: SIGTERM is then JAX's, which tells the others.
     """
     is_alone = jax.process_count() == 1
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
@@ -425,8 +430,12 @@ def _stop_on_signals(manager: ocp.CheckpointManager) -> Iterator[Callable[[int],
         logging.info("Stopping after step %d%s.", step, asked)
         return True
 
-    handled = [signal.SIGINT, signal.SIGUSR1] + ([signal.SIGTERM] if is_alone else [])
-    previous = {number: signal.signal(number, receive) for number in handled}
+    handled = [*_STOPPING, *([signal.SIGTERM] if is_alone else [])]
+    previous = {
+        number: signal.signal(number, receive)
+        for number in handled
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield is_stopping
     finally:

@@ -212,11 +212,11 @@ def _open_after(path: pathlib.Path, step: int) -> TextIO:
     """Opens a metrics file for appending, without lines of steps after `step`."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 is_kept = json.loads(line)["step"] <= step
-            except (json.JSONDecodeError, KeyError, TypeError):
-                is_kept = False  # the process was killed while writing it
+            except (ValueError, KeyError, TypeError, RecursionError):
+                is_kept = False  # the process or the machine went down while it was written
             if is_kept:
                 kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")

@@ -9,7 +9,9 @@ Letters: B rows, P prompt length, G completion positions.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,11 +45,11 @@ class Requests:
     B: int
 
 
-def is_single(prompts: object) -> bool:
+def is_single(prompts: Any) -> bool:
     """Whether `prompts` is one prompt: a string, or a non-empty sequence of integers."""
     if isinstance(prompts, str):
         return True
-    if isinstance(prompts, bytes) or not isinstance(prompts, (Sequence, np.ndarray)):
+    if isinstance(prompts, bytes) or not _is_list(prompts):
         raise TypeError(
             f"prompts is a {type(prompts).__name__}; it must be a string, a list of token ids, or "
             "a list of these"
@@ -78,17 +80,46 @@ def encode(lm: LanguageModel, prompt: Prompt) -> list[int]:
     return [int(token) for token in prompt]
 
 
+def whole_number(name: str, value: Any) -> int:
+    """A number that counts, numpy's included; ValueError if `value` is none."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}={value!r} must be a whole number")
+
+
 def per_prompt(name: str, values: int | Sequence[int], num: int) -> list[int]:
     """One value per prompt; ValueError unless there is one for all, or as many as prompts."""
-    values = [values] * num if isinstance(values, int) else list(values)
-    if len(values) != num:
-        raise ValueError(f"{name} has {len(values)} entries for {num} prompts: give one or {num}")
-    return values
+    if not _is_list(values):
+        return [whole_number(name, values)] * num
+    found = [whole_number(f"an entry of {name}", value) for value in values]  # type: ignore[union-attr]
+    if len(found) != num:
+        raise ValueError(f"{name} has {len(found)} entries for {num} prompts: give one or {num}")
+    return found
 
 
 def per_prompt_seeds(seeds: int | Sequence[int], num: int) -> list[int]:
     """One seed per prompt; of a single one, prompt i uses seeds + i."""
-    return per_prompt("seeds", range(seeds, seeds + num) if isinstance(seeds, int) else seeds, num)
+    if _is_list(seeds):
+        return per_prompt("seeds", seeds, num)
+    first = whole_number("seed", seeds)
+    return list(range(first, first + num))
+
+
+def read_stop_ids(stop_ids: Sequence[int]) -> tuple[int, ...]:
+    """Tokens that end a text; ValueError unless they are token ids."""
+    if not _is_list(stop_ids):
+        raise ValueError(f"stop_ids={stop_ids!r} must be a list of token ids; (): none")
+    return tuple(whole_number("an entry of stop_ids", token) for token in stop_ids)
+
+
+def _is_list(value: object) -> bool:
+    """Whether something has entries, and is no text."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def split_gaps(
@@ -106,7 +137,8 @@ def split_gaps(
       count that rest.
 
     Raises:
-      ValueError: there is no MASK token, or nothing to decide.
+      ValueError: there is no MASK token, or nothing to decide, or a prompt holds ids the model does
+        not have or is longer than it allows.
     """
     mask = cfg.mask_token_id
     if mask is None:
@@ -120,6 +152,8 @@ def split_gaps(
                 f"prompt {i} has {prompt.count(mask)} MASK tokens (id {mask}) and gen_len={length}"
                 ": with infill=True it must have some to fill, or a length to write behind"
             )
+        check_tokens(cfg, f"prompt {i}", [token for token in prompt if token != mask])
+        _check_length(cfg, i, len(prompt), length)
         first = prompt.index(mask) if mask in prompt else len(prompt)
         heads.append(prompt[:first])
         bodies.append(prompt[first:])
@@ -219,11 +253,7 @@ def read_requests(
     for i, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
         if length < 1:
             raise ValueError(f"gen_len={length} of prompt {i} must be at least 1")
-        if len(prompt) + length > cfg.max_seq_len:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, which with gen_len={length} is more than "
-                f"the model's max_seq_len={cfg.max_seq_len}"
-            )
+        _check_length(cfg, i, len(prompt), length)
         if len(prompt) == 0 and not may_be_empty:
             raise ValueError(
                 f"prompt {i} is empty, but each token is predicted from the one before: give at "
@@ -243,6 +273,15 @@ def read_requests(
     for b, seed in enumerate(seed_list):
         key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
     return Requests(gen_lens, key, P, G, B)
+
+
+def _check_length(cfg: ModelConfig, i: int, num_tokens: int, length: int) -> None:
+    """Raises ValueError if prompt i is too long to be gone on with."""
+    if num_tokens + length > cfg.max_seq_len:
+        raise ValueError(
+            f"prompt {i} has {num_tokens} tokens, which with gen_len={length} is more than the "
+            f"model's max_seq_len={cfg.max_seq_len}"
+        )
 
 
 def check_tokens(cfg: ModelConfig, name: str, tokens: Sequence[int]) -> None:

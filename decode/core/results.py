@@ -14,6 +14,7 @@ from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
 STOP_ROUNDS = 16  # after so many rounds, texts are searched for stop strings
+HALF = "\N{REPLACEMENT CHARACTER}"  # how tokens that are no whole character are decoded
 
 
 class TopTokens(struct.PyTreeNode):
@@ -66,7 +67,9 @@ class Completion:
     Attributes:
       text: the completion as text, up to what ended it; None without a tokenizer.
       tokens: [n] int32. Token ids up to and excluding the first end-of-text or stop token.
-      num_forwards: forwards of the model made for this request (NFE).
+      num_forwards: forwards of the model made for this request (NFE). Stop strings are looked for
+        every `STOP_ROUNDS` rounds of a batch, so those behind one count too, and may be more or
+        fewer beside other requests.
       tokens_per_forward: n / num_forwards: end-of-text padding does not count as work done.
       finish_reason: "eos" if the model ended the text, or a token of `stop_ids` did; "stop" if a
         stop string did; "length" if the canvas did.
@@ -116,6 +119,8 @@ def read_stops(lm: LanguageModel, stop: str | Sequence[str]) -> list[str]:
     Raises:
       ValueError: one is empty, or there is no tokenizer to find them with.
     """
+    if not isinstance(stop, (str, Sequence)):
+        raise ValueError(f"stop={stop!r} must be a string or a list of strings; (): none")
     stops = [stop] if isinstance(stop, str) else list(stop)
     if wrong := [x for x in stops if not isinstance(x, str)]:
         raise ValueError(f"stop has {wrong[0]!r}, which is no string: token ids go into stop_ids")

@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from decode.core.requests import Prompt, encode, read_requests, round_lengths, round_rows
-from decode.core.results import Completion, cut, read_stops
+from decode.core.requests import (
+    Prompt,
+    encode,
+    read_requests,
+    round_lengths,
+    round_rows,
+    whole_number,
+)
+from decode.core.results import HALF, Completion, cut, read_stops
 from decode.core.texts import Loop, inside
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
 OPEN = "·"  # stands for a position that nothing has been decided for
-_HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,7 @@ def stream_answer(
             "use decode.generate or decode.complete with token ids"
         )
     tokens = encode(lm, prompt)
+    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
     read_requests(
         lm.cfg, [tokens], [gen_len], [seed], None, None, None,
         may_be_empty=loop.may_be_empty(lm.cfg),
@@ -107,14 +114,15 @@ def _before(ends: set[int], tokens: list[int]) -> list[int]:
 
 def _sure(tokenizer: Tokenizer, tokens: list[int], stops: Sequence[str]) -> str | None:
     """What the text begins with whatever follows its tokens; None if it has a stop string."""
-    raw = tokenizer.decode(tokens, skip_special_tokens=False)
+    # Half a character at the end may become any: a stop string may go on with it.
+    raw = tokenizer.decode(tokens, skip_special_tokens=False).rstrip(HALF)
     if cut(raw, stops) < len(raw):
         return None
     sure = len(raw) - max((_overlap(raw, stop) for stop in stops), default=0)
     n = len(tokens)
     while n and len(tokenizer.decode(tokens[:n], skip_special_tokens=False)) > sure:
         n -= 1
-    return tokenizer.decode(tokens[:n]).rstrip(_HALF)
+    return tokenizer.decode(tokens[:n]).rstrip(HALF)
 
 
 def _overlap(text: str, stop: str) -> int:

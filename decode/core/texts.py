@@ -27,8 +27,9 @@ from decode.core.requests import (
     round_lengths,
     round_rows,
     split_gaps,
+    whole_number,
 )
-from decode.core.results import STOP_ROUNDS, Completion, cut, read_bias, read_stops
+from decode.core.results import HALF, STOP_ROUNDS, Completion, cut, read_bias, read_stops
 from decode.core.sampling import Sampling
 from dlm.compilation import Compiling
 from dlm.config import ModelConfig
@@ -193,8 +194,10 @@ class Asked:
 
     def _rows(self, loop: Loop, batch_size: int | None) -> int:
         """B; ValueError if anything is wrong with the requests."""
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size)
+            if batch_size < 1:
+                raise ValueError(f"batch_size={batch_size} must be at least 1")
         read_requests(
             self.lm.cfg, self.prompts, self.gen_lens, self.seeds, None, None, None,
             may_be_empty=loop.may_be_empty(self.lm.cfg),
@@ -277,6 +280,7 @@ class Asked:
     def _has_stop(self, tokens: np.ndarray) -> bool:
         assert self.lm.tokenizer is not None
         text = self.lm.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        text = text.rstrip(HALF)  # of which the rest may follow
         return cut(text, self.stops) < len(text)
 
 
@@ -297,7 +301,8 @@ def read_asked(
     stops = read_stops(lm, options.get("stop", ()))
     every: Any = [prompts] if is_single(prompts) else prompts
     encoded = [encode(lm, prompt) for prompt in every]
-    gen_len, num_return = options.get("gen_len", GEN_LEN), options.get("num_return", 1)
+    gen_len = options.get("gen_len", GEN_LEN)
+    num_return = whole_number("num_return", options.get("num_return", 1))
     beside: dict[str, list[Any]] = {}
     if infill:
         if stops:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from decode.complete import complete
-from decode.core.requests import Prompt
+from decode.core.requests import Prompt, is_single
 from decode.core.results import Completion
 from decode.speculative.contracts import Drafter
 from dlm.lm import LanguageModel
@@ -42,25 +43,25 @@ class Parting:
 
 def lossless_report(
     lm: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt],
     drafter: Drafter,
     *,
-    gen_len: int = 256,
+    gen_len: int | Sequence[int] = 256,
     batch_size: int | None = None,
 ) -> list[Parting | None]:
     """Per prompt: where the greedy text with a drafter parts from the one without; None: nowhere.
 
     Args:
       lm: the target.
-      prompts: strings or token ids.
+      prompts: strings or token ids; one is a list of one.
       drafter: whose drafts are accepted where they are the target's arg-max.
-      gen_len: most tokens to write.
+      gen_len: most tokens to write, for all or per prompt.
       batch_size: rows at once.
 
     Raises:
       ValueError: on prompts or lengths that make no sense, in one sentence.
     """
-    some = list(prompts)
+    some: Any = [prompts] if is_single(prompts) else list(prompts)
     plain = complete(lm, some, gen_len=gen_len, batch_size=batch_size, top_logprobs=2)
     fast = complete(lm, some, gen_len=gen_len, batch_size=batch_size, drafter=drafter)
     return [first_parting(a, b.canvas) for a, b in zip(plain, fast, strict=True)]

@@ -10,7 +10,7 @@ import ast
 import builtins
 import dataclasses
 import decimal
-import json
+import math
 import os
 import pathlib
 import re
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlm import tasks
+from dlm.json_lines import parse_lines
 from dlm.tasks import splits
 
 # A sign counts unless it is a subtraction ("10-3"); commas count between groups of three digits.
@@ -33,29 +34,17 @@ def read_records(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object, or the file has none.
+        ValueError: a line is not a JSON object, has a key twice, or the file has none.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"path={str(path)!r} is not a file; give a JSON-lines file")
-    records = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
-        except (ValueError, RecursionError) as error:  # no JSON, or numbers or depths without end
-            said = getattr(error, "msg", None) or str(error)
-            raise ValueError(f"{path}, line {number}: not valid JSON ({said})") from error
+    records = parse_lines(file.read_bytes(), path)
+    for number, record in records:
         if not isinstance(record, dict):
             raise ValueError(
                 f"{path}, line {number}: must hold a JSON object, got {type(record).__name__}"
             )
-        records.append((number, record))
-    if not records:
-        raise ValueError(f"{path} holds no records; it must have one JSON object per line")
     return records
 
 
@@ -68,8 +57,8 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
         where: the record's origin, for the error.
 
     Raises:
-        ValueError: the record lacks a field of the template, has null, a list or an object there,
-            does not fit its format specification, or is no Unicode.
+        ValueError: the record lacks a field of the template, has null, NaN, a list or an object
+            there, does not fit its format specification, or is no Unicode.
     """
     formatter = string.Formatter()
     for _, field, _, _ in formatter.parse(template):
@@ -85,6 +74,8 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
             ) from error
         if value is None:
             raise ValueError(f"{where}: the field {field!r} of the template is null")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: the field {field!r} of the template is no number: {value}")
         whole = field.rpartition("[")[0]
         if whole and isinstance(formatter.get_field(whole, (), record)[0], str):
             raise ValueError(f"{where}: the field {whole!r} of the template is text, not a list")

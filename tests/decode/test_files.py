@@ -3,6 +3,7 @@
 import functools
 import json
 
+import numpy as np
 import pytest
 
 import dlm
@@ -88,15 +89,18 @@ def test_answers_of_another_run_are_left_alone(lm, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is not JSON"),
+        ("{", "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1: not valid JSON"),
+        ('{"prompt": [1], "prompt": [2]}', "the key 'prompt' is there twice"),
+        ("\n \n", "prompts.jsonl holds no records"),
         ("{}", "line 1 must have either a prompt or messages"),
         ('{"prompt": [1], "messages": []}', "line 1 must have either a prompt or messages"),
         ('{"prompt": [1], "max_tokens": 3}', "line 1 has 'max_tokens'; known are prompt"),
-        ('{"prompt": [1.5]}', r"prompt=\[1.5\] must be a text or a list of token ids"),
-        ('{"prompt": [1], "gen_len": "3"}', "gen_len='3' must be a whole number"),
-        ('{"messages": []}', "line 1 has messages, but the checkpoint has no tokenizer"),
+        ('{"prompt": [1.5]}', r"line 1: a prompt has 1.5 among its token ids"),
+        ('{"prompt": [1], "gen_len": "3"}', "line 1: gen_len='3' must be a whole number"),
+        ('{"messages": []}', "line 1: messages need a tokenizer, and the checkpoint has none"),
         ("[]", "prompt 0 is empty"),
-        ('"text"', "prompts are strings but the checkpoint has no tokenizer"),
+        ('"text"', "line 1: prompts are strings but the checkpoint has no tokenizer"),
     ],
 )
 def test_lines_that_are_no_prompts_are_refused(lm, tmp_path, line, message):
@@ -113,6 +117,61 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         files._replace(file, "new")
     assert file.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        (complete, "decode=<function complete .* must be as_finished of decode.generate or"),
+        (functools.partial(as_finished, gen_len=3), "gen_len=3: leave it out, give it to answer_f"),
+        (functools.partial(as_finished, seed=3), "seed=3: leave it out, give it to answer_file"),
+        (functools.partial(as_finished, num_return=2), "num_return=2: .*answers do not hold it"),
+        (functools.partial(as_finished, top_logprobs=2), "top_logprobs=2: .*do not hold it"),
+    ],
+)
+def test_nothing_that_is_asked_for_is_ignored(lm, prompts, tmp_path, decode, message):
+    with pytest.raises(ValueError, match=message):
+        answer_file(lm, prompts, tmp_path / "out.jsonl", decode, gen_len=4)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_options_differ_where_one_entry_of_an_array_does():
+    mask = np.zeros(5000, bool)
+    said = files._describe({"ban_mask": mask})
+    assert said == files._describe({"ban_mask": mask.copy()})
+    mask[2500] = True
+    assert said != files._describe({"ban_mask": mask})
+    assert files._describe(PromptLookup(num_drafts=3)) == repr(PromptLookup(num_drafts=3))
+
+
+@pytest.mark.parametrize(
+    "line", [b"garbage", b"", b"\0" * 9, b"\xff", b"[]", b'{"text": 1}', b'{"index": 5}',
+             b'{"index": "1"}', b'{"index": -1}', b"[" * 100_000],
+)  # fmt: skip
+def test_damaged_answers_are_named(tmp_path, line):
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(b'{"index": 4}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"out.jsonl, line 2 is no answer to a prompt from 0 to 4"):
+        files._read_answers(out, 5)
+    out.write_bytes(b'{"index": 4}\n' + line)  # an interruption cut it short
+    assert list(files._read_answers(out, 5)) == [4] and out.read_bytes() == b'{"index": 4}\n'
+
+
+def test_damaged_settings_are_named(tmp_path):
+    out, settings = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
+    out.write_text("{}\n")
+    for content in ("", "[]", "{"):
+        settings.write_text(content)
+        with pytest.raises(ValueError, match=r"settings.json .*: choose another file than"):
+            files._claim(out, {})
+
+
+def test_one_process_at_a_time(lm, prompts, tmp_path):
+    out = tmp_path / "new folder" / "out.jsonl"
+    with files._open(out), pytest.raises(ValueError, match="is being written by another process"):
+        answer_file(lm, prompts, out, DECODE, gen_len=8)
+    with files._open(out):
+        pass
 
 
 def test_only_a_newline_ends_a_line(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 
 import grain
@@ -163,6 +164,23 @@ def test_places_of_another_number_of_processes(tmp_path, monkeypatch):
         assert fresh.count == 10
         with pytest.raises(ConfigError, match=r"saved by 4 processes, .* not by 1"):
             checkpoint.restore(manager, 1, abstract, fresh, is_packed=True)
+
+
+def test_a_step_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    config = from_config_dict(toys.get_config()).checkpoint
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with checkpoint.open_manager(tmp_path, config) as manager:
+        state, iterator = {"x": jax.numpy.arange(3.0)}, FakeIterator()
+        checkpoint.save(manager, 1, state, iterator)
+        checkpoint.wait(manager)
+        monkeypatch.setattr(FakeIterator, "get_state", full)
+        with pytest.raises(OSError, match=r"cannot be saved in .*start the same .*No space left"):
+            checkpoint.save(manager, 2, state, iterator)
+            checkpoint.wait(manager)
+    assert checkpoint.latest_step(tmp_path) == 1
 
 
 def test_save_and_restore(tmp_path):

@@ -292,7 +292,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, monkeypa
     assert (tmp_path / weights).read_bytes() == (workdir / weights).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+        *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+    ],
+)
 def test_signals_that_ask_a_run_to_stop(number):
     before = signal.getsignal(number)
     with loop._stop_on_signals(None) as is_stopping:
@@ -303,6 +309,18 @@ def test_signals_that_ask_a_run_to_stop(number):
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop._stop_on_signals(None) as is_stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not is_stopping(1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch):
@@ -477,9 +495,7 @@ def test_bad_files_come_before_any_step(tmp_path):
 
     path = tmp_path / "some.jsonl"
     short = '{"q": "a", "a": "b"}\n' * 100
-    assert (
-        run("\n") == f"data.train: {path} holds no records; it must have one JSON object per line"
-    )
+    assert run("\n") == f"data.train: {path} holds no records; it must have one JSON value per line"
     assert run(short + '{"q": "a"}\n').startswith(
         f"data.train: {path}, line 101: the record lacks the field 'a' of the template"
     )

@@ -69,7 +69,8 @@ def test_non_finite_steps_are_not_written_nor_validated(tmp_path, bad):
 def test_resuming_drops_later_and_broken_lines(tmp_path):
     path = tmp_path / FILE_NAME
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(1, 6)]
-    path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    rest = b'\n\xff\n\0\0\n[]\n{"step": 6, "lo'
+    path.write_bytes("\n".join(lines).encode() + rest)
     with Reporter(make_settings(), tmp_path, 3, "test") as reporter:
         reporter.add(4, values(loss=0.25), [], 10)
         reporter.flush()

@@ -88,7 +88,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
     settings = (
         config if isinstance(config, TrajectoryConfig) else from_fields(TrajectoryConfig, config)
     )
-    folder = pathlib.Path(out)
+    folder = pathlib.Path(out).expanduser()
     check_writable(folder)
     with hold(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         return _run(settings, folder)

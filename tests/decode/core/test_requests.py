@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from decode.core.requests import encode, is_single
+from decode.core.requests import (
+    encode,
+    is_single,
+    per_prompt,
+    per_prompt_seeds,
+    read_stop_ids,
+    repeat_requests,
+)
 from decode.core.results import read_stops
 from dlm.lm import LanguageModel
 from dlm.tokenizer import byte_tokenizer
@@ -43,7 +50,7 @@ def test_other_things_are_no_prompts(lm, prompt, message):
 
 
 def test_bytes_are_not_taken_for_token_ids():
-    for prompts in (b"Hi", 3, None, {"role": "user"}, iter([1])):
+    for prompts in (b"Hi", 3, None, {"role": "user"}, iter([1]), np.array(3)):
         with pytest.raises(TypeError, match="it must be a string, a list of token ids, or a list"):
             is_single(prompts)
 
@@ -54,3 +61,31 @@ def test_stops_are_strings(lm):
         read_stops(lm, ["a", 3])
     with pytest.raises(ValueError, match="stop has an empty string"):
         read_stops(lm, "")
+    for stop in (None, 5, {"a"}):
+        with pytest.raises(ValueError, match="must be a string or a list of strings"):
+            read_stops(lm, stop)
+
+
+@pytest.mark.parametrize("one", [3, np.int64(3), np.uint8(3), np.array(3)])
+def test_numbers_are_whole_whoever_counted(one):
+    assert per_prompt("gen_len", one, 2) == [3, 3] == per_prompt("gen_len", [one, 3], 2)
+    assert per_prompt_seeds(one, 2) == [3, 4] and read_stop_ids([one]) == (3,)
+    _, lengths, seeds = repeat_requests([[1], [2]], one, np.array([3, -1], np.int32), 2)
+    assert lengths == [3] * 4 and seeds == [3, 3 + 2**32, -1, 2**32 - 1]
+    assert all(type(number) is int for number in lengths + seeds)
+
+
+@pytest.mark.parametrize("wrong", [3.0, "3", None, True, np.float32(3), [3], {3}])
+def test_other_things_are_no_numbers(wrong):
+    for found in (
+        lambda: per_prompt("gen_len", [wrong], 1),
+        lambda: per_prompt_seeds([wrong], 1),
+        lambda: read_stop_ids([wrong]),
+    ):
+        with pytest.raises(ValueError, match=r"an entry of .* must be a whole number"):
+            found()
+    if wrong != [3]:
+        with pytest.raises(ValueError, match=r"gen_len=.* must be a whole number"):
+            per_prompt("gen_len", wrong, 1)
+        with pytest.raises(ValueError, match="must be a list of token ids"):
+            read_stop_ids(wrong)

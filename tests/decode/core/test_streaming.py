@@ -1,6 +1,7 @@
 """Texts while they are written: pieces are the text, nothing is taken back or half."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from decode import complete, generate
 from decode.core.streaming import OPEN, Piece, _overlap, _sure
+from decode.core.texts import Asked
 from decode.diffusion.components import FixedBlocks, Keep, Quota, Remask, TokenEdit
 from decode.diffusion.loop import DiffusionMethod, init_state, stream
 from dlm.sharding import make_mesh
@@ -93,6 +95,23 @@ def test_characters_come_whole():
     texts = [_sure(tokenizer, ids[:n], ()) for n in range(len(ids) + 1)]
     assert all(text.startswith(some) for some in texts)
     assert [len(some) for some in texts] == [0, 1, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("text", "stop"), [("abéz", "béz"), ("a🙂b", "a🙂b"), ("ab🙂", "b🙂")])
+def test_a_stop_string_may_go_on_with_half_a_character(text, stop):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text, plain=True)
+    *texts, last = [_sure(tokenizer, ids[:n], [stop]) for n in range(len(ids) + 1)]
+    assert last is None and texts == sorted(texts) and texts[-1] == text.removesuffix(stop)
+
+
+def test_half_a_character_is_no_stop_string_before_the_text_has_ended():
+    tokenizer = byte_tokenizer()
+    assert _sure(tokenizer, [97, 0xF0, 0x9F], ["\ufffd"]) == "a"
+    assert _sure(tokenizer, [97, 0xF0, 0x9F, 98], ["\ufffd"]) is None
+    asked = Asked(types.SimpleNamespace(tokenizer=tokenizer), [], [], [], ["\ufffd"])
+    found = [asked._has_stop(np.array(ids)) for ids in ([97, 0xF0, 0x9F], [97, 0xF0, 98])]
+    assert found == [False, True]
 
 
 def test_how_a_stop_string_may_have_begun():

@@ -33,7 +33,7 @@ from decode.diffusion.components import (
     VicinityCache,
 )
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
-from decode.generate import generate
+from decode.generate import as_finished, generate
 from dlm.tokenizer import word_tokenizer
 from tests.lib.models import TOY_CFG
 from tests.lib.oracle import Model
@@ -214,7 +214,7 @@ def test_without_gaps_it_is_plain_decoding(lm):
         ([1, 2], {"gen_len": 0}, r"prompt 0 has 0 MASK tokens \(id 23\) and gen_len=0"),
         ([1, M], {"gen_len": -1}, "and gen_len=-1: with infill=True"),
         ([1, M], {"infill": False}, "contains the mask token 23, .*: remove it"),
-        ([1, M, 99], {"gen_len": 0}, r"given of row 0 contains token 99, which must be in \[0"),
+        ([1, M, 99], {"gen_len": 0}, r"prompt 0 contains token 99, which must be in \[0"),
         (
             [1, M],
             {"cache": BlockCausal(4), "scheduler": FixedBlocks(4, aligned=True)},
@@ -225,6 +225,14 @@ def test_without_gaps_it_is_plain_decoding(lm):
 def test_what_cannot_be_filled_is_refused(lm, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         generate(lm, prompt, **({"gen_len": 4} | OPTIONS | options))
+
+
+def test_a_bad_gap_is_refused_before_the_first_is_filled(lm):
+    texts = [[1, M]] * 5
+    with pytest.raises(ValueError, match=r"prompt 5 contains token 77, which must be in \[0, vo"):
+        as_finished(lm, [*texts, [1, M, 77]], gen_len=0, batch_size=2, **OPTIONS)
+    with pytest.raises(ValueError, match="prompt 5 has 63 tokens, which with gen_len=2 is more"):
+        as_finished(lm, [*texts, [1, M] + [2] * 61], gen_len=2, batch_size=2, **OPTIONS)
 
 
 def test_a_model_that_needs_a_token_before(toy_dream):

@@ -17,6 +17,11 @@ def test_no_difference_is_none_and_the_first_one_has_its_margin(toy_cfg, toy_par
     lm = dlm.LanguageModel(toy_params, toy_cfg)
     prompts = random_prompts(toy_cfg, 3, seed=4)
     assert lossless_report(lm, prompts, PromptLookup(), gen_len=8) == [None] * 3
+    assert lossless_report(lm, prompts[0], PromptLookup(), gen_len=8) == [None]  # one of them
+    asked = []
+    monkeypatch.setattr(lossless, "complete", lambda lm, some, **_: asked.append(some) or [])
+    assert lossless_report(lm, "a text", PromptLookup()) == [] and asked == [["a text"]] * 2
+    monkeypatch.undo()
 
     plain = complete(lm, prompts, gen_len=8, top_logprobs=2)
 

@@ -62,9 +62,21 @@ def test_errors_name_file_and_line(tmp_path):
     bad.write_text('{"q": {"a": 1}}\n{"q": {"a": null}}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: the field 'q\[a\]' .* is null"):
         jsonl.JsonlTask(bad, "", "{q[a]}")
+    bad.write_text('{"q": 1.5}\n{"q": NaN}\n{"q": 1e400}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: the field 'q' .* no number: nan"):
+        jsonl.JsonlTask(bad, "{q}", "")
+    bad.write_text('{"q": 1, "q": 2}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: not valid JSON .the key 'q' is th"):
+        jsonl.JsonlTask(bad, "{q}", "")
     bad.write_bytes(b'{"q": 1}\n{"q": "\xff"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not UTF-8"):
         jsonl.JsonlTask(bad, "{q}", "")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"q": 1}\r\n{"q": 2}\r\n', encoding="utf-8-sig")
+    assert [e.prompt for e in jsonl.JsonlTask(path, "{q}", "").examples] == ["1", "2"]
 
 
 def test_where_an_example_is_from(tmp_path):
