@@ -95,6 +95,8 @@ def test_characters_come_whole():
     texts = [_sure(tokenizer, ids[:n], ()) for n in range(len(ids) + 1)]
     assert all(text.startswith(some) for some in texts)
     assert [len(some) for some in texts] == [0, 1, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 6]
+    start = tokenizer.bos_token_id  # which no text shows
+    assert _sure(tokenizer, [97, *"🙂".encode()[:2], start], ()) == "a"
 
 
 @pytest.mark.parametrize(("text", "stop"), [("abéz", "béz"), ("a🙂b", "a🙂b"), ("ab🙂", "b🙂")])
