@@ -231,8 +231,10 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.norm_eps >= 0:
             raise ValueError(f"norm_eps={self.norm_eps} must be at least 0")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta={self.rope_theta} must be positive")
+        for name in ("rope_theta", "local_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
         if self.block_len is not None and self.block_len < 1:
             raise ValueError(f"block_len={self.block_len} must be at least 1, or None")
         self._read_nested()

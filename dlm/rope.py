@@ -126,9 +126,9 @@ class Llama3(Scaling):
     def __post_init__(self) -> None:
         if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
             raise ValueError(
-                f"rope_scaling: factor={self.factor} must be positive, and low_freq_factor="
-                f"{self.low_freq_factor} positive and below high_freq_factor="
-                f"{self.high_freq_factor}"
+                f"rotary scaling of type {self.kind!r}: factor={self.factor} must be positive, "
+                f"and low_freq_factor={self.low_freq_factor} positive and below "
+                f"high_freq_factor={self.high_freq_factor}"
             )
 
     def stretch(self, frequency: jax.Array, theta: float, length: jax.Array | None) -> jax.Array:
@@ -174,7 +174,8 @@ class Yarn(Scaling):
         )
         if not self.beta_fast > self.beta_slow:
             raise ValueError(
-                f"rope_scaling: beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}"
+                f"rotary scaling of type {self.kind!r}: beta_fast={self.beta_fast} must be above "
+                f"beta_slow={self.beta_slow}"
             )
 
     @property
@@ -257,4 +258,4 @@ def from_fields(fields: Mapping[str, Any]) -> Scaling:
 def _check_positive(kind: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
-            raise ValueError(f"rope_scaling of type {kind!r}: {name}={value} must be positive")
+            raise ValueError(f"rotary scaling of type {kind!r}: {name}={value} must be positive")

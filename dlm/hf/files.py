@@ -95,10 +95,13 @@ def read_config(
         if isinstance(given, int) and given > keys.LARGEST:
             raise ValueError(f"{file}: {key}={given!r:.60} must be at most {keys.LARGEST}")
         values[name] = given
+    words = {**keys.WORDS, **form.fields}
+    nested = [value for value in raw.values() if isinstance(value, dict)]
+    said = {key for part in (raw, *nested) for key, value in part.items() if value is not None}
     try:
         values |= form.read(raw | {key: values[name] for name, key in form.fields.items()})
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {keys.in_their_words(error, words, said)}") from error
     if dtype is None:
         dtype = _said_dtype(file, raw) or _stored_dtype(root, form) or "bfloat16"
     try:
@@ -113,7 +116,7 @@ def read_config(
     try:
         cfg = ModelConfig(**values, **form.implied, **ids, never_causal=never_causal, dtype=dtype)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {keys.in_their_words(error, words, said)}") from error
     return with_family(cfg, form)
 
 

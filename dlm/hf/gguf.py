@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from dlm import rope
 from dlm.config import Experts, ModelConfig
+from dlm.hf import keys
 from dlm.hf.files import with_family
 from dlm.hf.format import Format, Stored
 from dlm.hf.formats import dream, llada, llama, mixtral, qwen2, qwen3, qwen3_moe, smollm3
@@ -165,8 +166,17 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
             dtype = {"F32": "float32", "F16": "float16"}.get(embedding.kind, "bfloat16")
         cfg = ModelConfig(**values, **_token_ids(file), dtype=jnp.dtype(dtype).name)
     except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
+        said = keys.in_their_words(error, _words(file), file.metadata)
+        raise ValueError(f"{file.path}: {said}") from error
     return with_family(cfg, form)
+
+
+def _words(file: GGUFFile) -> dict[str, str]:
+    """Fields that errors name -> the keys which they are read from."""
+    name = file.metadata.get("general.architecture")
+    words = {field: f"{name}.{key}" for field, (key, _) in _FIELDS.items()}
+    words |= {"num_experts": f"{name}.expert_count", "num_chosen": f"{name}.expert_used_count"}
+    return words | {"original_max_seq_len": f"{name}.{_SCALING}original_context_length"}
 
 
 def _take(given: dict[str, Any], name: str, key: str, kind: type, absent: Any = None) -> Any:
@@ -192,8 +202,8 @@ def _read_sizes(file: GGUFFile, name: str, given: dict[str, Any]) -> dict[str, A
         absent: Any = {"rope_theta": 10_000.0}.get(field)
         if field == "n_kv_heads":
             absent = values["n_heads"]
-        elif field == "head_dim":
-            absent = values["d_model"] // max(1, values["n_heads"])
+        elif field == "head_dim" and key not in given:
+            absent = keys.head_dim("d_model", "n_heads")(values)
         values[field] = _take(given, name, key, kind, absent)
         if not values[field] > 0:
             raise ValueError(f"{name}.{key}={values[field]} must be positive")

@@ -6,7 +6,8 @@ A key that is absent has the value that the published code gives it, one that is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from dlm.config import Experts, ModelConfig, shortest_pattern
@@ -59,6 +60,53 @@ def required(raw: dict[str, Any], key: str) -> int:
     if value is None:
         raise ValueError(f"{key} must be given")
     return int(value)
+
+
+# Fields that errors name -> the keys which they are read from, beside `Format.fields`.
+WORDS = {
+    "attention": "attention_factor",
+    "attention_cap": "attn_logit_softcapping",
+    "logit_cap": "final_logit_softcapping",
+    "local_rope_theta": "rope_local_base_freq",
+    "more_eos_ids": "eos_token_id",
+    "num_chosen": "num_experts_per_tok",
+    "num_chosen_groups": "topk_group",
+    "num_groups": "n_group",
+    "original_max_seq_len": "original_max_position_embeddings",
+}
+
+
+def head_dim(
+    width: str = "hidden_size", heads: str = "num_attention_heads"
+) -> Callable[[dict[str, Any]], int]:
+    """For `Format.absent`: of a family whose heads share the width where nothing says theirs."""
+
+    def value(raw: dict[str, Any]) -> int:
+        if raw[width] % max(1, raw[heads]):
+            raise ValueError(
+                f"{width}={raw[width]} must be a multiple of {heads}={raw[heads]}, as the width of "
+                "a head is not given"
+            )
+        return int(raw[width] // max(1, raw[heads]))
+
+    return value
+
+
+def in_their_words(error: ValueError, keys: Mapping[str, str], given: Container[str]) -> str:
+    """The message of an error about our fields, with the keys of a file that they were read from.
+
+    Args:
+      error: its message has "field=value".
+      keys: our fields -> keys of the file.
+      given: the keys that are in the file; of others it is said that nobody gave the value.
+    """
+    said = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, keys))})=([^\s,;:)\]]+)")
+
+    def theirs(found: re.Match[str]) -> str:
+        key = keys[found[1]]
+        return f"{key}={found[2]}{'' if key in given else ' (by default)'}"
+
+    return said.sub(theirs, str(error))
 
 
 def kv_heads(absent: int) -> Callable[[dict[str, Any]], Any]:

@@ -53,19 +53,29 @@ def read_rope(
     base = theta if base is None else base
     share = _one_value(raw, said, name, "partial_rotary_factor")
     width = None
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     if share not in (None, 1):
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         width = int(head_dim * share)
         if not is_partial:
             raise ValueError(f"partial_rotary_factor={share} is not supported; only 1 is")
+        if width % 2 or not 2 <= width <= head_dim:
+            raise ValueError(
+                f"partial_rotary_factor={share} makes {width} of head_dim={head_dim} numbers "
+                "rotate, which must be even, at least 2 and at most all"
+            )
         width = None if width == head_dim else width
     if not base > 0:
         raise ValueError(f"rope_theta={base} must be positive")
-    return {
-        "rope_theta": base,
-        "rotary_dim": width,
-        "rope_scaling": read_scaling(raw, name, said, more),
-    }
+    scaling = read_scaling(raw, name, said, more)
+    if isinstance(scaling, rope.LongRope):
+        half = (head_dim if width is None else width) // 2
+        for key, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
+            if len(factors) != half:
+                raise ValueError(
+                    f"{name}: {key} has {len(factors)} numbers and must have {half}, half of those "
+                    "of a head that rotate"
+                )
+    return {"rope_theta": base, "rotary_dim": width, "rope_scaling": scaling}
 
 
 def settings(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:

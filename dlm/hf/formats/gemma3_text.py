@@ -49,9 +49,8 @@ def _read_tables(raw: dict[str, Any]) -> dict[str, Any]:
                 f"rope_parameters={nested!r} must have an object for {GLOBAL} and {LOCAL} each"
             )
         flat = {key: value for key, value in raw.items() if key != "rope_parameters"}
-        local = read_rope(
-            {"rope_parameters": nested.get(LOCAL), "max_position_embeddings": 1}, theta=10_000.0
-        )
+        sizes = {key: raw[key] for key in ("max_position_embeddings", "head_dim")}
+        local = read_rope({**sizes, "rope_parameters": nested.get(LOCAL)}, theta=10_000.0)
         if local["rope_scaling"] is not None:
             raise ValueError(
                 f"rope_parameters: {LOCAL}={nested[LOCAL]!r} must be of type 'default'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlm.hf import keys
 from dlm.hf.format import Format, Stored
 
 LAYER, QKV = "transformer.h.{}.", ("nh", "kh", "kh")
@@ -11,7 +12,7 @@ C_ATTN = LAYER + "attn.c_attn."
 
 
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"n_kv_heads": raw["n_head"], "head_dim": raw["n_embd"] // max(1, raw["n_head"])}
+    return {"n_kv_heads": raw["n_head"], "head_dim": keys.head_dim("n_embd", "n_head")(raw)}
 
 
 FORMAT = Format(

@@ -24,7 +24,7 @@ FORMAT = Format(
     },
     absent={
         "n_kv_heads": lambda raw: raw["n_heads"],
-        "head_dim": lambda raw: raw["d_model"] // max(1, raw["n_heads"]),
+        "head_dim": keys.head_dim("d_model", "n_heads"),
         "mlp_hidden_size": lambda raw: keys.positive(raw, "mlp_ratio", 4) * raw["d_model"],
         "embedding_size": lambda raw: raw.get("vocab_size"),
         "include_qkv_bias": lambda raw: False,

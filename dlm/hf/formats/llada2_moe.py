@@ -73,7 +73,7 @@ FORMAT = Format(
     fields=qwen3.FORMAT.fields,
     absent={
         **qwen3.FORMAT.absent,
-        "head_dim": lambda raw: raw["hidden_size"] // max(1, raw["num_attention_heads"]),
+        "head_dim": keys.head_dim(),
     },
     fixed={
         "hidden_act": (("silu",), "silu"),

@@ -68,7 +68,7 @@ FORMAT = Format(
     absent={
         **qwen3.FORMAT.absent,
         "dense_intermediate_size": lambda raw: keys.required(raw, "expert_intermediate_size"),
-        "head_dim": lambda raw: raw["hidden_size"] // max(1, raw["num_attention_heads"]),
+        "head_dim": keys.head_dim(),
     },
     fixed={
         "hidden_act": (("silu",), "silu"),

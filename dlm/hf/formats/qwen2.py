@@ -58,7 +58,7 @@ FORMAT = Format(
     },
     absent={
         "num_key_value_heads": lambda raw: raw["num_attention_heads"],
-        "head_dim": lambda raw: raw["hidden_size"] // max(1, raw["num_attention_heads"]),
+        "head_dim": keys.head_dim(),
         "tie_word_embeddings": lambda raw: False,
     },
     fixed={"hidden_act": (("silu",), "silu")},

@@ -86,7 +86,7 @@ FORMAT = dataclasses.replace(
     architecture="Qwen3MoeForCausalLM",
     absent={
         **qwen3.FORMAT.absent,
-        "head_dim": lambda raw: raw["hidden_size"] // max(1, raw["num_attention_heads"]),
+        "head_dim": keys.head_dim(),
         "num_key_value_heads": keys.kv_heads(4),
         "rms_norm_eps": lambda raw: 1e-6,
     },

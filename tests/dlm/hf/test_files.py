@@ -280,7 +280,7 @@ def test_ends_are_written_to_both_files(tmp_path, ends, mask):
         ("eos_token_id", [2, [3]], r"must be an integer or a list of integers"),
         ("eos_token_id", True, r"eos_token_id=True must be an integer or a list"),
         ("eos_token_id", 2.0, r"eos_token_id=2.0 must be an integer or a list"),
-        ("eos_token_id", [2, 128], r"more_eos_ids=128 must be in \[0, vocab_size=128\)"),
+        ("eos_token_id", [2, 128], r"eos_token_id=128 must be in \[0, vocab_size=128\)"),
         ("eos_token_id", -1, r"eos_token_id=-1 must be in \[0, vocab_size=128\)"),
         ("eos_token_id", None, "config.json must give eos_token_id, which neither it nor"),
         ("bos_token_id", [1], r"bos_token_id=\[1\] must be an integer"),

@@ -398,12 +398,28 @@ def test_frequencies_of_llama_3(written, factor):
         ({"llama.block_count": None}, "llama.block_count must be given"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "norm_rms_epsilon must be given"),
         ({"llama.expert_count": 8}, "llama.expert_used_count must be given"),
-        ({"llama.expert_count": 2, "llama.expert_used_count": 3}, "num_chosen=3 must be in"),
+        (
+            {"llama.expert_count": 2, "llama.expert_used_count": 3},
+            r"llama.expert_used_count=3 must be in \[1, llama.expert_count=2",
+        ),
         (
             {"llama.expert_count": 2, "llama.expert_used_count": 1},
             r"missing: blk.0.ffn_down_exps.weight \[2, 64, 96\]",
         ),
-        ({"llama.attention.head_count_kv": 3}, "n_heads=4 must be a multiple of n_kv_heads=3"),
+        (
+            {"llama.attention.head_count_kv": 3},
+            "llama.attention.head_count=4 must be a multiple of llama.attention.head_count_kv=3",
+        ),
+        (
+            {"llama.attention.key_length": None, "llama.attention.head_count": 5},
+            "llama.embedding_length=64 must be a multiple of llama.attention.head_count=5, as",
+        ),
+        (
+            dict.fromkeys(
+                [f"llama.{key}" for key in ("attention.key_length", "attention.value_length",
+                                            "rope.dimension_count")], 15),
+            "llama.attention.key_length=15 must be even",
+        ),
         ({"llama.expert_gating_func": 2}, "expert_gating_func=2 is not supported .* only 1 is"),
         ({"llama.block_count": 10**9}, "block_count=1000000000 must be at most the number of"),
         ({"llama.attention.causal": False}, "causal=False is not supported .* only True is"),

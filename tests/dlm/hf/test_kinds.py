@@ -275,7 +275,7 @@ def test_rotary_kinds(tmp_path):
         ({"rope_theta": -1}, "rope_theta=-1 must be positive"),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}},
-            "short has 1 numbers and must have 32",
+            "short_factor has 1 numbers and must have 32",
         ),
     ],
 )
@@ -285,6 +285,49 @@ def test_rotary_settings_that_cannot_be_are_refused(tmp_path, entries, message):
 
 
 # ---- Refusals ---------------------------------------------------------------------------------
+
+
+# Our fields are not what a file says; of what it does not say that is said.
+SIZES = [
+    (
+        "MistralForCausalLM",
+        {"num_attention_heads": 5},
+        "config.json: num_attention_heads=5 must be a multiple of num_key_value_heads=2",
+    ),
+    (
+        "MistralForCausalLM",
+        {"hidden_size": 33, "head_dim": None},
+        "config.json: hidden_size=33 must be a multiple of num_attention_heads=4, as the width of",
+    ),
+    (
+        "MistralForCausalLM",
+        {"hidden_size": 36, "head_dim": None},
+        r"config.json: head_dim=9 \(by default\) must be even",
+    ),
+    ("GPT2LMHeadModel", {"n_embd": 33}, "n_embd=33 must be a multiple of n_head=4, as the width"),
+    ("MistralForCausalLM", {"rms_norm_eps": -1.0}, "config.json: rms_norm_eps=-1.0 must be at"),
+    ("Gemma2ForCausalLM", {"attn_logit_softcapping": 0}, "attn_logit_softcapping=0 must be pos"),
+    ("Gemma2ForCausalLM", {"final_logit_softcapping": -2.5}, "final_logit_softcapping=-2.5 must"),
+    ("Gemma3ForCausalLM", {"rope_local_base_freq": -1}, "rope_local_base_freq=-1 must be positive"),
+    (
+        "Gemma3ForCausalLM",
+        {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+        "partial_rotary_factor=0.5 is not supported; only 1 is",
+    ),
+    (
+        "Ministral3ForCausalLM",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2, "attention_factor": 0,
+                             "llama_4_scaling_beta": 0.1,
+                             "original_max_position_embeddings": 32}, "rope_scaling": None},
+        "rotary scaling of type 'yarn': attention_factor=0 must be positive",
+    ),
+    (
+        "Phi3ForCausalLM",
+        {"partial_rotary_factor": 0.4},
+        "partial_rotary_factor=0.4 makes 3 of head_dim=8 numbers rotate, which must be even",
+    ),
+    ("SDARMoeForCausalLM", {"mask_token_id": 96}, r"mask_token_id=96 must be in \[0, vocab_size="),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -315,12 +358,17 @@ def test_rotary_settings_that_cannot_be_are_refused(tmp_path, entries, message):
         ("GPT2LMHeadModel", {"activation_function": "relu"}, "activation_function='relu'"),
         ("Qwen3MoeForCausalLM", {"num_local_experts": 3}, "num_experts=8 and num_local_experts=3"),
         ("Qwen3MoeForCausalLM", {"mlp_only_layers": [9]}, r"mlp_only_layers=\[9\] must be a list"),
-        ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 9}, r"num_chosen=9 must be in \[1, "),
+        (
+            "Qwen3MoeForCausalLM",
+            {"num_experts_per_tok": 9},
+            r"num_experts_per_tok=9 must be in \[1, num_experts=8\]",
+        ),
         ("LLaDA2MoeModelLM", {"score_function": "softmax"}, "score_function='softmax'"),
         ("LLaDA2MoeModelLM", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("LLaDA2MoeModelLM", {"rotary_dim": 6}, "rotary_dim=6 and partial_rotary_factor must say"),
         ("LLaDA2MoeModelLM", {"use_qkv_bias": True}, "use_qkv_bias=True"),
-        ("LLaDA2MoeModelLM", {"n_group": 3}, "num_groups=3 must split num_experts=8"),
+        ("LLaDA2MoeModelLM", {"n_group": 3}, "topk_group=2 of n_group=3 must split num_experts=8"),
+        *SIZES,
         ("LLaDAMoEModelLM", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
         ("LLaDAMoEModelLM", {"moe_router_score_function": "sigmoid"}, "'sigmoid' is not supported"),
         ("GraniteForCausalLM", {"logits_scaling": 0}, "logits_scaling=0 must be positive"),
