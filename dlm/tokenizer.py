@@ -25,7 +25,7 @@ from typing import Any
 
 import tokenizers
 from absl import logging
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dlm import chat
 
@@ -284,7 +284,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
     As in `transformers`, what `tokenizer_config.json` (or the older `special_tokens_map.json` and
     `added_tokens.json`) declares is a token, also where tokenizer.json does not know it; what is
-    put around a text is for tokenizer.json to say. Where no end of a text is named, it is that of
+    put around a text is for tokenizer.json to say, and only without one for `add_bos_token` and
+    `add_eos_token`. Where no end of a text is named, it is that of
     the model beside it. Chat templates are those of `chat_template.jinja` and
     `additional_chat_templates`, else of tokenizer_config.json.
 
@@ -336,22 +337,71 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         chat_template=_chat_template(root, config),
         other_tokens={name: token.content for name, token in names.items() if name not in own},
     )
+    if not file.is_file():
+        ends = (
+            config.get(f"add_{name}") and names.get(name) for name in ("bos_token", "eos_token")
+        )
+        backend.post_processor = frame(
+            *((end.content, backend.token_to_id(end.content)) if end else None for end in ends)
+        )
     for name in ("bos_token", "eos_token"):
         adds = ids.get(name) in tokenizer.encode("", whole=True)
         if (flag := config.get(f"add_{name}")) is not None and flag != adds:
             logging.warning(
-                "%s: add_%s=%s is not what tokenizer.json does, which is right.",
+                "%s: add_%s=%s is not what %s, which is right.",
                 config_file,
                 name,
                 flag,
+                "tokenizer.json does" if file.is_file() else f"can be done without {name}",
             )
+    _say_what_stays(backend, config, config_file)
     return tokenizer
+
+
+def frame(
+    begin: tuple[str, int] | None, end: tuple[str, int] | None
+) -> processors.TemplateProcessing | None:
+    """What puts tokens, each with its id, around a whole text; None: there are none to put."""
+    if begin is None and end is None:
+        return None
+    before, after = ([] if token is None else [token] for token in (begin, end))
+
+    def template(text: str) -> list[str]:
+        return [*(token for token, _ in before), text, *(token for token, _ in after)]
+
+    return processors.TemplateProcessing(
+        single=template("$A"), pair=template("$A") + template("$B"), special_tokens=before + after
+    )
+
+
+_CLEANS = "clean_up_tokenization_spaces"
+_CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
+
+
+def _say_what_stays(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: pathlib.Path
+) -> None:
+    """Warns where the well-known library would take spaces out of decoded text.
+
+    It does so before punctuation, and never of byte-pair encodings unless a second key insists,
+    whatever the first one says, as it does in many of their files.
+    """
+    is_bpe = isinstance(backend.model, models.BPE)
+    if config.get(_CLEANS) and (not is_bpe or config.get(_CLEANS_BPE)):
+        logging.warning(
+            "%s: %s=True is not followed: decoded text keeps its spaces before punctuation.",
+            file,
+            _CLEANS,
+        )
 
 
 def _read_config(root: pathlib.Path) -> dict[str, Any]:
     """tokenizer_config.json, completed by the files that held a part of it before."""
     file = root / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
+    for key in ("add_bos_token", "add_eos_token", _CLEANS, _CLEANS_BPE):
+        if not isinstance(config.get(key), bool | None):
+            raise ValueError(f"{file}: {key}={config[key]!r:.60} must be true or false")
     if config.get("split_special_tokens"):
         raise ValueError(f"{file}: split_special_tokens=True is not supported; only False is")
     if "added_tokens_decoder" not in config:

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from dlm.hf.gguf_file import GGUFFile
-from dlm.tokenizer import QWEN2_PATTERN, Tokenizer, refusing
+from dlm.tokenizer import QWEN2_PATTERN, Tokenizer, frame, refusing
 
 
 class _Type(enum.IntEnum):
@@ -237,34 +237,14 @@ def _build(file: GGUFFile, ids: Mapping[str, int | None]) -> tokenizers.Tokenize
             f"tokenizer.ggml.{next(iter(given), 'add_sep_token')} is not known for "
             f"tokenizers of kind {kind!r} here, and might change how text is encoded"
         )
-    backend.post_processor = _frame(tokens, ids, adds)
+    around: list[tuple[str, int] | None] = []
+    for name in ("bos", "eos"):
+        value = ids[name] if adds[name] else None
+        if adds[name] and value is None:
+            raise ValueError(f"tokenizer.ggml.add_{name}_token needs {name}_token_id beside it")
+        around.append(None if value is None else (tokens[value], value))
+    backend.post_processor = frame(*around)
     return backend
-
-
-def _frame(
-    tokens: Sequence[str],
-    ids: Mapping[str, int | None],
-    adds: Mapping[str, Any],
-) -> processors.TemplateProcessing | None:
-    """What is put around an encoded text."""
-    around: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
-    for name in around:
-        if adds[name]:
-            if (value := ids[name]) is None:
-                raise ValueError(f"tokenizer.ggml.add_{name}_token needs {name}_token_id beside it")
-            around[name] = [(tokens[value], value)]
-    special = around["bos"] + around["eos"]
-    if not special:
-        return None
-
-    def template(sequence: str) -> list[str]:
-        return (
-            [name for name, _ in around["bos"]] + [sequence] + [name for name, _ in around["eos"]]
-        )
-
-    return processors.TemplateProcessing(
-        single=template("$A"), pair=template("$A") + template("$B"), special_tokens=special
-    )
 
 
 def _byte_level(

@@ -337,6 +337,8 @@ def test_tokens_that_the_vocabulary_has_keep_their_ids(tmp_path):
         ({"added_tokens_decoder": ["x"]}, "added_tokens_decoder must map token ids to tokens"),
         ({"added_tokens_decoder": {"x": "y"}}, "added_tokens_decoder must map token ids to tok"),
         ({"added_tokens_decoder": {"99": "y"}}, "'y' must have id 99, but .* give it"),
+        ({"add_bos_token": "yes"}, "add_bos_token='yes' must be true or false"),
+        ({"clean_up_tokenization_spaces": 1}, "clean_up_tokenization_spaces=1 must be true or"),
         ({"split_special_tokens": True}, "split_special_tokens=True is not supported"),
         ({"chat_template": 3}, "chat_template must be text, or a list of"),
         ({"chat_template": [{"name": "x"}]}, "chat_template must be text, or a list of"),
@@ -385,6 +387,48 @@ def test_a_flag_that_tokenizer_json_does_not_follow_is_said(tmp_path, caplog, fl
     assert not caplog.messages
     load_tokenizer(_published(tmp_path, **config, **{f"add_{flag}_token": says}))
     assert f"add_{flag}_token={says} is not what tokenizer.json does" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "ids", "said"),
+    [
+        ({}, [2], ""),
+        ({"add_bos_token": False, "add_eos_token": False, "bos_token": "<s>"}, [2], ""),
+        ({"add_bos_token": True, "bos_token": "<s>"}, [5, 2], ""),
+        ({"add_eos_token": True}, [2, 4], ""),
+        ({"add_bos_token": True, "add_eos_token": True, "bos_token": "<s>"}, [5, 2, 4], ""),
+        ({"add_bos_token": True}, [2], "add_bos_token=True is not what can be done without bos_to"),
+    ],
+)
+def test_flags_count_where_there_is_no_tokenizer_json(tmp_path, caplog, config, ids, said):
+    """As transformers 5.24 encodes "ab" with these files, Qwen2's."""
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "Ġ": 3}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"} | config
+    ids_of = {"4": {"content": "<|endoftext|>"}, "5": {"content": "<s>"}}
+    config |= {"added_tokens_decoder": ids_of if "bos_token" in config else {}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("ab", whole=True) == ids and tokenizer.encode("ab") == [2]
+    assert said in caplog.text if said else not caplog.text
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("ab", whole=True) == ids
+
+
+@pytest.mark.parametrize("model", [models.BPE, models.WordLevel])
+def test_spaces_that_others_take_out_stay(tmp_path, caplog, model):
+    """Of byte-pair encodings nobody takes them out; of others that they stay is said."""
+    vocab = {"a": 0, " ": 1, ".": 2, "</s>": 3}
+    backend = tokenizers.Tokenizer(model(vocab, **({"merges": []} if model is models.BPE else {})))
+    backend.decoder = decoders.Fuse()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    insists = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    for more, is_said in (({}, model is not models.BPE), ({insists: True}, True)):
+        config = {"eos_token": "</s>", "clean_up_tokenization_spaces": True, **more}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        caplog.clear()
+        assert load_tokenizer(tmp_path).decode([0, 1, 2]) == "a ."
+        assert ("clean_up_tokenization_spaces=True is not followed" in caplog.text) == is_said
 
 
 def test_text_that_is_no_unicode():
