@@ -6,6 +6,7 @@ data.json       what `train.data.describe` says of the examples
 frozen.json     the fingerprint of a model that something is learned beside
 versions.json   Python, packages and git revision that last wrote here
 tokenizer/      the tokenizer
+generation_config.json  how the model it began with is meant to generate, see `dlm.hf.generation`
 metrics.jsonl   see `train.metrics`
 lock.json       who is in the folder, while someone is
 checkpoints/    Orbax checkpoints: training state and data iterator
@@ -32,6 +33,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dlm.config import ModelConfig
+from dlm.hf.generation import read_generation, write_generation
 from dlm.tokenizer import Tokenizer, load_tokenizer
 from train import config as config_lib
 from train.config import CheckpointConfig, ConfigError, RunConfig
@@ -84,11 +86,16 @@ def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> Non
 
 
 def write_settings(
-    workdir: pathlib.Path, settings: RunConfig, cfg: ModelConfig, tokenizer: Tokenizer
+    workdir: pathlib.Path,
+    settings: RunConfig,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    generation: Mapping[str, Any],
 ) -> None:
-    """Writes config.json, model.json, versions.json and tokenizer/."""
+    """Writes config.json, model.json, generation_config.json, versions.json and tokenizer/."""
     write_json(workdir / "config.json", config_lib.to_json(settings))
     write_json(workdir / "model.json", dataclasses.asdict(cfg))
+    write_json(workdir / "generation_config.json", write_generation(generation))
     write_json(
         workdir / "versions.json",
         {
@@ -150,8 +157,8 @@ def check_same_frozen(workdir: pathlib.Path, fingerprint: str) -> None:
         )
 
 
-def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
-    """The model and the tokenizer of the run in a folder."""
+def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer, Mapping[str, Any]]:
+    """The model of the run in a folder, its tokenizer and how it is meant to generate."""
     path = workdir / "model.json"
     if not path.exists():
         raise ConfigError(f"{path} is missing: put it back, or choose another folder")
@@ -160,7 +167,13 @@ def read_model(workdir: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not say what the model is: {error}") from error
     try:
-        return cfg, load_tokenizer(workdir / "tokenizer")
+        generation = read_generation(workdir, {})
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}: it is damaged, so put back what was there, or choose another folder"
+        ) from error
+    try:
+        return cfg, load_tokenizer(workdir / "tokenizer"), generation
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of this run is damaged: {error}") from error
 

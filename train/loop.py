@@ -134,7 +134,9 @@ def run(
         manager = stack.enter_context(checkpoint.open_manager(folder, settings.checkpoint))
         start, state = _open_state(settings, start, recipe, model, feed, manager, mesh)
         if jax.process_index() == 0:
-            checkpoint.write_settings(folder, settings, model.cfg, model.tokenizer)
+            checkpoint.write_settings(
+                folder, settings, model.cfg, model.tokenizer, model.generation
+            )
             checkpoint.write_data(folder, facts)
             if frozen is not None:
                 checkpoint.write_frozen(folder, frozen)
@@ -453,7 +455,8 @@ def _export(folder: pathlib.Path, trainable: Trainable, own: Params, model: RunM
         own, frozen = multihost_utils.process_allgather((own, frozen), tiled=True)
     if jax.process_index() == 0:
         shutil.rmtree(folder / "model", ignore_errors=True)
-        trainable.export(folder, lm.LanguageModel(frozen, model.cfg, model.tokenizer), own)
+        said = lm.LanguageModel(frozen, model.cfg, model.tokenizer, generation=model.generation)
+        trainable.export(folder, said, own)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import logging
@@ -27,6 +29,8 @@ class RunModel:
     Attributes:
       cfg: the model.
       tokenizer: its own.
+      generation: how its authors generate with it, see `dlm.lm.LanguageModel`; what is exported
+        keeps it.
       given: parameters to start from; None: fresh ones, or those of a checkpoint. Set to None once
         they are in the state.
       frozen: what something is learned beside, whose target is {} if it is not needed; None: the
@@ -35,6 +39,7 @@ class RunModel:
 
     cfg: ModelConfig
     tokenizer: Tokenizer
+    generation: Mapping[str, Any]
     given: Params | None
     frozen: Learned | None
 
@@ -68,14 +73,16 @@ def open_model(
       ConfigError: the model cannot be read or made, or has no room for the data.
     """
     given: Params | None = None
+    generation: Mapping[str, Any] = {}
     if start is not None:
         logging.info("Resuming %s after step %d.", folder, start)
-        cfg, tokenizer = checkpoint.read_model(folder)
+        cfg, tokenizer, generation = checkpoint.read_model(folder)
         if trainable.needs_target and trainable is not EVERYTHING:
-            given = load_model(settings, mesh)[2]
+            given = load_model(settings, mesh)[1].params
     elif settings.train.init_from:
         logging.info("Starting from the model in %s.", settings.train.init_from)
-        cfg, tokenizer, given = load_model(settings, mesh, trainable.needs_target)
+        tokenizer, model = load_model(settings, mesh, trainable.needs_target)
+        cfg, generation, given = model.cfg, model.generation, model.params
     else:
         logging.info("Starting from fresh parameters.")
         tokenizer = make_tokenizer(settings, task)
@@ -89,7 +96,7 @@ def open_model(
     except ValueError as error:
         raise ConfigError(f"train.trainable: {error}") from error
     logging.info("Learning %s of %s parameters: %s", *_counts(specs, cfg), cfg)
-    return RunModel(cfg, tokenizer, given, frozen)
+    return RunModel(cfg, tokenizer, generation, given, frozen)
 
 
 def make_tokenizer(settings: RunConfig, task: tasks.Task) -> Tokenizer:
@@ -127,8 +134,8 @@ def model_config(settings: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def load_model(
     settings: RunConfig, mesh: Mesh, has_weights: bool = True
-) -> tuple[ModelConfig, Tokenizer, Params]:
-    """The model in `train.init_from`; of the model section only `dtype` is used.
+) -> tuple[Tokenizer, lm.LanguageModel]:
+    """The model in `train.init_from`, and its tokenizer; of the model section `dtype` is used.
 
     Without weights its parameters are {}.
     """
@@ -146,7 +153,7 @@ def load_model(
         )
     dtype = settings.model.get("dtype", model.cfg.dtype)
     cfg = dataclasses.replace(model.cfg, dtype=dtype, never_causal=False)  # it learns anew
-    return _check_length(cfg, settings), model.tokenizer, model.params
+    return model.tokenizer, dataclasses.replace(model, cfg=_check_length(cfg, settings))
 
 
 def _check_length(cfg: ModelConfig, settings: RunConfig) -> ModelConfig:

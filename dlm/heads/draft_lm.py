@@ -68,15 +68,21 @@ class DraftLM(Trainable):
 
     def export(self, folder: pathlib.Path, lm: lm_lib.LanguageModel, own: Params) -> None:
         """Writes `folder/model`, a model of its own."""
-        cfg = self._draft_cfg(lm.cfg)
-        params = cast_params(own, cfg)
-        lm_lib.save(folder / "model", lm_lib.LanguageModel(params, cfg, lm.tokenizer))
+        draft = self._draft(lm.cfg)
+        params = cast_params(own, draft.cfg)
+        lm_lib.save(
+            folder / "model", dataclasses.replace(draft, params=params, tokenizer=lm.tokenizer)
+        )
 
     def _draft_cfg(self, target: ModelConfig) -> ModelConfig:
-        cfg = lm_lib.describe(self.checkpoint, tokenizer=None).cfg
-        if cfg.vocab_size != target.vocab_size:
+        return self._draft(target).cfg
+
+    def _draft(self, target: ModelConfig) -> lm_lib.LanguageModel:
+        """What the checkpoint says, without weights."""
+        draft = lm_lib.describe(self.checkpoint, tokenizer=None)
+        if (cfg := draft.cfg).vocab_size != target.vocab_size:
             raise ValueError(
                 f"checkpoint={self.checkpoint!r} has a vocabulary of {cfg.vocab_size} tokens and "
                 f"the target one of {target.vocab_size}: they must have the same"
             )
-        return cfg
+        return draft

@@ -13,20 +13,22 @@ from tests.lib import toys
 from train import checkpoint, workdir
 from train.config import ConfigError, from_config_dict
 
+GENERATION = {"temperature": 0.6, "top_p": 0.9, "stop": ("a", "b")}
+
 
 def write(folder, config):
     settings = from_config_dict(config)
     cfg = ModelConfig(
         **settings.model, vocab_size=9, mask_token_id=8, eos_token_id=7, pad_token_id=7
     )
-    checkpoint.write_settings(folder, settings, cfg, word_tokenizer("abcdef>"))
+    checkpoint.write_settings(folder, settings, cfg, word_tokenizer("abcdef>"), GENERATION)
     return cfg
 
 
 def test_folder_says_what_the_run_was(tmp_path):
     cfg = write(tmp_path, toys.get_config())
-    read_cfg, tokenizer = checkpoint.read_model(tmp_path)
-    assert read_cfg == cfg
+    read_cfg, tokenizer, generation = checkpoint.read_model(tmp_path)
+    assert read_cfg == cfg and generation == GENERATION
     assert tokenizer.encode("fa>") == [5, 0, 6] and tokenizer.mask_token_id == 8
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["jax"] == jax.__version__ and "git_revision" in versions

@@ -1,5 +1,8 @@
 """DistillSpec's divergences by hand, their gradients, and a draft model that gets better."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,10 +84,14 @@ def test_a_draft_model_comes_closer_to_its_target(scan_target, scan_draft, tmp_p
     config.train.trainable.checkpoint = str(tmp_path / "nowhere")
     with pytest.raises((ConfigError, FileNotFoundError), match="nowhere"):
         loop.run(config, tmp_path / "distilled")
-    config.train.trainable.checkpoint = str(scan_draft)
+    shutil.copytree(scan_draft, tmp_path / "draft")
+    said = {"eos_token_id": dlm.load(scan_draft).cfg.eos_token_id, "repetition_penalty": 1.5}
+    (tmp_path / "draft" / "generation_config.json").write_text(json.dumps(said))
+    config.train.trainable.checkpoint = str(tmp_path / "draft")
     result = loop.run(config, tmp_path / "distilled")
     before, after = dlm.load(scan_draft), dlm.load(result.model_path)
     assert after.cfg == before.cfg and after.tokenizer is not None
+    assert after.generation == {"repetition_penalty": 1.5}
     lm = dlm.load(scan_target)
     batch = make_batch(lm.cfg)
     losses = [

@@ -169,6 +169,25 @@ def test_init_from_keeps_the_model(finished, tmp_path):
     assert_same(ours.params, theirs.params)
 
 
+def test_what_is_exported_ends_and_draws_as_what_it_was(finished, tmp_path):
+    """Also after a pause: an end that only generation_config.json names, and its settings."""
+    shutil.copytree(finished[1].model_path, tmp_path / "model")
+    said = {
+        "eos_token_id": [3, dlm.load(tmp_path / "model").cfg.eos_token_id], "do_sample": True,
+        "temperature": 0.6, "top_p": 0.9, "stop_strings": ["ab"],
+    }  # fmt: skip
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(said))
+    theirs = dlm.load(tmp_path / "model")
+    assert 3 in theirs.cfg.more_eos_ids
+    generation = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "stop": ("ab",)}
+    config = toy_config(train__init_from=str(tmp_path / "model"), optim__decay_steps=2)
+    for num_steps in (1, 2):
+        config.train.num_steps = num_steps
+        ours = dlm.load(loop.run(config, tmp_path / "run").model_path)
+        assert ours.cfg == theirs.cfg and ours.cfg.eos_ids == theirs.cfg.eos_ids
+        assert ours.generation == theirs.generation == generation
+
+
 def test_bfloat16_products_with_float32_parameters(toy_cfg):
     cfg = dataclasses.replace(toy_cfg, dtype="bfloat16")
     optim = OptimConfig(learning_rate=1e-4, decay_steps=4, end_factor=1.0)
@@ -534,7 +553,7 @@ def test_divergence_stops_names_the_batch_and_saves_the_state_before_it(tmp_path
     # The batch is named: the seventh one.
     settings = from_config_dict(config)
     task, _ = loop._build_tasks(settings)
-    _, tokenizer = checkpoint.read_model(tmp_path)
+    _, tokenizer, _ = checkpoint.read_model(tmp_path)
     iterator = data.train_iterator(task, tokenizer, settings.data)
     index = [next(iterator)["index"] for _ in range(7)][-1]
     assert f"made with examples {', '.join(map(str, index))} of" in text
