@@ -186,6 +186,8 @@ def check_tensors(
         hint = ""
         if lists == {"missing": missing} and set(expected) - set(files) == {_head(form)}:
             hint = f"; {_tying(form)} must be true if it is the embedding"
+        if "fc.weight" in files:
+            hint = "; EAGLE's draft networks are read by dlm.heads.eagle_1 and eagle_3"
         raise ValueError(
             f"{root} does not hold the tensors of this {form.model_type}: {found}{hint}"
         )
