@@ -338,12 +338,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         other_tokens={name: token.content for name, token in names.items() if name not in own},
     )
     if not file.is_file():
-        ends = (
-            config.get(f"add_{name}") and names.get(name) for name in ("bos_token", "eos_token")
-        )
-        backend.post_processor = frame(
-            *((end.content, backend.token_to_id(end.content)) if end else None for end in ends)
-        )
+
+        def added(name: str) -> tuple[str, int] | None:
+            if not config.get(f"add_{name}") or (i := ids.get(name)) is None:
+                return None
+            return names[name].content, i
+
+        backend.post_processor = frame(added("bos_token"), added("eos_token"))
     for name in ("bos_token", "eos_token"):
         adds = ids.get(name) in tokenizer.encode("", whole=True)
         if (flag := config.get(f"add_{name}")) is not None and flag != adds:

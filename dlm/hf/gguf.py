@@ -16,7 +16,7 @@ import dataclasses
 import importlib.metadata
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,11 +24,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm import rope
-from dlm.config import Experts, ModelConfig
+from dlm.config import Experts, ModelConfig, shortest_pattern
 from dlm.hf import keys
 from dlm.hf.files import with_family
 from dlm.hf.format import Format, Stored
-from dlm.hf.formats import dream, llada, llama, mixtral, qwen2, qwen3, qwen3_moe, smollm3
+from dlm.hf.formats import (
+    dream,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    llada,
+    llama,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from dlm.hf.gguf_file import READABLE, GGUFFile, GGUFTensor
 from dlm.hf.gguf_tokenizer import end_ids, token_ids
 from dlm.hf.weights import check_tensors, read_params
@@ -40,7 +53,10 @@ _ROTATED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 
 _NAMES = {
     "embed": "token_embd.weight",
+    "positions": "position_embd.weight",
     "layers/attention_norm": "blk.{}.attn_norm.weight",
+    "layers/attention_norm_bias": "blk.{}.attn_norm.bias",
+    "layers/attention_out_norm": "blk.{}.post_attention_norm.weight",
     "layers/attention/q": "blk.{}.attn_q.weight",
     "layers/attention/k": "blk.{}.attn_k.weight",
     "layers/attention/v": "blk.{}.attn_v.weight",
@@ -52,6 +68,8 @@ _NAMES = {
     "layers/attention/o": "blk.{}.attn_output.weight",
     "layers/attention/o_bias": "blk.{}.attn_output.bias",
     "layers/mlp_norm": "blk.{}.ffn_norm.weight",
+    "layers/mlp_norm_bias": "blk.{}.ffn_norm.bias",
+    "layers/mlp_out_norm": "blk.{}.post_ffw_norm.weight",
     "layers/mlp/gate": "blk.{}.ffn_gate.weight",
     "layers/mlp/up": "blk.{}.ffn_up.weight",
     "layers/mlp/down": "blk.{}.ffn_down.weight",
@@ -59,8 +77,21 @@ _NAMES = {
     "layers/mlp/up_bias": "blk.{}.ffn_up.bias",
     "layers/mlp/down_bias": "blk.{}.ffn_down.bias",
     "final_norm": "output_norm.weight",
+    "final_norm_bias": "output_norm.bias",
     "unembed": "output.weight",
 }
+
+# Where one tensor holds several of ours.
+_JOINED = {
+    **dict.fromkeys((f"layers/attention/{x}" for x in "qkv"), "blk.{}.attn_qkv.weight"),
+    **dict.fromkeys((f"layers/attention/{x}_bias" for x in "qkv"), "blk.{}.attn_qkv.bias"),
+    **dict.fromkeys(("layers/mlp/gate", "layers/mlp/up"), "blk.{}.ffn_up.weight"),
+}
+
+_SCALING, _WINDOW = "rope.scaling.", "attention.sliding_window"
+
+_INTO_D = ("attention/o", "mlp/down")  # matrices whose outputs are as wide as the model
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 # Experts lie in one tensor per layer.
 _EXPERTS = {
@@ -69,6 +100,85 @@ _EXPERTS = {
     "layers/moe/up": Stored("blk.{}.ffn_up_exps.weight", "e g d -> edg"),
     "layers/moe/down": Stored("blk.{}.ffn_down_exps.weight", "e d g -> egd"),
 }
+
+
+def _take(given: dict[str, Any], name: str, key: str, kind: type, absent: Any = None) -> Any:
+    """A number, taken out of what is given behind the architecture's name."""
+    value = given.pop(key, absent)
+    if value is None:
+        raise ValueError(f"{name}.{key} must be given")
+    if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{name}.{key}={value!r} must be one {kind.__name__}")
+    if kind is int:
+        return value
+    # float32 in the file: the shortest decimal number that is the same there, 1e-5 for example.
+    number = float(str(np.float32(value)))
+    if not math.isfinite(number):
+        raise ValueError(f"{name}.{key}={value!r} must be finite")
+    return number
+
+
+def _nothing(
+    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
+) -> dict[str, Any]:
+    return {}
+
+
+def _read_gemma(
+    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
+) -> dict[str, Any]:
+    """Windows, scales and caps; what files do not say is as in the models that were published."""
+    is_third = name == "gemma3"
+    every = _take(given, name, f"{_WINDOW}_pattern", int, 6 if is_third else 2)
+    if every != (6 if is_third else 2):
+        raise ValueError(f"{name}.{_WINDOW}_pattern={every} must be {6 if is_third else 2}")
+    window = _take(given, name, _WINDOW, int, 0 if is_third else 4096)
+    if not 0 <= window <= keys.LARGEST:
+        raise ValueError(f"{name}.{_WINDOW}={window} must be at least 0 and a length")
+    # Of the largest model of either, scores are scaled by another width than that of a head.
+    is_largest = values["n_layers"] == (62 if is_third else 46)
+    width = values["d_model"] / values["n_heads"] if is_largest else values["head_dim"]
+    sliding = ["dense sliding rotary"] * (every - 1) if window else []
+    found: dict[str, Any] = {
+        "embed_scale": values["d_model"] ** 0.5,
+        "attention_scale": width**-0.5,
+        "sliding_window": window or None,
+        "pattern": shortest_pattern(
+            ([*sliding, "dense global rotary"] * values["n_layers"])[: values["n_layers"]]
+        ),
+    }
+    for field, key in (
+        ("attention_cap", "attn_logit_softcapping"),
+        ("logit_cap", "final_logit_softcapping"),
+    ):
+        absent = 0.0 if is_third else {"attention_cap": 50.0, "logit_cap": 30.0}[field]
+        found[field] = _take(given, name, key, float, absent) or None
+    if is_third:
+        found["local_rope_theta"] = _take(given, name, "rope.freq_base_swa", float, 10_000.0)
+    return found
+
+
+def _read_phi3(
+    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
+) -> dict[str, Any]:
+    """The window of all layers, 0 if there is none, and how much of a head rotates."""
+    window = _take(given, name, _WINDOW, int)
+    if not 0 <= window <= keys.LARGEST:
+        raise ValueError(f"{name}.{_WINDOW}={window} must be at least 0 and a length")
+    rotated = _take(given, name, "rope.dimension_count", int, values["head_dim"])
+    return {
+        "sliding_window": window or None,
+        "pattern": (f"dense {'sliding' if window else 'global'} rotary",),
+        "rotary_dim": None if rotated == values["head_dim"] else rotated,
+        "qkv_bias": False,
+    }
+
+
+def _read_implied(
+    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
+) -> dict[str, Any]:
+    """What is the same in all models."""
+    return dict(ARCHITECTURES[name].format.implied)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +191,19 @@ class Architecture:
       experts: the format if there are experts, all in every layer, whose chosen ones' weights are
         divided by their sum; None: there are none.
       positions: what layers do with positions, over and over, see `dlm.config.LAYER_WORDS`.
+      norm_eps: the key of the epsilon inside norms.
+      norm_shift: what is added to the weights of norms that are stored.
+      read: further fields of ModelConfig, taken from what the file gives behind the name, of the
+        name, what it gives, the fields that are known and the file.
     """
 
     format: Format
     rotates_neighbours: bool = False
     experts: Format | None = None
     positions: tuple[str, ...] = ("rotary",)
+    norm_eps: str = "attention.layer_norm_rms_epsilon"
+    norm_shift: float = 0.0
+    read: Callable[[str, dict[str, Any], Mapping[str, Any], GGUFFile], dict[str, Any]] = _nothing
 
 
 ARCHITECTURES = {
@@ -99,6 +216,10 @@ ARCHITECTURES = {
     ),
     "dream": Architecture(dream.FORMAT),
     "llada": Architecture(llada.FORMAT, rotates_neighbours=True),
+    "gemma2": Architecture(gemma2.FORMAT, norm_shift=-1.0, read=_read_gemma),
+    "gemma3": Architecture(gemma3_text.FORMAT, norm_shift=-1.0, read=_read_gemma),
+    "phi3": Architecture(phi3.FORMAT, read=_read_phi3),
+    "gpt2": Architecture(gpt2.FORMAT, norm_eps="attention.layer_norm_epsilon", read=_read_implied),
 }
 
 # Field of ModelConfig -> key behind the architecture's name, and its type.
@@ -111,13 +232,11 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "d_ff": ("feed_forward_length", int),
     "max_seq_len": ("context_length", int),
     "rope_theta": ("rope.freq_base", float),
-    "norm_eps": ("attention.layer_norm_rms_epsilon", float),
 }
 
 # Beginnings of keys that say nothing about what a model computes.
 _HARMLESS = ("general.", "tokenizer.", "quantize.imatrix.", "imatrix.")
 
-_SCALING = "rope.scaling."
 
 # Llama 3.1 and later but for the factor; files hold only what follows from it.
 _LLAMA3 = rope.Llama3(
@@ -149,6 +268,7 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
         embedding = _tensor(file, "token_embd.weight")
         form = _format(file, architecture)
         values = {**_read_sizes(file, name, given), **form.implied}
+        values["norm_eps"] = _take(given, name, architecture.norm_eps, float)
         values |= {
             "vocab_size": embedding.shape[0],
             "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -161,6 +281,7 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
         }
         mlp = "dense" if values["experts"] is None else "experts"
         values["pattern"] = tuple(f"{mlp} global {word}" for word in architecture.positions)
+        values |= architecture.read(name, given, values, file)
         _check_rest(file, name, given, values, architecture)
         if dtype is None:
             dtype = {"F32": "float32", "F16": "float16"}.get(embedding.kind, "bfloat16")
@@ -175,24 +296,16 @@ def _words(file: GGUFFile) -> dict[str, str]:
     """Fields that errors name -> the keys which they are read from."""
     name = file.metadata.get("general.architecture")
     words = {field: f"{name}.{key}" for field, (key, _) in _FIELDS.items()}
+    if (known := ARCHITECTURES.get(str(name))) is not None:
+        words["norm_eps"] = f"{name}.{known.norm_eps}"
+    words |= {
+        "attention_cap": f"{name}.attn_logit_softcapping",
+        "logit_cap": f"{name}.final_logit_softcapping",
+        "local_rope_theta": f"{name}.rope.freq_base_swa",
+        "rotary_dim": f"{name}.rope.dimension_count",
+    }
     words |= {"num_experts": f"{name}.expert_count", "num_chosen": f"{name}.expert_used_count"}
     return words | {"original_max_seq_len": f"{name}.{_SCALING}original_context_length"}
-
-
-def _take(given: dict[str, Any], name: str, key: str, kind: type, absent: Any = None) -> Any:
-    """A number, taken out of what is given behind the architecture's name."""
-    value = given.pop(key, absent)
-    if value is None:
-        raise ValueError(f"{name}.{key} must be given")
-    if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{name}.{key}={value!r} must be one {kind.__name__}")
-    if kind is int:
-        return value
-    # float32 in the file: the shortest decimal number that is the same there, 1e-5 for example.
-    number = float(str(np.float32(value)))
-    if not math.isfinite(number):
-        raise ValueError(f"{name}.{key}={value!r} must be finite")
-    return number
 
 
 def _read_sizes(file: GGUFFile, name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -290,16 +403,25 @@ def load_gguf_params(
             head_dim=cfg.head_dim
             if architecture.rotates_neighbours and name.endswith(_ROTATED)
             else None,
+            shift=architecture.norm_shift if name.endswith("norm.weight") else 0.0,
         )
         for name, tensor in file.tensors.items()
-        if name != "rope_freqs.weight"  # in `cfg.rope_scaling`
+        if name not in _ROPE_TENSORS  # in `cfg.rope_scaling`
     }
     form = _format(file, architecture)
-    stored = {leaf: how for leaf, how in form.tensors.items() if leaf in _NAMES}
-    named = {leaf: dataclasses.replace(how, name=_NAMES[leaf]) for leaf, how in stored.items()}
-    form = dataclasses.replace(form, tensors=named | _EXPERTS)
+    stored = {leaf: _stored(leaf, how) for leaf, how in form.tensors.items() if leaf in _NAMES}
+    form = dataclasses.replace(form, tensors=stored | _EXPERTS)
     check_tensors(file.path, tensors, cfg, form)
     return read_params(tensors, cfg, form, mesh, rules, apart)
+
+
+def _stored(leaf: str, stored: Stored) -> Stored:
+    """How a file holds one of our leaves, of how a published directory does: rows are outputs."""
+    name = (_JOINED if stored.joined else _NAMES)[leaf]
+    rows, *columns = stored.stored
+    is_input_first = columns and (rows == "d") != leaf.endswith(_INTO_D)
+    layout = f"{columns[0]} {rows} -> {stored.ours}" if is_input_first else stored.layout
+    return dataclasses.replace(stored, name=name, layout=layout)
 
 
 def installed_smollm2() -> pathlib.Path:
@@ -355,6 +477,16 @@ def _read_rope(
     kind = given.pop(f"{_SCALING}type", "linear")
     original = _take(given, name, f"{_SCALING}original_context_length", int, values["max_seq_len"])
     given.pop(f"{_SCALING}finetuned", None)  # whether the model was trained so
+    factors = {
+        length: file.tensors.get(f"rope_factors_{length}.weight") for length in ("short", "long")
+    }
+    if any(tensor is not None for tensor in factors.values()):
+        if factor != 1:
+            raise ValueError(
+                f"{name}.{_SCALING}factor={factor} beside rope_factors_long.weight is not "
+                "supported; only 1 is"
+            )
+        return _read_longrope(name, given, factors, original, values)
     found: rope.Scaling | None
     if kind == "none" or factor == 1:
         found = None
@@ -381,6 +513,32 @@ def _read_rope(
     if found is not None:
         raise ValueError(f"rope_freqs.weight beside {found} is not supported")
     return _read_llama3(tensor, values["rope_theta"], values["head_dim"])
+
+
+def _read_longrope(
+    name: str,
+    given: dict[str, Any],
+    factors: Mapping[str, GGUFTensor | None],
+    original: int,
+    values: Mapping[str, Any],
+) -> rope.LongRope:
+    """Of tensors of divisors."""
+    width = _take(dict(given), name, "rope.dimension_count", int, values["head_dim"])
+    read: dict[str, tuple[float, ...]] = {}
+    for length, tensor in factors.items():
+        if tensor is None or tensor.kind != "F32" or tensor.shape != (width // 2,):
+            raise ValueError(
+                f"rope_factors_{length}.weight must be {width // 2} numbers of kind F32, half of "
+                "those of a head that rotate"
+            )
+        read[length] = tuple(float(str(x)) for x in tensor[(slice(None),)])
+    attention = _take(given, name, f"{_SCALING}attn_factor", float, 1.0)
+    return rope.LongRope(
+        short=read["short"],
+        long=read["long"],
+        original_max_seq_len=original,
+        attention=attention,
+    )
 
 
 def _read_llama3(tensor: GGUFTensor, theta: float, head_dim: int) -> rope.Llama3:

@@ -59,6 +59,7 @@ class GGUFTensor:
       dtype: of what is given.
       head_dim: H, where rows of H are stored for rotations of neighbours (0 with 1, 2 with 3, ...)
         and given for rotations of halves (0 with H/2, ...); None: rows are given as stored.
+      shift: added to what is stored, in float32.
     """
 
     path: pathlib.Path
@@ -67,6 +68,7 @@ class GGUFTensor:
     shape: tuple[int, ...]
     dtype: Any = np.float32
     head_dim: int | None = None
+    shift: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -117,7 +119,8 @@ class GGUFTensor:
         ).reshape(num, row_bytes)
         first, last = start // block, -(-stop // block)
         raw = np.ascontiguousarray(raw[:, first * size : last * size])
-        return quants.dequantize(raw, kind)[:, start - first * block : stop - first * block]
+        values = quants.dequantize(raw, kind)[:, start - first * block : stop - first * block]
+        return values + np.float32(self.shift) if self.shift else values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ import dlm
 from dlm import rope, vocab
 from dlm.config import Experts
 from dlm.hf import gguf_file
-from dlm.hf.files import read_config
-from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
+from dlm.hf.files import format_for, read_config
+from dlm.hf.gguf import ARCHITECTURES, installed_smollm2, load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import READABLE, GGUFTensor, open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
@@ -26,6 +26,7 @@ from dlm.models.decoder import forward
 from dlm.sharding import make_mesh
 from dlm.window import Window
 from tests.lib.checkpoints import TINY, assert_same, random_params
+from tests.lib.families import FAMILIES
 from tests.lib.gguf_files import TOKENIZER, model_metadata, renamed, to_neighbours, write_gguf
 from tests.lib.paths import GOLDEN, SHARED
 
@@ -267,6 +268,120 @@ def test_smollm3(tmp_path):
     lm = dlm.load(path)
     assert lm.cfg == cfg
     assert_same(lm.params, jax.tree.map(jnp.asarray, params))
+
+
+# Other families: their architecture, and what converters say of them besides sizes.
+PLAIN = dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count",
+                       "attention.key_length", "attention.value_length"))  # fmt: skip
+OTHERS = {
+    "gemma2": ("Gemma2ForCausalLM", {
+        "rope.freq_base": None, "rope.dimension_count": None, "attention.sliding_window": 6,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    }),
+    "gemma3": ("Gemma3ForCausalLM", {
+        "rope.dimension_count": None, "attention.sliding_window": 6,
+        "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
+    }),
+    "phi3": ("Phi3ForCausalLM", {
+        "attention.key_length": None, "attention.value_length": None, "rope.dimension_count": 4,
+        "rope.scaling.attn_factor": 1.2, "rope.scaling.original_context_length": 32,
+    }),
+    "gpt2": ("GPT2LMHeadModel", PLAIN | {"attention.layer_norm_epsilon": 1e-5,
+                                         "attention.head_count_kv": None}),
+}  # fmt: skip
+
+
+def of_family(name, architecture):
+    """A small model as its GGUF can say it."""
+    changes = {"vocab_size": 260, "eos_token_id": 256, "pad_token_id": 256, "bos_token_id": None}
+    changes |= {"attention_scale": 8**-0.5} if name[:5] == "gemma" else {}
+    return dataclasses.replace(FAMILIES[architecture], **changes)
+
+
+def converted(directory, name, cfg):
+    """Tensors of a published directory, as llama.cpp's converter writes them."""
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), cfg.n_layers)
+    tensors = {}
+    for theirs, x in safetensors.numpy.load_file(directory / "model.safetensors").items():
+        if name.startswith("gemma") and theirs.endswith("norm.weight"):
+            x = x + np.float32(1)
+        if theirs.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            x = np.ascontiguousarray(x.T)
+        tensors[names.get_name(theirs, (".weight", ".bias"))] = x
+    if isinstance(scaling := cfg.rope_scaling, rope.LongRope):
+        tensors["rope_factors_long.weight"] = np.array(scaling.long, np.float32)
+        tensors["rope_factors_short.weight"] = np.array(scaling.short, np.float32)
+    return tensors
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(tmp_path, name):
+    """A folder and the GGUF that a converter makes of it are the same model."""
+    architecture, keys = OTHERS[name]
+    cfg = of_family(name, architecture)
+    params = random_params(cfg)
+    save_hf(tmp_path / "hf", params, cfg)
+    if name == "phi3":
+        keys = keys | {"attention.sliding_window": cfg.sliding_window or 0}
+    more = {f"{name}.{key}": value for key, value in keys.items()}
+    more |= {"tokenizer.ggml.mask_token_id": None}
+    tensors = converted(tmp_path / "hf", name, cfg)
+    path = write_gguf(tmp_path / "model.gguf", model_metadata(cfg, name, **more), tensors)
+    file = open_gguf(path)
+    read = read_gguf_config(file)
+    assert read == dataclasses.replace(cfg, family=read.family)
+    assert format_for(read).architecture == architecture
+    ours, theirs = load_gguf_params(file, read), params
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    shifts = 2e-7 if name.startswith("gemma") else 0  # 1 was added to norms and taken away
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=shifts)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "gemma2",
+            {"attn_logit_softcapping": -1.0},
+            "gemma2.attn_logit_softcapping=-1.0 must be",
+        ),
+        ("gemma2", {"attention.sliding_window": 2**31}, "sliding_window=2147483648 must be at"),
+        ("gemma3", {"attention.sliding_window_pattern": 4}, "sliding_window_pattern=4 must be 6"),
+        ("gemma3", {"rope.freq_base_swa": 0.0}, "gemma3.rope.freq_base_swa=0.0 must be positive"),
+        ("phi3", {"rope.dimension_count": 6}, "rope_factors_short.weight must be 3 numbers of kin"),
+        ("phi3", {"attention.sliding_window": None}, "attention.sliding_window must be given"),
+        ("phi3", {"rope.scaling.factor": 4.0}, "factor=4.0 beside rope_factors_long.weight"),
+        (
+            "gpt2",
+            {"attention.layer_norm_epsilon": -1.0},
+            "attention.layer_norm_epsilon=-1.0 must be",
+        ),
+        ("gpt2", {"rope.dimension_count": 4}, "rope.dimension_count=4 is not supported"),
+    ],
+)
+def test_what_other_families_refuse(tmp_path, name, changes, message):
+    architecture, keys = OTHERS[name]
+    cfg = of_family(name, architecture)
+    said = keys | ({"attention.sliding_window": 0} if name == "phi3" else {}) | changes
+    tensors = {"token_embd.weight": np.zeros((260, 32), np.float32)}
+    tensors |= {f"blk.{i}.attn_norm.weight": np.zeros(32, np.float32) for i in range(cfg.n_layers)}
+    if name == "phi3":
+        factors = np.ones(2, np.float32)
+        tensors |= {f"rope_factors_{x}.weight": factors for x in ("long", "short")}
+    more = {f"{name}.{key}": value for key, value in said.items()}
+    more |= {"tokenizer.ggml.mask_token_id": None}
+    path = write_gguf(tmp_path / "model.gguf", model_metadata(cfg, name, **more), tensors)
+    with pytest.raises(ValueError, match=message):
+        read_gguf_config(open_gguf(path))
+
+
+def test_the_largest_gemmas_scale_by_another_width():
+    """As published: 4608 / 32 heads of Gemma 2 27B, 5376 / 32 of Gemma 3; of others a head's."""
+    sizes = {"d_model": 4608, "n_heads": 32, "head_dim": 128}
+    for name, layers, expected in (("gemma2", 46, 144), ("gemma2", 42, 128), ("gemma3", 46, 128)):
+        read = ARCHITECTURES[name].read(name, {}, sizes | {"n_layers": layers}, None)
+        assert read["attention_scale"] == expected**-0.5
 
 
 @needs_mesh
