@@ -16,7 +16,7 @@ import dataclasses
 import importlib.metadata
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,23 +24,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm import rope
-from dlm.config import Experts, ModelConfig, shortest_pattern
+from dlm.config import Experts, ModelConfig
 from dlm.hf import keys
 from dlm.hf.files import with_family
-from dlm.hf.format import Format, Stored
-from dlm.hf.formats import (
-    dream,
-    gemma2,
-    gemma3_text,
-    gpt2,
-    llada,
-    llama,
-    mixtral,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    smollm3,
+from dlm.hf.format import Format
+from dlm.hf.gguf_architectures import (
+    ARCHITECTURES,
+    EXPERTS,
+    NAMES,
+    Architecture,
+    stored_in_gguf,
+    take,
 )
 from dlm.hf.gguf_file import READABLE, GGUFFile, GGUFTensor
 from dlm.hf.gguf_tokenizer import end_ids, token_ids
@@ -50,177 +44,6 @@ from dlm.sharding import RULES, Rules
 
 # What Llama, and what follows it, stores for rotations of neighbours: rows of queries and keys.
 _ROTATED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
-
-_NAMES = {
-    "embed": "token_embd.weight",
-    "positions": "position_embd.weight",
-    "layers/attention_norm": "blk.{}.attn_norm.weight",
-    "layers/attention_norm_bias": "blk.{}.attn_norm.bias",
-    "layers/attention_out_norm": "blk.{}.post_attention_norm.weight",
-    "layers/attention/q": "blk.{}.attn_q.weight",
-    "layers/attention/k": "blk.{}.attn_k.weight",
-    "layers/attention/v": "blk.{}.attn_v.weight",
-    "layers/attention/q_bias": "blk.{}.attn_q.bias",
-    "layers/attention/k_bias": "blk.{}.attn_k.bias",
-    "layers/attention/v_bias": "blk.{}.attn_v.bias",
-    "layers/attention/q_norm": "blk.{}.attn_q_norm.weight",
-    "layers/attention/k_norm": "blk.{}.attn_k_norm.weight",
-    "layers/attention/o": "blk.{}.attn_output.weight",
-    "layers/attention/o_bias": "blk.{}.attn_output.bias",
-    "layers/mlp_norm": "blk.{}.ffn_norm.weight",
-    "layers/mlp_norm_bias": "blk.{}.ffn_norm.bias",
-    "layers/mlp_out_norm": "blk.{}.post_ffw_norm.weight",
-    "layers/mlp/gate": "blk.{}.ffn_gate.weight",
-    "layers/mlp/up": "blk.{}.ffn_up.weight",
-    "layers/mlp/down": "blk.{}.ffn_down.weight",
-    "layers/mlp/gate_bias": "blk.{}.ffn_gate.bias",
-    "layers/mlp/up_bias": "blk.{}.ffn_up.bias",
-    "layers/mlp/down_bias": "blk.{}.ffn_down.bias",
-    "final_norm": "output_norm.weight",
-    "final_norm_bias": "output_norm.bias",
-    "unembed": "output.weight",
-}
-
-# Where one tensor holds several of ours.
-_JOINED = {
-    **dict.fromkeys((f"layers/attention/{x}" for x in "qkv"), "blk.{}.attn_qkv.weight"),
-    **dict.fromkeys((f"layers/attention/{x}_bias" for x in "qkv"), "blk.{}.attn_qkv.bias"),
-    **dict.fromkeys(("layers/mlp/gate", "layers/mlp/up"), "blk.{}.ffn_up.weight"),
-}
-
-_SCALING, _WINDOW = "rope.scaling.", "attention.sliding_window"
-
-_INTO_D = ("attention/o", "mlp/down")  # matrices whose outputs are as wide as the model
-_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
-# Experts lie in one tensor per layer.
-_EXPERTS = {
-    "layers/moe/router": Stored("blk.{}.ffn_gate_inp.weight", "e d -> ed"),
-    "layers/moe/gate": Stored("blk.{}.ffn_gate_exps.weight", "e g d -> edg"),
-    "layers/moe/up": Stored("blk.{}.ffn_up_exps.weight", "e g d -> edg"),
-    "layers/moe/down": Stored("blk.{}.ffn_down_exps.weight", "e d g -> egd"),
-}
-
-
-def _take(given: dict[str, Any], name: str, key: str, kind: type, absent: Any = None) -> Any:
-    """A number, taken out of what is given behind the architecture's name."""
-    value = given.pop(key, absent)
-    if value is None:
-        raise ValueError(f"{name}.{key} must be given")
-    if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{name}.{key}={value!r} must be one {kind.__name__}")
-    if kind is int:
-        return value
-    # float32 in the file: the shortest decimal number that is the same there, 1e-5 for example.
-    number = float(str(np.float32(value)))
-    if not math.isfinite(number):
-        raise ValueError(f"{name}.{key}={value!r} must be finite")
-    return number
-
-
-def _nothing(
-    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
-) -> dict[str, Any]:
-    return {}
-
-
-def _read_gemma(
-    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
-) -> dict[str, Any]:
-    """Windows, scales and caps; what files do not say is as in the models that were published."""
-    is_third = name == "gemma3"
-    every = _take(given, name, f"{_WINDOW}_pattern", int, 6 if is_third else 2)
-    if every != (6 if is_third else 2):
-        raise ValueError(f"{name}.{_WINDOW}_pattern={every} must be {6 if is_third else 2}")
-    window = _take(given, name, _WINDOW, int, 0 if is_third else 4096)
-    if not 0 <= window <= keys.LARGEST:
-        raise ValueError(f"{name}.{_WINDOW}={window} must be at least 0 and a length")
-    # Of the largest model of either, scores are scaled by another width than that of a head.
-    is_largest = values["n_layers"] == (62 if is_third else 46)
-    width = values["d_model"] / values["n_heads"] if is_largest else values["head_dim"]
-    sliding = ["dense sliding rotary"] * (every - 1) if window else []
-    found: dict[str, Any] = {
-        "embed_scale": values["d_model"] ** 0.5,
-        "attention_scale": width**-0.5,
-        "sliding_window": window or None,
-        "pattern": shortest_pattern(
-            ([*sliding, "dense global rotary"] * values["n_layers"])[: values["n_layers"]]
-        ),
-    }
-    for field, key in (
-        ("attention_cap", "attn_logit_softcapping"),
-        ("logit_cap", "final_logit_softcapping"),
-    ):
-        absent = 0.0 if is_third else {"attention_cap": 50.0, "logit_cap": 30.0}[field]
-        found[field] = _take(given, name, key, float, absent) or None
-    if is_third:
-        found["local_rope_theta"] = _take(given, name, "rope.freq_base_swa", float, 10_000.0)
-    return found
-
-
-def _read_phi3(
-    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
-) -> dict[str, Any]:
-    """The window of all layers, 0 if there is none, and how much of a head rotates."""
-    window = _take(given, name, _WINDOW, int)
-    if not 0 <= window <= keys.LARGEST:
-        raise ValueError(f"{name}.{_WINDOW}={window} must be at least 0 and a length")
-    rotated = _take(given, name, "rope.dimension_count", int, values["head_dim"])
-    return {
-        "sliding_window": window or None,
-        "pattern": (f"dense {'sliding' if window else 'global'} rotary",),
-        "rotary_dim": None if rotated == values["head_dim"] else rotated,
-        "qkv_bias": False,
-    }
-
-
-def _read_implied(
-    name: str, given: dict[str, Any], values: Mapping[str, Any], file: GGUFFile
-) -> dict[str, Any]:
-    """What is the same in all models."""
-    return dict(ARCHITECTURES[name].format.implied)
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What a `general.architecture` stands for.
-
-    Attributes:
-      format: the published format whose network it is.
-      rotates_neighbours: whether rows of queries and keys are stored for such rotations.
-      experts: the format if there are experts, all in every layer, whose chosen ones' weights are
-        divided by their sum; None: there are none.
-      positions: what layers do with positions, over and over, see `dlm.config.LAYER_WORDS`.
-      norm_eps: the key of the epsilon inside norms.
-      norm_shift: what is added to the weights of norms that are stored.
-      read: further fields of ModelConfig, taken from what the file gives behind the name, of the
-        name, what it gives, the fields that are known and the file.
-    """
-
-    format: Format
-    rotates_neighbours: bool = False
-    experts: Format | None = None
-    positions: tuple[str, ...] = ("rotary",)
-    norm_eps: str = "attention.layer_norm_rms_epsilon"
-    norm_shift: float = 0.0
-    read: Callable[[str, dict[str, Any], Mapping[str, Any], GGUFFile], dict[str, Any]] = _nothing
-
-
-ARCHITECTURES = {
-    "llama": Architecture(llama.FORMAT, rotates_neighbours=True, experts=mixtral.FORMAT),
-    "qwen2": Architecture(qwen2.FORMAT),
-    "qwen3": Architecture(qwen3.FORMAT),
-    "qwen3moe": Architecture(qwen3_moe.FORMAT, experts=qwen3_moe.FORMAT),
-    "smollm3": Architecture(
-        smollm3.FORMAT, rotates_neighbours=True, positions=("rotary", "rotary", "rotary", "none")
-    ),
-    "dream": Architecture(dream.FORMAT),
-    "llada": Architecture(llada.FORMAT, rotates_neighbours=True),
-    "gemma2": Architecture(gemma2.FORMAT, norm_shift=-1.0, read=_read_gemma),
-    "gemma3": Architecture(gemma3_text.FORMAT, norm_shift=-1.0, read=_read_gemma),
-    "phi3": Architecture(phi3.FORMAT, read=_read_phi3),
-    "gpt2": Architecture(gpt2.FORMAT, norm_eps="attention.layer_norm_epsilon", read=_read_implied),
-}
 
 # Field of ModelConfig -> key behind the architecture's name, and its type.
 _FIELDS: dict[str, tuple[str, type]] = {
@@ -233,6 +56,10 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "max_seq_len": ("context_length", int),
     "rope_theta": ("rope.freq_base", float),
 }
+
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+_SCALING = "rope.scaling."
 
 # Beginnings of keys that say nothing about what a model computes.
 _HARMLESS = ("general.", "tokenizer.", "quantize.imatrix.", "imatrix.")
@@ -268,7 +95,7 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
         embedding = _tensor(file, "token_embd.weight")
         form = _format(file, architecture)
         values = {**_read_sizes(file, name, given), **form.implied}
-        values["norm_eps"] = _take(given, name, architecture.norm_eps, float)
+        values["norm_eps"] = take(given, name, architecture.norm_eps, float)
         values |= {
             "vocab_size": embedding.shape[0],
             "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -281,7 +108,7 @@ def read_gguf_config(file: GGUFFile, dtype: Any = None) -> ModelConfig:
         }
         mlp = "dense" if values["experts"] is None else "experts"
         values["pattern"] = tuple(f"{mlp} global {word}" for word in architecture.positions)
-        values |= architecture.read(name, given, values, file)
+        values |= architecture.read(name, given, values)
         _check_rest(file, name, given, values, architecture)
         if dtype is None:
             dtype = {"F32": "float32", "F16": "float16"}.get(embedding.kind, "bfloat16")
@@ -317,7 +144,7 @@ def _read_sizes(file: GGUFFile, name: str, given: dict[str, Any]) -> dict[str, A
             absent = values["n_heads"]
         elif field == "head_dim" and key not in given:
             absent = keys.head_dim("d_model", "n_heads")(values)
-        values[field] = _take(given, name, key, kind, absent)
+        values[field] = take(given, name, key, kind, absent)
         if not values[field] > 0:
             raise ValueError(f"{name}.{key}={values[field]} must be positive")
     if values["n_layers"] > len(file.tensors):
@@ -333,9 +160,9 @@ def _read_experts(name: str, given: dict[str, Any], values: Mapping[str, Any]) -
     if not given.get("expert_count"):
         return None
     return Experts(
-        num_experts=_take(given, name, "expert_count", int),
-        num_chosen=_take(given, name, "expert_used_count", int),
-        d_ff=_take(given, name, "expert_feed_forward_length", int, values["d_ff"]),
+        num_experts=take(given, name, "expert_count", int),
+        num_chosen=take(given, name, "expert_used_count", int),
+        d_ff=take(given, name, "expert_feed_forward_length", int, values["d_ff"]),
     )
 
 
@@ -409,19 +236,12 @@ def load_gguf_params(
         if name not in _ROPE_TENSORS  # in `cfg.rope_scaling`
     }
     form = _format(file, architecture)
-    stored = {leaf: _stored(leaf, how) for leaf, how in form.tensors.items() if leaf in _NAMES}
-    form = dataclasses.replace(form, tensors=stored | _EXPERTS)
+    stored = {
+        leaf: stored_in_gguf(leaf, how) for leaf, how in form.tensors.items() if leaf in NAMES
+    }
+    form = dataclasses.replace(form, tensors=stored | EXPERTS)
     check_tensors(file.path, tensors, cfg, form)
     return read_params(tensors, cfg, form, mesh, rules, apart)
-
-
-def _stored(leaf: str, stored: Stored) -> Stored:
-    """How a file holds one of our leaves, of how a published directory does: rows are outputs."""
-    name = (_JOINED if stored.joined else _NAMES)[leaf]
-    rows, *columns = stored.stored
-    is_input_first = columns and (rows == "d") != leaf.endswith(_INTO_D)
-    layout = f"{columns[0]} {rows} -> {stored.ours}" if is_input_first else stored.layout
-    return dataclasses.replace(stored, name=name, layout=layout)
 
 
 def installed_smollm2() -> pathlib.Path:
@@ -472,10 +292,10 @@ def _read_rope(
     file: GGUFFile, name: str, given: dict[str, Any], values: Mapping[str, Any]
 ) -> rope.Scaling | None:
     """How rotary frequencies are stretched; takes what says so from `given`."""
-    factor = _take(given, name, "rope.scale_linear", float, 1.0)
-    factor = _take(given, name, f"{_SCALING}factor", float, factor) or 1.0
+    factor = take(given, name, "rope.scale_linear", float, 1.0)
+    factor = take(given, name, f"{_SCALING}factor", float, factor) or 1.0
     kind = given.pop(f"{_SCALING}type", "linear")
-    original = _take(given, name, f"{_SCALING}original_context_length", int, values["max_seq_len"])
+    original = take(given, name, f"{_SCALING}original_context_length", int, values["max_seq_len"])
     given.pop(f"{_SCALING}finetuned", None)  # whether the model was trained so
     factors = {
         length: file.tensors.get(f"rope_factors_{length}.weight") for length in ("short", "long")
@@ -498,8 +318,8 @@ def _read_rope(
         found = rope.Yarn(
             factor=factor,
             original_max_seq_len=original,
-            beta_fast=_take(given, name, f"{_SCALING}yarn_beta_fast", float, 32.0),
-            beta_slow=_take(given, name, f"{_SCALING}yarn_beta_slow", float, 1.0),
+            beta_fast=take(given, name, f"{_SCALING}yarn_beta_fast", float, 32.0),
+            beta_slow=take(given, name, f"{_SCALING}yarn_beta_slow", float, 1.0),
             attention=1 + 0.1 * math.log(max(factor, 1)),
         )
     else:
@@ -523,7 +343,7 @@ def _read_longrope(
     values: Mapping[str, Any],
 ) -> rope.LongRope:
     """Of tensors of divisors."""
-    width = _take(dict(given), name, "rope.dimension_count", int, values["head_dim"])
+    width = take(dict(given), name, "rope.dimension_count", int, values["head_dim"])
     read: dict[str, tuple[float, ...]] = {}
     for length, tensor in factors.items():
         if tensor is None or tensor.kind != "F32" or tensor.shape != (width // 2,):
@@ -532,7 +352,7 @@ def _read_longrope(
                 "those of a head that rotate"
             )
         read[length] = tuple(float(str(x)) for x in tensor[(slice(None),)])
-    attention = _take(given, name, f"{_SCALING}attn_factor", float, 1.0)
+    attention = take(given, name, f"{_SCALING}attn_factor", float, 1.0)
     return rope.LongRope(
         short=read["short"],
         long=read["long"],

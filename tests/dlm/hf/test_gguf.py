@@ -18,7 +18,8 @@ from dlm import rope, vocab
 from dlm.config import Experts
 from dlm.hf import gguf_file
 from dlm.hf.files import format_for, read_config
-from dlm.hf.gguf import ARCHITECTURES, installed_smollm2, load_gguf_params, read_gguf_config
+from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
+from dlm.hf.gguf_architectures import ARCHITECTURES
 from dlm.hf.gguf_file import READABLE, GGUFTensor, open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
@@ -380,7 +381,7 @@ def test_the_largest_gemmas_scale_by_another_width():
     """As published: 4608 / 32 heads of Gemma 2 27B, 5376 / 32 of Gemma 3; of others a head's."""
     sizes = {"d_model": 4608, "n_heads": 32, "head_dim": 128}
     for name, layers, expected in (("gemma2", 46, 144), ("gemma2", 42, 128), ("gemma3", 46, 128)):
-        read = ARCHITECTURES[name].read(name, {}, sizes | {"n_layers": layers}, None)
+        read = ARCHITECTURES[name].read(name, {}, sizes | {"n_layers": layers})
         assert read["attention_scale"] == expected**-0.5
 
 
