@@ -355,6 +355,14 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
                 flag,
                 "tokenizer.json does" if file.is_file() else f"can be done without {name}",
             )
+    if file.is_file() and (flag := config.get("add_prefix_space")) is not None:
+        first = tokenizer.encode("a")[:1]
+        if flag != any((backend.id_to_token(i) or "").startswith(("Ġ", "▁")) for i in first):
+            logging.warning(
+                "%s: add_prefix_space=%s is not what tokenizer.json does, which is taken.",
+                config_file,
+                flag,
+            )
     _say_what_stays(backend, config, config_file)
     return tokenizer
 
@@ -400,7 +408,7 @@ def _read_config(root: pathlib.Path) -> dict[str, Any]:
     """tokenizer_config.json, completed by the files that held a part of it before."""
     file = root / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
-    for key in ("add_bos_token", "add_eos_token", _CLEANS, _CLEANS_BPE):
+    for key in ("add_bos_token", "add_eos_token", "add_prefix_space", _CLEANS, _CLEANS_BPE):
         if not isinstance(config.get(key), bool | None):
             raise ValueError(f"{file}: {key}={config[key]!r:.60} must be true or false")
     if config.get("split_special_tokens"):
@@ -504,7 +512,8 @@ def _read_qwen2(root: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tok
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    has_prefix = bool(config.get("add_prefix_space"))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     backend.decoder = decoders.ByteLevel()
     return backend

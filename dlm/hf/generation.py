@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,13 @@ from dlm.tokenizer import read_json
 # What `read` gives, by keys of the file.
 _READ = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _STOPS = "stop_strings"
+
+_RANGES = {
+    "temperature": (0, math.inf),
+    "top_k": (0, keys.LARGEST),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
 
 # What changes no text: lengths and numbers of answers, which a call says; how it is computed.
 _HARMLESS = [
@@ -148,6 +156,12 @@ def read_generation(root: pathlib.Path, raw: Mapping[str, Any]) -> dict[str, Any
 def _read(said: dict[str, Any]) -> dict[str, Any]:
     numbers = {key: keys.number(said, key) for key in ("temperature", "top_p", "min_p")}
     top_k, penalty = keys.whole(said, "top_k", 50), keys.number(said, "repetition_penalty")
+    for key, (least, most) in _RANGES.items():
+        value = said.get(key)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{key}={value!r} must be in [{least}, {most}]")
+    if penalty is not None and not penalty > 0:
+        raise ValueError(f"repetition_penalty={penalty} must be positive")
     found: dict[str, Any] = {}
     if keys.flag(said, "do_sample", False):
         found["temperature"] = 1.0 if numbers["temperature"] is None else numbers["temperature"]

@@ -396,6 +396,8 @@ def test_a_flag_that_tokenizer_json_does_not_follow_is_said(tmp_path, caplog, fl
         ({"add_bos_token": False, "add_eos_token": False, "bos_token": "<s>"}, [2], ""),
         ({"add_bos_token": True, "bos_token": "<s>"}, [5, 2], ""),
         ({"add_eos_token": True}, [2, 4], ""),
+        ({"add_prefix_space": True}, [3, 2], ""),
+        ({"add_prefix_space": False}, [2], ""),
         ({"add_bos_token": True, "add_eos_token": True, "bos_token": "<s>"}, [5, 2, 4], ""),
         ({"add_bos_token": True}, [2], "add_bos_token=True is not what can be done without bos_to"),
     ],
@@ -409,10 +411,17 @@ def test_flags_count_where_there_is_no_tokenizer_json(tmp_path, caplog, config, 
     config |= {"added_tokens_decoder": ids_of if "bos_token" in config else {}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("ab", whole=True) == ids and tokenizer.encode("ab") == [2]
+    assert tokenizer.encode("ab", whole=True) == ids
     assert said in caplog.text if said else not caplog.text
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("ab", whole=True) == ids
+
+
+def test_a_space_before_a_text_is_for_tokenizer_json_to_say(tmp_path, caplog):
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    for flag, is_said in ((False, False), (None, False), (True, True)):
+        load_tokenizer(_published(tmp_path, **config, add_prefix_space=flag))
+        assert ("add_prefix_space=True is not what tokenizer.json" in caplog.text) == is_said
 
 
 @pytest.mark.parametrize("model", [models.BPE, models.WordLevel])

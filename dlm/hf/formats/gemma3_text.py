@@ -62,6 +62,8 @@ def _read_tables(raw: dict[str, Any]) -> dict[str, Any]:
         raw = flat | {"rope_parameters": nested.get(GLOBAL)}
     else:
         base = keys.number(raw, BASE, 10_000.0)
+        if base is None:
+            raise ValueError(f"{BASE}=None must be a number, or absent for 10000.0")
     return {**read_rope(raw, theta=1_000_000.0), "local_rope_theta": base}
 
 
