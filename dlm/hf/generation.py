@@ -29,7 +29,7 @@ _STOPS = "stop_strings"
 
 _RANGES = {
     "temperature": (0, math.inf),
-    "top_k": (0, keys.LARGEST),
+    "top_k": (-1, keys.LARGEST),  # 0 and, in files of other engines, -1: all tokens
     "top_p": (0, 1),
     "min_p": (0, 1),
 }
@@ -165,7 +165,7 @@ def _read(said: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if keys.flag(said, "do_sample", False):
         found["temperature"] = 1.0 if numbers["temperature"] is None else numbers["temperature"]
-        found |= {"top_k": top_k} if top_k else {}
+        found |= {"top_k": top_k} if top_k and top_k > 0 else {}
         found |= {"top_p": numbers["top_p"]} if numbers["top_p"] not in (None, 1) else {}
         found |= {"min_p": numbers["min_p"]} if numbers["min_p"] else {}
     if penalty not in (None, 1):

@@ -75,8 +75,6 @@ FORMAT = dataclasses.replace(
     },
     fixed={
         "hidden_activation": (("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
-        # No code reads it where the other is; of the first files it says less.
-        "hidden_act": (("gelu_pytorch_tanh", "gelu", None), None),
         "attention_bias": ((False,), False),
         "use_bidirectional_attention": ((False, None), None),
     },
@@ -86,7 +84,8 @@ FORMAT = dataclasses.replace(
         "norm_places": "around",
         "activation": "gelu_tanh",
     },
-    extra={"attention_dropout": 0.0, "initializer_range": 0.02},
+    # `hidden_act` is in files, with any value, and read by nobody.
+    extra={"attention_dropout": 0.0, "initializer_range": 0.02, "hidden_act": "gelu_pytorch_tanh"},
     tensors={**qwen2.FORMAT.tensors, **NORMS},
     has_mask=None,
     read=_read,

@@ -628,7 +628,7 @@ def test_what_is_there_instead_is_said(tmp_path, name, has_config):
             "no_rope_layer_interval=0 must be at least 1",
         ),
         (
-            {"model_type": "gemma3_text", "hidden_act": None, "sliding_window_pattern": 0},
+            {"model_type": "gemma3_text", "sliding_window_pattern": 0},
             "sliding_window_pattern=0 must be at least 1",
         ),
     ],

@@ -40,6 +40,7 @@ CASES = {
          "temperature": 0.0, "top_k": None, "top_p": None, "num_return_sequences": 1},
         {},
     ),
+    "all tokens": ({"do_sample": True, "top_k": -1}, {"temperature": 1.0}),
     "nothing": ({}, {}),
 }  # fmt: skip
 
@@ -80,7 +81,7 @@ def test_what_is_not_done_is_said(tmp_path, caplog):
         ({"top_k": 2.5}, "top_k=2.5 must be an integer"),
         ({"top_p": True}, "top_p=True must be a number"),
         ({"do_sample": True, "temperature": -1}, r"temperature=-1 must be in \[0, inf\]"),
-        ({"do_sample": True, "top_k": -1}, r"top_k=-1 must be in \[0, "),
+        ({"do_sample": True, "top_k": -2}, r"top_k=-2 must be in \[-1, "),
         ({"do_sample": True, "top_p": 1.5}, r"top_p=1.5 must be in \[0, 1\]"),
         ({"min_p": 2}, r"min_p=2 must be in \[0, 1\]"),
         ({"repetition_penalty": 0}, "repetition_penalty=0 must be positive"),
