@@ -153,7 +153,7 @@ def as_finished(
     """
     asked = read_asked(lm, prompts, options)
     found = asked.as_finished(
-        LOOP, _choose(lm, options), options.get("batch_size"), options.get("progress", False)
+        LOOP, choose(lm, options), options.get("batch_size"), options.get("progress", False)
     )
     return gather_samples(found, options.get("num_return", 1))
 
@@ -166,7 +166,7 @@ def warm_up(
     The arguments, and errors, are those of `complete`.
     """
     asked = read_asked(lm, prompts, options)
-    return asked.warm_up(LOOP, _choose(lm, options), options.get("batch_size"))
+    return asked.warm_up(LOOP, choose(lm, options), options.get("batch_size"))
 
 
 def stream_text(
@@ -194,11 +194,11 @@ def stream_text(
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
     return stream_answer(
-        lm, prompt, LOOP, _choose(lm, choices), gen_len=gen_len, stop=stop, seed=seed
+        lm, prompt, LOOP, choose(lm, choices), gen_len=gen_len, stop=stop, seed=seed
     )
 
 
-def _choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
+def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
     """The method that was asked for, see `complete`."""
     if lm.cfg.never_causal:
         raise ValueError(

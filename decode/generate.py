@@ -188,7 +188,7 @@ def as_finished(
     The arguments, and errors, are those of `generate`.
     """
     asked = read_asked(lm, prompts, options, options.get("infill", False))
-    method = _choose(lm, options.get("gen_len", GEN_LEN), options)
+    method = choose(lm, options.get("gen_len", GEN_LEN), options)
     found = asked.as_finished(
         LOOP, method, options.get("batch_size"), options.get("progress", False)
     )
@@ -203,7 +203,7 @@ def warm_up(
     The arguments, and errors, are those of `generate`.
     """
     asked = read_asked(lm, prompts, options, options.get("infill", False))
-    method = _choose(lm, options.get("gen_len", GEN_LEN), options)
+    method = choose(lm, options.get("gen_len", GEN_LEN), options)
     return asked.warm_up(LOOP, method, options.get("batch_size"))
 
 
@@ -234,11 +234,11 @@ def stream_text(
     Raises:
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
-    method = _choose(lm, gen_len, choices)
+    method = choose(lm, gen_len, choices)
     return stream_answer(lm, prompt, LOOP, method, gen_len=gen_len, stop=stop, seed=seed)
 
 
-def _choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) -> DiffusionMethod:
+def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) -> DiffusionMethod:
     """The method that was asked for, see `generate`."""
     method, constraint = choices.get("method"), choices.get("constraint")
     filters = read_sampling(lm, choices, None)

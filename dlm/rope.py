@@ -48,6 +48,10 @@ class Scaling:
         """
         raise NotImplementedError
 
+    def is_same(self, length: jax.Array, other: jax.Array) -> jax.Array:
+        """[B] bool: whether texts of so many positions, both [B] int32, have the same keys."""
+        return jnp.full_like(length, True, bool)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(Scaling):
@@ -100,6 +104,9 @@ class Dynamic(Scaling):
         base = theta * growth ** (width / (width - 2))
         exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
         return 1.0 / base[:, None] ** exponent[None]
+
+    def is_same(self, length: jax.Array, other: jax.Array) -> jax.Array:
+        return (length == other) | (jnp.maximum(length, other) <= self.original_max_seq_len)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,6 +250,10 @@ class LongRope(Scaling):
         is_long = (length > self.original_max_seq_len)[:, None]
         short, long = (jnp.asarray(x, jnp.float32)[None] for x in (self.short, self.long))
         return frequency[None] / jnp.where(is_long, long, short)
+
+    def is_same(self, length: jax.Array, other: jax.Array) -> jax.Array:
+        trained = self.original_max_seq_len
+        return (length == other) | ((length > trained) == (other > trained))
 
 
 KINDS: dict[str, type[Scaling]] = {

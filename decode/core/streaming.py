@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from decode.core.loop import FOREVER
 from decode.core.requests import (
     Prompt,
     encode,
@@ -42,6 +43,19 @@ class Piece:
     completion: Completion | None = None
 
 
+@dataclasses.dataclass
+class Writing:
+    """A text under way, kept up to date while it is written.
+
+    Attributes:
+      state: of its loop: the latest one.
+      text: what was shown of it.
+    """
+
+    state: Any
+    text: str = ""
+
+
 def stream_answer(
     lm: LanguageModel,
     prompt: Prompt,
@@ -57,24 +71,28 @@ def stream_answer(
     Raises:
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
-    tokenizer, stops = lm.tokenizer, read_stops(lm, stop)
-    if tokenizer is None:
-        raise ValueError(
-            "the checkpoint has no tokenizer that could be read, so there is no text to stream: "
-            "use decode.generate or decode.complete with token ids"
-        )
-    tokens = encode(lm, prompt)
+    check_tokenizer(lm)
+    stops, tokens = read_stops(lm, stop), encode(lm, prompt)
     gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
     read_requests(
         lm.cfg, [tokens], [gen_len], [seed], None, None, None,
         may_be_empty=loop.may_be_empty(lm.cfg),
     )  # fmt: skip
-    return inside(lm, _pieces(lm, tokenizer, tokens, loop, method, gen_len, stops, seed))
+    return inside(lm, _from_prompt(lm, tokens, loop, method, gen_len, stops, seed))
 
 
-def _pieces(
+def check_tokenizer(lm: LanguageModel) -> Tokenizer:
+    """The tokenizer that streaming needs; ValueError without one."""
+    if lm.tokenizer is None:
+        raise ValueError(
+            "the checkpoint has no tokenizer that could be read, so there is no text to stream: "
+            "use decode.generate or decode.complete with token ids"
+        )
+    return lm.tokenizer
+
+
+def _from_prompt(
     lm: LanguageModel,
-    tokenizer: Tokenizer,
     tokens: list[int],
     loop: Loop,
     method: Any,
@@ -89,22 +107,39 @@ def _pieces(
     )
     start = lambda method: loop.prepare(lm, method, [tokens], **asked)  # noqa: E731
     method = loop.ready(lm, method, start)
+    yield from pieces(lm, loop, method, Writing(start(method)), stops)
+
+
+def pieces(
+    lm: LanguageModel, loop: Loop, method: Any, writing: Writing, stops: Sequence[str]
+) -> Iterator[Piece]:
+    """A piece per round, the first row's.
+
+    Args:
+      lm: with a tokenizer; its mesh is the one in use.
+      loop, method: how to decode.
+      writing: has the state before the first round.
+      stops: strings that end the text.
+    """
+    tokenizer = check_tokenizer(lm)
     ends = {*lm.cfg.eos_ids, *np.asarray(method.stop_ids).reshape(-1).tolist()}
-    state, shown = start(method), ""
     while True:
-        state = loop.decode(lm.params, lm.cfg, method, state, 1)
+        state = writing.state = loop.decode(
+            lm.params, lm.cfg, method, writing.state, 1, FOREVER
+        )
         certain, ahead = (rows[0].tolist() for rows in loop.written(state, method))
         written = _before(ends, certain + ahead)
         text = _sure(tokenizer, written[: len(certain)], stops)
         if text is None or bool(state.has_stopped.all()):
             break
-        if text.startswith(shown):
+        if text.startswith(writing.text):
             rest = _provisional(tokenizer, written[len(certain) :], lm.cfg.mask_token_id)
-            yield Piece(text[len(shown) :], rest)
-            shown = text
+            new, writing.text = text[len(writing.text) :], text
+            yield Piece(new, rest)
     (completion,) = loop.collect(loop.reported(state), lm, method, num=1, stops=stops)
     assert completion.text is not None
-    yield Piece(completion.text[len(shown) :], completion=completion)
+    new, writing.text = completion.text[len(writing.text) :], completion.text
+    yield Piece(new, completion=completion)
 
 
 def _before(ends: set[int], tokens: list[int]) -> list[int]:

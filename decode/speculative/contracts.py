@@ -206,6 +206,23 @@ class Drafter(Part):
         """The state after a round; `context` is as before it. Default: the same."""
         return state
 
+    def keep(
+        self, cfg: ModelConfig, state: Any, length: jax.Array, num_kept: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """The state where a text has ended and another one follows that begins like it.
+
+        Args:
+          cfg: the target.
+          state: after the last round of the text.
+          length: [B] int32. Tokens of the text.
+          num_kept: [B] int32. Tokens with which both begin.
+
+        Returns:
+          What of the state is true of them, and [B] int32: at most `num_kept`, the position from
+          which on `prefill` must see the other text; it sees one at least. Default: all, and that.
+        """
+        return state, num_kept
+
     def pause(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
         """The state after a round in which it was not asked, of one that `notices_pauses`."""
         raise NotImplementedError

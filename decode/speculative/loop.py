@@ -99,6 +99,7 @@ class SpeculativeState(struct.PyTreeNode):
       tokens: [B, S] int32. Prompts and completions from slot 0; behind them there is padding.
       length: [B] int32. Tokens of a row so far.
       prompt_len: [B] int32.
+      num_read: [B] int32. Tokens of the prompt that the cache holds.
       end: [B] int32. `prompt_len` plus the most tokens to write.
       step_map: [B, G] int32. The row's 0-based round that wrote a token; -1: none did.
       log_prob: [B, G] float32. Of the token, by the target itself: no filter, no temperature.
@@ -119,6 +120,7 @@ class SpeculativeState(struct.PyTreeNode):
     tokens: jax.Array
     length: jax.Array
     prompt_len: jax.Array
+    num_read: jax.Array
     end: jax.Array
     step_map: jax.Array
     log_prob: jax.Array
@@ -175,16 +177,24 @@ def init_state(
     # A tree may be judged at the last position, and prompts are read in whole chunks.
     S = max(P + G + W, -(-P // chunk) * chunk)
 
+    rows = lay_out(cfg, prompts, asked.gen_lens, B, S)
+    return first_state(cfg, method, *rows, asked.key, G, chunk)
+
+
+def lay_out(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_lens: Sequence[int], B: int, S: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [B, S], lengths [B] and ends [B], int32; rows without a prompt are done."""
     tokens = np.full((B, S), cfg.pad_token_id, np.int32)
     lengths, ends = np.ones(B, np.int32), np.ones(B, np.int32)
-    for b, (prompt, length) in enumerate(zip(prompts, asked.gen_lens, strict=True)):
+    for b, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
         tokens[b, : len(prompt)] = prompt
         lengths[b], ends[b] = len(prompt), len(prompt) + length
-    return _first_state(cfg, method, tokens, lengths, ends, asked.key, G, chunk)
+    return tokens, lengths, ends
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "G", "chunk"))
-def _first_state(
+def first_state(
     cfg: ModelConfig, method: SpeculativeMethod, tokens: jax.Array, length: jax.Array,
     end: jax.Array, key: jax.Array, G: int, chunk: int,
 ) -> SpeculativeState:  # fmt: skip
@@ -203,6 +213,7 @@ def _first_state(
         tokens=jnp.copy(tokens),  # the state is given away, what the host holds is not
         length=jnp.copy(length),
         prompt_len=jnp.copy(length),
+        num_read=zeros(),
         end=jnp.copy(end),
         step_map=jnp.full((B, G), -1, jnp.int32),
         log_prob=jnp.zeros((B, G)),
@@ -225,13 +236,17 @@ def _first_state(
 def prefill(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
 ) -> SpeculativeState:
-    """Reads all prompts but their last tokens, `chunk` positions per forward."""
-    B, chunk = len(state.tokens), state.chunk
+    """Reads all prompts but their last tokens, `chunk` positions per forward.
+
+    What every row has read already is not read again, up to a last window that is whole.
+    """
+    (B, S), chunk = state.tokens.shape, state.chunk
     context = _context(params, method, state)
+    first = state.num_read.min()
 
     def read(i: jax.Array, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
         cache, drafter = carry
-        start = jnp.broadcast_to(i * chunk, B)
+        start = jnp.broadcast_to(jnp.minimum(first + i * chunk, S - chunk), B)
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens, start[0], chunk, axis=1)
         count = jnp.clip(state.prompt_len - 1 - start, 0, chunk)
         output = decoder.forward(
@@ -245,9 +260,9 @@ def prefill(
         assert output.cache is not None
         return output.cache, method.drafter.prefill(cfg, context, seen, drafter)
 
-    num_chunks = (state.prompt_len.max() - 1 + chunk - 1) // chunk
+    num_chunks = (state.prompt_len.max() - 1 - first + chunk - 1) // chunk
     cache, drafter = jax.lax.fori_loop(0, num_chunks, read, (state.cache, state.drafter))
-    return state.replace(cache=cache, drafter=drafter)
+    return state.replace(cache=cache, drafter=drafter, num_read=state.prompt_len - 1)
 
 
 def step(

@@ -100,6 +100,14 @@ class _Model(Drafter):
         known = jnp.where(seen.count > 0, seen.start + seen.count, state.known)
         return DraftState(cache, known)
 
+    def keep(
+        self, cfg: ModelConfig, state: DraftState, length: jax.Array, num_kept: jax.Array
+    ) -> tuple[DraftState, jax.Array]:
+        known, scaling = jnp.minimum(state.known, num_kept), self.draft.rope_scaling
+        if scaling is not None and scaling.needs_length:  # other keys in a text of another length
+            known = jnp.zeros_like(known)
+        return state.replace(known=known), known
+
     def _logits(self, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
         """[..., V] float32 over the target's tokens: those that are padding of one are impossible.
 

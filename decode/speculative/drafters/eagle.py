@@ -131,6 +131,13 @@ class _Network(Drafter):
         _, cache = self._read_new(context, state)
         return self.observe(cfg, context, seen, state.replace(cache=cache))
 
+    def keep(
+        self, cfg: ModelConfig, state: EagleState, length: jax.Array, num_kept: jax.Array
+    ) -> tuple[EagleState, jax.Array]:
+        """Features that are not read yet go, as the last position does: it knows the token behind."""
+        known = jnp.minimum(length - 1 - state.count, num_kept - 1)
+        return state, jnp.maximum(known, 0)
+
     def _features(self, seen: Seen) -> jax.Array:
         if not self.feature_layers:
             return seen.hidden

@@ -47,6 +47,12 @@ class Jacobi(Drafter):
         """[B, J] int32: guesses; -1: the root, as there is no better one."""
         return jnp.full((batch_size, self.num_guesses), -1, jnp.int32)
 
+    def keep(
+        self, cfg: ModelConfig, state: jax.Array, length: jax.Array, num_kept: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What was guessed to follow the old text says nothing of the new one."""
+        return jnp.full_like(state, -1), num_kept
+
     def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         root = context.root[:, None]
         guesses = jnp.where(state < 0, root, state)

@@ -106,6 +106,13 @@ class Lookahead(Drafter):
             rounds=jnp.zeros(batch_size, jnp.int32),
         )
 
+    def keep(
+        self, cfg: ModelConfig, state: LookaheadState, length: jax.Array, num_kept: jax.Array
+    ) -> tuple[LookaheadState, jax.Array]:
+        """N-grams are remembered; the window was about what followed the old text."""
+        window, rounds = jnp.full_like(state.window, -1), jnp.zeros_like(state.rounds)
+        return state.replace(window=window, rounds=rounds), num_kept
+
     def propose(self, cfg: ModelConfig, context: Context, state: LookaheadState) -> Proposal:
         n, W, G = self.ngram - 1, self.window, self.num_candidates
         root = context.root
