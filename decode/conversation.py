@@ -29,14 +29,14 @@ import jax
 import numpy as np
 
 from decode import complete, generate
-from decode.core.requests import encode, read_requests, round_lengths, round_rows
+from decode.core.requests import encode, read_requests, round_rows
 from decode.core.results import Completion, read_stops
 from decode.core.streaming import Piece, Writing, check_tokenizer, pieces
 from decode.core.texts import MethodOptions, inside
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.points import METHODS as DIFFUSION
-from decode.speculative.controller import Controller
 from decode.speculative.contracts import Drafter
+from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
 from decode.speculative.loop import SpeculativeMethod, SpeculativeState, init_state, prefill
 from decode.speculative.points import METHODS as DRAFTING
@@ -244,7 +244,6 @@ class Conversation:
         self._is_writing = True
         writing: Writing | None = None
         completion, num_kept, read_s = None, 0, 0.0
-        began = time.perf_counter()
         try:
             with Compiling() as compiling:
                 if self.is_diffusion:
@@ -288,9 +287,7 @@ class Conversation:
             batch_size=round_rows(1, None),
         )
 
-    def _begin(
-        self, tokens: list[int], number: int
-    ) -> tuple[SpeculativeMethod, SpeculativeState]:
+    def _begin(self, tokens: list[int], number: int) -> tuple[SpeculativeMethod, SpeculativeState]:
         """The method, which knows its costs, and the state of a turn, of which some may be read."""
         lm, asked, num_kept = self.lm, self._asked(tokens, number), 0
         held, self._held = self._held, None  # its arrays are given away

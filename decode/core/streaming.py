@@ -124,9 +124,7 @@ def pieces(
     tokenizer = check_tokenizer(lm)
     ends = {*lm.cfg.eos_ids, *np.asarray(method.stop_ids).reshape(-1).tolist()}
     while True:
-        state = writing.state = loop.decode(
-            lm.params, lm.cfg, method, writing.state, 1, FOREVER
-        )
+        state = writing.state = loop.decode(lm.params, lm.cfg, method, writing.state, 1, FOREVER)
         certain, ahead = (rows[0].tolist() for rows in loop.written(state, method))
         written = _before(ends, certain + ahead)
         text = _sure(tokenizer, written[: len(certain)], stops)

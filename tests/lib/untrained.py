@@ -1,6 +1,7 @@
 """Untrained models with tokenizers."""
 
 import dataclasses
+import string
 
 import jax
 
@@ -31,6 +32,24 @@ def byte_lm() -> dlm.LanguageModel:
     tokenizer = byte_tokenizer()
     cfg = ModelConfig(
         d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=128,
+        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
+        shifted_logits=True, dtype="float32",
+    )  # fmt: skip
+    return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)
+
+
+def char_lm() -> dlm.LanguageModel:
+    """A tiny autoregressive or diffusion model that chats in small letters.
+
+    A token is a character, so that what it wrote is read as it was written.
+    """
+    tokenizer = dataclasses.replace(
+        word_tokenizer([*string.ascii_lowercase, *" .,!?<>"]),
+        chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>",
+    )
+    cfg = ModelConfig(
+        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=512,
         vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
         shifted_logits=True, dtype="float32",

@@ -143,8 +143,8 @@ class _Model(Drafter):
         assert output.cache is not None
         return output.cache
 
-    def _catch_up(self, context: Context, state: DraftState) -> tuple[KVCache, jax.Array]:
-        """The cache of all positions before the root, and the forwards [B] that took."""
+    def _catch_up(self, context: Context, state: DraftState) -> tuple[DraftState, jax.Array]:
+        """All positions before the root are read, of active rows, in so many forwards [B]."""
         T, end = self.depth + 1, context.length - 1
 
         def is_behind(known: jax.Array) -> jax.Array:
@@ -159,10 +159,10 @@ class _Model(Drafter):
             return DraftState(cache, known), forwards + rows
 
         start = state, jnp.zeros_like(end)
-        state, forwards = jax.lax.while_loop(
+        caught_up: tuple[DraftState, jax.Array] = jax.lax.while_loop(
             lambda carry: is_behind(carry[0].known).any(), read, start
         )
-        return state.cache, forwards
+        return caught_up
 
 
 @struct.dataclass
@@ -189,8 +189,8 @@ class DraftModel(_Model):
     def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         cost = spent(context, self.num_nodes)
         if context.may_pause:  # or else all but the last draft was read by the round before
-            cache, forwards = self._catch_up(context, state)
-            state, cost = state.replace(cache=cache), cost + forwards
+            state, forwards = self._catch_up(context, state)
+            cost += forwards
         is_drawn = self.is_sampled and context.sampling.temperature is not None
         extra = range(cfg.vocab_size, self.draft.vocab_size)
         padding = jnp.array(extra, jnp.int32) if extra else None
@@ -215,7 +215,8 @@ class DraftModel(_Model):
         probs = None if probs is None else probs.swapaxes(0, 1)
         tree = chain(self.num_drafts).tree(tokens.T, probs=probs)
         tree = self._within(context, tree)
-        return Proposal(tree, cost, DraftState(cache, context.length + self.num_drafts))
+        known = jnp.where(context.active, context.length + self.num_drafts, state.known)
+        return Proposal(tree, cost, DraftState(cache, known))
 
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: DraftState
@@ -238,21 +239,21 @@ class DraftModelTree(_Model):
     shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
 
     def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
-        cache, forwards = self._catch_up(context, state)
+        state, forwards = self._catch_up(context, state)
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             tree = self.shape.tree(tokens)
             start = context.length - 1
             above = pack_mask(tree.ancestors(self.depth))
             window = Window(tokens, start[:, None] + tree.depths, above)
-            slots = Slots.below(cache, start)
+            slots = Slots.below(state.cache, start)
             hidden = self._forward(context, window, slots).hidden
             return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
         return Proposal(
             self._within(context, expand(self.shape, context, score, self.is_sampled)),
             spent(context, self.shape.depth) + forwards,
-            DraftState(cache, context.length - 1),
+            state,
         )
 
 
@@ -278,7 +279,7 @@ class DraftModelBest(BestTree, _Model):
         return self.draft.vocab_size
 
     def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
-        cache, forwards = self._catch_up(context, state)
+        state, forwards = self._catch_up(context, state)
         start = context.length - 1
 
         def score(
@@ -287,7 +288,7 @@ class DraftModelBest(BestTree, _Model):
             rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
             tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
             window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
-            slots = Slots.below(cache, start)
+            slots = Slots.below(state.cache, start)
             hidden = self._forward(context, window, slots).hidden
             return self._logits(cfg, hidden[:, jnp.array(nodes)])
 
@@ -295,5 +296,5 @@ class DraftModelBest(BestTree, _Model):
         return Proposal(
             self._within(context, tree),
             spent(context, self.levels) + forwards,
-            DraftState(cache, context.length - 1),
+            state,
         )

@@ -8,6 +8,7 @@ is refused. What a drafter is for, its own tests say.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -18,9 +19,26 @@ import pytest
 
 from decode.core.loop import FOREVER
 from decode.core.sampling import Sampling
-from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
+from decode.speculative.components import (
+    ACCEPTANCE_RULES,
+    DRAFTERS,
+    DraftModelBest,
+    DraftModelTree,
+    Eagle,
+    EagleBest,
+    Lookahead,
+    TokenRecycling,
+)
 from decode.speculative.drafters.draft_model import DraftModel
-from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill, stream
+from decode.speculative.loop import (
+    SpeculativeMethod,
+    _context,
+    decode,
+    init_state,
+    prefill,
+    stream,
+)
+from decode.speculative.renewal import renew
 from dlm.config import ModelConfig
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
@@ -39,6 +57,7 @@ COST = {
     "DraftModel": 5, "DraftModelTree": 5, "DraftModelBest": 4, "Eagle": 2, "EagleBest": 3,
     "DFlash": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
 }  # fmt: skip
+LATE = (DraftModelTree, DraftModelBest, Eagle, EagleBest)  # read in a round what was kept before
 PAIRS = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
 PAIRS += more(*sorted({*itertools.product(ACCEPTANCE_RULES, DRAFTERS)} - {*PAIRS}, key=str))
 every_drafter = pytest.mark.parametrize("kind", DRAFTERS)
@@ -148,6 +167,44 @@ def test_the_text_is_the_targets_own(target, examples, kind):
     other = method.replace(drafter=other_numbers(method.drafter))
     assert texts(target.run(other), B) == target.texts
     assert decode._cache_size() == before + 1
+
+
+@every_drafter
+def test_a_text_that_begins_like_another(target, examples, kind):
+    """What both share is not read again, and drafts are those of who reads all of it."""
+    method = SpeculativeMethod(examples(kind))
+    rows = [b for b in range(B) if 4 < len(target.prompts[b]) < 10]
+    state = target.go_on(method, target.begin(method, rows), 3)
+    written, lengths = jax.device_get((state.tokens, state.length))
+    n = min(P - 2, *lengths[: len(rows)])  # of one row at least all that it has written
+    assert n > 7
+    prompts = [
+        [*text[:n].tolist(), text[n] ^ 1, 7][: n + 1 + b % 2]
+        for b, text in zip(rows, written, strict=False)
+    ]
+    asked = dict(gen_len=[gen_len(b) for b in rows], seeds=rows, chunk=8)
+    sizes = dict(prompt_len=P, canvas_len=G, batch_size=B)
+    before = prefill._cache_size()
+    scratch = init_state(target.cfg, method, prompts, **asked, **sizes)
+    state = renew(target.cfg, method, state, prompts, num_kept=n, **asked)
+    (num_read,) = set(np.asarray(state.num_read).tolist())
+    lag = 1 + method.drafter.depth if kind in LATE else 1
+    assert n - lag - 1 <= num_read <= n - 1
+    kept, scratch = (prefill(target.params, target.cfg, method, s) for s in (state, scratch))
+    assert prefill._cache_size() == before
+    if kind not in (TokenRecycling, Lookahead):  # which remember more than the text
+        found = [trees(target.params, target.cfg, method, s) for s in (kept, scratch)]
+        jax.tree.map(np.testing.assert_array_equal, *found)
+    kept, scratch = (target.go_on(method, s) for s in (kept, scratch))
+    assert texts(kept, len(rows)) == texts(scratch, len(rows))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def trees(params, cfg, method, state):
+    """What is proposed first."""
+    tree = method.drafter.propose(cfg, _context(params, method, state), state.drafter).tree
+    rows = ~state.has_stopped[:, None]
+    return [jnp.where(rows & tree.is_valid, x, -1) for x in (tree.tokens, tree.parents)]
 
 
 @some_drafters
