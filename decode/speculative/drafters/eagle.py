@@ -134,7 +134,7 @@ class _Network(Drafter):
     def keep(
         self, cfg: ModelConfig, state: EagleState, length: jax.Array, num_kept: jax.Array
     ) -> tuple[EagleState, jax.Array]:
-        """Without features that are not read yet, and the last position, read with its next token."""
+        """Without features that are not read yet, and the last position, which knows the next."""
         known = jnp.minimum(length - 1 - state.count, num_kept - 1)
         return state, jnp.maximum(known, 0)
 

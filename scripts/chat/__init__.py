@@ -1,0 +1,1 @@
+"""A dialogue with any checkpoint, in the terminal: `python -m scripts.chat`."""
