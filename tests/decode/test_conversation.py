@@ -21,7 +21,7 @@ WITH = {
     "draft": lambda lm: dict(drafter=DraftModel.example(lm.cfg, lm.params)),
     "heads": lambda lm: dict(drafter=Eagle.example(lm.cfg, lm.params)),
     "controlled": lambda lm: dict(
-        drafter=PromptLookup(num_drafts=4), controller=Controller(costs=np.ones(4))
+        drafter=PromptLookup(num_drafts=4), controller=Controller(costs=np.ones(3))
     ),
 }
 
@@ -77,7 +77,7 @@ def test_templates_may_change_what_was_said(lm):
     """This one shows of earlier answers their first three letters."""
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content[:3] if m.role == 'assistant' else "
-        "m.content }}{% endfor %}<assistant>"
+        "m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokenizer = dataclasses.replace(lm.tokenizer, chat_template=template)
     short = dataclasses.replace(lm, tokenizer=tokenizer)

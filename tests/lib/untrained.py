@@ -46,7 +46,8 @@ def char_lm() -> dlm.LanguageModel:
     """
     tokenizer = dataclasses.replace(
         word_tokenizer([*string.ascii_lowercase, *" .,!?<>"]),
-        chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>",
+        chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
     )
     cfg = ModelConfig(
         d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=512,
