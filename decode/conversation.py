@@ -13,8 +13,8 @@ turns: of what the template writes now, the tokens that the cache has already se
 again. How many these are is found by comparing, as templates may change earlier turns. Diffusion
 models see all of a dialogue in every forward and keep nothing between turns.
 
-Prompts are brought to few lengths (128, 192, 256, 384, 512, ...), so that most turns compile
-nothing.
+Prompts are brought to few lengths (512, 1024, ... slots; 128, 192, 256, 384, ... positions of a
+canvas), so that most turns compile nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from decode.speculative.renewal import enlarge, renew
 from dlm.compilation import Compiling
 from dlm.lm import LanguageModel
 
-FIRST_BUCKET = 128  # tokens of a prompt
+# The shortest lengths that prompts are brought to. Slots that nobody has written are hardly read;
+# positions of a canvas are computed, needed or not.
+SLOTS, CANVAS = 512, 128
 TURN_CHUNK, CHUNK = 32, 256  # tokens read per forward: of a few, and of many
 
 
@@ -277,7 +279,10 @@ class Conversation:
 
     def _asked(self, tokens: list[int], number: int) -> dict[str, Any]:
         """The request of a turn, in one of few shapes."""
-        buckets = (FIRST_BUCKET * n // 2 << k for k in itertools.count() for n in (2, 3))
+        if self.is_diffusion:
+            buckets = (CANVAS * n // 2 << k for k in itertools.count() for n in (2, 3))
+        else:
+            buckets = (SLOTS << k for k in itertools.count())
         P = next(n for n in buckets if n >= len(tokens))
         return dict(
             gen_len=[self.gen_len],

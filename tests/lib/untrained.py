@@ -50,7 +50,7 @@ def char_lm() -> dlm.LanguageModel:
         "{% if add_generation_prompt %}<assistant>{% endif %}",
     )
     cfg = ModelConfig(
-        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=512,
+        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=2048,
         vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
         shifted_logits=True, dtype="float32",

@@ -25,7 +25,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.exhaustive
 def test_quickstart_writes_what_it_says(workdir):
     out = (workdir / "stdout.txt").read_text()
-    assert "| one per step" in out and "speed-up" in out
+    assert "| one per step" in out and "speed-up" in out and "Act two" in out
     results = json.loads((workdir / "results.json").read_text())
     assert len(results["rows"]) == 6
     assert all(0 <= a <= 1 for row in results["rows"] for a in row["accuracy"].values())
