@@ -13,8 +13,8 @@ turns: of what the template writes now, the tokens that the cache has already se
 again. How many these are is found by comparing, as templates may change earlier turns. Diffusion
 models see all of a dialogue in every forward and keep nothing between turns.
 
-Prompts are brought to few lengths (512, 1024, ... slots; 128, 192, 256, 384, ... positions of a
-canvas), so that most turns compile nothing.
+Caches have few sizes (512, 1024, ... slots), and so have prompts of diffusion models (128, 192, 256,
+384, ... positions), so that most turns compile nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from decode.speculative.renewal import enlarge, renew
 from dlm.compilation import Compiling
 from dlm.lm import LanguageModel
 
-# The shortest lengths that prompts are brought to. Slots that nobody has written are hardly read;
-# positions of a canvas are computed, needed or not.
+# The fewest slots of a cache, of which those that nobody has written are hardly read; and the
+# shortest length of a prompt before a canvas, whose positions are computed, needed or not.
 SLOTS, CANVAS = 512, 128
 TURN_CHUNK, CHUNK = 32, 256  # tokens read per forward: of a few, and of many
 
@@ -282,7 +282,9 @@ class Conversation:
         if self.is_diffusion:
             buckets = (CANVAS * n // 2 << k for k in itertools.count() for n in (2, 3))
         else:
-            buckets = (SLOTS << k for k in itertools.count())
+            drafter = self.method.drafter
+            others = self.gen_len + drafter.num_nodes + drafter.num_extra
+            buckets = ((SLOTS << k) - others for k in itertools.count())
         P = next(n for n in buckets if n >= len(tokens))
         return dict(
             gen_len=[self.gen_len],

@@ -67,6 +67,8 @@ class Session:
         turn = self.talk.turns[-1]
         if turn.num_dropped:
             print(f"[the context was full: the oldest {turn.num_dropped} messages were dropped]")
+        if turn.completion is not None and turn.completion.finish_reason == "length":
+            print(f"[cut at {self.talk.gen_len} tokens, see --gen_len]")
         if self.shows_stats:
             print(took(turn))
 

@@ -35,6 +35,8 @@ def test_a_dialogue_through_a_pipe(lm, tmp_path, monkeypatch):
     ]  # fmt: skip
     flags = [f"--checkpoint={model}", "--gen_len=16", "--drafter=token_recycling", "--stats"]
     said = piped(monkeypatch, lines, *flags).splitlines()
+    assert said.pop(1) == "[cut at 16 tokens, see --gen_len]"
+    said.remove("[cut at 16 tokens, see --gen_len]")  # the other answer, too
     talk = Conversation(dlm.load(model), gen_len=16)
     answers = [talk.ask("hello there").text]
     with pytest.raises(ValueError, match="not covered by the vocabulary"):
@@ -58,7 +60,7 @@ def test_a_dialogue_through_a_pipe(lm, tmp_path, monkeypatch):
     assert [m["content"] for m in line["messages"]] == ["hello there", answers[0]]
     # A diffusion method of the same weights; and what makes no sense.
     flags = [f"--checkpoint={model}", "--gen_len=16"]
-    (text,) = piped(monkeypatch, ["hello there"], *flags, "--method=klass").splitlines()
+    text, *_ = piped(monkeypatch, ["hello there"], *flags, "--method=klass").splitlines()
     assert text == Conversation(dlm.load(model), gen_len=16, method="klass").ask("hello there").text
     wrong = piped(monkeypatch, [], *flags, "--method=klas", code=1)
     assert "error: there is no method 'klas'" in wrong and "Traceback" not in wrong
