@@ -13,8 +13,8 @@ turns: of what the template writes now, the tokens that the cache has already se
 again. How many these are is found by comparing, as templates may change earlier turns. Diffusion
 models see all of a dialogue in every forward and keep nothing between turns.
 
-Caches have few sizes (512, 1024, ... slots), and so have prompts of diffusion models (128, 192, 256,
-384, ... positions), so that most turns compile nothing.
+Caches have few sizes (512, 1024, ... slots), and so have prompts of diffusion models (128, 192,
+256, ... positions), so that most turns compile nothing.
 """
 
 from __future__ import annotations
