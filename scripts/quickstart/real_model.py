@@ -17,7 +17,7 @@ from decode.speculative.points import METHODS
 from dlm.hf.gguf import installed_smollm2
 
 QUESTION = (
-    "Rewrite this paragraph in the past tense: The ship leaves the harbour at dawn. The captain "
+    "Summarise: The ship leaves the harbour at dawn. The captain "
     "watches the lighthouse while the crew sets the sails. The wind is strong and the sea is "
     "rough, but the ship is fast and the crew is brave. In the evening the ship reaches the "
     "island. The captain thanks the crew and the crew thanks the captain."
