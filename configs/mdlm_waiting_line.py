@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
         train={
             # Every masked token counts the same (LLaDA: 1.0).
             "objective": {**MASKED_DIFFUSION, "weight_power": 0.0},
-            "num_steps": 1_000,
+            "num_steps": 1_500,
             "eval_every": 250,  # steps between validations
         },
         checkpoint={"every": 250, "keep": 2},  # steps; latest ones
