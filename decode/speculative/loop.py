@@ -99,7 +99,6 @@ class SpeculativeState(struct.PyTreeNode):
       tokens: [B, S] int32. Prompts and completions from slot 0; behind them there is padding.
       length: [B] int32. Tokens of a row so far.
       prompt_len: [B] int32.
-      num_read: [B] int32. Tokens of the prompt that the cache holds.
       end: [B] int32. `prompt_len` plus the most tokens to write.
       step_map: [B, G] int32. The row's 0-based round that wrote a token; -1: none did.
       log_prob: [B, G] float32. Of the token, by the target itself: no filter, no temperature.
@@ -114,13 +113,13 @@ class SpeculativeState(struct.PyTreeNode):
       top: the n most probable tokens per position written; None: they are not kept.
       control: what the controller has seen and chosen; None without one.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
+      num_read: [B] int32. Tokens of the prompt that the cache holds.
       chunk: prompt tokens read per forward. Static.
     """
 
     tokens: jax.Array
     length: jax.Array
     prompt_len: jax.Array
-    num_read: jax.Array
     end: jax.Array
     step_map: jax.Array
     log_prob: jax.Array
@@ -135,6 +134,7 @@ class SpeculativeState(struct.PyTreeNode):
     top: TopTokens | None
     control: ControllerState | None
     num_steps: jax.Array
+    num_read: jax.Array
     chunk: int = struct.field(pytree_node=False)
 
 
