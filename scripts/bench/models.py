@@ -8,7 +8,6 @@ import jax
 
 import dlm
 from dlm.config import ModelConfig
-from dlm.hf.gguf import installed_smollm2
 from dlm.params import Params, apart, init_params, is_faster_apart
 from dlm.presets import PRESETS
 
@@ -39,8 +38,7 @@ def random_params(cfg: ModelConfig) -> Params:
 
 
 def load(checkpoint: str, cfg: ModelConfig, dtype: str) -> dlm.LanguageModel:
-    """A trained model ("smollm2": the one that is installed), or `cfg` with random weights."""
+    """A trained model (see `dlm.load`), or `cfg` with random weights."""
     if not checkpoint:
         return dlm.LanguageModel(random_params(cfg), cfg)
-    path = installed_smollm2() if checkpoint == "smollm2" else checkpoint
-    return dlm.load(path, dtype=dtype or None)
+    return dlm.load(checkpoint, dtype=dtype or None)

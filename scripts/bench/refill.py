@@ -25,7 +25,6 @@ from decode.diffusion.loop import DiffusionMethod
 from decode.evaluation.job import make_job
 from decode.evaluation.run import Answered, Method, answered, device
 from decode.speculative.points import named
-from dlm.hf.gguf import installed_smollm2
 from dlm.lm import LanguageModel
 from dlm.tasks.presets import TASKS, TaskPreset
 from dlm.tasks.python_source import PythonSource
@@ -42,7 +41,7 @@ def run(
     """Measures, and prints a line and a table.
 
     Args:
-      checkpoint: for `dlm.load`, or "smollm2".
+      checkpoint: for `dlm.load`.
       task: which held-out examples; "": passages.
       num: prompts.
       gen_len: most tokens of an answer about a passage; tasks have their own.
@@ -50,8 +49,7 @@ def run(
       rows: decoded at once.
       repeats: timed runs.
     """
-    path = installed_smollm2() if checkpoint == "smollm2" else checkpoint
-    lm = dlm.load(path, dtype="float32")
+    lm = dlm.load(checkpoint, dtype="float32")
     if task:
         prompts, gen_len = of_task(lm, TASKS[task], num, block_len)
     else:

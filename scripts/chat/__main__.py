@@ -21,7 +21,6 @@ from absl import app, flags, logging
 import dlm
 from decode.conversation import Conversation
 from decode.speculative.controller import Controller
-from dlm.hf.gguf import installed_smollm2
 from scripts.chat.screen import Screen
 from scripts.chat.session import Session, begin, typed
 from train.host import set_up_process
@@ -39,9 +38,8 @@ def main(argv: list[str]) -> None:
             raise ValueError("--drafter is for autoregressive models, --method for diffusion: one")
         if said.drafter not in ("", "plain") and said.controller:
             options["controller"] = Controller()
-        path = installed_smollm2() if said.checkpoint == "smollm2" else said.checkpoint
         talk = Conversation(
-            dlm.load(path, dtype=said.dtype or None), system=said.system or None,
+            dlm.load(said.checkpoint, dtype=said.dtype or None), system=said.system or None,
             gen_len=said.gen_len, seed=said.seed, temperature=said.temperature,
             drop_oldest=said.drop_oldest, **options,
         )  # fmt: skip

