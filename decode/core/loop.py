@@ -31,6 +31,7 @@ class LoopState(Protocol):
 
 State = TypeVar("State", bound=LoopState)
 Method = TypeVar("Method")
+Tree = TypeVar("Tree")  # of arrays
 Step = Callable[[Params, ModelConfig, Method, State], State]
 
 
@@ -68,6 +69,20 @@ def compile_decode(step: Step[Method, State]) -> jax.stages.Wrapped:
         )
 
     return decode
+
+
+def in_place(is_so: jax.Array, change: Callable[[Tree], Tree], tree: Tree) -> Tree:
+    """`change(tree)` if `is_so` [] bool, else `tree`: a conditional that copies nothing.
+
+    Branches of `jax.lax.cond` have results of their own, so caches on their way through it are
+    copied, whichever is taken. A loop that runs once, or never, updates them where they are.
+    """
+
+    def once(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+        return jnp.zeros_like(is_so), change(carry[1])
+
+    _, tree = jax.lax.while_loop(lambda carry: carry[0], once, (is_so, tree))
+    return tree
 
 
 def compile_step(step: Step[Method, State]) -> jax.stages.Wrapped:

@@ -269,45 +269,54 @@ def step(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
 ) -> SpeculativeState:
     """One round. Pure; rows that are done stay as they are."""
-    context = _context(params, method, state)
     if method.controller is not None:
-        return _controlled(cfg, method, state, context)
+        return _controlled(params, cfg, method, state)
+    context = _context(params, method, state)
     with jax.named_scope("draft"):
         proposal = _propose(cfg, method, state, context)
     return _settle(cfg, method, state, context, proposal)
 
 
 def _controlled(
-    cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState, context: Context
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
 ) -> SpeculativeState:
-    """One round, in which as many drafts are judged as the controller says: one branch per width.
+    """One round, in which as many drafts are judged as the controller says: one program per width.
 
     The root alone is one branch, whether somebody drafted or not, unless the drafter has rows of
     its own, which only rounds with drafts read.
     """
     drafter, controller, control = method.drafter, method.controller, state.control
     assert controller is not None and control is not None
+    context = _context(params, method, state)
     draft = functools.partial(_propose, cfg, method, state, context)
     with jax.named_scope("draft"):
         is_asked = controller.asks(control, context.active)
-        proposal = jax.lax.cond(is_asked, draft, lambda: _no_proposal(draft, state, context))
+        proposal = loop.in_place(
+            is_asked,
+            lambda proposal: _propose(cfg, method, state.replace(drafter=proposal.state), context),
+            _no_proposal(draft, state, context),
+        )
     with jax.named_scope("choose"):
         choice, nodes = controller.choose(drafter, control, proposal.tree, context.active)
         choice = jnp.where(is_asked, choice, 0)
 
-    def judge(width: int, has_extra: bool) -> SpeculativeState:
-        tree = proposal.tree
+    def judge(width: int, has_extra: bool, state: SpeculativeState) -> SpeculativeState:
+        tree, extra = proposal.tree, proposal.extra if has_extra else None
         if width < drafter.num_nodes:
             tree = tree.take(jnp.sort(nodes[:, :width], axis=1))
-        chosen = proposal.replace(tree=tree, extra=proposal.extra if has_extra else None)
+        chosen = proposal.replace(tree=tree, extra=extra, state=state.drafter)
+        context = _context(params, method, state)
         is_paused = None if has_extra or width > 1 else ~is_asked
         return _settle(cfg, method, state, context, chosen, choice, is_paused)
 
     has_extra, widths = drafter.num_extra > 0, controller.widths_of(drafter)
     shapes = [(1, False), *((width, has_extra) for width in widths if has_extra or width > 1)]
     at = [0, *(shapes.index((w, has_extra)) for w in widths)]
-    branches = [functools.partial(judge, *shape) for shape in shapes]
-    return jax.lax.switch(jnp.array(at)[choice], branches)
+    chosen = jnp.array(at)[choice]
+    state = state.replace(drafter=proposal.state)
+    for i, shape in enumerate(shapes):
+        state = loop.in_place(chosen == i, functools.partial(judge, *shape), state)
+    return state
 
 
 def _propose(
@@ -399,14 +408,13 @@ def _observe(
 ) -> Any:
     """What the drafter remembers."""
     observe, pause = (
-        functools.partial(see, cfg, context, seen, state)
-        for see in (drafter.observe, drafter.pause)
+        functools.partial(see, cfg, context, seen) for see in (drafter.observe, drafter.pause)
     )
     if is_paused is None or not drafter.notices_pauses:
-        return observe()
+        return observe(state)
     if drafter.num_extra:  # its rows were not read
-        return pause()
-    return jax.lax.cond(is_paused, pause, observe)
+        return pause(state)
+    return loop.in_place(~is_paused, observe, loop.in_place(is_paused, pause, state))
 
 
 decode = loop.compile_decode(step)  # its arguments are said there
