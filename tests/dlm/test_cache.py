@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decode.speculative.controller import Controller
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod, decode, init_state
@@ -58,10 +59,15 @@ def test_slots_of_several_devices():
     np.testing.assert_array_equal(got.k, by_hand(old.k, new.k))
 
 
-def test_no_round_copies_the_cache(toy_cfg, toy_params):
+@pytest.mark.parametrize("is_controlled", [False, True])
+def test_no_round_copies_the_cache(toy_cfg, toy_params, is_controlled):
     """In the compiled loop nothing of the cache's size is made anew, and it is given away."""
     for drafter in (PromptLookup(num_drafts=3), TokenRecycling(TREE)):
-        method = SpeculativeMethod(drafter)
+        controller = Controller()
+        costs = np.ones(1 + len(controller.widths_of(drafter)), np.float32)
+        method = SpeculativeMethod(
+            drafter, controller=controller.replace(costs=costs) if is_controlled else None
+        )
         state = init_state(toy_cfg, method, [[1, 2, 3]] * 3, gen_len=40)
         compiled = decode.lower(toy_params, toy_cfg, method, state).compile()
         shape = ",".join(map(str, state.cache.k.shape))
