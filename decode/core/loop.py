@@ -74,8 +74,8 @@ def compile_decode(step: Step[Method, State]) -> jax.stages.Wrapped:
 def in_place(is_so: jax.Array, change: Callable[[Tree], Tree], tree: Tree) -> Tree:
     """`change(tree)` if `is_so` [] bool, else `tree`: a conditional that copies nothing.
 
-    Branches of `jax.lax.cond` have results of their own, so caches on their way through it are
-    copied, whichever is taken. A loop that runs once, or never, updates them where they are.
+    Several branches of a `jax.lax.switch` that write into a cache have XLA copy it, whichever is
+    taken. A loop that runs once, or never, for each of them writes where the cache is.
     """
 
     def once(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:

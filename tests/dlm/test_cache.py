@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decode.diffusion import loop as diffusion
+from decode.diffusion.components import DelayedCache, DualCache, FixedBlocks, Threshold
 from decode.speculative.controller import Controller
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
@@ -69,8 +71,19 @@ def test_no_round_copies_the_cache(toy_cfg, toy_params, is_controlled):
             drafter, controller=controller.replace(costs=costs) if is_controlled else None
         )
         state = init_state(toy_cfg, method, [[1, 2, 3]] * 3, gen_len=40)
-        compiled = decode.lower(toy_params, toy_cfg, method, state).compile()
-        shape = ",".join(map(str, state.cache.k.shape))
-        made = set(re.findall(rf"= f32\[{shape}\]\S* ([a-z-]+)\(", compiled.as_text()))
-        assert made and not made & {"copy", "select", "transpose"}, made
-        assert compiled.memory_analysis().alias_size_in_bytes >= state.cache.num_bytes
+        check_in_place(decode.lower(toy_params, toy_cfg, method, state).compile(), state.cache)
+
+
+@pytest.mark.parametrize("policy", [DualCache(), DelayedCache()])
+def test_no_step_of_diffusion_copies_the_cache(toy_cfg, toy_params, policy):
+    method = diffusion.DiffusionMethod(FixedBlocks(4), policy, rule=Threshold(0.4))
+    state = diffusion.init_state(toy_cfg, method, [[1, 2, 3]] * 3, gen_len=40)
+    compiled = diffusion.decode.lower(toy_params, toy_cfg, method, state).compile()
+    check_in_place(compiled, state.cache.kv)
+
+
+def check_in_place(compiled, cache):
+    shape = ",".join(map(str, cache.k.shape))
+    made = set(re.findall(rf"= f32\[{shape}\]\S* ([a-z-]+)\(", compiled.as_text()))
+    assert made and not made & {"copy", "select", "transpose"}, made
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.num_bytes

@@ -23,12 +23,14 @@ positions judged, D model width.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.loop import in_place
 from decode.diffusion.caches.canvas import CachePolicy, Canvas, gather
 from decode.diffusion.contracts import Points, check_range
 from dlm.cache import KVCache, init_cache
@@ -147,7 +149,8 @@ class DelayedCache(CachePolicy):
         order = jnp.argsort(jnp.where(keep, 0, jnp.where(todo, 1, 2)), axis=-1, stable=True)
         count = todo.sum(axis=-1)
 
-        def run(length: int, kv: KVCache, hidden: jax.Array) -> tuple[KVCache, jax.Array]:
+        def run(length: int, held: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
+            kv, hidden = held
             index = order[:, :length]  # [B, T] canvas positions
             window = Window(
                 tokens=jnp.take_along_axis(canvas.tokens, index, axis=1),
@@ -166,8 +169,10 @@ class DelayedCache(CachePolicy):
         lengths = self._lengths(cfg, canvas)
         needed = jnp.where(canvas.is_active, count, 0).max()
         enough = jnp.sum(jnp.asarray(lengths) >= needed) - 1  # lengths fall
-        branches = [lambda kv, hidden, n=n: run(n, kv, hidden) for n in lengths]
-        kv, hidden = jax.lax.switch(enough, branches, state.kv, state.hidden)
+        held = state.kv, state.hidden
+        for i, length in enumerate(lengths):
+            held = in_place(enough == i, functools.partial(run, length), held)
+        kv, hidden = held
 
         active = canvas.is_active
         new = DelayedCacheState(
