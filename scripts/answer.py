@@ -16,20 +16,17 @@ import functools
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 import dlm
 from decode import complete, generate
 from decode.files import answer_file
 from decode.speculative.points import METHODS
-from train.host import set_up_process
+from train.host import set_up_command
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     said = flags.FLAGS
     options: dict[str, Any] = {"batch_size": said.batch_size, "temperature": said.temperature}
     if said.method:

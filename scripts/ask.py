@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 
 import dlm
 from decode.core.results import Completion
@@ -19,7 +19,7 @@ from decode.diffusion.components import Threshold, short_names
 from decode.generate import generate
 from dlm.tasks.waiting_line import OPERATIONS, WaitingLine
 from dlm.tokenizer import Tokenizer
-from train.host import set_up_process
+from train.host import set_up_command
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "runs/quickstart/train/model", "A model trained by scripts.quickstart."
@@ -49,10 +49,7 @@ def commit_order(completion: Completion, tokenizer: Tokenizer) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     if not pathlib.Path(_CHECKPOINT.value).is_dir():
         raise app.UsageError(f"--checkpoint={_CHECKPOINT.value} is no folder: run make quickstart")
     people = [name.strip() for name in _PEOPLE.value.split(",")]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import dlm
 from dlm.tasks import Encoded
 from train.config import ConfigError, build
+from train.host import only_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Whose data to read.")
 _MODEL = flags.DEFINE_string("model", None, "Folder of the target.", required=True)
@@ -33,8 +34,7 @@ _OUT = flags.DEFINE_string("out", None, "The JSON file to write.", required=True
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    only_flags(argv)
     try:
         lm = dlm.load(_MODEL.value)
         data: Any = _CONFIG.value.data

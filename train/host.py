@@ -1,4 +1,4 @@
-"""The process that training runs in."""
+"""The process that a command runs in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ import os
 import sys
 
 import jax
-from absl import logging
+from absl import app, logging
 
 from dlm.compilation import SWITCH, keep_programs
 
 STOPPED = 75  # exit code of a run that was told to stop and has saved: start it again
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def only_flags(argv: list[str]) -> None:
+    """Refuses arguments of a command that are no flags.
+
+    Raises:
+      app.UsageError: there is one.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+
+
+def set_up_command(argv: list[str]) -> None:
+    """What commands do first that say themselves what they do: no arguments, quiet libraries."""
+    only_flags(argv)
+    logging.set_verbosity(logging.WARNING)
+    set_up_process()
 
 
 def set_up_process() -> None:

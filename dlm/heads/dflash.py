@@ -55,6 +55,7 @@ from dlm.heads.published import (
     one_by_one,
     published_layer,
     read_layers,
+    read_network,
     read_published,
     stacked,
     to_published,
@@ -67,7 +68,6 @@ from dlm.hf import keys
 from dlm.hf.files import MOST_LAYERS
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec, param_specs
-from dlm.tokenizer import read_json
 from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
@@ -385,9 +385,7 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
       ValueError: it does not fit the target, or wants what is not implemented; the message names
         file, key and value.
     """
-    root = pathlib.Path(path)
-    file = root / "config.json"
-    raw = read_json(file)
+    file, raw = read_network(path)
     about = raw.get("dflash_config")
     if "speculators_model_type" in raw:
         raise ValueError(
@@ -412,9 +410,9 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         )
     network = _read_network(file, raw, about, said, cfg)
     names = _names(network.cfg, network.own)
-    stored = read_published(root, names)
+    stored = read_published(path, names)
     flat = network.own | {"layers": one_by_one(network.own["layers"])}
-    own = from_published(root, stored, names, flat, cfg.jnp_dtype)
+    own = from_published(path, stored, names, flat, cfg.jnp_dtype)
     return network.replace(own=own | {"layers": stacked(own["layers"])})
 
 

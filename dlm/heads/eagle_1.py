@@ -30,6 +30,7 @@ from dlm.heads.published import (
     from_published,
     published_layer,
     read_layers,
+    read_network,
     read_published,
     tensor_names,
     to_published,
@@ -40,7 +41,6 @@ from dlm.heads.published import (
 from dlm.hf import keys
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.tokenizer import read_json
 
 
 class Eagle1Network(EagleNetwork):
@@ -116,10 +116,7 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> Eagle1Network:
       ValueError: it does not fit the target, or wants what is not implemented; the message names
         file, key and value.
     """
-    file = pathlib.Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: it says what network the directory holds")
-    raw = read_json(file)
+    file, raw = read_network(path)
     try:
         has = {key: keys.flag(raw, key, absent) for key, absent in _SWITCHES.items()}
     except ValueError as error:

@@ -47,6 +47,7 @@ from dlm.heads.published import (
     one_by_one,
     published_layer,
     read_layers,
+    read_network,
     read_published,
     stacked,
     tensor_names,
@@ -59,7 +60,6 @@ from dlm.heads.published import (
 from dlm.hf.harmless import check_keys
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec, param_specs
-from dlm.tokenizer import read_json
 
 
 class Eagle3Network(EagleNetwork):
@@ -288,10 +288,7 @@ def load_published(
       ValueError: it does not fit the target, or wants what is not implemented; the message names
         file, key and value.
     """
-    file = pathlib.Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: it says what network the directory holds")
-    raw = read_json(file)
+    file, raw = read_network(path)
     said, of_layers = _split(file, raw)
     switches = {name: _flag(file, said, name) for name in _SWITCHES}
     given = {"norm_before_residual": norm_before_residual, "norm_output": norm_output}

@@ -26,6 +26,7 @@ from dlm.hf.format import TOKEN_IDS
 from dlm.hf.formats import qwen2
 from dlm.hf.rope import write_rope
 from dlm.params import Params
+from dlm.tokenizer import read_json
 
 _INTEGERS = ("I64", "I32", "I16", "U8", "I8", "BOOL")  # tables of tokens
 _OUTPUT_FIRST = (
@@ -63,6 +64,19 @@ _OF_LAYERS = (
     *("rope_theta", "rope_scaling", "rotary_dim", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
     "tie_embeddings",
 )
+
+
+def read_network(path: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """config.json of a directory, and what it says.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is broken.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: it says what network the directory holds")
+    return file, read_json(file)
 
 
 def read_layers(file: pathlib.Path, raw: Mapping[str, Any], target: ModelConfig) -> ModelConfig:

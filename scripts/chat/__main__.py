@@ -16,21 +16,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 import dlm
 from decode.conversation import Conversation
 from decode.speculative.controller import Controller
 from scripts.chat.screen import Screen
 from scripts.chat.session import Session, begin, typed
-from train.host import set_up_process
+from train.host import set_up_command
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     said = flags.FLAGS
     options: dict[str, Any] = {"method": said.drafter or said.method or None}
     try:

@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 import dlm
 from decode.evaluation.job import make_job, measure_points
@@ -24,7 +24,7 @@ from decode.evaluation.run import device
 from dlm.tasks.presets import TASKS
 from scripts.compare.points import make_points
 from scripts.compare.report import report, summarise, write
-from train.host import set_up_process
+from train.host import set_up_command
 
 _TASK = flags.DEFINE_enum("task", "waiting_line", TASKS, "What is asked.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart/train/model", "For dlm.load.")
@@ -39,10 +39,7 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Measure everything again.")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     try:
         preset = TASKS[_TASK.value]
         job = make_job(

@@ -19,21 +19,18 @@ import sys
 from importlib.metadata import version
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 import dlm
 from configs import causal_lm
 from decode.evaluation.run import device
 from scripts.compare_hf.decoders import alternate, ours, table, theirs
 from scripts.quickstart_spec.drafters import held_out_prompts
-from train.host import set_up_process
+from train.host import set_up_command
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     folder, gen_len = pathlib.Path(flags.FLAGS.models), flags.FLAGS.gen_len
     try:
         lm = dlm.load(folder / "target" / "model")

@@ -20,11 +20,11 @@ from absl import app, flags, logging
 from dlm.hf.files import DTYPES, read_config
 from dlm.hf.weights import convert_hf
 from scripts.convert_hf.describe import describe, parse_mesh
+from train.host import only_flags
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    only_flags(argv)
     logging.set_verbosity(logging.WARNING)
     root, shard_bytes = pathlib.Path(flags.FLAGS.checkpoint), int(flags.FLAGS.shard_gb * 1e9)
     dtype = flags.FLAGS.dtype or None

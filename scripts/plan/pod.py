@@ -37,11 +37,11 @@ from tqdm import tqdm
 from dlm.presets import PRESETS
 from scripts.plan.cases import Lengths, cases, plan
 from scripts.plan.page import FILE, keep, tables, write
+from train.host import only_flags
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
+    only_flags(argv)
     F = flags.FLAGS
     out = pathlib.Path(F.out)
     out.mkdir(parents=True, exist_ok=True)

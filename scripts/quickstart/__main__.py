@@ -22,23 +22,20 @@ import pathlib
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 import dlm
 from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, ROWS, RULES, measure_all, train
 from scripts.quickstart.real_model import act_two
 from scripts.quickstart.report import table, write
-from train.host import set_up_process
+from train.host import set_up_command
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything written.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few training steps and answers: does it run?")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX have much to say
-    set_up_process()
+    set_up_command(argv)
     workdir = pathlib.Path(_WORKDIR.value)
     start = time.perf_counter()
     model_path, task = train(workdir, _SMOKE.value)

@@ -18,21 +18,18 @@ import itertools
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from configs import causal_lm, draft_heads
 from scripts.quickstart_spec.drafters import train
 from scripts.quickstart_spec.measure import about_run, study
 from scripts.quickstart_spec.page import add_to_page, table, write_results
 from train.config import ConfigError
-from train.host import set_up_process
+from train.host import set_up_command
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     if unknown := sorted(set(flags.FLAGS.tasks) - set(causal_lm.TASKS)):
         sys.exit(f"error: --tasks has {unknown[0]!r}; there are {' and '.join(causal_lm.TASKS)}")
     heads = draft_heads.HEADS if flags.FLAGS.heads == ["all"] else flags.FLAGS.heads

@@ -23,21 +23,18 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from dlm.tasks.presets import RECIPES
 from scripts.study.make import make
 from scripts.study.measure import measure
 from scripts.study.page import read_sections, section, write_figure, write_page
 from train.config import ConfigError
-from train.host import set_up_process
+from train.host import set_up_command
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: this command takes only flags")
-    logging.set_verbosity(logging.WARNING)
-    set_up_process()
+    set_up_command(argv)
     if unknown := sorted(set(flags.FLAGS.tasks) - set(RECIPES)):
         known = ", ".join(RECIPES)
         sys.exit(f"error: --tasks has {unknown[0]!r}, which must be one of {known}")

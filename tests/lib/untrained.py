@@ -9,7 +9,7 @@ import dlm
 from dlm.config import ModelConfig
 from dlm.params import init_params
 from dlm.presets import PRESETS
-from dlm.tokenizer import byte_tokenizer, word_tokenizer
+from dlm.tokenizer import Tokenizer, byte_tokenizer, word_tokenizer
 from tests.lib.models import spread
 
 
@@ -29,14 +29,7 @@ def untrained(task) -> dlm.LanguageModel:
 
 def byte_lm() -> dlm.LanguageModel:
     """A tiny autoregressive or diffusion model of bytes, with a tokenizer."""
-    tokenizer = byte_tokenizer()
-    cfg = ModelConfig(
-        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=128,
-        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
-        shifted_logits=True, dtype="float32",
-    )  # fmt: skip
-    return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)
+    return _tiny(byte_tokenizer(), 128)
 
 
 def char_lm() -> dlm.LanguageModel:
@@ -49,10 +42,14 @@ def char_lm() -> dlm.LanguageModel:
         chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}",
     )
+    return _tiny(tokenizer, 2048)
+
+
+def _tiny(tokenizer: Tokenizer, max_seq_len: int) -> dlm.LanguageModel:
     cfg = ModelConfig(
-        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=2048,
-        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
-        shifted_logits=True, dtype="float32",
+        d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24,
+        max_seq_len=max_seq_len, vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id, mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id, shifted_logits=True, dtype="float32",
     )  # fmt: skip
     return dlm.LanguageModel(spread(init_params(jax.random.key(0), cfg)), cfg, tokenizer)
