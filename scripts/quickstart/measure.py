@@ -31,6 +31,7 @@ from train import loop
 PRESET = TASKS["waiting_line"]
 GEN_LEN, BLOCK_LEN = PRESET.gen_len, PRESET.block_len  # three blocks: caches have something to keep
 ROWS = 32  # decoded at once
+REPEATS = 3  # timed runs, whose median counts
 RULES = {
     "one per step": Quota(BLOCK_LEN),
     "quota 4": Quota(BLOCK_LEN // 4),
@@ -53,7 +54,7 @@ class Measurement:
       forwards_per_answer: mean.
       tokens_per_forward: tokens up to end-of-text over forwards, all answers together.
       tokens_per_s: the same tokens over the wall time.
-      seconds: wall time of all examples, compilation excluded.
+      seconds: wall time of all examples, compilation excluded; the median of `REPEATS` runs.
       compile_s: of compiling, or of reading programs from disk; 0 where an earlier rule needed the
         same ones.
       speedup: seconds of one token per step without cache over these.
@@ -101,8 +102,11 @@ def measure(
     )
     assert lm.tokenizer is not None
     prompts = [lm.tokenizer.encode(example.prompt) for example in examples]
-    done = answered(lm, method, prompts, gen_len=GEN_LEN, batch_size=ROWS)
-    completions, seconds = done.completions, done.seconds
+    first, *others = (
+        answered(lm, method, prompts, gen_len=GEN_LEN, batch_size=ROWS) for _ in range(REPEATS)
+    )
+    completions = first.completions
+    seconds = float(np.median([done.seconds for done in (first, *others)]))
     scores: dict[str, list[float]] = {operation: [] for operation in OPERATIONS}
     for example, completion in zip(examples, completions, strict=True):
         score = task.score(example, completion.text or "")["score"]
@@ -117,7 +121,7 @@ def measure(
         tokens_per_forward=num_tokens / num_forwards,
         tokens_per_s=num_tokens / seconds,
         seconds=seconds,
-        compile_s=done.compile_s,
+        compile_s=first.compile_s,
     )
     return measurement, completions
 
