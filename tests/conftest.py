@@ -2,8 +2,6 @@
 
 from tests.lib import set_up  # isort: skip  (before JAX)
 
-from collections.abc import Iterator
-
 import jax
 import pytest
 from hypothesis import settings
@@ -22,13 +20,6 @@ settings.load_profile("project")
 
 def pytest_unconfigure() -> None:
     set_up.remove_cache()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs() -> Iterator[None]:
-    """A worker that keeps every module's programs grows to gigabytes."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

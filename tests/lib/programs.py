@@ -22,6 +22,7 @@ import jax.monitoring
 import pytest
 
 WORST = 30  # tests printed
+MOST_KEPT = 800  # programs a worker keeps; thousands of them are gigabytes
 BUDGETS = Path(__file__).with_name("programs.json")
 DEFAULT_BUDGET = "default"
 
@@ -59,11 +60,14 @@ class Programs:
 
 
 _now = Programs()  # of the test that runs
+_num_kept = 0
 
 
 def _count(event: str, **_: object) -> None:
+    global _num_kept
     if event == _REQUEST:
         _now.num += 1
+        _num_kept += 1
     elif event == _HIT:
         _now.hits += 1
 
@@ -75,6 +79,16 @@ def _measure(event: str, seconds: float, **_: object) -> None:
 
 jax.monitoring.register_event_listener(_count)
 jax.monitoring.register_event_duration_secs_listener(_measure)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Behind a module: what modules share stays, until there is too much of it."""
+    global _num_kept
+    yield
+    if _num_kept > MOST_KEPT:
+        jax.clear_caches()
+        _num_kept = 0
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
