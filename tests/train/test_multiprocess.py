@@ -102,7 +102,7 @@ def wait_for(is_there, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "first", "then"), [("examples", 2, 0), *more(("examples", 4, 2), ("buckets", 4, 2))]
+    ("mode", "first", "then"), more(("examples", 2, 0), ("examples", 4, 2), ("buckets", 4, 2))
 )
 def test_processes_are_killed_fewer_go_on_and_one_finishes(tmp_path, mode, first, then):
     """The same loss curve and model as of a run in one process that nothing happened to."""

@@ -26,11 +26,17 @@ GOLDENS = SHARED / "goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the traces are not there")
 
 
-def cases(family, *folders, only=""):
+def cases(family, *folders, only="", marks=()):
     for folder in folders:
         for file in sorted((GOLDENS / family / folder).glob("*.npz")):
             if only in file.name and file.name != "forward.npz":
-                yield pytest.param(file.parent, file.stem, id=f"{folder}-{file.stem}")
+                name = f"{folder}-{file.stem}"
+                yield pytest.param(file.parent, file.stem, id=name, marks=marks)
+
+
+def more_cases(*families, **options):
+    """Of models of other sizes."""
+    return cases(*families, **options, marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,8 @@ def of_sdar(a):
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        *cases("sdar", "dense_a", "dense_b_headdim8", "moe_a", only="greedy"),
+        *cases("sdar", "dense_a", only="greedy"),
+        *more_cases("sdar", "dense_b_headdim8", "moe_a", only="greedy"),
     ],
 )
 def test_sdar_greedy(load, folder, name):
@@ -164,7 +171,9 @@ class StaysMask(TokenBan):
         return commit & (round.proposal != state), state
 
 
-@pytest.mark.parametrize(("folder", "name"), cases("fast_dllm_v2", "a", "b_tied"))
+@pytest.mark.parametrize(
+    ("folder", "name"), [*cases("fast_dllm_v2", "b_tied"), *more_cases("fast_dllm_v2", "a")]
+)
 def test_fast_dllm_v2(load, folder, name):
     a, trace = read(folder, name)
     lm = load(folder)
@@ -230,7 +239,10 @@ def returned(state, trace):
     return np.asarray(state.tokens)[0, first : first + len(trace["returned"])].tolist()
 
 
-@pytest.mark.parametrize(("folder", "name"), cases("llada2", *LLADA2))
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [*cases("llada2", "v21_a"), *more_cases("llada2", "v20_a", "v20_b_noshared_group1")],
+)
 def test_llada2(load, folder, name):
     method, trace, gen_len = read_llada2(folder, name)
     method = method.replace(constraint=StaysMask(ban_mask=False))

@@ -48,7 +48,7 @@ METHODS = {
 }
 
 
-SOME = ("blocks", "threshold", "sampled", "guided", "adablock", "remask", "prophet")
+SOME = ("threshold", "sampled", "guided", "adablock", "remask")
 
 
 @pytest.mark.parametrize("name", [*SOME, *more(*(name for name in METHODS if name not in SOME))])

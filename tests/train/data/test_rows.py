@@ -15,6 +15,7 @@ from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from dlm.trainable import Learned
 from tests.lib import toys
 from tests.lib.paths import SHARED
+from tests.lib.tiers import more
 from train import data
 from train.config import ConfigError, DataConfig
 from train.data.rows import bucket_sizes, crop
@@ -48,7 +49,7 @@ def assert_equal(ours, theirs):
 # ---- Going on ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_threads", [0, 1, 3])
+@pytest.mark.parametrize("num_threads", [3, *more(0, 1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_restored_iterator_gives_the_batches_that_would_have_followed(mode, num_threads):
     """From every batch of two epochs on; states pass through JSON, as they do in a checkpoint."""
@@ -404,7 +405,7 @@ def test_packing_refuses_prompts():
         next(make_iterator(PACKING, toys.Lines()))
 
 
-@pytest.mark.parametrize("num_threads", [0, 1, 3])
+@pytest.mark.parametrize("num_threads", [3, *more(0, 1)])
 @pytest.mark.parametrize("mode", ["examples", "buckets"])
 def test_a_long_example_is_named_when_its_turn_comes(monkeypatch, mode, num_threads):
     monkeypatch.setattr(toys.Lines, "too_long", 40)
