@@ -9,6 +9,7 @@ from hypothesis import settings
 from dlm.config import ModelConfig
 from dlm.params import Params
 from tests.lib.models import TOY_CFG, dream_toy, random_model
+from tests.lib.tiers import more
 
 pytest_plugins = ["tests.lib.programs", "tests.lib.tiers"]
 
@@ -39,7 +40,7 @@ def toy_dream() -> tuple[ModelConfig, Params]:
     return dream_toy()
 
 
-@pytest.fixture(scope="session", params=["llada", "dream"])
+@pytest.fixture(scope="session", params=["dream", *more("llada")])
 def toy_model(request, toy_cfg: ModelConfig, toy_params: Params) -> tuple[ModelConfig, Params]:
-    """Either toy."""
+    """Either toy: by default the one with more to get wrong."""
     return (toy_cfg, toy_params) if request.param == "llada" else dream_toy()

@@ -126,7 +126,14 @@ def test_adaptive_blocks_are_those_of_the_reference(folder, prompts, case):
         assert sorted(starts | {0, gen_len}) == np.cumsum([0, *lengths]).tolist()
 
 
-@pytest.mark.parametrize(("folder", "prompts", "case"), cases("llada_small"))
+@pytest.mark.parametrize(
+    ("folder", "prompts", "case"),
+    [
+        pytest.param(*c.values, id=c.id, marks=pytest.mark.exhaustive)
+        for c in cases("llada_small")
+        if "cache" in c.values[2]["method"] or c.values[2]["method"] == "llada_quota"
+    ],
+)
 def test_defaults_need_no_more_forwards_than_the_public_code(folder, prompts, case):
     """Without the bit-faithful options: the same tokens for quotas, never a wasted forward."""
     a = case["arguments"]
@@ -135,14 +142,9 @@ def test_defaults_need_no_more_forwards_than_the_public_code(folder, prompts, ca
     if case["method"] == "llada_quota":
         steps = a["steps"] * a["block_length"] // gen_len
         method = method.replace(confidence=Probability(), rule=Quota(steps))
-        state = run(folder, prompts, method, gen_len)
-        for b, expected in enumerate(case["tokens"]):
-            assert state.tokens[b, state.start[b] :].tolist() == expected
-    elif "cache" in case["method"]:
-        method = method.replace(cache=method.cache.replace(follow_up=False))
-        state = run(folder, prompts, method, gen_len)
-        for b, expected in enumerate(case["tokens"]):
-            assert state.tokens[b, state.start[b] :].tolist() == expected
     else:
-        return
+        method = method.replace(cache=method.cache.replace(follow_up=False))
+    state = run(folder, prompts, method, gen_len)
+    for b, expected in enumerate(case["tokens"]):
+        assert state.tokens[b, state.start[b] :].tolist() == expected
     assert (np.asarray(state.num_forwards) <= case["num_forwards"]).all()

@@ -252,17 +252,19 @@ FORK = from_paths([[0], [1], [2]])
         (BonusFromTarget(), TREE, "top", as_it_is),
         (StopsAtTheFirstFailure(), CHAIN, "without", as_it_is),
         (SpeculativeSampling(), FORK, "without", sorted_siblings),
-        (SpeculativeSampling(), CHAIN, "without", other_law),
-        (BlockVerification(), CHAIN, "without", other_law),
-        (SpeculativeSampling(), TREE, "with", lambda v: drawn(v, "without")),
         (SpeculativeSampling(), TREE, "without", lambda v: drawn(v, "with")),
+        *more(
+            (SpeculativeSampling(), CHAIN, "without", other_law),
+            (BlockVerification(), CHAIN, "without", other_law),
+            (SpeculativeSampling(), TREE, "with", lambda v: drawn(v, "without")),
+        ),
         (SpeculativeSampling(), DEPTH_FIRST, "without", cut(([0, 4, 5, 6], [0, 1, 4, 6]))),
         (Typical(), TREE, "top", as_it_is),
     ],
     ids=[
-        "bonus", "bonus, tree", "first failure", "sorted siblings", "other law",
-        "other law, block", "drawn with, tested without", "drawn without, tested with",
-        "a sibling left out", "typical",
+        "bonus", "bonus, tree", "first failure", "sorted siblings", "drawn without, tested with",
+        "other law", "other law, block", "drawn with, tested without", "a sibling left out",
+        "typical",
     ],
 )  # fmt: skip
 def test_wrong_variants_are_noticed(rule, shape, how, change):

@@ -11,6 +11,7 @@ from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context
 from decode.speculative.drafters.expansion import expand, expand_best
 from decode.speculative.tree import chain, from_paths
+from tests.lib.tiers import more
 
 V, B = 7, 30
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(0, 1.5, (V, V)), jnp.float32)
@@ -42,7 +43,7 @@ def value(way):
 
 
 @pytest.mark.parametrize(
-    ("width", "levels", "budget"), [(3, 3, 8), (2, 4, 14), (1, 4, 3), (7, 1, 7)]
+    ("width", "levels", "budget"), [(3, 3, 8), (2, 4, 14), *more((1, 4, 3), (7, 1, 7))]
 )
 def test_the_best_nodes_are_kept(width, levels, budget):
     score = lambda tokens, parents, depths, nodes: LOGITS[tokens[:, jnp.array(nodes)]]

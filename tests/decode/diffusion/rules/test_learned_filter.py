@@ -21,6 +21,7 @@ from decode.diffusion.loop import DiffusionMethod, init_state
 from dlm.heads.learn2pd import Filter, init_filter
 from tests.lib.batches import assert_same, run
 from tests.lib.rounds import committed, make_round
+from tests.lib.tiers import more
 
 C = 4
 
@@ -32,7 +33,10 @@ def threshold_filter(threshold, block_len=C):
     return Filter(w1=eye, b1=zeros, w2=k * eye, b2=zeros - k * threshold)
 
 
-@pytest.mark.parametrize("cache", [name for name in short_names("cache") if name != "delayed"])
+CACHES = [name for name in short_names("cache") if name != "delayed"]
+
+
+@pytest.mark.parametrize("cache", [CACHES[0], *more(*CACHES[1:])])
 def test_an_identity_is_the_fixed_threshold(toy_cfg, toy_params, cache):
     """Card, check 2, with every cache but one that re-reads what it likes, and a ragged row."""
     method = DiffusionMethod(FixedBlocks(C), by_name("cache", cache), rule=Threshold(0.5))
