@@ -18,12 +18,12 @@ from decode.diffusion.components import (
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.generate import generate
 from decode.view import Answer, write_commit_order
-from dlm.params import init_params
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer
 from tests.lib.paths import GOLDEN
 from tests.lib.tiers import more
+from tests.lib.weights import init_params
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from decode.likelihood import (
     mask_counts,
 )
 from dlm.lm import LanguageModel
-from dlm.params import init_params
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib import oracle
 from tests.lib.tiers import more
+from tests.lib.weights import init_params
 
 
 @pytest.fixture(scope="module")

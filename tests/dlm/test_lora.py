@@ -19,7 +19,7 @@ from dlm.config import Experts
 from dlm.hf.weights import save_hf
 from dlm.lora import TARGETS, Lora
 from dlm.models.decoder import forward
-from dlm.params import LowRank, init_from_specs, init_params, param_shardings
+from dlm.params import LowRank, init_from_specs, param_shardings
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
 from dlm.trainable import Learned
@@ -30,6 +30,7 @@ from tests.lib.models import TOY_CFG, dream_toy
 from tests.lib.objectives import make_batch
 from tests.lib.oracle import Model
 from tests.lib.runs import assert_same, toy_config, without_times
+from tests.lib.weights import init_params
 from train import data, loop
 from train import step as step_lib
 from train.config import ConfigError, OptimConfig

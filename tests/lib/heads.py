@@ -13,9 +13,9 @@ from dlm.config import ModelConfig
 from dlm.heads.draft_lm import Draft
 from dlm.heads.hydra import HydraHeads
 from dlm.heads.medusa import MedusaHeads
-from dlm.params import init_from_specs
 from dlm.trainable import Learned
 from tests.lib.models import hidden_of, random_model
+from tests.lib.weights import init_from_specs, noisy
 from train.objectives.hydra import HydraLoss
 from train.objectives.medusa import MedusaLoss
 
@@ -26,8 +26,7 @@ TREE = from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 
 def init(heads, cfg):
     """Random weights."""
-    make = lambda key: init_from_specs(key, heads.specs(cfg), cfg.jnp_dtype)
-    return jax.jit(make)(jax.random.key(1))
+    return init_from_specs(jax.random.key(1), heads.specs(cfg), cfg.jnp_dtype)
 
 
 def fresh(kind, cfg, params, **sizes):
@@ -36,18 +35,12 @@ def fresh(kind, cfg, params, **sizes):
     return heads, heads.start(cfg, params, init(heads, cfg))
 
 
-@jax.jit
 def shaken(own):
     """Heads that are not what they start as."""
-    leaves, tree = jax.tree.flatten(own)
+    leaves, tree = jax.tree.flatten(jax.device_get(own))
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(
-        tree,
-        [
-            x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
-            for x, k in zip(leaves, keys, strict=True)
-        ],
-    )
+    moved = [noisy(key, x) for key, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, moved)
 
 
 def features_of(network, cfg, params, tokens):

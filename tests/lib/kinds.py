@@ -6,8 +6,8 @@ import functools
 import jax
 
 from dlm.config import Experts
-from dlm.params import init_params
 from dlm.presets import PRESETS
+from tests.lib.weights import init_params, noisy
 
 EXPERTS = Experts(num_experts=4, num_chosen=2, d_ff=24, shared_d_ff=12)
 # Together they have every word and every setting of a layer.
@@ -36,10 +36,4 @@ KINDS = {
 @functools.cache
 def model(name, **changes):
     cfg = dataclasses.replace(PRESETS["tiny"], **KINDS[name] | changes)
-
-    @jax.jit
-    def make():
-        noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
-        return jax.tree.map(noisy, init_params(jax.random.key(0), cfg))
-
-    return cfg, make()  # so that biases and norms are not trivial
+    return cfg, noisy(jax.random.key(1), init_params(jax.random.key(0), cfg))

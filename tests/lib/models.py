@@ -10,8 +10,9 @@ import numpy as np
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.models import decoder
-from dlm.params import Params, init_params
+from dlm.params import Params
 from dlm.window import Window
+from tests.lib.weights import init_params
 
 # A masked-diffusion model small enough for a plain-Python oracle.
 TOY_CFG = ModelConfig(
@@ -29,8 +30,8 @@ def spread(params: Params) -> Params:
 
 
 def random_model(seed: int, cfg: ModelConfig) -> Params:
-    """Random weights, spread, as one program."""
-    return jax.jit(lambda key: spread(init_params(key, cfg)))(jax.random.key(seed))
+    """Random weights, spread."""
+    return jax.device_put(spread(jax.device_get(init_params(jax.random.key(seed), cfg))))
 
 
 @functools.cache

@@ -7,10 +7,10 @@ import jax
 
 import dlm
 from dlm.config import ModelConfig
-from dlm.params import init_params
 from dlm.presets import PRESETS
 from dlm.tokenizer import Tokenizer, byte_tokenizer, word_tokenizer
 from tests.lib.models import spread
+from tests.lib.weights import init_params
 
 
 def untrained(task) -> dlm.LanguageModel:

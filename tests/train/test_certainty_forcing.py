@@ -11,7 +11,6 @@ import pytest
 from decode.diffusion.components import EntropyThreshold, FixedBlocks
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from dlm.models import decoder
-from dlm.params import init_params
 from dlm.trainable import Learned
 from tests.lib.certainty import P, batch_of, by_card, easy, shown
 from tests.lib.models import dream_toy
@@ -21,6 +20,9 @@ from tests.lib.objectives import (
     make_batch,
 )
 from tests.lib.oracle import Model
+
+# ---- The loss ---------------------------------------------------------------------------------
+from tests.lib.weights import init_params
 from train import step as step_lib
 from train.config import OptimConfig
 from train.objectives import Context, Predictions
@@ -30,8 +32,6 @@ from train.objectives.certainty_forcing import (
     draw_block,
     predict_views,
 )
-
-# ---- The loss ---------------------------------------------------------------------------------
 
 
 def test_loss_by_hand(toy_cfg, monkeypatch):

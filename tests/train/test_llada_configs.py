@@ -8,10 +8,10 @@ import pytest
 import dlm
 from configs import llada_8b_dparallel, llada_8b_learn2pd, llada_8b_sft
 from dlm.lora import TARGETS, load
-from dlm.params import init_params
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib import toys
 from tests.lib.models import TOY_CFG
+from tests.lib.weights import init_params
 from train import loop
 from train.collect import trajectories
 from train.collect.config import TrajectoryConfig

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dlm
-from dlm.params import init_params, param_specs
+from dlm.params import param_specs
 from dlm.sharding import make_mesh
 from dlm.trainable import Learned
 from tests.lib import toys
@@ -24,6 +24,7 @@ from tests.lib.objectives import loss_of, make_batch
 from tests.lib.paths import ROOT
 from tests.lib.runs import assert_same, toy_config, without_times
 from tests.lib.tiers import more
+from tests.lib.weights import init_params
 from train import checkpoint, data, loop
 from train import step as step_lib
 from train.config import ConfigError, OptimConfig, from_config_dict

@@ -7,7 +7,6 @@ import pytest
 
 from dlm import vocab
 from dlm.models import decoder
-from dlm.params import init_params
 from tests.lib.objectives import (
     Recorder,
     judge,
@@ -18,6 +17,7 @@ from tests.lib.objectives import (
     value,
 )
 from tests.lib.oracle import Model
+from tests.lib.weights import init_params
 from train.losses import weighted_loss
 from train.objectives import Context, masked_diffusion
 from train.objectives.masked_diffusion import MaskedDiffusion

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm.params import init_params
 from tests.lib.objectives import make_batch
+from tests.lib.weights import init_params
 from train import step as step_lib
 from train.config import ConfigError, OptimConfig
 from train.objectives.causal import Causal

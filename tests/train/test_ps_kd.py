@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlm import vocab
-from dlm.params import ParamSpec, init_params
+from dlm.params import ParamSpec
 from dlm.trainable import Learned, Trainable
 from tests.lib import toys
 from tests.lib.certainty import batch_of, by_card, easy, shown
@@ -21,6 +21,7 @@ from tests.lib.objectives import (
 )
 from tests.lib.oracle import Model
 from tests.lib.runs import toy_config
+from tests.lib.weights import init_params
 from train import loop
 from train import step as step_lib
 from train.config import ConfigError, OptimConfig

@@ -22,10 +22,10 @@ from decode.diffusion.components import (
 from decode.diffusion.confidences.tempered import Tempered
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.diffusion.rules.dream_quota import DreamQuota
-from dlm.params import init_params
 from kernels_pallas.unembed_stats import logits_stats
 from tests.lib import oracle
 from tests.lib.rounds import make_round
+from tests.lib.weights import init_params
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
 MEASURES = {

@@ -32,12 +32,12 @@ from decode.diffusion.contracts import CommitRule, Confidence, Constraint, Revis
 from decode.diffusion.loop import DiffusionMethod, _step_jitted, decode, init_state, stream
 from decode.diffusion.points import METHODS
 from decode.diffusion.round import Revision
-from dlm.params import init_params
 from dlm.sharding import make_mesh
 from tests.lib import oracle
 from tests.lib.batches import PROMPTS
 from tests.lib.rows import assert_same, rows, run
 from tests.lib.tiers import more
+from tests.lib.weights import init_params
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])

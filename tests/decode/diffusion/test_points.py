@@ -50,13 +50,13 @@ from decode.diffusion.components import (
     short_names,
 )
 from decode.diffusion.loop import DiffusionMethod
-from dlm.params import init_params
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS
 from tests.lib.models import TOY_CFG, dream_toy, spread
 from tests.lib.paths import GOLDEN
 from tests.lib.rows import assert_same, run
 from tests.lib.tiers import more
+from tests.lib.weights import init_params
 
 RULES = {
     "quota": Quota,
@@ -71,7 +71,6 @@ RULES = {
     "klass": lambda value: Klass(*value),
     "wide_in": WideIn,
 }
-
 
 SCHEDULERS = {
     "fixed": FixedBlocks,

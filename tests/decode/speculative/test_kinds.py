@@ -11,10 +11,10 @@ from decode.speculative.loop import SpeculativeMethod
 from decode.speculative.tree import TreeShape
 from dlm import rope
 from dlm.heads.eagle_1 import Eagle1Heads
-from dlm.params import init_from_specs, init_params
 from tests.lib.kinds import model
 from tests.lib.speculation import random_prompts, run, texts
 from tests.lib.tiers import more
+from tests.lib.weights import init_from_specs, init_params
 
 TREE = TreeShape((0, 0, 1, 2), (0, 1, 0, 0))  # a root, two drafts, one more below each
 

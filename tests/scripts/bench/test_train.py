@@ -6,10 +6,10 @@ import jax
 import pytest
 from jax.extend import core
 
-from dlm.params import init_params
 from dlm.trainable import Learned
 from scripts.bench.timing import forward_cost
 from scripts.bench.train import _random_batch, product_flops, train_products
+from tests.lib.weights import init_params
 from train.objectives import Context
 from train.objectives.masked_diffusion import MaskedDiffusion
 

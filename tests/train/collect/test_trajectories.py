@@ -15,12 +15,12 @@ import pytest
 import dlm
 from decode.diffusion.loop import decode, init_state
 from decode.diffusion.points import named
-from dlm.params import init_params
 from dlm.presets import PRESETS
 from dlm.tokenizer import word_tokenizer
 from tests.lib import toys
 from tests.lib.models import spread
 from tests.lib.paths import ROOT
+from tests.lib.weights import init_params
 from train import data
 from train.collect import trajectories
 from train.collect.config import TrajectoryConfig

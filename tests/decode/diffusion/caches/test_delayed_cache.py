@@ -25,11 +25,11 @@ from decode.diffusion.inputs.uniform_noise import UniformNoise
 from decode.diffusion.loop import DiffusionMethod, init_state, step, stream
 from decode.diffusion.round import Revision
 from decode.diffusion.stoppers.eotp import Eotp
-from dlm.params import init_params
 from tests.lib import oracle
 from tests.lib.batches import LENGTHS, PROMPTS, assert_same, run
 from tests.lib.models import spread
 from tests.lib.tiers import more
+from tests.lib.weights import init_params
 
 
 @pytest.mark.parametrize(
