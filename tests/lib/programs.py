@@ -22,7 +22,7 @@ import jax.monitoring
 import pytest
 
 WORST = 30  # tests printed
-MOST_KEPT = 800  # programs a worker keeps; thousands of them are gigabytes
+MOST_KEPT = 2000  # programs a worker keeps; thousands of them are gigabytes
 BUDGETS = Path(__file__).with_name("programs.json")
 DEFAULT_BUDGET = "default"
 

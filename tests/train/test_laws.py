@@ -24,6 +24,7 @@ from scripts.docs_tables.tables import objective_kinds
 from tests.lib.certainty import easy
 from tests.lib.docs import check_refusals
 from tests.lib.tiers import more
+from tests.lib.weights import init_from_specs
 from train.config import OptimConfig
 from train.objectives import Context, Objective
 from train.objectives.adaspec import AdaSpec
@@ -97,7 +98,8 @@ def run_of(toy_cfg, toy_params, folder):
             beside = jax.tree.map(lambda x: 0.9 * x, params)
             return Run(toy_cfg, objective, trainable, Learned({}, beside=beside), params)
         frozen = Learned(params, beside=trainable.beside(toy_cfg, make_mesh()))
-        own = trainable.fresh(jax.random.key(1), toy_cfg, params)
+        own = init_from_specs(jax.random.key(1), trainable.specs(toy_cfg), toy_cfg.jnp_dtype)
+        own = trainable.start(toy_cfg, params, own)
         own = jax.tree.map(lambda x: jnp.asarray(1.1 * np.asarray(x)), own)  # not the reference
         return Run(toy_cfg, objective, trainable, frozen, own)
 
