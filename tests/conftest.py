@@ -9,7 +9,6 @@ from hypothesis import settings
 from dlm.config import ModelConfig
 from dlm.params import Params
 from tests.lib.models import TOY_CFG, dream_toy, random_model
-from tests.lib.tiers import more
 
 pytest_plugins = ["tests.lib.programs", "tests.lib.tiers"]
 
@@ -40,7 +39,9 @@ def toy_dream() -> tuple[ModelConfig, Params]:
     return dream_toy()
 
 
-@pytest.fixture(scope="session", params=["dream", *more("llada")])
+@pytest.fixture(
+    scope="session", params=["dream", pytest.param("llada", marks=pytest.mark.exhaustive)]
+)
 def toy_model(request, toy_cfg: ModelConfig, toy_params: Params) -> tuple[ModelConfig, Params]:
     """Either toy: by default the one with more to get wrong."""
     return (toy_cfg, toy_params) if request.param == "llada" else dream_toy()

@@ -504,6 +504,8 @@ def _entry(leaf: jax.Array | np.ndarray | Apart, index: tuple[int, ...]) -> np.n
     """leaf[index], brought to the host."""
     if isinstance(leaf, Apart):
         leaf, index = leaf.layers[index[0]], index[1:]
+    if isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}:
+        leaf = np.asarray(leaf)  # it is there: no copy if it lies on one device
     return leaf[index] if isinstance(leaf, np.ndarray) else np.asarray(_take(leaf, *index))
 
 

@@ -1,7 +1,8 @@
 """Real programs compiled for TPU slices, on a machine without: what they need, and what moves.
 
-libtpu's compiler needs no TPU: `pip install libtpu` (the version that `pip install 'jax[tpu]'`
-would take). Import this module before anything starts JAX.
+libtpu's compiler needs no TPU. It is found installed (the version that `pip install 'jax[tpu]'`
+would take), or where `make .venv/libtpu` puts it, beside the environment. Import this module
+before anything starts JAX.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import dataclasses
 import importlib
 import math
 import os
+import pathlib
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# In the environment itself it would make every start of JAX look for a TPU.
+sys.path.append(str(pathlib.Path(sys.prefix, "libtpu")))
 # Before JAX starts: no search for a TPU that is not there.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
@@ -82,7 +87,7 @@ def devices_of(target: str) -> Any:
     except Exception as error:
         raise ValueError(
             f"slice {target!r} cannot be compiled for here: {error}. It needs libtpu (Linux "
-            "x86-64, pip install libtpu) and a slice that exists, such as v5e:2x2 or v5p:2x2x1"
+            "x86-64, make .venv/libtpu) and a slice that exists, such as v5e:2x2 or v5p:2x2x1"
         ) from error
 
 

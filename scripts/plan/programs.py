@@ -28,32 +28,36 @@ from scripts.plan import aot
 OPTIONS: tuple[tuple[str, ...], ...] = ((), ("top 10", "given ids"))
 
 
-def programs(devices: Any, loops: Sequence[str]) -> Iterator[dict[str, Any]]:
+def programs(devices: Any, only: Sequence[str], loops: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every kernel at real shapes, and the decoding loops of some presets, compiled.
 
     Args:
       devices: of the slice.
+      only: texts, of which a kernel's name contains one.
       loops: presets.
     """
     one_chip = NamedSharding(make_mesh(devices=devices[:1]), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=one_chip)
-    for name, shape, dtype in with_float32(ATTENTION):
-        function, operands, vmem = _attention(shape, dtype, array)
-        yield {"program": f"window_attention: {name}", "vmem": vmem} | aot.compile_for(
-            function, operands
-        )
-    for name, stats, dtype in with_float32(STATS):
-        for options in OPTIONS:
-            function, operands, vmem = _vocabulary(stats, options, dtype, array)
-            label = ", ".join((name, *options))
-            compiled = aot.compile_for(function, operands, vocab=stats.V)
-            yield {"program": f"unembed_stats: {label}", "vmem": vmem} | compiled
-    for name, (function, operands) in _training(array).items():
-        vocab = STATS["llada_8b block"].V
-        yield {"program": f"training: {name}"} | aot.compile_for(function, operands, vocab=vocab)
+    for name, make, vocab in _kernels(array):
+        if any(part in name for part in only):
+            function, operands, *vmem = make()
+            report = {"program": name} | dict(zip(("vmem",), vmem, strict=False))
+            yield report | aot.compile_for(function, operands, vocab=vocab)
     mesh = make_mesh(tensor=len(devices), devices=devices)
     for name in loops:
         yield {"program": f"decode: {name}", "chips": len(devices)} | _loop(name, mesh)
+
+
+def _kernels(array: Any) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]], int | None]]:
+    """Their names, what makes function, operands and VMEM, and the vocabulary, if it reads one."""
+    for name, shape, dtype in with_float32(ATTENTION):
+        yield f"window_attention: {name}", functools.partial(_attention, shape, dtype, array), None
+    for name, stats, dtype in with_float32(STATS):
+        for options in OPTIONS:
+            make = functools.partial(_vocabulary, stats, options, dtype, array)
+            yield ", ".join((f"unembed_stats: {name}", *options)), make, stats.V
+    for name, training in _training(array).items():
+        yield f"training: {name}", functools.partial(tuple, training), STATS["llada_8b block"].V
 
 
 def recipe_mesh(name: str, devices: Any) -> Mesh:

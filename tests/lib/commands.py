@@ -10,7 +10,7 @@ import pytest
 
 from tests.lib.paths import ROOT
 
-LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make test` puts it
+LIBTPU = pathlib.Path(sys.prefix, "libtpu")  # where `make` puts it
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -116,7 +116,7 @@ def decode_some(lm, name, prompts, how=None, **options):
     )
 
 
-@pytest.mark.parametrize("name", ["generate", "complete"])
+@pytest.mark.parametrize("name", ["complete", *more("generate")])
 def test_what_was_warmed_up_compiles_nothing_more(toy_cfg, toy_params, name):
     """Neither more prompts nor other lengths of the same buckets, thresholds or seeds."""
     lm = dlm.LanguageModel(toy_params, toy_cfg)

@@ -241,7 +241,12 @@ def returned(state, trace):
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [*cases("llada2", "v21_a"), *more_cases("llada2", "v20_a", "v20_b_noshared_group1")],
+    [
+        *cases("llada2", "v21_a", only="post"),
+        *more_cases("llada2", "v21_a", only="quality"),
+        *more_cases("llada2", "v21_a", only="speed"),
+        *more_cases("llada2", "v20_a", "v20_b_noshared_group1"),
+    ],
 )
 def test_llada2(load, folder, name):
     method, trace, gen_len = read_llada2(folder, name)

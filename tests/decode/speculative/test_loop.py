@@ -197,10 +197,7 @@ def test_drafters_of_other_settings_write_the_greedy_text(plain, toy_params, nam
 
 @pytest.mark.parametrize(
     ("name", "temperature"),
-    [
-        ("sampled", 0.8),
-        *more(("eagle 3, best", None), ("recycling", None), ("eagle 3", 0.8)),
-    ],
+    more(("sampled", 0.8), ("eagle 3, best", None), ("recycling", None), ("eagle 3", 0.8)),
 )
 def test_a_row_alone_gives_the_same(toy_cfg, toy_params, name, temperature):
     drafter = drafter_of(name, toy_cfg, toy_params)

@@ -13,11 +13,14 @@ from kernels_pallas.unembed_stats import (
     logits_stats,
     threefry2x32,
     unembed_logits,
-    unembed_stats,
     xla,
 )
+from kernels_pallas.unembed_stats import unembed_stats as in_operations
+from tests.lib.kernels import as_one_program
 from tests.lib.tiers import more
 from tests.lib.vocabulary import assert_same, random_case
+
+unembed_stats = as_one_program(in_operations)
 
 
 def cut(monkeypatch, tile):

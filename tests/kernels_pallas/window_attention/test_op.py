@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from kernels_pallas.window_attention import Near, pack_mask, window_attention
+from kernels_pallas.window_attention import Near, pack_mask
+from kernels_pallas.window_attention import window_attention as in_operations
+from tests.lib.kernels import as_one_program
+
+window_attention = as_one_program(in_operations)
 
 
 def dense_attention(q, k, v, allowed):
