@@ -1,10 +1,6 @@
 """Interpreters that kernels are tested in, and lowering them where no accelerator is."""
 
-import functools
-from collections.abc import Callable
-
 import jax
-import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -16,26 +12,6 @@ INTERPRET = pltpu.InterpretParams(
 needs_mosaic_gpu = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax >= 0.11"
 )
-
-
-def as_one_program(op: Callable) -> Callable:
-    """`op`, whose every call is one program of the arrays it is given, and not one per operation.
-
-    A call is traced anew: what a test has patched in between is seen.
-    """
-
-    @functools.wraps(op)
-    def call(*args, **kwargs):
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
-
-        def run(arrays):
-            args, kwargs = tree.unflatten(arrays.get(i, x) for i, x in enumerate(leaves))
-            return op(*args, **kwargs)
-
-        return jax.jit(run)(arrays)
-
-    return call
 
 
 def interpret_gpu():

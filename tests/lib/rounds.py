@@ -1,7 +1,6 @@
 """Hand-made rounds, to test one component without a model."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from decode.diffusion.round import Round
@@ -10,24 +9,27 @@ from kernels_pallas.unembed_stats import VocabStats
 
 def make_round(confidence, *, eligible=None, entropy=None):
     """One round of [B, W] probabilities; by default every position is eligible."""
-    confidence = jnp.asarray(np.atleast_2d(confidence), jnp.float32)
+    confidence = np.atleast_2d(np.asarray(confidence, np.float32))
     B, W = confidence.shape
     if eligible is None:
         eligible = np.ones((B, W), bool)
-    eligible = jnp.asarray(np.atleast_2d(eligible), bool)
-    log_prob = jnp.log(confidence)
-    entropy = jnp.zeros((B, W)) if entropy is None else jnp.asarray(np.atleast_2d(entropy))
-    token = jnp.tile(jnp.arange(W), (B, 1))
-    zeros = jnp.zeros(B, jnp.int32)
-    return Round(
+    eligible = np.atleast_2d(np.asarray(eligible, bool))
+    with np.errstate(divide="ignore"):
+        log_prob, second = np.log(confidence), np.log1p(-confidence)
+    nothing = np.zeros((B, W), np.float32)
+    entropy = nothing if entropy is None else np.atleast_2d(np.asarray(entropy, np.float32))
+    token = np.tile(np.arange(W, dtype=np.int32), (B, 1))
+    zeros = np.zeros(B, np.int32)
+    view = Round(
         tokens=token, proposal=token, log_prob=log_prob, confidence=log_prob,
         eligible=eligible, undecided=eligible, in_block=eligible | True,
         shadow_log_prob=None, expected=None,
-        stats=VocabStats(token, log_prob, jnp.log1p(-confidence), entropy, jnp.zeros((B, W))),
-        logits=None, noise_key=jnp.zeros((B, W, 2), jnp.uint32), temperature=None, index=token,
+        stats=VocabStats(token, log_prob, second, entropy, nothing),
+        logits=None, noise_key=np.zeros((B, W, 2), np.uint32), temperature=None, index=token,
         block_start=zeros, block_end=zeros + W, block_step=zeros, row_step=zeros,
         num_open=zeros + W, gen_len=zeros + W, prompt_len=zeros,
     )  # fmt: skip
+    return jax.device_put(view)  # one transfer, and no program
 
 
 @jax.jit

@@ -44,6 +44,7 @@ def test_sft_is_three_epochs_of_the_published_pairs():
     assert rows == 256 and config.train.num_steps == 3 * 4_500_000 // rows
 
 
+@pytest.mark.exhaustive
 def test_learn2pd_needs_a_model_and_prompts_and_its_smoke_test_runs(tmp_path):
     config = llada_8b_learn2pd.get_config()
     with pytest.raises(ConfigError, match=r"needs a value for --config\.checkpoint"):

@@ -48,7 +48,7 @@ METHODS = {
 }
 
 
-SOME = ("threshold", "sampled", "guided", "adablock", "remask")
+SOME = ("threshold", "sampled", "adablock")
 
 
 @pytest.mark.parametrize("name", [*SOME, *more(*(name for name in METHODS if name not in SOME))])

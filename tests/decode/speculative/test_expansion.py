@@ -9,9 +9,12 @@ import pytest
 
 from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context
-from decode.speculative.drafters.expansion import expand, expand_best
+from decode.speculative.drafters import expansion
 from decode.speculative.tree import chain, from_paths
+from tests.lib.jitted import as_one_program
 from tests.lib.tiers import more
+
+expand, expand_best = as_one_program(expansion.expand), as_one_program(expansion.expand_best)
 
 V, B = 7, 30
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(0, 1.5, (V, V)), jnp.float32)

@@ -46,7 +46,7 @@ BUSHY = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 0],
 # ---- Plain decoding ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [*CAUSAL[:1], *more(*CAUSAL[1:])])
 def test_golden_logits(name):
     lm = dlm.load(GOLDEN / name)
     golden = np.load(GOLDEN / name / "logits.npz")
@@ -83,20 +83,21 @@ def test_the_cache_is_that_of_a_fresh_prefill(plain, toy_params):
     drafter = Adversary(jnp.asarray(truth), jnp.full(64, 0.7), shape=BUSHY)
     method = SpeculativeMethod(drafter)
     first = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=12))
+    length = first.tokens.shape[1]
+
+    @jax.jit
+    def read(tokens):
+        zeros = jnp.zeros(64, jnp.int32)
+        slots = Slots.append(dlm.cache.init_cache(cfg, 64, length), zeros)
+        return decoder.forward(toy_params, cfg, Window.at(tokens, zeros, is_causal=True), slots)
+
     for state in stream(toy_params, cfg, method, first):
-        length = int(state.length.max())
-        tokens = state.tokens[:, :length]
-        empty = dlm.cache.init_cache(cfg, 64, state.cache.num_slots)
-        fresh = decoder.forward(
-            toy_params,
-            cfg,
-            Window.at(tokens, jnp.zeros(64, jnp.int32), is_causal=True),
-            Slots.append(empty, jnp.zeros(64, jnp.int32)),
-        ).cache
+        fresh = read(state.tokens).cache
         is_kept = np.arange(length)[None] < np.asarray(state.length)[:, None] - 1
         is_kept &= ~np.asarray(state.has_stopped)[:, None]
         for got, expected in ((state.cache.k, fresh.k), (state.cache.v, fresh.v)):
-            difference = np.abs(np.asarray((got - expected)[..., :length, :])).max(axis=(0, 2, 4))
+            got, expected = (np.asarray(x)[..., :length, :] for x in (got, expected))
+            difference = np.abs(got - expected).max(axis=(0, 2, 4))
             assert difference[is_kept].max(initial=0) < 1e-5
 
 

@@ -21,6 +21,7 @@ from kernels_pallas.window_attention import pack_mask
 from tests.dlm.hf.test_files import DREAM_7B, LLADA_8B, QWEN_2_5_7B, QWEN_3_0_6B
 from tests.lib.checkpoints import TINY, assert_same, load_with_mask, random_params
 from tests.lib.paths import SHARED
+from tests.lib.tiers import more
 
 GOLDENS = SHARED / "goldens"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the traces are not there")
@@ -215,7 +216,7 @@ def _logits(params, cfg, tokens, start, allowed):
 
 
 @needs_goldens
-@pytest.mark.parametrize("name", ["llama_a", "qwen2_a", "qwen3_a"])
+@pytest.mark.parametrize("name", ["qwen3_a", *more("llama_a", "qwen2_a")])
 def test_a2d_logits(tmp_path, name):
     lm = load_with_mask(GOLDENS / "a2d" / name, tmp_path)
     golden = np.load(GOLDENS / "a2d" / name / "forward.npz")

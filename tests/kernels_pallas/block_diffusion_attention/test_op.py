@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kernels_pallas.block_diffusion_attention import block_diffusion_attention as in_operations
 from kernels_pallas.block_diffusion_attention import (
-    block_diffusion_attention,
     block_diffusion_attention_reference,
     block_diffusion_mask,
     xla,
 )
 from kernels_pallas.block_diffusion_attention.tpu import attend_tpu
 from kernels_pallas.window_attention import window_attention
+from tests.lib.jitted import as_one_program
+
+block_diffusion_attention = as_one_program(in_operations)
 
 
 def case(B=2, L=12, N=4, K=2, H=8, seed=0):

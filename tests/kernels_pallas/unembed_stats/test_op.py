@@ -16,7 +16,7 @@ from kernels_pallas.unembed_stats import (
     xla,
 )
 from kernels_pallas.unembed_stats import unembed_stats as in_operations
-from tests.lib.kernels import as_one_program
+from tests.lib.jitted import as_one_program
 from tests.lib.tiers import more
 from tests.lib.vocabulary import assert_same, random_case
 

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from kernels_pallas.window_attention import Near, pack_mask
 from kernels_pallas.window_attention import window_attention as in_operations
-from tests.lib.kernels import as_one_program
+from tests.lib.jitted import as_one_program
 
 window_attention = as_one_program(in_operations)
 

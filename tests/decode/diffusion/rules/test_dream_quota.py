@@ -12,6 +12,7 @@ from decode.diffusion.confidences.tempered import Tempered
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.diffusion.rules.dream_quota import DreamQuota
 from tests.lib.rounds import committed, make_round
+from tests.lib.tiers import more
 
 commit = jax.jit(lambda rule, view: rule.commit(view, ())[0] & view.eligible)
 
@@ -38,7 +39,7 @@ def softmax(x):
     return p / p.sum()
 
 
-@pytest.mark.parametrize("n", [8, 13, 64, 512])
+@pytest.mark.parametrize("n", [13, 64, *more(8, 512)])
 def test_as_many_steps_as_tokens(n):
     """Card, check 3."""
     assert commit_counts(DreamQuota(n, may_idle=True), n) == [0, *[1] * (n - 2), 2]

@@ -29,9 +29,9 @@ def row(state, b):
 @pytest.mark.parametrize(
     ("rule", "block_len", "cut_at"),
     [
-        (("quota", 4), 4, "predicted"),
         (("threshold", 0.7), 12, "committed"),
         *more(
+            (("quota", 4), 4, "predicted"),
             (("quota", 4), 4, "committed"),
             (("quota", 4), 12, "predicted"),
             (("quota", 4), 12, "committed"),
@@ -67,7 +67,7 @@ def test_masking_behind_the_end_is_taking_the_tail_off(toy_model, rule, block_le
 
 
 @pytest.mark.parametrize(
-    ("cache", "cut_at"), [(PrefixCache(), "predicted"), (DualCache(), "committed")]
+    ("cache", "cut_at"), [(PrefixCache(), "predicted"), *more((DualCache(), "committed"))]
 )
 def test_quotas_never_need_more_forwards(toy_cfg, toy_params, cache, cut_at):
     method = DiffusionMethod(FixedBlocks(4), cache, rule=Quota(4), temperature=0.5)

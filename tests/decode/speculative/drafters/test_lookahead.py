@@ -89,20 +89,25 @@ def test_nothing_follows_an_end(toy_cfg, toy_params):
     method = SpeculativeMethod(drafter)
     state = init_state(toy_cfg, method, [[1, 7]], gen_len=4)
     context = _context(toy_params, method, state)
-    proposal = drafter.propose(toy_cfg, context, state.drafter)
-    tree, before = proposal.tree, proposal.state
-    chosen = jnp.full((1, drafter.num_nodes), toy_cfg.eos_token_id)
-    nodes = jnp.zeros((1, drafter.num_nodes, toy_cfg.d_model))
-    head = vocab.head(toy_params)
-    ends = jnp.resize(jnp.asarray(toy_cfg.eos_ids), (1, drafter.num_extra))  # one after the other
+    head = np.asarray(vocab.head(toy_params))
+    ends = np.resize(toy_cfg.eos_ids, (1, drafter.num_extra))  # one after the other
     says_end = head[ends]
-    assert (vocab.read(head, says_end).token == ends).all()
-    seen = Seen(
-        tokens=tree.tokens[:, :1], hidden=nodes[:, :1], start=context.length - 1,
-        count=jnp.ones(1, jnp.int32), tree_hidden=nodes, tree=tree, chosen=chosen,
-        extra_hidden=says_end,
-    )  # fmt: skip
-    after = drafter.observe(toy_cfg, context, seen, before.replace(rounds=jnp.array([5])))
+
+    @jax.jit
+    def round_of(state):
+        proposal = drafter.propose(toy_cfg, context, state)
+        tree, before = proposal.tree, proposal.state
+        nodes = jnp.zeros((1, drafter.num_nodes, toy_cfg.d_model))
+        seen = Seen(
+            tokens=tree.tokens[:, :1], hidden=nodes[:, :1], start=context.length - 1,
+            count=jnp.ones(1, jnp.int32), tree_hidden=nodes, tree=tree,
+            chosen=jnp.full((1, drafter.num_nodes), toy_cfg.eos_token_id), extra_hidden=says_end,
+        )  # fmt: skip
+        after = drafter.observe(toy_cfg, context, seen, before.replace(rounds=jnp.array([5])))
+        return after, vocab.read(head, says_end).token
+
+    after, said = jax.device_get(round_of(state.drafter))
+    assert (said == ends).all()
     for end in toy_cfg.eos_ids:
         assert not (after.window == end).any()
         assert not (after.pool == end).any() and (after.pool >= 0).any()

@@ -9,6 +9,7 @@ from decode.speculative.contracts import Context
 from decode.speculative.drafters.matches import match_lengths
 from decode.speculative.drafters.suffix import Suffix
 from decode.speculative.loop import SpeculativeMethod
+from tests.lib.jitted import as_one_program
 from tests.lib.tiers import more
 
 
@@ -70,7 +71,7 @@ def test_drafts_are_those_of_counts(seed, with_corpus):
         jnp.asarray(corpus, jnp.int32) if with_corpus else None, num_drafts=6, max_suffix=5,
         factor=1.0 + seed % 2, num_places=200, min_probability=0.13 * (1 + seed),
     )  # fmt: skip
-    tree = drafter.propose(None, context_of(rows), ()).tree
+    tree = as_one_program(drafter.propose)(None, context_of(rows), ()).tree
     from_corpus = 0
     for b, row in enumerate(rows):
         count = int(tree.is_valid[b].sum()) - 1
@@ -85,11 +86,8 @@ def test_drafts_are_those_of_counts(seed, with_corpus):
 
 def test_an_exact_repetition_is_drafted_whole():
     part = [7, 3, 9, 4, 8, 2, 6]
-    tree = (
-        Suffix(num_drafts=8, min_probability=0.1)
-        .propose(None, context_of([[*part, *part[:4]], [5, 6, 7]]), ())
-        .tree
-    )
+    propose = as_one_program(Suffix(num_drafts=8, min_probability=0.1).propose)
+    tree = propose(None, context_of([[*part, *part[:4]], [5, 6, 7]]), ()).tree
     # Of two places one goes on, so the first token has 1/2, as do the others.
     assert int(tree.is_valid[0].sum()) == 1 + 4
     assert tree.tokens[0, 1:5].tolist() == [8, 2, 6, 7][:4] and not tree.is_valid[1, 1:].any()
