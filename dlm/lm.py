@@ -32,7 +32,8 @@ from dlm.hf.generation import read_generation, read_gguf_generation
 from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.params import Apart, Params, is_apart, is_faster_apart
 from dlm.sharding import RULES, Rules
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -131,7 +132,7 @@ def _located(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
-    """Writes a model and its tokenizer in a published format; see `dlm.hf.weights.save_hf`.
+    """Writes a model and its tokenizer in a published format; see `dlm.hf.saving.save_hf`.
 
     Args:
       path: a new or an empty directory.

@@ -1,6 +1,6 @@
 """What a published format is: names of sizes, of tensors, and values taken for granted.
 
-One per family in `dlm.hf.formats`; `dlm.hf.files` and `dlm.hf.weights` read and write with them.
+One per family in `dlm.hf.formats`; `dlm.hf.files`, `dlm.hf.weights` and `dlm.hf.saving` use them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import sys
 from absl import app, flags, logging
 
 from dlm.hf.files import DTYPES, read_config
-from dlm.hf.weights import convert_hf
+from dlm.hf.saving import convert_hf
 from scripts.convert_hf.describe import describe, parse_mesh
 from train.host import only_flags
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from decode.evaluation.tables import markdown
 from dlm.config import ModelConfig
 from dlm.hf.files import open_tensors, read_raw_config
-from dlm.hf.weights import check_tensors, expected_tensors, plan_files
+from dlm.hf.saving import plan_files
+from dlm.hf.weights import check_tensors, expected_tensors
 from dlm.params import num_params, param_shardings, param_specs
 from dlm.sharding import MESH_AXES
 

@@ -33,7 +33,7 @@ from scripts.plan import programs
 
 _TARGET = flags.DEFINE_string("target", "v5e:2x2", "slice to compile for, e.g. v6e:2x2, v5p:2x2x1")
 _LOOPS = flags.DEFINE_list("loops", ["llada_8b", "dream_7b"], "models whose loop is compiled")
-_ONLY = flags.DEFINE_list("only", [""], "parts of the names of the kernels that are compiled")
+_ONLY = flags.DEFINE_list("only", [], "parts of the names of kernels; default: every kernel")
 _RECIPES = flags.DEFINE_list(
     "recipes", [], "configs whose training step is compiled instead, e.g. llada_8b_sft"
 )
@@ -42,6 +42,8 @@ _RECIPES = flags.DEFINE_list(
 def main(argv: list[str]) -> None:
     del argv
     target = _TARGET.value
+    if _ONLY.value and _RECIPES.value:
+        raise SystemExit("--only: names kernels, and with --recipes none is compiled; give one")
     try:
         devices = aot.devices_of(target)
         meshes = {name: programs.recipe_mesh(name, devices) for name in _RECIPES.value}
@@ -51,8 +53,11 @@ def main(argv: list[str]) -> None:
         compiled = programs.recipes(target, meshes)
     else:
         compiled = programs.programs(devices, _ONLY.value, _LOOPS.value)
-    for program in compiled:
-        print(json.dumps({"target": target, **program}), flush=True)
+    try:
+        for program in compiled:
+            print(json.dumps({"target": target, **program}), flush=True)
+    except ValueError as error:
+        raise SystemExit(f"--only: {error}") from error
 
 
 if __name__ == "__main__":

@@ -29,35 +29,46 @@ OPTIONS: tuple[tuple[str, ...], ...] = ((), ("top 10", "given ids"))
 
 
 def programs(devices: Any, only: Sequence[str], loops: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every kernel at real shapes, and the decoding loops of some presets, compiled.
+    """Kernels at real shapes, and the decoding loops of some presets, compiled.
 
     Args:
       devices: of the slice.
-      only: texts, of which a kernel's name contains one.
+      only: texts, of which a kernel's name contains one; empty: every kernel.
       loops: presets.
+
+    Raises:
+      ValueError: no kernel's name contains a text.
     """
     one_chip = NamedSharding(make_mesh(devices=devices[:1]), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=one_chip)
-    for name, make, vocab in _kernels(array):
-        if any(part in name for part in only):
-            function, operands, *vmem = make()
-            report = {"program": name} | dict(zip(("vmem",), vmem, strict=False))
-            yield report | aot.compile_for(function, operands, vocab=vocab)
+    kernels = _kernels(array)
+    for part in only:
+        if not any(part in name for name in kernels):
+            raise ValueError(f"no kernel's name contains {part!r}; they are {', '.join(kernels)}")
+    for name, (function, operands, vocab, about) in kernels.items():
+        if not only or any(part in name for part in only):
+            yield {"program": name} | about | aot.compile_for(function, operands, vocab=vocab)
     mesh = make_mesh(tensor=len(devices), devices=devices)
     for name in loops:
         yield {"program": f"decode: {name}", "chips": len(devices)} | _loop(name, mesh)
 
 
-def _kernels(array: Any) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]], int | None]]:
-    """Their names, what makes function, operands and VMEM, and the vocabulary, if it reads one."""
-    for name, shape, dtype in with_float32(ATTENTION):
-        yield f"window_attention: {name}", functools.partial(_attention, shape, dtype, array), None
+# A function, abstract operands, the size of the vocabulary it reads, if it does, and what a report
+# says of it that the compiler does not.
+Kernel = tuple[Callable[..., Any], tuple[Any, ...], int | None, dict[str, int]]
+
+
+def _kernels(array: Any) -> dict[str, Kernel]:
+    """All of them, by name."""
+    kernels = {
+        f"window_attention: {name}": _attention(shape, dtype, array)
+        for name, shape, dtype in with_float32(ATTENTION)
+    }
     for name, stats, dtype in with_float32(STATS):
         for options in OPTIONS:
-            make = functools.partial(_vocabulary, stats, options, dtype, array)
-            yield ", ".join((f"unembed_stats: {name}", *options)), make, stats.V
-    for name, training in _training(array).items():
-        yield f"training: {name}", functools.partial(tuple, training), STATS["llada_8b block"].V
+            label = ", ".join((f"unembed_stats: {name}", *options))
+            kernels[label] = _vocabulary(stats, options, dtype, array)
+    return kernels | _training(array)
 
 
 def recipe_mesh(name: str, devices: Any) -> Mesh:
@@ -94,9 +105,7 @@ def with_float32(named: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield f"{name}, float32", shape, jnp.float32
 
 
-def _attention(
-    shape: AttentionShape, dtype: Any, array: Any
-) -> tuple[Callable[..., Any], tuple[Any, ...], int]:
+def _attention(shape: AttentionShape, dtype: Any, array: Any) -> Kernel:
     B, T, S, N, K, H = shape.B, shape.T, shape.S, shape.N, shape.K, shape.H
 
     def attend(q: Any, k: Any, v: Any, bits: Any, window: Any, cache: Any, ranges: Any) -> Any:
@@ -118,13 +127,12 @@ def _attention(
     return (
         attend,
         operands,
-        attention_tpu.plan(T, S, N, K, H, dtype.dtype.itemsize).vmem_bytes,
+        None,
+        {"vmem": attention_tpu.plan(T, S, N, K, H, dtype.dtype.itemsize).vmem_bytes},
     )
 
 
-def _vocabulary(
-    shape: StatsShape, options: tuple[str, ...], dtype: Any, array: Any
-) -> tuple[Callable[..., Any], tuple[Any, ...], int]:
+def _vocabulary(shape: StatsShape, options: tuple[str, ...], dtype: Any, array: Any) -> Kernel:
     M, D, V = shape.M, shape.D, shape.V
 
     def stats(hidden: Any, head: Any, banned: Any, noise: Any, given: Any) -> Any:
@@ -138,10 +146,10 @@ def _vocabulary(
         Noise(array((M, 2), jnp.uint32), array((), jnp.float32)) if shape.has_noise else None,
         array((M, 3), jnp.int32) if "given ids" in options else None,
     )
-    return stats, operands, stats_tpu.plan(M, D, V, dtype.dtype.itemsize).vmem_bytes
+    return stats, operands, V, {"vmem": stats_tpu.plan(M, D, V, dtype.dtype.itemsize).vmem_bytes}
 
 
-def _training(array: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def _training(array: Any) -> dict[str, Kernel]:
     """Forward and backward of what only training uses, at the shapes of one LLaDA-8B row."""
 
     def attention(q: Any, k: Any, v: Any) -> Any:
@@ -156,8 +164,13 @@ def _training(array: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]
     heads = array((1, 2 * L, N, H), jnp.bfloat16)
     rows = (array((L, D), jnp.bfloat16), array((V, D), jnp.bfloat16), array((L,), jnp.int32))
     return {
-        "block_diffusion_attention": (jax.grad(attention, argnums=(0, 1, 2)), (heads,) * 3),
-        "unembed_loss": (jax.grad(loss, argnums=(0, 1)), rows),
+        "training: block_diffusion_attention": (
+            jax.grad(attention, argnums=(0, 1, 2)),
+            (heads,) * 3,
+            V,
+            {},
+        ),
+        "training: unembed_loss": (jax.grad(loss, argnums=(0, 1)), rows, V, {}),
     }
 
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 import dlm
 from dlm import lora as lora_lib
 from dlm.config import Experts
-from dlm.hf.weights import save_hf
+from dlm.hf.saving import save_hf
 from dlm.lora import TARGETS, Lora
 from dlm.models.decoder import forward
 from dlm.params import LowRank, init_from_specs, param_shardings

@@ -20,8 +20,6 @@ from tests.lib.objectives import (
     make_batch,
 )
 from tests.lib.oracle import Model
-
-# ---- The loss ---------------------------------------------------------------------------------
 from tests.lib.weights import init_params
 from train import step as step_lib
 from train.config import OptimConfig
@@ -32,6 +30,8 @@ from train.objectives.certainty_forcing import (
     draw_block,
     predict_views,
 )
+
+# ---- The loss ---------------------------------------------------------------------------------
 
 
 def test_loss_by_hand(toy_cfg, monkeypatch):

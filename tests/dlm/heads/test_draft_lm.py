@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 
 from dlm.heads.draft_lm import DraftLM
-from dlm.hf.weights import save_hf
+from dlm.hf.saving import save_hf
 from tests.lib.checkpoints import assert_same, random_params
 from tests.lib.families import FAMILIES
 from tests.lib.gguf_files import TOKENIZER, renamed, write_gguf

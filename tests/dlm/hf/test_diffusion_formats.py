@@ -12,7 +12,8 @@ import dlm
 from dlm import vocab
 from dlm.hf.files import read_config
 from dlm.hf.formats import FORMATS
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.models.decoder import forward
 from dlm.presets import PRESETS
 from dlm.tokenizer import word_tokenizer

@@ -12,7 +12,8 @@ from decode.complete import complete
 from decode.generate import generate
 from dlm.hf.files import read_config
 from dlm.hf.harmless import HARMLESS
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.presets import PRESETS
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib.checkpoints import NAMES, SCALING, TINY, assert_same, random_params

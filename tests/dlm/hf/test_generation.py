@@ -6,7 +6,7 @@ import pytest
 
 import dlm
 from dlm.hf.generation import read_generation, read_gguf_generation, write_generation
-from dlm.hf.weights import save_hf
+from dlm.hf.saving import save_hf
 from tests.lib.checkpoints import TINY, random_params
 
 CASES = {

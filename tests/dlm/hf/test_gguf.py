@@ -22,7 +22,8 @@ from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
 from dlm.hf.gguf_architectures import ARCHITECTURES
 from dlm.hf.gguf_file import READABLE, GGUFTensor, open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.models.decoder import forward
 from dlm.sharding import make_mesh
 from dlm.window import Window

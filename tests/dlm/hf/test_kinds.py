@@ -10,7 +10,8 @@ import safetensors.numpy
 
 from dlm import rope
 from dlm.hf.files import format_for, raw_config, read_config
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.params import param_shardings
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh

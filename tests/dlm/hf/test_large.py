@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dlm.hf.files import format_for, raw_config, read_config
-from dlm.hf.weights import convert_hf, expected_tensors, load_params, write_tensors
+from dlm.hf.saving import convert_hf, write_tensors
+from dlm.hf.weights import expected_tensors, load_params
 from dlm.presets import PRESETS
 from tests.lib.paths import GOLDEN, ROOT
 

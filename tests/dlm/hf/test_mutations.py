@@ -17,7 +17,8 @@ from dlm.hf.generation import read_generation
 from dlm.hf.gguf import load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.lm import LanguageModel
 from dlm.lora import Lora
 from dlm.params import param_specs

@@ -7,7 +7,7 @@ import pytest
 
 import dlm
 from dlm import vocab
-from dlm.hf.weights import save_hf
+from dlm.hf.saving import save_hf
 from dlm.models import decoder
 from dlm.window import Window
 from tests.lib.checkpoints import random_params

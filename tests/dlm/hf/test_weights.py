@@ -14,7 +14,8 @@ import safetensors.numpy
 import dlm.hf.weights
 from dlm.hf.files import read_config, read_raw_config
 from dlm.hf.formats import FORMATS
-from dlm.hf.weights import load_params, save_hf
+from dlm.hf.saving import save_hf
+from dlm.hf.weights import load_params
 from dlm.params import abstract_params, num_params, param_shardings
 from dlm.sharding import make_mesh
 from tests.lib.checkpoints import NAMES, SCALING, TINY, assert_same, random_params

@@ -17,6 +17,7 @@ from kernels_pallas.window_attention import (
     window_attention_reference,
 )
 from kernels_pallas.window_attention.xla import attend_xla
+from tests.lib.jitted import as_one_program
 from tests.lib.kernels import INTERPRET
 from tests.lib.tiers import more
 
@@ -37,24 +38,8 @@ def attention_case(B, T, S, N, K, H, mask, dtype=jnp.float32, seed=0):
     return q, k, v, mask, window_range, cache, cache_ranges if S else None, 1
 
 
-def jitted(attend):
-    """One program; `mask` may be a name, and the layer is static."""
-
-    def run(q, k, v, mask, *rest):
-        *operands, layer = rest
-        name = mask if isinstance(mask, str) else None
-        words = None if name else mask
-        return program(q, k, v, name, words, layer, *operands)
-
-    def program(q, k, v, name, words, layer, *operands):
-        return attend(q, k, v, words if name is None else name, *operands, layer)
-
-    program = jax.jit(program, static_argnums=(3, 5))
-    return run
-
-
-attend = jitted(functools.partial(tpu.window_attention_tpu, interpret=INTERPRET))
-reference = jitted(window_attention_reference)
+attend = as_one_program(functools.partial(tpu.window_attention_tpu, interpret=INTERPRET))
+reference = as_one_program(window_attention_reference)
 
 CASES = [
     dict(B=3, T=5, S=300, N=8, K=2, H=64, mask="full"),  # ragged cache tile, group of 4

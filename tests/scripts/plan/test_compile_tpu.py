@@ -104,7 +104,21 @@ def test_a_slice_of_another_size_than_the_mesh_is_refused():
 
 
 @needs_libtpu
-def test_an_unknown_slice_is_refused():
-    done = compile_for("v99:2x2")
-    assert done.returncode != 0
-    assert "--target: slice 'v99:2x2' must begin with one of v4," in done.stderr
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("v99:2x2", (), "--target: slice 'v99:2x2' must begin with one of v4,"),
+        *more(
+            (
+                "v5e:2x2",
+                ("--only=tree,attn",),
+                "--only: no kernel's name contains 'attn'",
+            ),
+            ("v5e:2x2", ("--only=tree", "--recipes=llada_8b_sft"), "--only: names kernels, and"),
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(target, options, message):
+    done = compile_for(target, *options)
+    assert done.returncode != 0 and message in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
