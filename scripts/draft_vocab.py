@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 import dlm
-from dlm.tasks import Encoded
+from dlm.tasks import Encoded, Task
 from train.config import ConfigError, build
 from train.host import only_flags
 
@@ -41,8 +41,17 @@ def main(argv: list[str]) -> None:
         task = build({**data.task, **data.train}, "data.task")
     except (ConfigError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    chosen, about = choose_tokens(lm, task, _SIZE.value, _NUM_EXAMPLES.value)
+    pathlib.Path(_OUT.value).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
+    print(f"{about}: {_OUT.value}")
+
+
+def choose_tokens(
+    lm: dlm.LanguageModel, task: Task, size: int, num_examples: int
+) -> tuple[list[int], str]:
+    """The `size` most frequent tokens of a task's first completions, and a sentence about them."""
     counts: collections.Counter[int] = collections.Counter()
-    num = min(len(task), _NUM_EXAMPLES.value)
+    num = min(len(task), num_examples)
     for i in tqdm(range(num), unit="example"):
         example = task[i]
         if isinstance(example, Encoded):
@@ -51,13 +60,10 @@ def main(argv: list[str]) -> None:
             assert lm.tokenizer is not None
             counts.update([*lm.tokenizer.encode(example.completion), lm.cfg.eos_token_id])
     ranked = [token for token, _ in counts.most_common() if token != lm.cfg.eos_token_id]
-    chosen = sorted([lm.cfg.eos_token_id, *ranked[: _SIZE.value - 1]])
+    chosen = sorted([lm.cfg.eos_token_id, *ranked[: size - 1]])
     share = sum(counts[token] for token in chosen) / counts.total()
-    pathlib.Path(_OUT.value).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
-    print(
-        f"{len(chosen)} of {len(counts)} different tokens in {num} examples, "
-        f"{100 * share:.2f} % of the text: {_OUT.value}"
-    )
+    about = f"{len(chosen)} of {len(counts)} different tokens in {num} examples"
+    return chosen, f"{about}, {100 * share:.2f} % of the text"
 
 
 if __name__ == "__main__":

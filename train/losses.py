@@ -6,8 +6,8 @@ positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,22 +155,71 @@ def check_certainty(block_len: int | None, beta: float, temperature: float) -> N
         raise ValueError(f"temperature={temperature} must be positive")
 
 
+class HeadScore(NamedTuple):
+    """What a head about token t + ahead makes of positions t.
+
+    Attributes:
+      loss: scalar float32. Its mean cross-entropy.
+      is_right: [B, T - ahead] bool. Whether the token is its arg-max.
+      is_scored: likewise. Whether the token counts.
+      is_learned: likewise. Whether it is learned: whether it counts and the head can draft it.
+    """
+
+    loss: jax.Array
+    is_right: jax.Array
+    is_scored: jax.Array
+    is_learned: jax.Array
+
+
 def score_head(
-    hidden: jax.Array, unembed: vocab.Head, text: Text, ahead: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy and accuracy of a head.
+    hidden: jax.Array,
+    unembed: vocab.Head,
+    text: Text,
+    ahead: int,
+    ids: jax.Array | None = None,
+) -> HeadScore:
+    """What a head is worth.
 
     Args:
       hidden: [B, T, D]. What the head multiplies with its matrix.
-      unembed: [V, D], its matrix; or a model's head.
+      unembed: [U, D], its matrix; or a model's head.
       text: of `read_text`.
       ahead: the head at t is about token t + ahead.
+      ids: [U] int32, ascending. The tokens it can draft; None: all.
     """
     targets = text.tokens[:, ahead:]
-    is_scored = text.is_scored[:, ahead:] & (
+    is_learned = is_scored = text.is_scored[:, ahead:] & (
         jnp.arange(targets.shape[1])[None] >= text.start[:, None]
     )
+    if ids is not None:
+        place = jnp.searchsorted(ids, targets)
+        can_draft = ids.at[place].get(mode="clip") == targets
+        is_learned, targets = is_scored & can_draft, jnp.where(can_draft, place, 0)
     stats = vocab.score(unembed, hidden[:, :-ahead], targets)
-    total = jnp.maximum(is_scored.sum(), 1)
-    loss = jnp.where(is_scored, -stats.log_prob, 0.0).sum() / total
-    return loss, ((stats.token == targets) & is_scored).sum() / total
+    num = jnp.maximum(is_learned.sum(), 1)
+    loss = jnp.where(is_learned, -stats.log_prob, 0.0).sum() / num
+    is_right = stats.token == targets
+    return HeadScore(loss, is_right if ids is None else is_right & can_draft, is_scored, is_learned)
+
+
+def draft_metrics(drafts: Sequence[tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+    """How good a chain of drafts is, simulated on a text: a round begins at each of its positions.
+
+    Args:
+      drafts: of each draft j (from 0) two arrays [B, n_j] bool, n_j not rising: whether it is the
+        token of the text, and whether that token counts, for every position that begins a round.
+
+    Returns:
+      "accuracy_2", "accuracy_3", .. for the second, third, .. token after a position: shares of the
+      tokens that count. "acceptance_length": mean tokens per forward of the target, its own one
+      included, of drafts that are accepted up to the first wrong one.
+    """
+    metrics, length = {}, jnp.float32(1)
+    accepted = drafts[0][1]
+    num_roots = jnp.maximum(accepted.sum(), 1)
+    for j, (is_right, is_scored) in enumerate(drafts):
+        num = jnp.maximum(is_scored.sum(), 1)
+        metrics[f"accuracy_{j + 2}"] = (is_right & is_scored).sum() / num
+        accepted = accepted[:, : is_right.shape[1]] & is_right & is_scored
+        length += accepted.sum() / num_roots
+    return {**metrics, "acceptance_length": length}

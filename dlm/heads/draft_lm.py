@@ -6,12 +6,14 @@ import dataclasses
 import pathlib
 
 import jax
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
-from dlm.params import Params, cast_params, param_specs
+from dlm.models.decoder import check_layers
+from dlm.params import Params, cast_params, param_specs, stacks
 from dlm.trainable import Learned, Trainable
 
 
@@ -27,17 +29,40 @@ class Draft(struct.PyTreeNode):
     cfg: ModelConfig = struct.field(pytree_node=False)
 
 
+def with_layers(cfg: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
+    """A model of some layers of another, rising from 0; empty: all. ValueError if it lacks one."""
+    if not layers:
+        return cfg
+    pattern = tuple(cfg.pattern[i % len(cfg.pattern)] for i in check_layers(layers, cfg.n_layers))
+    return dataclasses.replace(cfg, n_layers=len(layers), pattern=pattern)
+
+
+def keep_layers(params: Params, cfg: ModelConfig, layers: tuple[int, ...]) -> Params:
+    """Parameters of `with_layers(cfg, layers)`, of those of `cfg`, stacked."""
+    if not layers:
+        return params
+    kept = {}
+    for kind, numbers in cfg.stacks.items():
+        places = np.array([numbers.index(i) for i in layers if i in numbers], np.int32)
+        if len(places):
+            kept[kind] = jax.tree.map(lambda x, places=places: x[places], stacks(params, cfg)[kind])
+    return params | {"layers": kept if len(kept) > 1 else next(iter(kept.values()))}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftLM(Trainable):
     """Goes with `train.objectives.distill_spec` and `adaspec` as `train.trainable`.
 
     Attributes:
       checkpoint: the model to start from, for `dlm.load`, with the target's vocabulary.
+      layers: which of its layers are kept, rising from 0; empty: all. So a draft can be cut from
+        the target itself.
       reference: another draft model of the same sizes, which stays as it is, for
         `train.objectives.adaspec`; "": none.
     """
 
     checkpoint: str
+    layers: tuple[int, ...] = ()
     reference: str = ""
 
     def specs(self, cfg: ModelConfig) -> Params:
@@ -58,9 +83,10 @@ class DraftLM(Trainable):
         return lm_lib.load(self.reference, dtype=draft.dtype, tokenizer=None, mesh=mesh).params
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
-        """The weights of the checkpoint."""
-        loaded = lm_lib.load(self.checkpoint, tokenizer=None).params
-        return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), loaded, own)
+        """The weights of the checkpoint, or of what is kept of it."""
+        loaded = lm_lib.load(self.checkpoint, tokenizer=None, apart=False)
+        kept = keep_layers(loaded.params, loaded.cfg, self.layers)
+        return jax.tree.map(lambda x, fresh: x.astype(fresh.dtype), kept, own)
 
     def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
         """The target, and the draft model."""
@@ -85,4 +111,4 @@ class DraftLM(Trainable):
                 f"checkpoint={self.checkpoint!r} has a vocabulary of {cfg.vocab_size} tokens and "
                 f"the target one of {target.vocab_size}: they must have the same"
             )
-        return draft
+        return dataclasses.replace(draft, cfg=with_layers(cfg, self.layers))

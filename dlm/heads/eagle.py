@@ -167,13 +167,8 @@ class EagleNetwork(struct.PyTreeNode):
         return states, slots.store(jax.tree.map(lambda *x: jnp.stack(x), *news))
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
-        """[B, T, V] float32 of states [B, T, D]; tokens that it cannot draft have -inf."""
-        said = vocab.logits(self.head(target), self.normed(states))
-        if self.ids is not None:
-            num_tokens = target["embed"].shape[0]
-            every = jnp.full((*states.shape[:-1], num_tokens), -jnp.inf, said.dtype)
-            said = every.at[..., self.ids].set(said)
-        return said
+        """[B, T, U] float32 of states [B, T, D]."""
+        return vocab.logits(self.head(target), self.normed(states))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,6 @@ target.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -41,6 +40,7 @@ from dlm.blocks.linear import linear
 from dlm.blocks.norm import rms_norm
 from dlm.config import ModelConfig
 from dlm.heads import files
+from dlm.heads.draft_vocab import Vocab, check_vocab, read_vocab
 from dlm.heads.eagle import EagleHeads, EagleNetwork, layer_specs
 from dlm.heads.published import (
     from_published,
@@ -122,7 +122,7 @@ class Eagle3Heads(EagleHeads):
     """
 
     layers: tuple[int, ...] = ()
-    vocab: str | tuple[int, ...] = ()
+    vocab: Vocab = ()
     n_layers: int = 1
     fc_norm: bool = False
     norm_before_fc: bool = False
@@ -130,10 +130,7 @@ class Eagle3Heads(EagleHeads):
     norm_output: bool = False
 
     def __post_init__(self) -> None:
-        vocab = self.vocab
-        if isinstance(vocab, str):
-            vocab = json.loads(pathlib.Path(vocab).read_text(encoding="utf-8")) if vocab else ()
-        object.__setattr__(self, "vocab", tuple(sorted(set(vocab))))
+        object.__setattr__(self, "vocab", read_vocab(self.vocab))
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers and len(set(self.layers)) != 3:
             raise ValueError(f"layers={self.layers} must be three different ones")
@@ -162,9 +159,7 @@ class Eagle3Heads(EagleHeads):
     def specs(self, cfg: ModelConfig) -> Params:
         """Its parameters, see `network_specs`."""
         self.feature_layers(cfg)
-        for token in (*self.ids[:1], *self.ids[-1:]):
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(f"vocab has {token}, not in [0, vocab_size={cfg.vocab_size})")
+        check_vocab(self.ids, cfg)
         return network_specs(
             self.layer(cfg),
             (cfg.d_model,) * 3,

@@ -15,7 +15,7 @@ Hydra++ has deeper heads (R = 4) and makes c with one more decoder layer over th
 the text. (The public code lets the blocks behind the first share one matrix; here each has its
 own.)
 
-Letters: B rows, T positions, J heads, R blocks per head, D model width, V vocabulary.
+Letters: B rows, T positions, J heads, R blocks per head, D model width, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm import vocab
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
+from dlm.heads.draft_vocab import Vocab, check_vocab, read_vocab, with_ids
 from dlm.lm import LanguageModel
 from dlm.models.decoder import decoder_layer
 from dlm.params import Params, ParamSpec, param_specs
+from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
 
@@ -45,21 +48,35 @@ class HydraHeads(files.Heads):
       num_heads: J >= 1.
       num_blocks: R >= 1.
       has_prefix: whether c is made by a layer of their own (Hydra++).
+      vocab: tokens they can draft, see `dlm.heads.draft_vocab`; empty: all.
     """
 
     num_heads: int = 4
     num_blocks: int = 1
     has_prefix: bool = False
+    vocab: Vocab = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab", read_vocab(self.vocab))
         if self.num_heads < 1 or self.num_blocks < 1:
             raise ValueError(
                 f"num_heads={self.num_heads} and num_blocks={self.num_blocks} must be at least 1"
             )
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens they can draft, ascending; empty: all."""
+        assert not isinstance(self.vocab, str)
+        return self.vocab
+
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model, and the heads' parameters with the tokens they are about."""
+        return frozen.replace(own=with_ids(own, self.ids))
+
     def specs(self, cfg: ModelConfig) -> Params:
         """{"first": one dict per head, "blocks": R - 1 dicts, "unembed"} and perhaps "prefix"."""
         J, D = self.num_heads, cfg.d_model
+        check_vocab(self.ids, cfg)
         block = {
             "w": ParamSpec((J, D, D), (None, "embed", None)),
             "b": ParamSpec((J, D), (None, None)),
@@ -75,7 +92,7 @@ class HydraHeads(files.Heads):
         specs = {
             "first": first,
             "blocks": [block] * (self.num_blocks - 1),
-            "unembed": ParamSpec((J, cfg.vocab_size, D), (None, "vocab", "embed")),
+            "unembed": ParamSpec((J, len(self.ids) or cfg.vocab_size, D), (None, "vocab", "embed")),
         }
         if self.has_prefix:
             specs["prefix"] = param_specs(prefix_config(cfg))["layers"]
@@ -84,6 +101,7 @@ class HydraHeads(files.Heads):
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, which say what the model says."""
         head = vocab.head_weight(params).astype(own["unembed"].dtype)
+        head = head[np.asarray(self.ids)] if self.ids else head
         first = [
             f | {"r": jnp.eye(f["r"].shape[0], f["r"].shape[1], dtype=f["r"].dtype)}
             for f in own["first"]
@@ -122,8 +140,12 @@ def read_prefix(
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[HydraHeads, Params]:
-    """Heads and their parameters; ValueError if they were trained for another model than `lm`."""
-    return files.load(path, HydraHeads, lm)
+    """Heads and their parameters; ValueError if they were trained for another model than `lm`.
+
+    The parameters have the tokens that can be drafted as "ids", see `draft_vocab.with_ids`.
+    """
+    heads, own = files.load(path, HydraHeads, lm)
+    return heads, with_ids(own, heads.ids)
 
 
 def head_hidden(own: Params, inputs: jax.Array, i: int) -> jax.Array:

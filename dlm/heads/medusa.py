@@ -9,7 +9,7 @@ the model itself predicts:
 
 so that before training every head says what the model says.
 
-Letters: J heads, R blocks per head, D model width, V vocabulary.
+Letters: J heads, R blocks per head, D model width, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads import files
+from dlm.heads.draft_vocab import Vocab, check_vocab, read_vocab, with_ids
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
+from dlm.trainable import Learned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,38 +37,57 @@ class MedusaHeads(files.Heads):
     Attributes:
       num_heads: J >= 1.
       num_blocks: R >= 0.
+      vocab: tokens they can draft, see `dlm.heads.draft_vocab`; empty: all.
     """
 
     num_heads: int = 4
     num_blocks: int = 1
+    vocab: Vocab = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab", read_vocab(self.vocab))
         if self.num_heads < 1 or self.num_blocks < 0:
             raise ValueError(
                 f"num_heads={self.num_heads} must be at least 1 and num_blocks={self.num_blocks} 0"
             )
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens they can draft, ascending; empty: all."""
+        assert not isinstance(self.vocab, str)
+        return self.vocab
+
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model, and the heads' parameters with the tokens they are about."""
+        return frozen.replace(own=with_ids(own, self.ids))
+
     def specs(self, cfg: ModelConfig) -> Params:
-        """{"blocks": R of {"w": [J, D, D], "b": [J, D]}, "unembed": [J, V, D]} of `ParamSpec`."""
+        """{"blocks": R of {"w": [J, D, D], "b": [J, D]}, "unembed": [J, U, D]} of `ParamSpec`."""
         J, D = self.num_heads, cfg.d_model
+        check_vocab(self.ids, cfg)
         block = {
             "w": ParamSpec((J, D, D), (None, "embed", None)),
             "b": ParamSpec((J, D), (None, None)),
         }
         return {
             "blocks": [block] * self.num_blocks,
-            "unembed": ParamSpec((J, cfg.vocab_size, D), (None, "vocab", "embed")),
+            "unembed": ParamSpec((J, len(self.ids) or cfg.vocab_size, D), (None, "vocab", "embed")),
         }
 
     def start(self, cfg: ModelConfig, params: Params, own: Params) -> Params:
         """Fresh heads `own`, whose matrices become the model's."""
         head = vocab.head_weight(params).astype(own["unembed"].dtype)
+        head = head[np.asarray(self.ids)] if self.ids else head
         return own | {"unembed": jnp.broadcast_to(head, own["unembed"].shape)}
 
 
 def load(path: str | pathlib.Path, lm: LanguageModel) -> tuple[MedusaHeads, Params]:
-    """Heads and their parameters; ValueError if they were trained for another model than `lm`."""
-    return files.load(path, MedusaHeads, lm)
+    """Heads and their parameters; ValueError if they were trained for another model than `lm`.
+
+    The parameters have the tokens that can be drafted as "ids", see `draft_vocab.with_ids`.
+    """
+    heads, own = files.load(path, MedusaHeads, lm)
+    return heads, with_ids(own, heads.ids)
 
 
 def head_hidden(own: Params, hidden: jax.Array, k: int) -> jax.Array:

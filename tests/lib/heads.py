@@ -43,6 +43,17 @@ def shaken(own):
     return jax.tree.unflatten(tree, moved)
 
 
+def simulated_length(right):
+    """Mean tokens per round of a chain whose draft j is right behind the roots in `right[j]`."""
+    lengths = []
+    for root in right[0]:
+        n = 0
+        while n < len(right) and right[n].get(root, False):
+            n += 1
+        lengths.append(1 + n)
+    return sum(lengths) / len(lengths)
+
+
 def features_of(network, cfg, params, tokens):
     """What a network reads of a text: [n, F]."""
     return hidden_of(params, cfg, tokens, network.feature_layers)

@@ -20,7 +20,7 @@ from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
 from dlm.trainable import Learned
 from tests.lib.gradients import check_gradients
-from tests.lib.heads import features_of, init, shaken
+from tests.lib.heads import features_of, init, shaken, simulated_length
 from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.speculation import random_prompts
 from tests.lib.tiers import more
@@ -170,7 +170,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
     text = read(network, toy_cfg, toy_params, batch)
     P, b = batch["prompt"].shape[1], network.block_len
     head = np.asarray(toy_params["unembed"], np.float64)
-    total, weights, right = 0.0, 0.0, [[] for _ in range(b - 1)]
+    total, weights, right = 0.0, 0.0, [{} for _ in range(b - 1)]
     for row in range(len(text.tokens)):
         start, end = int(text.start[row]), P + int(batch["completion_len"][row])
         tokens = np.asarray(text.tokens[row])
@@ -186,7 +186,7 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
                 p = np.exp(log_softmax(z)) if teacher else np.eye(len(z))[tokens[a + i]]
                 ce.append(-(p * log_q).sum())
                 own.append(np.exp(-ce[-1]))
-                right[i - 1].append(log_q.argmax() == tokens[a + i])
+                right[i - 1][row, a] = log_q.argmax() == tokens[a + i]
             w = np.exp(-np.arange(n) / 3.0)
             if kind is DPaceLoss:
                 reached = np.cumprod([(q + 1) / 2 for q in own])
@@ -196,11 +196,9 @@ def test_the_loss_by_hand(toy_cfg, toy_params, kind, teacher):
     objective = kind(num_anchors=99, reach=3.0, teacher=teacher)
     loss, metrics = loss_of(objective, Learned(toy_params, network), toy_cfg, batch)
     np.testing.assert_allclose(loss, total / weights, rtol=1e-4)
-    accuracy = [np.mean(x) for x in right]
-    np.testing.assert_allclose(metrics["accuracy_3"], accuracy[1], atol=1e-6)
-    np.testing.assert_allclose(
-        metrics["expected_length"], 1 + np.cumprod(accuracy).sum(), atol=1e-5
-    )
+    np.testing.assert_allclose(metrics["accuracy_3"], np.mean([*right[1].values()]), atol=1e-6)
+    length = simulated_length(right)
+    np.testing.assert_allclose(metrics["acceptance_length"], length, atol=1e-5)
 
 
 def test_anchors_are_drawn_anew(toy_cfg, toy_params):

@@ -12,7 +12,7 @@ import dlm
 from configs import distill_draft
 from dlm.heads.draft_lm import Draft
 from dlm.trainable import Learned
-from tests.lib.heads import models
+from tests.lib.heads import models, simulated_length
 from tests.lib.models import laws_of
 from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from train import loop
@@ -37,7 +37,7 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
     batch, learned = make_batch(toy_cfg), models(toy_cfg, toy_params)
     draft = learned.own
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
-    P, values, accepted = batch["prompt"].shape[1], [], []
+    P, values, accepted, right = batch["prompt"].shape[1], [], [], {}
     for b in range(len(tokens)):
         start = int(batch["prompt_start"][b])
         laws = [
@@ -48,10 +48,15 @@ def test_divergences_by_hand(toy_cfg, toy_params, divergence):
             p, q = (law[i - 1 - start] for law in laws)
             values.append(by_hand(divergence, p, q, beta=0.3))
             accepted.append(np.minimum(p, q).sum())
+            right[b, i] = q.argmax() == tokens[b, i]
     objective = DistillSpec(divergence=divergence, beta=0.3, temperature=1.3)
     loss, metrics = loss_of(objective, learned, toy_cfg, batch)
     np.testing.assert_allclose(loss, np.mean(values), rtol=1e-4)
     np.testing.assert_allclose(metrics["acceptance"], np.mean(accepted), rtol=1e-4)
+    # The draft behind a root at i - 2 is about token i.
+    behind = [{(b, i - 2 - j): r for (b, i), r in right.items() if i >= 2 + j} for j in range(4)]
+    length = simulated_length(behind)
+    np.testing.assert_allclose(metrics["acceptance_length"], length, rtol=1e-5)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

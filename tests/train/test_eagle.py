@@ -12,11 +12,12 @@ from decode.speculative.drafters.eagle import Eagle, EagleBest
 from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
 from decode.speculative.tree import TreeShape, from_paths
 from dlm.heads import eagle_1, eagle_3
+from dlm.heads.draft_vocab import spread
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.trainable import Learned
 from tests.lib.gradients import check_gradients
-from tests.lib.heads import features_of, init, shaken
+from tests.lib.heads import features_of, init, shaken, simulated_length
 from tests.lib.models import MOST
 from tests.lib.objectives import CONTEXT, loss_of, make_batch
 from tests.lib.speculation import random_prompts
@@ -110,8 +111,9 @@ def _ran(network, embed, states, tokens, positions):
 
 @jax.jit
 def said_by(network, params, state):
-    """Logits of the network, [number of draft ids], of a state [D]."""
-    return network.logits(params, state[None, None])[0, 0]
+    """Logits of the network, [V], of a state [D]."""
+    logits = network.logits(params, state[None, None])[0, 0]
+    return spread(logits, network.ids, params["embed"].shape[0])
 
 
 def log_softmax(z):
@@ -251,23 +253,23 @@ def test_the_loss_of_eagle_3_by_hand(toy_cfg, toy_params, kind, on_prompt):
     P, tokens = batch["prompt"].shape[1], np.asarray(text.tokens)
     ids = np.arange(toy_cfg.vocab_size) if network.ids is None else np.asarray(network.ids)
     head, own = np.asarray(toy_params["unembed"]), np.asarray(network.own["unembed"])
-    total, accuracies = 0.0, {}
+    total, accuracies, right_at = 0.0, {}, []
     for j, states in enumerate(unrolled(network, toy_params, text, 3)):
         of_states = np.asarray(normed(network, states), np.float64)
-        losses, right = [], []
+        losses, right = [], {}
         for b in range(len(tokens)):
             start = int(batch["prompt_start"][b])
             first = start if on_prompt else P
             for token in range(max(first, start + 2 + j), P + int(batch["completion_len"][b])):
                 z = np.asarray(text.hidden[b, token - 1], np.float64) @ head.T
-                if int(z.argmax()) not in ids:
-                    continue
-                p = np.exp(log_softmax(z[ids]))
                 log_q = log_softmax(of_states[b, token - 2 - j] @ own.T)
-                losses.append(-(p * log_q).sum())
-                right.append(ids[log_q.argmax()] == tokens[b, token])
+                right[b, token - 2 - j] = ids[log_q.argmax()] == tokens[b, token]
+                if int(z.argmax()) in ids:
+                    losses.append(-(np.exp(log_softmax(z[ids])) * log_q).sum())
         total += 0.7**j * np.mean(losses)
-        accuracies[f"accuracy_{j + 2}"] = np.mean(right)
+        accuracies[f"accuracy_{j + 2}"] = np.mean([*right.values()])
+        right_at.append(right)
+    accuracies["acceptance_length"] = simulated_length(right_at)
     objective = Eagle3Loss(num_steps=3, decay=0.7, on_prompt=on_prompt)
     loss, metrics = loss_of(objective, Learned(toy_params, network), toy_cfg, batch)
     np.testing.assert_allclose(loss, total, rtol=1e-4)

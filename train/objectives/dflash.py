@@ -30,7 +30,7 @@ from dlm.heads.dflash import DFlashHeads, DFlashNetwork
 from dlm.params import Params
 from dlm.trainable import Learned
 from train.draft_attention import draft_attention
-from train.losses import soft_cross_entropy
+from train.losses import draft_metrics, soft_cross_entropy
 from train.objectives import Context, Objective
 from train.reading import Text, read_text
 
@@ -70,9 +70,8 @@ class DFlashLoss(Objective):
         """The loss of one batch. Args: as `Objective`; `own` is a network.
 
         Returns:
-          Scalar float32, and metrics: "loss", "accuracy_2", .. of the first slots, up to four
-          (tokens of the text that are the arg-max), and "expected_length", tokens per round if
-          slots were right independently of each other.
+          Scalar float32, and metrics: "loss", and those of `train.losses.draft_metrics`, a draft
+          per slot and a root per anchor.
         """
         network: DFlashNetwork = learned.own
         target = learned.target
@@ -104,11 +103,9 @@ class DFlashLoss(Objective):
         each = each.reshape(place.shape)
         weight = jnp.where(is_scored, self.weigh(each, is_scored), 0.0)
         loss = (weight * jnp.where(is_scored, each, 0.0)).sum() / jnp.maximum(weight.sum(), 1e-9)
-        is_right = (stats.token.reshape(place.shape) == targets) & is_scored
-        accuracy = is_right.sum(axis=(0, 1)) / jnp.maximum(is_scored.sum(axis=(0, 1)), 1)
-        metrics = {f"accuracy_{i + 2}": accuracy[i] for i in range(min(4, b - 1))}
-        metrics["expected_length"] = 1 + jnp.cumprod(accuracy).sum()
-        return loss, {"loss": loss, **metrics}
+        is_right = stats.token.reshape(place.shape) == targets
+        drafts = [(is_right[..., i], is_scored[..., i]) for i in range(b - 1)]
+        return loss, {"loss": loss, **draft_metrics(drafts)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,11 @@ from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.draft_lm import Draft, DraftLM
 from dlm.trainable import Learned
-from train.losses import in_chunks
+from train.losses import draft_metrics, in_chunks
 from train.objectives import Context, Objective
 from train.reading import read_text
 
+NUM_DRAFTS = 4  # of the chains of which acceptance is simulated
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "tv", "nla")
 
 
@@ -68,28 +69,35 @@ class DistillSpec(Objective):
         """The loss of one batch. Args: as `Objective`; `own` is a draft.
 
         Returns:
-          Scalar float32, and metrics: "loss" and "acceptance", the mean of sum_x min(p, q): the
-          probability that a drawn draft is accepted.
+          Scalar float32, and metrics: "loss", "acceptance", the mean of sum_x min(p, q): the
+          probability that a drawn draft is accepted, and "acceptance_length" of
+          `train.losses.draft_metrics`, of chains of `NUM_DRAFTS`.
         """
         draft: Draft = learned.own
         target = learned.target
         theirs = read_text(target, cfg, batch, self.on_prompt)
         ours = read_text(draft.params, draft.cfg, batch, self.on_prompt)
 
-        def one_chunk(hidden: jax.Array, target_hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one_chunk(
+            hidden: jax.Array, target_hidden: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             log_p, log_q = (
                 jax.nn.log_softmax(vocab.logits(vocab.head(own), x) / self.temperature)
                 for own, x in ((target, target_hidden), (draft.params, hidden))
             )
-            return self._divergence(jax.lax.stop_gradient(log_p), log_q)
+            token = jnp.argmax(log_q, axis=-1)
+            return *self._divergence(jax.lax.stop_gradient(log_p), log_q), token
 
-        each, accepted = in_chunks(
+        each, accepted, token = in_chunks(
             one_chunk, ours.hidden[:, :-1], jax.lax.stop_gradient(theirs.hidden[:, :-1])
         )
         is_scored = ours.is_scored[:, 1:]
         total = jnp.maximum(is_scored.sum(), 1)
         loss, acceptance = (jnp.where(is_scored, x, 0.0).sum() / total for x in (each, accepted))
-        return loss, {"loss": loss, "acceptance": acceptance}
+        is_right = token == ours.tokens[:, 1:]
+        drafts = [(is_right[:, j:], is_scored[:, j:]) for j in range(1, 1 + NUM_DRAFTS)]
+        length = draft_metrics(drafts)["acceptance_length"]
+        return loss, {"loss": loss, "acceptance": acceptance, "acceptance_length": length}
 
     def _divergence(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of distributions [n, V]: the divergence and the probability of acceptance, [n] each."""

@@ -30,7 +30,7 @@ from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.params import Params
 from dlm.trainable import Learned
 from train.draft_attention import draft_attention
-from train.losses import in_chunks
+from train.losses import draft_metrics, in_chunks
 from train.objectives import Context, Objective
 from train.reading import Text, read_text
 
@@ -63,8 +63,8 @@ class Eagle3Loss(Objective):
         """The loss of one batch. Args: as `Objective`; `own` is a network.
 
         Returns:
-          Scalar float32, and metrics: "loss", and "accuracy_2", "accuracy_3", .. for the second,
-          third, .. token after a position (tokens of the text that are q's arg-max).
+          Scalar float32, and metrics: "loss", and those of `train.losses.draft_metrics`, of all
+          tokens of the text, whether the network can draft them or not.
 
         Raises:
           ValueError: rows are too short for so many steps.
@@ -79,11 +79,11 @@ class Eagle3Loss(Objective):
                 f"num_steps={self.num_steps} must be at most {T - 2} with rows of {T} tokens"
             )
         teacher = vocab.head(target)
-        is_scored = text.is_scored & (jnp.arange(T)[None] >= text.start[:, None])
+        is_learned = text.is_scored
         if network.ids is not None:
             can_draft = jnp.zeros(cfg.vocab_size, bool).at[network.ids].set(True)
             best = vocab.score(teacher, text.hidden, text.tokens).token
-            is_scored = is_scored.at[:, 1:].set(is_scored[:, 1:] & can_draft[best[:, :-1]])
+            is_learned = is_learned.at[:, 1:].set(is_learned[:, 1:] & can_draft[best[:, :-1]])
             teacher = teacher[network.ids]
 
         def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,18 +93,19 @@ class Eagle3Loss(Objective):
             token = best if network.ids is None else network.ids[best]
             return jax.nn.logsumexp(z, axis=-1) - (p * z).sum(axis=-1), token
 
-        total, metrics = jnp.float32(0), {}
+        total = jnp.float32(0)
+        drafts = []
         for j, states in enumerate(unroll(network, target, text, self.num_steps)):
             ahead = j + 2
             each, token = in_chunks(
                 one_chunk, network.normed(states[:, :-ahead]), text.hidden[:, ahead - 1 : -1]
             )
-            scored = is_scored[:, ahead:] & (jnp.arange(T - ahead)[None] >= text.start[:, None])
-            num = jnp.maximum(scored.sum(), 1)
-            total += self.decay**j * jnp.where(scored, each, 0.0).sum() / num
-            is_right = token == text.tokens[:, ahead:]
-            metrics[f"accuracy_{ahead}"] = (is_right & scored).sum() / num
-        return total, {"loss": total, **metrics}
+            is_of_text = jnp.arange(T - ahead)[None] >= text.start[:, None]
+            learned_here = is_learned[:, ahead:] & is_of_text
+            num = jnp.maximum(learned_here.sum(), 1)
+            total += self.decay**j * jnp.where(learned_here, each, 0.0).sum() / num
+            drafts.append((token == text.tokens[:, ahead:], text.is_scored[:, ahead:] & is_of_text))
+        return total, {"loss": total, **draft_metrics(drafts)}
 
 
 Pairs = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values, of every layer

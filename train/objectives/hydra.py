@@ -22,7 +22,7 @@ from dlm.config import ModelConfig
 from dlm.heads.hydra import HydraHeads, head_hidden, read_prefix
 from dlm.trainable import Learned
 from dlm.window import Window
-from train.losses import score_head, soft_cross_entropy
+from train.losses import draft_metrics, score_head, soft_cross_entropy
 from train.objectives import Context, Objective
 from train.reading import read_text
 
@@ -53,9 +53,10 @@ class HydraLoss(Objective):
         """The loss of one batch, and the metrics of `MedusaLoss`. Args: likewise."""
         target, own = learned.target, learned.own
         text = read_text(target, cfg, batch, self.on_prompt)
+        teacher, ids = vocab.head(target), own.get("ids")
         embedded = target["embed"].at[text.tokens].get(mode="clip")  # [B, T, D]
-        T = embedded.shape[1]
-        total, metrics = jnp.float32(0), {}
+        total = jnp.float32(0)
+        drafts = []
         window = Window.left_padded(text.tokens, text.start, is_causal=True)
         hidden = jax.lax.stop_gradient(text.hidden)
         inputs, _ = read_prefix(own, cfg, hidden, window)
@@ -63,17 +64,17 @@ class HydraLoss(Objective):
             shifted = jnp.pad(embedded[:, 1 + i :], ((0, 0), (0, 1 + i), (0, 0)))
             inputs = jnp.concatenate([inputs, shifted], axis=-1)
             hidden, ahead = head_hidden(own, inputs, i), i + 2
-            loss, accuracy = score_head(hidden, own["unembed"][i], text, ahead)
+            score = score_head(hidden, own["unembed"][i], text, ahead, ids)
+            loss = score.loss
             if self.teacher:
-                is_scored = text.is_scored[:, ahead:]
-                is_scored &= jnp.arange(T - ahead)[None] >= text.start[:, None]
                 soft = soft_cross_entropy(
                     own["unembed"][i],
                     hidden[:, :-ahead],
-                    vocab.head(target),
+                    teacher if ids is None else teacher[ids],
                     text.hidden[:, ahead - 1 : -1],
                 )
-                loss = jnp.where(is_scored, soft, 0.0).sum() / jnp.maximum(is_scored.sum(), 1)
+                num = jnp.maximum(score.is_learned.sum(), 1)
+                loss = jnp.where(score.is_learned, soft, 0.0).sum() / num
             total += self.decay**i * loss
-            metrics[f"accuracy_{ahead}"] = accuracy
-        return total, {"loss": total, **metrics}
+            drafts.append((score.is_right, score.is_scored))
+        return total, {"loss": total, **draft_metrics(drafts)}

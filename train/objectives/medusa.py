@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from dlm.config import ModelConfig
 from dlm.heads.medusa import MedusaHeads, head_hidden
 from dlm.trainable import Learned
-from train.losses import score_head
+from train.losses import draft_metrics, score_head
 from train.objectives import Context, Objective
 from train.reading import read_text
 
@@ -50,16 +50,14 @@ class MedusaLoss(Objective):
         """The loss of one batch. Args: as `Objective`; `own` are heads.
 
         Returns:
-          Scalar float32, and metrics: "loss", and "accuracy_2", "accuracy_3", .. for the second,
-          third, .. token after a position (tokens whose arg-max is right).
+          Scalar float32, and metrics: "loss", and those of `train.losses.draft_metrics`.
         """
         own = learned.own
         text = read_text(learned.target, cfg, batch, self.on_prompt)
-        total, metrics = jnp.float32(0), {}
+        total, drafts = jnp.float32(0), []
         for k in range(own["unembed"].shape[0]):
-            score = score_head(
-                head_hidden(own, text.hidden, k), own["unembed"][k], text, ahead=k + 2
-            )
-            total += self.decay**k * score[0]
-            metrics[f"accuracy_{k + 2}"] = score[1]
-        return total, {"loss": total, **metrics}
+            hidden = head_hidden(own, text.hidden, k)
+            score = score_head(hidden, own["unembed"][k], text, k + 2, own.get("ids"))
+            total += self.decay**k * score.loss
+            drafts.append((score.is_right, score.is_scored))
+        return total, {"loss": total, **draft_metrics(drafts)}

@@ -24,7 +24,7 @@ from dlm.config import ModelConfig
 from dlm.heads.medusa import head_hidden
 from dlm.heads.medusa_2 import MedusaJoint
 from dlm.trainable import Learned
-from train.losses import score_head, soft_cross_entropy
+from train.losses import draft_metrics, score_head, soft_cross_entropy
 from train.objectives import Context, Objective
 from train.reading import read_text
 
@@ -60,23 +60,25 @@ class Medusa2Loss(Objective):
 
         Returns:
           Scalar float32, and metrics: "loss", "model_loss" (L_LM), and "accuracy_1" of the model
-          and "accuracy_2", .. of the heads as `MedusaLoss`.
+          and those of `train.losses.draft_metrics` of the heads.
         """
         model, own, original = learned.target, learned.own, learned.beside
         assert original is not None
         text = read_text(model, cfg, batch, self.on_prompt)
         head = vocab.head(model)
-        total, accuracy = score_head(text.hidden, head, text, ahead=1)
+        score = score_head(text.hidden, head, text, ahead=1)
+        total, num = score.loss, jnp.maximum(score.is_scored.sum(), 1)
+        accuracy = (score.is_right & score.is_scored).sum() / num
         if self.from_itself:
             before = read_text(original, cfg, batch, self.on_prompt)
             teacher = vocab.head(original)
             each = soft_cross_entropy(head, text.hidden[:, :-1], teacher, before.hidden[:, :-1])
-            is_scored = text.is_scored[:, 1:]
-            total = jnp.where(is_scored, each, 0.0).sum() / jnp.maximum(is_scored.sum(), 1)
+            total = jnp.where(score.is_scored, each, 0.0).sum() / num
         metrics = {"model_loss": total, "accuracy_1": accuracy}
+        drafts = []
         for k in range(own["unembed"].shape[0]):
             hidden = head_hidden(own, text.hidden, k)
-            loss, accuracy = score_head(hidden, own["unembed"][k], text, ahead=k + 2)
-            total += self.weight * self.decay**k * loss
-            metrics[f"accuracy_{k + 2}"] = accuracy
-        return total, {"loss": total, **metrics}
+            score = score_head(hidden, own["unembed"][k], text, ahead=k + 2)
+            total += self.weight * self.decay**k * score.loss
+            drafts.append((score.is_right, score.is_scored))
+        return total, {"loss": total, **metrics, **draft_metrics(drafts)}

@@ -230,7 +230,7 @@ class Eagle(_Network):
                 states = states.at[:, index].set(read[:, index - 1])
             return self.network.logits(context.params, states[:, jnp.array(nodes)])
 
-        tree = expand(self.shape, context, score, self.is_sampled)
+        tree = expand(self.shape, context, score, self.is_sampled, self.network.ids)
         return Proposal(tree, spent(context, self.depth), state.replace(cache=cache))
 
 
@@ -269,7 +269,7 @@ class EagleBest(BestTree, _Network):
                 states = jnp.concatenate([states, read[:, -len(nodes) :]], axis=1)
             return self.network.logits(context.params, states[:, jnp.array(nodes)])
 
-        tree = expand_best(self.width, self.levels, self.budget, context, score)
+        tree = expand_best(self.width, self.levels, self.budget, context, score, self.network.ids)
         return Proposal(tree, spent(context, self.levels), state.replace(cache=cache))
 
 

@@ -1,6 +1,6 @@
 """How a model grows a draft tree: of a shape that is given, or where it is probable.
 
-Letters: B rows, W nodes, n nodes of a level, V vocabulary.
+Letters: B rows, W nodes, n nodes of a level, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -15,20 +15,28 @@ from decode.core.streams import fold_in, wrap
 from decode.speculative.contracts import Context, Drafter
 from decode.speculative.tree import DraftTree, TreeShape
 from dlm.config import ModelConfig
+from dlm.heads.draft_vocab import spread
 
 Score = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
-def expand(shape: TreeShape, context: Context, score: Score, is_sampled: bool) -> DraftTree:
+def expand(
+    shape: TreeShape,
+    context: Context,
+    score: Score,
+    is_sampled: bool,
+    ids: jax.Array | None = None,
+) -> DraftTree:
     """A tree of one shape, level by level.
 
     Args:
       shape: of the tree.
       context: the root, the distribution, and the randomness.
-      score: of tokens [B, W], as far as they are known, and some nodes: logits [B, n, V] of what
+      score: of tokens [B, W], as far as they are known, and some nodes: logits [B, n, U] of what
         comes after those. It is called once per level, with all nodes of it that have children.
       is_sampled: whether children are drawn without replacement, in the order of their rank, from
         the filtered distribution of their parent; else they are the most probable tokens.
+      ids: [U] int32. The tokens that logits are about; None: all.
     """
     root = context.root
     B = root.shape[0]
@@ -44,8 +52,10 @@ def expand(shape: TreeShape, context: Context, score: Score, is_sampled: bool) -
             for v in shape.level(depth + 1)
         ]
         index, above, rank = (jnp.array(column) for column in zip(*children, strict=True))
+        tokens_of = ids
         if is_sampled:
-            level_probs = probs_of(logits)
+            level_probs = probs_of(spread(logits, ids, context.params["embed"].shape[0]))
+            tokens_of = None
             if probs is None:
                 probs = jnp.zeros((B, shape.num_nodes, level_probs.shape[-1]), level_probs.dtype)
             probs = probs.at[:, jnp.array(nodes)].set(level_probs)
@@ -53,6 +63,7 @@ def expand(shape: TreeShape, context: Context, score: Score, is_sampled: bool) -
             noise = _gumbel(fold_in(context.key, depth), level_probs.shape[1:])
             logits = jnp.log(level_probs) + noise
         best = jax.lax.top_k(logits, max(c[2] for c in children) + 1)[1]
+        best = best if tokens_of is None else tokens_of[best]
         tokens = tokens.at[:, index].set(best[:, above, rank].astype(jnp.int32))
     return shape.tree(tokens, probs=probs)
 
@@ -63,6 +74,7 @@ def expand_best(
     budget: int,
     context: Context,
     score: Callable[[jax.Array, jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array],
+    drafted: jax.Array | None = None,
 ) -> DraftTree:
     """The most probable nodes of a tree that is grown where it is probable.
 
@@ -78,7 +90,8 @@ def expand_best(
       budget: nodes of the result, the root aside; at most k + (levels - 1) k^2.
       context: the root.
       score: of expanded nodes' tokens [B, E] and parents [B, E] (index among them, root: -1), the
-        depth of each, and some of them: logits [B, n, V] of what comes after those.
+        depth of each, and some of them: logits [B, n, U] of what comes after those.
+      drafted: [U] int32. The tokens that logits are about; None: all.
     """
     root = context.root
     B, E = root.shape[0], 1 + width * (levels - 1)
@@ -93,6 +106,7 @@ def expand_best(
     for level in range(1, levels + 1):
         log_p = jax.nn.log_softmax(score(tokens, parents, depths, frontier))
         best, ids = jax.lax.top_k(log_p, width)  # [B, n, k]
+        ids = ids if drafted is None else drafted[ids]
         n = len(frontier)
         values = (value[..., None] + best).reshape(B, n * width)
         ids = ids.reshape(B, n * width).astype(jnp.int32)

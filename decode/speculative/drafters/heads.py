@@ -1,6 +1,6 @@
 """What drafters that are trained beside a target share.
 
-Letters: D width of the target, V vocabulary, J heads.
+Letters: D width of the target, U draft vocabulary, J heads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class HeadsDrafter(Drafter):
     """Remembers the hidden state that predicted the root.
 
     Attributes:
-      own: the heads' parameters; "unembed" [J, V, D] is among them.
+      own: the heads' parameters; "unembed" [J, U, D] is among them, and "ids" [U] if they draft
+        only some tokens.
       shape: of the tree, no deeper than there are heads. Static.
     """
 
@@ -42,6 +43,7 @@ class HeadsDrafter(Drafter):
 
     def validate(self, cfg: ModelConfig) -> None:
         num_heads, vocab_size, d_model = self.own["unembed"].shape
+        vocab_size = cfg.vocab_size if "ids" in self.own else vocab_size
         if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
             raise ValueError(
                 f"the heads are for a model of vocab_size={vocab_size} and d_model={d_model}, and "

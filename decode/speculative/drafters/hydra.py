@@ -2,7 +2,7 @@
 
 Reference: Ankner et al., arXiv:2402.05109; see `dlm.heads.hydra`.
 
-Letters: B rows, W nodes, n nodes of a level, D model width, J heads.
+Letters: B rows, W nodes, n nodes of a level, D model width, J heads, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Hydra(HeadsDrafter):
         embed, c = context.params["embed"], state.hidden
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
-            """Logits [B, n, V] of the head of this level, which sees the way to each node."""
+            """Logits [B, n, U] of the head of this level, which sees the way to each node."""
             ways = []
             for v in nodes:
                 way = [v]
@@ -89,5 +89,7 @@ class Hydra(HeadsDrafter):
             return vocab.logits(self.own["unembed"][depth], x)
 
         return Proposal(
-            expand(self.shape, context, score, self.is_sampled), spent(context, 0), state
+            expand(self.shape, context, score, self.is_sampled, self.own.get("ids")),
+            spent(context, 0),
+            state,
         )

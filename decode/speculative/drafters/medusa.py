@@ -48,6 +48,8 @@ class Medusa(HeadsDrafter):
             )
             assert stats.top_tokens is not None
             best[depth] = stats.top_tokens
+            if "ids" in self.own:
+                best[depth] = self.own["ids"][stats.top_tokens]
         for v in range(1, self.num_nodes):
             columns.append(best[self.shape.depths[v]][:, self.shape.ranks[v - 1]])
         return Proposal(self.shape.tree(jnp.stack(columns, axis=1)), spent(context, 0), state)

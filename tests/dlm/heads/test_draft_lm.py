@@ -2,14 +2,21 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import safetensors.numpy
 
-from dlm.heads.draft_lm import DraftLM
+from dlm.heads.draft_lm import DraftLM, keep_layers, with_layers
 from dlm.hf.saving import save_hf
+from dlm.models import decoder
+from dlm.window import Window
 from tests.lib.checkpoints import assert_same, random_params
 from tests.lib.families import FAMILIES
 from tests.lib.gguf_files import TOKENIZER, renamed, write_gguf
+from tests.lib.jitted import as_one_program
+from tests.lib.tiers import more
 
 CFG = dataclasses.replace(
     FAMILIES["MistralForCausalLM"], n_layers=1, sliding_window=None, vocab_size=260,
@@ -34,6 +41,27 @@ def as_gguf(folder):
     path = folder.parent / "draft.gguf"
     write_gguf(path, metadata | TOKENIZER, renamed(tensors, 1))
     return path
+
+
+@pytest.mark.parametrize("family", ["LLaDA2MoeModelLM", *more("Gemma3ForCausalLM")])
+def test_some_layers_are_a_model_of_their_own(family):
+    """Also of layers of several kinds: what the target gives if only those are run."""
+    cfg, kept = FAMILIES[family], (0, 2, 3)
+    params = jax.device_put(random_params(cfg))
+    smaller, own = with_layers(cfg, kept), keep_layers(params, cfg, kept)
+    assert smaller.n_layers == 3
+    window = Window.at(jnp.arange(20, 28)[None], jnp.zeros(1, jnp.int32), is_causal=True)
+    run = as_one_program(
+        lambda: (
+            decoder.forward(own, smaller, window).hidden,
+            decoder.forward(params, cfg, window, layers=kept).hidden,
+        )
+    )
+    np.testing.assert_allclose(*run(), atol=1e-6)
+    assert with_layers(cfg, ()) == cfg and keep_layers(params, cfg, ()) is params
+    for wrong in ((2, 0), (0, cfg.n_layers), (1, 1)):
+        with pytest.raises(ValueError, match=r"must be rising layers of the"):
+            with_layers(cfg, wrong)
 
 
 def test_folders_and_gguf_files_are_the_same_draft(folder):

@@ -38,6 +38,7 @@ def _chain(network, features, tokens):
     target = {"embed": network.own["embed"]}
     logits = network.logits(target, states)
     token = jnp.argmax(logits[:, -1:], axis=-1)
+    token = token if network.ids is None else network.ids[token]
     after, _ = network.read(
         {},
         network.feed(states[:, -1:]),
@@ -58,11 +59,10 @@ def test_reference_networks(case):
     assert network.feature_layers == (2, 6, 9)
     features, tokens = arrays["features"], arrays["tokens"].astype(np.int32)
     states, logits, token, after = _chain(network, features, tokens)
-    ids = np.arange(cfg.vocab_size) if network.ids is None else np.asarray(network.ids)
     np.testing.assert_allclose(states, arrays["states"], atol=1e-4)
-    np.testing.assert_allclose(logits[:, ids], arrays["logits"], atol=1e-4)
+    np.testing.assert_allclose(logits, arrays["logits"], atol=1e-4)
     assert int(token) == arrays["chain_token"]
-    np.testing.assert_allclose(after[ids], arrays["chain_logits"], atol=1e-4)
+    np.testing.assert_allclose(after, arrays["chain_logits"], atol=1e-4)
     # -- The tree that is drafted behind the last pair.
     expected = json.loads((root / "tree.json").read_text())
     drafter = EagleBest(
