@@ -13,8 +13,11 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from dlm.config import ModelConfig
+from dlm.params import Apart, is_apart
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
 from kernels_pallas.slots import put_slots, put_windows, take_slots
+
+APART_BYTES = 1024  # of keys and values, per position and layer
 
 
 class KVCache(struct.PyTreeNode):
@@ -24,13 +27,14 @@ class KVCache(struct.PyTreeNode):
     reads it (`dlm.window.Slots`), and writes go through the same call.
 
     Attributes:
-      k: [L, B, K, S, H] in the model's dtype: the keys of one head are one [S, H] matrix.
+      k: [L, B, K, S, H] in the model's dtype: the keys of one head are one [S, H] matrix. Or
+        `Apart`, L arrays of [B, K, S, H], if `is_read_apart`.
       v: [L, B, K, S, H] likewise.
       positions: [1, B, 1, S, 1] int32. Where the keys stand, for sliding layers; None without such.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Apart
+    v: jax.Array | Apart
     positions: jax.Array | None = None
 
     @property
@@ -40,7 +44,23 @@ class KVCache(struct.PyTreeNode):
 
     @property
     def num_bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for x in jax.tree.leaves((self.k, self.v)))
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.k.shape[0]
+
+
+def is_read_apart(cfg: ModelConfig) -> bool:
+    """Whether layers of a cache are arrays of their own, which attention reads where they lie.
+
+    They are on a CPU without a mesh, if a position has enough numbers for a copy to count:
+    `APART_BYTES` per layer. It depends on nothing else, so caches of one model are alike.
+    """
+    of_position = 2 * cfg.n_kv_heads * cfg.head_dim * cfg.jnp_dtype.itemsize
+    is_plain = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return is_plain and of_position >= APART_BYTES
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
@@ -55,7 +75,12 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     num_slots += -num_slots % multiple
     shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, num_slots, cfg.head_dim)
     axes = (None, "batch", "kv_heads", "slots", None)
-    zeros = lambda: constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)  # noqa: E731
+
+    def zeros() -> jax.Array | Apart:
+        if is_read_apart(cfg):
+            return Apart(tuple(jnp.zeros(shape[1:], cfg.jnp_dtype) for _ in range(cfg.n_layers)))
+        return constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)
+
     positions = None
     if cfg.sliding_window is not None:
         positions = jnp.zeros((1, batch_size, 1, num_slots, 1), jnp.int32)
@@ -80,11 +105,23 @@ def write(
       layers: the n layers that are written; None: all.
     """
 
-    at = jnp.arange(len(cache.k)) if layers is None else jnp.array(layers)
+    at = tuple(range(cache.num_layers)) if layers is None else layers
 
     def put(cache: KVCache, new: KVCache, axis: str | None, **by_row: Any) -> KVCache:
         start, rows = by_row["start"], by_row["rows"]
-        fill = lambda x, new: put_windows(x, new.astype(x.dtype), start, rows, at, axis)  # noqa: E731
+
+        def fill(x: jax.Array | Apart, new: jax.Array | Apart) -> jax.Array | Apart:
+            assert not isinstance(new, Apart)  # of a window
+            new = new.astype(x.dtype)
+            if not isinstance(x, Apart):
+                return put_windows(x, new, start, rows, jnp.array(at), axis)
+            written = list(x.layers)
+            for i, layer in enumerate(at):
+                written[layer] = put_windows(
+                    x.layers[layer][None], new[i][None], start, rows, jnp.arange(1)
+                )[0]
+            return Apart(tuple(written))
+
         return dataclasses.replace(cache, k=fill(cache.k, new.k), v=fill(cache.v, new.v))
 
     return _per_shard(put, cache, new=new, start=start, rows=rows)
@@ -93,7 +130,7 @@ def write(
 def fill_layer(
     cache: KVCache, new: KVCache, layer: jax.Array | int, rows: jax.Array | None
 ) -> KVCache:
-    """Puts new keys and values [B, K, S, H] of all slots into one layer.
+    """Puts new keys and values [B, K, S, H] of all slots into one layer of a stacked cache.
 
     Args:
       cache, new: see above.
@@ -101,7 +138,8 @@ def fill_layer(
       rows: [B] bool. Rows that are written; None: all.
     """
 
-    def fill(x: jax.Array, new: jax.Array) -> jax.Array:
+    def fill(x: jax.Array | Apart, new: jax.Array | Apart) -> jax.Array:
+        assert not isinstance(x, Apart) and not isinstance(new, Apart)
         if rows is not None:
             old = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
             new = jnp.where(rows[:, None, None, None], new.astype(x.dtype), old)
@@ -147,7 +185,12 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
             kept = take(x, start[:, None] + index)  # all is read before anything is written
             return put_windows(x, kept, start, None, jnp.arange(len(x)), axis)
 
-        return jax.tree.map(one, cache)
+        def every(x: jax.Array | Apart) -> jax.Array | Apart:
+            if isinstance(x, Apart):
+                return Apart(tuple(one(layer[None])[0] for layer in x.layers))
+            return one(x)
+
+        return jax.tree.map(every, cache, is_leaf=is_apart)
 
     return _per_shard(move, cache, start=start, index=index)
 

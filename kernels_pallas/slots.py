@@ -8,10 +8,27 @@ Letters: S slots (of this device), T new ones, n some of them, H head width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, K, S, H]
+Layers = tuple[jax.Array, ...]  # of a cache that lies apart: L arrays [B, K, S, H]
+
+
+def at_layer(
+    x: jax.Array | Layers, layer: jax.Array | int, read: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """What is read of one layer [B, K, S, H].
+
+    Of layers that lie apart each is read where it lies, in a branch of its own; of a stack
+    [L, B, K, S, H] the layer is taken out, which is a copy on CPUs.
+    """
+    if isinstance(x, tuple):
+        return jax.lax.switch(layer, [functools.partial(read, own) for own in x])
+    return read(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False))
 
 
 def first_slot(num_slots: int, axis: str | None) -> jax.Array | int:

@@ -16,7 +16,7 @@ from dlm.blocks.linear import to_heads
 from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import Angles, rotate
 from dlm.config import ModelConfig
-from dlm.params import Params
+from dlm.params import Apart, Params
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
 from dlm.window import BlockDiffusion, Slots, Window
 from kernels_pallas.block_diffusion_attention import block_diffusion_attention
@@ -83,7 +83,9 @@ def attend(
     specs |= {"window_range": P(rows), "layer": P()}
     if slots is not None:
         operands |= {
-            "cache": (slots.cache.k, slots.cache.v),
+            "cache": tuple(
+                x.layers if isinstance(x, Apart) else x for x in (slots.cache.k, slots.cache.v)
+            ),
             "cache_ranges": slots.ranges,
         }
         specs |= {"cache_ranges": P(rows), "cache": P(None, rows, heads, axis)}

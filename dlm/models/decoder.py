@@ -89,7 +89,7 @@ def forward(
     run = tuple(range(cfg.n_layers)) if layers is None else check_layers(layers, cfg.n_layers)
     if not {*run, cfg.n_layers}.issuperset(feature_layers):
         raise ValueError(f"feature_layers={feature_layers} must be among layers={run} that are run")
-    depth = len(run) if slots is None else len(slots.cache.k)
+    depth = len(run) if slots is None else slots.cache.num_layers
     if depth not in (len(run), cfg.n_layers):
         raise ValueError(f"the cache has {depth} layers and must have {len(run)}, those that run")
     x = params["embed"].at[window.tokens].get(mode="clip")  # [B, T, D]
@@ -144,7 +144,11 @@ def forward(
     # other windows leave is written once, behind all layers: a loop that reads and writes the same
     # array would copy the whole of it in every round.
     target = None if slots is None or slots.write_at is None else slots
-    fills = target is not None and window.tokens.shape[1] == target.cache.num_slots
+    fills = (
+        target is not None
+        and window.tokens.shape[1] == target.cache.num_slots
+        and not is_apart(target.cache.k)
+    )
     carry = (x, target.cache if target is not None and fills else None, kept)
     late: list[KVCache] = []
     for start, period, count in repeats(kinds):

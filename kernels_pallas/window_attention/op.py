@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import choose
-from kernels_pallas.slots import Cache, first_slot
+from kernels_pallas.slots import Cache, Layers, first_slot
 from kernels_pallas.window_attention import gpu, tpu
 from kernels_pallas.window_attention.masks import Mask, Near
 from kernels_pallas.window_attention.reference import window_attention_reference
@@ -46,7 +46,7 @@ def window_attention(
     *,
     mask: Mask = "full",
     window_range: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: Cache | tuple[Layers, Layers] | None = None,
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
     near: Near | None = None,
@@ -65,7 +65,8 @@ def window_attention(
         [B, T, ceil(T / 32)] uint32 (bit j % 32 of word j // 32 set: may attend to position j).
       window_range: [B, 2] int32. First and past-the-last window position that may be attended to;
         None: all T.
-      cache: keys and values of earlier calls, each [L, B, K, S, H].
+      cache: keys and values of earlier calls, each [L, B, K, S, H]; or each L arrays [B, K, S, H],
+        which "xla" reads where they lie.
       cache_ranges: [B, R, 2] int32. Up to R ranges [first, past the last) of valid cache slots per
         row; empty where first >= last. None: no slot is attended to.
       layer: scalar int32 in [0, L). Which layer of the cache to use.
@@ -84,7 +85,17 @@ def window_attention(
       ValueError: on shapes that do not fit together.
       NotImplementedError: if the named implementation does not exist here.
     """
-    _check_shapes(q, k, v, mask, cache)
+    if cache is not None and isinstance(cache[0], tuple):
+        if implementation not in (None, "xla"):
+            raise NotImplementedError(
+                f"implementation={implementation!r} must be 'xla' for a cache that lies apart: it "
+                "reads a stacked one"
+            )
+        _check_shapes(q, k, v, mask, cache[0][0].shape)
+        return attend_xla(
+            q, k, v, mask, window_range, cache, cache_ranges, layer, near, scale=scale, cap=cap
+        )
+    _check_shapes(q, k, v, mask, None if cache is None else cache[0].shape[1:])
     bits = None if isinstance(mask, str) else mask
     options: dict[str, float | None] = {"scale": scale, "cap": cap}
 
@@ -183,7 +194,7 @@ def _check_shapes(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
-    cache: Cache | None,
+    of_layer: tuple[int, ...] | None,
 ) -> None:
     B, T, N, H = q.shape
     if k.shape != v.shape or k.shape[:2] != (B, T) or k.shape[3] != H or N % k.shape[2]:
@@ -198,7 +209,8 @@ def _check_shapes(
         raise ValueError(
             f"mask {mask.dtype}{mask.shape} must be uint32 [B={B}, T={T}, ceil(T/32)={-(-T // 32)}]"
         )
-    if cache is not None and cache[0].shape[1:3] != (B, k.shape[2]):
+    if of_layer is not None and of_layer[:2] != (B, k.shape[2]):
         raise ValueError(
-            f"cache {cache[0].shape} must be [L, B={B}, K={k.shape[2]}, S, H={H}]: k is {k.shape}"
+            f"a layer {of_layer} of the cache must be [B={B}, K={k.shape[2]}, S, H={H}]: k is "
+            f"{k.shape}"
         )

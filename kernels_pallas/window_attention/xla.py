@@ -8,10 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.slots import Cache
+from kernels_pallas.slots import Cache, Layers, at_layer
 from kernels_pallas.window_attention.masks import Mask, Near, in_ranges, window_mask
 
 SLOTS_AT_ONCE = 512  # of a cache that has more
+# Scores of a row that are stored to read all slots of a layer where they lie.
+SCORES_AT_ONCE, SLOTS_IN_PLACE = 2**20, 4096
 
 _LOWEST = -1e30  # a score no real query-key pair reaches; finite, so differences are never NaN
 
@@ -26,7 +28,7 @@ def attend_xla(
     v: jax.Array,
     mask: Mask = "full",
     window_range: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: Cache | tuple[Layers, Layers] | None = None,
     cache_ranges: jax.Array | None = None,
     layer: jax.Array | int = 0,
     near: Near | None = None,
@@ -38,20 +40,25 @@ def attend_xla(
     """Plain matrix products: heads of a group folded into rows, softmax merged over all parts.
 
     Bound by the float32 scores it stores: [B, N, T, S + T], of large caches `SLOTS_AT_ONCE` slots
-    at a time, and none of those that nobody sees. Of slots that are split over devices every device
-    has its own part, and sums travel: [B, N, T, H + 2] numbers.
+    at a time, and none of those that nobody sees. Short windows read a cache that lies apart at
+    once: on a CPU a copy of a part costs more than slots that nobody sees. Of slots that are split
+    over devices every device has its own part, and sums travel: [B, N, T, H + 2] numbers.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     rows = (rows * (H**-0.5 if scale is None else scale)).astype(q.dtype)  # [B, K, G*T, H]
 
-    def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
-        raw = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32).reshape(
-            B, K, N // K, T, -1
-        )
+    def product(keys: jax.Array) -> jax.Array:  # [B, K, G*T, keys]
+        return jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32)
+
+    def masked(raw: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
+        raw = raw.reshape(B, K, N // K, T, -1)
         raw = raw if cap is None else cap * jnp.tanh(raw / cap)
         return jnp.where(allowed[:, None, None], raw, _LOWEST)
+
+    def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:
+        return masked(product(keys), allowed)
 
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], like the cache
     in_window = window_mask(q.shape[:2], mask, window_range)
@@ -60,15 +67,15 @@ def attend_xla(
     if cache is None or cache_ranges is None:
         top = jax.lax.stop_gradient(of_window.max(axis=-1, keepdims=True))
         _, total, out = _weigh(of_window, v, top)
-    elif cache[0].shape[3] > SLOTS_AT_ONCE and slots_axis is None:
+    elif slots_axis is None and _is_in_parts(cache, N * T):
         top = jax.lax.stop_gradient(of_window.max(axis=-1, keepdims=True))
         sums = _weigh(of_window, v, top)
         _, total, out = _in_parts(sums, scores, cache, cache_ranges, layer, near)
     else:
-        in_cache = in_ranges(cache_ranges, cache[0].shape[3])[:, None]
+        in_cache = in_ranges(cache_ranges, _num_slots(cache))[:, None]
         in_cache = in_cache if near is None else in_cache & near.of_cache()
-        ck, cv = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        of_cache = scores(ck, in_cache)
+        keys, values = cache
+        of_cache = masked(at_layer(keys, layer, product), in_cache)
         top = functools.reduce(
             jnp.maximum, (x.max(axis=-1, keepdims=True) for x in (of_window, of_cache))
         )
@@ -76,7 +83,8 @@ def attend_xla(
         if slots_axis is not None:
             top = jax.lax.pmax(top, slots_axis)
         _, total, out = _weigh(of_window, v, top)
-        _, summed, weighed = _weigh(of_cache, cv, top)
+        weights, summed = _weights(of_cache, top, rows.dtype)
+        weighed = at_layer(values, layer, functools.partial(_weighed, weights))
         if slots_axis is not None:
             summed, weighed = jax.lax.psum((summed, weighed), slots_axis)
         total, out = total + summed, out + weighed
@@ -85,20 +93,42 @@ def attend_xla(
     return out.astype(q.dtype)
 
 
-def _weigh(scores: jax.Array, values: jax.Array, top: jax.Array) -> _Sums:
-    """Sums over keys with scores [B, K, G, T, keys] and values [B, K, keys, H]; `top` is above."""
+def _num_slots(cache: Cache | tuple[Layers, Layers]) -> int:
+    keys = cache[0]
+    return keys[0].shape[2] if isinstance(keys, tuple) else keys.shape[3]
+
+
+def _is_in_parts(cache: Cache | tuple[Layers, Layers], num_queries: int) -> bool:
+    """Whether slots are read `SLOTS_AT_ONCE` at a time; whatever other rows there are."""
+    S = _num_slots(cache)
+    is_apart = isinstance(cache[0], tuple)
+    fits = is_apart and S <= SLOTS_IN_PLACE and num_queries * S <= SCORES_AT_ONCE
+    return S > SLOTS_AT_ONCE and not fits
+
+
+def _weights(scores: jax.Array, top: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Weights [B, K, G*T, keys] of scores [B, K, G, T, keys], and their sums; `top` is above."""
     B, K, G, T, _ = scores.shape
     weights = jnp.where(scores > _LOWEST, jnp.exp(scores - top), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
-    weights = weights.reshape(B, K, G * T, -1).astype(values.dtype)
-    out = jnp.einsum("bkrs,bksh->bkrh", weights, values, preferred_element_type=jnp.float32)
-    return top, total, out
+    return weights.reshape(B, K, G * T, -1).astype(dtype), total
+
+
+def _weighed(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, K, G*T, H] float32."""
+    return jnp.einsum("bkrs,bksh->bkrh", weights, values, preferred_element_type=jnp.float32)
+
+
+def _weigh(scores: jax.Array, values: jax.Array, top: jax.Array) -> _Sums:
+    """Sums over keys with scores [B, K, G, T, keys] and values [B, K, keys, H]; `top` is above."""
+    weights, total = _weights(scores, top, values.dtype)
+    return top, total, _weighed(weights, values)
 
 
 def _in_parts(
     sums: _Sums,
     scores: Callable[[jax.Array, jax.Array], jax.Array],
-    cache: Cache,
+    cache: Cache | tuple[Layers, Layers],
     ranges: jax.Array,
     layer: jax.Array | int,
     near: Near | None,
@@ -108,8 +138,13 @@ def _in_parts(
 
     A part that is outside of a row's ranges changes nothing of the row, whoever else reads it.
     """
-    _, B, K, S, H = cache[0].shape
-    n = SLOTS_AT_ONCE
+    S, n = _num_slots(cache), SLOTS_AT_ONCE
+
+    def part_of(x: jax.Array | Layers, start: jax.Array) -> jax.Array:  # [B, K, n, H]
+        if isinstance(x, tuple):
+            return at_layer(x, layer, lambda x: jax.lax.dynamic_slice_in_dim(x, start, n, axis=2))
+        _, B, K, _, H = x.shape  # in one go: a whole layer would be a copy
+        return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, B, K, n, H))[0]
 
     def add(sums: _Sums, first: jax.Array) -> _Sums:
         start = jnp.minimum(first, S - n)  # the last part is whole, and skips what was seen
@@ -119,11 +154,10 @@ def _in_parts(
             assert near.cached is not None
             cached = jax.lax.dynamic_slice_in_dim(near.cached, start, n, axis=1)
             allowed = allowed & near._replace(cached=cached).of_cache()
-        ck, cv = (jax.lax.dynamic_slice(c, (layer, 0, 0, start, 0), (1, B, K, n, H)) for c in cache)
-        part = scores(ck[0], allowed)
+        part = scores(part_of(cache[0], start), allowed)
         top, total, out = sums
         higher = jnp.maximum(top, jax.lax.stop_gradient(part.max(axis=-1, keepdims=True)))
-        _, summed, weighed = _weigh(part, cv[0], higher)
+        _, summed, weighed = _weigh(part, part_of(cache[1], start), higher)
         factor = jnp.exp(top - higher)
         of_rows = factor.reshape(*out.shape[:-1], 1)
         return higher, total * factor + summed, out * of_rows + weighed

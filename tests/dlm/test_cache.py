@@ -1,5 +1,6 @@
 """What a window leaves in the cache, and that nothing else of it is touched or copied."""
 
+import dataclasses
 import re
 
 import jax
@@ -14,7 +15,8 @@ from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod, decode, init_state
 from decode.speculative.tree import from_paths
-from dlm.cache import KVCache, write
+from dlm.cache import KVCache, compact, init_cache, write
+from dlm.params import Apart
 from dlm.sharding import make_mesh
 from dlm.window import Slots
 
@@ -47,6 +49,44 @@ def test_the_chosen_rows_get_the_window():
     assert Slots(old).store(new) is old  # nothing says where
 
 
+def split(cache):
+    """The same, apart."""
+    k, v = (Apart(tuple(x)) for x in (cache.k, cache.v))
+    return KVCache(k, v, cache.positions)
+
+
+def stacked(cache):
+    k, v = (jnp.stack(x.layers) for x in (cache.k, cache.v))
+    return KVCache(k, v, cache.positions)
+
+
+def test_layers_that_lie_apart_get_the_same():
+    old, new = random_cache(0), random_cache(1, num_slots=T)
+    some = random_cache(2, 2, T)
+    index = np.array([[1, 0], [0, 2], [2, 1], [1, 1]], np.int32)
+
+    @jax.jit
+    def run(cache):
+        written = write(cache, new, START, ROWS)
+        written = write(written, some, START, None, (0, 2))
+        return compact(written, START, index)
+
+    jax.tree.map(np.testing.assert_array_equal, stacked(run(split(old))), run(old))
+
+
+def test_which_caches_lie_apart(toy_cfg):
+    """Those of which a position has many numbers, without a mesh; none of the toy."""
+    assert isinstance(init_cache(toy_cfg, 2, 8).k, jax.Array)
+    wide = dataclasses.replace(toy_cfg, head_dim=64)
+    cache = init_cache(wide, 2, 8)
+    assert isinstance(cache.k, Apart) and cache.num_layers == wide.n_layers
+    assert cache.k.shape == (wide.n_layers, 2, wide.n_kv_heads, 8, 64) and cache.num_slots == 8
+    assert cache.num_bytes == 2 * 4 * np.prod(cache.k.shape)
+    with jax.set_mesh(make_mesh()):
+        assert init_cache(wide, 2, 8).k.shape == cache.k.shape
+        assert not isinstance(init_cache(wide, 2, 8).k, Apart)
+
+
 def test_some_layers():
     old, new = random_cache(0), random_cache(1, 2, T)
     got = write(old, new, jnp.asarray(START), jnp.asarray(ROWS), (0, 2))
@@ -61,9 +101,10 @@ def test_slots_of_several_devices():
     np.testing.assert_array_equal(got.k, by_hand(old.k, new.k))
 
 
-@pytest.mark.parametrize("is_controlled", [False, True])
-def test_no_round_copies_the_cache(toy_cfg, toy_params, is_controlled):
+@pytest.mark.parametrize(("is_controlled", "is_apart"), [(False, True), (True, False)])
+def test_no_round_copies_the_cache(toy_cfg, toy_params, monkeypatch, is_controlled, is_apart):
     """In the compiled loop nothing of the cache's size is made anew, and it is given away."""
+    monkeypatch.setattr("dlm.cache.APART_BYTES", 0 if is_apart else 2**30)
     for drafter in (PromptLookup(num_drafts=3), TokenRecycling(TREE)):
         controller = Controller()
         costs = np.ones(1 + len(controller.widths_of(drafter)), np.float32)
@@ -74,8 +115,10 @@ def test_no_round_copies_the_cache(toy_cfg, toy_params, is_controlled):
         check_in_place(decode.lower(toy_params, toy_cfg, method, state).compile(), state.cache)
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
 @pytest.mark.parametrize("policy", [DualCache(), DelayedCache()])
-def test_no_step_of_diffusion_copies_the_cache(toy_cfg, toy_params, policy):
+def test_no_step_of_diffusion_copies_the_cache(toy_cfg, toy_params, monkeypatch, policy, is_apart):
+    monkeypatch.setattr("dlm.cache.APART_BYTES", 0 if is_apart else 2**30)
     method = diffusion.DiffusionMethod(FixedBlocks(4), policy, rule=Threshold(0.4))
     state = diffusion.init_state(toy_cfg, method, [[1, 2, 3]] * 3, gen_len=40)
     compiled = diffusion.decode.lower(toy_params, toy_cfg, method, state).compile()
@@ -83,7 +126,7 @@ def test_no_step_of_diffusion_copies_the_cache(toy_cfg, toy_params, policy):
 
 
 def check_in_place(compiled, cache):
-    shape = ",".join(map(str, cache.k.shape))
+    shape = ",".join(map(str, jax.tree.leaves(cache.k)[0].shape))
     made = set(re.findall(rf"= f32\[{shape}\]\S* ([a-z-]+)\(", compiled.as_text()))
     assert made and not made & {"copy", "select", "transpose"}, made
     assert compiled.memory_analysis().alias_size_in_bytes >= cache.num_bytes

@@ -55,6 +55,25 @@ def test_every_kind_of_layer(name):
     assert_same(run(cfg, split), run(cfg, params))
 
 
+@pytest.mark.parametrize("name", ["gemma", *more("experts behind a dense layer")])
+def test_caches_that_lie_apart(monkeypatch, name):
+    """What is read of them, and what is left in them, also by a window of all slots."""
+    cfg, params = model(name)
+    outputs = []
+    for least in (0, 2**30):
+        monkeypatch.setattr("dlm.cache.APART_BYTES", least)
+        first = run(cfg, params)
+        assert is_apart(first.cache.k) == (least == 0)
+        start = jnp.array([5, 8])
+        then = forward(params, cfg, window(cfg, 1), Slots.append(first.cache, start))
+        whole = Slots.below(then.cache, start).replace(write_at=jnp.zeros(2, jnp.int32))
+        filled = forward(params, cfg, window(cfg, 16), whole)
+        caches = [jax.tree.leaves((out.cache.k, out.cache.v)) for out in (then, filled)]
+        flat = [np.stack(c).reshape(2, cfg.n_layers, -1) for c in caches]
+        outputs.append([then.hidden, filled.hidden, *flat])
+    assert_same(*outputs)
+
+
 def test_some_layers_and_features():
     cfg, params = model("experts behind a dense layer")
     options = dict(layers=(0, 2, 3), feature_layers=(2, 4))

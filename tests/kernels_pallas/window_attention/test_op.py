@@ -139,6 +139,24 @@ def test_a_large_cache_is_read_in_parts(monkeypatch, has_near):
     np.testing.assert_allclose(in_parts, gradient(q), atol=1e-5)
 
 
+@pytest.mark.parametrize("slots_in_place", [0, 4096])
+def test_a_cache_that_lies_apart_is_the_stacked_one(monkeypatch, slots_in_place):
+    """Read at once, or in parts where it is too large, by short windows as by long ones."""
+    (q, k, v), arguments, _ = limited_case()
+    expected = window_attention(q, k, v, **arguments)
+    of_xla = "kernels_pallas.window_attention.xla"
+    monkeypatch.setattr(f"{of_xla}.SLOTS_AT_ONCE", 3)
+    monkeypatch.setattr(f"{of_xla}.SLOTS_IN_PLACE", slots_in_place)
+    arguments["cache"] = tuple(tuple(jnp.asarray(c)) for c in arguments["cache"])
+    for layer in (arguments["layer"], jnp.int32(arguments["layer"])):
+        got = window_attention(q, k, v, **arguments | dict(layer=layer))
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="must be 'xla' for a cache that lies apart"):
+        window_attention(q, k, v, **arguments, implementation="reference")
+    with pytest.raises(ValueError, match=r"a layer \(.*\) of the cache must be \[B=1"):
+        window_attention(q[:1], k[:1], v[:1], **arguments)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_scale_and_cap_of_scores(implementation):
     """cap tanh(scale q k / cap), by hand."""
