@@ -12,6 +12,7 @@ Letters: V vocabulary, U draft vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -19,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from dlm.config import ModelConfig
+from dlm.heads import files
 from dlm.params import Params
+from dlm.trainable import Learned
 
 Vocab = str | tuple[int, ...]
 
@@ -44,6 +47,30 @@ def with_ids(own: Params, ids: tuple[int, ...]) -> Params:
     If they are about all, there are no "ids".
     """
     return own | {"ids": jnp.asarray(ids, jnp.int32)} if ids else own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VocabHeads(files.Heads):
+    """Heads with a draft vocabulary.
+
+    Attributes:
+      vocab: tokens they can draft, or a JSON file with the list of them; empty: all.
+    """
+
+    vocab: Vocab = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab", read_vocab(self.vocab))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens they can draft, ascending; empty: all."""
+        assert not isinstance(self.vocab, str)
+        return self.vocab
+
+    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
+        """The model, and the heads' parameters with the tokens they are about."""
+        return frozen.replace(own=with_ids(own, self.ids))
 
 
 def spread(logits: jax.Array, ids: jax.Array | None, num_tokens: int) -> jax.Array:

@@ -32,16 +32,15 @@ from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.heads import files
-from dlm.heads.draft_vocab import Vocab, check_vocab, read_vocab, with_ids
+from dlm.heads.draft_vocab import VocabHeads, check_vocab, with_ids
 from dlm.lm import LanguageModel
 from dlm.models.decoder import decoder_layer
 from dlm.params import Params, ParamSpec, param_specs
-from dlm.trainable import Learned
 from dlm.window import Slots, Window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HydraHeads(files.Heads):
+class HydraHeads(VocabHeads):
     """What the heads are; also what `train.trainable` trains beside a model.
 
     Attributes:
@@ -54,24 +53,13 @@ class HydraHeads(files.Heads):
     num_heads: int = 4
     num_blocks: int = 1
     has_prefix: bool = False
-    vocab: Vocab = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vocab", read_vocab(self.vocab))
+        super().__post_init__()
         if self.num_heads < 1 or self.num_blocks < 1:
             raise ValueError(
                 f"num_heads={self.num_heads} and num_blocks={self.num_blocks} must be at least 1"
             )
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """Tokens they can draft, ascending; empty: all."""
-        assert not isinstance(self.vocab, str)
-        return self.vocab
-
-    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
-        """The model, and the heads' parameters with the tokens they are about."""
-        return frozen.replace(own=with_ids(own, self.ids))
 
     def specs(self, cfg: ModelConfig) -> Params:
         """{"first": one dict per head, "blocks": R - 1 dicts, "unembed"} and perhaps "prefix"."""

@@ -24,14 +24,13 @@ import numpy as np
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads import files
-from dlm.heads.draft_vocab import Vocab, check_vocab, read_vocab, with_ids
+from dlm.heads.draft_vocab import VocabHeads, check_vocab, with_ids
 from dlm.lm import LanguageModel
 from dlm.params import Params, ParamSpec
-from dlm.trainable import Learned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MedusaHeads(files.Heads):
+class MedusaHeads(VocabHeads):
     """What the heads are; also what `train.trainable` trains beside a model.
 
     Attributes:
@@ -42,24 +41,13 @@ class MedusaHeads(files.Heads):
 
     num_heads: int = 4
     num_blocks: int = 1
-    vocab: Vocab = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vocab", read_vocab(self.vocab))
+        super().__post_init__()
         if self.num_heads < 1 or self.num_blocks < 0:
             raise ValueError(
                 f"num_heads={self.num_heads} must be at least 1 and num_blocks={self.num_blocks} 0"
             )
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """Tokens they can draft, ascending; empty: all."""
-        assert not isinstance(self.vocab, str)
-        return self.vocab
-
-    def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
-        """The model, and the heads' parameters with the tokens they are about."""
-        return frozen.replace(own=with_ids(own, self.ids))
 
     def specs(self, cfg: ModelConfig) -> Params:
         """{"blocks": R of {"w": [J, D, D], "b": [J, D]}, "unembed": [J, U, D]} of `ParamSpec`."""
