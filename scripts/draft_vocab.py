@@ -26,24 +26,18 @@ from dlm.tasks import Encoded, Task
 from train.config import ConfigError, build
 from train.host import only_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Whose data to read.")
-_MODEL = flags.DEFINE_string("model", None, "Folder of the target.", required=True)
-_SIZE = flags.DEFINE_integer("size", 32_000, "Tokens to choose.", lower_bound=1)
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 100_000, "At most so many are read.")
-_OUT = flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
-
 
 def main(argv: list[str]) -> None:
     only_flags(argv)
     try:
-        lm = dlm.load(_MODEL.value)
-        data: Any = _CONFIG.value.data
+        lm = dlm.load(flags.FLAGS.model)
+        data: Any = flags.FLAGS.config.data
         task = build({**data.task, **data.train}, "data.task")
     except (ConfigError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    chosen, about = choose_tokens(lm, task, _SIZE.value, _NUM_EXAMPLES.value)
-    pathlib.Path(_OUT.value).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
-    print(f"{about}: {_OUT.value}")
+    chosen, about = choose_tokens(lm, task, flags.FLAGS.size, flags.FLAGS.num_examples)
+    pathlib.Path(flags.FLAGS.out).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
+    print(f"{about}: {flags.FLAGS.out}")
 
 
 def choose_tokens(
@@ -67,5 +61,10 @@ def choose_tokens(
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="Whose data to read.")
+    flags.DEFINE_string("model", None, "Folder of the target.", required=True)
+    flags.DEFINE_integer("size", 32_000, "Tokens to choose.", lower_bound=1)
+    flags.DEFINE_integer("num_examples", 100_000, "At most so many are read.")
+    flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
     flags.mark_flag_as_required("config")
     app.run(main)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.sampling import lowest_before
 from decode.diffusion.contracts import Constraint, check_range
 from decode.diffusion.step import Frame
 from dlm.config import ModelConfig
@@ -53,17 +54,23 @@ class Nucleus(Constraint):
     def mask_logits(self, frame: Frame, logits: jax.Array, state: Any) -> jax.Array:
         """[B, W, V] logits, not divided by the temperature, with -inf where they are cut off."""
         z = logits if frame.temperature is None else logits / frame.temperature
-        ordered = jnp.sort(z, axis=-1, descending=True)
-        size = jnp.full((*z.shape[:-1], 1), z.shape[-1])  # [B, W, 1], how many tokens stay
-        if self.top_p is not None:
-            total = jnp.cumsum(jax.nn.softmax(ordered), axis=-1)
-            nucleus = 1 + (total[..., :-1] <= self.top_p).sum(axis=-1, keepdims=True)
-            # Rounded sums may exceed 1, but nothing is beyond all of it.
-            size = jnp.where(jnp.asarray(self.top_p) < 1, nucleus, size)
+        p = jax.nn.softmax(z)
+        # Rounded sums may exceed 1, but nothing is beyond all of it.
+        mass = (
+            None
+            if self.top_p is None
+            else jnp.where(jnp.asarray(self.top_p) < 1, self.top_p, jnp.inf)
+        )
+        last = jnp.full((*z.shape[:-1], 1), -jnp.inf, z.dtype)  # [B, W, 1], the last that stays
+        if mass is not None:
+            last = lowest_before(z, p, jnp.nextafter(mass, jnp.inf))
         if self.top_k is not None:
-            size = jnp.minimum(size, self.top_k)
-        last = jnp.take_along_axis(ordered, size - 1, axis=-1)
+            last = jnp.maximum(last, lowest_before(z, jnp.ones_like(z), jnp.float32(self.top_k)))
         above, tied = z > last, z == last
-        room = size - above.sum(axis=-1, keepdims=True)
-        stays = above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
-        return jnp.where(stays, logits, -jnp.inf)
+        place = jnp.cumsum(tied, axis=-1)  # of equals, from 1
+        if mass is not None:
+            before = jnp.where(above, p, 0).sum(axis=-1, keepdims=True)
+            tied &= before + p * (place - 1) <= mass
+        if self.top_k is not None:
+            tied &= place <= self.top_k - above.sum(axis=-1, keepdims=True)
+        return jnp.where(above | tied, logits, -jnp.inf)

@@ -93,24 +93,48 @@ class Sampling(struct.PyTreeNode):
     def keeps(self, z: jax.Array) -> jax.Array:
         """[..., V] bool: what the filters leave of logits [..., V], over the temperature."""
         keep = jnp.ones(z.shape, bool)
-        if self.top_k is not None or self.top_p is not None:
-            order = jnp.argsort(z, axis=-1, descending=True, stable=True)
-            ranked = jnp.take_along_axis(z, order, axis=-1)
-            if self.top_k is not None:
-                last = jnp.broadcast_to(jnp.asarray(self.top_k) - 1, (*z.shape[:-1], 1))
-                stays = ranked >= jnp.take_along_axis(ranked, last, axis=-1)
-                ranked = jnp.where(stays, ranked, -jnp.inf)
-            if self.top_p is not None:
-                p = jax.nn.softmax(ranked, axis=-1)
-                before = jnp.cumsum(p, axis=-1) - p  # of the more probable ones
-                ranked = jnp.where(before < self.top_p, ranked, -jnp.inf)
-            place = jnp.argsort(order, axis=-1)
-            keep = jnp.take_along_axis(ranked, place, axis=-1) > -jnp.inf
+        if self.top_k is not None:
+            keep = z >= lowest_before(z, jnp.ones_like(z), jnp.asarray(self.top_k, z.dtype))
+        if self.top_p is not None:
+            p = jax.nn.softmax(jnp.where(keep, z, -jnp.inf), axis=-1)
+            last = lowest_before(z, p, jnp.asarray(self.top_p, z.dtype))
+            is_last, above = z == last, jnp.where(z > last, p, 0).sum(axis=-1, keepdims=True)
+            # Of equals the first ones, as far as they are needed.
+            before = above + p * (jnp.cumsum(is_last, axis=-1) - 1)
+            keep &= (z > last) | (is_last & (before < self.top_p))
         if self.min_p is not None:
             kept = jnp.where(keep, z, -jnp.inf)
             p = jax.nn.softmax(kept, axis=-1)
             keep &= p >= self.min_p * p.max(axis=-1, keepdims=True)
         return keep
+
+
+def lowest_before(z: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
+    """The lowest entry above which the others weigh less than `limit`, without sorting them.
+
+    The order of floats is that of their bits, so 32 halvings find it.
+
+    Args:
+      z: [..., V] float32.
+      weight: [..., V] float32, >= 0. Of each.
+      limit: scalar float32, > 0.
+
+    Returns:
+      [..., 1] float32.
+    """
+    bits = jax.lax.bitcast_convert_type(z + 0.0, jnp.int32)  # of zeros there is one
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    def halve(_: jax.Array, between: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = between
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = jnp.where(order > middle, weight, 0).sum(axis=-1, keepdims=True)
+        is_less = above < limit
+        return jnp.where(is_less, low, middle + 1), jnp.where(is_less, middle, high)
+
+    first = order.min(axis=-1, keepdims=True), order.max(axis=-1, keepdims=True)
+    found = jax.lax.fori_loop(0, 32, halve, first)[1]
+    return jax.lax.bitcast_convert_type(found ^ ((found >> 31) & 0x7FFFFFFF), z.dtype)
 
 
 def _last(bias: jax.Array, ndim: int) -> jax.Array:

@@ -53,10 +53,13 @@ def by_hand(z, seen, temperature, top_k, top_p, min_p, penalty):
         (1.0, None, 1.0, 0.0, None),
     ],
 )
-def test_laws_by_hand(numbers):
+@pytest.mark.parametrize("digits", [None, 0])
+def test_laws_by_hand(numbers, digits):
+    """Rounded logits have ties, of which top-p keeps the first ones."""
+    logits = Z if digits is None else jnp.round(Z, digits)
     seen = RNG.random((40, 12)) < 0.4
-    law = Sampling(*numbers).probs(Z, jnp.asarray(seen))
-    expected = [by_hand(z, s, *numbers) for z, s in zip(Z, seen, strict=True)]
+    law = Sampling(*numbers).probs(logits, jnp.asarray(seen))
+    expected = [by_hand(z, s, *numbers) for z, s in zip(logits, seen, strict=True)]
     np.testing.assert_allclose(law, expected, atol=1e-6)
 
 
