@@ -11,7 +11,6 @@ share of the text the tokens make up: what is not among them can never be drafte
 
 from __future__ import annotations
 
-import collections
 import json
 import pathlib
 import sys
@@ -19,11 +18,10 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 import dlm
-from dlm.tasks import Encoded, Task
 from train.config import ConfigError, build
+from train.data.frequent import choose_tokens
 from train.host import only_flags
 
 
@@ -38,26 +36,6 @@ def main(argv: list[str]) -> None:
     chosen, about = choose_tokens(lm, task, flags.FLAGS.size, flags.FLAGS.num_examples)
     pathlib.Path(flags.FLAGS.out).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
     print(f"{about}: {flags.FLAGS.out}")
-
-
-def choose_tokens(
-    lm: dlm.LanguageModel, task: Task, size: int, num_examples: int
-) -> tuple[list[int], str]:
-    """The `size` most frequent tokens of a task's first completions, and a sentence about them."""
-    counts: collections.Counter[int] = collections.Counter()
-    num = min(len(task), num_examples)
-    for i in tqdm(range(num), unit="example"):
-        example = task[i]
-        if isinstance(example, Encoded):
-            counts.update(int(t) for t in example.completion)
-        else:
-            assert lm.tokenizer is not None
-            counts.update([*lm.tokenizer.encode(example.completion), lm.cfg.eos_token_id])
-    ranked = [token for token, _ in counts.most_common() if token != lm.cfg.eos_token_id]
-    chosen = sorted([lm.cfg.eos_token_id, *ranked[: size - 1]])
-    share = sum(counts[token] for token in chosen) / counts.total()
-    about = f"{len(chosen)} of {len(counts)} different tokens in {num} examples"
-    return chosen, f"{about}, {100 * share:.2f} % of the text"
 
 
 if __name__ == "__main__":

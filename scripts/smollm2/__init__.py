@@ -1,0 +1,1 @@
+"""Drafters for a real model: see `__main__`."""

@@ -1,0 +1,79 @@
+"""Spec-Bench's prompts, with every drafter there is for SmolLM2, and a page about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+import dlm
+from decode.evaluation.run import device
+from decode.speculative.loop import SpeculativeMethod
+from scripts.bench import spec_bench
+from scripts.bench.prompts import read_questions, sample_prompts
+from scripts.smollm2.drafters import trained
+
+UNTRAINED = ["prompt_lookup", "suffix", "token_recycling"]
+GEN_LEN = 64  # tokens
+
+
+def measure(
+    lm: dlm.LanguageModel, folder: pathlib.Path, prompts: str, num: int, repeats: int, out: str
+) -> None:
+    """Measures, prints, and writes smollm2.md, smollm2.json and smollm2.png into `out`.
+
+    Args:
+      lm: SmolLM2.
+      folder: of the trained drafters.
+      prompts: folder of question*.jsonl.
+      num: prompts per category.
+      repeats: timed runs of each.
+      out: folder of the page.
+
+    Raises:
+      ValueError: there are no such prompts, or a drafter was trained for another model.
+    """
+    asked = sample_prompts(lm, read_questions(prompts), num)
+    methods = spec_bench.methods_of(UNTRAINED, ["off", "on"])
+    for name, drafter in trained(lm, folder):
+        methods |= spec_bench.both(name, SpeculativeMethod(drafter), ["off", "on"])
+    began, found = time.perf_counter(), []
+    for m in spec_bench.measure(lm, methods, asked, GEN_LEN, repeats, {}):
+        print(json.dumps(dataclasses.asdict(m)), flush=True)
+        found.append(m)
+    minutes = (time.perf_counter() - began) / 60
+    rows = spec_bench.summary(found)
+    root = pathlib.Path(out)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "smollm2.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    spec_bench.draw(rows, root / "smollm2.png")
+    page = _page(lm, rows, spec_bench.divergences(found), num, repeats, minutes)
+    (root / "smollm2.md").write_text(page, encoding="utf-8")
+    print("\n" + page)
+
+
+def _page(
+    lm: dlm.LanguageModel, rows: list[dict[str, Any]], partings: list[str], num: int, repeats: int,
+    minutes: float,
+) -> str:  # fmt: skip
+    about = (
+        f"SmolLM2-135M-Instruct, {lm.cfg.dtype}, {device()}, jax {jax.__version__}; {num} prompts "
+        f"of each of Spec-Bench's categories, first turns, batch 1, greedy, at most {GEN_LEN} "
+        f"tokens; {repeats} timed runs of each; measured in {minutes:.0f} minutes."
+    )
+    return "\n\n".join(
+        [
+            "# Drafters for SmolLM2",
+            "Written by `python -m scripts.smollm2 --steps=measure`; its docstring says how the "
+            "drafters were made, `configs/smollm2.py` how they were trained, and "
+            "`scripts/bench/spec_bench.py` what the columns mean.",
+            about,
+            "![Share of plain decoding by drafter and category](smollm2.png)",
+            spec_bench.table(rows),
+            "\n".join(f"- {sentence}" for sentence in partings) or "All texts are the same.",
+        ]
+    ) + "\n"  # fmt: skip

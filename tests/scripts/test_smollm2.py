@@ -1,0 +1,79 @@
+"""SmolLM2's drafters: what they learn from, and that their recipes fit."""
+
+import json
+import types
+
+import pytest
+
+from configs import smollm2 as configs
+from decode import complete
+from dlm.presets import PRESETS
+from scripts.smollm2 import answers
+from scripts.smollm2.drafters import trained
+from scripts.smollm2.make import config_of
+from tests.lib.mains import run_main
+from tests.lib.untrained import char_lm
+from train.config import build, from_config_dict
+
+
+@pytest.mark.parametrize("name", configs.RECIPES)
+def test_recipes_fit_the_model(name, tmp_path):
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "vocab.json").write_text(json.dumps([*range(configs.NUM_IDS)]))
+    settings = from_config_dict(config_of(name, tmp_path))
+    objective = build(settings.train.objective, "train.objective")
+    trainable = build(settings.train.trainable, "train.trainable")
+    assert objective.refuse(trainable) is None
+    if name != "draft":  # which is cut from the installed model
+        assert trainable.specs(PRESETS["smollm2_135m"])
+
+
+def test_answers_are_made_once_and_are_what_the_model_says(tmp_path, monkeypatch):
+    for name, records in (
+        ("mbpp", [{"text": "add two", "test_list": ["add a and b"]}]),
+        ("gsm8k", [{"question": f"how many are {word}"} for word in ("a", "b", "c", "d")]),
+    ):
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / name / "train.jsonl").write_text(lines)
+    for name, value in dict(GEN_LEN=8, NUM_VALID=1, PROMPT_LEN=80, BEFORE_TEST=" ").items():
+        monkeypatch.setattr(answers, name, value)
+    monkeypatch.setattr(answers, "invent", lambda lm, num, batch_size: ["what is this"] * num)
+    lm, out = char_lm(), tmp_path / "answers"
+    for _ in range(2):
+        answers.make_answers(lm, str(tmp_path), out, 4, batch_size=2)
+        monkeypatch.setattr(answers, "invent", None)  # nothing is made up again
+    train, valid = (
+        [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
+        for part in ("train", "valid")
+    )
+    assert len(train) == 3 and len(valid) == 1
+    told = "".join(record["prompt"] for record in train + valid)
+    assert all(word in told for word in ("add two", "add a and b", "are a", "what is this"))
+    for record in train:
+        expected = complete.complete(lm, record["prompt"], gen_len=8)
+        assert record["completion"] == expected.text
+
+
+def test_turns_are_made_up_until_there_are_enough_that_end(monkeypatch):
+    said = iter(["one two three four", "too short", "one two three four", "cut off in the mid"] * 9)
+
+    def as_finished(lm, prompts, **options):
+        assert all(prompt.endswith("<user>") for prompt in prompts)
+        for i, _ in enumerate(prompts):
+            text = next(said)
+            reason = "length" if text.startswith("cut") else "eos"
+            yield i, types.SimpleNamespace(text=text, finish_reason=reason)
+
+    monkeypatch.setattr(complete, "as_finished", as_finished)
+    assert answers.invent(char_lm(), 1, 4) == ["one two three four"]
+    with pytest.raises(ValueError, match="has made up 1 of 2 prompts"):
+        answers.invent(char_lm(), 2, 4)
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    assert list(trained(None, tmp_path)) == []
+    said = run_main("scripts.smollm2", "--steps=cook", code=1)
+    assert "error: --steps has 'cook', which must be one of answers, train, measure" in said
+    with pytest.raises(ValueError, match="config argument 'eagle_9' must be one of draft, medusa"):
+        configs.get_config("eagle_9")
