@@ -116,6 +116,10 @@ def describe(
     else:
         cfg = read_config(path, dtype)
         generation = read_generation(root, read_raw_config(root)[0])
+        if (adapter := root / "adapter_config.json").is_file():
+            logging.warning(
+                "%s is of an adapter, which is not applied: dlm.lora.load does.", adapter
+            )
     if tokenizer == "own":
         tokenizer = _own_tokenizer(path)
     if isinstance(tokenizer, Tokenizer):

@@ -35,7 +35,10 @@ _EOS, _BOS, _MASK = "<|endoftext|>", "<|startoftext|>", "<|mdm_mask|>"
 _MASK_NAMES = (_MASK, "<|mask|>", "<MASK>", "|<MASK>|")
 
 # A directory that holds one of these is meant to have a tokenizer.
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"),
+    *("tekken.json", "spiece.model", "sentencepiece.bpe.model"),
+)
 
 # How Qwen2 (and so Dream, which publishes only vocab.json and merges.txt) cuts text before BPE.
 _QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -545,8 +548,17 @@ def _chat_template(root: pathlib.Path, config: Mapping[str, Any]) -> str | dict[
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file; a ValueError with its path if there is none."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in said and said[key] != value:
+                raise ValueError(f"{key} is {said[key]!r:.60} and {value!r:.60}: leave one out")
+            said[key] = value
+        return said
+
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
         raise ValueError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +20,13 @@ from jax.typing import DTypeLike
 from dlm.config import ModelConfig
 from dlm.hf import keys
 from dlm.hf.format import TOKEN_IDS, Format
-from dlm.hf.formats import FORMATS
+from dlm.hf.formats import FORMATS, llada_moe
 from dlm.hf.harmless import check_keys
 from dlm.tokenizer import has_tokenizer, load_tokenizer, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_POINTER = b"version https://git-lfs"
 MOST_LAYERS = 10_000  # lists of more would fill the memory
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -146,6 +149,7 @@ def read_raw_config(root: pathlib.Path) -> tuple[dict[str, Any], Format]:
 # What a directory may hold instead of what is read, and what to do then.
 _INSTEAD = {
     "*.gguf": "give that file itself",
+    "model-*-of-*.safetensors": f"{INDEX} says which tensors are where: download it too",
     "adapter_config.json": "it is an adapter, which dlm.lora.load reads for a model",
     "pytorch_model*.bin*": "weights are read as safetensors, which save_pretrained writes",
     "consolidated*": "it is in its authors' layout: get the one for transformers",
@@ -168,18 +172,23 @@ def instead(root: pathlib.Path) -> str:
 # Other names of the same network.
 _ALSO = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 
+# How names of networks with a head end, where those of their layers end in "Model".
+_HEAD = re.compile("(ForCausalLM|ModelLM|LMHeadModel)$")
+
 
 def format_of(file: pathlib.Path, raw: dict[str, Any]) -> Format:
     """The format of a config.json: what `architectures` and `auto_map` name, of its `model_type`.
 
     Several networks share a `model_type`, so those names count; without any it is the first of them
-    in `FORMATS`.
+    in `FORMATS`. `AutoModel` may be the layers of that network, without its head.
 
     Raises:
       ValueError: it is not supported.
     """
     model_type = raw.get("model_type")
     forms = {form.architecture: form for form in FORMATS.values() if form.model_type == model_type}
+    if model_type == "lladamoe":  # what a public trainer makes of "llada", to tell the two apart
+        forms = {llada_moe.FORMAT.architecture: llada_moe.FORMAT}
     if not forms:
         types = dict.fromkeys(form.model_type for form in FORMATS.values())
         raise ValueError(
@@ -192,18 +201,23 @@ def format_of(file: pathlib.Path, raw: dict[str, Any]) -> Format:
             f"{file}: architectures={listed!r:.60} must be a list, and auto_map={code!r:.60} an "
             "object"
         )
-    names: dict[str, Any] = {f"architectures={listed!r}": name for name in listed}
-    for key in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"):
-        if isinstance(name := code.get(key), str):
-            names[f"auto_map[{key!r}]={name!r}"] = name.rpartition(".")[2]
-    found = {said: _ALSO.get(str(name), str(name)) for said, name in names.items()}
-    for said, name in found.items():
+    names = [(f"architectures={listed!r}", _ALSO.get(str(name), str(name))) for name in listed]
+    known = {name for _, name in names}
+    for key in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+        if (said := code.get(key)) is None:
+            continue
+        name = str(said).rpartition(".")[2]
+        name = _ALSO.get(name, name)
+        if key != "AutoModel" or name not in {_HEAD.sub("Model", one) for one in known}:
+            names.append((f"auto_map[{key!r}]={said!r}", name))
+            known.add(name)
+    for said, name in names:
         if name not in forms:
             raise ValueError(
                 f"{file}: {said} is not supported; with model_type={model_type!r} only "
                 f"{' and '.join(map(repr, forms))} are"
             )
-    if len(different := sorted(set(found.values()))) > 1:
+    if len(different := sorted(known)) > 1:
         raise ValueError(
             f"{file}: architectures and auto_map must name one network, not "
             f"{' and '.join(map(repr, different))}"
@@ -226,7 +240,12 @@ def _read_token_ids(
 
     def said(name: str) -> list[int]:
         """What the files say."""
-        return [i for file, keys in files.items() for i in _token_ids(file, name, keys.get(name))]
+        ids = [(file, i) for file in files for i in _token_ids(file, name, files[file].get(name))]
+        for file, i in ids:
+            if name != "pad_token_id" and not 0 <= i < vocab_size:
+                size = f"{form.fields['vocab_size']}={vocab_size}"
+                raise ValueError(f"{file}: {name}={i} must be in [0, {size})")
+        return [i for _, i in ids]
 
     masks = said("mask_token_id")[:1]
 
@@ -346,12 +365,29 @@ def open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, A
     if absent:
         raise FileNotFoundError(f"{index} names files that are missing: {', '.join(absent)}")
     handles = {name: _open_file(root / name, stack) for name in files}
-    return {
-        name: handle.get_slice(name)
-        for file, handle in handles.items()
-        for name in handle.keys()  # noqa: SIM118
-        if weight_map.get(name, file) == file  # what the index does not list is seen, too
+    held = [(name, file) for file, handle in handles.items() for name in handle.keys()]  # noqa: SIM118
+    # What the index does not list is seen, too.
+    found = {
+        name: handles[file].get_slice(name)
+        for name, file in held
+        if weight_map.get(name, file) == file
     }
+    if len(found) < len(held):
+        for name, file in held:
+            if name in found and not is_same(found[name], handles[file].get_slice(name)):
+                raise ValueError(f"{root}: {name} is there twice, with other numbers in {file}")
+    return found
+
+
+def is_same(x: Any, y: Any) -> bool:
+    """Whether two tensors of `open_tensors` hold the same; memory holds few rows of them."""
+    shape = list(x.get_shape())
+    if shape != list(y.get_shape()):
+        return False
+    if not {x.get_dtype(), y.get_dtype()} <= set(DTYPES) or not shape:
+        return True  # which are refused, whatever they hold
+    ends = [*range(0, shape[0], 4096), shape[0]]
+    return all(np.array_equal(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends))
 
 
 def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -376,6 +412,9 @@ def _open_file(file: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     try:
         return stack.enter_context(safetensors.safe_open(file, framework="numpy"))
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a complete safetensors file ({error}); download it again"
-        ) from error
+        with file.open("rb") as handle:
+            is_pointer = handle.read(len(_POINTER)) == _POINTER
+        how = (
+            "it is a pointer, which `git lfs pull` replaces" if is_pointer else "download it again"
+        )
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); {how}") from error

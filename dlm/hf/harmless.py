@@ -12,14 +12,14 @@ from typing import Any
 # Where a file comes from, and how other libraries run it.
 ORIGIN = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _flash_attn_2_enabled _name_or_path architectures attn_implementation auto_map
+    _flash_attn_2_enabled _name_or_path _num_labels architectures attn_implementation auto_map
     cache_implementation chunk_size_feed_forward deterministic_flash_attn dtype
-    experts_implementation finetuning_task flash_attention fuse_cross_entropy id2label init_device
-    is_decoder is_llama_config label2id license model_type name_or_path num_labels
-    output_attentions output_hidden_states output_router_logits precision prefix pretraining_tp
-    problem_type return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript
-    transformers.js_config transformers_version unsloth_fixed unsloth_tracker unsloth_version
-    use_bfloat16 use_cache
+    experts_implementation finetuning_task flash_attention fuse_cross_entropy
+    has_no_defaults_at_init id2label init_device is_decoder is_llama_config label2id license
+    model_type name_or_path num_labels output_attentions output_hidden_states output_past
+    output_router_logits precision predict_special_tokens prefix pretraining_tp problem_type
+    return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version unsloth_fixed unsloth_tracker unsloth_version use_bfloat16 use_cache
 """
 
 # How weights were drawn and learned.
@@ -64,6 +64,7 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "lm_head_bias": (False,),
     "mlp_bias": (False,),
+    "n_special": (0,),
     "num_nextn_predict_layers": (0,),
     "partial_rotary_factor": (1,),
     "pruned_heads": ({}, []),
@@ -100,7 +101,8 @@ def check_keys(file: pathlib.Path, raw: Mapping[str, Any], known: Collection[str
         is_list = key == "layer_types" and isinstance(value, list)
         is_full = is_list and value == ["full_attention"] * len(value)
         is_off = key == "sliding_window" and raw.get("use_sliding_window") is False
-        if key in known or key in HARMLESS or value is None or is_full or is_off:
+        is_nothing = value is None or (key in QUANTISED and not value)
+        if key in known or key in HARMLESS or is_nothing or is_full or is_off:
             continue
         if key in USUAL:
             if value in USUAL[key]:

@@ -54,6 +54,13 @@ def flag(raw: dict[str, Any], key: str, absent: bool) -> bool:
     return bool(value)
 
 
+def only(raw: dict[str, Any], **usual: Any) -> None:
+    """Refuses other values of keys that some files have and no code reads; null counts as none."""
+    for key, value in usual.items():
+        if raw.get(key) not in (None, value):
+            raise ValueError(f"{key}={raw[key]!r:.60} is not supported; only {value!r} is")
+
+
 def required(raw: dict[str, Any], key: str) -> int:
     """An integer that must be there."""
     value = whole(raw, key)

@@ -24,7 +24,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
     "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale")
-    + ("mscale_all_dim", ORIGINAL),
+    + ("mscale_all_dim", ORIGINAL, "finetuned"),
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor", ORIGINAL),
 }
 COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -148,6 +148,7 @@ def read_scaling(
     if kind in ("yarn", "longrope") and factor is None:
         factor = longest / original
     if kind == "yarn":
+        keys.flag(said, "finetuned", False)  # whether the model learned with it: no matter here
         return rope.Yarn(
             factor=factor,
             original_max_seq_len=original,

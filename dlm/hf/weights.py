@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import pathlib
@@ -35,6 +34,7 @@ from jax.sharding import Mesh
 from dlm.config import ModelConfig
 from dlm.hf.files import (
     DTYPES,
+    is_same,
     open_tensors,
     read_raw_config,
 )
@@ -212,12 +212,7 @@ def _check_tied(
     head, embed = _head(form), form.tensors["embed"].name
     if not cfg.tie_embeddings or head not in files:
         return
-    ours, theirs = files[embed], files[head]
-    ends = [*range(0, cfg.vocab_size, 4096), cfg.vocab_size]  # so that memory holds few rows
-    is_same = list(ours.get_shape()) == list(theirs.get_shape()) and all(
-        np.array_equal(ours[a:b], theirs[a:b]) for a, b in itertools.pairwise(ends)
-    )
-    if not is_same:
+    if not is_same(files[embed], files[head]):
         raise ValueError(
             f"{root / 'config.json'}: {_tying(form)} says that {head} is {embed}, but another one "
             f"is stored: it must be false, or {head} taken out"

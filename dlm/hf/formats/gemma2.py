@@ -12,6 +12,11 @@ from dlm.hf.formats import qwen2
 from dlm.hf.rope import KEYS, read_rope, write_rope
 
 LAYER = "model.layers.{}."
+READ = (
+    *(*KEYS, "query_pre_attn_scalar", "sliding_window", "layer_types"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+SIZE = "sliding_window_size"  # which larger models give besides
 NORMS = {  # the second norm of others is the MLP's first; here it is attention's second
     "layers/attention_out_norm": Stored(LAYER + "post_attention_layernorm.weight", "d -> d"),
     "layers/mlp_norm": Stored(LAYER + "pre_feedforward_layernorm.weight", "d -> d"),
@@ -39,6 +44,8 @@ def write_scales(cfg: ModelConfig) -> dict[str, Any]:
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
     layers = raw["num_hidden_layers"]
     window = keys.whole(raw, "sliding_window", 4096)
+    if keys.whole(raw, SIZE, window) not in (window, None):
+        raise ValueError(f"{SIZE}={raw[SIZE]} must be sliding_window={window}, or left out")
     every_other = [i % 2 == 0 for i in range(layers)]
     window, is_sliding = keys.sliding_layers(raw, layers, window, every_other)
     return {
@@ -90,8 +97,5 @@ FORMAT = dataclasses.replace(
     has_mask=None,
     read=_read,
     write=_write,
-    keys=(
-        *(*KEYS, "query_pre_attn_scalar", "sliding_window", "layer_types"),
-        *("attn_logit_softcapping", "final_logit_softcapping"),
-    ),
+    keys=(*READ, SIZE),
 )

@@ -33,7 +33,6 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
         **gemma2.read_scales(raw),
         "sliding_window": window,
         "pattern": keys.pattern(layers, is_sliding=is_sliding),
-        "attention_cap": keys.number(raw, "attn_logit_softcapping"),
         "logit_cap": keys.number(raw, "final_logit_softcapping"),
     }
 
@@ -74,7 +73,6 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         BASE: cfg.local_rope_theta,
         "sliding_window": cfg.sliding_window,
         "layer_types": keys.layer_types([kind == "sliding" for kind in cfg.kinds("attention")]),
-        "attn_logit_softcapping": cfg.attention_cap,
         "final_logit_softcapping": cfg.logit_cap,
     }
 
@@ -83,9 +81,11 @@ FORMAT = dataclasses.replace(
     gemma2.FORMAT,
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    # The published code has the key and does not read it.
+    fixed={**gemma2.FORMAT.fixed, "attn_logit_softcapping": ((None,), None)},
     implied={**gemma2.FORMAT.implied, "qk_norm": True},
     tensors={**qwen3.FORMAT.tensors, **gemma2.NORMS},
     read=_read,
     write=_write,
-    keys=(*gemma2.FORMAT.keys, BASE, *EVERY),
+    keys=(*gemma2.READ, BASE, *EVERY),
 )

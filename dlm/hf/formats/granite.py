@@ -8,7 +8,7 @@ from typing import Any
 from dlm.config import ModelConfig
 from dlm.hf import keys
 from dlm.hf.formats import llama
-from dlm.hf.rope import read_rope, write_rope
+from dlm.hf.rope import KEYS, read_rope, write_rope
 
 SCALES = {  # field: key
     "embed_scale": "embedding_multiplier",
@@ -50,5 +50,5 @@ FORMAT = dataclasses.replace(
     absent={**llama.FORMAT.absent, "rms_norm_eps": lambda raw: 1e-6},
     read=_read,
     write=_write,
-    keys=(*llama.FORMAT.keys, *SCALES.values(), DIVISOR),
+    keys=(*KEYS, "attention_bias", "mlp_bias", *SCALES.values(), DIVISOR),
 )

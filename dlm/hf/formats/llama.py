@@ -27,6 +27,13 @@ def write_biases(cfg: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": cfg.qkv_bias, "mlp_bias": cfg.mlp_bias}
 
 
+def _read(raw: dict[str, Any]) -> dict[str, Any]:
+    keys.only(raw, **UNREAD)
+    return {**read_rope(raw), **read_biases(raw)}
+
+
+UNREAD = {"activation": "swiglu"}
+
 BIASES = {
     "layers/attention/o_bias": Stored("model.layers.{}.self_attn.o_proj.bias", "d -> d"),
     "layers/mlp/gate_bias": Stored("model.layers.{}.mlp.gate_proj.bias", "f -> f"),
@@ -38,10 +45,11 @@ FORMAT = dataclasses.replace(
     qwen2.FORMAT,
     model_type="llama",
     architecture="LlamaForCausalLM",
+    absent={**qwen2.FORMAT.absent, "max_position_embeddings": lambda raw: 2048},
     implied={"shifted_logits": True},
     tensors={**qwen2.FORMAT.tensors, **BIASES},
     has_mask=None,
-    read=lambda raw: {**read_rope(raw), **read_biases(raw)},
+    read=_read,
     write=lambda cfg: {**write_rope(cfg), **write_biases(cfg)},
-    keys=(*KEYS, "attention_bias", "mlp_bias"),
+    keys=(*KEYS, *UNREAD, "attention_bias", "mlp_bias"),
 )

@@ -23,6 +23,8 @@ MOE_KEYS = (
     *("norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
 )
 
+UNREAD = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+
 
 def read_experts(raw: dict[str, Any], **shared: Any) -> tuple[Experts | None, list[bool]]:
     """The experts, None if no layer has them, and which layers do."""
@@ -58,6 +60,7 @@ def write_experts(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _read(raw: dict[str, Any]) -> dict[str, Any]:
+    keys.only(raw, **UNREAD)
     experts, has_experts = read_experts(raw)
     window = raw if keys.flag(raw, "use_sliding_window", False) else {**raw, "sliding_window": None}
     has_bias = keys.flag(raw, "attention_bias", False)
@@ -101,7 +104,7 @@ FORMAT = dataclasses.replace(
     read=_read,
     write=_write,
     keys=(
-        *(*KEYS, *MOE_KEYS, "attention_bias"),
+        *(*KEYS, *MOE_KEYS, *UNREAD, "attention_bias"),
         *("use_sliding_window", "sliding_window", "layer_types"),
     ),
 )

@@ -38,6 +38,7 @@ FORMAT = dataclasses.replace(
         "head_dim": lambda raw: 128,
         "num_key_value_heads": keys.kv_heads(8),
         "rms_norm_eps": lambda raw: 1e-6,
+        "max_position_embeddings": lambda raw: 524_288,
     },
     extra={**llama.FORMAT.extra, "residual_dropout": 0.0},
     has_mask=False,

@@ -49,6 +49,7 @@ FORMAT = dataclasses.replace(
         **llama.FORMAT.absent,
         "num_key_value_heads": keys.kv_heads(4),
         "rms_norm_eps": lambda raw: 1e-6,
+        "max_position_embeddings": lambda raw: 32_768,
         "tie_word_embeddings": lambda raw: True,
     },
     read=_read,

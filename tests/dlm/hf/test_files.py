@@ -149,6 +149,9 @@ ROTARY = {  # keys -> the base and whether frequencies are stretched, or what th
     "a number that means nothing": (
         {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "has factor=2.0, which means no",
     ),
+    "a flag that is none": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "finetuned": "y"}}, "finetuned='y' must",
+    ),
     "an unknown number": ({"rope_scaling": _LLAMA3 | {"attn_factor": 1.0}}, "has attn_factor=1.0"),
     "an unknown kind": ({"rope_scaling": {"type": "mrope"}}, "of type 'mrope' is not supported"),
     "text": ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
@@ -293,6 +296,13 @@ def test_ids_that_are_none(tmp_path, key, value, message):
         read_config(write_causal(tmp_path, **{key: value}))
 
 
+def test_the_file_that_is_wrong_is_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 128]}')
+    message = r"/generation_config.json: eos_token_id=128 must be in \[0, vocab_size=128\)"
+    with pytest.raises(ValueError, match=message):
+        read_config(write_causal(tmp_path))
+
+
 @pytest.mark.parametrize("pad", [-1, 128, 4000])
 def test_a_pad_token_that_cannot_be_is_as_none(tmp_path, pad):
     assert read_config(write_causal(tmp_path, pad_token_id=pad)).pad_token_id == 2
@@ -362,6 +372,10 @@ NETWORKS = {  # config.json -> what the message says
          "auto_map": {"AutoModel": _CODE + "StableDiffcoderForCausalLM"}},
         "must name one network, not 'LlamaForCausalLM' and 'StableDiffcoderForCausalLM'",
     ),
+    "of two networks": (
+        {"model_type": "llama", "architectures": ["MoreDiffcoderForCausalLM", "LlamaForCausalLM"]},
+        r"architectures=\['MoreDiff.*, 'LlamaForCausalLM'\] is not supported; with model_type='lla",
+    ),
     "by its code alone": (
         {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": _CODE + "DiffCoder"}},
         r"auto_map\['AutoModelForCausalLM'\]='modeling_x.DiffCoder' is not supported; .*'LlamaFor",
@@ -384,8 +398,19 @@ NETWORKS = {  # config.json -> what the message says
         {"model_type": "qwen2", "architectures": ["Qwen2ForSequenceClassification"]}, "Sequence",
     ),
     "only the stack": ({"model_type": "qwen3", "architectures": ["Qwen3Model"]}, "'Qwen3Model'"),
+    "only the code of the stack": (
+        {"model_type": "qwen3", "auto_map": {"AutoModel": _CODE + "Qwen3Model"}}, "Qwen3Model' is",
+    ),
+    "the stack of another": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+         "auto_map": {"AutoModel": _CODE + "StableDiffcoderModel"}}, "StableDiffcoderModel' is not",
+    ),
     "of another type": ({"model_type": "llama", "architectures": ["Qwen2ForCausalLM"]}, "'Qwen2F"),
     "not a list": ({"model_type": "llama", "architectures": "Llama"}, "'Llama' must be a list"),
+    "no name": (
+        {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": ["LlamaForCausalLM", None]}},
+        r"auto_map\['AutoModelForCausalLM'\]=\['LlamaForCausalLM', None\] is not supported",
+    ),
     "not an object": ({"model_type": "llama", "auto_map": ["x"]}, r"auto_map=.* an object"),
     "not a name": ({"model_type": "llama", "architectures": [3]}, r"architectures=\[3\] is not"),
 }  # fmt: skip
@@ -406,6 +431,8 @@ def test_another_network_of_a_known_type_is_refused(tmp_path, raw, message):
         {"architectures": ["LLaMAForCausalLM"]},
         {"auto_map": {"AutoConfig": "x.Config", "AutoModelForCausalLM": "a--b.LlamaForCausalLM"}},
         {"auto_map": {"AutoModelForSequenceClassification": "x.RewardModel"}},
+        {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x.LlamaModel"}},
+        {"auto_map": {"AutoModel": "x.LlamaModel", "AutoModelForCausalLM": "x.LlamaForCausalLM"}},
     ],
 )
 def test_names_of_the_same_network(tmp_path, said):
@@ -449,6 +476,7 @@ def test_harmless_keys_change_nothing(name, key, model):
         ("rope_interleaved", True, "rope_interleaved=True: only False is supported for this fam"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5.* only 1 is"),
         ("is_encoder_decoder", True, "is_encoder_decoder=True: only False is supported"),
+        ("n_special", 2, "n_special=2: only 0 is supported"),
         ("pruned_heads", {"0": [1]}, "pruned_heads=.*: only .* is supported"),
         ("layer_types", ["full_attention", "linear_attention"], "layer_types="),
         ("quantization_config", {"quant_method": "fp8"}, r"are quantised \(fp8\), and only floats"),
@@ -468,6 +496,7 @@ def test_unknown_keys_are_refused(model, name, key, value, message):
     [
         {"partial_rotary_factor": 1.0}, {"rope_interleaved": False}, {"use_mrope": False},
         {"attn_logit_softcapping": None}, {"quantization_config": None}, {"pruned_heads": {}},
+        {"quantization_config": {}}, {"n_special": 0},
         {"layer_types": ["full_attention"] * 3}, {"num_experts": None},
     ],
 )  # fmt: skip
@@ -524,6 +553,16 @@ def test_a_file_that_is_too_deep(tmp_path):
         read_config(tmp_path)
 
 
+def test_what_is_said_twice_must_be_the_same(tmp_path):
+    text = (write_causal(tmp_path) / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("{", '{"rope_theta": 500000.0, ', 1))
+    assert read_config(tmp_path).rope_theta == 500_000
+    (tmp_path / "config.json").write_text(text.replace("{", '{"rope_theta": 1e4, ', 1))
+    message = r"config.json is not valid JSON \(rope_theta is 10000.0 and 500000.0: leave one out"
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
 def test_absent_keys(model):
     dropped = ("n_layers", "rope_theta")
     with pytest.raises(ValueError, match=r"config.json must give n_layers, rope_theta"):
@@ -543,6 +582,15 @@ def test_config_file_errors(tmp_path):
     (tmp_path / "config.json").write_text("3")
     with pytest.raises(ValueError, match=r"config.json must hold a JSON object, not a int"):
         read_config(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_not_applied_and_said(tmp_path, caplog):
+    save_hf(tmp_path / "model", random_params(TINY), TINY)
+    dlm.load(tmp_path / "model")
+    assert not caplog.messages
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    dlm.load(tmp_path / "model")
+    assert "adapter_config.json is of an adapter, which is not applied" in caplog.text
 
 
 # Models that are not read; `model_type` and architecture as published.
@@ -590,6 +638,7 @@ def test_of_a_known_type_the_network_is_named(tmp_path):
 
 # What people find in a folder instead of config.json or model.safetensors, and what is said.
 INSTEAD = {
+    "model-00001-of-00002.safetensors": "; it has model-00001-of-00002.safetensors: model.safeten",
     "model.Q4_K_M.gguf": "; it has model.Q4_K_M.gguf: give that file itself",
     "adapter_config.json": "; it has adapter_config.json: it is an adapter, which dlm.lora.load",
     "pytorch_model.bin": "; it has pytorch_model.bin: weights are read as safetensors",

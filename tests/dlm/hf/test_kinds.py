@@ -309,6 +309,7 @@ SIZES = [
     ("MistralForCausalLM", {"rms_norm_eps": -1.0}, "config.json: rms_norm_eps=-1.0 must be at"),
     ("Gemma2ForCausalLM", {"attn_logit_softcapping": 0}, "attn_logit_softcapping=0 must be pos"),
     ("Gemma2ForCausalLM", {"final_logit_softcapping": -2.5}, "final_logit_softcapping=-2.5 must"),
+    ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not"),
     ("Gemma3ForCausalLM", {"rope_local_base_freq": -1}, "rope_local_base_freq=-1 must be positive"),
     (
         "Gemma3ForCausalLM",
@@ -344,6 +345,8 @@ SIZES = [
         ("Gemma2ForCausalLM", {"layer_types": ["full"] * 3}, "must be a list of 3 entries"),
         ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("Gemma2ForCausalLM", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("Gemma2ForCausalLM", {"sliding_window_size": 5}, "sliding_window_size=5 must be slid"),
+        ("Gemma3ForCausalLM", {"sliding_window_size": 6}, "sliding_window_size=6: it is not kn"),
         ("Gemma3ForCausalLM", {"rope_local_base_freq": None}, "rope_local_base_freq=None must be"),
         ("Gemma3ForCausalLM", {"rope_local_base_freq": "x"}, "rope_local_base_freq='x'"),
         (
@@ -359,6 +362,13 @@ SIZES = [
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
         ("GPT2LMHeadModel", {"activation_function": "relu"}, "activation_function='relu'"),
         ("Qwen3MoeForCausalLM", {"num_local_experts": 3}, "num_experts=8 and num_local_experts=3"),
+        ("Qwen3MoeForCausalLM", {"qkv_bias": True}, "qkv_bias=True is not supported; only False"),
+        ("SDARMoeForCausalLM", {"use_qk_norm": False}, "use_qk_norm=False is not supported; only"),
+        (
+            "Qwen3MoeForCausalLM",
+            {"shared_expert_intermediate_size": 8},
+            "shared_expert_intermediate_size=8 is not supported; only 0 is",
+        ),
         ("Qwen3MoeForCausalLM", {"mlp_only_layers": [9]}, r"mlp_only_layers=\[9\] must be a list"),
         (
             "Qwen3MoeForCausalLM",
@@ -373,6 +383,7 @@ SIZES = [
         *SIZES,
         ("LLaDAMoEModelLM", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
         ("LLaDAMoEModelLM", {"moe_router_score_function": "sigmoid"}, "'sigmoid' is not supported"),
+        ("GraniteForCausalLM", {"activation": "swiglu"}, "activation='swiglu': it is not known"),
         ("GraniteForCausalLM", {"logits_scaling": 0}, "logits_scaling=0 must be positive"),
         ("Ministral3ForCausalLM", {"rope_parameters": None}, "must give llama_4_scaling_beta"),
     ],

@@ -224,6 +224,27 @@ def test_tensors_that_no_index_lists_are_seen(model):
         load_params(path, read_config(path))
 
 
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_tensors_that_are_there_twice(model, is_listed):
+    """Without harm if they are the same; of two others nobody knows which is right."""
+    path = model()
+    first, second = in_two_files(path)
+    tensors = [safetensors.numpy.load_file(file) for file in (first, second)]
+    name = next(iter(tensors[1]))
+    index = path / "model.safetensors.index.json"
+    if not is_listed:
+        said = json.loads(index.read_text())
+        del said["weight_map"][name]
+        index.write_text(json.dumps(said))
+    cfg = read_config(path)
+    safetensors.numpy.save_file(tensors[0] | {name: tensors[1][name]}, first)
+    assert_same(load_params(path, cfg), load_params(GOLDEN / "llada_small", cfg))
+    for other in (tensors[1][name] + 1, tensors[1][name][:-1]):
+        safetensors.numpy.save_file(tensors[0] | {name: other}, first)
+        with pytest.raises(ValueError, match=f"{name} is there twice, with other numbers in"):
+            load_params(path, cfg)
+
+
 def test_all_wrong_tensors_are_listed_at_once(model):
     tensors = tensors_of("llada_small")
     prefix = "model.transformer.blocks"
@@ -342,6 +363,15 @@ def test_broken_weights(model):
             ValueError, match=r"model.safetensors is not a complete safetensors file .*; download"
         ):
             load_params(path, cfg)
+
+
+def test_a_pointer_is_no_file(model):
+    path = model()
+    cfg = read_config(path)
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 99\n"
+    (path / "model.safetensors").write_text(text)
+    with pytest.raises(ValueError, match=r"; it is a pointer, which `git lfs pull` replaces"):
+        load_params(path, cfg)
 
 
 # ---- Saving -----------------------------------------------------------------------------------
