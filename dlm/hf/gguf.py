@@ -292,9 +292,20 @@ def _read_rope(
     file: GGUFFile, name: str, given: dict[str, Any], values: Mapping[str, Any]
 ) -> rope.Scaling | None:
     """How rotary frequencies are stretched; takes what says so from `given`."""
-    factor = take(given, name, "rope.scale_linear", float, 1.0)
-    factor = take(given, name, f"{_SCALING}factor", float, factor) or 1.0
+    older = take(given, name, "rope.scale_linear", float, 1.0)
+    factor = take(given, name, f"{_SCALING}factor", float, older)
+    if older not in (1, factor):
+        raise ValueError(
+            f"{name}.rope.scale_linear={older} and {name}.{_SCALING}factor={factor} must be the "
+            "same: leave one of them out"
+        )
+    factor = factor or 1.0
     kind = given.pop(f"{_SCALING}type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ValueError(
+            f"{name}.{_SCALING}type={kind!r} is not supported; only 'none', 'linear', 'yarn' and "
+            "'longrope' are"
+        )
     original = take(given, name, f"{_SCALING}original_context_length", int, values["max_seq_len"])
     given.pop(f"{_SCALING}finetuned", None)  # whether the model was trained so
     factors = {
@@ -308,23 +319,24 @@ def _read_rope(
             )
         return _read_longrope(name, given, factors, original, values)
     found: rope.Scaling | None
+    if kind == "longrope":
+        raise ValueError(
+            f"{name}.{_SCALING}type='longrope' must come with tensors rope_factors_long.weight and "
+            "rope_factors_short.weight"
+        )
     if kind == "none" or factor == 1:
         found = None
-        for key in [key for key in given if key.startswith(_SCALING)]:
-            del given[key]  # of what is not done
+        for key in ("yarn_beta_fast", "yarn_beta_slow"):
+            given.pop(_SCALING + key, None)  # of what is not done
     elif kind == "linear":
         found = rope.Linear(factor=factor)
-    elif kind == "yarn":
+    else:
         found = rope.Yarn(
             factor=factor,
             original_max_seq_len=original,
             beta_fast=take(given, name, f"{_SCALING}yarn_beta_fast", float, 32.0),
             beta_slow=take(given, name, f"{_SCALING}yarn_beta_slow", float, 1.0),
             attention=1 + 0.1 * math.log(max(factor, 1)),
-        )
-    else:
-        raise ValueError(
-            f"{name}.{_SCALING}type={kind!r} is not supported; only 'none', 'linear' and 'yarn' are"
         )
     if (tensor := file.tensors.get("rope_freqs.weight")) is None:
         return found

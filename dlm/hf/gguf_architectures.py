@@ -119,14 +119,12 @@ def _read_gemma(name: str, given: dict[str, Any], values: Mapping[str, Any]) -> 
             ([*sliding, "dense global rotary"] * values["n_layers"])[: values["n_layers"]]
         ),
     }
-    for field, key in (
-        ("attention_cap", "attn_logit_softcapping"),
-        ("logit_cap", "final_logit_softcapping"),
-    ):
-        absent = 0.0 if is_third else {"attention_cap": 50.0, "logit_cap": 30.0}[field]
-        found[field] = take(given, name, key, float, absent) or None
+    cap = take(given, name, "final_logit_softcapping", float, 0.0 if is_third else 30.0)
+    found["logit_cap"] = cap or None
     if is_third:
         found["local_rope_theta"] = take(given, name, "rope.freq_base_swa", float, 10_000.0)
+    else:
+        found["attention_cap"] = take(given, name, "attn_logit_softcapping", float, 50.0) or None
     return found
 
 

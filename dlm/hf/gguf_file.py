@@ -154,6 +154,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             metadata, tensors = _Header(data).read(file)
+        except _UnknownKindError as error:
+            raise ValueError(f"{file}: {error}") from error
         except (struct.error, UnicodeDecodeError, ValueError) as error:
             raise ValueError(f"{file} is not a whole GGUF file ({error}); get it again") from error
     for name, tensor in tensors.items():
@@ -163,6 +165,10 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
                 f"{tensor.offset + tensor.num_bytes} of {size}; get it again"
             )
     return GGUFFile(file, metadata, tensors)
+
+
+class _UnknownKindError(ValueError):
+    """Of a file that may be whole."""
 
 
 class _Header:
@@ -207,7 +213,10 @@ class _Header:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError as error:
-            raise ValueError(f"tensor {name} is of the unknown kind {number}") from error
+            raise _UnknownKindError(
+                f"tensor {name} is of the unknown kind {number}; those that are read are "
+                f"{', '.join(sorted(READABLE))}"
+            ) from error
         if not shape or shape[-1] % GGML_QUANT_SIZES[kind][0] or not all(shape):
             raise ValueError(f"tensor {name} of kind {kind.name} has the shape {list(shape)}")
         return name, kind.name, shape, offset

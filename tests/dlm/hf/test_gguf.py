@@ -349,6 +349,7 @@ def test_other_families(tmp_path, name):
             "gemma2.attn_logit_softcapping=-1.0 must be",
         ),
         ("gemma2", {"attention.sliding_window": 2**31}, "sliding_window=2147483648 must be at"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("gemma3", {"attention.sliding_window_pattern": 4}, "sliding_window_pattern=4 must be 6"),
         ("gemma3", {"rope.freq_base_swa": 0.0}, "gemma3.rope.freq_base_swa=0.0 must be positive"),
         ("phi3", {"rope.dimension_count": 6}, "rope_factors_short.weight must be 3 numbers of kin"),
@@ -546,7 +547,17 @@ def test_frequencies_of_llama_3(written, factor):
         ({"llama.attention.sliding_window": 8}, "llama.attention.sliding_window=8 is not known"),
         (
             {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
-            "rope.scaling.type='longrope' is not supported; only 'none', 'linear' and 'yarn' are",
+            "rope.scaling.type='longrope' must come with tensors rope_factors_long.weight and",
+        ),
+        ({"llama.rope.scaling.type": "mrope"}, "type='mrope' is not supported; only 'none', 'lin"),
+        ({"llama.rope.scaling.type": 2}, "rope.scaling.type=2 is not supported; only"),
+        (
+            {"llama.rope.scaling.type": "none", "llama.rope.scaling.attn_factor": 1.2},
+            "rope.scaling.attn_factor=1.2.* is not known for llama models here",
+        ),
+        (
+            {"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0},
+            "rope.scale_linear=2.0 and llama.rope.scaling.factor=4.0 must be the same",
         ),
         (
             {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.attn_factor": 2.0},
@@ -598,6 +609,16 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / "model.gguf").write_bytes(data)
         with pytest.raises(ValueError, match=f"is not a whole GGUF file.*{message}"):
             dlm.load(tmp_path / "model.gguf")
+
+
+def test_a_kind_that_is_newer_or_gone_is_no_damage(written):
+    path = written()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8
+    data[at : at + 4] = (31).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"gguf: .* unknown kind 31; those that are read are BF16"):
+        open_gguf(path)
 
 
 def test_files_that_are_cut_off(written):
