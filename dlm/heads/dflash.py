@@ -367,6 +367,7 @@ _SAID: dict[str, Any] = {
     "final_logit_softcapping": None,
     "input_embedding_scale": 1.0,
 }
+_ARCHITECTURES = ("DFlashDraftModel", "DFlash2DraftModel")
 _WINDOWS = ("causal", "use_swa", "swa_window_size")  # only in dflash_config
 
 
@@ -386,16 +387,20 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         file, key and value.
     """
     file, raw = read_network(path)
-    about = raw.get("dflash_config")
+    about = raw.get("dflash_config") or {}
     if "speculators_model_type" in raw:
         raise ValueError(
             f"{file}: speculators_model_type={raw['speculators_model_type']!r} is not supported; "
             "only the layout of the networks' authors is"
         )
-    if not isinstance(about, dict) or not {"mask_token_id", "target_layer_ids"} <= set(about):
+    kinds = raw.get("architectures") or []
+    if not isinstance(kinds, list) or any(kind not in _ARCHITECTURES for kind in kinds):
         raise ValueError(
-            f"{file} must have a dflash_config with mask_token_id and target_layer_ids"
+            f"{file}: architectures={kinds!r} is not supported; only "
+            f"{', '.join(map(repr, _ARCHITECTURES))} are"
         )
+    if not isinstance(about, dict):
+        raise ValueError(f"{file}: dflash_config={about!r:.60} must be an object")
     if unknown := [key for key in about if key not in (*_SAID, *_WINDOWS)]:
         raise ValueError(
             f"{file}: dflash_config has {unknown[0]}={about[unknown[0]]!r}, which is not known "
@@ -403,6 +408,8 @@ def load_published(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         )
     said = {key: about.get(key, raw.get(key)) for key in _SAID}
     said = {key: _SAID[key] if value is None else value for key, value in said.items()}
+    if missing := [key for key in ("mask_token_id", "target_layer_ids") if said[key] is None]:
+        raise ValueError(f"{file} must give {missing[0]}, in dflash_config or beside it")
     num_layers = raw.get("num_target_layers")
     if num_layers not in (None, cfg.n_layers):
         raise ValueError(

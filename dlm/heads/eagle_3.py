@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import struct
 
 from dlm import vocab
@@ -247,10 +248,12 @@ _FIXED = {
 _IDS = "eagle_aux_hidden_state_layer_ids"
 _NETWORK = ("draft_vocab_size", "target_hidden_size", "eagle_config", _IDS, *_SWITCHES, *_FIXED)
 _SPECULATORS = ("speculators_model_type", "speculators_config", "speculators_version")
-_ARCHITECTURES = (
-    *("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel"),
-    *("Eagle3Speculator", "Eagle3DraftModel"),
+# Whose layers are a Llama's where model_type is the target's, as it often is.
+_LLAMAS = (
+    *("LlamaForCausalLM", "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM"),
+    "LlamaEagle3DraftModel",
 )
+_ARCHITECTURES = (*_LLAMAS, "Eagle3Speculator", "Eagle3DraftModel")
 
 
 def load_published(
@@ -354,7 +357,9 @@ def _split(file: pathlib.Path, raw: dict[str, Any]) -> tuple[Mapping[str, Any], 
             raise ValueError(f"{file}: {key}={said[key]!r} is not supported; only {only} is")
     rest = {key: value for key, value in raw.items() if key not in _NETWORK}
     if "speculators_model_type" not in raw:
-        return said, rest
+        kind = raw.get("model_type")
+        is_llama = isinstance(kind, str) and kind != "qwen3" and {*kinds} & {*_LLAMAS}
+        return said, rest | ({"model_type": "llama"} if is_llama else {})
     if (kind := raw["speculators_model_type"]) != "eagle3":
         raise ValueError(
             f"{file}: speculators_model_type={kind!r} is not supported; only 'eagle3' is"
@@ -432,15 +437,21 @@ def _read_tensors(
             f"{path / 'config.json'}: model_type does not go with the tensors: norms of queries "
             "and keys are what 'qwen3' has and 'llama' has not"
         )
+    is_tied = network.tie_embeddings and "lm_head.weight" not in held
+    if network.tie_embeddings != is_tied:  # what is true of the target is often copied
+        logging.warning(
+            "%s: tie_word_embeddings=True is not what the tensors say: lm_head.weight is taken.",
+            path / "config.json",
+        )
     if "embed_tokens.weight" in held:
         specs["embed"] = ParamSpec((V, D), ("vocab", "embed"))
-    elif cfg.d_model != D or network.tie_embeddings:
+    elif cfg.d_model != D or is_tied:
         raise ValueError(
             f"{path} must hold embed_tokens.weight: the network has an embedding of its own"
         )
-    if network.tie_embeddings or ("lm_head.weight" not in held and num_ids == V):
+    if "lm_head.weight" not in held:
         del specs["unembed"]
-        if num_ids != V or (cfg.d_model != D and not network.tie_embeddings):
+        if num_ids != V or (cfg.d_model != D and not is_tied):
             raise ValueError(f"{path} must hold lm_head.weight, a head for {num_ids} tokens")
     names = _names(network, specs)
     flat = dict(specs)
@@ -449,14 +460,14 @@ def _read_tensors(
     if "fc_norm" in specs:
         flat["fc_norm"] = one_by_one({"x": specs["fc_norm"]})
         flat["fc_norm"] = [part["x"] for part in flat["fc_norm"]]
-    ignored = ("d2t", "t2d", "lm_head.weight")
+    ignored = ("d2t", "t2d")
     stored = read_published(path, names, ignored, _canonical)
     own = from_published(path, stored, names, flat, cfg.jnp_dtype)
     if "more" in own:
         own["more"] = stacked(own["more"])
     if "fc_norm" in own:
         own["fc_norm"] = jnp.stack(own["fc_norm"])
-    if network.tie_embeddings:
+    if is_tied:
         own["unembed"] = own["embed"]
     return own, _draft_ids(path, stored, num_ids, V)
 

@@ -256,6 +256,12 @@ def test_windows_and_causality(toy_cfg, written):
         network = load_published(root, toy_cfg)
         assert network.is_causal == is_causal
         assert (network.reach is None) if reach is None else network.reach.tolist() == reach
+    # -- What stands beside dflash_config counts where that does not say it.
+    about = dict(config["dflash_config"])
+    beside = {key: about.pop(key) for key in ("mask_token_id", "target_layer_ids", "block_size")}
+    rewrite(root, config | beside | {"dflash_config": about})
+    network = load_published(root, toy_cfg)
+    assert (network.mask_id, network.block_len) == (beside["mask_token_id"], beside["block_size"])
     same_file = network.replace(is_causal=False)
     save_published(root, same_file)
     same(load_published(root, toy_cfg), same_file)
@@ -265,7 +271,9 @@ def test_what_is_refused(toy_cfg, written):
     root, config = written
     slide = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": None}
     for change, about, message in (
-        ({"dflash_config": {}}, None, "must have a dflash_config with mask_token_id"),
+        ({"dflash_config": {}}, None, "must give target_layer_ids, in dflash_config or beside"),
+        ({"dflash_config": [1]}, None, r"dflash_config=\[1\] must be an object"),
+        ({"architectures": ["DSparkModel"]}, {}, r"architectures=\['DSparkModel'\] is not supp"),
         ({"speculators_model_type": "dflash"}, {}, "speculators_model_type='dflash' is not"),
         ({"num_target_layers": 5}, {}, "num_target_layers=5 must be the target's n_layers=2"),
         ({"vocab_size": 30}, {}, "vocab_size=30 must be the target's 24"),

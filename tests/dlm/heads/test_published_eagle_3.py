@@ -175,6 +175,8 @@ def test_dialects_say_the_same(toy_cfg, network, written):
     speculators = {
         "speculators_model_type": "eagle3",
         "speculators_config": {"algorithm": "eagle3"},
+        "has_no_defaults_at_init": False,
+        "auto_map": {"": "config.Eagle3SpeculatorConfig"},
         "architectures": ["Eagle3Speculator"],
         **beside,
         **switches,
@@ -234,6 +236,23 @@ def test_an_embedding_and_a_head_of_its_own(toy_cfg, toy_params, written, networ
     assert back.head(toy_params) is toy_params["unembed"] and back.ids is None
 
 
+def test_a_head_that_is_stored_is_the_head(toy_cfg, network, written, caplog):
+    """What is said of tying is the target's: SpecForge's file for Qwen3-4B says it."""
+    root, config, _ = written
+    rewrite(root, config | {"tie_word_embeddings": True})
+    same(load_published(root, target(toy_cfg)), network)
+    assert "tie_word_embeddings=True is not what the tensors say" in caplog.text
+
+
+def test_names_of_the_network(toy_cfg, network, written):
+    """Those of EAGLE's own files and of SpecForge's, whose model_type may be the target's."""
+    root, config, _ = written
+    for kinds in (["LlamaForCausalLM"], ["LlamaForCausalLMEagle3"], ["Eagle3LlamaForCausalLM"]):
+        for model_type in ("llama", "phi3", "kimi_k2"):
+            rewrite(root, config | {"architectures": kinds, "model_type": model_type})
+            same(load_published(root, target(toy_cfg)), network)
+
+
 def test_biases_windows_and_norms_of_heads(toy_cfg, toy_params, written, network):
     """Read, and written again as they were."""
     root, config, tensors = written
@@ -279,7 +298,7 @@ def test_what_is_refused(toy_cfg, written):
         ({"vocab_size": 30}, "vocab_size=30 must be the target's 24"),
         ({"draft_vocab_size": 6}, "d2t has 5 entries, and draft_vocab_size=6|numbers of"),
         ({"architectures": ["EagleLlama"]}, r"architectures=\['EagleLlama'\] is not supported"),
-        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
+        ({"model_type": "gpt2", "architectures": ["Eagle3Speculator"]}, "model_type='gpt2' is not"),
         ({"model_type": "qwen3"}, "model_type does not go with the tensors"),
         ({"sliding_window": 8, "use_sliding_window": None}, "sliding_window=8 goes with"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
