@@ -9,9 +9,11 @@ import dlm
 from dlm import vocab
 from dlm.hf.saving import save_hf
 from dlm.models import decoder
+from dlm.presets import PRESETS
+from dlm.tokenizer import byte_tokenizer
 from dlm.window import Window
 from tests.lib.checkpoints import random_params
-from tests.lib.families import FAMILIES
+from tests.lib.families import FAMILIES, small
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
@@ -49,6 +51,11 @@ THEIRS = {
 }  # fmt: skip
 # Their own code reads these; it is not in the library.
 DIFFUSION = ("LLaDAMoEModelLM", "LLaDA2MoeModelLM", "SDARMoeForCausalLM")
+SAVED = {name: cfg for name, cfg in FAMILIES.items() if name not in DIFFUSION} | {
+    "LlamaForCausalLM": small(PRESETS["llama3_1_8b"]),
+    "Qwen2ForCausalLM": small(PRESETS["qwen2_5_7b"]),
+    "Qwen3ForCausalLM": small(PRESETS["qwen3_0_6b"]),
+}
 
 
 def logits_of(lm, tokens):
@@ -77,9 +84,9 @@ def test_their_models_are_read(tmp_path, name):
     np.testing.assert_allclose(logits_of(dlm.load(tmp_path), random_tokens()), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", sorted(set(FAMILIES) - set(DIFFUSION)))
+@pytest.mark.parametrize("architecture", SAVED)
 def test_they_read_what_is_saved(tmp_path, architecture):
-    cfg = FAMILIES[architecture]
+    cfg = SAVED[architecture]
     params = jax.tree.map(lambda x: (0.3 * x).astype(x.dtype), random_params(cfg))
     save_hf(tmp_path / "model", params, cfg)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -90,3 +97,20 @@ def test_they_read_what_is_saved(tmp_path, architecture):
         expected = model(torch.from_numpy(random_tokens()).long()).logits.numpy()
     lm = dlm.LanguageModel(params, cfg)
     np.testing.assert_allclose(logits_of(lm, random_tokens()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_they_read_the_tokenizer_and_settings_that_are_saved(tmp_path):
+    cfg = small(PRESETS["qwen3_0_6b"], vocab_size=260, eos_token_id=256, more_eos_ids=(259,))
+    generation = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "stop": ("x", "yz")}
+    lm = dlm.LanguageModel(random_params(cfg), cfg, byte_tokenizer(), generation=generation)
+    dlm.save(tmp_path / "model", lm)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in ("Hello wörld\n\n  x", " a", "", "日本<|endoftext|>"):
+        ids = [int(i) for i in lm.tokenizer.encode(text)]
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == 256
+    said = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
+    assert said.eos_token_id == [256, 259]
+    assert (said.do_sample, said.temperature, said.top_k, said.top_p) == (True, 0.6, 20, 0.9)
+    assert said.stop_strings == ["x", "yz"]
