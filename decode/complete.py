@@ -110,7 +110,8 @@ def complete(
       temperature: 0: arg-max.
       top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
-      stop: strings that end a text, special tokens included; it is cut before the first of them.
+      stop: strings that end a text, special tokens included; it is cut before the first that is
+        whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.

@@ -125,7 +125,7 @@ class Conversation:
           lm: from `dlm.load`, with a tokenizer.
           system: what the template's system message says; None: no such message.
           gen_len: most tokens of an answer, end-of-text included.
-          stop: strings that end an answer; it is cut before the first of them.
+          stop: strings that end an answer; it is cut before the first that is whole.
           seed: see above.
           drop_oldest: whether the oldest messages, the system's aside, are dropped where the
             context is full; else that is an error.

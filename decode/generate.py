@@ -145,7 +145,8 @@ def generate(
       guidance: classifier-free guidance scale; 0: off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with
         fewer forwards, each of them larger. Only without cache.
-      stop: strings that end a text, special tokens included; it is cut before the first of them.
+      stop: strings that end a text, special tokens included; it is cut before the first that is
+        whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
       num_return: samples per prompt; the further ones are the first one's `others`.

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import operator
 import os
 import pathlib
 import re
@@ -74,6 +75,8 @@ class Tokenizer:
       chat_template: Jinja source that turns messages into a prompt, or several by name; None if
         there is none.
       other_tokens: further special tokens by name, for chat templates: {"unk_token": "<unk>"}.
+      cleans_up: whether decoded text has no spaces before punctuation and contracted words, as a
+        file may ask for ("it 's here ." is "it's here.").
       vocab_size: largest token id + 1. Models often have more rows than that.
     """
 
@@ -84,6 +87,7 @@ class Tokenizer:
     mask_token_id: int | None = None
     chat_template: str | Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
     other_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    cleans_up: bool = False
     vocab_size: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,6 +131,19 @@ class Tokenizer:
                 f"{self.vocab_size} pieces; after {text[max(0, at - 20) : at]!r}"
             ) from error
 
+    def num_tokens(
+        self, texts: Sequence[str], *, whole: bool = False, plain: bool = False
+    ) -> list[int]:
+        """How many tokens `encode` gives for each text, or one more; many texts at a time.
+
+        It is one more of a whole text that has a begin token already. The arguments, and errors,
+        are otherwise those of `encode`.
+        """
+        self.backend.encode_special_tokens = plain
+        with refusing(f"{len(texts)} texts cannot be encoded"):
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=whole)
+        return list(map(len, found))
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids.
 
@@ -134,10 +151,18 @@ class Tokenizer:
           ids: token ids; those that the tokenizer does not know (padded rows of a model's
             vocabulary) are left out.
           skip_special_tokens: whether special tokens are left out too.
+
+        Raises:
+          TypeError: there is something else than integers.
+          ValueError: they cannot be token ids.
         """
-        whole = [int(i) for i in ids]
+        try:
+            whole = list(map(operator.index, ids))
+        except TypeError as error:
+            raise TypeError(f"ids must be the token ids of one text, integers ({error})") from error
         with refusing(f"{len(whole)} token ids cannot be decoded"):
-            return self.backend.decode(whole, skip_special_tokens=skip_special_tokens)
+            text = self.backend.decode(whole, skip_special_tokens=skip_special_tokens)
+        return _clean_up(text) if self.cleans_up else text
 
     def apply_chat_template(
         self,
@@ -193,7 +218,8 @@ class Tokenizer:
         target.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
+            _CLEANS: False,
+            **({key: True for key in _cleaning_keys(self.backend)} if self.cleans_up else {}),
             **self._special_tokens(),
         }
         if isinstance(self.chat_template, str):
@@ -339,6 +365,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         mask_token_id=ids.get("mask_token", known(*_MASK_NAMES)),
         chat_template=_chat_template(root, config),
         other_tokens={name: token.content for name, token in names.items() if name not in own},
+        cleans_up=all(bool(config.get(key)) for key in _cleaning_keys(backend)),
     )
     if not file.is_file():
 
@@ -366,7 +393,6 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
                 config_file,
                 flag,
             )
-    _say_what_stays(backend, config, config_file)
     return tokenizer
 
 
@@ -390,21 +416,23 @@ _CLEANS = "clean_up_tokenization_spaces"
 _CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
 
 
-def _say_what_stays(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: pathlib.Path
-) -> None:
-    """Warns where the well-known library would take spaces out of decoded text.
+def _cleaning_keys(backend: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """What all must be true in a config for spaces to be taken out of decoded text.
 
-    It does so before punctuation, and never of byte-pair encodings unless a second key insists,
-    whatever the first one says, as it does in many of their files.
+    As in `transformers`, a second key must insist on it for byte-pair encodings, in whose files the
+    first one is often true although they were never decoded so.
     """
-    is_bpe = isinstance(backend.model, models.BPE)
-    if config.get(_CLEANS) and (not is_bpe or config.get(_CLEANS_BPE)):
-        logging.warning(
-            "%s: %s=True is not followed: decoded text keeps its spaces before punctuation.",
-            file,
-            _CLEANS,
-        )
+    return (_CLEANS, _CLEANS_BPE) if isinstance(backend.model, models.BPE) else (_CLEANS,)
+
+
+def _clean_up(text: str) -> str:
+    """`text` without the spaces that word pieces put before punctuation, as `transformers` does."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for end in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {end}", end)
+    return text
 
 
 def _read_config(root: pathlib.Path) -> dict[str, Any]:

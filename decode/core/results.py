@@ -15,6 +15,7 @@ from dlm.tokenizer import Tokenizer
 
 STOP_ROUNDS = 16  # after so many rounds, texts are searched for stop strings
 HALF = "\N{REPLACEMENT CHARACTER}"  # how tokens that are no whole character are decoded
+CLEANED = 5  # characters behind a space that may take it out: "do n ' t" becomes "don't"
 
 
 class TopTokens(struct.PyTreeNode):
@@ -150,15 +151,25 @@ def read_bias(lm: LanguageModel, logit_bias: Mapping[int, float] | None) -> jax.
 
 
 def cut(text: str, stops: Sequence[str]) -> int:
-    """Where the first stop string begins; the text's length if there is none."""
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(found, default=len(text))
+    """Where the stop string begins that is the first to be whole; the text's length without any.
+
+    Of several that end together it is the longest. So it does not matter how much of the text was
+    there when it was looked for.
+    """
+    found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found, default=(0, len(text)))[1]
+
+
+def settled(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of tokens, special ones included, as far as no token behind them changes it."""
+    text = tokenizer.decode(tokens, skip_special_tokens=False).rstrip(HALF)
+    return text[:-CLEANED] if tokenizer.cleans_up else text
 
 
 def to_text(
     tokenizer: Tokenizer | None, tokens: np.ndarray, stops: Sequence[str]
 ) -> tuple[str | None, int, bool]:
-    """Token ids as text, cut before the first stop string; of how many tokens; whether it was cut.
+    """Token ids as text, cut as `cut` says; of how many tokens that is; whether it was cut.
 
     Stop strings are looked for where special tokens are text too, which they are not in what is
     given back. Tokens that stay hold all that is left.

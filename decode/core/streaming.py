@@ -18,7 +18,7 @@ from decode.core.requests import (
     round_rows,
     whole_number,
 )
-from decode.core.results import HALF, Completion, cut, read_stops
+from decode.core.results import HALF, Completion, cut, read_stops, settled
 from decode.core.texts import Loop, inside
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
@@ -148,12 +148,12 @@ def _before(ends: set[int], tokens: list[int]) -> list[int]:
 def _sure(tokenizer: Tokenizer, tokens: list[int], stops: Sequence[str]) -> str | None:
     """What the text begins with whatever follows its tokens; None if it has a stop string."""
     # Half a character at the end may become any: a stop string may go on with it.
-    raw = tokenizer.decode(tokens, skip_special_tokens=False).rstrip(HALF)
+    raw = settled(tokenizer, tokens)
     if cut(raw, stops) < len(raw):
         return None
-    sure = len(raw) - max((_overlap(raw, stop) for stop in stops), default=0)
+    sure = raw[: len(raw) - max((_overlap(raw, stop) for stop in stops), default=0)]
     n = len(tokens)
-    while n and len(tokenizer.decode(tokens[:n], skip_special_tokens=False)) > sure:
+    while n and not sure.startswith(tokenizer.decode(tokens[:n], skip_special_tokens=False)):
         n -= 1
     return tokenizer.decode(tokens[:n]).rstrip(HALF)
 

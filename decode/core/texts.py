@@ -29,7 +29,7 @@ from decode.core.requests import (
     split_gaps,
     whole_number,
 )
-from decode.core.results import HALF, STOP_ROUNDS, Completion, cut, read_bias, read_stops
+from decode.core.results import STOP_ROUNDS, Completion, cut, read_bias, read_stops, settled
 from decode.core.sampling import Sampling
 from dlm.compilation import Compiling
 from dlm.config import ModelConfig
@@ -279,8 +279,7 @@ class Asked:
 
     def _has_stop(self, tokens: np.ndarray) -> bool:
         assert self.lm.tokenizer is not None
-        text = self.lm.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-        text = text.rstrip(HALF)  # of which the rest may follow
+        text = settled(self.lm.tokenizer, tokens.tolist())
         return cut(text, self.stops) < len(text)
 
 

@@ -4,6 +4,7 @@ import datetime
 import doctest
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -52,6 +53,23 @@ def test_invalid_bytes_and_unknown_ids():
     tokenizer = byte_tokenizer()
     assert tokenizer.decode([72, 255, 105, 0xC3]) == "H\ufffdi\ufffd"
     assert tokenizer.decode([72, 5000, 105]) == "Hi"  # rows of a model beyond the tokenizer
+    assert tokenizer.decode(np.array([72, 105])) == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[72, 105]], TypeError, "ids must be the token ids of one text, integers"),
+        (["72"], TypeError, "ids must be the token ids of one text, integers"),
+        ([72.0], TypeError, "ids must be the token ids of one text, integers"),
+        (72, TypeError, "ids must be the token ids of one text, integers"),
+        ([-1], ValueError, "1 token ids cannot be decoded"),
+        ([2**40], ValueError, "1 token ids cannot be decoded"),
+    ],
+)
+def test_what_is_no_token_id(ids, error, message):
+    with pytest.raises(error, match=message):
+        byte_tokenizer().decode(ids)
 
 
 def test_encode_wants_a_string():
@@ -376,6 +394,8 @@ def test_special_tokens_in_what_users_write_can_be_text():
     text = "a<|endoftext|>"
     assert tokenizer.encode(text, plain=True) == list(text.encode())
     assert tokenizer.encode(text) == [97, 256]  # no trace is left
+    for plain in (True, False):
+        assert tokenizer.num_tokens([text, "a"], plain=plain) == [14 if plain else 2, 1]
     with pytest.raises(ValueError, match=r"is not covered by the vocabulary"):
         word_tokenizer(_PIECES).encode("1 <|endoftext|>", plain=True)
 
@@ -424,20 +444,42 @@ def test_a_space_before_a_text_is_for_tokenizer_json_to_say(tmp_path, caplog):
         assert ("add_prefix_space=True is not what tokenizer.json" in caplog.text) == is_said
 
 
-@pytest.mark.parametrize("model", [models.BPE, models.WordLevel])
-def test_spaces_that_others_take_out_stay(tmp_path, caplog, model):
-    """Of byte-pair encodings nobody takes them out; of others that they stay is said."""
-    vocab = {"a": 0, " ": 1, ".": 2, "</s>": 3}
+_CLEANS = "clean_up_tokenization_spaces"
+_CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "cleans_up"),
+    [
+        (models.WordLevel, {_CLEANS: True}, True),
+        (models.WordLevel, {_CLEANS: False}, False),
+        (models.WordLevel, {}, False),
+        (models.WordLevel, {_CLEANS_BPE: True}, False),
+        (models.BPE, {_CLEANS: True}, False),
+        (models.BPE, {_CLEANS_BPE: True}, False),
+        (models.BPE, {_CLEANS: True, _CLEANS_BPE: True}, True),
+    ],
+)
+def test_spaces_before_punctuation(tmp_path, model, config, cleans_up):
+    """As transformers 5.24 decodes with these files, also when they are written again."""
+    pieces = ["it", "'", "s", "here", ".", "do", "n't", "n", "t", "a", "?", "we", "'re", " ", ","]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "</s>"])}
     backend = tokenizers.Tokenizer(model(vocab, **({"merges": []} if model is models.BPE else {})))
-    backend.decoder = decoders.Fuse()
     backend.save(str(tmp_path / "tokenizer.json"))
-    insists = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
-    for more, is_said in (({}, model is not models.BPE), ({insists: True}, True)):
-        config = {"eos_token": "</s>", "clean_up_tokenization_spaces": True, **more}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        caplog.clear()
-        assert load_tokenizer(tmp_path).decode([0, 1, 2]) == "a ."
-        assert ("clean_up_tokenization_spaces=True is not followed" in caplog.text) == is_said
+    config = {"eos_token": "</s>", **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(tmp_path).save(tmp_path / "saved")
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "saved")):
+        for words, whole, cleaned in [
+            ("it ' s here .", "it ' s here .", "it's here."),
+            ("do n't a ?", "do n't a ?", "don't a?"),
+            ("do n ' t a ,", "do n ' t a ,", "don't a,"),
+            ("we 're", "we 're", "we're"),
+        ]:
+            ids = [vocab[word] for word in words.split()]
+            assert tokenizer.decode(ids) == (cleaned if cleans_up else whole)
+        spaces = [vocab["a"], vocab[" "], vocab["."]]
+        assert tokenizer.decode(spaces) == ("a  ." if cleans_up else "a   .")
 
 
 def test_text_that_is_no_unicode():

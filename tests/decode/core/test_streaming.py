@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from decode import complete, generate
+from decode.core.results import to_text
 from decode.core.streaming import OPEN, Piece, _overlap, _sure
 from decode.core.texts import Asked
 from decode.diffusion.components import FixedBlocks, Keep, Quota, Remask, TokenEdit
@@ -97,6 +98,16 @@ def test_characters_come_whole():
     assert [len(some) for some in texts] == [0, 1, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 6]
     start = tokenizer.bos_token_id  # which no text shows
     assert _sure(tokenizer, [97, *"🙂".encode()[:2], start], ()) == "a"
+
+
+@pytest.mark.parametrize("stops", [(), ("you .",), ("n't c",)])
+def test_spaces_that_are_taken_out_again_are_not_given_out(stops):
+    tokenizer = dataclasses.replace(byte_tokenizer(), cleans_up=True)
+    ids = list(b"so we do n't care , it 's you .")
+    whole, _, _ = to_text(tokenizer, np.array(ids), stops)
+    texts = [_sure(tokenizer, ids[:n], stops) for n in range(len(ids) + 1)]
+    found = [text for text in texts if text is not None]
+    assert all(whole.startswith(text) for text in found) and len(set(found)) > 3
 
 
 @pytest.mark.parametrize(("text", "stop"), [("abéz", "béz"), ("a🙂b", "a🙂b"), ("ab🙂", "b🙂")])
