@@ -47,25 +47,28 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any] | None = None,
     tokens: Mapping[str, Any] | None = None,
-    now: datetime.datetime | None = None,
+    now: datetime.date | None = None,
 ) -> Rendered:
     """The prompt for a conversation.
 
     As in `transformers`, keys of messages whose value is None count as absent, and what a model
-    thought may be called `reasoning_content`, `thinking` or `reasoning`.
+    thought may be called `reasoning_content`, `thinking` or `reasoning`. Unlike there, a warning
+    says what of all this the template does not write or read.
 
     Args:
       template: Jinja source.
       messages: such as `[{"role": "user", "content": "Hi"}]`.
-      variables: what else the template sees, by name. A warning says so if it reads one of them
-        nowhere.
+      variables: what else the template sees, by name.
       tokens: special tokens, likewise, but without warnings.
       now: the time that `strftime_now` tells; None: this moment.
 
     Raises:
-      ValueError: the template is broken, or it refuses the messages, or there is something else
-        than text, numbers, lists and dictionaries.
+      TypeError: `now` is no date or time.
+      ValueError: the template is broken, or it refuses the messages, or takes a list of parts for
+        text, or there is something else than text, numbers, lists and dictionaries.
     """
+    if now is not None and not isinstance(now, datetime.date):
+        raise TypeError(f"now={now!r} must be a datetime.datetime or a datetime.date")
     variables = {name: _plain(value, name) for name, value in (variables or {}).items()}
     chat = [_message(_plain(message, "messages")) for message in messages]
 
@@ -78,10 +81,39 @@ def render(
         text = compiled.render(seen, messages=chat)
     except Exception as error:  # templates may do anything
         raise ValueError(f"the chat template cannot write these messages: {error}") from error
+    for message in chat:
+        content = message.get("content")
+        if isinstance(content, list) and content and str(content) in text:
+            raise ValueError(
+                f"the chat template writes content={content!s:.60}... as Python would print it: "
+                "it must be text, not a list of parts"
+            )
     unread = [name for name, value in variables.items() if value is not None and name not in reads]
     if unread:
-        logging.warning("The chat template reads no %s.", " and no ".join(unread))
+        _warn(template, f"The chat template reads no {' and no '.join(unread)}.")
+    if roles := _unwritten(compiled, seen, chat):
+        _warn(template, f"The chat template leaves out messages with role {' and '.join(roles)}.")
     return Rendered(text)
+
+
+def _unwritten(
+    compiled: jinja2.Template, seen: Mapping[str, Any], chat: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Roles of messages that the prompt does not show, found by rendering others in their place."""
+    marks = {i: f"qz{i}zq" for i, m in enumerate(chat) if isinstance(m.get("content"), str)}
+    marked = [{**m, "content": marks.get(i, m.get("content"))} for i, m in enumerate(chat)]
+    try:
+        text = compiled.render(seen, messages=marked)
+    except Exception:  # a template may want what these are not, such as JSON
+        return []
+    missing = [i for i, mark in marks.items() if chat[i]["content"] and mark not in text]
+    return sorted({repr(chat[i].get("role")) for i in missing})
+
+
+@functools.lru_cache(maxsize=256)
+def _warn(template: str, said: str) -> None:
+    """Says it once of a template, however many prompts it writes."""
+    logging.warning("%s", said)
 
 
 @functools.lru_cache(maxsize=32)

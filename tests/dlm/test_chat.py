@@ -2,6 +2,7 @@
 
 import datetime
 import doctest
+import json
 import pathlib
 
 import numpy as np
@@ -127,6 +128,56 @@ def test_a_warning_says_what_a_template_does_not_read(caplog):
     assert not caplog.messages
     render("{{ messages }}", [], {"enable_thinkng": True, "tools": []}, TOKENS)
     assert caplog.messages == ["The chat template reads no enable_thinkng and no tools."]
+    render("{{ messages }}", [], {"enable_thinkng": False, "tools": []}, TOKENS)
+    assert len(caplog.messages) == 1  # however many prompts there are
+
+
+_LOOP = "{%% for m in messages %%}%s{%% endfor %%}"
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (_LOOP % "{% if m.role == 'user' %}{{ m.content }}{% endif %}", "'assistant' and 'system'"),
+        ("{{ messages[-1].content }}", "'assistant' and 'system' and 'user'"),
+        # As templates of models that see pictures have it, for lists of parts.
+        (_LOOP % "{% for part in m.content %}{{ part.text }}{% endfor %}",
+         "'assistant' and 'system' and 'user'"),
+        (_LOOP % "{{ m.content | trim | replace('B', 'b') }}", None),
+        ("{{ messages | tojson }}", None),
+        # Nothing else can be written.
+        (_LOOP % "{{ m.content if m.content in ('Be brief.', 'Hi', 'Ho') else 1 / 0 }}", None),
+    ],
+)  # fmt: skip
+def test_a_warning_says_which_messages_a_template_leaves_out(caplog, template, roles):
+    contents = {"system": "Be brief.", "user": "Hi", "assistant": "Ho"}
+    messages = [{"role": role, "content": content} for role, content in contents.items()]
+    render(template, [*messages, {"role": "user", "content": "Hi"}])
+    said = [f"The chat template leaves out messages with role {roles}."]
+    assert caplog.messages == (said if roles else [])
+
+
+def test_there_may_be_no_content_to_leave_out(caplog):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    render("{{ messages[1].tool_calls }}", [{"role": "user", "content": ""}, call])
+    assert not caplog.messages
+
+
+def test_the_content_of_a_message_may_come_in_parts():
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert render("{{ messages[0].content[0].text }}", messages) == "Hi"
+    assert render("{{ messages[0].content | tojson }}", messages) == json.dumps(
+        messages[0]["content"]
+    )
+    with pytest.raises(ValueError, match=r"writes content=.*as Python would print it: it must be"):
+        render("<{{ messages[0].content }}>", messages)
+
+
+def test_now_is_a_date():
+    template = "{{ strftime_now('%d %b %Y') }}"
+    assert render(template, [], now=datetime.date(2024, 7, 1)) == "01 Jul 2024"
+    with pytest.raises(TypeError, match=r"now='2024-07-01' must be a datetime\.datetime or a dat"):
+        render(template, [], now="2024-07-01")
 
 
 def test_numbers_of_numpy_are_numbers():
