@@ -29,7 +29,9 @@ def parse_lines(raw: bytes, name: object) -> list[tuple[int, Any]]:
             raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from error
         except (ValueError, RecursionError) as error:  # no JSON, or numbers or depths without end
             said = getattr(error, "msg", None) or str(error)
-            raise ValueError(f"{name}, line {number}: not valid JSON ({said})") from error
+            raise ValueError(
+                f"{name}, line {number}: not valid JSON ({said}); every line must be one JSON value"
+            ) from error
         found.append((number, value))
     if not found:
         raise ValueError(f"{name} holds no records; it must have one JSON value per line")

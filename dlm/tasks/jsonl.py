@@ -57,13 +57,21 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
         where: the record's origin, for the error.
 
     Raises:
-        ValueError: the record lacks a field of the template, has null, NaN, a list or an object
-            there, does not fit its format specification, or is no Unicode.
+        ValueError: the template is broken or names an attribute ("{field.attribute}"); the record
+            lacks a field of the template, has null, NaN, a list or an object there, does not fit
+            its format specification, or is no Unicode.
     """
     formatter = string.Formatter()
-    for _, field, _, _ in formatter.parse(template):
-        if field is None:
-            continue
+    try:
+        fields = [field for _, field, _, _ in formatter.parse(template) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"the template {template!r} is broken: {error}") from error
+    for field in fields:
+        if "." in re.sub(r"\[[^]]*\]", "", field):
+            raise ValueError(
+                f"the template's field {field!r} has a dot, which would name an attribute: entries "
+                "of objects are {object[key]}, and a field with a dot in its name needs another"
+            )
         try:
             value, _ = formatter.get_field(field, (), record)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -86,7 +94,7 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
             )
     try:
         text = template.format_map(record)
-    except (KeyError, TypeError, ValueError) as error:  # such as "{x:.2f}" where x is text
+    except (KeyError, TypeError, ValueError, MemoryError) as error:  # "{x:.2f}" where x is text
         raise ValueError(f"{where}: the template {template!r} does not fit: {error}") from error
     try:
         text.encode()

@@ -73,6 +73,27 @@ def test_errors_name_file_and_line(tmp_path):
         jsonl.JsonlTask(bad, "{q}", "")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{q.count}",
+            r"the template's field 'q.count' has a dot, .* entries of objects are {object",
+        ),
+        ("{q.__class__}", r"the template's field 'q.__class__' has a dot"),
+        ("{q[0].real}", r"the template's field 'q\[0\].real' has a dot"),
+        ("{a.b}", r"the template's field 'a.b' has a dot, .* with a dot in its name needs another"),
+        ("{q", r"the template '{q' is broken: expected '}'"),
+        ("{m[x.y]:9999999999999}", r"line 1: the template '{m\[x.y\]:9+}' does not fit"),
+    ],
+)
+def test_templates_that_are_refused(tmp_path, template, message):
+    path = write(tmp_path / "toy.jsonl", {"q": [1], "a.b": "x", "m": {"x.y": "z"}})
+    with pytest.raises(ValueError, match=message):
+        jsonl.JsonlTask(path, template, "")
+    assert jsonl.JsonlTask(path, "{m[x.y]}", "")[0].prompt == "z"
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     path = tmp_path / "marked.jsonl"
     path.write_text('{"q": 1}\r\n{"q": 2}\r\n', encoding="utf-8-sig")
