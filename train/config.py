@@ -42,6 +42,8 @@ class DataConfig:
       buckets: smaller (prompt_len, completion_len) for batches of shorter examples, each of which
         goes to the smallest one it fits. Such a batch has more rows, for about as many tokens; how
         many depends on the mesh too. Every bucket is compiled on its own.
+      plain: whether special tokens that are written in texts, such as "<|endoftext|>", are text. If
+        not, each is the token, but for MASK, which is refused.
       packing: whether texts, each with its EOS, are joined and cut into rows of completion_len
         tokens; prompts must be empty.
       keep_apart: whether packed texts are kept from seeing each other.
@@ -59,6 +61,7 @@ class DataConfig:
     batch_size: int
     too_long: str = "refuse"
     buckets: tuple[tuple[int, int], ...] = ()
+    plain: bool = False
     packing: bool = False
     keep_apart: bool = False
     seed: int = 0

@@ -24,7 +24,7 @@ from dlm import tasks
 from dlm.sharding import logical_sharding
 from dlm.tokenizer import Tokenizer
 from train.config import ConfigError, DataConfig
-from train.data.encode import encode_example, encode_text
+from train.data.encode import encode_example, encode_text, mask_text
 from train.data.rows import Bucketed, Packed, Row, Whole, bucket_sizes, rows_of, stack
 
 Batch = dict[str, Any]
@@ -231,10 +231,11 @@ def _encoder(task: tasks.Task, tokenizer: Tokenizer, data: DataConfig) -> Callab
             raise ConfigError(str(error)) from error
         try:
             if data.packing:
-                row = encode_text(example, tokenizer)
+                row = encode_text(example, tokenizer, data.plain)
             else:
+                lengths = data.prompt_len, data.completion_len
                 cut = data.too_long == "cut"
-                row = encode_example(example, tokenizer, data.prompt_len, data.completion_len, cut)
+                row = encode_example(example, tokenizer, *lengths, cut, data.plain)
         except ConfigError as error:
             raise ConfigError(f"{task.where(index)}: {error}") from error
         return {**row, "index": np.array(index, np.int32)}
@@ -254,19 +255,18 @@ def _that_fit(
       ConfigError: an example is too long and is to be refused, or none is short enough.
     """
     everything = range(len(task))
-    if data.packing:  # no text is too long, but none may have a prompt
-        for index, example in enumerate(task.loaded):
-            if len(example.prompt):
-                encode(index)
-        return everything
-    if data.too_long == "cut" or (data.too_long == "refuse" and not task.loaded):
+    if data.packing:  # no text is too long
+        _check_loaded(task, tokenizer, data, encode)
         return everything
     encode_cut = _encoder(task, tokenizer, dataclasses.replace(data, too_long="cut"))
+    _check_loaded(task, tokenizer, data, encode_cut)
+    if data.too_long == "cut" or (data.too_long == "refuse" and not task.loaded):
+        return everything
     wrong = []
     for start in range(0, len(task), _AT_ONCE):
         chunk = everything[start : start + _AT_ONCE]
         try:
-            lengths = _num_tokens([task[index] for index in chunk], tokenizer)
+            lengths = _num_tokens([task[index] for index in chunk], tokenizer, data.plain)
         except Exception:  # neither tasks nor the tokenizers library raise anything narrower
             for index in chunk:
                 encode_cut(index)  # says which example it is, and what is wrong
@@ -294,14 +294,28 @@ def _that_fit(
     return sorted(set(everything) - set(wrong))
 
 
-def _num_tokens(examples: Sequence[Any], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _check_loaded(
+    task: tasks.Task, tokenizer: Tokenizer, data: DataConfig, encode: Callable[[int], Row]
+) -> None:
+    """Encodes the examples in memory that may be refused for something else than their length."""
+    mask = None if data.plain else mask_text(tokenizer)
+    for index, example in enumerate(task.loaded):
+        if isinstance(example, tasks.Example):
+            has_mask = mask is not None and (mask in example.prompt or mask in example.completion)
+            if has_mask or (data.packing and example.prompt):
+                encode(index)
+
+
+def _num_tokens(
+    examples: Sequence[Any], tokenizer: Tokenizer, plain: bool
+) -> list[tuple[int, int]]:
     """At most how many tokens the prompt has, and the completion with its EOS, of some examples."""
     if isinstance(examples[0], tasks.Encoded):
         return [(len(example.prompt), len(example.completion)) for example in examples]
-    encode = tokenizer.backend.encode_batch_fast  # prompts may have a begin token already
-    prompts = encode([example.prompt for example in examples], add_special_tokens=True)
-    completions = encode([example.completion for example in examples], add_special_tokens=False)
-    return [(len(p), len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
+    # Prompts may have a begin token already.
+    prompts = tokenizer.num_tokens([x.prompt for x in examples], whole=True, plain=plain)
+    completions = tokenizer.num_tokens([x.completion for x in examples], plain=plain)
+    return [(p, c + 1) for p, c in zip(prompts, completions, strict=True)]
 
 
 def _bucket_sizes(data: DataConfig, num_shards: int) -> dict[tuple[int, int], int]:

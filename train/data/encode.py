@@ -20,6 +20,7 @@ def encode_example(
     prompt_len: int,
     completion_len: int,
     cut: bool = False,
+    plain: bool = False,
 ) -> dict[str, np.ndarray]:
     """One row of a batch.
 
@@ -31,23 +32,22 @@ def encode_example(
       completion_len: G; the completion and one EOS must fit.
       cut: whether what does not fit is cut instead: the first tokens of a prompt, the last ones of
         a completion, which then has no EOS.
+      plain: whether special tokens written in texts are text.
 
     Returns:
       prompt [P], prompt_start [], completion [G] and completion_len [], of token ids step_map [G]
       too, all int32; see `train.objectives`. Of arrays, those.
 
     Raises:
-      ConfigError: the prompt or the completion is too long; arrays are of other lengths.
+      ConfigError: the prompt or the completion is too long or has a MASK token; arrays are of other
+        lengths.
     """
     if isinstance(example, tasks.Arrays):
         return _check_arrays(example, prompt_len, completion_len)
     if isinstance(example, tasks.Encoded):
         return _pad_encoded(example, tokenizer, prompt_len, completion_len, cut)
-    try:
-        prompt = tokenizer.encode(example.prompt, whole=True)  # as decoding will
-        completion = tokenizer.encode(example.completion)
-    except ValueError as error:
-        raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
+    prompt = _encode(example.prompt, tokenizer, plain, whole=True)  # as decoding will
+    completion = _encode(example.completion, tokenizer, plain)
     if cut:
         prompt = prompt[max(0, len(prompt) - prompt_len) :]
         completion = completion[:completion_len]
@@ -122,22 +122,44 @@ def _check_arrays(
     return dict(example.values)
 
 
-def encode_text(example: tasks.Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """A text to be packed: "tokens" [n] int32, with one EOS at the end.
+def encode_text(
+    example: tasks.Example, tokenizer: Tokenizer, plain: bool = False
+) -> dict[str, np.ndarray]:
+    """A text to be packed: "tokens" [n] int32, with what the tokenizer adds and EOS at the end.
 
     Raises:
-      ConfigError: the example has a prompt.
+      ConfigError: the example has a prompt or a MASK token.
     """
     if len(example.prompt):
         raise ConfigError(
             f"data.packing=True takes whole texts, but there is a prompt: "
             f"{_shorten(example.prompt)}"
         )
+    tokens = _encode(example.completion, tokenizer, plain, whole=True)
+    if tokens[-1:] != [tokenizer.eos_token_id]:
+        tokens.append(tokenizer.eos_token_id)
+    return {"tokens": np.array(tokens, np.int32)}
+
+
+def mask_text(tokenizer: Tokenizer) -> str | None:
+    """How the MASK token is written; None: there is none."""
+    mask = tokenizer.mask_token_id
+    return None if mask is None else tokenizer.backend.id_to_token(mask)
+
+
+def _encode(text: str, tokenizer: Tokenizer, plain: bool, whole: bool = False) -> list[int]:
+    """Token ids. MASK is none of them: it would be learned as what is to be decided."""
     try:
-        tokens = tokenizer.encode(example.completion)
+        tokens = tokenizer.encode(text, whole=whole, plain=plain)
     except ValueError as error:
         raise ConfigError(f"data.tokenizer does not fit the task: {error}") from error
-    return {"tokens": np.array([*tokens, tokenizer.eos_token_id], np.int32)}
+    if tokenizer.mask_token_id in tokens:
+        name = str(mask_text(tokenizer))
+        raise ConfigError(
+            f"the text has {name!r} at character {text.find(name)}, which is the MASK token: take "
+            "it out, or set data.plain=True, with which special tokens in texts are text"
+        )
+    return tokens
 
 
 def _shorten(text: str) -> str:

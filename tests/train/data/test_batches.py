@@ -8,7 +8,7 @@ from tokenizers import processors
 from dlm.sharding import make_mesh
 from dlm.tasks import Encoded, Example
 from dlm.tasks.jsonl import JsonlTask
-from dlm.tokenizer import Tokenizer, word_tokenizer
+from dlm.tokenizer import Tokenizer, byte_tokenizer, word_tokenizer
 from tests.lib import toys
 from train import data
 from train.config import ConfigError, DataConfig
@@ -108,6 +108,40 @@ def test_a_begin_token_needs_room_too():
     }
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"too_long": "cut"}, {"too_long": "leave_out"}, {"packing": True}]
+)
+def test_the_text_of_a_mask_token_is_no_mask_token(tmp_path, changes):
+    """In records it is named before any batch, or text like all special tokens."""
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"a": "ab"}\n' * 200 + '{"a": "a<|mdm_mask|>"}\n{"a": "<|endoftext|>"}\n')
+    config = dataclasses.replace(CONFIG, prompt_len=0, completion_len=99, **changes)
+    task, tokenizer = JsonlTask(path, "", "{a}"), byte_tokenizer()
+    with pytest.raises(
+        ConfigError, match=r"line 201: the text has '<\|mdm_mask\|>' at character 1"
+    ):
+        data.train_iterator(task, tokenizer, config)
+    plain = dataclasses.replace(config, plain=True)
+    iterator = data.train_iterator(task, tokenizer, plain)
+    texts = "".join(
+        map(tokenizer.decode, np.concatenate([next(iterator)["completion"] for _ in range(60)]))
+    )
+    assert "a<|mdm_mask|>" in texts and "<|endoftext|>" in texts
+    row = data.encode_example(task[201], tokenizer, 0, 14, plain=True)
+    assert row["completion"].tolist() == [*b"<|endoftext|>", 256] and row["completion_len"] == 14
+    row = data.encode_example(task[201], tokenizer, 0, 14)
+    assert row["completion"].tolist() == [256] * 14
+
+
+def test_a_mask_token_in_a_prompt_or_in_validation(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"q": "<|mdm_mask|>", "a": "b"}\n')
+    config = dataclasses.replace(CONFIG, prompt_len=20, batch_size=1)
+    for call in (data.train_iterator, lambda *args: data.valid_batches(*args, 1)):
+        with pytest.raises(ConfigError, match=r"line 1: the text has .*set data\.plain=True"):
+            call(JsonlTask(path, "{q}", "{a}"), byte_tokenizer(), config)
+
+
 def test_all_rows_at_once_but_for_those_that_are_left_out():
     task = toys.Lines()
     config = dataclasses.replace(CONFIG, too_long="leave_out", batch_size=0)
@@ -135,6 +169,18 @@ def test_packed_texts_with_prompts_come_before_any_batch(tmp_path):
     config = dataclasses.replace(CONFIG, prompt_len=0, packing=True)
     with pytest.raises(ConfigError, match=r"line 201: data\.packing=True takes whole texts"):
         data.train_iterator(JsonlTask(path, "{q}", "{a}"), TOKENIZER, config)
+
+
+@pytest.mark.parametrize("single", [["^", "$A"], ["^", "$A", "<|endoftext|>"]])
+def test_packed_texts_have_what_the_tokenizer_adds(single):
+    """And one end, as a prompt begins when decoding."""
+    backend = word_tokenizer("abcdef>^").backend
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("^", 7), ("<|endoftext|>", 8)]
+    )
+    tokenizer = Tokenizer(backend, 8, 8, bos_token_id=7)
+    for text in ("ab", "^ab"):
+        assert data.encode_text(Example("", text, {}), tokenizer)["tokens"].tolist() == [7, 0, 1, 8]
 
 
 def test_errors_reach_the_loop_from_reading_threads():
