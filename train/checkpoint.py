@@ -54,7 +54,26 @@ MAY_CHANGE = (
     "mesh",
 )
 
+# What there is in a run's folder, as said above.
+_FILES = (
+    "config.json", "model.json", "data.json", "frozen.json", "versions.json",
+    "generation_config.json", "metrics.jsonl", "lock.json", "exported.json",
+)  # fmt: skip
+_FOLDERS = ("tokenizer", "checkpoints", "model")
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def check_kinds(workdir: pathlib.Path) -> None:
+    """Raises ConfigError if a folder is where a run has a file, or the other way round."""
+    for name in (*_FILES, *_FOLDERS):
+        path = workdir / name
+        if path.exists() and path.is_dir() != (name in _FOLDERS):
+            wanted, found = ("folder", "file") if name in _FOLDERS else ("file", "folder")
+            raise ConfigError(
+                f"{path} must be a {wanted}, which a run writes, and is a {found}: move it away or "
+                "choose another folder"
+            )
 
 
 def check_is_run(workdir: pathlib.Path) -> None:

@@ -39,7 +39,7 @@ from dlm.tokenizer import Tokenizer
 from dlm.trainable import Trainable
 from train import checkpoint, data
 from train.config import ConfigError, OptimConfig, RunConfig, build, from_config_dict
-from train.metrics import NonFiniteError, Reporter, is_due, read_metrics
+from train.metrics import FILE_NAME, NonFiniteError, Reporter, is_due, read_metrics
 from train.model import RunModel, open_model
 from train.objectives import Objective
 from train.step import (
@@ -102,6 +102,7 @@ def run(
     num_steps = settings.train.num_steps
     folder = pathlib.Path(workdir).expanduser()
     check_writable(folder)
+    checkpoint.check_kinds(folder)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(hold(folder))
@@ -462,5 +463,5 @@ def _export(folder: pathlib.Path, trainable: Trainable, own: Params, model: RunM
 
 
 def _result(folder: pathlib.Path, step: int, model_path: pathlib.Path | None) -> RunResult:
-    lines = read_metrics(folder)
+    lines = read_metrics(folder) if (folder / FILE_NAME).exists() else []
     return RunResult(step=step, metrics=lines[-1] if lines else {}, model_path=model_path)

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import jax
 import tqdm
+from absl import logging
 
 from train.config import ConfigError, LogConfig, RunConfig, to_json
 
@@ -143,9 +144,26 @@ class Reporter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`, oldest first."""
-    text = (pathlib.Path(workdir) / FILE_NAME).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """The lines of a run's `metrics.jsonl`, oldest first.
+
+    A last line that is being written, or that an interruption cut short, is not among them.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ConfigError: another line is damaged.
+    """
+    file = pathlib.Path(workdir) / FILE_NAME
+    *lines, _ = file.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{file}, line {number} is damaged ({error}): delete the line"
+            ) from error
+        found.append(values)
+    return found
 
 
 class MetricWriter:
@@ -210,15 +228,18 @@ class MetricWriter:
 
 def _open_after(path: pathlib.Path, step: int) -> TextIO:
     """Opens a metrics file for appending, without lines of steps after `step`."""
-    kept = []
+    kept, num_broken = [], 0
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 is_kept = json.loads(line)["step"] <= step
             except (ValueError, KeyError, TypeError, RecursionError):
                 is_kept = False  # the process or the machine went down while it was written
+                num_broken += 1
             if is_kept:
                 kept.append(line + "\n")
+    if num_broken:
+        logging.warning("Dropped %d broken lines of %s.", num_broken, path)
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)

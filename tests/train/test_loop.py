@@ -86,6 +86,19 @@ def test_running_a_finished_run_again_changes_nothing(finished, tmp_path):
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
 
 
+def test_a_finished_run_may_have_lost_its_metrics(finished, tmp_path):
+    workdir, result = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    file = copy / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert loop.run(toy_config(), copy).metrics == read_metrics(workdir)[-2]
+    file.unlink()
+    assert loop.run(toy_config(), copy) == dataclasses.replace(
+        result, metrics={}, model_path=copy / "model"
+    )
+
+
 @pytest.mark.parametrize("noted", [4, *more(None)])
 def test_a_model_that_was_not_written_to_its_end_is_written_again(finished, tmp_path, noted):
     workdir, _ = finished
@@ -117,6 +130,24 @@ def test_unwritable_workdir_comes_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_build_tasks", lambda _: pytest.fail("worked"))
     with pytest.raises(ConfigError, match="cannot be written to"):
         loop.run(toy_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metrics.jsonl", "metrics.jsonl must be a file, which a run writes, and is a folder"),
+        ("lock.json", "lock.json must be a file, which a run writes, and is a folder: move it aw"),
+        ("checkpoints", "checkpoints must be a folder, which a run writes, and is a file"),
+        ("model", "model must be a folder, which a run writes, and is a file: move it away or"),
+    ],
+)
+def test_folders_in_place_of_files_come_before_any_work(tmp_path, monkeypatch, name, message):
+    """And files in place of folders: neither is written over, nor found when a run has ended."""
+    monkeypatch.setattr(loop, "_build_tasks", lambda _: pytest.fail("worked"))
+    path = tmp_path / name
+    path.mkdir() if name.endswith(("json", "jsonl")) else path.write_text("mine")
+    with pytest.raises(ConfigError, match=message):
+        loop.run(toy_config(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import sys
 
 import jax.numpy as jnp
@@ -66,7 +67,18 @@ def test_non_finite_steps_are_not_written_nor_validated(tmp_path, bad):
     assert read_metrics(tmp_path) == []
 
 
-def test_resuming_drops_later_and_broken_lines(tmp_path):
+def test_lines_are_read_while_they_are_written(tmp_path):
+    path = tmp_path / FILE_NAME
+    for rest in (b"", b'{"step": 2, "lo', b'{"step": 2', b"\xff"):
+        path.write_bytes(b'{"step": 1}\n' + rest)
+        assert read_metrics(tmp_path) == [{"step": 1}]
+    for damage in (b'{"step": 2, "lo\n', b"\xff\n", b"[" * 100_000 + b"\n"):
+        path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 3}\n')
+        with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2 is damaged .*: delete the"):
+            read_metrics(tmp_path)
+
+
+def test_resuming_drops_later_and_broken_lines(tmp_path, caplog):
     path = tmp_path / FILE_NAME
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(1, 6)]
     rest = b'\n\xff\n\0\0\n[]\n{"step": 6, "lo'
@@ -77,6 +89,7 @@ def test_resuming_drops_later_and_broken_lines(tmp_path):
     assert path.read_text().splitlines()[:3] == lines[:3]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[-1]["loss"] == 0.25
+    assert re.search("Dropped 4 broken lines of .*metrics.jsonl", caplog.text)
 
 
 def test_missing_extras_are_named(tmp_path, monkeypatch):
