@@ -221,7 +221,11 @@ def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
         method = SpeculativeMethod()
     elif isinstance(method, str):
         method = named(method)
-    return method.replace(**{k: choice for k, choice in given.items() if choice is not None})
+    elif not isinstance(method, SpeculativeMethod):
+        raise ValueError(f"method={method!r} must be a SpeculativeMethod, or the name of one")
+    method = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
+    method.check_kinds()
+    return method
 
 
 def collect(

@@ -15,6 +15,7 @@ from decode.core.requests import (
     OnePrompt,
     Prompt,
     read_stop_ids,
+    whole_number,
 )
 from decode.core.results import (
     Completion,
@@ -43,6 +44,7 @@ from decode.diffusion.contracts import (
     Stopper,
 )
 from decode.diffusion.loop import DiffusionMethod, DiffusionState, decode, init_state
+from decode.diffusion.method import AXES, check_axes
 from decode.diffusion.points import blocks_of, complete, named
 from dlm.lm import LanguageModel
 
@@ -271,9 +273,12 @@ def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) ->
         "stop_ids": read_stop_ids(choices.get("stop_ids", ())) or None,
     }
     given = {name: choice for name, choice in given.items() if choice is not None}
+    check_axes({axis: choice for axis, choice in given.items() if axis in AXES})
     block_len = choices.get("block_len", "auto")
     if block_len == "auto":
         block_len = lm.cfg.block_len or 32
+    if block_len is not None:
+        block_len = whole_number("block_len", block_len)
     if method is None:
         return complete(block_len, **(blocks_of(lm.cfg, block_len) | given))
     if isinstance(method, str):
@@ -282,6 +287,8 @@ def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) ->
         if block_len is None and type(method.scheduler) is FixedBlocks:
             # One block, whose length need not be part of the program.
             method = method.replace(scheduler=FixedBlocks(None))
+    elif not isinstance(method, DiffusionMethod):
+        raise ValueError(f"method={method!r} must be a DiffusionMethod, or the name of one")
     return method.replace(**given)
 
 

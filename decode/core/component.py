@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from typing import Any
+
 from flax import struct
 
+from decode.core.requests import real_number, whole_number
 from dlm.config import ModelConfig
 
 
@@ -26,3 +31,19 @@ class Part:
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
+
+
+def check_numbers(made: Any) -> None:
+    """Raises ValueError unless the fields of a dataclass that are numbers hold some.
+
+    Those that count hold whole ones. Fields that hold several numbers are not looked at.
+    """
+    for field in dataclasses.fields(made):
+        kinds = set(re.split(r"\W+", str(field.type)))
+        value = getattr(made, field.name)
+        if (value is None and "None" in kinds) or kinds & {"bool", "str", "tuple", "Sequence"}:
+            continue
+        if "float" in kinds:
+            real_number(field.name, value)
+        elif "int" in kinds:
+            whole_number(field.name, value)

@@ -90,6 +90,16 @@ def whole_number(name: str, value: Any) -> int:
     raise ValueError(f"{name}={value!r} must be a whole number")
 
 
+def real_number(name: str, value: Any) -> float:
+    """A number, numpy's and JAX's included; ValueError if `value` is none."""
+    try:
+        if not isinstance(value, (bool, str, bytes)):
+            return float(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}={value!r} must be a number")
+
+
 def per_prompt(name: str, values: int | Sequence[int], num: int) -> list[int]:
     """One value per prompt; ValueError unless there is one for all, or as many as prompts."""
     if not _is_list(values):
@@ -243,7 +253,8 @@ def read_requests(
 
     Raises:
       ValueError: on an empty list, an empty prompt where there must be a token to go on from, a
-        prompt that holds MASK or ids the model does not have, or lengths it does not allow.
+        prompt that holds MASK or ids the model does not have, lengths it does not allow, or seeds
+        of more than 64 bits.
     """
     num = len(prompts)
     if num == 0:
@@ -271,6 +282,8 @@ def read_requests(
         )
     key = np.zeros((B, 2), np.uint32)
     for b, seed in enumerate(seed_list):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed={seed} of prompt {b} must be a number of 64 bits")
         key[b] = np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
     return Requests(gen_lens, key, P, G, B)
 

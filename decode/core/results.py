@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core.requests import real_number, whole_number
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
@@ -136,12 +137,20 @@ def read_bias(lm: LanguageModel, logit_bias: Mapping[int, float] | None) -> jax.
     """Token id -> bias as [V] float32; None: none.
 
     Raises:
-      ValueError: there is no such token.
+      ValueError: it is no mapping, there is no such token, or a bias is neither finite nor -inf,
+        with which a token is never written.
     """
+    if logit_bias is None:
+        return None
+    if not isinstance(logit_bias, Mapping):
+        raise ValueError(f"logit_bias={logit_bias!r} must map token ids to numbers")
     if not logit_bias:
         return None
     bias = np.zeros(lm.cfg.vocab_size, np.float32)
     for token, value in logit_bias.items():
+        whole_number("a token of logit_bias", token)
+        if not real_number(f"logit_bias of token {token}", value) < np.inf:
+            raise ValueError(f"logit_bias of token {token}={value} must be finite, or -inf")
         if not 0 <= token < lm.cfg.vocab_size:
             raise ValueError(
                 f"logit_bias has token {token}, not in [0, vocab_size={lm.cfg.vocab_size})"

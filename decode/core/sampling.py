@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.component import check_numbers
 from decode.core.streams import wrap
 from dlm.config import ModelConfig
 
@@ -53,6 +54,7 @@ class Sampling(struct.PyTreeNode):
             "min_p": ("in [0, 1]", lambda x: 0 <= x <= 1),
             "repetition_penalty": ("positive", lambda x: x > 0),
         }
+        check_numbers(self)
         for name, (wanted, is_right) in checks.items():
             value = getattr(self, name)
             if value is not None and not is_right(float(value)):

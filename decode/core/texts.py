@@ -303,6 +303,8 @@ def read_asked(
     gen_len = options.get("gen_len", GEN_LEN)
     num_return = whole_number("num_return", options.get("num_return", 1))
     beside: dict[str, list[Any]] = {}
+    if not isinstance(infill, bool):
+        raise ValueError(f"infill={infill!r} must be True or False")
     if infill:
         if stops:
             raise ValueError("infill=True has no stop strings: they may stand in what is given")

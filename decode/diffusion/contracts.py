@@ -23,6 +23,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.component import Part
+from decode.core.requests import real_number
 from decode.diffusion.round import Frame, Progress, Revision, Round
 from dlm.config import ModelConfig
 
@@ -305,7 +306,7 @@ def check_range(
 
     `ends` has "(" in place of "[", and ")" in place of "]", for an end that is itself ruled out.
     """
-    number, left, right = float(value), *ends
+    number, left, right = real_number(name, value), *ends
     is_above = number > low if left == "(" else number >= low
     is_below = number < high if right == ")" else number <= high
     if not (is_above and is_below):

@@ -5,12 +5,16 @@ Letters: B rows, G completion positions, W window positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from decode.constraints.token_ban import TokenBan
+from decode.core.component import check_numbers
 from decode.core.results import check_top_logprobs
 from decode.diffusion.caches.canvas import CachePolicy
 from decode.diffusion.caches.no_cache import NoCache
@@ -44,6 +48,13 @@ AXES: dict[str, type[Component]] = {
     "constraint": Constraint,
     "inputs": Inputs,
 }
+
+
+def check_axes(components: Mapping[str, Any]) -> None:
+    """Raises ValueError unless every component, by axis, is one of that axis."""
+    for axis, component in components.items():
+        if not isinstance(component, AXES[axis]):
+            raise ValueError(f"{axis}={component!r} must be of class {AXES[axis].__name__}")
 
 
 class DiffusionMethod(struct.PyTreeNode):
@@ -114,9 +125,10 @@ class DiffusionMethod(struct.PyTreeNode):
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, if the method makes no sense for the model."""
-        for axis, component in self.components.items():
-            if not isinstance(component, AXES[axis]):
-                raise ValueError(f"{axis}={component!r} must be a {AXES[axis].__name__}")
+        check_axes(self.components)
+        for part in (self, *self.components.values()):
+            check_numbers(part)
+        for component in self.components.values():
             component.validate(cfg)
         check_top_logprobs(self.top_logprobs, cfg.vocab_size)
         if cfg.block_len is not None and self.cache.looks_ahead:

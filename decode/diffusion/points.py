@@ -324,4 +324,8 @@ def _check_kind(name: str, field: dataclasses.Field[Any], value: object) -> None
 
 def _suggest(name: str, table: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, table, n=4, cutoff=0.5)
-    return f"close: {', '.join(close)}" if close else f"there are {', '.join(table)}"
+    if close:
+        return f"close: {', '.join(close)}"
+    names = list(table)
+    others = f" and {len(names) - 10} others" if len(names) > 10 else ""
+    return f"there are {', '.join(names[:10])}{others}"

@@ -30,6 +30,7 @@ import numpy as np
 from flax import struct
 
 from decode.core import loop
+from decode.core.component import check_numbers
 from decode.core.requests import read_requests
 from decode.core.results import TopTokens, check_top_logprobs
 from decode.core.sampling import Sampling, draw
@@ -75,6 +76,7 @@ class SpeculativeMethod(struct.PyTreeNode):
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, unless the choices make sense for the model."""
+        self.check_kinds()
         for part in (self.drafter, self.acceptance, self.sampling, self.controller):
             if part is not None:
                 part.validate(cfg)
@@ -85,6 +87,17 @@ class SpeculativeMethod(struct.PyTreeNode):
         for token in np.asarray(self.stop_ids, np.int64):
             if not 0 <= token < cfg.vocab_size:
                 raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+
+    def check_kinds(self) -> None:
+        """Raises ValueError unless every choice is of its class, and numbers are numbers."""
+        kinds = {"drafter": Drafter, "acceptance": AcceptanceRule, "sampling": Sampling}
+        if self.controller is not None:
+            kinds["controller"] = Controller
+        check_numbers(self)
+        for name, kind in kinds.items():
+            if not isinstance(part := getattr(self, name), kind):
+                raise ValueError(f"{name}={part!r} must be of class {kind.__name__}")
+            check_numbers(part)
 
     @property
     def needs_probs(self) -> bool:

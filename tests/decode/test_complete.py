@@ -100,6 +100,23 @@ def test_bad_options_are_refused(lm):
         complete(lm, "abc", gen_len=4, temperature=1.0, top_p=2.0)
     with pytest.raises(TypeError, match="prompts is a int"):
         complete(lm, 5)
+    for options, message in (
+        (dict(top_k=1.5), "top_k=1.5 must be a whole number"),
+        (dict(temperature=[1.0]), r"temperature=\[1.0\] must be a number"),
+        (dict(method=5), "method=5 must be a SpeculativeMethod, or the name of one"),
+        (dict(drafter="prompt_lookup"), "drafter='prompt_lookup' must be of class Drafter"),
+        (dict(acceptance=5), "acceptance=5 must be of class AcceptanceRule"),
+        (dict(controller=True), "controller=True must be of class Controller"),
+        (dict(logit_bias=[1]), r"logit_bias=\[1\] must map token ids to numbers"),
+        (dict(logit_bias={"a": 1}), "a token of logit_bias='a' must be a whole number"),
+        (dict(logit_bias={1.5: 1}), "a token of logit_bias=1.5 must be a whole number"),
+        (dict(logit_bias={1: "x"}), "logit_bias of token 1='x' must be a number"),
+        (dict(logit_bias={1: float("nan")}), "logit_bias of token 1=nan must be finite, or -inf"),
+        (dict(logit_bias={1: float("inf")}), "logit_bias of token 1=inf must be finite, or -inf"),
+        (dict(seed=2**64), f"seed={2**64} of prompt 0 must be a number of 64 bits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            complete(lm, "abc", gen_len=4, **options)
 
 
 def test_the_most_probable_tokens_are_reported(lm):

@@ -170,6 +170,15 @@ def test_sharded_model(lm, axes):
         (PROMPT, dict(temperature=-1.0), ValueError, "temperature=-1 must be positive"),
         (PROMPT, dict(gen_len=0), ValueError, "gen_len=0"),
         (PROMPT, dict(block_len=0), ValueError, "block_len=0"),
+        (PROMPT, dict(block_len=1.5), ValueError, "block_len=1.5 must be a whole number"),
+        (PROMPT, dict(block_len="x"), ValueError, "block_len='x' must be a whole number"),
+        (PROMPT, dict(confidence=5), ValueError, "confidence=5 must be of class Confidence"),
+        (PROMPT, dict(reviser="x"), ValueError, "reviser='x' must be of class Reviser"),
+        (PROMPT, dict(method=5), ValueError, "method=5 must be a DiffusionMethod, or the name"),
+        (PROMPT, dict(temperature="x"), ValueError, "temperature='x' must be a number"),
+        (PROMPT, dict(lookahead=1.5), ValueError, "lookahead=1.5 must be a whole number"),
+        (PROMPT, dict(top_logprobs=1.5), ValueError, "top_logprobs=1.5 must be a whole number"),
+        (PROMPT, dict(infill="no"), ValueError, "infill='no' must be True or False"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(lm, prompts, options, error, message):

@@ -82,6 +82,19 @@ def check_refusals(made: Any, refuse: Callable[[Any], object], *known: Any) -> N
         assert f"{name}=" in message and " must " in message and "\n" not in message, message
 
 
+def check_wrong_kinds(made: Any, refuse: Callable[[Any], object]) -> None:
+    """What is no number where one must be, or no whole one, is refused as by `check_refusals`."""
+    for field in dataclasses.fields(made):
+        kinds = set(re.split(r"\W+", str(field.type)))
+        if not kinds & {"int", "float"} or kinds & {"bool", "tuple", "str"}:
+            continue
+        for value in ("1", [1.0], True, *([] if "float" in kinds else [1.5])):
+            with pytest.raises(ValueError) as error:
+                refuse(dataclasses.replace(made, **{field.name: value}))
+            whole = "a number" if "float" in kinds else "a whole number"
+            assert str(error.value) == f"{field.name}={value!r} must be {whole}"
+
+
 def _outside(text: str, is_whole: bool, known: tuple[Any, ...]) -> list[Any] | None:
     """Values that a range rules out; None if there is none in the text."""
     step: Any = 1 if is_whole else 0.25

@@ -16,7 +16,7 @@ from decode.diffusion.loop import decode, init_state, stream
 from decode.diffusion.method import DiffusionMethod
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
-from tests.lib.docs import check_refusals
+from tests.lib.docs import check_refusals, check_wrong_kinds
 from tests.lib.methods import CASES, NAMES, method_with
 from tests.lib.models import TOY_CFG
 from tests.lib.tiers import more
@@ -101,7 +101,9 @@ def test_nonsense_is_refused(axis, cls):
     method = method_with(axis, cls)
     refuse = lambda component: state_of(method.replace(**{axis: component}))
     check_refusals(getattr(method, axis), refuse, TOY_CFG)
+    check_wrong_kinds(getattr(method, axis), refuse)
 
 
 def test_nonsense_beside_the_components_is_refused():
     check_refusals(DiffusionMethod(), state_of)
+    check_wrong_kinds(DiffusionMethod(), state_of)

@@ -68,5 +68,5 @@ def test_short_names():
     assert by_name("stopper", "eos").name == "Eos" and by_name("cache", None) is None
     with pytest.raises(ValueError, match=r"cache='daul' must be one of .*'dual'"):
         by_name("cache", "daul")
-    with pytest.raises(ValueError, match=r"rule=Eos\(\) must be a CommitRule"):
+    with pytest.raises(ValueError, match=r"rule=Eos\(\) must be of class CommitRule"):
         DiffusionMethod(rule=by_name("stopper", "eos")).validate(None)

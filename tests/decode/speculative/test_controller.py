@@ -31,7 +31,7 @@ from decode.speculative.tree import DraftTree, TreeShape, chain, from_paths
 from dlm.lm import LanguageModel
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
-from tests.lib.docs import check_refusals
+from tests.lib.docs import check_refusals, check_wrong_kinds
 from tests.lib.drafters import Adversary
 from tests.lib.speculation import check_statistics, random_prompts, run, texts
 from tests.lib.tiers import more
@@ -349,6 +349,7 @@ def test_nonsense_is_refused(toy_cfg):
     made = controller(PromptLookup())
     refuse = lambda made: SpeculativeMethod(PromptLookup(), controller=made).validate(toy_cfg)
     check_refusals(made, refuse, toy_cfg)
+    check_wrong_kinds(made, refuse)
     for change, message in (
         ({"costs": None}, "complete. measures them"),
         ({"costs": np.ones(3, np.float32)}, "must be 4 positive numbers"),

@@ -42,7 +42,7 @@ from decode.speculative.renewal import renew
 from dlm.config import ModelConfig
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
-from tests.lib.docs import check_refusals
+from tests.lib.docs import check_refusals, check_wrong_kinds
 from tests.lib.speculation import check_statistics, texts
 from tests.lib.tiers import more
 
@@ -257,6 +257,7 @@ def test_rules(target, examples, rule, kind):
 @every_drafter
 def test_nonsense_of_drafters_is_refused(target, examples, kind):
     check_refusals(examples(kind), refuser(target.cfg, "drafter"), target.cfg)
+    check_wrong_kinds(examples(kind), refuser(target.cfg, "drafter"))
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,7 @@ def test_nonsense_of_drafters_is_refused(target, examples, kind):
 )
 def test_nonsense_is_refused(toy_cfg, choice, kind):
     check_refusals(kind(), refuser(toy_cfg, choice), toy_cfg)
+    check_wrong_kinds(kind(), refuser(toy_cfg, choice))
 
 
 def refuser(cfg, choice):
