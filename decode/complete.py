@@ -23,6 +23,7 @@ from decode.core.texts import (
     Loop,
     MethodOptions,
     TextOptions,
+    check_known,
     gather,
     gather_samples,
     read_asked,
@@ -152,6 +153,7 @@ def as_finished(
 
     The arguments, and errors, are those of `complete`.
     """
+    check_known("as_finished", options, Options)
     asked = read_asked(lm, prompts, options)
     found = asked.as_finished(
         LOOP, choose(lm, options), options.get("batch_size"), options.get("progress", False)
@@ -166,6 +168,7 @@ def warm_up(
 
     The arguments, and errors, are those of `complete`.
     """
+    check_known("warm_up", options, Options)
     asked = read_asked(lm, prompts, options)
     return asked.warm_up(LOOP, choose(lm, options), options.get("batch_size"))
 
@@ -194,6 +197,7 @@ def stream_text(
     Raises:
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
+    check_known("stream_text", choices, Choices)
     return stream_answer(
         lm, prompt, LOOP, choose(lm, choices), gen_len=gen_len, stop=stop, seed=seed
     )

@@ -29,10 +29,10 @@ import jax
 import numpy as np
 
 from decode import complete, generate
-from decode.core.requests import encode, read_requests, round_rows
+from decode.core.requests import encode, read_requests, round_rows, whole_number
 from decode.core.results import Completion, read_stops
 from decode.core.streaming import Piece, Writing, check_tokenizer, pieces
-from decode.core.texts import MethodOptions, inside
+from decode.core.texts import MethodOptions, check_known, inside
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.points import METHODS as DIFFUSION
 from decode.speculative.contracts import Drafter
@@ -134,9 +134,16 @@ class Conversation:
             method for one, is decoded by the latter.
 
         Raises:
+          TypeError: `system` is no text, or there is no such option.
           ValueError: on options that make no sense, in one sentence.
         """
-        self.lm, self.gen_len, self.seed = lm, gen_len, seed
+        check_known("Conversation", choices, Choices)
+        self.lm = lm
+        self.gen_len, self.seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
+        if not isinstance(template, Mapping | None) or "messages" in (template or {}):
+            raise ValueError(
+                f"template={template!r} must map names that the chat template reads, messages aside"
+            )
         self.messages: list[dict[str, str]] = []
         self.turns: list[Turn] = []
         self._tokenizer = check_tokenizer(lm)
@@ -172,6 +179,8 @@ class Conversation:
 
     @system.setter
     def system(self, text: str | None) -> None:
+        if not isinstance(text, str | None):
+            raise TypeError(f"system={text!r} must be a str, or None")
         if text is not None and self._tokenizer.chat_template is None:
             raise ValueError(
                 "the checkpoint has no chat template, so there is no place for a system prompt: "
@@ -198,9 +207,12 @@ class Conversation:
         Whoever closes the iterator, or is interrupted (Ctrl-C), has said and heard what there is.
 
         Raises:
+          TypeError: `text` is no string.
           ValueError: the chat template refuses the messages, the context is full, or another answer
             is being written.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text={text!r} must be a str")
         if self._is_writing:
             raise ValueError("an answer is being written: take its pieces to the end or close it")
         messages = [*self.messages, {"role": "user", "content": text}]

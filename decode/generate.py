@@ -27,6 +27,7 @@ from decode.core.texts import (
     Loop,
     MethodOptions,
     TextOptions,
+    check_known,
     gather,
     gather_samples,
     read_asked,
@@ -190,6 +191,7 @@ def as_finished(
 
     The arguments, and errors, are those of `generate`.
     """
+    check_known("as_finished", options, Options)
     asked = read_asked(lm, prompts, options, options.get("infill", False))
     method = choose(lm, options.get("gen_len", GEN_LEN), options)
     found = asked.as_finished(
@@ -205,6 +207,7 @@ def warm_up(
 
     The arguments, and errors, are those of `generate`.
     """
+    check_known("warm_up", options, Options)
     asked = read_asked(lm, prompts, options, options.get("infill", False))
     method = choose(lm, options.get("gen_len", GEN_LEN), options)
     return asked.warm_up(LOOP, method, options.get("batch_size"))
@@ -237,6 +240,7 @@ def stream_text(
     Raises:
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
+    check_known("stream_text", choices, Choices)
     method = choose(lm, gen_len, choices)
     return stream_answer(lm, prompt, LOOP, method, gen_len=gen_len, stop=stop, seed=seed)
 

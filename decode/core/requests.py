@@ -165,6 +165,11 @@ def split_gaps(
         check_tokens(cfg, f"prompt {i}", [token for token in prompt if token != mask])
         _check_length(cfg, i, len(prompt), length)
         first = prompt.index(mask) if mask in prompt else len(prompt)
+        if first == 0 and prompt and cfg.shifted_logits:
+            raise ValueError(
+                f"prompt {i} begins with MASK, but each token is predicted from the one before: "
+                "give at least one token first"
+            )
         heads.append(prompt[:first])
         bodies.append(prompt[first:])
         lengths.append(len(prompt) - first + length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import difflib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,6 +62,14 @@ class TextOptions(TypedDict, total=False):
     num_return: int
     batch_size: int | None
     progress: bool
+
+
+def check_known(function: str, options: Mapping[str, Any], kind: Any) -> None:
+    """Raises TypeError, as Python would, on a keyword argument that a `TypedDict` does not have."""
+    if unknown := sorted(options.keys() - kind.__optional_keys__):
+        close = difflib.get_close_matches(unknown[0], kind.__optional_keys__, n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}{hint}")
 
 
 def read_sampling(lm: LanguageModel, given: MethodOptions, temperature: float | None) -> Sampling:

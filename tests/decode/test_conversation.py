@@ -9,6 +9,7 @@ import pytest
 from decode import conversation
 from decode.complete import complete
 from decode.conversation import Conversation
+from decode.diffusion.components import Quota
 from decode.generate import generate
 from decode.speculative.components import DraftModel, Eagle, PromptLookup
 from decode.speculative.controller import Controller
@@ -187,3 +188,16 @@ def test_what_makes_no_sense_is_refused(lm):
         Conversation(lm, method="prompt_lookupp")
     with pytest.raises(ValueError, match="no tokenizer that could be read"):
         Conversation(dataclasses.replace(lm, tokenizer=None))
+    for options, error, message in (
+        (dict(temprature=1.0), TypeError, "argument 'temprature'. Did you mean 'temperature'?"),
+        (dict(rule=Quota(2)), TypeError, r"Conversation\(\) got an unexpected .* argument 'rule'"),
+        (dict(gen_len="x"), ValueError, "gen_len='x' must be a whole number"),
+        (dict(seed=1.5), ValueError, "seed=1.5 must be a whole number"),
+        (dict(template="nothink"), ValueError, "template='nothink' must map names that the chat"),
+        (dict(template={"messages": []}), ValueError, "template={'messages': ..} must map names"),
+        (dict(system=5), TypeError, "system=5 must be a str, or None"),
+    ):
+        with pytest.raises(error, match=message):
+            Conversation(lm, **options)
+    with pytest.raises(TypeError, match="text=None must be a str"):
+        Conversation(lm).say(None)

@@ -142,6 +142,16 @@ def test_whoever_takes_the_pieces_is_in_no_mesh(lm):
     assert "".join(pieces) == generate.generate(lm, "abcab", **options).text
 
 
+@pytest.mark.parametrize("api", [complete, generate])
+def test_arguments_that_do_not_exist_are_refused_at_once(lm, api):
+    """Also those of neighbours."""
+    for call, name in (("stream_text", "num_return"), ("as_finished", "max_tokens"),
+                       ("warm_up", "metod"), ("stream_text", "infill")):  # fmt: skip
+        message = rf"^{call}\(\) got an unexpected keyword argument '{name}'"
+        with pytest.raises(TypeError, match=message):
+            getattr(api, call)(lm, "abc", **{name: 1})
+
+
 def test_what_cannot_be_streamed_is_refused(lm):
     bare = dataclasses.replace(lm, tokenizer=None)
     with pytest.raises(ValueError, match="no tokenizer that could be read, so there is no text"):

@@ -237,5 +237,5 @@ def test_a_bad_gap_is_refused_before_the_first_is_filled(lm):
 
 def test_a_model_that_needs_a_token_before(toy_dream):
     cfg, params = toy_dream
-    with pytest.raises(ValueError, match="prompt 0 is empty, but each token is predicted from"):
+    with pytest.raises(ValueError, match="prompt 0 begins with MASK, but each token is pred"):
         generate(dlm.LanguageModel(params, cfg), [M, 1], gen_len=0, **OPTIONS)
