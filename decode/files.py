@@ -43,6 +43,7 @@ from decode.core.results import Completion
 from dlm.json_lines import parse_lines
 from dlm.lm import LanguageModel, fingerprint
 from dlm.tokenizer import read_json
+from dlm.written import naming, write_text
 
 HOW_FAST = ("batch_size", "progress")  # options on which no answer depends
 SAID_HERE = ("gen_len", "seed")  # options that are arguments of `answer_file`
@@ -102,8 +103,9 @@ def answer_file(
         )
         for n, completion in found:
             line = _write(todo[n], completion)
-            file.write(line)
-            file.flush()
+            with naming(target):
+                file.write(line)
+                file.flush()
             done[todo[n]] = line
         _replace(target, "".join(done[i] for i in range(len(asked))))
     return len(todo)
@@ -239,5 +241,5 @@ def _write(index: int, completion: Completion) -> str:
 def _replace(file: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    write_text(partial, text)
     partial.replace(file)

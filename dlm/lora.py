@@ -14,7 +14,6 @@ Letters: L layers, I and O the flattened input and output axes of a weight, r ra
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from dlm import lm as lm_lib
 from dlm.config import ModelConfig
@@ -33,6 +31,7 @@ from dlm.hf.keys import LARGEST
 from dlm.params import Apart, LowRank, Params, ParamSpec
 from dlm.tokenizer import read_json
 from dlm.trainable import Learned, Trainable
+from dlm.written import write_json, write_tensors
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _INPUTS = {"o": "nh", "down": "f"}  # letters of what goes in; "d" of others
@@ -225,8 +224,8 @@ def save(path: str | os.PathLike[str], lora: Lora, delta: Params, cfg: ModelConf
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    safetensors.numpy.save_file(tensors, root / _TENSORS, metadata={"format": "pt"})
-    (root / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(root / _TENSORS, tensors, metadata={"format": "pt"})
+    write_json(root / _CONFIG, config)
 
 
 def load(path: str | os.PathLike[str], cfg: ModelConfig) -> tuple[Lora, Params]:

@@ -29,6 +29,7 @@ from absl import logging
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dlm import chat
+from dlm.written import write_json, write_text
 
 _EOS, _BOS, _MASK = "<|endoftext|>", "<|startoftext|>", "<|mdm_mask|>"
 
@@ -228,9 +229,8 @@ class Tokenizer:
             config["chat_template"] = [
                 {"name": name, "template": text} for name, text in self.chat_template.items()
             ]
-        self.backend.save(str(target / "tokenizer.json"))
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_text(target / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_json(target / "tokenizer_config.json", config)
 
     def _special_tokens(self) -> dict[str, str]:
         """{"eos_token": its text, ...} of those that exist."""

@@ -218,7 +218,8 @@ def write_exported(workdir: pathlib.Path, step: int) -> None:
 def exported_step(workdir: pathlib.Path) -> int | None:
     """The step whose model is all there; None: there is none."""
     path = workdir / "exported.json"
-    if not path.is_file() or not (workdir / "model").is_dir():
+    model = workdir / "model"
+    if not path.is_file() or not model.is_dir() or not any(model.iterdir()):
         return None
     step: int | None = read_json(path).get("step")
     return step

@@ -6,6 +6,7 @@ killed and resumed. All values but "tokens_per_s" are functions of the config al
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import jax
 import tqdm
 from absl import logging
 
+from dlm.written import naming, write_text
 from train.config import ConfigError, LogConfig, RunConfig, to_json
 
 FILE_NAME = "metrics.jsonl"
@@ -209,9 +211,14 @@ class MetricWriter:
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one step, at once: nothing of it is lost if the process is killed."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Writes one step, at once: nothing of it is lost if the process is killed.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -219,7 +226,8 @@ class MetricWriter:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written before
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -241,6 +249,6 @@ def _open_after(path: pathlib.Path, step: int) -> TextIO:
     if num_broken:
         logging.warning("Dropped %d broken lines of %s.", num_broken, path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    write_text(partial, "".join(kept))
     partial.replace(path)
     return path.open("a", encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from dlm import tokenizer
+from dlm import tokenizer, written
 from train.config import ConfigError, differences
 
 LOCK = "lock.json"
@@ -164,7 +164,7 @@ def check_not_beyond(workdir: pathlib.Path, field: str, num_steps: int, step: in
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a file that people may read, too: whole, or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    written.write_json(partial, value)
     partial.replace(path)
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from dlm.hf.files import MOST_LAYERS, instead, read_tensors
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params
 from dlm.tokenizer import read_json
 from dlm.trainable import Trainable
+from dlm.written import write_json, write_tensors
 
 _CONFIG, _WEIGHTS = "heads.json", "heads.safetensors"
 Kind = TypeVar("Kind")
@@ -46,9 +45,9 @@ def save(path: str | pathlib.Path, heads: Heads, lm: LanguageModel, own: Params)
         jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(leaf)
         for p, leaf in jax.tree_util.tree_flatten_with_path(own)[0]
     }
-    safetensors.numpy.save_file(flat, root / _WEIGHTS)
+    write_tensors(root / _WEIGHTS, flat)
     config = {"kind": type(heads).__name__, **dataclasses.asdict(heads), "model": fingerprint(lm)}
-    (root / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(root / _CONFIG, config)
 
 
 def load(path: str | pathlib.Path, kind: type[Kind], lm: LanguageModel) -> tuple[Kind, Params]:

@@ -14,14 +14,12 @@ A filter fits the model, the block length and the confidence it was trained with
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import struct
 
 from dlm.hf import keys
@@ -29,6 +27,7 @@ from dlm.hf.files import read_tensors
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params, ParamSpec, init_from_specs
 from dlm.tokenizer import read_json
+from dlm.written import write_json, write_tensors
 
 _WEIGHTS, _CONFIG = "filter.safetensors", "filter.json"
 
@@ -91,13 +90,13 @@ def save_filter(path: str | os.PathLike[str], filter: Filter) -> None:
     root = pathlib.Path(path)
     root.mkdir(parents=True, exist_ok=True)
     weights = {name: np.asarray(getattr(filter, name)) for name in filter_specs(filter.block_len)}
-    safetensors.numpy.save_file(weights, root / _WEIGHTS)
+    write_tensors(root / _WEIGHTS, weights)
     config = {
         "block_len": filter.block_len,
         "model": filter.model,
         "confidence": filter.confidence,
     }
-    (root / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(root / _CONFIG, config)
 
 
 def load_filter(path: str | os.PathLike[str], lm: LanguageModel | None) -> Filter:

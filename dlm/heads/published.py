@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax.typing import DTypeLike
 
 from dlm.config import ModelConfig
@@ -27,6 +25,7 @@ from dlm.hf.formats import qwen2
 from dlm.hf.rope import write_rope
 from dlm.params import Params
 from dlm.tokenizer import read_json
+from dlm.written import write_json, write_tensors
 
 _INTEGERS = ("I64", "I32", "I16", "U8", "I8", "BOOL")  # tables of tokens
 _OUTPUT_FIRST = (
@@ -170,8 +169,7 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
 
 def write_config(path: str | pathlib.Path, config: dict[str, Any]) -> None:
     """Writes config.json into a folder that is there."""
-    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
-    (pathlib.Path(path) / "config.json").write_text(text, encoding="utf-8")
+    write_json(pathlib.Path(path) / "config.json", dict(sorted(config.items())))
 
 
 # ---- Tensors -----------------------------------------------------------------------------------
@@ -280,4 +278,4 @@ def write_published(path: str | pathlib.Path, tensors: dict[str, np.ndarray]) ->
     """Writes one file into a folder, made if needed."""
     root = pathlib.Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, root / SINGLE)
+    write_tensors(root / SINGLE, tensors)

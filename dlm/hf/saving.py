@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -15,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from tqdm import tqdm
 
+from dlm import written
 from dlm.config import ModelConfig
 from dlm.hf.files import (
     INDEX,
@@ -87,8 +86,8 @@ def save_hf(
         return arrays[0] if axis is None else np.concatenate(arrays, axis=axis)
 
     with _new_directory(path) as unfinished:
-        _write_json(unfinished / "config.json", raw_config(cfg, form))
-        _write_json(
+        written.write_json(unfinished / "config.json", raw_config(cfg, form))
+        written.write_json(
             unfinished / "generation_config.json", token_ids(cfg) | write_generation(generation)
         )
         if tokenizer is not None:
@@ -134,7 +133,7 @@ def convert_hf(
                 if file.suffix in COPIED and file.name not in ("config.json", INDEX):
                     shutil.copy(file, unfinished)
             key = "dtype" if "dtype" in raw else "torch_dtype"
-            _write_json(unfinished / "config.json", raw | {key: cfg.dtype})
+            written.write_json(unfinished / "config.json", raw | {key: cfg.dtype})
             write_tensors(unfinished, cfg, form, read, shard_bytes)
 
 
@@ -206,10 +205,10 @@ def write_tensors(
         weight_map |= dict.fromkeys(names, file)
         tensors = {name: read(name) for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+        written.write_tensors(directory / file, tensors, metadata={"format": "pt"})
     if len(files) > 1:
         about = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / INDEX, about)
+        written.write_json(directory / INDEX, about)
 
 
 def tensor_dtypes(cfg: ModelConfig, form: Format) -> dict[str, np.dtype]:
@@ -243,7 +242,3 @@ def _to_stored(array: np.ndarray, stored: Stored, cfg: ModelConfig) -> np.ndarra
     ours = stored.ours[1:] if stored.is_per_expert else stored.ours
     order = [ours.index(letter) for letter in "".join(stored.stored)]
     return np.ascontiguousarray(array.transpose(order).reshape(stored.part_shape(cfg)))
-
-
-def _write_json(file: pathlib.Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -99,16 +99,20 @@ def test_a_finished_run_may_have_lost_its_metrics(finished, tmp_path):
     )
 
 
-@pytest.mark.parametrize("noted", [4, *more(None)])
+@pytest.mark.parametrize("noted", [4, 8, *more(None)])
 def test_a_model_that_was_not_written_to_its_end_is_written_again(finished, tmp_path, noted):
     workdir, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     (copy / "exported.json").unlink()
-    if noted is not None:  # the model of an earlier end
-        (copy / "exported.json").write_text(json.dumps({"step": noted}))
     weights = "model/model.safetensors"
-    (copy / weights).write_bytes(b"")
+    if noted is not None:
+        (copy / "exported.json").write_text(json.dumps({"step": noted}))
+    if noted == 8:  # somebody made room
+        shutil.rmtree(copy / "model")
+        (copy / "model").mkdir()
+    else:  # the model of an earlier end
+        (copy / weights).write_bytes(b"")
     loop.run(toy_config(), copy)
     assert (copy / weights).read_bytes() == (workdir / weights).read_bytes()
     assert json.loads((copy / "exported.json").read_text()) == {"step": 8}

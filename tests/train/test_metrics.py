@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 import re
 import sys
 
@@ -76,6 +77,20 @@ def test_lines_are_read_while_they_are_written(tmp_path):
         path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 3}\n')
         with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2 is damaged .*: delete the"):
             read_metrics(tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    full = pathlib.Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    message = r"^/dev/full cannot be written \(No space left on device"
+    with (
+        pytest.raises(OSError, match=message),
+        Reporter(make_settings(), tmp_path, 0, "test") as reporter,
+    ):
+        reporter._writer._file = full.open("a")
+        reporter.add(1, values(), [], 10)
+        reporter.flush()
 
 
 def test_resuming_drops_later_and_broken_lines(tmp_path, caplog):

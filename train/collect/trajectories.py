@@ -406,7 +406,7 @@ def main(argv: Sequence[str]) -> None:
     set_up_process()
     try:
         tokens_per_s = run(flags.FLAGS.config, flags.FLAGS.out)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{flags.FLAGS.out} is complete; {tokens_per_s:,.0f} tokens/s in this call.")
 
