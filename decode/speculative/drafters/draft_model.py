@@ -13,6 +13,7 @@ Letters: B rows, S slots, W nodes, J depth, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -76,6 +77,12 @@ class _Model(Drafter):
         return cls(params, cfg, layers=(0,))
 
     def validate(self, cfg: ModelConfig) -> None:
+        if not isinstance(self.draft, ModelConfig) or not isinstance(self.params, Mapping):
+            raise ValueError(
+                f"draft is a {type(self.draft).__name__}, which must be a ModelConfig, and params "
+                f"a {type(self.params).__name__}, which must be its parameters: "
+                f"{type(self).__name__}(lm.params, lm.cfg)"
+            )
         if self.draft.never_causal:
             raise ValueError(
                 "the draft model is a diffusion model, which never learned to write from left to "

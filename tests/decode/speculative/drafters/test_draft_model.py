@@ -76,6 +76,14 @@ def test_diffusion_models_are_no_drafts(toy_cfg, toy_params):
             drafter.validate(toy_cfg)
 
 
+def test_a_draft_model_is_parameters_and_configuration(toy_cfg, toy_params):
+    message = r"draft is a dict, .* params a ModelConfig, .*: DraftModel\(lm.params, lm.cfg\)"
+    with pytest.raises(ValueError, match=message):
+        DraftModel(toy_cfg, toy_params).validate(toy_cfg)
+    with pytest.raises(ValueError, match="draft is a NoneType, which must be a ModelConfig"):
+        DraftModel(toy_params, None).validate(toy_cfg)
+
+
 def test_other_vocabularies_are_refused(toy_cfg, toy_params):
     far = dataclasses.replace(toy_cfg, vocab_size=toy_cfg.vocab_size + 1025)
     message = f"vocabulary of {toy_cfg.vocab_size} tokens and the target one of {far.vocab_size}"
