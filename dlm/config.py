@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from dlm import rope
@@ -22,6 +23,15 @@ LAYER_WORDS = {
 NORMS = ("rms", "rms_offset", "layer")
 NORM_PLACES = ("before", "after", "around")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def check_precision(name: str, dtype: str) -> None:
+    """Raises ValueError where JAX would make less of a dtype without a word."""
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{name}='float64' needs the environment variable JAX_ENABLE_X64=1, without which JAX "
+            "computes in float32: set it, or say 'float32'"
+        )
 
 
 def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:

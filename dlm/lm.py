@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from dlm.config import ModelConfig
+from dlm.config import ModelConfig, check_precision
 from dlm.hf.files import read_config, read_raw_config
 from dlm.hf.generation import read_generation, read_gguf_generation
 from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
@@ -87,13 +87,15 @@ def load(
 
     Raises:
       FileNotFoundError: the directory or a file in it is missing.
-      ValueError: a file is broken, the model is of an unknown kind, or `apart` comes with a mesh.
+      ValueError: a file is broken, the model is of an unknown kind, `apart` comes with a mesh, or
+        float64 without JAX's 64-bit mode.
     """
     if apart and mesh is not None:
         raise ValueError("apart=True goes without a mesh: what is sharded is stacked")
     path = _located(path)
     # Before the weights, which take long.
     lm = describe(path, dtype=dtype, tokenizer=tokenizer)
+    check_precision("dtype", lm.cfg.dtype)
     apart = mesh is None and is_faster_apart(lm.cfg) if apart is None else apart
     if _is_gguf(path):
         params = load_gguf_params(open_gguf(path), lm.cfg, mesh, rules, apart)

@@ -35,7 +35,12 @@ def main(argv: list[str]) -> None:
         lm = dlm.load(said.checkpoint, dtype=said.dtype or None)
         is_diffusion = lm.cfg.never_causal or (said.method and said.method not in METHODS)
         decode: Any = generate.as_finished if is_diffusion else complete.as_finished
-        if is_diffusion and said.block_len:
+        if said.block_len:
+            if not is_diffusion:
+                raise ValueError(
+                    f"--block_len={said.block_len} is for diffusion, and this model writes from "
+                    "left to right: leave it out"
+                )
             options["block_len"] = said.block_len
         num = answer_file(
             lm, said.prompts, said.out, functools.partial(decode, **options),

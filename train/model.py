@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dlm import lm, tasks
-from dlm.config import ModelConfig
+from dlm.config import ModelConfig, check_precision
 from dlm.params import Params, cast_params, num_params
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
 from dlm.trainable import Learned, Trainable
@@ -72,6 +72,11 @@ def open_model(
     Raises:
       ConfigError: the model cannot be read or made, or has no room for the data.
     """
+    try:
+        check_precision("train.master_dtype", settings.train.master_dtype)
+        check_precision("model.dtype", settings.model.get("dtype", ""))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     given: Params | None = None
     generation: Mapping[str, Any] = {}
     if start is not None:

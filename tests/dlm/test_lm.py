@@ -106,6 +106,14 @@ def test_dtype():
     assert (got.argmax(-1) == golden["logits"].argmax(-1)).mean() > 0.9
 
 
+def test_float64_is_not_float32():
+    with pytest.raises(ValueError, match=r"dtype='float64' needs .* JAX_ENABLE_X64=1"):
+        dlm.load(GOLDEN / "llada_small", dtype="float64")
+    with jax.enable_x64(True):
+        lm = dlm.load(GOLDEN / "llada_small", dtype="float64")
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"float64"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_save_and_load_with_a_tokenizer(tmp_path, name):
     lm = dlm.load(GOLDEN / name)

@@ -23,3 +23,8 @@ def test_a_file_is_answered_once(tmp_path):
     assert "0 answers are new" in run_main("scripts.answer", *flags, "--method=threshold")
     said = run_main("scripts.answer", *flags, "--method=klass", code=1)
     assert "error: " in said and "answers of another run (method was 'threshold'" in said
+    said = run_main(
+        "scripts.answer", "--checkpoint=tests/golden/llama_target", f"--prompts={asked}",
+        f"--out={out}", "--block_len=4", code=1,
+    )  # fmt: skip
+    assert "error: --block_len=4 is for diffusion" in said

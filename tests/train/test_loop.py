@@ -164,6 +164,8 @@ def test_folders_in_place_of_files_come_before_any_work(tmp_path, monkeypatch, n
         ({"data__tokenizer": "nowhere"}, "data.tokenizer='nowhere': .* not a directory"),
         ({"data__tokenizer": "word", "data__prompt_len": 2}, r"data\.prompt_len=2"),
         ({"train__init_from": "nowhere"}, "train.init_from='nowhere'"),
+        ({"model__dtype": "float64"}, "model.dtype='float64' needs .* JAX_ENABLE_X64=1"),
+        ({"train__master_dtype": "float64"}, "train.master_dtype='float64' needs the environm"),
         ({"train__num_eval_batches": 100}, r"data\.valid has 512 examples"),
     ],
 )
