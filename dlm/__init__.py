@@ -2,7 +2,7 @@
 
 from dlm.compilation import keep_programs
 from dlm.config import ModelConfig
-from dlm.lm import LanguageModel, fingerprint, load, save
+from dlm.lm import LanguageModel, check_same_tokens, fingerprint, load, save
 from dlm.presets import PRESETS
 from dlm.xla_flags import prefer_cublas
 
@@ -10,6 +10,7 @@ __all__ = [
     "PRESETS",
     "LanguageModel",
     "ModelConfig",
+    "check_same_tokens",
     "fingerprint",
     "keep_programs",
     "load",

@@ -176,6 +176,31 @@ def fingerprint(lm: LanguageModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_same_tokens(draft: LanguageModel, target: LanguageModel) -> None:
+    """Makes sure that two models mean the same by token ids, as one that drafts for another must.
+
+    Ids that only one of the vocabularies has do not count. Where a tokenizer is missing nothing is
+    known.
+
+    Raises:
+      ValueError: they do not, so that drafts would be nonsense (the text stays the target's).
+    """
+    if draft.tokenizer is None or target.tokenizer is None:
+        return
+    ours, theirs = (
+        {i: text for text, i in lm.tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+        for lm in (draft, target)
+        if lm.tokenizer is not None
+    )
+    wrong = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} tokens of the draft model are others in the target, such as {i}, which "
+            f"is {ours[i]!r} and {theirs[i]!r}: draft with a model of the same tokenizer"
+        )
+
+
 def _is_gguf(path: str | os.PathLike[str]) -> bool:
     return pathlib.Path(path).suffix.lower() == ".gguf"
 

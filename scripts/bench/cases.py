@@ -111,6 +111,7 @@ def bench_spec_bench(flags: Flags) -> None:
         methods = spec_bench.methods_of(flags.drafters, flags.controller)
         small = dlm.load(flags.draft, dtype=flags.dtype or None) if flags.draft else None
         if small is not None:
+            dlm.check_same_tokens(small, lm)
             drafter = DraftModel(small.params, small.cfg, num_drafts=NUM_DRAFTS["draft model"])
             methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), flags.controller)
     except (OSError, ValueError) as error:

@@ -63,6 +63,20 @@ def test_exports():
     assert isinstance(dlm.PRESETS["tiny"], dlm.ModelConfig)
 
 
+def test_tokens_of_a_draft_model_are_those_of_the_target():
+    lm = lambda tokenizer: dlm.LanguageModel({}, dlm.PRESETS["tiny"], tokenizer)
+    abc, abd = lm(word_tokenizer("abc")), lm(word_tokenizer("abd"))
+    dlm.check_same_tokens(abc, abc)
+    dlm.check_same_tokens(abc, lm(None))
+    with pytest.raises(
+        ValueError, match=r"1 tokens of the draft .* 2, which is 'c' and 'd': draft"
+    ):
+        dlm.check_same_tokens(abc, abd)
+    more = word_tokenizer("abc")
+    more.backend.add_tokens(["padding"])  # of one of them alone
+    dlm.check_same_tokens(lm(more), abc)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_the_reference(name):
     """Bidirectional; Dream's are the raw output, before its sampler shifts them."""

@@ -55,7 +55,8 @@ class _Model(Drafter):
     """What all ways of drafting share.
 
     What was written in rounds without drafts is read when drafts are asked for again. Texts that
-    outgrow the draft model's context length go on without drafts.
+    outgrow the draft model's context length go on without drafts. Both models must have the same
+    tokens, up to padding: `dlm.check_same_tokens(draft, target)`.
 
     Attributes:
       params: of the draft model.
