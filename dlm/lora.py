@@ -112,33 +112,29 @@ class Lora(Trainable):
         return each if len(each) > 1 else next(iter(each.values()))
 
     def attach(self, cfg: ModelConfig, frozen: Learned, own: Params) -> Learned:
-        """The model as parameters for a forward that multiplies by both: targets are `LowRank`.
+        """The model with the change beside its weights."""
+        return frozen.replace(target=self.beside_weights(frozen.target, own))
+
+    def beside_weights(self, params: Params, own: Params, first: int = 0) -> Params:
+        """Parameters for a forward that multiplies by both: targets are `LowRank`.
 
         Args:
-          cfg: the model.
-          frozen: has it.
+          params: of the model.
           own: as `specs`; cast to the dtype of what it changes.
+          first: positions of a window before this one are multiplied by the model's weights alone.
         """
 
-        def both(target: str, weight: jax.Array | Apart, change: Params) -> LowRank:
-            cast = jax.tree.map(lambda x: x.astype(weight.dtype), change)
-            return LowRank(weight, cast["down"], cast["up"], self.scale)
+        def both(target: str, weight: jax.Array, down: jax.Array, up: jax.Array) -> LowRank:
+            down, up = (x.astype(weight.dtype) for x in (down, up))
+            return LowRank(weight, down, up, self.scale, first)
 
-        return frozen.replace(target=self._replace(frozen.target, own, both))
+        return self._replace(params, own, both)
 
     def merge(self, params: Params, delta: Params) -> Params:
         """Parameters of a plain model: the change is added in float32, then rounded."""
 
-        def add(target: str, weight: jax.Array | Apart, change: Params) -> jax.Array | Apart:
-            if isinstance(weight, Apart):
-                of_layers = zip(weight.layers, change["down"], change["up"], strict=True)
-                return Apart(
-                    tuple(sum_up(target, w, {"down": down, "up": up}) for w, down, up in of_layers)
-                )
-            return sum_up(target, weight, change)
-
-        def sum_up(target: str, weight: jax.Array, change: Params) -> jax.Array:
-            down, up = (change[name].astype(jnp.float32) for name in ("down", "up"))
+        def add(target: str, weight: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+            down, up = (x.astype(jnp.float32) for x in (down, up))
             product = self.scale * jnp.matmul(down, up, precision="highest")  # [..., I, O]
             if target in _OUTPUT_FIRST:
                 product = product.swapaxes(-1, -2)
@@ -147,13 +143,19 @@ class Lora(Trainable):
 
         return self._replace(params, delta, add)
 
-    def _replace(
-        self, params: Params, own: Params, new: Callable[[str, jax.Array | Apart, Params], Any]
-    ) -> Params:
+    def _replace(self, params: Params, own: Params, new: Callable[..., Any]) -> Params:
+        """Targets become `new(target, weight, down, up)`, layer by layer where they lie apart."""
+
+        def of_leaf(target: str, weight: jax.Array | Apart, change: Params) -> Any:
+            sides = change["down"], change["up"]
+            if not isinstance(weight, Apart):
+                return new(target, weight, *sides)
+            return Apart(tuple(new(target, *x) for x in zip(weight, *sides, strict=True)))
+
         def of_stack(layers: Params, own: Params) -> Params:
             return {
                 name: {
-                    leaf: new(leaf, weight, own[leaf]) if leaf in self.targets else weight
+                    leaf: of_leaf(leaf, weight, own[leaf]) if leaf in self.targets else weight
                     for leaf, weight in group.items()
                 }
                 if isinstance(group, dict)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -54,16 +55,24 @@ class LowRank(struct.PyTreeNode):
     Letters: I and O, the flattened axes of the weight that are multiplied over, and the others.
 
     Attributes:
-      weight: [L, ...]. The array of the model. L is missing inside a layer, here and below.
+      weight: [L, ...]. The array of the model. L is missing inside a layer, here and below, and
+        where layers lie `Apart`.
       down: [L, I, r].
       up: [L, r, O].
       scale: static.
+      first: >= 0; positions of a window before this one are multiplied by the weight alone. Static.
     """
 
-    weight: jax.Array | Apart | OfLayer
+    weight: jax.Array
     down: jax.Array
     up: jax.Array
     scale: float = struct.field(pytree_node=False)
+    first: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.shape
 
 
 class Apart(struct.PyTreeNode):
@@ -73,10 +82,14 @@ class Apart(struct.PyTreeNode):
     read where it is.
 
     Attributes:
-      layers: L arrays of the same shape.
+      layers: L arrays of the same shape, or as many `LowRank`.
     """
 
-    layers: tuple[jax.Array, ...]
+    layers: tuple[Any, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Layer by layer, as a stack."""
+        return iter(self.layers)
 
     @property
     def shape(self) -> tuple[int, ...]:

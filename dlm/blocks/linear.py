@@ -19,15 +19,12 @@ Weight = jax.Array | LowRank | OfLayer
 def to_heads(x: jax.Array, w: Weight) -> jax.Array:
     """x [B, T, D] times w [heads, H, D]: [B, T, heads, H]."""
     rows = x.reshape(-1, x.shape[-1])
-    weight, change = (w.weight, low_rank(rows, w)) if isinstance(w, LowRank) else (w, None)
 
     def times(weight: jax.Array) -> jax.Array:
         flat = weight.reshape(-1, weight.shape[-1])
         return jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
 
-    product = _where_it_lies(weight, times)
-    product = product if change is None else product + change
-    return product.reshape(*x.shape[:2], *weight.shape[:2])
+    return _product(x, w, times).reshape(*x.shape[:2], *w.shape[:2])
 
 
 def linear(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
@@ -37,24 +34,31 @@ def linear(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
     """
     B, T = x.shape[:2]
     rows = x.reshape(B * T, -1)
-    weight, change = (w.weight, low_rank(rows, w)) if isinstance(w, LowRank) else (w, None)
-    product = _where_it_lies(weight, lambda w: jnp.dot(rows, w.reshape(rows.shape[1], -1)))
-    product = product if change is None else product + change
-    return product.reshape(B, T, *weight.shape[num_in:])
+    product = _product(x, w, lambda w: jnp.dot(rows, w.reshape(rows.shape[1], -1)))
+    return product.reshape(B, T, *w.shape[num_in:])
 
 
-def _where_it_lies(
-    weight: jax.Array | Apart | OfLayer, times: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """`times` of a weight; of those that lie apart, each layer's product is a branch of its own."""
-    if isinstance(weight, OfLayer):
-        assert isinstance(weight.stack, Apart)
-        branches = [functools.partial(times, layer) for layer in weight.stack.layers]
-        return jax.lax.switch(weight.layer, branches)
-    assert not isinstance(weight, Apart)  # `forward` says which layer of it
-    return times(weight)
+def _product(x: jax.Array, w: Weight | Apart, times: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`times` of a weight, and what its change adds to it.
+
+    Of those that lie apart, each layer's product is a branch of its own.
+    """
+    if isinstance(w, OfLayer):
+        assert isinstance(w.stack, Apart)
+        branches = [functools.partial(_product, x, layer, times) for layer in w.stack.layers]
+        return jax.lax.switch(w.layer, branches)
+    assert not isinstance(w, Apart)  # `forward` says which layer of it
+    return times(w.weight) + low_rank(x, w) if isinstance(w, LowRank) else times(w)
 
 
-def low_rank(rows: jax.Array, w: LowRank) -> jax.Array:
-    """What the change of a weight adds to the product of rows [M, I]: [M, O]."""
-    return jnp.dot(jnp.dot(rows, w.down), w.up) * w.scale
+def low_rank(x: jax.Array, w: LowRank) -> jax.Array:
+    """What the change of a weight adds to the product of x [B, T, *in]: [B * T, O].
+
+    It is zero, and not computed, at positions before `w.first`: what is added to them changes no
+    bit of theirs.
+    """
+    B, T = x.shape[:2]
+    rows = x[:, w.first :].reshape(B * (T - w.first), -1)
+    change = jnp.dot(jnp.dot(rows, w.down), w.up) * w.scale
+    at_all = jnp.pad(change.reshape(B, T - w.first, -1), ((0, 0), (w.first, 0), (0, 0)))
+    return at_all.reshape(B * T, -1)

@@ -1,6 +1,7 @@
 """LoRA: one model attached and merged, PEFT's files, and training of nothing else."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import safetensors.numpy
 
 import dlm
 from dlm import lora as lora_lib
+from dlm.blocks.linear import linear, to_heads
 from dlm.config import Experts
 from dlm.hf.saving import save_hf
 from dlm.lora import TARGETS, Lora
@@ -128,6 +130,26 @@ def test_attached_and_merged_are_the_same_model(wide):
         delta[target]["up"] *= 0
     np.testing.assert_array_equal(run(LORA.attach(WIDE, Learned(wide), delta).target), base)
     assert_same(jax.jit(LORA.merge)(wide, delta), wide)
+
+
+def test_a_change_may_begin_behind_some_positions():
+    """By hand; those before are, to the bit, what they are without it."""
+    rng = np.random.default_rng(0)
+    of = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    x, down, up = of(2, 5, 3, 4), of(12, 2), of(2, 6)
+    change = 0.5 * x.reshape(2, 5, 12) @ down @ up
+    for given, weight, op in (
+        (x, of(3, 4, 6), functools.partial(linear, num_in=2)),
+        (x.reshape(2, 5, 12), of(2, 3, 12), to_heads),
+    ):
+        times = jax.jit(op)
+        plain = np.asarray(times(given, weight)).reshape(2, 5, 6)
+        for first in (0, 2):
+            found = np.asarray(times(given, LowRank(weight, down, up, 0.5, first)))
+            found = found.reshape(2, 5, 6)
+            np.testing.assert_array_equal(found[:, :first], plain[:, :first])
+            expected = plain[:, first:] + change[:, first:]
+            np.testing.assert_allclose(found[:, first:], expected, atol=1e-5)
 
 
 def test_only_targets_change_and_only_by_their_own():
