@@ -3,7 +3,8 @@
 A drafter proposes a tree of guesses per round (`decode.speculative.tree`). Its parameters are
 leaves of it, its shape is static, and what it remembers is its state, which the loop carries.
 
-Letters: B rows, S token slots, T positions seen at once, D width of the target, W nodes, J depth.
+Letters: B rows, S token slots, T positions seen at once, D width of the target, W nodes, J depth, E
+rows of a drafter's own.
 """
 
 from __future__ import annotations
@@ -74,11 +75,21 @@ class ExtraRows(struct.PyTreeNode):
       tokens: [B, E] int32.
       offsets: [B, E] int32. How many positions behind the root they stand.
       sees: [B, E, W + E] bool. Which nodes of the tree they see, and which of themselves.
+      vectors: [B, E, D] float32. What is read there in the place of embedded tokens; None: those.
     """
 
     tokens: jax.Array
     offsets: jax.Array
     sees: jax.Array
+    vectors: jax.Array | None = None
+
+    def take(self, nodes: jax.Array, num: int) -> ExtraRows:
+        """The first `num` rows, beside a tree of which only `nodes` [B, n] int32 are left."""
+        num_nodes = self.sees.shape[2] - self.sees.shape[1]
+        of_nodes = jnp.take_along_axis(self.sees[:, :num], nodes[:, None], axis=2)
+        of_rows = self.sees[:, :num, num_nodes : num_nodes + num]
+        first = jax.tree.map(lambda x: x[:, :num], self)
+        return first.replace(sees=jnp.concatenate([of_nodes, of_rows], axis=2))
 
 
 class Proposal(struct.PyTreeNode):
@@ -111,7 +122,8 @@ class Seen(struct.PyTreeNode):
         kept or not: of a controller's choice, the root at least.
       tree: of them; None in the prompt.
       chosen: [B, M] int32. What the target itself puts after each node; None in the prompt.
-      extra_hidden: [B, E, D]. Hidden states of the drafter's own rows; None if it has none.
+      extra_hidden: [B, E, D]. Hidden states of the drafter's own rows, of a controller's choice the
+        first ones; None if it has none.
       best: [B, M, k] int32. The target's most probable tokens after each node, best first; None in
         the prompt, and unless the drafter has `num_best`.
     """
@@ -175,6 +187,17 @@ class Drafter(Part):
     def num_extra(self) -> int:
         """E, rows of its own in the judged window."""
         return 0
+
+    def num_extra_beside(self, num_nodes: int) -> int:
+        """How many of them, the first ones, are read where so many nodes are judged. Default: E."""
+        return self.num_extra
+
+    def params_of_extra(self, params: Params, num_nodes: int) -> Params:
+        """The target's parameters for a forward over so many nodes and, behind them, its own rows.
+
+        Nodes must be read as if they were `params`. Default: these.
+        """
+        return params
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

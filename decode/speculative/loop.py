@@ -316,7 +316,9 @@ def _controlled(
     def judge(width: int, has_extra: bool, state: SpeculativeState) -> SpeculativeState:
         tree, extra = proposal.tree, proposal.extra if has_extra else None
         if width < drafter.num_nodes:
-            tree = tree.take(jnp.sort(nodes[:, :width], axis=1))
+            kept = jnp.sort(nodes[:, :width], axis=1)
+            tree = tree.take(kept)
+            extra = extra and extra.take(kept, drafter.num_extra_beside(width))
         chosen = proposal.replace(tree=tree, extra=extra, state=state.drafter)
         context = _context(params, method, state)
         is_paused = None if has_extra or width > 1 else ~is_asked
@@ -481,7 +483,10 @@ def _judge(
       most probable tokens after each node [B, W, k], as many as anybody wants to see.
     """
     start, tree = state.length - 1, proposal.tree
-    above = tree.ancestors(min(method.drafter.depth, tree.tokens.shape[1] - 1))
+    W = tree.tokens.shape[1]
+    above = tree.ancestors(min(method.drafter.depth, W - 1))
+    if proposal.extra is not None:
+        params = method.drafter.params_of_extra(params, W)
     output = decoder.forward(
         params,
         cfg,
@@ -489,7 +494,6 @@ def _judge(
         Slots.append(state.cache, start, ~state.has_stopped).replace(length=state.end),
         feature_layers=method.drafter.feature_layers,
     )
-    W = tree.tokens.shape[1]
     hidden = output.hidden[:, :W]
     key = fold_in(fold_in(state.key, state.num_forwards), Stream.ACCEPT)
     by_node = jax.vmap(lambda position: fold_in(fold_in(state.key, position), Stream.TARGET), 1, 1)(
@@ -533,12 +537,18 @@ def _window(proposal: Proposal, above: jax.Array, start: jax.Array, is_chain: bo
     if extra is None:
         mask = None if is_chain else pack_mask(above)
         return Window(tree.tokens, start[:, None] + tree.depths, mask, is_causal=is_chain)
-    blind = jnp.pad(above, ((0, 0), (0, 0), (0, extra.tokens.shape[1])))
+    (B, W), E = tree.tokens.shape, extra.tokens.shape[1]
+    blind = jnp.pad(above, ((0, 0), (0, 0), (0, E)))
     offsets = jnp.concatenate([tree.depths, extra.offsets], axis=1)
+    mix = None
+    if extra.vectors is not None:
+        behind = ((0, 0), (W, 0))
+        mix = jnp.pad(jnp.ones((B, E)), behind), jnp.pad(extra.vectors, (*behind, (0, 0)))
     return Window(
         jnp.concatenate([tree.tokens, extra.tokens], axis=1),
         start[:, None] + offsets,
         pack_mask(jnp.concatenate([blind, extra.sees], axis=1)),
+        mix=mix,
     )
 
 

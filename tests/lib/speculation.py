@@ -37,3 +37,15 @@ def check_statistics(state, depth):
         steps = step_map[b, :n]
         assert (np.diff(steps) >= 0).all() and (step_map[b, n:] == -1).all()
         assert set(steps) == set(range(int(state.num_forwards[b])))
+
+
+def assert_same_law(ours, theirs, first=0):
+    """Two tokens of many texts each, from `first` on, come up about as often in both."""
+    counts = []
+    for rows in (ours, theirs):
+        codes = [a * 1000 + b for a, b, *_ in ([*row[first:], 0, 0] for row in rows)]
+        counts.append(np.bincount(codes, minlength=10**6))
+    a, b = counts
+    there = a + b > 10
+    chi_square = ((a - b)[there] ** 2 / (a + b)[there]).sum()
+    assert chi_square < there.sum() + 4 * np.sqrt(2 * there.sum())

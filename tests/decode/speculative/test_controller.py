@@ -25,6 +25,7 @@ from decode.speculative.components import (
     PromptLookup,
     TokenRecycling,
 )
+from decode.speculative.contracts import ExtraRows
 from decode.speculative.controller import Controller
 from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
 from decode.speculative.tree import DraftTree, TreeShape, chain, from_paths
@@ -33,7 +34,13 @@ from dlm.params import param_shardings
 from dlm.sharding import make_mesh
 from tests.lib.docs import check_refusals, check_wrong_kinds
 from tests.lib.drafters import Adversary
-from tests.lib.speculation import check_statistics, random_prompts, run, texts
+from tests.lib.speculation import (
+    assert_same_law,
+    check_statistics,
+    random_prompts,
+    run,
+    texts,
+)
 from tests.lib.tiers import more
 
 ACTIVE, NONE = np.ones(1, bool), np.zeros(1, np.int32)
@@ -289,16 +296,12 @@ def test_drawn_drafts_follow_the_targets_law(toy_cfg, toy_params):
     method = SpeculativeMethod(
         drafter, SpeculativeSampling(), sampling, controller=controller(drafter, **EAGER)
     )
-    counts = []
-    for some in (plain, method):
-        state = run(toy_params, toy_cfg, some, prompts, gen_len=6, seeds=range(512))
-        rows = np.array([row[:2] + [0] * (2 - len(row)) for row in texts(state, 512)])
-        codes = rows[:, 0] * toy_cfg.vocab_size + rows[:, 1]
-        counts.append(np.bincount(codes, minlength=toy_cfg.vocab_size**2))
-    a, b = counts
-    there = a + b > 10
-    chi_square = ((a - b)[there] ** 2 / (a + b)[there]).sum()
-    assert chi_square < there.sum() + 4 * np.sqrt(2 * there.sum())
+    assert_same_law(
+        *(
+            texts(run(toy_params, toy_cfg, some, prompts, gen_len=6, seeds=range(512)), 512)
+            for some in (plain, method)
+        )
+    )
 
 
 @pytest.mark.exhaustive
@@ -372,3 +375,16 @@ def test_nodes_of_a_part_have_its_parents():
     tree = DraftTree(zeros, np.int32([[-1, 0, 0, 1, 2]]), np.int32([[0, 1, 1, 2, 2]]), zeros == 0)
     part = tree.take(np.array([[0, 2, 4]]))
     assert part.parents.tolist() == [[-1, 0, 1]] and part.depths.tolist() == [[0, 1, 2]]
+
+
+def test_own_rows_beside_some_nodes():
+    """By hand: of three nodes the middle one is not judged, nor the second of two rows."""
+    sees = np.array([[[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]], bool)
+    rows = np.array([[5, 6]])
+    take = jax.jit(ExtraRows.take, static_argnums=2)
+    extra, nodes = ExtraRows(rows, rows, sees, np.ones((1, 2, 4))), np.array([[0, 2]])
+    cut = take(extra, nodes, 2)
+    assert cut.sees.tolist() == [[[True, False, True, False], [False, True, True, True]]]
+    cut = take(extra, nodes, 1)
+    assert cut.sees.tolist() == [[[True, False, True]]] and cut.tokens.tolist() == [[5]]
+    assert cut.vectors.shape == (1, 1, 4) and cut.offsets.tolist() == [[5]]
