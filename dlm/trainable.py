@@ -28,8 +28,8 @@ class Learned(struct.PyTreeNode):
       target: parameters of the model that is run: the one that is learned, or the one that
         something is learned beside.
       own: what is learned beside the target, as the objective that goes with it reads it:
-        parameters of heads, or a network (`EagleNetwork`, `DFlashNetwork`, `Draft`, `Filter`);
-        None: the target itself is learned.
+        parameters of heads, or a network (`EagleNetwork`, `DFlashNetwork`, `MaskNetwork`, `Draft`,
+        `Filter`); None: the target itself is learned.
       beside: parameters of a further model, which stays as it is: the reference of AdaSPEC, the
         model that Medusa-2 began with, or, for an objective with `needs_teacher`, the moving
         average of the target; None: there is none.

@@ -5,6 +5,7 @@ is seen to be so, and sizes are all different.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -55,6 +56,7 @@ from train.config import OptimConfig
 from train.objectives.block_diffusion import BlockDiffusion
 from train.objectives.causal import Causal
 from train.objectives.eagle_3 import Eagle3Loss
+from train.objectives.masks import draw_masks
 from train.step import init_state, train_step
 
 CFG = dataclasses.replace(TOY_CFG, dtype="bfloat16", n_layers=5)
@@ -247,6 +249,9 @@ def test_what_is_learned_beside_a_model():
     for low_rank in (*layers["attention"].values(), *layers["mlp"].values()):
         check(low_rank, L=CFG.n_layers, r=2)
     check(init_filter(jax.random.key(0), 5))
+    is_scored, start = np.ones((3, P + G), bool), np.zeros(3, np.int32)
+    draw = functools.partial(draw_masks, sizes=(5, 3, 2))
+    check(jax.eval_shape(draw, jax.random.key(0), is_scored, start))
 
 
 def test_models(watch):

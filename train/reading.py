@@ -53,9 +53,7 @@ def read_text(
     feature_layers: tuple[int, ...] = (),
 ) -> Text:
     """The forward pass of `Causal`: one batch, and which tokens of it count."""
-    prompt, start = batch["prompt"], batch["prompt_start"]
-    P = prompt.shape[1]
-    tokens = jnp.concatenate([prompt, batch["completion"]], axis=1)  # [B, T]
+    tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)  # [B, T]
     output = decoder.forward(
         params,
         cfg,
@@ -63,14 +61,19 @@ def read_text(
         feature_layers=feature_layers,
         remat=remat,
     )
-    index = jnp.arange(tokens.shape[1])[None]
+    is_scored = scored_tokens(batch, on_prompt)
+    return Text(tokens, output.hidden, is_scored, batch["prompt_start"], output.features)
+
+
+def scored_tokens(batch: Mapping[str, jax.Array], on_prompt: bool) -> jax.Array:
+    """[B, T] bool: which tokens of autoregressive texts are to be predicted."""
+    start, P = batch["prompt_start"], batch["prompt"].shape[1]
+    index = jnp.arange(P + batch["completion"].shape[1])[None]
     # The first real token of a row, or of a text in it, has nothing to be predicted from.
     is_scored = (index > start[:, None]) & (index < P + batch["completion_len"][:, None])
     if "segment" in batch:
         is_scored &= ~_is_first(batch["segment"])
-    if not on_prompt:
-        is_scored &= index >= P
-    return Text(tokens, output.hidden, is_scored, start, output.features)
+    return is_scored if on_prompt else is_scored & (index >= P)
 
 
 def read_completion(

@@ -19,6 +19,7 @@ from decode.speculative.drafters.eagle import EagleBest as EagleBest
 from decode.speculative.drafters.hydra import Hydra as Hydra
 from decode.speculative.drafters.jacobi import Jacobi as Jacobi
 from decode.speculative.drafters.lookahead import Lookahead as Lookahead
+from decode.speculative.drafters.masks import Masks as Masks
 from decode.speculative.drafters.medusa import Medusa as Medusa
 from decode.speculative.drafters.no_draft import NoDraft as NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup as PromptLookup

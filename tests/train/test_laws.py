@@ -10,7 +10,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -24,7 +23,7 @@ from scripts.docs_tables.tables import objective_kinds
 from tests.lib.certainty import easy
 from tests.lib.docs import check_refusals
 from tests.lib.tiers import more
-from tests.lib.weights import init_from_specs
+from tests.lib.weights import init_from_specs, noisy
 from train.config import OptimConfig
 from train.objectives import Context, Objective
 from train.objectives.adaspec import AdaSpec
@@ -100,7 +99,7 @@ def run_of(toy_cfg, toy_params, folder):
         frozen = Learned(params, beside=trainable.beside(toy_cfg, make_mesh()))
         own = init_from_specs(jax.random.key(1), trainable.specs(toy_cfg), toy_cfg.jnp_dtype)
         own = trainable.start(toy_cfg, params, own)
-        own = jax.tree.map(lambda x: jnp.asarray(1.1 * np.asarray(x)), own)  # not the reference
+        own = noisy(jax.random.key(2), own)  # neither the reference nor zero
         return Run(toy_cfg, objective, trainable, frozen, own)
 
     return make
