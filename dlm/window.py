@@ -19,12 +19,14 @@ class BlockDiffusion(struct.PyTreeNode):
     """Attention of a [noisy ; clean] window, see `kernels_pallas.block_diffusion_attention`.
 
     Attributes:
-      segment_ids: [B, T / 2] int32. Positions attend within their segment.
+      segment_ids: [B, L] int32, for copies of L positions. Positions attend within their segment.
       block_len: positions per block. Static.
+      context_len: positions per block of the clean copy; 1: it is causal. None: as many. Static.
     """
 
     segment_ids: jax.Array
     block_len: int = struct.field(pytree_node=False)
+    context_len: int | None = struct.field(pytree_node=False, default=None)
 
 
 class Window(struct.PyTreeNode):

@@ -393,8 +393,8 @@ def _validator(
             for i, batch in enumerate(feed.valid)
         ]
         means = jax.tree.map(lambda *values: sum(values) / len(values), *results)
-        if "nll_bound" in means:
-            means["perplexity_bound"] = jnp.exp(means["nll_bound"])
+        for name in {"nll_bound", "nll_next_token"} & means.keys():
+            means[name.replace("nll", "perplexity")] = jnp.exp(means[name])
         return means
 
     return validate

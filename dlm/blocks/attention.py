@@ -68,7 +68,9 @@ def attend(
             )
         blocks = {"q": q, "k": k, "v": v, "segment_ids": mask.segment_ids}
         by_head = dict.fromkeys("qkv", P(rows, None, heads))
-        run = functools.partial(block_diffusion_attention, block_len=mask.block_len)
+        run = functools.partial(
+            block_diffusion_attention, block_len=mask.block_len, context_len=mask.context_len
+        )
         of_blocks = by_head | {"segment_ids": P(rows)}
         return per_shard(run, blocks, of_blocks, P(rows, None, heads))
     operands: dict[str, Any] = {

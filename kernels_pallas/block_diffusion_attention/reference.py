@@ -11,13 +11,19 @@ _LOWEST = -1e30
 
 
 def block_diffusion_attention_reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, block_len: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    block_len: int,
+    context_len: int | None = None,
 ) -> jax.Array:
     """The contract in float32 with one dense mask. Args: as `block_diffusion_attention`."""
-    L, group = q.shape[1] // 2, q.shape[2] // k.shape[2]
-    segments = jnp.concatenate([segment_ids] * 2, axis=1)
-    allowed = jnp.asarray(block_diffusion_mask(L, block_len))[None]
-    allowed = allowed & (segments[:, :, None] == segments[:, None])  # [B, 2L, 2L]
+    L, group = segment_ids.shape[1], q.shape[2] // k.shape[2]
+    copies = q.shape[1] // L
+    segments = jnp.concatenate([segment_ids] * copies, axis=1)
+    allowed = jnp.asarray(block_diffusion_mask(L, block_len, context_len, copies - 1))[None]
+    allowed = allowed & (segments[:, :, None] == segments[:, None])  # [B, T, T]
     keys, values = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), keys) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, _LOWEST), axis=-1)

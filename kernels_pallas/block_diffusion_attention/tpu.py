@@ -16,7 +16,7 @@ def refusal(q: jax.Array) -> str | None:
     if q.shape[3] % 64:
         return f"head width {q.shape[3]} is not a multiple of 64"
     if q.shape[1] % 128:
-        return f"2L={q.shape[1]} is not a multiple of 128"
+        return f"T={q.shape[1]} is not a multiple of 128"
     return None
 
 
@@ -27,30 +27,34 @@ def attend_tpu(
     segment_ids: jax.Array,
     *,
     block_len: int,
+    context_len: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Splash attention. Args: as `block_diffusion_attention`; `interpret` runs it on CPU."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q.shape[1:3]
+    L = segment_ids.shape[1]
+    about = (L, block_len, context_len or block_len, T // L - 1)
 
     class BlockDiffusionMask(splash.Mask):
         """Evaluated tile by tile, while the kernel is built."""
 
         @property
         def shape(self) -> tuple[int, int]:
-            return (q.shape[1], q.shape[1])
+            return (T, T)
 
         def __getitem__(self, index: Any) -> np.ndarray:
-            rows, columns = (np.arange(q.shape[1])[i] for i in index)
-            return block_diffusion_allowed(rows[:, None], columns[None], q.shape[1] // 2, block_len)
+            rows, columns = (np.arange(T)[i] for i in index)
+            return block_diffusion_allowed(rows[:, None], columns[None], *about)
 
         def __eq__(self, other: object) -> bool:
             return type(other) is type(self)
 
         def __hash__(self) -> int:
-            return hash((q.shape[1], block_len))
+            return hash(about)
 
-    two_L, N = q.shape[1:3]
-    tile = next(size for size in (512, 256, 128) if two_L % size == 0)
+    tile = next(size for size in (512, 256, 128) if T % size == 0)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([BlockDiffusionMask()] * N),
         block_sizes=splash.BlockSizes(
@@ -65,7 +69,7 @@ def attend_tpu(
         ),
         interpret=interpret,
     )
-    segments = jnp.concatenate([segment_ids] * 2, axis=1)
+    segments = jnp.concatenate([segment_ids] * (T // L), axis=1)
     by_head = lambda x: x.swapaxes(1, 2)  # noqa: E731
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     out = jax.vmap(kernel)(
