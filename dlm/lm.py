@@ -137,6 +137,56 @@ def _located(path: str | os.PathLike[str]) -> pathlib.Path:
     return installed_smollm2() if path == "smollm2" and not root.exists() else root
 
 
+def with_mask(
+    lm: LanguageModel,
+    mask_token: str,
+    *,
+    shifted_logits: bool | None = None,
+    block_len: int | None = None,
+) -> LanguageModel:
+    """The same weights with a MASK token, to be taught diffusion or to draft for themselves.
+
+    MASK is a token that the model has: one that its texts never hold, such as SmolLM2's
+    "<reponame>", or a new one where the embedding has a row that no token uses, as Qwen2's. No row
+    is added, so weights, their sharding and adapters stay what they are. The tokenizer says the
+    same.
+
+    Example:
+      >>> from dlm.tokenizer import word_tokenizer
+      >>> lm = load("tests/golden/llama_target", tokenizer=word_tokenizer(["a ", "b "]))
+      >>> lm = with_mask(lm, "<mask>")  # of smollm2: "<reponame>"
+      >>> lm.cfg.mask_token_id, lm.tokenizer.encode("b <mask>")
+      (4, [1, 4])
+
+    Args:
+      lm: with a tokenizer.
+      mask_token: its text.
+      shifted_logits: whether the output at position i - 1 predicts token i; None: as it was.
+      block_len: positions per block, see `ModelConfig`; None: as it was.
+
+    Raises:
+      ValueError: there is no tokenizer, no such token and no row left, or the token ends texts or
+        pads them.
+    """
+    if lm.tokenizer is None:
+        raise ValueError(f"mask_token={mask_token!r} needs a model with a tokenizer")
+    tokenizer = lm.tokenizer.with_mask(mask_token)
+    if tokenizer.vocab_size > lm.cfg.vocab_size:
+        special = lm.tokenizer.backend.get_added_tokens_decoder()
+        known = ", ".join(repr(special[i].content) for i in sorted(special)[:20])
+        raise ValueError(
+            f"mask_token={mask_token!r} is no token of this model, whose embedding has no row left "
+            f"for it: name one that its texts do not need, such as those of {known}"
+        )
+    cfg = dataclasses.replace(
+        lm.cfg,
+        mask_token_id=tokenizer.mask_token_id,
+        shifted_logits=lm.cfg.shifted_logits if shifted_logits is None else shifted_logits,
+        block_len=lm.cfg.block_len if block_len is None else block_len,
+    )
+    return dataclasses.replace(lm, cfg=cfg, tokenizer=tokenizer)
+
+
 def save(path: str | os.PathLike[str], lm: LanguageModel) -> None:
     """Writes a model and its tokenizer in a published format; see `dlm.hf.saving.save_hf`.
 

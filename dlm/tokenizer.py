@@ -213,6 +213,12 @@ class Tokenizer:
             )
         return templates[wanted]
 
+    def with_mask(self, text: str) -> Tokenizer:
+        """The same tokenizer whose MASK is the token `text`, behind the last id if it is new."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens([text])
+        return dataclasses.replace(self, backend=backend, mask_token_id=backend.token_to_id(text))
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` reads."""
         target = pathlib.Path(directory)

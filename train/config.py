@@ -177,6 +177,8 @@ class TrainConfig:
       seed: of initialisation, masks and all other randomness but the order of the data.
       master_dtype: in which parameters are kept and updated; products use `model.dtype`.
       init_from: folder of a model to start from; "": fresh parameters.
+      with_mask: {"mask_token": text, ...}, arguments of `dlm.lm.with_mask`, which makes a diffusion
+        model to be of that model; None: it stays what it is.
       eval_every: steps between validations; 0: only at the end.
       num_eval_batches: held-out batches of a validation, the same each time.
     """
@@ -187,6 +189,7 @@ class TrainConfig:
     seed: int = 0
     master_dtype: str = "float32"
     init_from: str = ""
+    with_mask: Mapping[str, Any] | None = None
     eval_every: int = 0
     num_eval_batches: int = 4
 
@@ -200,6 +203,10 @@ class TrainConfig:
         if self.trainable is not None and not self.init_from:
             raise ConfigError(
                 "train.init_from='' must be a model: train.trainable is learned beside one"
+            )
+        if self.with_mask is not None and not self.init_from:
+            raise ConfigError(
+                "train.init_from='' must be a model: train.with_mask gives one a MASK token"
             )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dlm import lm, tasks
 from dlm.config import ModelConfig, check_precision
+from dlm.hf.files import format_for
 from dlm.params import Params, cast_params, num_params
 from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
 from dlm.trainable import Learned, Trainable
@@ -142,13 +143,19 @@ def load_model(
 ) -> tuple[Tokenizer, lm.LanguageModel]:
     """The model in `train.init_from`, and its tokenizer; of the model section `dtype` is used.
 
-    Without weights its parameters are {}.
+    Without weights its parameters are {}. With `train.with_mask` it is what that makes of it.
     """
-    path = settings.train.init_from
+    path, with_mask = settings.train.init_from, settings.train.with_mask
     try:
         model = lm.load(path, mesh=mesh) if has_weights else lm.describe(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.init_from={path!r}: {error}") from error
+    if with_mask is not None:
+        try:
+            model = lm.with_mask(model, **with_mask)
+            format_for(model.cfg)  # in which it will be written
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"train.with_mask={dict(with_mask)}: {error}") from error
     if model.tokenizer is None:
         raise ConfigError(f"train.init_from={path!r} must be a model with a tokenizer")
     if (num := model.tokenizer.vocab_size) > model.cfg.vocab_size:

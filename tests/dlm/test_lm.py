@@ -140,6 +140,35 @@ def test_save_and_load_with_a_tokenizer(tmp_path, name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(("mask", "mask_id"), [("w7 ", 7), ("<mask>", 94)])
+def test_a_model_gets_a_mask(tmp_path, mask, mask_id):
+    """A token that it has, or one for a row that none uses; files say the same, texts stay."""
+    lm = dlm.load(GOLDEN / "llama_target", tokenizer=words(92))
+    made = dlm.lm.with_mask(lm, mask)
+    assert made.params is lm.params
+    assert made.cfg == dataclasses.replace(lm.cfg, mask_token_id=mask_id)
+    assert lm.tokenizer.mask_token_id == 93 and lm.tokenizer.vocab_size == 94
+    dlm.save(tmp_path / "saved", made)
+    again = dlm.load(tmp_path / "saved")
+    assert again.cfg.mask_token_id == again.tokenizer.mask_token_id == mask_id
+    assert again.cfg.shifted_logits
+    for tokenizer in (made.tokenizer, again.tokenizer):
+        assert tokenizer.encode(f"w3 {mask}w14 ") == [3, mask_id, 14]
+        assert tokenizer.decode([3, mask_id, 14]) == "w3 w14 "
+    in_place = dlm.lm.with_mask(lm, mask, shifted_logits=False, block_len=4)
+    assert in_place.cfg.writes_in_place and not made.cfg.writes_in_place
+
+
+def test_masks_that_cannot_be_are_refused():
+    lm = dlm.load(GOLDEN / "llama_target", tokenizer=words(94))  # of 96 rows none is left
+    with pytest.raises(ValueError, match=r"mask_token='<mask>' is no token .*\|mdm_mask\|"):
+        dlm.lm.with_mask(lm, "<mask>")
+    with pytest.raises(ValueError, match="pad_token_id=52 must differ from mask_token_id"):
+        dlm.lm.with_mask(lm, "w52 ")
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        dlm.lm.with_mask(dataclasses.replace(lm, tokenizer=None), "w7 ")
+
+
 def _with_tokenizer(path, tokenizer, **changes):
     path.mkdir()
     config = json.loads((GOLDEN / "llada_small/config.json").read_text()) | changes

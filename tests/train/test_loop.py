@@ -207,6 +207,33 @@ def test_init_from_keeps_the_model(finished, tmp_path):
     assert_same(ours.params, theirs.params)
 
 
+def test_a_model_is_read_in_another_way_from_now_on(finished, tmp_path):
+    """What `dlm.lm.with_mask` makes of it is what is learned, and exported."""
+    config = toy_config(
+        train__init_from=str(finished[1].model_path),
+        train__num_steps=1,
+        optim__learning_rate=0.0,
+    )
+    config.train.with_mask = {"mask_token": "f", "shifted_logits": True}
+    ours, theirs = (
+        dlm.load(r.model_path) for r in (loop.run(config, tmp_path / "run"), finished[1])
+    )
+    expected = dataclasses.replace(theirs.cfg, mask_token_id=5, shifted_logits=True)
+    assert ours.cfg == expected and ours.tokenizer.mask_token_id == 5
+    assert_same(ours.params, theirs.params)
+    for wrong, message in (
+        ({"mask_token": "zz"}, "'mask_token': 'zz'}: mask_token='zz' is no token"),
+        ({"mask_token": "f", "block_len": 5}, "no published format can hold this model"),
+        ({"mask": "f"}, "unexpected keyword argument 'mask'"),
+    ):
+        config.train.with_mask = wrong
+        with pytest.raises(ConfigError, match=rf"train\.with_mask=.*{message}"):
+            loop.run(config, tmp_path / "other")
+    config.train.init_from = ""
+    with pytest.raises(ConfigError, match=r"train\.with_mask gives one a MASK token"):
+        loop.run(config, tmp_path / "other")
+
+
 def test_what_is_exported_ends_and_draws_as_what_it_was(finished, tmp_path):
     """Also after a pause: an end that only generation_config.json names, and its settings."""
     shutil.copytree(finished[1].model_path, tmp_path / "model")
