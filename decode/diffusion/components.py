@@ -10,6 +10,7 @@ from decode.constraints.filters import Filters as Filters
 from decode.constraints.nucleus import Nucleus as Nucleus
 from decode.constraints.token_ban import TokenBan as TokenBan
 from decode.diffusion.caches.block_causal import BlockCausal as BlockCausal
+from decode.diffusion.caches.block_causal import CausalContext as CausalContext
 from decode.diffusion.caches.delayed_cache import DelayedCache as DelayedCache
 from decode.diffusion.caches.dual_cache import DualCache as DualCache
 from decode.diffusion.caches.in_block_cache import InBlockCache as InBlockCache

@@ -1,6 +1,8 @@
-"""The exact cache of block-diffusion models, whose blocks never look ahead."""
+"""The exact caches of block-diffusion models, whose blocks never look ahead."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import jax
 from flax import struct
@@ -48,3 +50,24 @@ class BlockCausal(ExactBlocks):
         state: ExactBlocksState,
     ) -> tuple[jax.Array, ExactBlocksState, jax.Array]:
         return self.judge_blocks(params, cfg, canvas, window_len, state)
+
+
+@struct.dataclass
+class CausalContext(BlockCausal):
+    """As `BlockCausal`, but finished blocks and the prompt are cached as a causal model reads them.
+
+    An open block still sees all of itself. The cache is that of autoregressive decoding, so the
+    same weights may judge from left to right what they have drafted in blocks
+    (`SelfSpeculation`).
+
+    For models trained so: `train.objectives.block_diffusion` with `causal_context`.
+
+    Reference: Liu et al., "TiDAR: Think in Diffusion, Talk in Autoregression", arXiv:2511.08923;
+    Nemotron-Labs-Diffusion, arXiv:2607.05722 (its diffusion mode).
+
+    Attributes:
+      block_len: >= 1, positions per block, as trained. Static.
+      aligned: see `ExactBlocks`. Static.
+    """
+
+    settles_causally: ClassVar[bool] = True

@@ -50,12 +50,15 @@ class ExactBlocks(CachePolicy):
     """Blocks that never look ahead, cached exactly once they are finished.
 
     Attributes:
+      settles_causally: whether positions of finished blocks, and of the prompt, see no later one of
+        their own block either.
       block_len: positions per block, as trained. Static.
       aligned: whether they are counted from the start of the prompt; False: from its end. Static.
     """
 
     covers: ClassVar[str] = "block"
     looks_ahead: ClassVar[bool] = False
+    settles_causally: ClassVar[bool] = False
 
     block_len: int = struct.field(pytree_node=False, default=32)
     aligned: bool = struct.field(pytree_node=False, default=True)
@@ -148,10 +151,14 @@ class ExactBlocks(CachePolicy):
         S = canvas.tokens.shape[1]
         place = first[:, None] + jnp.arange(length)[None]
         block = (place - self._origin(canvas)[:, None]) // self.block_len
+        sees = block[:, :, None] >= block[:, None, :]
+        if self.settles_causally:
+            is_open = place >= self.first(canvas)[:, None]
+            sees &= is_open[:, :, None] | (place[:, :, None] >= place[:, None, :])
         window = Window(
             tokens=jnp.take_along_axis(canvas.tokens, jnp.clip(place, 0, S - 1), axis=1),
             positions=place - canvas.start[:, None],
-            mask=pack_mask(block[:, :, None] >= block[:, None, :]),
+            mask=pack_mask(sees),
             range=jnp.stack([canvas.start, canvas.end], axis=-1) - first[:, None],
         )
         slots = Slots(kv, cache_ranges, first if keep else None, canvas.is_active, canvas.length)
