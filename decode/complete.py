@@ -205,7 +205,7 @@ def stream_text(
 
 def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
     """The method that was asked for, see `complete`."""
-    if lm.cfg.never_causal:
+    if lm.cfg.never_causal and lm.cfg.block_len is None:
         raise ValueError(
             "this is a diffusion model, which never learned to write from left to right: use "
             "decode.generate"

@@ -38,7 +38,13 @@ from decode.diffusion.points import METHODS as DIFFUSION
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
-from decode.speculative.loop import SpeculativeMethod, SpeculativeState, init_state, prefill
+from decode.speculative.loop import (
+    SpeculativeMethod,
+    SpeculativeState,
+    init_state,
+    num_rows,
+    prefill,
+)
 from decode.speculative.points import METHODS as DRAFTING
 from decode.speculative.renewal import enlarge, renew
 from dlm.compilation import Compiling
@@ -154,8 +160,9 @@ class Conversation:
         self._is_writing = False
         method = choices.get("method")
         name = method if isinstance(method, str) else None
+        drafts = choices.get("drafter") is not None and lm.cfg.block_len is not None
         self.is_diffusion = (
-            lm.cfg.never_causal
+            (lm.cfg.never_causal and not drafts)
             or isinstance(method, DiffusionMethod)
             or (name in DIFFUSION and name not in DRAFTING)
         )
@@ -294,8 +301,7 @@ class Conversation:
         if self.is_diffusion:
             buckets = (CANVAS * n // 2 << k for k in itertools.count() for n in (2, 3))
         else:
-            drafter = self.method.drafter
-            others = self.gen_len + drafter.num_nodes + drafter.num_extra
+            others = self.gen_len + num_rows(self.lm.cfg, self.method)
             buckets = ((SLOTS << k) - others for k in itertools.count())
         P = next(n for n in buckets if n >= len(tokens))
         return dict(

@@ -170,8 +170,8 @@ class ModelConfig:
       pattern: what the layers are, a kind per layer, over and over: layer i is
         `pattern[i % len(pattern)]`. A kind is three words of `LAYER_WORDS`.
       never_causal: whether the weights were taught to see both sides and nothing else (LLaDA,
-        Dream), so that they cannot write from left to right. Two models that differ in nothing else
-        are equal.
+        Dream), so that they cannot write from left to right; those of block diffusion
+        (`block_len`) can, in blocks of one. Two models that differ in nothing else are equal.
       family: the published architecture in whose files it is written, if those of others could hold
         it as well; None: the first that can.
       block_len: positions per block of a model that was trained to see its own block and those
@@ -374,6 +374,15 @@ class ModelConfig:
             if field.name in _OF_LAYERS
         }
         return dataclasses.replace(self, **(reset | changes))
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether from left to right a MASK says the token that belongs where it stands.
+
+        So do block-diffusion models whose outputs are not shifted (SDAR, LLaDA2): in blocks of one
+        they are autoregressive. All other models say at a token what follows it.
+        """
+        return self.block_len is not None and not self.shifted_logits
 
     @property
     def rotary_width(self) -> int:

@@ -23,6 +23,7 @@ from decode.speculative.drafters.masks import Masks as Masks
 from decode.speculative.drafters.medusa import Medusa as Medusa
 from decode.speculative.drafters.no_draft import NoDraft as NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup as PromptLookup
+from decode.speculative.drafters.self_speculation import SelfSpeculation as SelfSpeculation
 from decode.speculative.drafters.suffix import Suffix as Suffix
 from decode.speculative.drafters.token_recycling import TokenRecycling as TokenRecycling
 

@@ -36,9 +36,10 @@ from decode.core.results import TopTokens, check_top_logprobs
 from decode.core.sampling import Sampling, draw
 from decode.core.streams import Stream, fold_in
 from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
-from decode.speculative.contracts import Context, Drafter, Proposal, Seen
+from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, Seen
 from decode.speculative.controller import Controller, ControllerState
 from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.in_place import ask, join
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.cache import KVCache, compact, init_cache
@@ -81,6 +82,11 @@ class SpeculativeMethod(struct.PyTreeNode):
             if part is not None:
                 part.validate(cfg)
         check_top_logprobs(self.top_logprobs, cfg.vocab_size)
+        if cfg.writes_in_place and cfg.mask_token_id is None:
+            raise ValueError(
+                f"mask_token_id=None must be a token id: with block_len={cfg.block_len} and "
+                "shifted_logits=False the model writes where MASK stands"
+            )
         for choice in (self.drafter, self.acceptance, self.controller):
             if choice is not None and (reason := choice.refuse(self)):
                 raise ValueError(reason)
@@ -186,12 +192,18 @@ def init_state(
     )
     P, G, B = asked.P, asked.G, asked.B
     chunk = min(P, chunk)
-    W = method.drafter.num_nodes + method.drafter.num_extra
+    W = num_rows(cfg, method)
     # A tree may be judged at the last position, and prompts are read in whole chunks.
     S = max(P + G + W, -(-P // chunk) * chunk)
 
     rows = lay_out(cfg, prompts, asked.gen_lens, B, S)
     return first_state(cfg, method, *rows, asked.key, G, chunk)
+
+
+def num_rows(cfg: ModelConfig, method: SpeculativeMethod) -> int:
+    """The most positions that a round judges at once: what a cache must have room for."""
+    nodes = method.drafter.num_nodes
+    return nodes + method.drafter.num_extra + (nodes if cfg.writes_in_place else 0)
 
 
 def lay_out(
@@ -375,7 +387,7 @@ def _settle(
       choice: [] int32. What the controller has chosen; None without one.
       is_paused: [] bool. Whether nobody drafted; None: somebody did.
     """
-    drafter, tree = method.drafter, proposal.tree
+    drafter, tree, extra = method.drafter, proposal.tree, proposal.extra
     n = tree.tokens.shape[1]
     depth = min(drafter.depth, n - 1)
     with jax.named_scope("judge"):
@@ -399,7 +411,7 @@ def _settle(
             tree_hidden=output.hidden[:, :n],
             tree=tree,
             chosen=verdict.chosen,
-            extra_hidden=None if proposal.extra is None else output.hidden[:, n:],
+            extra_hidden=None if extra is None else output.hidden[:, -extra.tokens.shape[1] :],
             best=None if top is None else top.tokens[..., : drafter.num_best],
         )
         control = state.control
@@ -484,17 +496,22 @@ def _judge(
     """
     start, tree = state.length - 1, proposal.tree
     W = tree.tokens.shape[1]
-    above = tree.ancestors(min(method.drafter.depth, W - 1))
-    if proposal.extra is not None:
+    above, extra = tree.ancestors(min(method.drafter.depth, W - 1)), proposal.extra
+    if extra is not None:
         params = method.drafter.params_of_extra(params, W)
+    if cfg.writes_in_place:
+        assert cfg.mask_token_id is not None
+        extra = join(ask(tree, above, cfg.mask_token_id), extra)
     output = decoder.forward(
         params,
         cfg,
-        _window(proposal, above, start, method.drafter.is_chain),
+        _window(tree, extra, above, start, method.drafter.is_chain),
         Slots.append(state.cache, start, ~state.has_stopped).replace(length=state.end),
         feature_layers=method.drafter.feature_layers,
     )
-    hidden = output.hidden[:, :W]
+    hidden, banned = output.hidden[:, :W], None
+    if cfg.writes_in_place:
+        hidden, banned = output.hidden[:, W : 2 * W], jnp.array([cfg.mask_token_id])
     key = fold_in(fold_in(state.key, state.num_forwards), Stream.ACCEPT)
     by_node = jax.vmap(lambda position: fold_in(fold_in(state.key, position), Stream.TARGET), 1, 1)(
         start[:, None] + tree.depths
@@ -502,7 +519,7 @@ def _judge(
     sampling, probs, log_probs, top = method.sampling, None, None, None
     num_best = max(method.top_logprobs, method.drafter.num_best)
     if method.needs_probs:
-        logits = vocab.logits(vocab.head(params), hidden)
+        logits = vocab.logits(vocab.head(params), hidden, banned_ids=banned)
         occurred = None
         if state.occurred is not None:  # what came before a node: the text, and the nodes above it
             of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
@@ -520,7 +537,7 @@ def _judge(
         noise = None
         if sampling.temperature is not None:
             noise = Noise(by_node, jnp.float32(sampling.temperature))
-        stats = vocab.read(vocab.head(params), hidden, noise=noise, k=num_best)
+        stats = vocab.read(vocab.head(params), hidden, banned_ids=banned, noise=noise, k=num_best)
         sampled = stats.token if noise is None else stats.sample
         log_probs = stats.log_prob if noise is None else stats.sample_log_prob
         assert sampled is not None and log_probs is not None
@@ -531,9 +548,10 @@ def _judge(
     return output, verdict, log_probs, top
 
 
-def _window(proposal: Proposal, above: jax.Array, start: jax.Array, is_chain: bool) -> Window:
-    """The nodes of a tree, whose root is at position start [B], and the drafter's own rows."""
-    tree, extra = proposal.tree, proposal.extra
+def _window(
+    tree: DraftTree, extra: ExtraRows | None, above: jax.Array, start: jax.Array, is_chain: bool
+) -> Window:
+    """The nodes of a tree, whose root is at position start [B], and rows that nobody else sees."""
     if extra is None:
         mask = None if is_chain else pack_mask(above)
         return Window(tree.tokens, start[:, None] + tree.depths, mask, is_causal=is_chain)

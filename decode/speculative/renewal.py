@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from decode.core.requests import read_requests
-from decode.speculative.loop import SpeculativeMethod, SpeculativeState, first_state, lay_out
+from decode.speculative.loop import (
+    SpeculativeMethod,
+    SpeculativeState,
+    first_state,
+    lay_out,
+    num_rows,
+)
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 
@@ -52,7 +58,7 @@ def renew(
     """
     method.validate(cfg)
     (B, S), G = state.tokens.shape, state.step_map.shape[1]
-    P = S - G - method.drafter.num_nodes - method.drafter.num_extra
+    P = S - G - num_rows(cfg, method)
     asked = read_requests(cfg, prompts, gen_len, seeds, P, G, B, may_be_empty=False)
     rows = lay_out(cfg, prompts, asked.gen_lens, B, S)
     ended = state.length, state.end

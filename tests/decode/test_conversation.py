@@ -11,7 +11,7 @@ from decode.complete import complete
 from decode.conversation import Conversation
 from decode.diffusion.components import Quota
 from decode.generate import generate
-from decode.speculative.components import DraftModel, Eagle, PromptLookup
+from decode.speculative.components import DraftModel, Eagle, PromptLookup, SelfSpeculation
 from decode.speculative.controller import Controller
 from tests.lib.tiers import more
 from tests.lib.untrained import char_lm
@@ -177,6 +177,15 @@ def test_diffusion_models_talk_too(lm):
     assert [turn.text for turn in talk.turns] == [answer.text for answer in whole]
     assert [turn.num_kept for turn in talk.turns] == [0, 0]
     assert talk.turns[1].num_programs == 0
+
+
+def test_models_of_blocks_talk_from_left_to_right_where_they_draft(lm):
+    """A published one, which is decoded by diffusion otherwise."""
+    cfg = dataclasses.replace(lm.cfg, never_causal=True, shifted_logits=False, block_len=4)
+    blocks = dataclasses.replace(lm, cfg=cfg)
+    assert Conversation(blocks, method="klass", block_len=4, gen_len=8).is_diffusion
+    talk = talked(blocks, SAID[:2], drafter=SelfSpeculation(4))
+    assert [turn.text for turn in talk.turns] == from_scratch(blocks, talk.turns)
 
 
 def test_what_makes_no_sense_is_refused(lm):

@@ -75,6 +75,11 @@ class Masks(Drafter):
                 f"the masks are for a target of d_model={width}, and this one has {cfg.d_model}: "
                 "train masks for it"
             )
+        if cfg.writes_in_place:
+            raise ValueError(
+                "the masks are for a target that predicts the next token, and this one's output is "
+                "about the token that it stands at: use SelfSpeculation"
+            )
         most = self.network.num_masks
         if self.num_drafts < 0 or (self.num_drafts > most and not self.network.is_shared):
             raise ValueError(

@@ -55,7 +55,7 @@ REPORTED = (
 # in the next round.
 COST = {
     "DraftModel": 5, "DraftModelTree": 5, "DraftModelBest": 4, "Eagle": 2, "EagleBest": 3,
-    "DFlash": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
+    "DFlash": 1, "SelfSpeculation": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
 }  # fmt: skip
 LATE = (DraftModelTree, DraftModelBest, Eagle, EagleBest)  # read in a round what was kept before
 PAIRS = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
