@@ -29,6 +29,7 @@ from decode.diffusion.caches import block_cache, canvas, delayed_cache, exact_bl
 from decode.diffusion.components import P2, FixedBlocks, Quota
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.recorded import GreedyOracle, Recorded
+from decode.diffusion.routing import Routing
 from decode.generate import generate
 from decode.speculative import loop as speculative
 from decode.speculative.accept import SpeculativeSampling
@@ -299,6 +300,8 @@ def test_requests_and_completions(toy_params):
     for answer in (generate(lm, [1, 2], gen_len=4, block_len=4), complete(lm, [1, 2], gen_len=4)):
         check(answer, gen_len=4)
     check(Encoded(np.zeros(3, np.int32), np.zeros(5, np.int32), np.zeros(5, np.int32)))
+    undecided, numbers = np.ones((3, 4), bool), np.ones((3, 4), np.float32)
+    check(Routing().route(undecided, numbers, numbers, 50, undecided[:, 0]))
 
 
 def test_nothing_is_left_out(request):
