@@ -98,7 +98,7 @@ def complete(
       >>> answer.text, answer.mean_acceptance_length
 
     Args:
-      lm: from `dlm.load`.
+      lm: from `dlm.load`; a block-diffusion model writes in blocks of one.
       prompts: a string or a list of token ids, or a list of these. Strings get what the model's
         tokenizer puts around a text; those of `lm.tokenizer.apply_chat_template`, for chat models,
         are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.

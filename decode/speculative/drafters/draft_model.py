@@ -89,6 +89,11 @@ class _Model(Drafter):
                 "the draft model is a diffusion model, which never learned to write from left to "
                 "right: draft with an autoregressive one"
             )
+        if self.draft.writes_in_place:
+            raise ValueError(
+                "the draft model says a token where MASK stands, and drafts are read at the token "
+                "before: draft with SelfSpeculation, or a model whose outputs are shifted"
+            )
         if abs(self.draft.vocab_size - cfg.vocab_size) > MAX_PADDING:
             raise ValueError(
                 f"the draft model has a vocabulary of {self.draft.vocab_size} tokens and the "

@@ -42,6 +42,8 @@ from kernels_pallas.window_attention import pack_mask
 class SelfSpeculation(Drafter):
     """The rest of a block, from one forward of the target itself; most probable or drawn.
 
+    So a round is two forwards of the target, one of which counts as the draft's.
+
     Attributes:
       block_len: C >= 2, positions per block, as trained. Static.
       aligned: whether blocks are the model's own, counted from the start of the prompt (S2D2), of

@@ -70,10 +70,13 @@ def test_padding_of_the_target_is_nothing_to_draft(toy_cfg, toy_params):
 
 
 def test_diffusion_models_are_no_drafts(toy_cfg, toy_params):
-    never = dataclasses.replace(toy_cfg, never_causal=True)
-    for drafter in drafters(toy_params, never).values():
-        with pytest.raises(ValueError, match="the draft model is a diffusion model, which never"):
-            drafter.validate(toy_cfg)
+    for change, message in (
+        (dict(never_causal=True), "the draft model is a diffusion model, which never"),
+        (dict(block_len=4, shifted_logits=False), "the draft model says a token where MASK stands"),
+    ):
+        for drafter in drafters(toy_params, dataclasses.replace(toy_cfg, **change)).values():
+            with pytest.raises(ValueError, match=message):
+                drafter.validate(toy_cfg)
 
 
 def test_a_draft_model_is_parameters_and_configuration(toy_cfg, toy_params):
