@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from decode.constraints.nucleus import Nucleus
-from decode.diffusion.caches.block_causal import BlockCausal
+from decode.diffusion.caches.block_causal import BlockCausal, CausalContext
 from decode.diffusion.caches.dual_cache import DualCache
 from decode.diffusion.caches.in_block_cache import InBlockCache
 from decode.diffusion.caches.prefix_cache import PrefixCache
@@ -92,8 +92,8 @@ def _threshold(block_len: int, threshold: float, **choices: Any) -> DiffusionMet
 
 def _block_causal(block_len: int, **choices: Any) -> DiffusionMethod:
     """For models trained with blocks of this length, counted from the start of the prompt."""
-    scheduler = FixedBlocks(block_len, aligned=True)
-    return complete(block_len, scheduler=scheduler, cache=BlockCausal(block_len), **choices)
+    defaults = {"scheduler": FixedBlocks(block_len, aligned=True), "cache": BlockCausal(block_len)}
+    return complete(block_len, **(defaults | choices))
 
 
 def _fast_dllm_v2(block_len: int, in_block: bool) -> DiffusionMethod:
@@ -156,6 +156,9 @@ _COMBINED: dict[str, dict[str, Maker]] = {
     },
     "block_causal": {  # for models trained with blocks of this length
         "block_causal": lambda n: _block_causal(n, rule=Threshold(0.9)),
+    },
+    "causal_context": {  # and behind a text that is read causally
+        "causal_context": lambda n: _block_causal(n, cache=CausalContext(n)),
     },
     "sdar": {  # one position per step at least, as many steps as positions
         "sdar": lambda n: _block_causal(n, rule=BlockQuota(n, n, 0.85)),
