@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from decode.core.requests import PROMPT_BUCKET
+from decode.core.requests import PROMPT_BUCKET, per_prompt_seeds
 from decode.diffusion.components import FixedBlocks, MaskInputs, Quota
 from decode.diffusion.loop import DiffusionMethod, check_tokens, decode, init_state
 from decode.diffusion.step import mask_id
@@ -92,13 +92,13 @@ def log_likelihood(
     batch_size: int = 16,
     guidance: float = 0.0,
     antithetic: bool = False,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> list[Likelihood]:
     """Estimates log-likelihoods of answers given prompts; see above for the estimator.
 
-    A pair's result depends on its place in the list, which picks its random stream, and on nothing
-    else in the list. Compiles once per bucket of lengths: whole pairs go up to a multiple of 32
-    tokens, answers to a power of two.
+    A pair's result depends on its random stream, which its seed or its place in the list picks, and
+    on nothing else in the list. Compiles once per bucket of lengths: whole pairs go up to a
+    multiple of 32 tokens, answers to a power of two.
 
     Example:
       >>> lm = dlm.load("path/to/checkpoint")
@@ -117,7 +117,8 @@ def log_likelihood(
       guidance: classifier-free guidance scale w >= 0: z_u + (w + 1) (z_c - z_u), where z_u sees
         MASK in place of the prompt. Twice the forwards. 0: off.
       antithetic: whether copies come in pairs with complementary masks.
-      seed: of all random masks; pair i uses `fold_in(key(seed), i)`.
+      seed: of all random masks, pair i then uses `fold_in(key(seed), i)`; or a number in [0, 2^32)
+        per pair, which then uses `fold_in(key(0), number)`.
 
     Returns:
       One `Likelihood` per pair.
@@ -129,23 +130,24 @@ def log_likelihood(
     """
     _check_numbers(num_samples, batch_size, guidance, antithetic)
     encoded = _encode_pairs(lm, pairs)
+    first, streams = _streams(seed, len(encoded))
     groups: dict[tuple[int, int, int, int], list[int]] = {}
     for i, (prompt, answer) in enumerate(encoded):
-        T = min(_prompt_slots(len(prompt) + len(answer)), lm.cfg.max_seq_len)
-        G = min(_answer_slots(len(answer)), T)
+        T = min(prompt_slots(len(prompt) + len(answer)), lm.cfg.max_seq_len)
+        G = min(answer_slots(len(answer)), T)
         wanted = 1 if len(answer) == 1 else num_samples
         N = min(wanted, batch_size)
         groups.setdefault((T, G, N, wanted // N), []).append(i)
 
     results: dict[int, Likelihood] = {}
-    key = jax.random.key(seed)
+    key = jax.random.key(first)
     progress = tqdm(total=len(encoded), desc="likelihood", unit="pair", delay=5)
     with progress, contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
         for (T, G, N, num_batches), members in groups.items():
-            for chunk in _chunks(members, batch_size // N):
+            for chunk in chunks(members, batch_size // N):
                 # The last chunk repeats pairs to be full: one shape, one program.
                 index = np.resize(np.asarray(chunk, np.int32), batch_size // N)
-                tokens, start, answer_len = _pad_left(lm.cfg, encoded, index, T)
+                tokens, start, answer_len = pad_left(lm.cfg, encoded, index, T)
                 estimates = [
                     _estimate(
                         lm.params,
@@ -154,7 +156,7 @@ def log_likelihood(
                         start,
                         answer_len,
                         key,
-                        index,
+                        streams[index],
                         step,
                         guidance or None,
                         num_answer_slots=G,
@@ -205,14 +207,14 @@ def greedy_match(
     )
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (prompt, answer) in enumerate(encoded):
-        slots = _prompt_slots(len(prompt)), _answer_slots(len(answer))
+        slots = prompt_slots(len(prompt)), answer_slots(len(answer))
         groups.setdefault(slots, []).append(i)
 
     results: dict[int, bool] = {}
     progress = tqdm(total=len(encoded), desc="greedy match", unit="pair", delay=5)
     with progress, contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
         for (P, G), members in groups.items():
-            for chunk in _chunks(members, batch_size):
+            for chunk in chunks(members, batch_size):
                 state = init_state(
                     lm.cfg,
                     method,
@@ -276,7 +278,7 @@ def _estimate(
     start: jax.Array,
     answer_len: jax.Array,
     key: jax.Array,
-    index: jax.Array,
+    stream: jax.Array,
     step: jax.Array | int,
     guidance: jax.Array | float | None,
     *,
@@ -293,7 +295,7 @@ def _estimate(
       start: [R] int32. First real position.
       answer_len: [R] int32. A; the last so many of T are the answer.
       key: of all pairs.
-      index: [R] int32. A pair's random stream.
+      stream: [R] uint32. A pair's random stream.
       step: where in the stream.
       guidance: scale, or None.
       num_answer_slots: G >= the longest answer.
@@ -302,7 +304,7 @@ def _estimate(
     """
     (R, T), G, N = tokens.shape, num_answer_slots, num_copies
     fold_in = jax.random.fold_in
-    keys = jax.vmap(lambda i: fold_in(fold_in(key, i), step))(index)
+    keys = jax.vmap(lambda i: fold_in(fold_in(key, i), step))(stream)
     is_answer = jnp.arange(T)[None] >= T - answer_len[:, None]  # [R, T]
     draw = functools.partial(draw_masks, num_copies=N, antithetic=antithetic)
     is_masked = jax.vmap(draw)(keys, is_answer[:, T - G :])  # [R, N, G]
@@ -336,7 +338,17 @@ def _hidden(params: Params, cfg: ModelConfig, tokens: jax.Array, start: jax.Arra
     return decoder.forward(params, cfg, window).hidden
 
 
-def _pad_left(
+def _streams(seed: int | Sequence[int], num: int) -> tuple[int, np.ndarray]:
+    """The seed of the key that all share, and what is folded into it: [num] uint32."""
+    if isinstance(seed, int):
+        return seed, np.arange(num, dtype=np.uint32)
+    seeds = per_prompt_seeds(seed, num)
+    if wrong := [x for x in seeds if not 0 <= x < 2**32]:
+        raise ValueError(f"seed has {wrong[0]}, which must be in [0, 2^32)")
+    return 0, np.array(seeds, np.uint32)
+
+
+def pad_left(
     cfg: ModelConfig,
     encoded: Sequence[tuple[list[int], list[int]]],
     index: np.ndarray,
@@ -352,15 +364,15 @@ def _pad_left(
     return tokens, np.array(start, np.int32), np.array(answer_len, np.int32)
 
 
-def _prompt_slots(length: int) -> int:
+def prompt_slots(length: int) -> int:
     return -(-max(length, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
-def _answer_slots(length: int) -> int:
+def answer_slots(length: int) -> int:
     return ANSWER_BUCKET << (-(-length // ANSWER_BUCKET) - 1).bit_length()
 
 
-def _chunks(members: list[int], size: int) -> Iterator[list[int]]:
+def chunks(members: list[int], size: int) -> Iterator[list[int]]:
     return (members[i : i + size] for i in range(0, len(members), size))
 
 
@@ -398,13 +410,14 @@ def _encode_pairs(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[i
         raise TypeError(
             f"pairs is a {type(pairs).__name__}; it must be a list of (prompt, answer) pairs"
         )
-    encoded = [_encode_pair(lm, i, pair) for i, pair in enumerate(pairs)]
+    encoded = [encode_pair(lm, i, pair) for i, pair in enumerate(pairs)]
     for i, (prompt, answer) in enumerate(encoded):
         _check_pair(lm.cfg, i, prompt, answer)
     return encoded
 
 
-def _encode_pair(lm: LanguageModel, i: int, pair: Any) -> tuple[list[int], list[int]]:
+def encode_pair(lm: LanguageModel, i: int, pair: Any) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and answer of pair i, see `log_likelihood`."""
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     if is_pair and all(isinstance(part, str) for part in pair):
         if lm.tokenizer is None:

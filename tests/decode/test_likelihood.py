@@ -20,6 +20,7 @@ from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib import oracle
+from tests.lib.likelihoods import expectation, score
 from tests.lib.tiers import more
 from tests.lib.weights import init_params
 
@@ -48,32 +49,6 @@ def with_tokenizer(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
     )
     return LanguageModel(init_params(jax.random.key(0), cfg), cfg, tokenizer)
-
-
-def score(lm, prompt, answer, is_masked, guidance=0.0):
-    """Sum of log-probabilities of the masked tokens, in float64, without padding."""
-    model, mask = oracle.Model(lm.params, lm.cfg), lm.cfg.mask_token_id
-    noisy = [mask if hidden else token for token, hidden in zip(answer, is_masked, strict=True)]
-
-    def logits(prompt):
-        tokens = [*prompt, *noisy]
-        return model.logits(model.run(tokens, range(len(tokens)))[0])
-
-    z, blind = logits(prompt), logits([mask] * len(prompt))
-    z = blind + (guidance + 1) * (z - blind)
-    z = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    first = len(prompt) - int(lm.cfg.shifted_logits)
-    return sum(z[first + i, token] for i, token in enumerate(answer) if is_masked[i])
-
-
-def expectation(lm, prompt, answer):
-    """The bound itself: all mask counts, all sets of that size."""
-    A, total = len(answer), 0.0
-    for n in range(1, A + 1):
-        sets = [set(chosen) for chosen in itertools.combinations(range(A), n)]
-        scores = [score(lm, prompt, answer, [i in chosen for i in range(A)]) for chosen in sets]
-        total += np.mean(scores) / n
-    return total
 
 
 def greedy(lm, prompt, length, guidance):
@@ -285,6 +260,25 @@ def test_results_do_not_depend_on_other_pairs(lm, num_samples):
     twice = log_likelihood(lm, [(PROMPT, ANSWER)] * 2, **options)
     assert twice[0].log_prob != twice[1].log_prob  # streams of their own
     assert log_likelihood(lm, []) == []
+
+
+def test_a_pair_with_a_seed_of_its_own_gives_the_same_anywhere(lm):
+    pairs, seeds = [(PROMPT, ANSWER), ([2] * 3, [7, 7, 9, 1]), (PROMPT, ANSWER)], [5, 2**32 - 1, 5]
+    options = {"num_samples": 4, "batch_size": 4}
+    found = log_likelihood(lm, pairs, **options, seed=seeds)
+    assert found[0].log_prob == found[2].log_prob
+    assert [x.log_prob for x in log_likelihood(lm, pairs[::-1], **options, seed=seeds[::-1])] == [
+        x.log_prob for x in found[::-1]
+    ]
+    others = log_likelihood(lm, pairs[:1], **options, seed=[6])
+    assert others[0].log_prob != found[0].log_prob
+    by_place = log_likelihood(lm, pairs[:1] * 6, **options)  # the sixth has stream 5 of seed 0
+    assert by_place[5].log_prob == found[0].log_prob
+    for wrong in ([-1, 0, 0], [2**32, 0, 0]):
+        with pytest.raises(ValueError, match=r"must be in \[0, 2\^32\)"):
+            log_likelihood(lm, pairs, seed=wrong)
+    with pytest.raises(ValueError, match="seeds has 2 entries for 3 prompts"):
+        log_likelihood(lm, pairs, seed=[1, 2])
 
 
 def test_guidance_of_zero_is_none_and_others_are_not(lm):
