@@ -88,7 +88,7 @@ def answer_file(
         _read(lm, said, f"{source}, line {n}", gen_len) for n, said in parse_lines(raw, source)
     ]
     settings = _settings(lm, raw, decode, gen_len, seed)
-    with _open(target) as file:
+    with open_to_add(target) as file:
         _claim(target, settings)
         done = _read_answers(target, len(asked))
         todo = [i for i in range(len(asked)) if i not in done]
@@ -107,7 +107,7 @@ def answer_file(
                 file.write(line)
                 file.flush()
             done[todo[n]] = line
-        _replace(target, "".join(done[i] for i in range(len(asked))))
+        replace_file(target, "".join(done[i] for i in range(len(asked))))
     return len(todo)
 
 
@@ -152,10 +152,10 @@ def _settings(
         "decode": f"{decode.__module__}.{name}",
         "gen_len": str(gen_len),
         "seed": str(seed),
-    } | {name: _describe(options[name]) for name in sorted(options.keys() - set(HOW_FAST))}
+    } | {name: describe(options[name]) for name in sorted(options.keys() - set(HOW_FAST))}
 
 
-def _describe(option: Any) -> str:
+def describe(option: Any) -> str:
     """Text that differs where options do: of arrays, all entries count, or `MOST_SEEN` of them."""
     leaves, structure = jax.tree.flatten(option)
     if not any(np.ndim(leaf) for leaf in leaves):
@@ -169,7 +169,7 @@ def _describe(option: Any) -> str:
 
 
 @contextlib.contextmanager
-def _open(target: pathlib.Path) -> Iterator[TextIO]:
+def open_to_add(target: pathlib.Path) -> Iterator[TextIO]:
     """The answers, to add some, in a folder made if needed; ValueError if another process does."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:
@@ -189,7 +189,7 @@ def _claim(target: pathlib.Path, settings: dict[str, str]) -> None:
     """Writes the settings beside new answers; ValueError if there are some of others."""
     file = target.with_name(f"{target.name}.settings.json")
     if not target.stat().st_size:
-        _replace(file, json.dumps(settings, indent=1) + "\n")
+        replace_file(file, json.dumps(settings, indent=1) + "\n")
         return
     if not file.exists():
         raise ValueError(f"{target} is there without {file.name}: choose another file")
@@ -238,7 +238,7 @@ def _write(index: int, completion: Completion) -> str:
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
-def _replace(file: pathlib.Path, text: str) -> None:
+def replace_file(file: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
     write_text(partial, text)

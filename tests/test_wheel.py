@@ -13,17 +13,19 @@ from tests.lib.paths import ROOT
 pytest.importorskip("setuptools", minversion="77", reason="the extra `dev` has a newer setuptools")
 PACKAGES = ("configs", "decode", "dlm", "kernels_pallas", "scripts", "train")
 USE = """
-import importlib, pathlib, pkgutil
+import importlib.util, pathlib, pkgutil
 import configs, decode, dlm, kernels_pallas, scripts, train
 from configs import sft_jsonl
 from train import loop
 from train.config import from_config_dict
 
 here = pathlib.Path(configs.__file__).parent.parent
+has_harness = importlib.util.find_spec("lm_eval") is not None
 for package in (configs, decode, dlm, kernels_pallas, scripts, train):
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         is_main = info.name.startswith("scripts.") or info.name.endswith("__main__")
-        module = None if is_main else importlib.import_module(info.name)
+        needs_extra = info.name == "decode.evaluation.lm_eval" and not has_harness
+        module = None if is_main or needs_extra else importlib.import_module(info.name)
         assert module is None or here in pathlib.Path(module.__file__).parents, module
 config = sft_jsonl.get_config("runlocal")
 config.train.init_from = "model"

@@ -115,7 +115,7 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     file.write_text("old")
     monkeypatch.setattr(type(file), "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError))
     with pytest.raises(OSError):
-        files._replace(file, "new")
+        files.replace_file(file, "new")
     assert file.read_bytes() == b"old"
 
 
@@ -137,11 +137,11 @@ def test_nothing_that_is_asked_for_is_ignored(lm, prompts, tmp_path, decode, mes
 
 def test_options_differ_where_one_entry_of_an_array_does():
     mask = np.zeros(5000, bool)
-    said = files._describe({"ban_mask": mask})
-    assert said == files._describe({"ban_mask": mask.copy()})
+    said = files.describe({"ban_mask": mask})
+    assert said == files.describe({"ban_mask": mask.copy()})
     mask[2500] = True
-    assert said != files._describe({"ban_mask": mask})
-    assert files._describe(PromptLookup(num_drafts=3)) == repr(PromptLookup(num_drafts=3))
+    assert said != files.describe({"ban_mask": mask})
+    assert files.describe(PromptLookup(num_drafts=3)) == repr(PromptLookup(num_drafts=3))
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,12 @@ def test_damaged_settings_are_named(tmp_path):
 
 def test_one_process_at_a_time(lm, prompts, tmp_path):
     out = tmp_path / "new folder" / "out.jsonl"
-    with files._open(out), pytest.raises(ValueError, match="is being written by another process"):
+    with (
+        files.open_to_add(out),
+        pytest.raises(ValueError, match="is being written by another process"),
+    ):
         answer_file(lm, prompts, out, DECODE, gen_len=8)
-    with files._open(out):
+    with files.open_to_add(out):
         pass
 
 

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness: `python -m scripts.lm_eval`."""
