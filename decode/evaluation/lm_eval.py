@@ -39,7 +39,7 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts, of (context, generation settings)."""
-        asked = [(context, settings) for context, settings in (r.args for r in requests)]
+        asked = [request.args for request in requests]
         texts = self.answerer.generate(asked, progress=not disable_tqdm)
         self._keep("generate_until", requests, texts)
         return texts
@@ -48,7 +48,7 @@ class HarnessModel(LM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding writes it), of (context, continuation)."""
-        found = self.answerer.score([(context, answer) for context, answer in map(_args, requests)])
+        found = self.answerer.score([request.args for request in requests])
         self._keep("loglikelihood", requests, found)
         return found
 
@@ -56,7 +56,7 @@ class HarnessModel(LM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihoods, of (text,)."""
-        found = self.answerer.score_texts([text for (text,) in map(_args, requests)])
+        found = self.answerer.score_texts([request.args[0] for request in requests])
         self._keep("loglikelihood_rolling", requests, found)
         return found
 
@@ -84,7 +84,3 @@ class HarnessModel(LM):
         """For the harness's own cache of answers, if it is on."""
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
-
-
-def _args(request: Instance) -> tuple[Any, ...]:
-    return request.args
