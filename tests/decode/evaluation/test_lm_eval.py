@@ -15,12 +15,12 @@ import dlm
 from decode.causal_likelihood import causal_log_likelihood
 from decode.evaluation.harness import Answerer
 from decode.evaluation.requests import rolling_windows
-from decode.evaluation.task_files import export_task
+from decode.evaluation.task_files import LOCAL, export_task
 from dlm.tasks.presets import TASKS
 from tests.lib.likelihoods import expectation
 from tests.lib.mains import run_main
-from tests.lib.paths import ROOT
-from tests.lib.untrained import char_lm, untrained
+from tests.lib.paths import ROOT, SHARED
+from tests.lib.untrained import byte_lm, char_lm, untrained
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):
@@ -77,10 +77,11 @@ def folder(tmp_path_factory):
     return root
 
 
-def run(folder, out, checkpoint, tasks, *flags, code=0):
+def run(folder, out, checkpoint, tasks, *flags, include=None, code=0):
     """What the command writes: results, and samples by task."""
+    include = folder / "tasks" if include is None else include
     said = run_main(
-        "scripts.lm_eval", f"--checkpoint={folder / checkpoint}", f"--include={folder / 'tasks'}",
+        "scripts.lm_eval", f"--checkpoint={folder / checkpoint}", f"--include={include}",
         f"--tasks={tasks}", f"--out={out}", *flags, code=code,
     )  # fmt: skip
     if code:
@@ -138,8 +139,8 @@ def test_bounds_are_within_their_errors_of_what_they_estimate(lm_eval, folder, t
     config.pop("fewshot_split")
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
-    flags = ("--num_samples=1024", "--batch_size=128", f"--include={tmp_path}")
-    _, samples = run(folder, out, "diffusion", "short", *flags)
+    flags = ("--num_samples=1024", "--batch_size=128")
+    _, samples = run(folder, out, "diffusion", "short", *flags, include=tmp_path)
     answers = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
     for sample, doc in zip(samples["short"], docs, strict=False):
         for choice, said in zip(choices, sample["filtered_resps"], strict=True):
@@ -181,6 +182,26 @@ def test_an_autoregressive_model_answers_every_kind_of_request(lm_eval, folder, 
         context = sample["arguments"][0][0]
         assert context == f"<user>{sample['doc']['text']}<assistant>so "
     assert chatted["config"]["prompts_cut"] == 1 and chatted["config"]["answers"] == 3
+
+
+def test_data_sets_in_a_folder_are_tasks(lm_eval, folder, tmp_path):
+    """All of them, asked of a model that writes nothing right."""
+    if not (SHARED / "data" / "gsm8k").is_dir():
+        pytest.skip("the data sets lie not beside the repository")
+    lm = byte_lm()
+    causal = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, mask_token_id=None))
+    dlm.save(tmp_path / "causal", causal)
+    tasks = [f"{name}_local" for name in LOCAL]
+    flags = ("--limit=1", "--gen_len=4", "--batch_size=2", f"--data={SHARED / 'data'}")
+    found, samples = run(tmp_path, tmp_path / "out", "causal", ",".join(tasks), *flags, include="")
+    assert found["config"]["prompts_cut"] == len(tasks) == 4
+    for name in tasks:
+        numbers = found["results"][name]
+        scores = [v for k, v in numbers.items() if k.startswith(("exact_match,", "pass@1,"))]
+        assert scores and not any(scores)
+        context = samples[name][0]["arguments"][0][0]
+        shots = {"gsm8k_local": 5, "mbpp_local": 3}.get(name, 0)
+        assert context.count("Answer: ") + context.count("[DONE]\n\n") == shots
 
 
 def test_tasks_that_are_none_are_refused(lm_eval, folder, tmp_path):
