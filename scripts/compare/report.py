@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from decode.evaluation.figures import OperatingPoint, plot_speed_quality
+from decode.evaluation.figures import OperatingPoint, Panel, plot_speed_quality
 from decode.evaluation.job import ALL, Measurement, Point
 from decode.evaluation.statistics import aup, bootstrap
 from decode.evaluation.tables import markdown
@@ -108,17 +108,24 @@ def report(rows: Sequence[dict[str, Any]], areas: Mapping[str, Mapping[str, floa
     return "\n".join(f"### {title}\n\n{markdown(table)}\n" for title, table in tables.items())
 
 
-def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[OperatingPoint]]:
+def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Panel]:
     """For the figure: a panel per group; of all examples only if there are no others."""
-    found: dict[str, list[OperatingPoint]] = {}
-    for row in rows:
-        interval = row["accuracy_low"] / 100, row["accuracy_high"] / 100
-        found.setdefault(row["group"], []).append(
+    found: dict[str, Panel] = {}
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == group]
+        points = [
             OperatingPoint(
-                row["family"], "", row["tokens_per_forward"], row["accuracy"] / 100, interval
+                row["family"],
+                "",
+                row["tokens_per_forward"],
+                row["accuracy"] / 100,
+                (row["accuracy_low"] / 100, row["accuracy_high"] / 100),
             )
-        )
-    return {group: points for group, points in found.items() if group != ALL} or found
+            for row in own
+        ]
+        level = next(row["accuracy"] for row in own if row["method"] == BASELINE) / 100
+        found[group] = Panel(points, level=level)
+    return {group: panel for group, panel in found.items() if group != ALL} or found
 
 
 def write(
@@ -137,5 +144,5 @@ def write(
         writer = csv.DictWriter(file, flat[0])
         writer.writeheader()
         writer.writerows(flat)
-    title = f"{about['task']}: accuracy against parallelism"
+    title = f"{about['task']}: the front in colour, all others grey; dashed: one token per step"
     plot_speed_quality(out / "speed_quality.png", panels(rows), title)

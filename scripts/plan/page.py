@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -34,7 +35,8 @@ Written on a machine without a TPU by
 
 Every program was compiled ahead of time for the slice that is named, and none has run on one.
 `scripts/plan/pod.py` says how each column is counted. GiB per device (a chip; half a chip on v4 and
-tpu7x)."""
+tpu7x). The figure has the best meshes; `python -m scripts.figures --only=pods` draws it again, from
+`pods.json`. The commands need libtpu: [Plan a pod](howto/plan.md) says how to get it."""
 
 
 def fits(case: Case, found: dict[str, Any]) -> bool:
@@ -99,27 +101,36 @@ def moves(found: dict[Case, dict[str, Any]]) -> str:
 
 
 def draw(found: dict[Case, dict[str, Any]], path: pathlib.Path) -> None:
-    """Memory by kind on the best mesh of every program, against what there is."""
+    """Memory by kind on the best mesh of every program, in % of a chip's: a panel per slice."""
     chosen = [case for case in best(found).values() if "refused" not in found[case]]
-    figure = Figure(figsize=(8, 0.4 * len(chosen) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{case.slice}, {case.program}" for case in chosen]
-    left = [0.0] * len(chosen)
-    for kind, shade in zip(KINDS, ("0.25", "0.5", "0.7", "0.88"), strict=True):
-        widths = [found[case][kind] / GIB for case in chosen]
-        axes.barh(names, widths, left=left, color=shade, label=kind)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for i, case in enumerate(chosen):
-        hbm = aot.chip_of(case.slice).hbm_gib
-        axes.plot([hbm, hbm], [i - 0.4, i + 0.4], color="tab:red", linewidth=2)
-    axes.set_xscale("symlog", linthresh=16)
-    most = max(aot.chip_of(case.slice).hbm_gib for case in chosen)
-    ticks = [t for t in (0, 4, 8, 12, 16, 32, 64, 96) if t <= most]
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.set_xlabel("GiB per chip (logarithmic from 16 on); red: what a chip has")
-    axes.invert_yaxis()
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    slices = list(dict.fromkeys(case.slice for case in chosen))
+    most = max(sum(case.slice == of for case in chosen) for of in slices)
+    rows = math.ceil(len(slices) / 2)
+    figure = Figure(figsize=(10, rows * (0.3 * most + 0.9) + 0.4), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True)
+    for axis, of in itertools.zip_longest(axes.flat, slices):
+        if of is None:
+            axis.set_visible(False)
+            continue
+        own, hbm = [case for case in chosen if case.slice == of], aot.chip_of(of).hbm_gib
+        left = [0.0] * len(own)
+        for kind, colour in zip(KINDS, ("#0072b2", "#d55e00", "#009e73", "0.8"), strict=True):
+            shares = [100 * found[case][kind] / GIB / hbm for case in own]
+            axis.barh([case.program for case in own], shares, left=left, color=colour, label=kind)
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        for i, (case, share) in enumerate(zip(own, left, strict=True)):
+            axis.text(share + 1, i, mesh_name(case.mesh), va="center", fontsize=8, color="0.3")
+        axis.set_title(f"{of}: {hbm} GiB per chip", fontsize=11)
+        axis.axvline(100, color="tab:red", zorder=0)
+        axis.set_xlim(0, 130)  # room for names
+        axis.set_xticks(range(0, 101, 20))
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("% of a chip's memory")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def keep(

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 import dlm
-from decode.evaluation.figures import OperatingPoint, plot_speed_quality
+from decode.evaluation.figures import OperatingPoint, Panel, plot_speed_quality
 from decode.evaluation.run import device
 from decode.view import Answer, write_commit_order
 from dlm.tasks.waiting_line import OPERATIONS
 from scripts.quickstart.measure import BLOCK_LEN, GEN_LEN, PRESET, ROWS, Measurement
+
+TITLE = "Waiting line; dashed: one token per step, no cache"
 
 
 def table(measurements: list[Measurement]) -> str:
@@ -70,8 +72,8 @@ def write(
 
     groups = PRESET.groups or {}
 
-    def panel(group: str) -> list[OperatingPoint]:
-        return [
+    def panel(group: str) -> Panel:
+        points = [
             OperatingPoint(
                 method=m.rule,
                 setting=f"cache: {m.cache}",
@@ -80,15 +82,10 @@ def write(
             )
             for m in measurements
         ]
+        return Panel(points, level=points[0].quality)
 
-    plot_speed_quality(
-        workdir / "speed_quality.png",
-        {
-            "one right answer (copy, reverse, ... at)": panel("one right answer"),
-            "many right answers (shuffle, ... random)": panel("many right answers"),
-        },
-        "Waiting line: quality against parallelism",
-    )
+    panels = {group: panel(group) for group in groups}
+    plot_speed_quality(workdir / "speed_quality.png", panels, TITLE)
     assert lm.tokenizer is not None
     write_commit_order(
         workdir / "commit_order.html", answers, lm.tokenizer, "Waiting line: order of decoding"

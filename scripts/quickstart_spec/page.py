@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from configs import causal_lm
-from decode.evaluation.statistics import with_interval
+from decode.evaluation.figures import COLOURS
+from decode.evaluation.statistics import interval, with_interval
 from decode.evaluation.tables import markdown
 from scripts.quickstart_spec.measure import Measurement
 
@@ -30,11 +32,12 @@ ORDER = (
 _INTRODUCTION = """# Drafters side by side
 
 Written by `python -m scripts.quickstart_spec --heads=all --seeds=0,1,2 --out=docs`: small targets
-(1.0 M parameters), everything trained from nothing per seed; held-out prompts decoded greedily. A
-target this small is hardly dearer to run than its drafters, so the columns to look at are
-acceptance length (tokens per forward of the target) and forwards; how they turn into time on a
-larger target is what `scripts.bench spec` measures. (DFlash is trained as briefly as the others
-here, and drafts a chain.)"""
+(1.0 M parameters), everything trained from nothing per seed; held-out prompts decoded greedily.
+Acceptance length is tokens per forward of the target. There are no times here: a target this small
+is hardly dearer to run than its drafters. What a round costs on larger ones is measured by
+`python -m scripts.bench spec` ([Drafters and acceptance](speculative.md#what-is-measured)).
+DFlash is trained as briefly as the others, and drafts a chain. `python -m scripts.figures` draws
+the figures again, from `drafters_python.json` and `drafters_scan.json`."""
 
 
 def table(found: list[Measurement]) -> str:
@@ -55,23 +58,52 @@ def table(found: list[Measurement]) -> str:
     )
 
 
-def draw(found: list[Measurement], title: str, path: pathlib.Path) -> None:
-    """How many drafts a forward accepts, per drafter."""
-    figure = Figure(figsize=(7, 0.45 * len(found) + 1.4), layout="constrained")
+def kind(drafter: str) -> str:
+    """What was trained for it."""
+    if drafter in (
+        "none",
+        "prompt lookup",
+        "suffix decoding",
+        "token recycling, tree",
+        "lookahead",
+    ):
+        return "nothing"
+    return "a smaller model" if drafter.startswith("draft model") else "a head of the target"
+
+
+def draw(rows_of_seeds: list[list[dict[str, Any]]], title: str, path: pathlib.Path) -> None:
+    """Tokens per forward of every drafter: means, with 95 % intervals over seeds if several."""
+    lengths: dict[str, list[float]] = {}
+    for row in itertools.chain(*rows_of_seeds):
+        lengths.setdefault(row["drafter"], []).append(row["acceptance_length"])
+    means, halves = zip(*(interval(values) for values in lengths.values()), strict=True)
+    kinds = [kind(drafter) for drafter in lengths]
+    colours = dict(zip(dict.fromkeys(kinds), COLOURS, strict=False))
+    figure = Figure(figsize=(7, 0.32 * len(lengths) + 1.2), layout="constrained")
     axes = figure.subplots()
-    most = max(len(m.accepted) for m in found)
-    left = np.zeros(len(found))
-    names = [f"{m.drafter} ({m.acceptance_length:.2f})" for m in found]
-    for n in range(most):
-        share = np.array([m.accepted[n] if n < len(m.accepted) else 0.0 for m in found])
-        shade = str(0.9 - 0.8 * n / max(most - 1, 1))
-        axes.barh(names, 100 * share, left=100 * left, color=shade, edgecolor="white", label=str(n))
-        left += share
+    axes.barh(
+        list(lengths), means, xerr=halves, color=[colours[k] for k in kinds], alpha=0.85,
+        error_kw={"ecolor": "0.3", "elinewidth": 1},
+    )  # fmt: skip
+    for i, mean in enumerate(means):
+        axes.text(0.06, i, f"{mean:.2f}", va="center", color="white", fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlabel("forwards of the target (%)")
-    axes.set_title(title)
-    axes.legend(title="accepted", fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    figure.savefig(path, dpi=150)
+    axes.axvline(1, color="0.4", linewidth=0.9, linestyle="--")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens per forward of the target; dashed: without drafts")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=colour, alpha=0.85, label=k) for k, colour in colours.items()]
+    axes.legend(handles=handles, title="trained for it", fontsize=8, title_fontsize=8)
+    axes.set_title(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def draw_seeds(seeds: dict[str, Any], path: pathlib.Path) -> None:
+    """The figure of one text's drafters_<text>.json."""
+    rows = [seeds[key]["rows"] for key in sorted(seeds, key=int)]
+    task = path.stem.removeprefix("drafters_")
+    over = f", {len(rows)} seeds, 95 % intervals" if len(rows) > 1 else ""
+    draw(rows, f"{task}: same text, fewer forwards{over}", path)
 
 
 def combine(rows_of_seeds: list[list[dict[str, Any]]]) -> str:
@@ -88,7 +120,6 @@ def combine(rows_of_seeds: list[list[dict[str, Any]]]) -> str:
                 "acceptance length": over("acceptance_length", 2),
                 "forwards": over("forwards", 1),
                 "draft forwards": over("draft_forwards", 1),
-                "speed-up": over("speedup", 2),
             }
         )
     return markdown(lines)
@@ -105,20 +136,6 @@ def compare(rows_of_seeds: list[list[dict[str, Any]]]) -> str:
     return markdown(found) if found else ""
 
 
-def mean(rows_of_seeds: list[list[dict[str, Any]]]) -> list[Measurement]:
-    """A measurement per drafter, whose acceptance is the mean over seeds."""
-    found = []
-    for row in rows_of_seeds[0]:
-        same = [r for rows in rows_of_seeds for r in rows if r["drafter"] == row["drafter"]]
-        length, accepted = (
-            np.mean([r[key] for r in same], axis=0).tolist()
-            for key in ("acceptance_length", "accepted")
-        )
-        both = {"acceptance_length": length, "accepted": accepted}
-        found.append(Measurement(**(row | both)))
-    return found
-
-
 def write_page(out: pathlib.Path) -> None:
     """docs/drafters.md and its figures, from all results that lie beside it."""
     page = [_INTRODUCTION]
@@ -130,8 +147,7 @@ def write_page(out: pathlib.Path) -> None:
         results = [seeds[key] for key in sorted(seeds, key=int)]
         about, rows = results[0]["about"], [result["rows"] for result in results]
         devices = sorted({result["about"]["device"] for result in results})
-        title = f"{task}: drafts accepted per forward (tokens), {len(rows)} seeds"
-        draw(mean(rows), title, out / f"drafters_{task}.png")
+        draw_seeds(seeds, out / f"drafters_{task}.png")
         page += [
             f"## {task}",
             f"![Drafts accepted](drafters_{task}.png)",
@@ -154,8 +170,7 @@ def write_results(folder: pathlib.Path, about: dict[str, Any], found: list[Measu
         writer = csv.DictWriter(file, flat[0])
         writer.writeheader()
         writer.writerows(flat)
-    title = f"{about['task']}: drafts accepted per forward (mean tokens)"
-    draw(found, title, folder / "acceptance.png")
+    draw([rows], f"{about['task']}: same text, fewer forwards", folder / "acceptance.png")
 
 
 def add_to_page(out: pathlib.Path, about: dict[str, Any], found: list[Measurement]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 import dlm
 from decode.evaluation.job import ALL, make_job
@@ -19,13 +18,20 @@ from decode.evaluation.statistics import with_interval
 from decode.evaluation.tables import markdown
 from dlm.params import num_params
 from dlm.tasks.presets import TASKS
+from scripts.study.figure import draw
 from scripts.study.measure import BASELINE, PUBLISHED, SYSTEMS, Measured, pick
 
 _INTRODUCTION = """# What learned parallelism buys
 
-Written by `make study` (`scripts/study`, which says how systems are made and settings picked):
-everything is made anew for every seed, on the device that is named. Forwards are those of the whole
-model per answer, up to its end. Accuracy is that of the task's own scorer."""
+Written by `make study` (`scripts/study`, which says how systems are made and settings picked), and
+the sections of larger models, on a GPU, by
+
+    python -m scripts.study --size=large --tasks=waiting_line
+    python -m scripts.study --size=large --tasks=word_problems --num_pick=200 --num_examples=400
+
+Everything is made anew for every seed, on the device that is named. Forwards are those of the whole
+model per answer, up to its end. Accuracy is that of the task's own scorer. In the figures up and to
+the right is better; `python -m scripts.figures` draws them again, from `study_*.json`."""
 MIN_GROUP = 4  # examples of a kind of question, picked on or reported, below which it has no table
 
 
@@ -98,46 +104,6 @@ def goals(studies: Sequence[Sequence[Measured]], num_pick: int) -> str:
             for what, system, other, wanted in lines
         ]
     )
-
-
-def draw(studies: Sequence[Sequence[Mapping[str, Any]]], path: pathlib.Path) -> None:
-    """Forwards against change in accuracy: a curve per system over its settings, means over seeds.
-
-    Args:
-      studies: the `summary` of every measurement, by seed.
-      path: of the figure.
-    """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    of_base = [next(m["accuracy"] for m in study if m["system"] == BASELINE) for study in studies]
-    for system in (BASELINE, *SYSTEMS):
-        values = np.array(
-            [
-                [(m["accuracy"] - base, m["forwards"]) for m in study if m["system"] == system]
-                for study, base in zip(studies, of_base, strict=True)
-            ]
-        )  # [seeds, settings, 2]
-        change, forwards = values.mean(axis=0).T
-        spread = np.abs(np.stack([values.min(axis=0), values.max(axis=0)]) - values.mean(axis=0))
-        axes.errorbar(
-            forwards, change, yerr=spread[..., 0], fmt="*" if system == BASELINE else "o-",
-            markersize=12 if system == BASELINE else 4, capsize=2, label=system,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    ticks = [t for t in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50) if low <= t <= high]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("forwards per answer (log)")
-    axes.set_ylabel("change in accuracy (points)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    axes.set_title(
-        f"Against one token per step ({np.mean(of_base):.1f} %); "
-        f"mean of {len(studies)} seeds, bars: lowest and highest",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=150)
 
 
 def groups(task: str, num_examples: int, folder: pathlib.Path) -> Mapping[str, list[int]]:
