@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-spec test test-all mutants lint bench study clean
+.PHONY: quickstart quickstart-spec test test-all mutants lint docs bench study clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -52,6 +52,14 @@ lint: $(READY)  ## ruff, types, and runs of code that stand twice
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m scripts.duplicates
+
+docs: $(VENV)/.docs  ## the documentation as a site, into build/site; any warning is an error
+	$(BIN)/python -m scripts.docs_tables --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
 
 study: $(READY)  ## train and measure everything that learns to decode in parallel: some hours
 	$(BIN)/python -m scripts.study

@@ -104,7 +104,7 @@ def complete(
         are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
       method: where to start from: a name of `decode.speculative.points.METHODS`, or a method; what
         else is given replaces its choices. None: one token per forward.
-      drafter: who proposes, see `decode/drafters`.
+      drafter: who proposes, see `decode/speculative/drafters`.
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
       gen_len: most tokens to write, end-of-text included, for all or per prompt.

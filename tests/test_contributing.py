@@ -60,4 +60,8 @@ def test_hooks_and_workflow_run_the_make_targets():
     assert [hook["entry"] for hook in hooks] == ["make lint", "make test"]
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     steps = workflow["jobs"]["check"]["steps"]
-    assert [step["run"] for step in steps if "run" in step] == ["make lint", "make test"]
+    assert [step["run"] for step in steps if "run" in step] == [
+        "make lint",
+        "make docs",
+        "make test",
+    ]

@@ -1,4 +1,4 @@
-"""Writes the tables in docs/ that are made from docstrings, between marker comments.
+"""Writes the tables of the README and docs/ that are made from docstrings, between marker comments.
 
 python -m scripts.docs_tables           # writes them
 python -m scripts.docs_tables --check   # only fails if a page is stale

@@ -11,14 +11,16 @@ from collections.abc import Iterable
 
 import configs
 from decode.diffusion.components import COMPONENTS
+from decode.diffusion.points import METHODS
 from decode.diffusion.public import DECODERS
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
 from dlm.hf import formats
+from dlm.hf.format import Format
 from scripts.docs_tables.arguments import sections
 from train import objectives
 from train.objectives import Objective
 
-DOCS = pathlib.Path(__file__).parent.parent.parent / "docs"
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def _sentence(doc: str) -> str:
@@ -76,13 +78,32 @@ def _configs() -> str:
     return "\n".join(lines)
 
 
-def _families() -> str:
-    lines = ["| architecture | `model_type` | |", "|---|---|---|"]
+def _counts() -> str:
+    """How many of everything there are."""
+    components = sum(map(len, COMPONENTS.values()))
+    rows = {
+        f"diffusion methods by name, in one jitted loop: {components} components on "
+        f"{len(COMPONENTS)} axes, to be combined": len(METHODS),
+        f"drafters in another, under {len(ACCEPTANCE_RULES)} acceptance rules": len(DRAFTERS),
+        "training objectives, in one trainer": len(objective_kinds()),
+        "architectures whose published checkpoints are read": len(_forms()),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {n} | {what} |" for what, n in rows.items())])
+
+
+def _forms() -> list[tuple[Format, str]]:
+    """Every architecture that is read, and what its module says."""
+    found = []
     for info in pkgutil.iter_modules(formats.__path__):
         module = importlib.import_module(f"{formats.__name__}.{info.name}")
-        for form in vars(module).get("FORMATS", (vars(module).get("FORMAT"),)):
-            says = _sentence(inspect.getdoc(module) or "")
-            lines.append(f"| `{form.architecture}` | `{form.model_type}` | {says} |")
+        says = _sentence(inspect.getdoc(module) or "")
+        found += [(f, says) for f in vars(module).get("FORMATS", (vars(module).get("FORMAT"),))]
+    return found
+
+
+def _families() -> str:
+    lines = ["| architecture | `model_type` | |", "|---|---|---|"]
+    lines += [f"| `{f.architecture}` | `{f.model_type}` | {says} |" for f, says in _forms()]
     return "\n".join(lines)
 
 
@@ -90,21 +111,22 @@ def pages() -> dict[pathlib.Path, str]:
     """Every page with tables, as it should be."""
     rules = _table(ACCEPTANCE_RULES, "rule")
     tables = {
-        "methods.md": {"components": _components()},
-        "speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
-        "models.md": {"families": _families()},
-        "decoders.md": {"arguments": sections(DECODERS)},
-        "training.md": {
+        "README.md": {"counts": _counts()},
+        "docs/methods.md": {"components": _components()},
+        "docs/speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "docs/models.md": {"families": _families()},
+        "docs/decoders.md": {"arguments": sections(DECODERS)},
+        "docs/training.md": {
             "configs": _configs(),
             "objectives": _table(objective_kinds(), "objective"),
         },
     }
     made = {}
     for page, parts in tables.items():
-        text = (DOCS / page).read_text()
+        text = (ROOT / page).read_text()
         for name, table in parts.items():
             start, end = f"<!-- table: {name} -->", f"<!-- end of table: {name} -->"
             before, rest = text.split(start)
             text = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
-        made[DOCS / page] = text
+        made[ROOT / page] = text
     return made

@@ -29,7 +29,7 @@ def untrained(task) -> dlm.LanguageModel:
 
 def byte_lm() -> dlm.LanguageModel:
     """A tiny autoregressive or diffusion model of bytes, with a tokenizer."""
-    return _tiny(byte_tokenizer(), 128)
+    return tiny(byte_tokenizer(), 128)
 
 
 def char_lm() -> dlm.LanguageModel:
@@ -42,10 +42,11 @@ def char_lm() -> dlm.LanguageModel:
         chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}",
     )
-    return _tiny(tokenizer, 2048)
+    return tiny(tokenizer, 2048)
 
 
-def _tiny(tokenizer: Tokenizer, max_seq_len: int) -> dlm.LanguageModel:
+def tiny(tokenizer: Tokenizer, max_seq_len: int) -> dlm.LanguageModel:
+    """A tiny autoregressive or diffusion model with a vocabulary of its own."""
     cfg = ModelConfig(
         d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24,
         max_seq_len=max_seq_len, vocab_size=tokenizer.vocab_size,

@@ -42,7 +42,7 @@ def test_every_main_says_what_it_is_for():
 def test_commands_that_are_named_exist():
     there = {*mains(), "scripts.launch"}
     named = set()
-    for pattern in ("*.md", "Makefile", "docs/*.md", "*/**/*.py"):
+    for pattern in ("*.md", "Makefile", "docs/**/*.md", "*/**/*.py"):
         for file in ROOT.glob(pattern):
             if not {".venv", "build"} & set(file.relative_to(ROOT).parts):
                 named |= set(re.findall(r"python -m (scripts[.\w]*\w)", file.read_text()))
