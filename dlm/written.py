@@ -43,4 +43,6 @@ def write_tensors(
 ) -> None:
     """Writes arrays by name, in the format of safetensors. OSError: they cannot be."""
     with naming(file):
-        safetensors.numpy.save_file(dict(tensors), file, dict(metadata) if metadata else None)
+        safetensors.numpy.save_file(
+            dict(tensors), file, metadata=dict(metadata) if metadata else None
+        )

@@ -73,18 +73,16 @@ class VocabHeads(files.Heads):
         return frozen.replace(own=with_ids(own, self.ids))
 
 
-def spread(logits: jax.Array, ids: jax.Array | None, num_tokens: int) -> jax.Array:
+def spread(logits: jax.Array, ids: jax.Array, num_tokens: int) -> jax.Array:
     """Logits of all tokens; those that cannot be drafted have -inf.
 
     Args:
       logits: [..., U] float32.
-      ids: [U] int32. Which tokens these are; None: all.
+      ids: [U] int32. Which tokens these are.
       num_tokens: V.
 
     Returns:
       [..., V] float32.
     """
-    if ids is None:
-        return logits
     every = jnp.full((*logits.shape[:-1], num_tokens), -jnp.inf, logits.dtype)
     return every.at[..., ids].set(logits)

@@ -25,13 +25,15 @@ class Copy(tasks.Task):
     split: str = "train"
     num_examples: int = 512
     length: int = 3
+    letters: str = "abcdef"
 
     def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, index: int) -> tasks.Example:
         rng = np.random.default_rng([index, self.split == "test"])
-        letters = "".join("abcdef"[i] for i in rng.integers(6, size=self.length))
+        numbers = rng.integers(len(self.letters), size=self.length)
+        letters = "".join(self.letters[i] for i in numbers)
         return tasks.Example(f"{letters}>", letters, {"operation": "copy"})
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:

@@ -77,6 +77,7 @@ def test_files_that_were_cut_off_are_told_in_one_sentence(tmp_path):
     checkpoint.write_frozen(tmp_path, "cd")
     checkpoint.write_exported(tmp_path, 4)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     readers = {
         "config.json": [
             lambda: checkpoint.check_is_run(tmp_path),

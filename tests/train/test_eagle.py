@@ -113,6 +113,8 @@ def _ran(network, embed, states, tokens, positions):
 def said_by(network, params, state):
     """Logits of the network, [V], of a state [D]."""
     logits = network.logits(params, state[None, None])[0, 0]
+    if network.ids is None:
+        return logits
     return spread(logits, network.ids, params["embed"].shape[0])
 
 

@@ -215,6 +215,8 @@ def test_a_model_is_read_in_another_way_from_now_on(finished, tmp_path):
         optim__learning_rate=0.0,
     )
     config.train.with_mask = {"mask_token": "f", "shifted_logits": True}
+    with config.unlocked():
+        config.data.task.letters = "abcde"
     ours, theirs = (
         dlm.load(r.model_path) for r in (loop.run(config, tmp_path / "run"), finished[1])
     )

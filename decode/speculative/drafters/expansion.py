@@ -54,7 +54,9 @@ def expand(
         index, above, rank = (jnp.array(column) for column in zip(*children, strict=True))
         tokens_of = ids
         if is_sampled:
-            level_probs = probs_of(spread(logits, ids, context.params["embed"].shape[0]))
+            if ids is not None:
+                logits = spread(logits, ids, context.params["embed"].shape[0])
+            level_probs = probs_of(logits)
             tokens_of = None
             if probs is None:
                 probs = jnp.zeros((B, shape.num_nodes, level_probs.shape[-1]), level_probs.dtype)
