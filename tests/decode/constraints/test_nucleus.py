@@ -24,6 +24,7 @@ from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from decode.diffusion.rules.dream_quota import DreamQuota
 from kernels_pallas.unembed_stats import logits_stats
 from tests.lib import oracle
+from tests.lib.jitted import as_one_program
 from tests.lib.rounds import make_round
 from tests.lib.weights import init_params
 
@@ -60,7 +61,8 @@ def read(logits, constraint, temperature=None):
     """A round with these [B, W, V] logits, read as the loop reads them; arg-max proposals."""
     B, W, V = logits.shape
     view = make_round(np.full((B, W), 0.5)).replace(temperature=temperature)
-    logits = constraint.mask_logits(view, jnp.asarray(logits, jnp.float32), ())
+    mask = as_one_program(constraint.mask_logits)
+    logits = mask(view, np.asarray(logits, np.float32), ())
     stats = logits_stats(logits.reshape(B * W, V))
     stats = jax.tree.map(lambda x: x.reshape(B, W, *x.shape[1:]), stats)
     return view.replace(
