@@ -100,7 +100,8 @@ def check_same_run(workdir: pathlib.Path, settings: RunConfig, step: int) -> Non
         raise ConfigError(
             f"workdir={str(workdir)!r} has checkpoints but no config.json; choose another folder"
         )
-    check_same(path, config_lib.to_json(settings), "checkpoints", MAY_CHANGE)
+    now = config_lib.to_json(settings)
+    check_same(path, now, "checkpoints", MAY_CHANGE, config_lib.defaults())
     check_not_beyond(workdir, "train.num_steps", settings.train.num_steps, step)
 
 

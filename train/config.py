@@ -349,6 +349,21 @@ def to_json(settings: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
+def defaults() -> dict[str, dict[str, Any]]:
+    """What fields are that nobody gives, of every section, as `to_json` has them."""
+    values = {
+        section: {
+            field.name: field.default if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+            for field in dataclasses.fields(make)
+            if field.default is not field.default_factory  # it has one of them
+        }
+        for section, make in SECTIONS.items()
+    }  # fmt: skip
+    found: dict[str, dict[str, Any]] = json.loads(json.dumps(values))
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields that differ between two results of `to_json`, as {"section.field": (old, new)}."""
     flat_old, flat_new = (

@@ -126,7 +126,11 @@ def _started(pid: int) -> str | None:
 
 
 def check_same(
-    path: pathlib.Path, settings: Mapping[str, Any], holds: str, may_change: Sequence[str] = ()
+    path: pathlib.Path,
+    settings: Mapping[str, Any],
+    holds: str,
+    may_change: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Makes sure that a folder was made with the same settings.
 
@@ -135,11 +139,16 @@ def check_same(
       settings: those of now, as JSON reads them back.
       holds: what is in the folder, such as "checkpoints".
       may_change: fields, or sections, that may differ.
+      defaults: sections of values that fields have which the file does not know: a later version
+        has added them.
 
     Raises:
       ConfigError: others differ; the message has them all, as they were and as they are.
     """
     old = read_json(path)
+    for section, values in (defaults or {}).items():
+        if isinstance(old.get(section), dict):
+            old[section] = {**values, **old[section]}
     changed = [
         f"{name} was {before!r} and is {now!r}"
         for name, (before, now) in differences(old, settings).items()

@@ -49,6 +49,21 @@ def test_other_configs_are_refused_with_all_differences(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_runs_of_versions_that_lacked_a_setting_go_on(tmp_path):
+    """With what it is by default, and with nothing else."""
+    write(tmp_path, toys.get_config())
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    for section, name in (("data", "plain"), ("data", "buckets"), ("train", "with_mask")):
+        del settings[section][name]
+    file.write_text(json.dumps(settings))
+    config = toys.get_config()
+    checkpoint.check_same_run(tmp_path, from_config_dict(config), 3)
+    config.data.plain = True
+    with pytest.raises(ConfigError, match=r"\(data\.plain was False and is True\)"):
+        checkpoint.check_same_run(tmp_path, from_config_dict(config), 3)
+
+
 def test_what_may_change(tmp_path):
     write(tmp_path, toys.get_config())
     config = toys.get_config()
