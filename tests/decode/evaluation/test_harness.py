@@ -114,6 +114,15 @@ def test_records_that_are_none_are_refused(tmp_path):
             pass
 
 
+def test_a_line_that_was_cut_short_is_taken_away(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b')
+    record = Record(path)
+    with record.adding() as add:
+        add("c", {"text": "x\u2028"})
+    assert record.found == Record(path).found == {"a": {}, "c": {"text": "x\u2028"}}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_texts_end_before_the_first_stop_string(lm, method):
     one = answerer(lm, method=method, gen_len=24)
