@@ -444,6 +444,14 @@ def _observe(
     return loop.in_place(~is_paused, observe, loop.in_place(is_paused, pause, state))
 
 
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def drafted(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
+) -> DraftTree:
+    """What the next round will judge, if no controller chooses among it; the state stays."""
+    return _propose(cfg, method, state, _context(params, method, state)).tree
+
+
 decode = loop.compile_decode(step)  # its arguments are said there
 _step_jitted = loop.compile_step(step)
 

@@ -1,0 +1,130 @@
+"""Rounds of draft and verify, to be looked at: what was drafted, and what of it was kept.
+
+    for round in watch_drafts(lm, prompt, drafter=TokenRecycling(), gen_len=64):
+        print(round.num_accepted, "of", round.num_drafts, "drafts were right")
+
+`decode.pictures.draw_drafts` draws them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Unpack
+
+import jax
+import numpy as np
+
+from decode.complete import LOOP, Choices, choose
+from decode.core.loop import FOREVER
+from decode.core.requests import (
+    OnePrompt,
+    encode,
+    read_requests,
+    round_lengths,
+    round_rows,
+    whole_number,
+)
+from decode.core.texts import inside
+from decode.speculative.loop import SpeculativeMethod, drafted
+from dlm.lm import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftRound:
+    """A draft tree of one text, and what became of it.
+
+    Attributes:
+      tokens: [n] int32. Of the root, the last token before the round, and of the drafts under it.
+      parents: [n] int32. The number of each one's parent, which comes before it; of the root: -1.
+      path: numbers of those that were kept, from the root down. Of siblings with equal tokens the
+        first is named.
+      written: [m] int32. Tokens that the round has written: the drafts of the path, and the
+        target's own behind them unless the text has ended before.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    path: tuple[int, ...]
+    written: np.ndarray
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts that were judged."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafts that were kept."""
+        return len(self.path) - 1
+
+
+def watch_drafts(
+    lm: LanguageModel,
+    prompt: OnePrompt,
+    *,
+    gen_len: int = 256,
+    seed: int = 0,
+    **choices: Unpack[Choices],
+) -> Iterator[DraftRound]:
+    """The rounds in which `complete` writes a text, one after the other, with their drafts.
+
+    Args:
+      lm, prompt, gen_len, seed, choices: see `decode.complete.complete`.
+
+    Raises:
+      ValueError: on prompts, lengths or options that make no sense, or with a controller, which has
+        a part of the drafts judged.
+    """
+    method = choose(lm, choices)
+    if method.controller is not None:
+        raise ValueError(
+            f"controller={method.controller} must be None: with one, a part of a tree is judged"
+        )
+    method.validate(lm.cfg)
+    tokens = encode(lm, prompt)
+    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
+    read_requests(lm.cfg, [tokens], [gen_len], [seed], None, None, None, may_be_empty=False)
+    return inside(lm, _rounds(lm, method, tokens, gen_len, seed))
+
+
+def _rounds(
+    lm: LanguageModel, method: SpeculativeMethod, prompt: list[int], gen_len: int, seed: int
+) -> Iterator[DraftRound]:
+    """As `watch_drafts`."""
+    P, G = round_lengths(lm.cfg, [prompt], [gen_len])
+    state = LOOP.prepare(
+        lm, method, [prompt], gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G,
+        batch_size=round_rows(1, None),
+    )  # fmt: skip
+    while not state.has_stopped.all():
+        tree = drafted(lm.params, lm.cfg, method, state)
+        tokens, parents, is_valid, counts, start = _first_row(
+            tree.tokens, tree.parents, tree.is_valid, state.acceptance_histogram, state.length
+        )
+        state = LOOP.decode(lm.params, lm.cfg, method, state, 1, FOREVER)
+        text, counts_now, stop = _first_row(state.tokens, state.acceptance_histogram, state.length)
+        accepted = int((counts_now - counts).argmax())
+        yield _judged(tokens, parents, is_valid, accepted, text[start:stop])
+
+
+def _first_row(*arrays: jax.Array) -> list[np.ndarray]:
+    """Copies: the arrays of a state are given away with it."""
+    return [np.array(x[0]) for x in jax.device_get(arrays)]
+
+
+def _judged(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    is_valid: np.ndarray,
+    accepted: int,
+    written: np.ndarray,
+) -> DraftRound:
+    """The nodes [W] that exist, numbered anew, and the way that was gone through them."""
+    number = np.cumsum(is_valid) - 1
+    tokens, parents = tokens[is_valid], parents[is_valid]
+    parents = np.where(parents < 0, -1, number[parents])
+    path = [0]
+    for token in written[:accepted]:
+        path.append(int(np.argmax((parents == path[-1]) & (tokens == token))))
+    return DraftRound(tokens, parents, tuple(path), written)
