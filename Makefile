@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-spec test test-all mutants lint docs bench study clean
+.PHONY: quickstart quickstart-spec test test-all mutants lint docs bench study notebooks clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -63,6 +63,10 @@ $(VENV)/.docs: $(READY)
 
 study: $(READY)  ## train and measure everything that learns to decode in parallel: some hours
 	$(BIN)/python -m scripts.study
+
+notebooks: $(READY) $(VENV)/.smollm2 $(VENV)/libtpu  ## run the notebooks, and store what they show
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[notebook]'
+	$(BIN)/python -m scripts.run_notebooks
 
 bench: $(READY)
 	$(BIN)/python -m scripts.bench decode

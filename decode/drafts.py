@@ -35,6 +35,7 @@ class DraftRound:
     """A draft tree of one text, and what became of it.
 
     Attributes:
+      step: the number of the round, from 0, as in `Completion.step_map`.
       tokens: [n] int32. Of the root, the last token before the round, and of the drafts under it.
       parents: [n] int32. The number of each one's parent, which comes before it; of the root: -1.
       path: numbers of those that were kept, from the root down. Of siblings with equal tokens the
@@ -43,6 +44,7 @@ class DraftRound:
         target's own behind them unless the text has ended before.
     """
 
+    step: int
     tokens: np.ndarray
     parents: np.ndarray
     path: tuple[int, ...]
@@ -99,13 +101,14 @@ def _rounds(
     )  # fmt: skip
     while not state.has_stopped.all():
         tree = drafted(lm.params, lm.cfg, method, state)
-        tokens, parents, is_valid, counts, start = _first_row(
-            tree.tokens, tree.parents, tree.is_valid, state.acceptance_histogram, state.length
+        tokens, parents, is_valid = _first_row(tree.tokens, tree.parents, tree.is_valid)
+        step, start, counts = _first_row(
+            state.num_forwards, state.length, state.acceptance_histogram
         )
         state = LOOP.decode(lm.params, lm.cfg, method, state, 1, FOREVER)
-        text, counts_now, stop = _first_row(state.tokens, state.acceptance_histogram, state.length)
+        text, stop, counts_now = _first_row(state.tokens, state.length, state.acceptance_histogram)
         accepted = int((counts_now - counts).argmax())
-        yield _judged(tokens, parents, is_valid, accepted, text[start:stop])
+        yield _judged(int(step), tokens, parents, is_valid, text[start:stop], accepted)
 
 
 def _first_row(*arrays: jax.Array) -> list[np.ndarray]:
@@ -114,11 +117,12 @@ def _first_row(*arrays: jax.Array) -> list[np.ndarray]:
 
 
 def _judged(
+    step: int,
     tokens: np.ndarray,
     parents: np.ndarray,
     is_valid: np.ndarray,
-    accepted: int,
     written: np.ndarray,
+    accepted: int,
 ) -> DraftRound:
     """The nodes [W] that exist, numbered anew, and the way that was gone through them."""
     number = np.cumsum(is_valid) - 1
@@ -127,4 +131,4 @@ def _judged(
     path = [0]
     for token in written[:accepted]:
         path.append(int(np.argmax((parents == path[-1]) & (tokens == token))))
-    return DraftRound(tokens, parents, tuple(path), written)
+    return DraftRound(step, tokens, parents, tuple(path), written)

@@ -81,8 +81,8 @@ def draw_drafts(rounds: Sequence[DraftRound], tokenizer: Tokenizer) -> Picture:
     ends = [column + _width(text) for some in nodes for column, text, *_ in some]
     picture, axes = _page(max([*ends, 60]) + 1, 1.1 * sum(heights) + 0.8 * len(rounds))
     top = 0.0
-    for i, (round, some, height) in enumerate(zip(rounds, nodes, heights, strict=True)):
-        said = f"round {i}: {round.num_accepted} of {round.num_drafts} drafts kept"
+    for round, some, height in zip(rounds, nodes, heights, strict=True):
+        said = f"round {round.step}: {round.num_accepted} of {round.num_drafts} drafts kept"
         axes.text(0.5, top - 0.6, said, fontsize=10, va="center")
         for column, text, line, color, above in some:
             y = top - 0.8 - 1.1 * (line + 0.7)

@@ -40,6 +40,14 @@ class Lengths:
     block_len: int
     tokens_per_round: float
 
+    def check(self, cfg: ModelConfig) -> None:
+        """ValueError unless the model has room for them."""
+        if self.prompt_len + self.gen_len > cfg.max_seq_len:
+            raise ValueError(
+                f"prompt_len={self.prompt_len} and gen_len={self.gen_len} must be at most the "
+                f"model's max_seq_len={cfg.max_seq_len} together"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lengths = Lengths(F.prompt_len, F.gen_len, F.block_len, F.tokens_per_round)
     try:
+        if F.batch:
+            lengths.check(PRESETS[F.preset])
         wanted = list(cases(F.preset, F.slices, [int(b) for b in F.batch], F.recipes))
     except ValueError as error:
         sys.exit(f"error: {error}")

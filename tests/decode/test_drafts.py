@@ -40,6 +40,8 @@ def test_rounds_are_those_of_complete(lm, choices):
     answer = complete(lm, PROMPT, gen_len=40, **choices(lm))
     rounds = list(watch_drafts(lm, PROMPT, gen_len=40, **choices(lm)))
     assert np.concatenate([round.written for round in rounds]).tolist() == answer.canvas.tolist()
+    steps = np.repeat([r.step for r in rounds], [len(r.written) for r in rounds])
+    assert steps.tolist() == answer.step_map.tolist()
     *others, last_round = [round.num_accepted for round in rounds]
     counts = answer.acceptance_histogram - np.bincount(
         others, minlength=len(answer.acceptance_histogram)

@@ -75,6 +75,7 @@ def test_long_answers_are_wrapped(tokenizer):
 def test_a_tree_by_hand(tokenizer):
     """Round: a, under which bc (with d and $x$ under it) and d were drafted; bc, $x$ were kept."""
     tree = DraftRound(
+        step=3,
         tokens=ids(tokenizer, ["a", "bc", "d", "d", "$x$"]),
         parents=np.array([-1, 0, 0, 1, 1]),
         path=(0, 1, 4),
@@ -92,11 +93,11 @@ def test_a_tree_by_hand(tokenizer):
 
 
 def test_rounds_without_drafts_and_texts_that_end(tokenizer):
-    alone = DraftRound(ids(tokenizer, "a"), np.array([-1]), (0,), ids(tokenizer, "d"))
-    ended = DraftRound(ids(tokenizer, "ad"), np.array([-1, 0]), (0, 1), ids(tokenizer, "d"))
+    alone = DraftRound(4, ids(tokenizer, "a"), np.array([-1]), (0,), ids(tokenizer, "d"))
+    ended = DraftRound(7, ids(tokenizer, "ad"), np.array([-1, 0]), (0, 1), ids(tokenizer, "d"))
     picture = draw_drafts([alone, ended], tokenizer)
     assert [(text, color) for text, _, _, color in chips(picture)] == [
         ("a", KEPT), ("d", OWN), ("a", KEPT), ("d", KEPT)
     ]  # fmt: skip
     titles = [text for text, *_ in written(picture) if text.startswith("round")]
-    assert titles == ["round 0: 0 of 0 drafts kept", "round 1: 1 of 1 drafts kept"]
+    assert titles == ["round 4: 0 of 0 drafts kept", "round 7: 1 of 1 drafts kept"]

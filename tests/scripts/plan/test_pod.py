@@ -11,7 +11,7 @@ from dlm.params import num_params
 from dlm.presets import PRESETS
 from scripts.plan.collectives import collectives
 from scripts.plan.meshes import decoding_meshes, mesh_name, mesh_of_name, training_meshes
-from tests.lib.commands import needs_libtpu
+from tests.lib.commands import needs_libtpu, run
 from tests.lib.paths import ROOT
 
 PROGRAM = """\
@@ -110,6 +110,12 @@ def test_keys_name_cases():
     for name, axes in (("data 2 x tensor 8", mesh), ("one chip", ())):
         assert mesh_of_name(name) == axes and mesh_name(axes) == name
     assert mesh_of_name(mesh_name((*mesh, ("sequence", 1)))) == mesh
+
+
+def test_lengths_that_a_model_has_no_room_for_are_refused(tmp_path):
+    said = run("scripts.plan.pod", "--preset=tiny", f"--out={tmp_path}", ok=False)
+    assert "error: prompt_len=3840 and gen_len=256 must be at most the model's max_seq_len" in said
+    assert "Traceback" not in said
 
 
 def moves_of_experts(moves, cfg):
