@@ -43,8 +43,7 @@ from train.host import only_flags
 def main(argv: list[str]) -> None:
     only_flags(argv)
     F = flags.FLAGS
-    out = pathlib.Path(F.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := pathlib.Path(F.out)).mkdir(parents=True, exist_ok=True)
     lengths = Lengths(F.prompt_len, F.gen_len, F.block_len, F.tokens_per_round)
     try:
         if F.batch:
@@ -62,8 +61,7 @@ def main(argv: list[str]) -> None:
         if case.key not in results:
             results[case.key] = plan(case, F.preset, lengths)
             keep(out, results, lengths, commands)
-    command = " ".join(["python -m scripts.plan.pod", *sys.argv[1:]])
-    commands += [command] if command not in commands else []
+    commands = [*dict.fromkeys([*commands, f"python -m scripts.plan.pod {' '.join(sys.argv[1:])}"])]
     print("\n" + tables({case: results[case.key] for case in wanted}, lengths))
     write(out, results, lengths, commands)
     print(f"Written: pods.md, pods.png and pods.json in {out}")

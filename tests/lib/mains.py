@@ -42,8 +42,10 @@ def run_main(name: str, *arguments: str, code: int = 0) -> str:
         ended = end.code
     finally:
         sys.argv = argv
+        # Grain reads its own flags, and defines them once.
+        of_grain = {flag: flags.FLAGS[flag] for flag in flags.FLAGS if flag.startswith("grain_")}
         forget(set(flags.FLAGS) - ABSL)
-        for flag, was in others.items():
+        for flag, was in {**of_grain, **others}.items():
             flags.FLAGS[flag] = was
         flags.FLAGS.unparse_flags()
     if isinstance(ended, str):  # a message, as the interpreter would show it
