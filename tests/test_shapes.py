@@ -67,7 +67,7 @@ PROMPTS, P, G = [[3, 7, 1], [5, 2, 9, 4, 4, 8, 6], [11]], 7, 9
 CHECKED: set[type] = set()
 # Of no step: see who makes them. `_Reading` may have no shadow, `Rounds` come from files, what a
 # `Recording` has of its own is no array.
-UNSEEN = {"_Reading", "Rounds", "Recording"}
+UNSEEN = {"_Reading", "Rounds", "Recording", "DraftRound"}
 
 
 def check(made, **letters):
