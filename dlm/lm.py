@@ -35,7 +35,7 @@ from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.saving import save_hf
 from dlm.hf.weights import load_params
 from dlm.params import Apart, Params, is_apart, is_faster_apart
-from dlm.sharding import RULES, Rules
+from dlm.sharding import RULES, Rules, check_placing
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 
@@ -87,9 +87,12 @@ def load(
 
     Raises:
       FileNotFoundError: the directory or a file in it is missing.
-      ValueError: a file is broken, the model is of an unknown kind, `apart` comes with a mesh, or
-        float64 without JAX's 64-bit mode.
+      ValueError: a file is broken, the model is of an unknown kind, an argument is, `apart` comes
+        with a mesh, or float64 without JAX's 64-bit mode.
     """
+    check_placing(mesh, rules)
+    if apart not in (True, False, None):
+        raise ValueError(f"apart={apart!r} must be True, False or None")
     if apart and mesh is not None:
         raise ValueError("apart=True goes without a mesh: what is sharded is stacked")
     path = _located(path)

@@ -68,6 +68,19 @@ def make_mesh(
     return Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
+def check_placing(mesh: Any, rules: Any) -> None:
+    """Makes sure that arguments are a mesh or None, and rules.
+
+    Raises:
+      ValueError: they are something else.
+    """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r} must be a Mesh, as make_mesh makes, or None")
+    is_pair = lambda x: isinstance(x, tuple) and len(x) == 2  # noqa: E731
+    if not isinstance(rules, (tuple, list)) or not all(map(is_pair, rules)):
+        raise ValueError(f"rules={rules!r} must be pairs of axes, as dlm.sharding.RULES has them")
+
+
 def _partition_spec(
     shape: Sequence[int], axes: Sequence[str | None], sizes: dict[str, int], rules: Rules
 ) -> PartitionSpec:

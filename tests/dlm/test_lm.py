@@ -109,6 +109,16 @@ def test_rules_decide_where_parameters_live():
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(lm.params))
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [dict(mesh=5), dict(mesh="data"), dict(rules=5), dict(rules=("x",)), dict(apart="x")],
+)
+def test_arguments_of_another_kind(argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"^{name}=.* must be"):
+        dlm.load(GOLDEN / "llada_small", **argument)
+
+
 def test_dtype():
     golden = np.load(GOLDEN / "llada_small" / "logits.npz")
     lm = dlm.load(GOLDEN / "llada_small", dtype="bfloat16")
