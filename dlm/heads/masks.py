@@ -16,7 +16,7 @@ that it sees, and g, 0 for the token itself.
 
 Left out: the sampler head behind the masks (Samragh et al.), soft prompts (BiTA, arXiv:2401.12522).
 
-Letters: J masks, n vectors, D model width, R rows, r rank.
+Letters: J masks, n vectors, D model width, R rows, r rank, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads import files
+from dlm.heads.draft_vocab import VocabHeads, check_vocab, with_ids
 from dlm.lm import LanguageModel
 from dlm.lora import TARGETS, Lora
 from dlm.params import Apart, Params, ParamSpec, is_apart
@@ -40,7 +42,7 @@ class MaskNetwork(struct.PyTreeNode):
     """Masks that are ready to draft or to be trained.
 
     Attributes:
-      own: their parameters.
+      own: their parameters, and "ids" [U] if they guess only some tokens.
       num_masks: J, of a set. Static.
       lora: what "change" in `own` is; None: there is none. Static.
     """
@@ -53,6 +55,16 @@ class MaskNetwork(struct.PyTreeNode):
     def is_shared(self) -> bool:
         """Whether all masks are the same vector, so that sets may be longer than in training."""
         return len(self.own["vectors"]) == 1
+
+    @property
+    def ids(self) -> jax.Array | None:
+        """[U] int32, ascending: the tokens that they guess; None: all."""
+        return self.own.get("ids")
+
+    def head(self, target: Params) -> vocab.Head:
+        """The target's output head, of those tokens."""
+        head: vocab.Head = vocab.head(target)
+        return head if self.ids is None else head[self.ids]
 
     def embedded(self, groups: jax.Array) -> jax.Array:
         """[..., D] float32: the vectors of masks g [...] int32, from 1."""
@@ -83,10 +95,11 @@ def sees(last: jax.Array, group: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskHeads(files.Heads):
+class MaskHeads(VocabHeads):
     """What the masks are; also what `train.trainable` trains beside a model.
 
     Attributes:
+      vocab: tokens they can guess, see `dlm.heads.draft_vocab`; empty: all.
       num_masks: J >= 1.
       is_shared: whether they are one vector (PARD) and not J.
       rank: r >= 0, of the change, in all of a layer's weights, of models with experts those of
@@ -100,6 +113,7 @@ class MaskHeads(files.Heads):
     vector_rate: float = 5.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("num_masks", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -108,6 +122,7 @@ class MaskHeads(files.Heads):
 
     def specs(self, cfg: ModelConfig) -> Params:
         """{"vectors": [n, D], "change": as `Lora.specs`} of `ParamSpec`."""
+        check_vocab(self.ids, cfg)
         n = 1 if self.is_shared else self.num_masks
         specs: Params = {"vectors": ParamSpec((n, cfg.d_model), (None, "embed"), 0.02)}
         if (lora := self._lora(cfg)) is not None:
@@ -130,7 +145,7 @@ class MaskHeads(files.Heads):
 
     def network(self, cfg: ModelConfig, own: Params) -> MaskNetwork:
         """For a target `cfg`, with parameters `own`."""
-        return MaskNetwork(own, self.num_masks, self._lora(cfg))
+        return MaskNetwork(with_ids(own, self.ids), self.num_masks, self._lora(cfg))
 
     def _lora(self, cfg: ModelConfig) -> Lora | None:
         has_experts = "experts" in cfg.stacks

@@ -47,6 +47,7 @@ from train.step import train_step
 
 J = 3
 HEADS = MaskHeads(num_masks=J, rank=2)
+SOME = tuple(range(2, 20))  # a draft vocabulary
 MOST = 40  # tokens of texts; one length, so that little is compiled
 
 
@@ -181,7 +182,7 @@ class Told(Masks):
     truth: jax.Array | None = None
     rate: float = 0.7
 
-    def _read(self, context, hidden):
+    def _read(self, cfg, context, hidden):
         place = context.length[:, None] + jnp.arange(J)[None]
         right = jnp.take_along_axis(self.truth, place, axis=1)
         coin = uniforms(fold_in(context.key, 10), J) < self.rate
@@ -234,9 +235,10 @@ def test_drafts_are_those_of_a_second_forward(written, toy_params, is_quadratic)
     check_statistics(state, J)
 
 
-def test_drafts_are_the_best_or_are_drawn(written, toy_params):
+@pytest.mark.parametrize("vocab", [SOME, *more(((),))])
+def test_drafts_are_the_best_or_are_drawn(written, toy_params, vocab):
     cfg, prompts, _, _ = written
-    drafter = Masks(network_of(cfg, toy_params), 2)
+    drafter = Masks(network_of(cfg, toy_params, dataclasses.replace(HEADS, vocab=vocab)), 2)
     method = SpeculativeMethod(drafter, sampling=Sampling(temperature=0.7))
     state = init_state(cfg, method, prompts, gen_len=4)
     hidden = np.random.default_rng(3).normal(size=(8, 2, cfg.d_model)).astype(np.float32)
@@ -250,6 +252,8 @@ def test_drafts_are_the_best_or_are_drawn(written, toy_params):
         ]
     )
     logits = hidden @ np.asarray(toy_params["unembed"]).T
+    if vocab:
+        logits = np.where(np.isin(np.arange(cfg.vocab_size), vocab), logits, -np.inf)
     np.testing.assert_array_equal(best.tokens[:, 1:], logits.argmax(axis=-1))
     assert best.probs is None and best.is_valid.sum(axis=1).tolist() == [1, *[3] * 7]
     laws = np.exp(logits / 0.7)
@@ -354,13 +358,18 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("on_prompt", [False, *more(True)])
-def test_the_loss_by_hand(toy_cfg, toy_params, on_prompt):
+@pytest.mark.parametrize(
+    ("on_prompt", "vocab"), [(False, ()), (False, SOME), *more((True, ()), (True, SOME))]
+)
+def test_the_loss_by_hand(toy_cfg, toy_params, on_prompt, vocab):
     """With all masks behind all positions whose second next token counts."""
-    batch, network = make_batch(toy_cfg), network_of(toy_cfg, toy_params)
+    batch = make_batch(toy_cfg)
+    network = network_of(toy_cfg, toy_params, dataclasses.replace(HEADS, vocab=vocab))
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
-    head = np.asarray(toy_params["unembed"], np.float64)
-    found = [[] for _ in range(J)]  # divergence, whether it is right, and those before it
+    ids = np.array(vocab or range(toy_cfg.vocab_size))
+    head = np.asarray(toy_params["unembed"], np.float64)[ids]
+    losses = [[] for _ in range(J)]
+    found = [[] for _ in range(J)]  # whether it is right, and those before it, too
     for row, start, n in zip(tokens, batch["prompt_start"], batch["completion_len"], strict=True):
         start, end = int(start), 5 + int(n)
         first = start + 1 if on_prompt else 5
@@ -375,21 +384,21 @@ def test_the_loss_by_hand(toy_cfg, toy_params, on_prompt):
             for g in range(1, min(J, end - 2 - s) + 1):
                 theirs = log_p[s + g - start]
                 ours = log_softmax(hidden[g - 1].astype(float) @ head.T)
-                is_right = ours.argmax() == row[s + g + 1]
+                is_right = ids[ours.argmax()] == row[s + g + 1]
                 is_reached &= is_right
-                divergence = (np.exp(theirs) * (theirs - ours)).sum()
-                found[g - 1].append((divergence, is_right, is_reached))
-    means = [np.mean(each, axis=0) for each in found]
-    objective = MasksLoss(keep=1.0, decay=0.7, on_prompt=on_prompt, remat=False)
+                found[g - 1].append((is_right, is_reached))
+                if row[s + g + 1] in ids:
+                    losses[g - 1].append((np.exp(theirs) * (theirs - ours)).sum())
+    objective = MasksLoss(keep=1.0, decay=0.7, on_prompt=on_prompt, remat=True)
     learned = Learned(toy_params, network)
     loss, metrics = loss_of(objective, learned, toy_cfg, batch)
-    total = sum(0.7**i * mean[0] for i, mean in enumerate(means))
+    total = sum(0.7**i * np.mean(each) for i, each in enumerate(losses))
     np.testing.assert_allclose(loss, total, rtol=1e-4)
-    for g, mean in enumerate(means, start=2):
-        np.testing.assert_allclose(metrics[f"accuracy_{g}"], mean[1], atol=1e-6)
-    length = 1 + sum(
-        mean[2] * len(of_group) for mean, of_group in zip(means, found, strict=True)
-    ) / len(found[0])
+    for g, of_group in enumerate(found, start=2):
+        right = np.mean([is_right for is_right, _ in of_group])
+        np.testing.assert_allclose(metrics[f"accuracy_{g}"], right, atol=1e-6)
+    accepted = sum(is_reached for of_group in found for _, is_reached in of_group)
+    length = 1 + accepted / len(found[0])
     np.testing.assert_allclose(metrics["acceptance_length"], length, atol=1e-5)
 
 
@@ -464,6 +473,8 @@ def test_fresh_masks_change_nothing(toy_cfg, toy_params):
     assert np.abs(own["vectors"] - mean).max() < 0.1 and np.std(own["vectors"], axis=0).all()
     assert set(own["change"]) == {"q", "k", "v", "o", "gate", "up", "down"}
     assert not any(np.any(change["up"]) for change in own["change"].values())
+    with pytest.raises(ValueError, match=r"vocab has 24, not in \[0, vocab_size=24\)"):
+        dataclasses.replace(HEADS, vocab=(1, 24)).specs(toy_cfg)
     shared = dataclasses.replace(HEADS, is_shared=True, rank=0).specs(toy_cfg)
     assert list(shared) == ["vectors"] and shared["vectors"].shape == (1, toy_cfg.d_model)
     cfg, _ = model("every other has experts")

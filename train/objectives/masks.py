@@ -13,10 +13,11 @@ mask; no gradient flows to p. (PARD learns the text.) Of N positions only
     n_g = floor(N max(keep^g, least))
 
 have a g-th mask, drawn among those that have one before it (conditional drop): contexts stay those
-of drafts, and of seven masks per position 2.4 are read.
+of drafts, and of seven masks per position 2.4 are read. Where masks guess a part of the vocabulary,
+p is restricted to it, and tokens count that are in it.
 
 Letters: B batch, T positions of the text, R masks of a row, J groups, N positions before tokens
-that may count, D width, V vocabulary.
+that may count, D width.
 """
 
 from __future__ import annotations
@@ -75,8 +76,7 @@ class MasksLoss(Objective):
       least: in [0, 1], of all positions those that every group has at least (PARD: 0.2).
       decay: > 0; of the weight from group to group.
       on_prompt: whether tokens of the prompt are learned too.
-      remat: whether the backward pass computes layers again: it then keeps of each no more than
-        its input.
+      remat: whether the backward pass recomputes each layer.
     """
 
     goes_with = MaskHeads
@@ -85,7 +85,7 @@ class MasksLoss(Objective):
     least: float = 0.2
     decay: float = 0.8
     on_prompt: bool = False
-    remat: bool = True
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -107,15 +107,15 @@ class MasksLoss(Objective):
         network: MaskNetwork = learned.own
         target, start = learned.target, batch["prompt_start"]
         tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)
-        is_scored = scored_tokens(batch, self.on_prompt)
         T = tokens.shape[1]
         N = T if self.on_prompt else batch["completion"].shape[1]
-        masks = draw_masks(context.key, is_scored, start, self.sizes(N, network.num_masks))
+        sizes = self.sizes(N, network.num_masks)
+        masks = draw_masks(context.key, scored_tokens(batch, self.on_prompt), start, sizes)
         hidden = read_masks(network, target, cfg, tokens, start, masks, self.remat)
         theirs = jax.lax.stop_gradient(hidden[:, :T])
         place = jnp.minimum(masks.last + masks.group, T - 1)
         theirs = jnp.take_along_axis(theirs, place[..., None], axis=1)
-        head = vocab.head(target)
+        head = network.head(target)
 
         def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
             log_q, log_p = (jax.nn.log_softmax(vocab.logits(head, x)) for x in (ours, theirs))
@@ -123,15 +123,20 @@ class MasksLoss(Objective):
             return divergence, jnp.argmax(log_q, axis=-1).astype(jnp.int32)
 
         each, token = in_chunks(one_chunk, hidden[:, T:], theirs)
-        behind = jnp.minimum(place + 1, T - 1)
-        is_right = token == jnp.take_along_axis(tokens, behind, axis=1)
-        groups = zip(*map(masks.split, (each, is_right, masks.is_scored)), strict=True)
+        right = jnp.take_along_axis(tokens, jnp.minimum(place + 1, T - 1), axis=1)
+        is_learned = masks.is_scored
+        if (ids := network.ids) is not None:
+            token = ids[token]
+            is_learned &= jnp.zeros(cfg.vocab_size, bool).at[ids].set(True)[right]
+        groups = zip(
+            *map(masks.split, (each, is_learned, token == right, masks.is_scored)), strict=True
+        )
         total, drafts = jnp.float32(0), []
         whole = masks.sizes[-1]  # sets that have lost no mask
-        for g, (divergence, fits, counts) in enumerate(groups, start=1):
-            num = jnp.maximum(counts.sum(), 1)
-            total += self.decay ** (g - 1) * jnp.where(counts, divergence, 0.0).sum() / num
-            drafts.append((fits[:, :whole], counts[:, :whole]))
+        for g, (divergence, learned_here, is_right, is_scored) in enumerate(groups):
+            num = jnp.maximum(learned_here.sum(), 1)
+            total += self.decay**g * jnp.where(learned_here, divergence, 0.0).sum() / num
+            drafts.append((is_right[:, :whole], is_scored[:, :whole]))
         return total, {"loss": total, **draft_metrics(drafts)}
 
     def sizes(self, num_positions: int, num_masks: int) -> tuple[int, ...]:

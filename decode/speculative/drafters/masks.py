@@ -28,6 +28,7 @@ from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, 
 from decode.speculative.tree import TreeShape, chain
 from dlm import vocab
 from dlm.config import ModelConfig
+from dlm.heads.draft_vocab import spread
 from dlm.heads.masks import MaskHeads, MaskNetwork, sees
 from dlm.params import Params
 
@@ -106,7 +107,7 @@ class Masks(Drafter):
         return MasksState(hidden, jnp.zeros(batch_size, bool))
 
     def propose(self, cfg: ModelConfig, context: Context, state: MasksState) -> Proposal:
-        drafts, probs = self._read(context, state.hidden)
+        drafts, probs = self._read(cfg, context, state.hidden)
         tokens = jnp.concatenate([context.root[:, None], drafts], axis=1)
         is_valid = jnp.broadcast_to(state.is_known[:, None], tokens.shape).at[:, 0].set(True)
         tree = self.shape.tree(tokens, is_valid, probs)
@@ -136,12 +137,18 @@ class Masks(Drafter):
         """What was guessed was about a root that has passed."""
         return state.replace(is_known=jnp.zeros_like(state.is_known))
 
-    def _read(self, context: Context, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def _read(
+        self, cfg: ModelConfig, context: Context, hidden: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Drafts [B, J], and if they are drawn the laws [B, W, V] of what follows each node."""
-        head, sampling = vocab.head(context.params), context.sampling
+        head, ids = self.network.head(context.params), self.network.ids
+        sampling = context.sampling
         if not self.is_sampled or sampling.temperature is None:
-            return vocab.read(head, hidden).token, None
-        laws = sampling.replace(repetition_penalty=None).probs(vocab.logits(head, hidden))
+            token = vocab.read(head, hidden).token
+            return token if ids is None else ids[token], None
+        logits = vocab.logits(head, hidden)
+        logits = logits if ids is None else spread(logits, ids, cfg.vocab_size)
+        laws = sampling.replace(repetition_penalty=None).probs(logits)
         return draw(context.key, laws), jnp.pad(laws, ((0, 0), (0, 1), (0, 0)))
 
     def _nodes(self, state: MasksState) -> jax.Array:
