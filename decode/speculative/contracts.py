@@ -100,12 +100,14 @@ class Proposal(struct.PyTreeNode):
       cost: [B] int32. Forwards of a draft model that were made for each row.
       state: the drafter's, from now on.
       extra: rows of its own; None unless it has `num_extra`.
+      grade: [B] int32, below `num_grades`. How sure it is, by whatever it can tell; None: 0.
     """
 
     tree: DraftTree
     cost: jax.Array
     state: Any
     extra: ExtraRows | None = None
+    grade: jax.Array | None = None
 
 
 class Seen(struct.PyTreeNode):
@@ -198,6 +200,11 @@ class Drafter(Part):
         Nodes must be read as if they were `params`. Default: these.
         """
         return params
+
+    @property
+    def num_grades(self) -> int:
+        """N, kinds of proposals that it tells apart: a controller learns what each is worth."""
+        return 1
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

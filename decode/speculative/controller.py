@@ -3,24 +3,30 @@
 A forward over n positions takes longer than one over a single position, by how much depends on the
 device; how many drafts are accepted depends on the text. So in every round
 
-    who is asked   nobody, while drafts have cost more time than they saved: `debt` says how much,
-                   in rounds of plain decoding. A text begins with a `credit`, and every round pays
-                   `tolerance` off, so it takes at most 1 + `tolerance` of the time of plain
-                   decoding, the credit, and one round that did not pay.
+    budget         rounds of plain decoding that may be lost yet: a `credit` at first, then what
+                   drafts have saved, less what they have cost, and `tolerance` for every round
+    who is asked   nobody, while the budget does not cover a round with drafts of which none is kept
     width          of the drafter's W nodes those n that are most likely to be accepted are judged,
-                   where n makes (expected tokens) / (measured seconds) largest
+                   where n makes (expected tokens) / (measured seconds) largest among those widths
+                   that the budget covers
 
-A node is accepted if its parent is, with a probability that is estimated per row, depth and rank
-among its siblings: hits h of tries t that fade with `memory`, and what is estimated one level
-higher (in the end `prior`) in the place of `weight` further tries,
+A text thus takes at most 1 + `tolerance` of the time of plain decoding, and the credit.
 
-    c(d, r) = (h + weight c(d - 1, r)) / (t + weight),    c(0, r) = prior (1 - prior)^r
+A node is accepted if its parent is, with a probability that is estimated per row, grade (how sure
+the drafter is of the whole proposal), depth and rank among its siblings: hits h of tries t that
+fade with `memory`, and what is estimated one level higher (in the end `prior` to `surest`, by the
+grade) in the place of `weight` further tries,
 
-Levels that nobody has tried thus behave like the one above. Both choices are made for the whole
+    c(d, r) = (h + weight c(d - 1, r)) / (t + weight),    c(0, r) = p (1 - p)^r
+    p = prior + (surest - prior) (grade + 1) / (N + 1)
+
+Levels that nobody has tried thus behave like the one above. A draft is tried when the token before
+it is written, be it judged or not: the token that the target then chose says whether it would have
+been right, so watching a drafter costs no more than its drafts. Both choices are made for the whole
 batch, as its rows share a forward; they use nothing but what was seen in earlier rounds and, of
 drafts that were not drawn, which of them exist. So a lossless rule stays lossless.
 
-Letters: B rows, W nodes, n nodes that are judged, J depth, R ranks, K widths.
+Letters: B rows, W nodes, n nodes that are judged, N grades, J depth, R ranks, K widths.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ from flax import struct
 
 from decode.core.component import Part
 from decode.speculative.accept import Walk
-from decode.speculative.contracts import Drafter
+from decode.speculative.contracts import Drafter, Proposal
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
 
@@ -50,16 +56,15 @@ class ControllerState(struct.PyTreeNode):
     """What was seen, and what was chosen.
 
     Attributes:
-      hits: [B, J, R] float32. Drafts that were accepted, by depth and rank; fading.
-      tries: [B, J, R] float32. Drafts whose parent was accepted; fading.
-      debt: [B] float32. Time that drafts may not cost any more, in plain rounds: what they have
-        cost more than they saved, less the credit and what was paid off.
+      hits: [B, N, J, R] float32. Drafts that were right, by grade, depth and rank; fading.
+      tries: [B, N, J, R] float32. Drafts whose parent was right; fading.
+      budget: [B] float32. Time that drafts may cost yet, in plain rounds.
       rounds: [B, K + 1] int32. Rounds without drafts, and by the width that was judged.
     """
 
     hits: jax.Array
     tries: jax.Array
-    debt: jax.Array
+    budget: jax.Array
     rounds: jax.Array
 
 
@@ -69,22 +74,28 @@ class Controller(Part):
 
     Attributes:
       widths: how many nodes may be judged, rising; each is compiled. 1: the drafter is asked, but
-        nothing it says is likely. None: 1, 3, 12, 48 as far as that is at most half of all, and
+        nothing it says is likely. None: 1, 4, 8, 24 as far as that is at most half of all, and
         all. Static.
       costs: [K + 1] float32. Seconds of a round without drafts, and by width with drafting it, or
         anything proportional; None: `decode.speculative.costs` measures them.
-      prior: in [0.01, 0.99]. How likely the first child of a node is accepted, before any was seen.
+      prior: in [0.01, 0.99]. How likely the first child of a node is accepted, before any was seen,
+        where the drafter could not be less sure.
+      surest: in [0.01, 0.99]. The same where it could not be more sure; without grades it is half
+        way between.
       weight: > 0. How many tries the prior counts for.
       memory: in [0, 1]. What a round leaves of what was seen before.
       tolerance: in [0, 1]. Share of the time of plain decoding that may be lost.
-      credit: >= 0. Plain rounds that a text may lose besides.
-      savings: >= 0. Plain rounds that drafts may lose again of what they have saved.
+      credit: >= 0. Plain rounds that a text may lose besides; at least one round of the narrowest
+        tree can always be paid.
+      savings: >= 0. Plain rounds that drafts may lose again of what they have saved; at least one
+        round of the widest tree.
       fixed: any number. From 0 on it is an index of `costs`, and what is always chosen.
     """
 
     widths: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     costs: jax.Array | None = None
-    prior: jax.Array | float = 0.5
+    prior: jax.Array | float = 0.25
+    surest: jax.Array | float = 0.85
     weight: jax.Array | float = 1.0
     memory: jax.Array | float = 0.95
     tolerance: jax.Array | float = 0.02
@@ -95,6 +106,7 @@ class Controller(Part):
     def validate(self, cfg: ModelConfig) -> None:
         ranges = {
             "prior": (0.01, 0.99, "in [0.01, 0.99]"),
+            "surest": (0.01, 0.99, "in [0.01, 0.99]"),
             "weight": (1e-6, math.inf, "> 0"),
             "memory": (0, 1, "in [0, 1]"),
             "tolerance": (0, 1, "in [0, 1]"),
@@ -134,39 +146,51 @@ class Controller(Part):
         if self.widths is not None:
             return self.widths
         W = drafter.num_nodes
-        return (*(w for w in (1, 3, 12, 48) if 2 * w <= W), W)
+        return (*(w for w in (1, 4, 8, 24) if 2 * w <= W), W)
 
     def init(self, drafter: Drafter, batch_size: int) -> ControllerState:
         """Nothing was seen yet."""
         ranks = 1 if drafter.is_chain else min(MAX_RANKS, max(1, drafter.num_nodes - 1))
-        cells = jnp.zeros((batch_size, max(1, drafter.depth), ranks))
+        cells = jnp.zeros((batch_size, drafter.num_grades, max(1, drafter.depth), ranks))
+        credit = jnp.maximum(self.credit, self._loss_of_a_try(drafter))
         return ControllerState(
             hits=cells,
             tries=jnp.zeros_like(cells),
-            debt=jnp.full(batch_size, -self.credit, jnp.float32),
+            budget=jnp.full(batch_size, credit, jnp.float32),
             rounds=jnp.zeros((batch_size, len(self.widths_of(drafter)) + 1), jnp.int32),
         )
 
-    def asks(self, state: ControllerState, active: jax.Array) -> jax.Array:
+    def asks(self, drafter: Drafter, state: ControllerState, active: jax.Array) -> jax.Array:
         """Whether anybody is to draft in this round, for `active` rows [B]. [] bool."""
-        pays = jnp.where(active, state.debt, 0).sum() <= 0
+        pays = self._loss_of_a_try(drafter) <= _mean(state.budget, active)
         return jnp.where(jnp.asarray(self.fixed) < 0, pays, jnp.asarray(self.fixed) > 0)
+
+    def _losses(self) -> jax.Array:
+        """[K] float32: plain rounds that a round of each width loses if nothing is accepted."""
+        assert self.costs is not None
+        costs = jnp.asarray(self.costs, jnp.float32)
+        return costs[1:] / costs[0] - 1
+
+    def _loss_of_a_try(self, drafter: Drafter) -> jax.Array:
+        """[] float32: the same of the narrowest width with a draft."""
+        widths = self.widths_of(drafter)
+        return self._losses()[1 if widths[0] == 1 and len(widths) > 1 else 0]
 
     def choose(
         self,
         drafter: Drafter,
         state: ControllerState,
-        tree: DraftTree,
+        proposal: Proposal,
         active: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """What is judged of a tree.
+        """What is judged of a proposal's tree.
 
         Returns:
           The choice as an index of `costs`, from 1, and the nodes [B, W] int32 of every row, those
           that are most likely to be accepted first.
         """
         assert self.costs is not None
-        reach = self.reach(state, tree, drafter.depth)
+        reach = self.reach(state, proposal, drafter.depth)
         # The root comes first. A parent is likelier than its child, a sibling than the next one.
         reach = reach.at[:, 0].set(1.0)
         if drafter.is_chain:
@@ -177,15 +201,19 @@ class Controller(Part):
         tokens = jnp.where(active[:, None], jnp.cumsum(reach, axis=1), 0).sum(axis=0)  # [W]
         widths = jnp.array(self.widths_of(drafter))
         speed = tokens[widths - 1] / jnp.asarray(self.costs)[1:]
-        best = 1 + jnp.argmax(speed).astype(jnp.int32)
+        is_covered = self._losses() <= _mean(state.budget, active)
+        best = 1 + jnp.argmax(jnp.where(is_covered, speed, 0)).astype(jnp.int32)
         return jnp.where(jnp.asarray(self.fixed) > 0, self.fixed, best), nodes
 
-    def reach(self, state: ControllerState, tree: DraftTree, depth: int) -> jax.Array:
+    def reach(self, state: ControllerState, proposal: Proposal, depth: int) -> jax.Array:
         """[B, W] float32: how likely each node is accepted; 0 if it does not exist."""
-        hits, tries = state.hits, state.tries
+        tree = proposal.tree
+        rows, grade = jnp.arange(len(state.hits)), 0 if proposal.grade is None else proposal.grade
+        hits, tries = state.hits[rows, grade], state.tries[rows, grade]  # [B, J, R]
         R = hits.shape[2]
         rank = jnp.arange(R, dtype=jnp.float32)
-        prior = jnp.asarray(self.prior, jnp.float32)
+        sure = (jnp.asarray(grade, jnp.float32) + 1) / (state.hits.shape[1] + 1)
+        prior = (self.prior + (self.surest - self.prior) * sure).reshape(-1, 1)  # [B or 1, 1]
 
         def below(
             above: jax.Array, level: tuple[jax.Array, jax.Array]
@@ -193,7 +221,7 @@ class Controller(Part):
             rate = (level[0] + self.weight * above) / (level[1] + self.weight)
             return rate, rate
 
-        start = jnp.broadcast_to(prior * (1 - prior) ** rank, (len(hits), R))
+        start = jnp.broadcast_to(prior * (1 - prior) ** rank[None], (len(hits), R))
         rates: jax.Array
         _, rates = jax.lax.scan(below, start, (hits.swapaxes(0, 1), tries.swapaxes(0, 1)))
         # By more than rounding less than the parent's, and than the sibling's before: then the most
@@ -211,7 +239,8 @@ class Controller(Part):
         drafter: Drafter,
         state: ControllerState,
         choice: jax.Array,
-        tree: DraftTree,
+        proposal: Proposal,
+        nodes: jax.Array,
         walk: Walk,
         active: jax.Array,
     ) -> ControllerState:
@@ -221,39 +250,54 @@ class Controller(Part):
           drafter: of the method.
           state: before it.
           choice: [] int32. What was chosen, as an index of `costs`.
-          tree: the n nodes that were judged.
-          walk: through the tree.
+          proposal: of the drafter; only a root if nobody was asked.
+          nodes: [B, n] int32. Those of its tree that were judged.
+          walk: through them, which counts only them.
           active: [B] bool. Rows that took part.
         """
         assert self.costs is not None
         hits, tries = self.memory * state.hits, self.memory * state.tries
-        n = tree.tokens.shape[1]
-        if n > 1:
-            is_kept = jnp.arange(walk.path.shape[1])[None] <= walk.num_accepted[:, None]
-            on_path = (walk.path[..., None] == jnp.arange(n)[None, None]) & is_kept[..., None]
-            on_path = on_path.any(axis=1)  # [B, n]
+        tree, W = proposal.tree, drafter.num_nodes
+        if W > 1:
+            path = jnp.take_along_axis(nodes, walk.path, axis=1)
+            is_kept = jnp.arange(path.shape[1])[None] <= walk.num_accepted[:, None]
+            is_on = (path[..., None] == jnp.arange(W)[None, None]) & is_kept[..., None]
+            is_right = is_on.any(axis=1)  # [B, W]
             parent = jnp.maximum(tree.parents, 0)
-            is_tried = jnp.take_along_axis(on_path, parent, axis=1) & tree.counts
+            is_tried = jnp.take_along_axis(is_right, parent, axis=1) & tree.counts
             is_tried &= (tree.depths > 0) & active[:, None]
-            cell, rows = _cells(tree, hits.shape[2]), jnp.arange(len(hits))[:, None]
+            # The path ends before a token that the target chose: unjudged nodes may have it, too.
+            is_judged = (nodes[..., None] == jnp.arange(W)[None, None]).any(axis=1)
+            is_next = tree.is_valid & (tree.parents == path[:, -1:])
+            is_right |= is_next & ~is_judged & (tree.tokens == walk.bonus[:, None])
+            B, _, J, R = hits.shape
+            grade = 0 if proposal.grade is None else proposal.grade[:, None]
+            cell = _cells(tree, R) + J * R * grade
 
             def add(to: jax.Array, what: jax.Array) -> jax.Array:
-                flat = to.reshape(len(to), -1)
-                return flat.at[rows, cell].add(what.astype(to.dtype)).reshape(to.shape)
+                flat = to.reshape(B, -1)
+                flat = flat.at[jnp.arange(B)[:, None], cell].add(what.astype(to.dtype))
+                return flat.reshape(to.shape)
 
-            hits, tries = add(hits, is_tried & on_path), add(tries, is_tried)
+            hits, tries = add(hits, is_tried & is_right), add(tries, is_tried)
         costs = jnp.asarray(self.costs)
         saved = walk.num_accepted + 1 - costs[choice] / costs[0]
-        debt = jnp.maximum(state.debt - saved - self.tolerance, -self.savings)
+        most = jnp.maximum(self.savings, self._losses().max())
+        budget = jnp.minimum(state.budget + saved + self.tolerance, most)
         keep = lambda new, old: jnp.where(  # noqa: E731
             active.reshape(-1, *[1] * (new.ndim - 1)), new, old
         )
         return ControllerState(
             hits=keep(hits, state.hits),
             tries=keep(tries, state.tries),
-            debt=keep(debt, state.debt),
+            budget=keep(budget, state.budget),
             rounds=state.rounds.at[:, choice].add(active.astype(jnp.int32)),
         )
+
+
+def _mean(budget: jax.Array, active: jax.Array) -> jax.Array:
+    """[] float32: over the rows that are active. A little more, as sums are rounded."""
+    return jnp.where(active, budget, 0).sum() / jnp.maximum(active.sum(), 1) + 1e-4
 
 
 def _cells(tree: DraftTree, ranks: int) -> jax.Array:

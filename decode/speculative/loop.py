@@ -313,28 +313,35 @@ def _controlled(
     drafter, controller, control = method.drafter, method.controller, state.control
     assert controller is not None and control is not None
     context = _context(params, method, state)
+    whole = jnp.arange(drafter.num_nodes, dtype=jnp.int32)[None]
+    whole = jnp.broadcast_to(whole, (len(state.length), drafter.num_nodes))
     draft = functools.partial(_propose, cfg, method, state, context)
-    with jax.named_scope("draft"):
-        is_asked = controller.asks(control, context.active)
-        proposal = loop.in_place(
-            is_asked,
-            lambda proposal: _propose(cfg, method, state.replace(drafter=proposal.state), context),
-            _no_proposal(draft, state, context),
-        )
-    with jax.named_scope("choose"):
-        choice, nodes = controller.choose(drafter, control, proposal.tree, context.active)
-        choice = jnp.where(is_asked, choice, 0)
+
+    def ask(
+        carry: tuple[Proposal, jax.Array, jax.Array],
+    ) -> tuple[Proposal, jax.Array, jax.Array]:
+        before = state.replace(drafter=carry[0].state)
+        with jax.named_scope("draft"):
+            proposal = _propose(cfg, method, before, context)
+        with jax.named_scope("choose"):
+            choice, nodes = controller.choose(drafter, control, proposal, context.active)
+        return proposal, choice, nodes
+
+    is_asked = controller.asks(drafter, control, context.active)
+    nothing = _no_proposal(draft, state, context), jnp.zeros((), jnp.int32), whole
+    proposal, choice, nodes = loop.in_place(is_asked, ask, nothing)
 
     def judge(width: int, has_extra: bool, state: SpeculativeState) -> SpeculativeState:
+        kept = jnp.sort(nodes[:, :width], axis=1)
         tree, extra = proposal.tree, proposal.extra if has_extra else None
         if width < drafter.num_nodes:
-            kept = jnp.sort(nodes[:, :width], axis=1)
             tree = tree.take(kept)
             extra = extra and extra.take(kept, drafter.num_extra_beside(width))
         chosen = proposal.replace(tree=tree, extra=extra, state=state.drafter)
         context = _context(params, method, state)
+        learn = functools.partial(controller.learn, drafter, control, choice, proposal, kept)
         is_paused = None if has_extra or width > 1 else ~is_asked
-        return _settle(cfg, method, state, context, chosen, choice, is_paused)
+        return _settle(cfg, method, state, context, chosen, learn, is_paused)
 
     has_extra, widths = drafter.num_extra > 0, controller.widths_of(drafter)
     shapes = [(1, False), *((width, has_extra) for width in widths if has_extra or width > 1)]
@@ -376,7 +383,7 @@ def _settle(
     state: SpeculativeState,
     context: Context,
     proposal: Proposal,
-    choice: jax.Array | None = None,
+    learn: Callable[[Walk, jax.Array], ControllerState] | None = None,
     is_paused: jax.Array | None = None,
 ) -> SpeculativeState:
     """The second half of a round: judges n nodes, and keeps a path of them.
@@ -384,7 +391,7 @@ def _settle(
     Args:
       cfg, method, state, context: of the round.
       proposal: whose tree is judged.
-      choice: [] int32. What the controller has chosen; None without one.
+      learn: what the controller has seen then, of a walk and active rows; None without one.
       is_paused: [] bool. Whether nobody drafted; None: somebody did.
     """
     drafter, tree, extra = method.drafter, proposal.tree, proposal.extra
@@ -414,10 +421,7 @@ def _settle(
             extra_hidden=None if extra is None else output.hidden[:, -extra.tokens.shape[1] :],
             best=None if top is None else top.tokens[..., : drafter.num_best],
         )
-        control = state.control
-        if choice is not None:
-            assert method.controller is not None and control is not None
-            control = method.controller.learn(drafter, control, choice, tree, walk, context.active)
+        control = state.control if learn is None else learn(walk, context.active)
         if top is not None:
             top = jax.tree.map(lambda x: x[..., : method.top_logprobs], top)
         state = _commit(cfg, method, state, proposal, walk, log_probs, top)

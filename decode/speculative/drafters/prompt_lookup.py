@@ -54,12 +54,18 @@ class PromptLookup(Drafter):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
+    @property
+    def num_grades(self) -> int:
+        """By how many tokens agree, up to twice as many as are looked for."""
+        return 2 * self.max_ngram
+
     def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
         tokens, length = context.tokens, context.length[:, None]
         S = tokens.shape[1]
         slot = jnp.arange(S)[None]
-        matched = match_lengths(tokens, tokens, context.length, self.max_ngram)
+        agree = match_lengths(tokens, tokens, context.length, self.num_grades)
         # An occurrence must end before the text does; the longest match wins, then first or last.
+        matched = jnp.minimum(agree, self.max_ngram)
         matched = jnp.where((slot < length - 1) & (matched >= self.min_ngram), matched, 0)
         place = slot if self.latest else S - slot
         where = jnp.argmax(matched * (S + 1) + jnp.where(matched > 0, place, 0), axis=1)
@@ -71,4 +77,5 @@ class PromptLookup(Drafter):
             jnp.concatenate([context.root[:, None], drafts], axis=1),
             jnp.concatenate([jnp.ones_like(found), is_valid], axis=1),
         )
-        return Proposal(tree, spent(context, 0), state)
+        grade = jnp.take_along_axis(agree, where[:, None], axis=1)[:, 0] - 1
+        return Proposal(tree, spent(context, 0), state, grade=jnp.maximum(grade, 0))

@@ -31,6 +31,10 @@ from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
 from dlm.params import Params
 
+# How far suffixes were followed: [] int32; places left [B, Q, O] bool, the draft's probability
+# [B, Q]; tokens [J, B, Q] and probabilities [J, B, Q].
+_Followed = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 @struct.dataclass
 class Suffix(Drafter):
@@ -79,6 +83,11 @@ class Suffix(Drafter):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
+    @property
+    def num_grades(self) -> int:
+        """By how many tokens it expects to be right."""
+        return min(8, self.num_drafts + 1)
+
     def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
         tokens, length = context.tokens, context.length
         drafts, count, score = self._draft(tokens, length, context)
@@ -89,9 +98,11 @@ class Suffix(Drafter):
             is_better = others[2] > score
             drafts = jnp.where(is_better[:, None], others[0], drafts)
             count = jnp.where(is_better, others[1], count)
+            score = jnp.maximum(score, others[2])
         is_valid = jnp.arange(self.num_drafts + 1)[None] <= count[:, None]
         tree = self.shape.tree(jnp.concatenate([context.root[:, None], drafts], axis=1), is_valid)
-        return Proposal(tree, spent(context, 0), state)
+        grade = jnp.minimum(jnp.round(score).astype(jnp.int32), self.num_grades - 1)
+        return Proposal(tree, spent(context, 0), state, grade=grade)
 
     def _draft(
         self, source: jax.Array, end: jax.Array, context: Context
@@ -111,16 +122,14 @@ class Suffix(Drafter):
         is_left = of_place[:, None] >= suffix[None, :, None]  # [B, Q, O]
         limit = jnp.minimum(self.num_drafts, jnp.floor(self.factor * suffix + self.offset))
 
-        def step(
-            carry: tuple[jax.Array, jax.Array], j: jax.Array
-        ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-            is_left, probability = carry
+        def step(carry: _Followed) -> _Followed:
+            j, is_left, probability, said, probabilities = carry
             at = place + 1 + j
             token = jnp.take_along_axis(source, jnp.minimum(at, M - 1), axis=1)  # [B, O]
             is_text = (at < end[:, None]) & (token >= 0)
             same = (token[:, :, None] == token[:, None]) & is_text[:, None]  # [B, O, O]
-            votes = (is_left[:, :, None] & same[:, None]).sum(axis=3)  # [B, Q, O]
-            votes = jnp.where(is_left & is_text[:, None], votes, 0)
+            votes = is_left.astype(jnp.float32) @ same.swapaxes(1, 2).astype(jnp.float32)
+            votes = jnp.where(is_left & is_text[:, None], votes, 0)  # [B, Q, O]
             chosen = jnp.argmax(votes, axis=2)[..., None]  # of equals, the latest of the longest
             most = jnp.take_along_axis(votes, chosen, axis=2)[..., 0]
             probability *= most / jnp.maximum(is_left.sum(axis=2), 1)
@@ -130,13 +139,20 @@ class Suffix(Drafter):
                 jnp.broadcast_to(token[:, None], votes.shape), chosen, axis=2
             )
             is_left &= is_text[:, None] & (token[:, None] == following)
-            return (is_left, probability), (following[..., 0], probability)
+            said = said.at[j].set(following[..., 0])
+            return j + 1, is_left, probability, said, probabilities.at[j].set(probability)
 
-        start = is_left, jnp.ones(is_left.shape[:2])
-        _, (said, probabilities) = jax.lax.scan(step, start, jnp.arange(self.num_drafts))
+        (B, Q), J = is_left.shape[:2], self.num_drafts
+        start = (
+            jnp.zeros((), jnp.int32), is_left, jnp.ones((B, Q)), jnp.zeros((J, B, Q), jnp.int32),
+            jnp.zeros((J, B, Q)),
+        )  # fmt: skip
+        _, _, _, said, probabilities = jax.lax.while_loop(  # most suffixes come up nowhere
+            lambda carry: (carry[0] < J) & (carry[2] > 0).any(), step, start
+        )
         scores = probabilities.sum(axis=0)  # [B, Q]
         best = jnp.argmax(scores, axis=1)[:, None]
         of_best = lambda x: jnp.take_along_axis(x, best[None], axis=2)[..., 0].T  # noqa: E731
         drafts, kept = of_best(said), of_best(probabilities) > 0
         score = jnp.take_along_axis(scores, best, axis=1)[:, 0]
-        return drafts.astype(jnp.int32), kept.sum(axis=1), score
+        return drafts, kept.sum(axis=1), score
