@@ -3,9 +3,10 @@
     python -m scripts.smollm2 --steps=answers --data=path/of/data       once, for all of them
     python -m train --config=configs/smollm2.py:eagle_3 --workdir=runs/smollm2/eagle_3
 
-Instead of eagle_3: draft (three of its layers, distilled: DistillSpec), medusa, hydra_plus, dflash.
-Each takes at most 40 minutes on two CPU cores. Heads draft 8,192 of the 49,152 tokens, those that
-come up most. Numbers are ours; the methods' references are in `configs/draft_heads.py`.
+Instead of eagle_3: draft (three of its layers, distilled: DistillSpec), medusa, hydra_plus, dflash,
+masks (it guesses behind learned masks). Each takes at most 40 minutes on two CPU cores. Heads draft
+8,192 of the 49,152 tokens, those that come up most. Numbers are ours; the methods' references are
+in `configs/draft_heads.py`.
 """
 
 from typing import Any
@@ -19,6 +20,21 @@ VOCAB = f"{FOLDER}/vocab.json"
 NUM_IDS = 8_192  # tokens that heads draft
 DECAY = 0.8  # of the weight from head to head, from step to step
 NUM_DRAFTS = 4
+
+DATA = {
+    "task": {
+        "make": "dlm.tasks.jsonl:JsonlTask",
+        "prompt": "{prompt}",  # a chat up to its answer
+        "completion": "{completion}",
+        "path": f"{FOLDER}/train.jsonl",
+    },
+    "valid": {"path": f"{FOLDER}/valid.jsonl"},
+    "prompt_len": 192,  # tokens; scripts/smollm2/answers.py
+    "completion_len": 192,
+    "too_long": "cut",  # answers that had no end have none here
+    "buckets": ((96, 96), (96, 192)),
+    "batch_size": 6,  # rows of the longest shape
+}
 
 # Objective, trainable, highest learning rate, steps.
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
@@ -76,6 +92,17 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
         1e-3,
         600,
     ),
+    "masks": (
+        {"make": "train.objectives.masks:MasksLoss", "decay": DECAY},
+        {
+            "make": "dlm.heads.masks:MaskHeads",
+            "num_masks": 3,
+            "rank": 32,
+            "vocab": VOCAB,
+        },
+        1e-3,
+        300,
+    ),
 }
 
 
@@ -90,20 +117,7 @@ def get_config(arg: str = "eagle_3") -> ConfigDict:
     objective, trainable, learning_rate, num_steps = RECIPES[arg]
     return training(
         model={"dtype": "float32"},  # of matrix products; all else is SmolLM2's
-        data={
-            "task": {
-                "make": "dlm.tasks.jsonl:JsonlTask",
-                "prompt": "{prompt}",  # a chat up to its answer
-                "completion": "{completion}",
-                "path": f"{FOLDER}/train.jsonl",
-            },
-            "valid": {"path": f"{FOLDER}/valid.jsonl"},
-            "prompt_len": 192,  # tokens; scripts/smollm2/answers.py
-            "completion_len": 192,
-            "too_long": "cut",  # answers that had no end have none here
-            "buckets": ((96, 96), (96, 192)),
-            "batch_size": 6,  # rows of the longest shape
-        },
+        data=DATA,
         optim={
             "learning_rate": learning_rate,  # highest
             "warmup_steps": 30,  # steps from 0 to the highest

@@ -14,6 +14,8 @@ import numpy as np
 from dlm.config import ModelConfig
 from dlm.params import num_expert_params, num_params
 
+READ_WIDTH = 1024  # columns of the matrix that is read
+
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
@@ -53,19 +55,21 @@ def paired_times_s(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any
 
 
 def measure_ceilings(dtype: str, repeats: int, sizes: tuple[int, int] | None = None) -> Ceilings:
-    """A square matrix product and a copy, both too large for caches unless `sizes` says else.
+    """A square matrix product, and a matrix that is read for a vector; both too large for caches.
 
     Args:
-      sizes: rows of the matrices and bytes of the copy.
+      dtype: of all of them.
+      repeats: medians of so many.
+      sizes: rows of the square matrices, and bytes of the other; None: `large_sizes`.
     """
     n, num_bytes = sizes or large_sizes()
     a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
     product = jax.jit(jnp.dot)
     seconds = median_s(lambda: product(a, a), repeats)
     flops = 2 * n**3 / seconds
-    x = jnp.ones(num_bytes // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    return Ceilings(flops, 2 * num_bytes / median_s(lambda: copy(x), repeats))
+    vector = jnp.ones(READ_WIDTH, dtype)
+    matrix = jnp.ones((num_bytes // vector.nbytes, READ_WIDTH), dtype)
+    return Ceilings(flops, matrix.nbytes / median_s(lambda: product(matrix, vector), repeats))
 
 
 def large_sizes() -> tuple[int, int]:

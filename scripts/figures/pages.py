@@ -11,6 +11,7 @@ import numpy as np
 
 from decode.evaluation.figures import OperatingPoint, Panel, plot_speed_quality
 from decode.evaluation.tables import read_markdown
+from scripts.bench import spec_bench
 from scripts.plan import page as pods
 from scripts.quickstart.report import TITLE
 from scripts.quickstart_spec import page as drafters
@@ -145,6 +146,8 @@ def figures(docs: pathlib.Path) -> dict[str, Callable[[], None]]:
             found[file.stem] = functools.partial(study.draw, numbers, out)
         elif file.stem.startswith("drafters_"):
             found[file.stem] = functools.partial(drafters.draw_seeds, numbers, out)
+        elif file.stem in ("spec_bench", "smollm2"):
+            found[file.stem] = functools.partial(spec_bench.draw, numbers, out)
         elif file.name == pods.FILE:
             found[file.stem] = functools.partial(pods.draw, pods.in_order(numbers["cases"]), out)
     return found

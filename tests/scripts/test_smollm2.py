@@ -1,12 +1,16 @@
 """SmolLM2's drafters: what they learn from, and that their recipes fit."""
 
 import json
+import math
 import types
 
+import jax
 import pytest
 
 from configs import smollm2 as configs
+from configs import smollm2_blocks
 from decode import complete
+from dlm.params import ParamSpec
 from dlm.presets import PRESETS
 from scripts.smollm2 import answers
 from scripts.smollm2.drafters import trained
@@ -26,6 +30,19 @@ def test_recipes_fit_the_model(name, tmp_path):
     assert objective.refuse(trainable) is None
     if name != "draft":  # which is cut from the installed model
         assert trainable.specs(PRESETS["smollm2_135m"])
+
+
+@pytest.mark.parametrize(("block_len", "schedule"), [("4", (1, 2)), ("8", (1, 2, 4))])
+def test_blocks_fit_the_model(block_len, schedule):
+    settings = from_config_dict(smollm2_blocks.get_config(block_len))
+    objective = build(settings.train.objective, "train.objective")
+    assert (objective.block_len, objective.schedule) == (int(block_len), schedule)
+    adapter = build(settings.train.trainable, "train.trainable").specs(PRESETS["smollm2_135m"])
+    numbers = sum(
+        math.prod(spec.shape)
+        for spec in jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, ParamSpec))
+    )
+    assert 2 * numbers < 12e6  # bytes, in bfloat16
 
 
 def test_answers_are_made_once_and_are_what_the_model_says(tmp_path, monkeypatch):
