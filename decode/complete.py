@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Unpack, cast, overload
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from decode.core.requests import (
     OnePrompt,
     Prompt,
     read_stop_ids,
+    whole_number,
 )
 from decode.core.results import (
     Completion,
@@ -20,6 +21,7 @@ from decode.core.results import (
 )
 from decode.core.streaming import Piece, stream_answer
 from decode.core.texts import (
+    Asked,
     Loop,
     MethodOptions,
     TextOptions,
@@ -29,6 +31,9 @@ from decode.core.texts import (
     read_asked,
     read_sampling,
 )
+from decode.search import answers as search
+from decode.search.components import METHODS as SEARCHES
+from decode.search.loop import SearchMethod
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
@@ -43,11 +48,13 @@ from decode.speculative.loop import (
 from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
+NO_STOPS = "a search looks for no strings, only for stop_ids"
+
 
 class Choices(MethodOptions, total=False):
     """The keyword arguments of `complete` that say how to decode."""
 
-    method: str | SpeculativeMethod | None
+    method: str | SpeculativeMethod | SearchMethod | None
     drafter: Drafter | None
     acceptance: AcceptanceRule | None
     controller: Controller | None
@@ -67,7 +74,7 @@ def complete(
     lm: LanguageModel,
     prompts: Prompt | Sequence[Prompt],
     *,
-    method: str | SpeculativeMethod | None = None,
+    method: str | SpeculativeMethod | SearchMethod | None = None,
     drafter: Drafter | None = None,
     acceptance: AcceptanceRule | None = None,
     gen_len: int | Sequence[int] = 256,
@@ -102,8 +109,9 @@ def complete(
       prompts: a string or a list of token ids, or a list of these. Strings get what the model's
         tokenizer puts around a text; those of `lm.tokenizer.apply_chat_template`, for chat models,
         are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
-      method: where to start from: a name of `decode.speculative.points.METHODS`, or a method; what
-        else is given replaces its choices. None: one token per forward.
+      method: where to start from: a name of `decode.speculative.points.METHODS` or, to search for
+        texts, of `decode.search.components.METHODS` ("beam_4"), or a method; what else is given
+        replaces its choices. None: one token per forward.
       drafter: who proposes, see `decode/speculative/drafters`.
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
@@ -115,7 +123,8 @@ def complete(
         whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
-      num_return: samples per prompt; the further ones are the first one's `others`.
+      num_return: samples per prompt, of a search its best completions; the further ones are the
+        first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.
       controller: judges in every round as many drafts as pay on this device and this text, and
@@ -154,10 +163,12 @@ def as_finished(
     The arguments, and errors, are those of `complete`.
     """
     check_known("as_finished", options, Options)
-    asked = read_asked(lm, prompts, options)
+    method, asked = _read(lm, prompts, options)
     found = asked.as_finished(
-        LOOP, choose(lm, options), options.get("batch_size"), options.get("progress", False)
+        loop_of(method), method, options.get("batch_size"), options.get("progress", False)
     )
+    if isinstance(method, SearchMethod):
+        return found
     return gather_samples(found, options.get("num_return", 1))
 
 
@@ -169,8 +180,8 @@ def warm_up(
     The arguments, and errors, are those of `complete`.
     """
     check_known("warm_up", options, Options)
-    asked = read_asked(lm, prompts, options)
-    return asked.warm_up(LOOP, choose(lm, options), options.get("batch_size"))
+    method, asked = _read(lm, prompts, options)
+    return asked.warm_up(loop_of(method), method, options.get("batch_size"))
 
 
 def stream_text(
@@ -198,12 +209,32 @@ def stream_text(
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
     check_known("stream_text", choices, Choices)
-    return stream_answer(
-        lm, prompt, LOOP, choose(lm, choices), gen_len=gen_len, stop=stop, seed=seed
-    )
+    method = choose(lm, choices)
+    if stop and isinstance(method, SearchMethod):
+        raise ValueError(f"stop={stop!r}: {NO_STOPS}")
+    return stream_answer(lm, prompt, loop_of(method), method, gen_len=gen_len, stop=stop, seed=seed)
 
 
-def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
+def _read(
+    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], options: Options
+) -> tuple[SpeculativeMethod | SearchMethod, Asked]:
+    """How to decode, and what."""
+    method = choose(lm, options)
+    if not isinstance(method, SearchMethod):
+        return method, read_asked(lm, prompts, options)
+    if options.get("stop"):
+        raise ValueError(f"stop={options['stop']!r}: {NO_STOPS}")
+    num_return = whole_number("num_return", options.get("num_return", 1))
+    method = method.replace(num_return=max(num_return, method.num_return))
+    return method, read_asked(lm, prompts, cast(TextOptions, {**options, "num_return": 1}))
+
+
+def loop_of(method: SpeculativeMethod | SearchMethod) -> Loop:
+    """The loop that a method is for."""
+    return search.LOOP if isinstance(method, SearchMethod) else LOOP
+
+
+def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMethod:
     """The method that was asked for, see `complete`."""
     if lm.cfg.never_causal and lm.cfg.block_len is None:
         raise ValueError(
@@ -224,12 +255,25 @@ def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod:
     if method is None:
         method = SpeculativeMethod()
     elif isinstance(method, str):
-        method = named(method)
-    elif not isinstance(method, SpeculativeMethod):
-        raise ValueError(f"method={method!r} must be a SpeculativeMethod, or the name of one")
+        method = SEARCHES[method] if method in SEARCHES else named(method)
+    if isinstance(method, SearchMethod):
+        return _search(method, given)
+    if not isinstance(method, SpeculativeMethod):
+        raise ValueError(
+            f"method={method!r} must be a SpeculativeMethod or a SearchMethod, or the name of one"
+        )
     method = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
     method.check_kinds()
     return method
+
+
+def _search(method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:
+    """A search with what was given beside it."""
+    for name in ("drafter", "acceptance", "controller", "top_logprobs"):
+        if given[name] is not None:
+            raise ValueError(f"{name}={given[name]!r} is for one text at a time: a search has none")
+    some = {name: given[name] for name in ("sampling", "stop_ids") if given[name] is not None}
+    return method.replace(**some)
 
 
 def collect(

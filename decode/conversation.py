@@ -35,6 +35,7 @@ from decode.core.streaming import Piece, Writing, check_tokenizer, pieces
 from decode.core.texts import MethodOptions, check_known, inside
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.points import METHODS as DIFFUSION
+from decode.search.loop import SearchMethod
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
@@ -176,6 +177,10 @@ class Conversation:
             self.method: Any = generate.choose(lm, gen_len, asked)
         else:
             self.method = complete.choose(lm, asked)
+            if isinstance(self.method, SearchMethod):
+                raise ValueError(
+                    f"method={method!r} searches for whole texts: a dialogue is written one by one"
+                )
         self.system = system
 
     @property

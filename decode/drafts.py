@@ -26,6 +26,7 @@ from decode.core.requests import (
     whole_number,
 )
 from decode.core.texts import inside
+from decode.search.loop import SearchMethod
 from decode.speculative.loop import SpeculativeMethod, drafted
 from dlm.lm import LanguageModel
 
@@ -79,6 +80,8 @@ def watch_drafts(
         a part of the drafts judged.
     """
     method = choose(lm, choices)
+    if isinstance(method, SearchMethod):
+        raise ValueError(f"method={choices.get('method')!r} searches, and drafts nothing")
     if method.controller is not None:
         raise ValueError(
             f"controller={method.controller} must be None: with one, a part of a tree is judged"

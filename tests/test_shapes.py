@@ -31,6 +31,9 @@ from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.recorded import GreedyOracle, Recorded
 from decode.diffusion.routing import Routing
 from decode.generate import generate
+from decode.search import loop as search
+from decode.search.components import STRATEGIES
+from decode.search.loop import SearchMethod
 from decode.speculative import loop as speculative
 from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.components import DRAFTERS, PromptLookup, Suffix
@@ -207,6 +210,32 @@ def test_a_controlled_round():
 
     check(controller, K=2)
     check(jax.eval_shape(round_of, PARAMS).control, J=2, K=2)
+
+
+# ---- Search -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_round_of_search(watch, kind):
+    watch(kind, "choose", "finish")
+    method = SearchMethod(
+        kind(), Sampling(None, repetition_penalty=1.2), stop_ids=jnp.array([3, 4], jnp.int32)
+    )
+    check(method, m=2)
+    K, n = method.strategy.width, method.strategy.num_candidates
+
+    def round_of(params):
+        length = jnp.array(list(map(len, PROMPTS)))
+        tokens, key = jnp.zeros((3, P + G + n), jnp.int32), jnp.zeros((3, 2), jnp.uint32)
+        state = search._begin(params, CFG, method, tokens, length, length + G, key, G, 5)
+        state = search.step(params, CFG, method, state)
+        return state, search.results(method, state)
+
+    sizes = dict(K=K, n=n, G=G, S=P + G + n, R=1)
+    state, found = jax.eval_shape(round_of, PARAMS)
+    check(state.replace(cache=None), **sizes)
+    check(state.cache, B=3 * K)
+    check(found, **sizes)
 
 
 # ---- Training ---------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ class _RowAxis:
 
     Attributes:
       axis: -1: it has none.
-      times: how often all rows follow upon each other (twice with guidance).
+      times: how often all rows follow upon each other: twice with guidance, in a search as often as
+        there are hypotheses.
     """
 
     axis: int
@@ -129,7 +130,7 @@ def _row_axes(
         differ = [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
         if not differ and jax.tree_util.keystr(path) == ".num_steps":
             return _RowAxis(-1)
-        if len(differ) != 1 or a.shape[differ[0]] not in (rows, 2 * rows):
+        if len(differ) != 1 or a.shape[differ[0]] % rows:
             raise TypeError(
                 f"rows of a running batch cannot be replaced: state{jax.tree_util.keystr(path)} "
                 f"of shape {a.shape} is not per row"

@@ -84,6 +84,8 @@ class Completion:
       acceptance_histogram: [J + 1] int32. Of `decode.complete`: how many forwards accepted 0, 1, ..
         J drafts; None elsewhere.
       top: [gen_len, n] the n most probable tokens at each position, if asked for.
+      score: what a search has made of the text, such as its length-normalised log-probability; None
+        elsewhere.
       rounds_by_width: forwards by how many nodes of a draft tree a controller had them judge; 0:
         nobody was asked for drafts. None without a controller.
     """
@@ -102,6 +104,7 @@ class Completion:
     acceptance_histogram: np.ndarray | None = None
     top: TopTokens | None = None
     rounds_by_width: dict[int, int] | None = None
+    score: float | None = None
 
     @property
     def mean_acceptance_length(self) -> float:

@@ -1,4 +1,4 @@
-"""Running a method on prompts and knowing how long it takes: one way for both loops.
+"""Running a method on prompts and knowing how long it takes: one way for all loops.
 
 done = answered(lm, method, prompts, gen_len=256, batch_size=32)  # any number, rows kept busy
 done.completions, done.seconds, done.compile_s
@@ -13,21 +13,19 @@ import dataclasses
 import platform
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import jax
 
 from decode import complete, generate
 from decode.core.requests import per_prompt, per_prompt_seeds
 from decode.core.results import Completion
-from decode.core.texts import Asked, Pace
-from decode.diffusion import loop as diffusion
+from decode.core.texts import Asked, Loop, Pace
 from decode.diffusion.loop import DiffusionMethod, DiffusionState
-from decode.speculative import loop as speculative
+from decode.search.loop import SearchMethod, SearchState
 from decode.speculative.loop import SpeculativeMethod, SpeculativeState
 from dlm.lm import LanguageModel
 
-Method = DiffusionMethod | SpeculativeMethod
+Method = DiffusionMethod | SpeculativeMethod | SearchMethod
 Programs = dict[Hashable, tuple[jax.stages.Compiled, float]]  # with its seconds of compiling
 
 
@@ -46,7 +44,7 @@ class Timed:
     """
 
     completions: list[Completion]
-    state: DiffusionState | SpeculativeState
+    state: DiffusionState | SpeculativeState | SearchState
     prepare_s: float
     seconds: float
     compile_s: float
@@ -81,13 +79,11 @@ def timed(
     programs = {} if programs is None else programs
     with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
         began = time.perf_counter()
-        loop: Any = speculative if isinstance(method, SpeculativeMethod) else diffusion
-        state = loop.init_state(
-            lm.cfg, method, prompts, gen_len=gen_len, seeds=seeds, prompt_len=prompt_len,
+        loop = _loop_of(method)
+        state = loop.prepare(
+            lm, method, prompts, gen_len=gen_len, seeds=seeds, prompt_len=prompt_len,
             batch_size=batch_size,
         )  # fmt: skip
-        if isinstance(method, SpeculativeMethod):
-            state = speculative.prefill(lm.params, lm.cfg, method, state)
         jax.block_until_ready(state)
         prepare_s = time.perf_counter() - began
 
@@ -102,12 +98,8 @@ def timed(
         began = time.perf_counter()
         state = jax.block_until_ready(compiled(lm.params, method, state))
         seconds = time.perf_counter() - began
-    if isinstance(method, SpeculativeMethod):
-        state = state.replace(cache=None, drafter=None)
-        completions = complete.collect(state, lm, method, num=len(prompts))
-    else:
-        state = state.replace(cache=None)
-        completions = generate.collect(state, lm, method, num=len(prompts))
+    state = loop.reported(state)
+    completions = loop.collect(state, lm, method, num=len(prompts))
     return Timed(completions, state, prepare_s, seconds, compile_s)
 
 
@@ -153,11 +145,15 @@ def answered(
         per_prompt("gen_len", gen_len, num),
         per_prompt_seeds(seeds, num),
     )
-    loop = complete.LOOP if isinstance(method, SpeculativeMethod) else generate.LOOP
+    loop = _loop_of(method)
     pace = Pace()
     compile_s = asked.warm_up(loop, method, batch_size)
     completions = asked.answers(loop, method, batch_size, pace=pace)
     return Answered(completions, pace.rounds, pace.seconds, compile_s)
+
+
+def _loop_of(method: Method) -> Loop:
+    return generate.LOOP if isinstance(method, DiffusionMethod) else complete.loop_of(method)
 
 
 def device() -> str:

@@ -103,7 +103,10 @@ def test_bad_options_are_refused(lm):
     for options, message in (
         (dict(top_k=1.5), "top_k=1.5 must be a whole number"),
         (dict(temperature=[1.0]), r"temperature=\[1.0\] must be a number"),
-        (dict(method=5), "method=5 must be a SpeculativeMethod, or the name of one"),
+        (
+            dict(method=5),
+            "method=5 must be a SpeculativeMethod or a SearchMethod, or the name of one",
+        ),
         (dict(drafter="prompt_lookup"), "drafter='prompt_lookup' must be of class Drafter"),
         (dict(acceptance=5), "acceptance=5 must be of class AcceptanceRule"),
         (dict(controller=True), "controller=True must be of class Controller"),

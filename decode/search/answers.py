@@ -1,0 +1,86 @@
+"""What a search has found, as completions: what `decode.complete` needs of this loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from decode.core.results import Completion, to_text
+from decode.core.texts import Loop
+from decode.search.loop import SearchMethod, SearchState, begin, decode, results
+from dlm.lm import LanguageModel
+
+
+def collect(
+    state: SearchState,
+    lm: LanguageModel,
+    method: SearchMethod,
+    num: int | None = None,
+    stops: Sequence[str] = (),
+) -> list[Completion]:
+    """The best completions of the first `num` prompts of a state, the others in `others`.
+
+    Args:
+      state: a finished state, or one that is under way.
+      lm: for its end-of-text id and tokenizer.
+      method: for its stop ids, and how many completions are wanted.
+      num: how many prompts; None: all.
+      stops: strings before the first of which texts are cut.
+    """
+    found, forwards = jax.device_get((results(method, state), state.num_forwards))
+    ends = {*lm.cfg.eos_ids, *map(int, np.asarray(method.stop_ids).reshape(-1))}
+    completions = []
+    for b in range(len(forwards) if num is None else num):
+        each = []
+        for r in range(method.num_return):
+            canvas = found.tokens[b, r, : found.num_tokens[b, r]]
+            log_prob = found.log_prob[b, r, : len(canvas)]
+            has_ended = len(canvas) > 0 and int(canvas[-1]) in ends
+            tokens = canvas[: len(canvas) - has_ended]
+            text, n, was_cut = to_text(lm.tokenizer, tokens, stops)
+            each.append(
+                Completion(
+                    text=text,
+                    tokens=tokens[:n],
+                    num_forwards=int(forwards[b]),
+                    tokens_per_forward=n / max(int(forwards[b]), 1),
+                    finish_reason="stop" if was_cut else "eos" if has_ended else "length",
+                    canvas=canvas,
+                    step_map=np.arange(len(canvas), dtype=np.int32),
+                    confidence=np.exp(log_prob),
+                    log_prob=log_prob,
+                    score=float(found.score[b, r]),
+                )
+            )
+        completions.append(dataclasses.replace(each[0], others=tuple(each[1:])))
+    return completions
+
+
+def _written(state: SearchState, method: SearchMethod) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Nothing is certain before the end; how the best hypothesis of each prompt stands."""
+    tokens, start, length, score = jax.device_get(
+        (state.tokens, state.prompt_len, state.length, state.score)
+    )
+    best = [
+        rows[int(np.argmax(own))][a:b]
+        for rows, own, a, b in zip(tokens, score, start, length, strict=True)
+    ]
+    return [row[:0] for row in best], best
+
+
+def _prepare(lm: LanguageModel, method: SearchMethod, prompts: Any, **asked: Any) -> SearchState:
+    return begin(lm.params, lm.cfg, method, prompts, **asked)
+
+
+LOOP = Loop(
+    prepare=_prepare,
+    decode=decode,
+    reported=lambda state: state.replace(cache=None),
+    written=_written,
+    collect=collect,
+    may_be_empty=lambda cfg: False,
+)

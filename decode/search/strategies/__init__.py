@@ -1,0 +1,1 @@
+"""Strategies: which hypotheses go on, and with what, one file per method."""
