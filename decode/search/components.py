@@ -8,7 +8,6 @@ from decode.search.loop import SearchMethod
 from decode.search.strategies.beam import Beam as Beam
 from decode.search.strategies.contrastive import Contrastive as Contrastive
 from decode.search.strategies.diverse_beam import DiverseBeam as DiverseBeam
-from decode.search.strategies.greedy import Greedy as Greedy
 from decode.search.strategies.momentum import Momentum as Momentum
 
 STRATEGIES: tuple[type[Strategy], ...] = tuple(

@@ -94,6 +94,17 @@ class SearchMethod(struct.PyTreeNode):
         if given and not self.strategy.draws:
             name = type(self.strategy).__name__
             raise ValueError(f"{name} draws nothing, so {given[0]} goes without it")
+        if self.strategy.looks_ahead:
+            shaped: dict[str, Any] = {
+                "no_repeat_ngram": self.no_repeat_ngram or None,
+                "repetition_penalty": self.sampling.repetition_penalty,
+            }
+            if wrong := [name for name, value in shaped.items() if value is not None]:
+                name = type(self.strategy).__name__
+                raise ValueError(
+                    f"{wrong[0]}={shaped[wrong[0]]} goes without {name}, which reads what follows "
+                    "tokens that are not written yet"
+                )
         most = self.strategy.num_results
         if not 1 <= self.num_return <= most:
             raise ValueError(
@@ -336,7 +347,7 @@ def _seen(
 def _shaped(method: SearchMethod, state: SearchState, log_probs: jax.Array) -> jax.Array:
     """Log-probabilities [B, K, n, V] after bias, penalty and bans, not normalised again.
 
-    As Hugging Face's beams see them. Candidates side by side count as not yet written.
+    As Hugging Face's beams see them.
     """
     B, K, _, V = log_probs.shape
     occurred = None if state.occurred is None else state.occurred[:, :, None]

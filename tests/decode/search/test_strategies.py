@@ -14,8 +14,8 @@ import dlm
 from decode.complete import complete
 from decode.core.sampling import Sampling
 from decode.search import loop
-from decode.search.components import METHODS, Beam, Contrastive, DiverseBeam, Greedy, Momentum
-from decode.search.contracts import NEVER, staying
+from decode.search.components import METHODS, Beam, Contrastive, DiverseBeam, Momentum
+from decode.search.contracts import NEVER, Round, staying
 from decode.search.loop import SearchMethod, begin, decode, results
 from decode.search.strategies.momentum import repeats
 from decode.speculative.loop import SpeculativeMethod
@@ -28,11 +28,12 @@ from tests.lib.paths import GOLDEN
 from tests.lib.speculation import random_prompts, run, texts
 from tests.lib.tiers import more
 
+GREEDY = Beam(num_beams=1, length_penalty=0.0)
 PUBLISHED = {
     "beam_search": SearchMethod(Beam(), num_return=4),
     "diverse_beam_search": SearchMethod(DiverseBeam(), num_return=6),
     "contrastive_search": SearchMethod(Contrastive()),
-    "greedy_no_repeat_ngram": SearchMethod(Greedy(), no_repeat_ngram=2),
+    "greedy_no_repeat_ngram": SearchMethod(GREEDY, no_repeat_ngram=2),
 }
 
 
@@ -64,8 +65,6 @@ def found(result, b, r=0):
 @pytest.mark.parametrize("name", ["llama_target", *more("llama_draft", "qwen2_small")])
 @pytest.mark.parametrize("case", PUBLISHED)
 def test_texts_and_scores_are_those_of_hugging_face(name, case):
-    if not (GOLDEN / name).exists():
-        pytest.skip(f"{name} is not here")
     lm = dlm.load(GOLDEN / name, tokenizer=None)
     traces = json.loads((GOLDEN / name / "traces.json").read_text())
     (theirs,) = (x["results"] for x in traces["cases"] if x["method"] == case)
@@ -150,6 +149,28 @@ def test_beams_by_hand(toy, law, strategy):
         ]
         np.testing.assert_allclose(ours.score[b], [s for s, _ in expected], atol=1e-4)
     assert np.asarray(state.num_moves).sum() > 0 or strategy.num_beams == 1
+
+
+@pytest.mark.parametrize(("log_prob", "ends"), [(-0.5, True), (-3.0, False)])
+def test_a_text_ends_only_among_the_first_k_continuations(log_prob, ends):
+    """Totals are -0.1, -1.1, -1.6 and that of 9, which ends a text if it is the second best."""
+    beam = Beam(num_beams=2, length_penalty=0.0)
+
+    @jax.jit
+    def advance(tokens, log_probs):
+        one = jnp.array([3])
+        seen = Round(
+            best=None, log_probs=None, hidden=None, candidates=tokens[:, :, :1],
+            tokens=jnp.zeros((1, 2, 8), jnp.int32), log_prob=jnp.zeros((1, 2, 4)), length=one + 1,
+            prompt_len=one, end=one + 4, is_first=one < 0, is_end=lambda x: x == 9,
+            score=jnp.array([[0.0, -1.0]]), key=None, active=one > 0,
+        )  # fmt: skip
+        return beam.advance(seen, beam.init(None, 1, 8, 4), tokens, log_probs, 0 * log_probs)
+
+    log_probs = np.float32([[[-0.1, log_prob], [-0.1, -0.6]]])
+    choice = advance(np.int32([[[5, 9], [6, 7]]]), log_probs)
+    assert (float(choice.state.score[0, 0]) > NEVER / 2) is ends
+    assert choice.token.tolist() == [[5, 6]] and choice.source.tolist() == [[0, 1]]
 
 
 def test_enough_beams_find_the_most_probable_text(toy, law):
@@ -262,7 +283,7 @@ def test_one_hypothesis_writes_the_greedy_text(toy):
     cfg, params, prompts = toy
     greedy = texts(run(params, cfg, SpeculativeMethod(), prompts, gen_len=10), 8)
     for strategy in (
-        *(Greedy(), Beam(num_beams=1, length_penalty=0.0), Contrastive(k=1)),
+        *(GREEDY, Beam(num_beams=1), Contrastive(k=1)),
         *(Contrastive(k=3, alpha=0.0), Momentum(k=1), Momentum(alpha=0.0)),
     ):
         _, ours = search(toy, SearchMethod(strategy))
@@ -369,6 +390,9 @@ def test_what_a_search_does_not_do_is_said(toy):
         with pytest.raises(ValueError, match=message):
             complete(lm, [1, 2, 3], method="beam_4", gen_len=4, **options)
     with pytest.raises(ValueError, match="no_repeat_ngram=-1 must be at least 0"):
-        SearchMethod(Greedy(), no_repeat_ngram=-1).validate(toy[0])
+        SearchMethod(GREEDY, no_repeat_ngram=-1).validate(toy[0])
+    for options in ({"no_repeat_ngram": 2}, {"sampling": Sampling(None, repetition_penalty=1.2)}):
+        with pytest.raises(ValueError, match="goes without Contrastive"):
+            SearchMethod(Contrastive(), **options).validate(toy[0])
     with pytest.raises(ValueError, match="must be of class Strategy"):
         SearchMethod(Sampling()).validate(toy[0])
