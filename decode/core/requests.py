@@ -20,6 +20,7 @@ from dlm.lm import LanguageModel
 from dlm.sharding import batch_shards
 
 PROMPT_BUCKET = 32
+PREFILL = 256  # most prompt tokens per forward
 MAX_ROWS = 32  # at once, unless more are asked for
 Prompt = str | Sequence[int]
 OnePrompt = str | list[int]  # and a list of prompts, as type checkers tell them apart:
@@ -300,6 +301,18 @@ def _check_length(cfg: ModelConfig, i: int, num_tokens: int, length: int) -> Non
             f"prompt {i} has {num_tokens} tokens, which with gen_len={length} is more than the "
             f"model's max_seq_len={cfg.max_seq_len}"
         )
+
+
+def lay_out(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_lens: Sequence[int], B: int, S: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [B, S], lengths [B] and ends [B], int32; rows without a prompt are done."""
+    tokens = np.full((B, S), cfg.pad_token_id, np.int32)
+    lengths, ends = np.ones(B, np.int32), np.ones(B, np.int32)
+    for b, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
+        tokens[b, : len(prompt)] = prompt
+        lengths[b], ends[b] = len(prompt), len(prompt) + length
+    return tokens, lengths, ends
 
 
 def check_tokens(cfg: ModelConfig, name: str, tokens: Sequence[int]) -> None:

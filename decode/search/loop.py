@@ -28,7 +28,8 @@ from flax import struct
 
 from decode.core import loop
 from decode.core.component import check_numbers
-from decode.core.requests import read_requests
+from decode.core.matches import match_lengths
+from decode.core.requests import PREFILL, lay_out, read_requests
 from decode.core.sampling import Sampling
 from decode.core.streams import fold_in
 from decode.search.contracts import (
@@ -41,8 +42,6 @@ from decode.search.contracts import (
     staying,
     taken,
 )
-from decode.speculative.drafters.matches import match_lengths
-from decode.speculative.loop import PREFILL, lay_out
 from dlm import vocab
 from dlm.cache import KVCache, compact, init_cache
 from dlm.config import ModelConfig

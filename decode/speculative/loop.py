@@ -31,7 +31,7 @@ from flax import struct
 
 from decode.core import loop
 from decode.core.component import check_numbers
-from decode.core.requests import read_requests
+from decode.core.requests import PREFILL, lay_out, read_requests
 from decode.core.results import TopTokens, check_top_logprobs
 from decode.core.sampling import Sampling, draw
 from decode.core.streams import Stream, fold_in
@@ -50,7 +50,6 @@ from dlm.window import Slots, Window
 from kernels_pallas.unembed_stats import Noise
 from kernels_pallas.window_attention import pack_mask
 
-PREFILL = 256  # most prompt tokens per forward
 GREEDY = Sampling(temperature=None)
 
 
@@ -204,18 +203,6 @@ def num_rows(cfg: ModelConfig, method: SpeculativeMethod) -> int:
     """The most positions that a round judges at once: what a cache must have room for."""
     nodes = method.drafter.num_nodes
     return nodes + method.drafter.num_extra + (nodes if cfg.writes_in_place else 0)
-
-
-def lay_out(
-    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_lens: Sequence[int], B: int, S: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [B, S], lengths [B] and ends [B], int32; rows without a prompt are done."""
-    tokens = np.full((B, S), cfg.pad_token_id, np.int32)
-    lengths, ends = np.ones(B, np.int32), np.ones(B, np.int32)
-    for b, (prompt, length) in enumerate(zip(prompts, gen_lens, strict=True)):
-        tokens[b, : len(prompt)] = prompt
-        lengths[b], ends[b] = len(prompt), len(prompt) + length
-    return tokens, lengths, ends
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "G", "chunk"))

@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from decode.core.requests import read_requests
+from decode.core.requests import lay_out, read_requests
 from decode.speculative.loop import (
     SpeculativeMethod,
     SpeculativeState,
     first_state,
-    lay_out,
     num_rows,
 )
 from dlm.cache import KVCache

@@ -1,6 +1,5 @@
 """Launchers: processes of one machine for real, everything else as it would be run."""
 
-import json
 import shlex
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def test_processes_are_a_cluster_of_jax(tmp_path):
         "import jax; from jax.experimental import multihost_utils as m\n"
         "print(m.process_allgather(jax.numpy.int32(jax.process_index() + 5)).tolist())",
     )
-    assert [5, 6] in [json.loads(line) for line in out.splitlines() if line[:2] == "[5"]
+    assert "[5, 6]" in out  # on a line of its own, unless what Gloo says of its peers runs into it
 
 
 def test_one_that_fails_ends_the_others(tmp_path):

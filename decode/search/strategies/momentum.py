@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.matches import match_lengths
 from decode.search.contracts import Choice, Round, Strategy
-from decode.speculative.drafters.matches import match_lengths
 from dlm.config import ModelConfig
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.matches import match_lengths
 from decode.speculative.contracts import Context, Drafter, Proposal, spent
-from decode.speculative.drafters.matches import match_lengths
 from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
 

@@ -12,6 +12,7 @@ import pytest
 
 import dlm
 from decode.complete import complete
+from decode.core.requests import lay_out
 from decode.core.sampling import Sampling
 from decode.search import loop
 from decode.search.components import METHODS, Beam, Contrastive, DiverseBeam, Momentum
@@ -364,7 +365,7 @@ def test_prompts_are_read_once(toy, monkeypatch):
     jax.eval_shape(
         lambda: loop._begin.__wrapped__(
             params, cfg, SearchMethod(Beam(num_beams=5)),
-            *loop.lay_out(cfg, prompts, [4] * 8, 8, 32), np.zeros((8, 2), np.uint32), 4, 8,
+            *lay_out(cfg, prompts, [4] * 8, 8, 32), np.zeros((8, 2), np.uint32), 4, 8,
         )
     )  # fmt: skip
     assert set(rows) == {(8, 8)}

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decode.core.matches import match_lengths
 from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context
-from decode.speculative.drafters.matches import match_lengths
 from decode.speculative.drafters.suffix import Suffix
 from decode.speculative.loop import SpeculativeMethod
 from tests.lib.jitted import as_one_program
