@@ -36,7 +36,7 @@ from decode.search.components import STRATEGIES
 from decode.search.loop import SearchMethod
 from decode.speculative import loop as speculative
 from decode.speculative.accept import SpeculativeSampling
-from decode.speculative.components import DRAFTERS, PromptLookup, Suffix
+from decode.speculative.components import DRAFTERS, DFlash, PromptLookup, Suffix
 from decode.speculative.controller import Controller
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
@@ -180,6 +180,7 @@ def test_what_diffusion_guesses_ahead_and_records():
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_a_round_of_speculation(watch, kind):
     watch(kind, "propose", "observe", "prefill")
+    watch(DFlash, "marginals")
     watch(SpeculativeSampling, "walk")
     watch(decoder, "forward")
 

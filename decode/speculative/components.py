@@ -10,6 +10,7 @@ from decode.speculative.accept import Match as Match
 from decode.speculative.accept import SpeculativeSampling as SpeculativeSampling
 from decode.speculative.accept import Typical as Typical
 from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.ddtree import DDTree as DDTree
 from decode.speculative.drafters.dflash import DFlash as DFlash
 from decode.speculative.drafters.draft_model import DraftModel as DraftModel
 from decode.speculative.drafters.draft_model import DraftModelBest as DraftModelBest

@@ -4,7 +4,7 @@ A drafter proposes a tree of guesses per round (`decode.speculative.tree`). Its 
 leaves of it, its shape is static, and what it remembers is its state, which the loop carries.
 
 Letters: B rows, S token slots, T positions seen at once, D width of the target, W nodes, J depth, E
-rows of a drafter's own.
+rows of a drafter's own, k tokens that are named.
 """
 
 from __future__ import annotations
@@ -76,20 +76,30 @@ class ExtraRows(struct.PyTreeNode):
       offsets: [B, E] int32. How many positions behind the root they stand.
       sees: [B, E, W + E] bool. Which nodes of the tree they see, and which of themselves.
       vectors: [B, E, D] float32. What is read there in the place of embedded tokens; None: those.
+      nodes: [B, E] int32. The node that each row stands behind; None: that is of no interest.
     """
 
     tokens: jax.Array
     offsets: jax.Array
     sees: jax.Array
     vectors: jax.Array | None = None
+    nodes: jax.Array | None = None
 
     def take(self, nodes: jax.Array, num: int) -> ExtraRows:
-        """The first `num` rows, beside a tree of which only `nodes` [B, n] int32 are left."""
-        num_nodes = self.sees.shape[2] - self.sees.shape[1]
-        of_nodes = jnp.take_along_axis(self.sees[:, :num], nodes[:, None], axis=2)
-        of_rows = self.sees[:, :num, num_nodes : num_nodes + num]
-        first = jax.tree.map(lambda x: x[:, :num], self)
-        return first.replace(sees=jnp.concatenate([of_nodes, of_rows], axis=2))
+        """`num` rows, beside a tree of which only `nodes` [B, n] int32 are left.
+
+        Those behind one of these nodes come first, else all keep their order.
+        """
+        (B, E), num_nodes = self.tokens.shape, self.sees.shape[2] - self.sees.shape[1]
+        rows = jnp.broadcast_to(jnp.arange(E)[None], (B, E))
+        if self.nodes is not None:
+            is_behind = (self.nodes[..., None] == nodes[:, None]).any(axis=2)
+            rows = jnp.argsort(~is_behind, axis=1, stable=True)
+        rows = rows[:, :num]
+        at = jax.vmap(lambda x, rows: x[rows])
+        some = jax.tree.map(lambda x: at(x, rows), self.replace(nodes=None))
+        columns = jnp.concatenate([nodes, num_nodes + rows], axis=1)
+        return some.replace(sees=jnp.take_along_axis(some.sees, columns[:, None], axis=2))
 
 
 class Proposal(struct.PyTreeNode):
@@ -110,6 +120,23 @@ class Proposal(struct.PyTreeNode):
     grade: jax.Array | None = None
 
 
+class Marginals(struct.PyTreeNode):
+    """What a drafter takes for likely at the next places, whatever stands at those before.
+
+    Attributes:
+      tokens: [B, J, k] int32. The most probable ones of each place, best first.
+      log_probs: [B, J, k] float32. Of these, among all tokens and at temperature 1; -inf: it does
+        not draft that.
+      cost: [B] int32. As of a proposal.
+      state: the drafter's, from now on.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    cost: jax.Array
+    state: Any
+
+
 class Seen(struct.PyTreeNode):
     """Positions that the target has just read: a part of the prompt, or a root and its drafts.
 
@@ -128,6 +155,8 @@ class Seen(struct.PyTreeNode):
         first ones; None if it has none.
       best: [B, M, k] int32. The target's most probable tokens after each node, best first; None in
         the prompt, and unless the drafter has `num_best`.
+      last: [B] int32. The last node that was accepted, of those that were judged; None in the
+        prompt.
     """
 
     tokens: jax.Array
@@ -140,6 +169,7 @@ class Seen(struct.PyTreeNode):
     chosen: jax.Array | None = None
     extra_hidden: jax.Array | None = None
     best: jax.Array | None = None
+    last: jax.Array | None = None
 
 
 @struct.dataclass
@@ -194,6 +224,11 @@ class Drafter(Part):
         """How many of them, the first ones, are read where so many nodes are judged. Default: E."""
         return self.num_extra
 
+    @property
+    def num_marginals(self) -> int:
+        """J, places of which it can tell the law at once, see `marginals`. Default: none."""
+        return 0
+
     def params_of_extra(self, params: Params, num_nodes: int) -> Params:
         """The target's parameters for a forward over so many nodes and, behind them, its own rows.
 
@@ -231,6 +266,17 @@ class Drafter(Part):
     def propose(self, cfg: ModelConfig, context: Context, state: Any) -> Proposal:
         """A tree under `context.root`, what it cost, and the next state."""
         raise NotImplementedError
+
+    def marginals(self, cfg: ModelConfig, context: Context, state: Any, k: int) -> Marginals:
+        """Instead of `propose`, of one that has `num_marginals`: for trees that others make of it.
+
+        `k` is at least 1; of fewer tokens than that all are named.
+        """
+        raise NotImplementedError
+
+    def rows_beside(self, tree: DraftTree, state: Any) -> ExtraRows | None:
+        """Its own rows in the window that judges a tree made of its `marginals`. Default: none."""
+        return None
 
     def observe(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
         """The state after a round; `context` is as before it. Default: the same."""

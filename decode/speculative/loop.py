@@ -407,6 +407,7 @@ def _settle(
             chosen=verdict.chosen,
             extra_hidden=None if extra is None else output.hidden[:, -extra.tokens.shape[1] :],
             best=None if top is None else top.tokens[..., : drafter.num_best],
+            last=walk.path[:, -1],
         )
         control = state.control if learn is None else learn(walk, context.active)
         if top is not None:

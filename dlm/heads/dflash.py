@@ -197,12 +197,22 @@ class DFlashNetwork(struct.PyTreeNode):
 
     def logits(self, target: Params, states: jax.Array) -> jax.Array:
         """[.., V] float32 of final states [.., D]."""
+        return vocab.logits(*self._product(target, states))
+
+    def best(self, target: Params, states: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """The `k` most probable tokens [.., k] int32 of final states [.., D], and log p of each."""
+        stats = vocab.read(*self._product(target, states), k=k)
+        assert stats.top_tokens is not None and stats.top_log_probs is not None
+        return stats.top_tokens, stats.top_log_probs
+
+    def _product(self, target: Params, states: jax.Array) -> tuple[vocab.Head, jax.Array]:
+        """The output head, and what it is multiplied with."""
         head: vocab.Head = vocab.head(target)
         if self.cfg.logit_scale != 1:
             states = states * jnp.asarray(self.cfg.logit_scale, states.dtype)
         if self.cfg.logit_cap is not None:
             head = vocab.CappedHead(vocab.head_weight(target), self.cfg.logit_cap)
-        return vocab.logits(head, states)
+        return head, states
 
     def candidates(self, target: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits [.., K] float32 and ids [.., K] int32 of the best tokens of states [.., D]."""

@@ -20,7 +20,7 @@ from flax import struct
 
 from decode.core.sampling import draw
 from decode.core.streams import wrap
-from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
+from decode.speculative.contracts import Context, Drafter, Marginals, Proposal, Seen, spent
 from decode.speculative.drafters.heads import check_fit, place_cache
 from decode.speculative.tree import TreeShape, chain
 from dlm import vocab
@@ -67,6 +67,11 @@ class DFlash(Drafter):
         return chain(self.num_drafts or self.network.block_len - 1)
 
     @property
+    def num_marginals(self) -> int:
+        """None if drafts are drawn. Of a DFlash 2: those that its candidates are chosen by."""
+        return 0 if self.is_sampled else self.depth
+
+    @property
     def feature_layers(self) -> tuple[int, ...]:
         return self.network.feature_layers
 
@@ -85,9 +90,7 @@ class DFlash(Drafter):
         return write(state, new, seen.start)
 
     def propose(self, cfg: ModelConfig, context: Context, state: KVCache) -> Proposal:
-        root, J = context.root, self.depth
-        hidden = self.network.read(context.params, root, context.length - 1, state)
-        hidden, drawn_from = hidden[:, 1 : J + 1], None
+        root, hidden, drawn_from = context.root, self._read(context, state), None
         sampling = context.sampling
         is_drawn = self.is_sampled and sampling.temperature is not None
         if self.network.num_candidates:
@@ -103,6 +106,16 @@ class DFlash(Drafter):
             probs = jnp.pad(drawn_from, ((0, 0), (0, 1), (0, 0)))  # the last node has no child
         tokens = jnp.concatenate([root[:, None], drafts], axis=1)
         return Proposal(self.shape.tree(tokens, probs=probs), spent(context, 1), state)
+
+    def marginals(self, cfg: ModelConfig, context: Context, state: KVCache, k: int) -> Marginals:
+        k = min(k, self.network.cfg.vocab_size)
+        tokens, log_probs = self.network.best(context.params, self._read(context, state), k)
+        return Marginals(tokens, log_probs, spent(context, 1), state)
+
+    def _read(self, context: Context, state: KVCache) -> jax.Array:
+        """Final states [B, J, D] of the slots that are drafted."""
+        hidden = self.network.read(context.params, context.root, context.length - 1, state)
+        return hidden[:, 1 : self.depth + 1]
 
     def _walk(
         self, context: Context, hidden: jax.Array, is_drawn: bool

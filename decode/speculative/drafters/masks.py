@@ -24,12 +24,20 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.sampling import draw
-from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, Seen, spent
-from decode.speculative.tree import TreeShape, chain
+from decode.speculative.contracts import (
+    Context,
+    Drafter,
+    ExtraRows,
+    Marginals,
+    Proposal,
+    Seen,
+    spent,
+)
+from decode.speculative.tree import DraftTree, TreeShape, chain
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.heads.draft_vocab import spread
-from dlm.heads.masks import MaskHeads, MaskNetwork, sees
+from dlm.heads.masks import MaskHeads, MaskNetwork
 from dlm.params import Params
 
 
@@ -93,6 +101,11 @@ class Masks(Drafter):
         return chain(self.num_drafts or self.network.num_masks)
 
     @property
+    def num_marginals(self) -> int:
+        """None if drafts are drawn, or masks stand behind one node only: a tree has many ends."""
+        return self.depth if self.is_quadratic and not self.is_sampled else 0
+
+    @property
     def num_extra(self) -> int:
         return self.num_extra_beside(self.num_nodes)
 
@@ -111,16 +124,46 @@ class Masks(Drafter):
         tokens = jnp.concatenate([context.root[:, None], drafts], axis=1)
         is_valid = jnp.broadcast_to(state.is_known[:, None], tokens.shape).at[:, 0].set(True)
         tree = self.shape.tree(tokens, is_valid, probs)
-        return Proposal(tree, spent(context, 0), state, self._masks(state))
+        return Proposal(tree, spent(context, 0), state, self.rows_beside(tree, state))
+
+    def marginals(self, cfg: ModelConfig, context: Context, state: MasksState, k: int) -> Marginals:
+        head, ids = self.network.head(context.params), self.network.ids
+        k = min(k, cfg.vocab_size if ids is None else len(ids))
+        stats = vocab.read(head, state.hidden, k=k)
+        assert stats.top_tokens is not None and stats.top_log_probs is not None
+        tokens = stats.top_tokens if ids is None else ids[stats.top_tokens]
+        log_probs = jnp.where(state.is_known[:, None, None], stats.top_log_probs, -jnp.inf)
+        return Marginals(tokens, log_probs, spent(context, 0), state)
+
+    def rows_beside(self, tree: DraftTree, state: MasksState) -> ExtraRows:
+        """Sets of masks. A mask sees the nodes above its set, and the masks before it in the set.
+
+        Reference: as `dlm.heads.masks.sees`, of a chain.
+        """
+        J, behind = self.depth, self._nodes(state, tree.tokens.shape[1])
+        B, A = behind.shape
+        above = jnp.take_along_axis(tree.ancestors(J), behind[..., None], axis=1)  # [B, A, W]
+        of_set, place = jnp.divmod(jnp.arange(A * J), J)
+        is_before = (of_set[:, None] == of_set[None]) & (place[:, None] >= place[None])
+        is_before = jnp.broadcast_to(is_before[None], (B, A * J, A * J))
+        depth = jnp.take_along_axis(tree.depths, behind, axis=1)
+        place = jnp.broadcast_to(1 + place[None], (B, A * J))
+        return ExtraRows(
+            tokens=jnp.zeros((B, A * J), jnp.int32),
+            offsets=jnp.repeat(depth, J, axis=1) + place,
+            sees=jnp.concatenate([jnp.repeat(above, J, axis=1), is_before], axis=2),
+            vectors=self.network.embedded(place),
+            nodes=jnp.repeat(behind, J, axis=1),
+        )
 
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: MasksState
     ) -> MasksState:
         """What the masks guess behind the last node that was accepted, if any stand there."""
-        assert seen.extra_hidden is not None
+        assert seen.extra_hidden is not None and seen.last is not None
         B, _, D = seen.extra_hidden.shape
         sets = seen.extra_hidden.reshape(B, -1, self.depth, D)  # of a controller's choice, fewer
-        is_behind = self._nodes(state)[:, : sets.shape[1]] == seen.count[:, None] - 1
+        is_behind = self._nodes(state, sets.shape[1]) == seen.last[:, None]
         chosen = jnp.argmax(is_behind, axis=1)[:, None, None, None]
         hidden = jnp.take_along_axis(sets, chosen, axis=1)[:, 0]
         return MasksState(hidden, is_behind.any(axis=1))
@@ -151,24 +194,9 @@ class Masks(Drafter):
         laws = sampling.replace(repetition_penalty=None).probs(logits)
         return draw(context.key, laws), jnp.pad(laws, ((0, 0), (0, 1), (0, 0)))
 
-    def _nodes(self, state: MasksState) -> jax.Array:
-        """[B, A] int32: the nodes that masks stand behind."""
+    def _nodes(self, state: MasksState, num_nodes: int) -> jax.Array:
+        """[B, A] int32: of so many nodes those that masks stand behind."""
         if self.is_quadratic:
-            nodes = jnp.arange(self.num_nodes)[None]
-            return jnp.broadcast_to(nodes, (len(state.is_known), self.num_nodes))
+            nodes = jnp.arange(num_nodes, dtype=jnp.int32)[None]
+            return jnp.broadcast_to(nodes, (len(state.is_known), num_nodes))
         return jnp.where(state.is_known, self.depth, 0)[:, None]
-
-    def _masks(self, state: MasksState) -> ExtraRows:
-        """Sets of masks; nodes and they are named by numbers, as in `dlm.heads.masks`."""
-        W, J, behind = self.num_nodes, self.depth, self._nodes(state)
-        B, A = behind.shape
-        nodes = jnp.broadcast_to(jnp.arange(W)[None], (B, W))
-        last = jnp.concatenate([nodes, jnp.repeat(behind, J, axis=1)], axis=1)
-        of_sets = jnp.tile(jnp.arange(1, J + 1), A)
-        group = jnp.broadcast_to(jnp.pad(of_sets, (W, 0))[None], last.shape)
-        return ExtraRows(
-            tokens=jnp.zeros((B, A * J), jnp.int32),
-            offsets=(last + group)[:, W:],
-            sees=sees(last, group)[:, W:],
-            vectors=self.network.embedded(group[:, W:]),
-        )

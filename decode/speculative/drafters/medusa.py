@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Proposal, spent
+from decode.speculative.contracts import Context, Marginals, Proposal, spent
 from decode.speculative.drafters.heads import HeadsDrafter
 from decode.speculative.tree import from_paths
 from dlm import vocab
@@ -36,20 +36,31 @@ class Medusa(HeadsDrafter):
         own = MedusaHeads(num_heads=2).fresh(jax.random.key(0), cfg, params)
         return cls(own, from_paths([[0], [1], [0, 0], [0, 1]]))
 
+    @property
+    def num_marginals(self) -> int:
+        return self.depth
+
     def propose(self, cfg: ModelConfig, context: Context, state: jax.Array) -> Proposal:
         columns = [context.root]
         best = {}
         for depth in range(1, self.depth + 1):
             ranks = [self.shape.ranks[v - 1] for v in self.shape.level(depth)]
-            stats = vocab.read(
-                self.own["unembed"][depth - 1],
-                head_hidden(self.own, state, depth - 1),
-                k=max(ranks) + 1,
-            )
-            assert stats.top_tokens is not None
-            best[depth] = stats.top_tokens
-            if "ids" in self.own:
-                best[depth] = self.own["ids"][stats.top_tokens]
+            best[depth], _ = self._best(state, depth, max(ranks) + 1)
         for v in range(1, self.num_nodes):
             columns.append(best[self.shape.depths[v]][:, self.shape.ranks[v - 1]])
         return Proposal(self.shape.tree(jnp.stack(columns, axis=1)), spent(context, 0), state)
+
+    def marginals(self, cfg: ModelConfig, context: Context, state: jax.Array, k: int) -> Marginals:
+        """Of as many heads as the tree is deep."""
+        k = min(k, self.own["unembed"].shape[1])
+        heads = [self._best(state, depth, k) for depth in range(1, self.depth + 1)]
+        tokens, log_probs = (jnp.stack(columns, axis=1) for columns in zip(*heads, strict=True))
+        return Marginals(tokens, log_probs, spent(context, 0), state)
+
+    def _best(self, state: jax.Array, depth: int, k: int) -> tuple[jax.Array, jax.Array]:
+        """The most probable tokens [B, k] int32 of one head, and log p of each."""
+        hidden = head_hidden(self.own, state, depth - 1)
+        stats = vocab.read(self.own["unembed"][depth - 1], hidden, k=k)
+        assert stats.top_tokens is not None and stats.top_log_probs is not None
+        tokens = stats.top_tokens if "ids" not in self.own else self.own["ids"][stats.top_tokens]
+        return tokens, stats.top_log_probs

@@ -442,3 +442,5 @@ def test_own_rows_beside_some_nodes():
     cut = take(extra, nodes, 1)
     assert cut.sees.tolist() == [[[True, False, True]]] and cut.tokens.tolist() == [[5]]
     assert cut.vectors.shape == (1, 1, 4) and cut.offsets.tolist() == [[5]]
+    cut = take(extra.replace(nodes=np.array([[1, 2]])), nodes, 1)  # the first is behind no node
+    assert cut.sees.tolist() == [[[False, True, True]]] and cut.tokens.tolist() == [[6]]

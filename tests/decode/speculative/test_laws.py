@@ -54,8 +54,9 @@ REPORTED = (
 # Forwards of a draft model per round of the example, where there is one; trees read what was kept
 # in the next round.
 COST = {
-    "DraftModel": 5, "DraftModelTree": 5, "DraftModelBest": 4, "Eagle": 2, "EagleBest": 3,
-    "DFlash": 1, "SelfSpeculation": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
+    "DraftModel": 5, "DraftModelTree": 5, "DraftModelBest": 4,
+    "Eagle": 2, "EagleBest": 3,
+    "DFlash": 1, "DDTree": 1, "SelfSpeculation": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
 }  # fmt: skip
 LATE = (DraftModelTree, DraftModelBest, Eagle, EagleBest)  # read in a round what was kept before
 PAIRS = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
@@ -133,7 +134,8 @@ def assert_same(a, b):
 
 def other_numbers(part):
     """The same choice with other weights and thresholds."""
-    scaled = lambda x: jnp.asarray(0.9 * np.asarray(x)) if jnp.issubdtype(x, jnp.inexact) else x
+    is_real = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    scaled = lambda x: jnp.asarray(0.9 * np.asarray(x)) if is_real(x) else x
     return jax.tree.map(lambda x: 0.9 * x if isinstance(x, float) else scaled(x), part)
 
 
@@ -161,7 +163,7 @@ def test_the_text_is_the_targets_own(target, examples, kind):
     check_statistics(state, method.drafter.depth)
     cost = COST.get(kind.__name__, 0 if kind.points() else None)
     if cost is not None:
-        first = kind.__name__ in ("DraftModelTree", "DraftModelBest")
+        first = kind in (DraftModelTree, DraftModelBest)
         spent = cost * np.asarray(state.num_forwards) - first
         assert (np.asarray(state.draft_forwards) == spent).all()
     other = method.replace(drafter=other_numbers(method.drafter))
