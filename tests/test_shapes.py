@@ -38,6 +38,7 @@ from decode.speculative import loop as speculative
 from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.components import DRAFTERS, DFlash, PromptLookup, Suffix
 from decode.speculative.controller import Controller
+from decode.speculative.drafters import opt_tree
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
 from dlm.cache import init_cache
@@ -181,6 +182,7 @@ def test_what_diffusion_guesses_ahead_and_records():
 def test_a_round_of_speculation(watch, kind):
     watch(kind, "propose", "observe", "prefill")
     watch(DFlash, "marginals")
+    watch(opt_tree, "grow")
     watch(SpeculativeSampling, "walk")
     watch(decoder, "forward")
 

@@ -23,6 +23,8 @@ from decode.speculative.drafters.lookahead import Lookahead as Lookahead
 from decode.speculative.drafters.masks import Masks as Masks
 from decode.speculative.drafters.medusa import Medusa as Medusa
 from decode.speculative.drafters.no_draft import NoDraft as NoDraft
+from decode.speculative.drafters.opt_tree import DraftModelOpt as DraftModelOpt
+from decode.speculative.drafters.opt_tree import EagleOpt as EagleOpt
 from decode.speculative.drafters.prompt_lookup import PromptLookup as PromptLookup
 from decode.speculative.drafters.self_speculation import SelfSpeculation as SelfSpeculation
 from decode.speculative.drafters.suffix import Suffix as Suffix

@@ -13,6 +13,7 @@ Letters: B rows, S slots, W nodes, J depth, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -132,6 +133,43 @@ class _Model(Drafter):
         missing = cfg.vocab_size - logits.shape[-1]
         lead = [(0, 0)] * (logits.ndim - 1)
         return jnp.pad(logits, [*lead, (0, missing)], constant_values=-jnp.inf)
+
+    def _check_not_sampled(self) -> None:
+        if self.is_sampled:
+            raise ValueError("is_sampled=True does not go with the most probable tree")
+
+    def _behind(
+        self,
+        cfg: ModelConfig,
+        context: Context,
+        cache: KVCache,
+        tree: DraftTree,
+        nodes: tuple[int, ...],
+    ) -> jax.Array:
+        """Logits [B, n, V] of what comes after some nodes of a tree.
+
+        The cache holds what is before the root, and stays as it is.
+        """
+        start = context.length - 1
+        positions, above = start[:, None] + tree.depths, pack_mask(tree.ancestors(self.depth))
+        window = Window(tree.tokens, positions, above)
+        hidden = self._forward(context, window, Slots.below(cache, start)).hidden
+        return self._logits(cfg, hidden[:, jnp.array(nodes)])
+
+    def _behind_some(
+        self,
+        cfg: ModelConfig,
+        context: Context,
+        cache: KVCache,
+        tokens: jax.Array,
+        parents: jax.Array,
+        depths: tuple[int, ...],
+        nodes: tuple[int, ...],
+    ) -> jax.Array:
+        """As `_behind`, of a tree whose nodes always have the same depths."""
+        rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
+        tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
+        return self._behind(cfg, context, cache, tree, nodes)
 
     def _within(self, context: Context, tree: DraftTree) -> DraftTree:
         """Without the nodes that the draft model would have to guess beyond its context length."""
@@ -255,13 +293,7 @@ class DraftModelTree(_Model):
         state, forwards = self._catch_up(context, state)
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
-            tree = self.shape.tree(tokens)
-            start = context.length - 1
-            above = pack_mask(tree.ancestors(self.depth))
-            window = Window(tokens, start[:, None] + tree.depths, above)
-            slots = Slots.below(state.cache, start)
-            hidden = self._forward(context, window, slots).hidden
-            return self._logits(cfg, hidden[:, jnp.array(nodes)])
+            return self._behind(cfg, context, state.cache, self.shape.tree(tokens), nodes)
 
         return Proposal(
             self._within(context, expand(self.shape, context, score, self.is_sampled)),
@@ -284,8 +316,7 @@ class DraftModelBest(BestTree, _Model):
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
-        if self.is_sampled:
-            raise ValueError("is_sampled=True does not go with the most probable tree")
+        self._check_not_sampled()
 
     @property
     def num_ids(self) -> int:
@@ -293,18 +324,7 @@ class DraftModelBest(BestTree, _Model):
 
     def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)
-        start = context.length - 1
-
-        def score(
-            tokens: jax.Array, parents: jax.Array, depths: tuple[int, ...], nodes: tuple[int, ...]
-        ) -> jax.Array:
-            rows = jnp.broadcast_to(jnp.array(depths, jnp.int32), tokens.shape)
-            tree = DraftTree(tokens, parents, rows, jnp.ones(tokens.shape, bool))
-            window = Window(tokens, start[:, None] + rows, pack_mask(tree.ancestors(self.levels)))
-            slots = Slots.below(state.cache, start)
-            hidden = self._forward(context, window, slots).hidden
-            return self._logits(cfg, hidden[:, jnp.array(nodes)])
-
+        score = functools.partial(self._behind_some, cfg, context, state.cache)
         tree = expand_best(self.width, self.levels, self.budget, context, score)
         return Proposal(
             self._within(context, tree),

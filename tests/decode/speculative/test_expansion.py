@@ -1,6 +1,8 @@
 """Trees that models grow, against brute force on a table of laws."""
 
+import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ from decode.speculative.contracts import Context
 from decode.speculative.drafters import expansion
 from decode.speculative.tree import chain, from_paths
 from tests.lib.jitted import as_one_program
+from tests.lib.paths import GOLDEN
 from tests.lib.tiers import more
 
 expand, expand_best = as_one_program(expansion.expand), as_one_program(expansion.expand_best)
 
+TRACES = GOLDEN / "eagle2_tree"
 V, B = 7, 30
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(0, 1.5, (V, V)), jnp.float32)
 LOG_P = np.asarray(jax.nn.log_softmax(LOGITS))
@@ -64,6 +68,20 @@ def test_the_best_nodes_are_kept(width, levels, budget):
         got = ways(tree, b)
         assert got[0] == (root,) and sorted(got[1:]) == sorted(best)
         assert {way[:-1] for way in got[1:]} <= set(got)  # parents are there too
+
+
+@pytest.mark.parametrize("case", json.loads((TRACES / "eagle2_tree.json").read_text())["cases"])
+def test_golden_trees_of_eagle_2(case):
+    """Its `depth` levels come below a first one."""
+    table = jnp.asarray(np.load(TRACES / "eagle2_tree.npz")[case["table"]])
+    score = lambda tokens, parents, depths, nodes: table[tokens[:, jnp.array(nodes)]]
+    one = dataclasses.replace(context(num=1), tokens=jnp.array([[case["root"]]], jnp.int32))
+    levels, budget = case["depth_argument"] + 1, case["nodes_without_root"]
+    tree = expand_best(case["top_k"], levels, budget, one, score)
+    expected = [(case["root"],)]
+    for token, parent in zip(case["tokens"][1:], case["parents"][1:], strict=True):
+        expected.append((*expected[parent], token))
+    assert sorted(ways(tree, 0)) == sorted(expected) and levels == case["levels"]
 
 
 def test_of_one_child_each_it_is_a_chain():

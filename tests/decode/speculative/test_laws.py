@@ -23,9 +23,11 @@ from decode.speculative.components import (
     ACCEPTANCE_RULES,
     DRAFTERS,
     DraftModelBest,
+    DraftModelOpt,
     DraftModelTree,
     Eagle,
     EagleBest,
+    EagleOpt,
     Lookahead,
     TokenRecycling,
 )
@@ -58,7 +60,10 @@ COST = {
     "Eagle": 2, "EagleBest": 3,
     "DFlash": 1, "DDTree": 1, "SelfSpeculation": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
 }  # fmt: skip
-LATE = (DraftModelTree, DraftModelBest, Eagle, EagleBest)  # read in a round what was kept before
+# Read in a round what was kept before.
+LATE = (
+    DraftModelTree, DraftModelBest, DraftModelOpt, Eagle, EagleBest, EagleOpt,
+)  # fmt: skip
 PAIRS = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
 PAIRS += more(*sorted({*itertools.product(ACCEPTANCE_RULES, DRAFTERS)} - {*PAIRS}, key=str))
 every_drafter = pytest.mark.parametrize("kind", DRAFTERS)
