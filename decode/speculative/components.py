@@ -26,6 +26,7 @@ from decode.speculative.drafters.no_draft import NoDraft as NoDraft
 from decode.speculative.drafters.opt_tree import DraftModelOpt as DraftModelOpt
 from decode.speculative.drafters.opt_tree import EagleOpt as EagleOpt
 from decode.speculative.drafters.prompt_lookup import PromptLookup as PromptLookup
+from decode.speculative.drafters.rsd import DraftModelBeam as DraftModelBeam
 from decode.speculative.drafters.self_speculation import SelfSpeculation as SelfSpeculation
 from decode.speculative.drafters.suffix import Suffix as Suffix
 from decode.speculative.drafters.token_recycling import TokenRecycling as TokenRecycling

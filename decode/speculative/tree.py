@@ -163,6 +163,22 @@ def chain(num_drafts: int) -> TreeShape:
     return TreeShape(tuple(range(num_drafts)), (0,) * num_drafts)
 
 
+def branching(*counts: int) -> TreeShape:
+    """Every node of a level has as many children: the root the first of `counts`, and so on.
+
+    Raises:
+      ValueError: a count below 1.
+    """
+    if any(count < 1 for count in counts):
+        raise ValueError(f"counts={counts} must be at least 1 each")
+    paths: list[tuple[int, ...]] = []
+    level: list[tuple[int, ...]] = [()]
+    for count in counts:
+        level = [(*path, rank) for path in level for rank in range(count)]
+        paths += level
+    return from_paths(paths)
+
+
 def from_paths(paths: Sequence[Sequence[int]]) -> TreeShape:
     """A tree from its paths, as Medusa's choices are written.
 

@@ -62,7 +62,7 @@ def expand(
                 probs = jnp.zeros((B, shape.num_nodes, level_probs.shape[-1]), level_probs.dtype)
             probs = probs.at[:, jnp.array(nodes)].set(level_probs)
             # The order of noisy log-probabilities is that of draws without replacement.
-            noise = _gumbel(fold_in(context.key, depth), level_probs.shape[1:])
+            noise = gumbel(fold_in(context.key, depth), level_probs.shape[1:])
             logits = jnp.log(level_probs) + noise
         best = jax.lax.top_k(logits, max(c[2] for c in children) + 1)[1]
         best = best if tokens_of is None else tokens_of[best]
@@ -190,7 +190,7 @@ class BestTree(Drafter):
         return self.levels
 
 
-def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[B, *shape] standard Gumbel noise from a random stream [B, 2] uint32 per row."""
     one = lambda key: jax.random.gumbel(wrap(key), shape)  # noqa: E731
     return jax.vmap(one)(key)

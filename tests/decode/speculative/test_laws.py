@@ -22,6 +22,7 @@ from decode.core.sampling import Sampling
 from decode.speculative.components import (
     ACCEPTANCE_RULES,
     DRAFTERS,
+    DraftModelBeam,
     DraftModelBest,
     DraftModelOpt,
     DraftModelTree,
@@ -56,13 +57,13 @@ REPORTED = (
 # Forwards of a draft model per round of the example, where there is one; trees read what was kept
 # in the next round.
 COST = {
-    "DraftModel": 5, "DraftModelTree": 5, "DraftModelBest": 4,
+    "DraftModel": 5, "DraftModelTree": 5, "DraftModelBest": 4, "DraftModelBeam": 3,
     "Eagle": 2, "EagleBest": 3,
     "DFlash": 1, "DDTree": 1, "SelfSpeculation": 1, "Medusa": 0, "Hydra": 0, "NoDraft": 0,
 }  # fmt: skip
 # Read in a round what was kept before.
 LATE = (
-    DraftModelTree, DraftModelBest, DraftModelOpt, Eagle, EagleBest, EagleOpt,
+    DraftModelTree, DraftModelBest, DraftModelOpt, DraftModelBeam, Eagle, EagleBest, EagleOpt,
 )  # fmt: skip
 PAIRS = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
 PAIRS += more(*sorted({*itertools.product(ACCEPTANCE_RULES, DRAFTERS)} - {*PAIRS}, key=str))
@@ -168,7 +169,7 @@ def test_the_text_is_the_targets_own(target, examples, kind):
     check_statistics(state, method.drafter.depth)
     cost = COST.get(kind.__name__, 0 if kind.points() else None)
     if cost is not None:
-        first = kind in (DraftModelTree, DraftModelBest)
+        first = kind in (DraftModelTree, DraftModelBest, DraftModelBeam)
         spent = cost * np.asarray(state.num_forwards) - first
         assert (np.asarray(state.draft_forwards) == spent).all()
     other = method.replace(drafter=other_numbers(method.drafter))
