@@ -219,6 +219,82 @@ class BlockVerification(AcceptanceRule):
 
 
 @struct.dataclass
+class TraversalVerification(AcceptanceRule):
+    """For trees, drawn or not: judged from the leaves up, which accepts more than from the root.
+
+    Reference: Weng et al., "Traversal Verification for Speculative Tree Decoding",
+    arXiv:2505.12398. Nodes are entered and left in the order of a depth-first walk. Each keeps the
+    target's law r and the draft's s as far as they are left, and a weight w, 1 at the root. Where a
+    child with token y is entered, w_child = min(1, w r(y) / s(y)). Where it is left it is accepted
+    with probability w_child, and the walk ends; else of the node above
+
+        S = sum max(w r - s, 0),  w <- S / (S + 1 - w),  r <- norm(max(w r - s, 0)) with the old w
+        s(y) <- 0, s <- norm(s)                                  (without replacement)
+
+    The root is always accepted. The token behind is drawn from r of the node that was accepted. Of
+    a chain this is `BlockVerification`, for the same random numbers. Drafts that were not drawn
+    count as drawn from a distribution that is 1 at them, one after the other.
+    """
+
+    needs_probs: ClassVar[bool] = True
+
+    def walk(self, verdict: Verdict, depth: int) -> Walk:
+        tree, probs = verdict.tree, verdict.probs
+        assert probs is not None
+        B, W, V = probs.shape
+        rows = jnp.arange(B)
+        u = uniforms(fold_in(verdict.key, Stream.TEST), W).at[:, 0].set(-1)
+        node_at, is_left = _tour(tree, depth)
+
+        def move(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            ended, num, w, r, s, r_end = carry  # of the nodes on the way: [B, J + 1], [.., V]
+            v, leaves = node_at[:, i], is_left[:, i]
+            goes_on = (ended < 0) & (v >= 0)
+            d, token = tree.depths[rows, v], tree.tokens[rows, v]
+            above = jnp.maximum(d - 1, 0)
+            w_above, r_above, s_above = w[rows, above], r[rows, above], s[rows, above]
+            q = s_above if tree.probs is not None else jax.nn.one_hot(token, V, dtype=r.dtype)
+            # -- Entering: what its own distribution rules out was never drawn.
+            of_token = q[rows, token]
+            reached = w_above * r_above[rows, token] / jnp.where(of_token > 0, of_token, 1)
+            enters = goes_on & ~leaves
+            w_own = jnp.where(of_token > 0, jnp.minimum(1, reached), 0)
+            w_own = jnp.where(v == 0, 1, w_own)
+            # -- Leaving: accepted, or taken out of what is left of the node above.
+            is_kept = goes_on & leaves & (u[rows, v] < w[rows, d])
+            ended, num = jnp.where(is_kept, v, ended), jnp.where(is_kept, d, num)
+            r_end = jnp.where(is_kept[:, None], r[rows, d], r_end)
+            rejects = goes_on & leaves & ~is_kept
+            left = jnp.maximum(w_above[:, None] * r_above - q, 0)
+            total = left.sum(axis=1) + 1 - w_above
+            share = jnp.where(total > 0, left.sum(axis=1) / jnp.where(total > 0, total, 1), 0)
+            # -- Of one node per row something changes: of itself or of the one above.
+            at = jnp.where(enters, d, jnp.where(rejects, above, depth + 1))
+            w = w.at[rows, at].set(jnp.where(enters, w_own, share), mode="drop")
+            new = jnp.where(enters[:, None], probs[rows, v], _normalise(left, otherwise=r_above))
+            r = r.at[rows, at].set(new, mode="drop")
+            if tree.probs is not None:
+                rest = s_above
+                if tree.drawn == "without":
+                    rest = _normalise(s_above.at[rows, token].set(0), otherwise=s_above)
+                new = jnp.where(enters[:, None], tree.probs[rows, v], rest)
+                s = s.at[rows, at].set(new, mode="drop")
+            return ended, num, w, r, s, r_end
+
+        way = jnp.zeros((B, depth + 1, V), probs.dtype)
+        none = jnp.full(B, -1, jnp.int32)
+        start = (none, jnp.zeros_like(none), way[..., 0], way, way, probs[:, 0])
+        if tree.probs is None:
+            start = (*start[:4], way[:, :, :0], start[5])
+        node, num, _, _, _, left = jax.lax.fori_loop(0, 2 * W, move, start)
+        return Walk(
+            path=_way_to(tree, node, num, depth),
+            num_accepted=num,
+            bonus=draw(fold_in(verdict.key, Stream.BONUS), left),
+        )
+
+
+@struct.dataclass
 class Typical(AcceptanceRule):
     """Medusa's typical acceptance: what is probable enough stays. **Lossy.**
 
@@ -271,22 +347,48 @@ class Typical(AcceptanceRule):
         num = reach.max(axis=1)
         is_longest = reach == num[:, None]
         node = jnp.argmax(jnp.where(is_longest, score, -jnp.inf), axis=1).astype(jnp.int32)
-
-        path, step = [node], node
-        for _ in range(depth):  # back to the root
-            up = jnp.take_along_axis(tree.parents, step[:, None], axis=1)[:, 0]
-            step = jnp.maximum(up, 0)
-            path.append(step)
-        backwards = jnp.stack(path, axis=1)  # [B, J + 1]
-        # From the root down; `node` lies `num` steps below it.
-        index = jnp.maximum(num[:, None] - jnp.arange(depth + 1)[None], 0)
         rows = jnp.arange(p.shape[0])
         behind, least = p[rows, node], limit[rows, node]
         behind = jnp.where(behind > least[:, None], behind, 0)
         best = jax.nn.one_hot(jnp.argmax(p[rows, node], axis=-1), p.shape[-1], dtype=p.dtype)
         behind = jnp.where(behind.any(axis=-1, keepdims=True), behind, best)
         bonus = draw(fold_in(verdict.key, Stream.BONUS), behind)
-        return Walk(jnp.take_along_axis(backwards, index, axis=1), num, bonus)
+        return Walk(_way_to(tree, node, num, depth), num, bonus)
+
+
+def _tour(tree: DraftTree, depth: int) -> tuple[jax.Array, jax.Array]:
+    """The order in which a depth-first walk enters and leaves the nodes of a tree.
+
+    A node is entered in moment 2 p - d, of its number p in the order of entering and its depth d,
+    and left when all below it are: another 2 n - 1 moments later, of n nodes with itself.
+
+    Returns:
+      [B, 2 W] int32, the node, -1 behind the last moment, and [B, 2 W] bool: whether it is left.
+    """
+    B, W = tree.tokens.shape
+    above = tree.ancestors(depth) & tree.is_valid[:, :, None] & tree.is_valid[:, None]
+    num = above.sum(axis=1)  # [B, W]: nodes below each, and itself
+    is_before = jnp.arange(W)[None, :, None] > jnp.arange(W)[None, None]
+    is_before &= tree.parents[:, :, None] == tree.parents[:, None]
+    before = jnp.where(is_before, num[:, None], 0).sum(axis=2)  # below siblings before it
+    place = jnp.where(above, 1 + before[:, None], 0).sum(axis=2) - 1
+    enters = jnp.where(tree.is_valid, 2 * place - tree.depths, 2 * W)
+    leaves = jnp.where(tree.is_valid, enters + 2 * num - 1, 2 * W)
+    rows, nodes = jnp.arange(B)[:, None], jnp.arange(W, dtype=jnp.int32)[None]
+    none = jnp.full((B, 2 * W), -1, jnp.int32)
+    node_at = none.at[rows, enters].set(nodes, mode="drop").at[rows, leaves].set(nodes, mode="drop")
+    return node_at, (none == 0).at[rows, leaves].set(True, mode="drop")
+
+
+def _way_to(tree: DraftTree, node: jax.Array, num: jax.Array, depth: int) -> jax.Array:
+    """[B, J + 1] int32: the way from the root to nodes [B] that lie `num` [B] steps below it."""
+    path, step = [node], node
+    for _ in range(depth):  # back to the root
+        up = jnp.take_along_axis(tree.parents, step[:, None], axis=1)[:, 0]
+        step = jnp.maximum(up, 0)
+        path.append(step)
+    index = jnp.maximum(num[:, None] - jnp.arange(depth + 1)[None], 0)
+    return jnp.take_along_axis(jnp.stack(path, axis=1), index, axis=1)
 
 
 def _normalise(x: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from decode.speculative.accept import AcceptanceRule
 from decode.speculative.accept import BlockVerification as BlockVerification
 from decode.speculative.accept import Match as Match
 from decode.speculative.accept import SpeculativeSampling as SpeculativeSampling
+from decode.speculative.accept import TraversalVerification as TraversalVerification
 from decode.speculative.accept import Typical as Typical
 from decode.speculative.contracts import Drafter
 from decode.speculative.drafters.ddtree import DDTree as DDTree

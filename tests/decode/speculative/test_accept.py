@@ -21,6 +21,7 @@ from decode.speculative.accept import (
     BlockVerification,
     Match,
     SpeculativeSampling,
+    TraversalVerification,
     Typical,
     Verdict,
     Walk,
@@ -148,6 +149,11 @@ CASES = [
     (SpeculativeSampling(), DEPTH_FIRST, "without"),
     (SpeculativeSampling(), TREE, "with"),
     (BlockVerification(), CHAIN, "without"),
+    (TraversalVerification(), DEPTH_FIRST, "without"),
+    (TraversalVerification(), TREE, "without"),
+    (TraversalVerification(), TREE, "top"),
+    (TraversalVerification(), TREE, "with"),
+    (TraversalVerification(), CHAIN, "without"),
     (SpeculativeSampling(), CHAIN, "without"),
     (SpeculativeSampling(), TREE, "top"),
     (BlockVerification(), CHAIN, "top"),
@@ -164,7 +170,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("rule", "shape", "how", "num"),
-    [*((*case, N) for case in CASES[:5]), *more(*((*case, MANY) for case in CASES))],
+    [*((*case, N) for case in CASES[:6]), *more(*((*case, MANY) for case in CASES))],
 )
 def test_the_text_follows_the_targets_law(rule, shape, how, num):
     counts, accepted = first_two(rule, shape, how, num=num)
@@ -186,8 +192,9 @@ def cut(nodes):
 
 
 @pytest.mark.parametrize("how", ["without", *more("top", "with")])
-def test_a_part_of_the_tree_follows_the_targets_law(how):
-    rule, change = SpeculativeSampling(), cut(([0, 1, 2, 4], [0, 1, 4, 5]))
+@pytest.mark.parametrize("rule", [SpeculativeSampling(), *more(TraversalVerification())])
+def test_a_part_of_the_tree_follows_the_targets_law(rule, how):
+    change = cut(([0, 1, 2, 4], [0, 1, 4, 5]))
     counts, accepted = first_two(rule, DEPTH_FIRST, how, change)
     assert chi_square(counts) < LIMIT and accepted > 0.2
 
@@ -257,14 +264,17 @@ FORK = from_paths([[0], [1], [2]])
             (SpeculativeSampling(), CHAIN, "without", other_law),
             (BlockVerification(), CHAIN, "without", other_law),
             (SpeculativeSampling(), TREE, "with", lambda v: drawn(v, "without")),
+            (TraversalVerification(), TREE, "with", lambda v: drawn(v, "without")),
         ),
+        (TraversalVerification(), FORK, "without", sorted_siblings),
         (SpeculativeSampling(), DEPTH_FIRST, "without", cut(([0, 4, 5, 6], [0, 1, 4, 6]))),
         (Typical(), TREE, "top", as_it_is),
     ],
     ids=[
         "bonus", "bonus, tree", "first failure", "sorted siblings", "drawn without, tested with",
-        "other law", "other law, block", "drawn with, tested without", "a sibling left out",
-        "typical",
+        "other law", "other law, block", "drawn with, tested without",
+        "drawn with, tested without, traversal", "sorted siblings, traversal",
+        "a sibling left out", "typical",
     ],
 )  # fmt: skip
 def test_wrong_variants_are_noticed(rule, shape, how, change):

@@ -10,7 +10,13 @@ import pytest
 
 import dlm
 from decode.core.sampling import Sampling
-from decode.speculative.accept import BlockVerification, Match, SpeculativeSampling, Typical
+from decode.speculative.accept import (
+    BlockVerification,
+    Match,
+    SpeculativeSampling,
+    TraversalVerification,
+    Typical,
+)
 from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
 from decode.speculative.drafters.eagle import Eagle, EagleBest
 from decode.speculative.drafters.jacobi import Jacobi
@@ -126,11 +132,10 @@ def test_every_tree_writes_the_greedy_text(plain, toy_params, seed):
     state = run(toy_params, cfg, SpeculativeMethod(drafter), prompts, seeds=seed)
     assert texts(state, 64) == expected
     check_statistics(state, shape.depth)
-    sampled = SpeculativeMethod(drafter, SpeculativeSampling(), Sampling(temperature=None))
-    assert texts(run(toy_params, cfg, sampled, prompts, seeds=seed), 64) == expected
-    if shape.is_chain:
-        block = sampled.replace(acceptance=BlockVerification())
-        assert texts(run(toy_params, cfg, block, prompts, seeds=seed), 64) == expected
+    rules = [SpeculativeSampling(), TraversalVerification()]
+    for rule in (*rules, *[BlockVerification()] * shape.is_chain):
+        sampled = SpeculativeMethod(drafter, rule, Sampling(temperature=None))
+        assert texts(run(toy_params, cfg, sampled, prompts, seeds=seed), 64) == expected
 
 
 def test_always_right_and_always_wrong(plain, toy_params):
