@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -226,20 +226,64 @@ def optimal_tree(rates: Sequence[float], num_nodes: int, max_depth: int) -> Tree
     Raises:
       ValueError: rates that are no probabilities, or no node.
     """
-    if not rates or any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-6:
-        raise ValueError(f"rates={list(rates)} must be probabilities of exclusive events")
+    plan = _Plan(rates)
     if num_nodes < 1 or max_depth < 0:
         raise ValueError(f"num_nodes={num_nodes} must be at least 1 and max_depth={max_depth} 0")
+    return plan.tree(plan.size(num_nodes, max_depth), max_depth)
 
-    @functools.cache
-    def best(m: int, depth: int) -> tuple[float, int]:
-        """Over the number of children: tokens, and that number."""
-        options = [(exactly(m, depth, b)[0], -b) for b in range(min(m, len(rates) + 1))]
+
+def fastest_tree(
+    rates: Sequence[float], costs: Mapping[int, float], draft_cost: float, max_depth: int
+) -> tuple[TreeShape, float]:
+    """The static tree that commits most tokens per second.
+
+    Reference: as `optimal_tree`, Sec. 4.3: the smallest (l draft_cost + costs[m]) / T(m, l) over
+    the sizes m whose cost is known and depths l.
+
+    Args:
+      rates: as of `optimal_tree`.
+      costs: by number of nodes, with the root: seconds of a round of the target that judges so
+        many, or fewer; such as was measured.
+      draft_cost: seconds that drafting one level takes.
+      max_depth: J.
+
+    Returns:
+      The tree, and its tokens per second.
+
+    Raises:
+      ValueError: rates that are no probabilities, or costs that are not positive.
+    """
+    plan = _Plan(rates)
+    if not costs or min(costs) < 1 or not all(0 < x < math.inf for x in costs.values()):
+        raise ValueError(f"costs={dict(costs)} must be positive seconds by number of nodes")
+    if not 0 <= draft_cost < math.inf or max_depth < 0:
+        raise ValueError(f"draft_cost={draft_cost} and max_depth={max_depth} must be at least 0")
+    speed, m, depth = max(
+        (plan.best(m, depth)[0] / (seconds + depth * draft_cost), -m, -depth)
+        for most, seconds in costs.items()
+        for depth in range(min(most - 1, max_depth) + 1)
+        if (m := plan.size(most, depth))
+    )
+    return plan.tree(-m, -depth), speed
+
+
+class _Plan:
+    """Expected tokens of the best trees of every size and depth; see `optimal_tree`."""
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        if not rates or any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-6:
+            raise ValueError(f"rates={list(rates)} must be probabilities of exclusive events")
+        self.rates = rates
+        self.best = functools.cache(self._best)
+        self.exactly = functools.cache(self._exactly)
+
+    def _best(self, m: int, depth: int) -> tuple[float, int]:
+        """Tokens of m nodes over all numbers of children, and that number; -inf: impossible."""
+        options = [(self.exactly(m, depth, b)[0], -b) for b in range(min(m, len(self.rates) + 1))]
         tokens, b = max(options)
         return tokens, -b
 
-    @functools.cache
-    def exactly(m: int, depth: int, b: int) -> tuple[float, int]:
+    def _exactly(self, m: int, depth: int, b: int) -> tuple[float, int]:
         """Tokens with b children, and the nodes that are left beside the last child's subtree."""
         if b == 0:
             return (1.0, 0) if m == 1 else (-math.inf, 0)
@@ -247,25 +291,30 @@ def optimal_tree(rates: Sequence[float], num_nodes: int, max_depth: int) -> Tree
             return -math.inf, 0
         options = []
         for y in range(b, m):
-            tokens = exactly(y, depth, b - 1)[0] + rates[b - 1] * best(m - y, depth - 1)[0]
-            options.append((tokens, -y))
+            last, others = self.best(m - y, depth - 1)[0], self.exactly(y, depth, b - 1)[0]
+            options.append((others + self.rates[b - 1] * last if last > 0 else last, -y))
         tokens, y = max(options)
         return tokens, -y
 
-    paths: list[tuple[int, ...]] = []
+    def size(self, most: int, depth: int) -> int:
+        """Of at most so many nodes the number that is worth most."""
+        return max(range(1, most + 1), key=lambda m: self.best(m, depth)[0])
 
-    def collect(path: tuple[int, ...], m: int, depth: int) -> None:
-        if path:
-            paths.append(path)
-        b = best(m, depth)[1]
-        while b > 0:
-            y = exactly(m, depth, b)[1]
-            collect((*path, b - 1), m - y, depth - 1)
-            m, b = y, b - 1
+    def tree(self, m: int, depth: int) -> TreeShape:
+        """The best one of exactly m nodes."""
+        paths: list[tuple[int, ...]] = []
 
-    most = max(range(1, num_nodes + 1), key=lambda m: best(m, max_depth)[0])
-    collect((), most, max_depth)
-    return from_paths(paths)
+        def collect(path: tuple[int, ...], m: int, depth: int) -> None:
+            if path:
+                paths.append(path)
+            b = self.best(m, depth)[1]
+            while b > 0:
+                y = self.exactly(m, depth, b)[1]
+                collect((*path, b - 1), m - y, depth - 1)
+                m, b = y, b - 1
+
+        collect((), m, depth)
+        return from_paths(paths)
 
 
 def expected_tokens(shape: TreeShape, rates: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,13 @@ from decode.speculative.tree import (
     TreeShape,
     chain,
     expected_tokens,
+    fastest_tree,
     from_paths,
     optimal_tree,
 )
+from tests.lib.paths import GOLDEN
+
+TRACES = GOLDEN / "sequoia_tree" / "sequoia_tree.json"
 
 
 def test_shapes_from_paths():
@@ -35,6 +40,10 @@ def test_shapes_from_paths():
         (lambda: TreeShape((0,), ()), "parents has 1 entries and ranks 0"),
         (lambda: optimal_tree([0.9, 0.9], 3, 2), "must be probabilities of exclusive events"),
         (lambda: optimal_tree([0.9], 0, 2), "num_nodes=0 must be at least 1"),
+        (lambda: fastest_tree([0.9], {}, 0.1, 2), "must be positive seconds by number of nodes"),
+        (lambda: fastest_tree([0.9], {1: 0.0}, 0.1, 2), "must be positive seconds by number"),
+        (lambda: fastest_tree([0.9], {0: 1.0}, 0.1, 2), "must be positive seconds by number"),
+        (lambda: fastest_tree([0.9], {1: 1.0}, -0.1, 2), "draft_cost=-0.1 and max_depth=2 must"),
     ],
 )
 def test_bad_shapes_are_refused(make, message):
@@ -101,6 +110,45 @@ def test_optimal_trees_are_the_best_there_are(rates, max_depth):
             for paths in all_shapes(m, len(rates), max_depth)
         )
         assert expected_tokens(shape, rates) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("case", json.loads(TRACES.read_text())["cases"])
+def test_golden_trees_of_sequoia(case):
+    """Its levels count the root, and every level is paid for."""
+    rates, budgets = case["acceptance"], case["valid_budget"]
+    for m, row in zip(budgets, case["expected"], strict=True):
+        for level, expected in enumerate(row, start=1):
+            if expected is not None:  # of exactly m nodes, and more are never worse
+                shape = optimal_tree(rates, m, level - 1)
+                assert shape.num_nodes == m and shape.depth <= level - 1
+                assert expected_tokens(shape, rates) == pytest.approx(expected, abs=1e-4)
+    costs = {
+        m: case["draft_time"] + seconds
+        for m, seconds in zip(budgets, case["target_time"], strict=True)
+    }
+    shape, speed = fastest_tree(rates, costs, case["draft_time"], case["max_depth"] - 1)
+    assert shape.num_nodes == case["chosen_budget"]
+    assert shape.depth == case["chosen_depth"] - 1 == max(case["depths"])
+    assert 1 / speed == pytest.approx(case["time_per_token"], rel=1e-5)
+    children = lambda parents: sorted(np.bincount(parents, minlength=shape.num_nodes).tolist())
+    assert children(shape.parents) == children(case["parents"][1:])
+
+
+def test_the_fastest_tree_is_the_fastest_of_all():
+    """By trying every size and depth; drafts that do not pay are not made."""
+    rates = (0.5, 0.2, 0.1)
+    costs = {1: 1.0, 2: 1.05, 4: 1.2, 6: 1.3, 16: 4.0}
+    for draft_cost in (0.0, 0.1, 0.4, 5.0):
+        shape, speed = fastest_tree(rates, costs, draft_cost, 3)
+        tried = [
+            (expected_tokens(best, rates) / (seconds + best.depth * draft_cost), best)
+            for m, seconds in costs.items()
+            for depth in range(4)
+            for best in [optimal_tree(rates, m, depth)]
+        ]
+        assert speed == pytest.approx(max(speed for speed, _ in tried))
+        assert any(s == pytest.approx(speed) and best == shape for s, best in tried)
+    assert shape == chain(0) and speed == 1
 
 
 def test_expected_tokens_is_what_happens():
