@@ -24,7 +24,8 @@ Levels that nobody has tried thus behave like the one above. A draft is tried wh
 it is written, be it judged or not: the token that the target then chose says whether it would have
 been right, so watching a drafter costs no more than its drafts. Both choices are made for the whole
 batch, as its rows share a forward; they use nothing but what was seen in earlier rounds and, of
-drafts that were not drawn, which of them exist. So a lossless rule stays lossless.
+drafts that were not drawn, which of them exist; of trees whose shape was drawn the first nodes are
+judged, and the first of each level counts as all others' parent. So a lossless rule stays lossless.
 
 Letters: B rows, W nodes, n nodes that are judged, N grades, J depth, R ranks, K widths.
 """
@@ -193,7 +194,7 @@ class Controller(Part):
         reach = self.reach(state, proposal, drafter.depth)
         # The root comes first. A parent is likelier than its child, a sibling than the next one.
         reach = reach.at[:, 0].set(1.0)
-        if drafter.is_chain:
+        if drafter.is_chain or proposal.tree.is_shape_drawn:
             nodes = jnp.broadcast_to(jnp.arange(reach.shape[1], dtype=jnp.int32)[None], reach.shape)
         else:
             order = jnp.argsort(reach, axis=1, descending=True, stable=True)
@@ -207,7 +208,7 @@ class Controller(Part):
 
     def reach(self, state: ControllerState, proposal: Proposal, depth: int) -> jax.Array:
         """[B, W] float32: how likely each node is accepted; 0 if it does not exist."""
-        tree = proposal.tree
+        tree = proposal.tree.as_known()
         rows, grade = jnp.arange(len(state.hits)), 0 if proposal.grade is None else proposal.grade
         hits, tries = state.hits[rows, grade], state.tries[rows, grade]  # [B, J, R]
         R = hits.shape[2]
@@ -257,7 +258,7 @@ class Controller(Part):
         """
         assert self.costs is not None
         hits, tries = self.memory * state.hits, self.memory * state.tries
-        tree, W = proposal.tree, drafter.num_nodes
+        tree, W = proposal.tree.as_known(), drafter.num_nodes
         if W > 1:
             path = jnp.take_along_axis(nodes, walk.path, axis=1)
             is_kept = jnp.arange(path.shape[1])[None] <= walk.num_accepted[:, None]
@@ -268,7 +269,7 @@ class Controller(Part):
             is_tried &= (tree.depths > 0) & active[:, None]
             # The path ends before a token that the target chose: unjudged nodes may have it, too.
             is_judged = (nodes[..., None] == jnp.arange(W)[None, None]).any(axis=1)
-            is_next = tree.is_valid & (tree.parents == path[:, -1:])
+            is_next = tree.is_valid & (proposal.tree.parents == path[:, -1:])
             is_right |= is_next & ~is_judged & (tree.tokens == walk.bonus[:, None])
             B, _, J, R = hits.shape
             grade = 0 if proposal.grade is None else proposal.grade[:, None]

@@ -36,6 +36,8 @@ class DraftTree(struct.PyTreeNode):
       drawn: how the children of a node were found: "none": they follow from what is known; "with":
         drawn independently of each other; "without": drawn without replacement, in this order. Of
         a single child the latter two are the same. Static.
+      is_shape_drawn: whether the parents follow from what was drawn. Then nodes are stored level by
+        level, as many in each round, and any number of the first ones may be judged alone. Static.
     """
 
     tokens: jax.Array
@@ -44,6 +46,18 @@ class DraftTree(struct.PyTreeNode):
     is_valid: jax.Array
     probs: jax.Array | None = None
     drawn: Drawn = struct.field(pytree_node=False, default="none")
+    is_shape_drawn: bool = struct.field(pytree_node=False, default=False)
+
+    def as_known(self) -> DraftTree:
+        """The tree as far as its shape was known before it was drawn.
+
+        If that was drawn, all nodes of a level stand behind the first one of the level above.
+        """
+        if not self.is_shape_drawn:
+            return self
+        above = self.depths[:, None] == self.depths[..., None] - 1  # [B, v, u]
+        first = jnp.where(above.any(axis=2), jnp.argmax(above, axis=2), -1)
+        return self.replace(parents=first.astype(jnp.int32))
 
     def ancestors(self, depth: int) -> jax.Array:
         """[B, W, W] bool: [b, v, u] is whether u is v or above it. `depth` is at least J."""

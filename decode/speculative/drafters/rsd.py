@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,6 @@ from decode.speculative.drafters.expansion import gumbel
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
 from dlm.params import Params
-
-if TYPE_CHECKING:
-    from decode.speculative.loop import SpeculativeMethod
 
 Score = Callable[[jax.Array, jax.Array, tuple[int, ...], tuple[int, ...]], jax.Array]
 
@@ -102,6 +99,7 @@ def beams(width: int, levels: int, context: Context, score: Score, is_sampled: b
         is_valid=is_valid,
         probs=probs,
         drawn="without" if is_drawn else "none",
+        is_shape_drawn=is_drawn and width > 1,
     )
 
 
@@ -118,8 +116,8 @@ def conditioned(noisy: jax.Array, most: jax.Array) -> jax.Array:
 class DraftModelBeam(_Model):
     """Beams of a smaller model, drawn without replacement (RSD-S); or the most probable ones.
 
-    Which nodes have children depends on what was drawn, so a controller, which would judge some of
-    them, does not go with drawn beams.
+    Which nodes have children depends on what was drawn. So a controller judges the first levels of
+    drawn beams, and of the last of these the first nodes: the beams of a smaller width.
 
     Attributes:
       width: >= 1, nodes per level. Static.
@@ -143,15 +141,6 @@ class DraftModelBeam(_Model):
                 f"width={self.width} must be at most vocab_size={cfg.vocab_size}: beams are "
                 "different from the first level on"
             )
-
-    def refuse(self, method: SpeculativeMethod) -> str | None:
-        is_drawn = self.is_sampled and method.sampling.temperature is not None
-        if is_drawn and method.controller is not None and self.width > 1:
-            return (
-                "which beams are judged must not depend on what was drawn: leave out the "
-                "controller, or use DraftModelTree, whose trees have one shape"
-            )
-        return None
 
     @property
     def is_chain(self) -> bool:

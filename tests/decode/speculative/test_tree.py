@@ -66,6 +66,17 @@ def test_ancestors_by_hand():
     np.testing.assert_array_equal(tree.ancestors(int(depths.max())), expected)
 
 
+def test_of_a_shape_that_was_drawn_levels_are_known():
+    """By hand: three levels of two nodes, of which each has its parent by chance."""
+    rows = lambda *x: jnp.array([x], jnp.int32)
+    tree = DraftTree(
+        rows(*range(7)), rows(-1, 0, 0, 2, 2, 3, 4), rows(0, 1, 1, 2, 2, 3, 3),
+        jnp.ones((1, 7), bool), drawn="without", is_shape_drawn=True,
+    )  # fmt: skip
+    assert tree.as_known().parents.tolist() == [[-1, 0, 0, 1, 1, 3, 3]]
+    assert tree.replace(is_shape_drawn=False).as_known().parents is tree.parents
+
+
 def all_shapes(num_nodes, num_ranks, max_depth):
     """Every ancestor-closed set of paths with contiguous ranks, as sets of paths."""
 
