@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack, cast, overload
 
@@ -34,6 +35,7 @@ from decode.core.texts import (
 from decode.search import answers as search
 from decode.search.components import METHODS as SEARCHES
 from decode.search.loop import SearchMethod
+from decode.speculative import pearl
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
@@ -111,7 +113,8 @@ def complete(
         are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
       method: where to start from: a name of `decode.speculative.points.METHODS` or, to search for
         texts, of `decode.search.components.METHODS` ("beam_4"), or a method; what else is given
-        replaces its choices. None: one token per forward.
+        replaces its choices. `decode.speculative.pearl.Pearl` drafts while the model judges. None:
+        one token per forward.
       drafter: who proposes, see `decode/speculative/drafters`.
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
@@ -231,7 +234,9 @@ def _read(
 
 def loop_of(method: SpeculativeMethod | SearchMethod) -> Loop:
     """The loop that a method is for."""
-    return search.LOOP if isinstance(method, SearchMethod) else LOOP
+    if isinstance(method, SearchMethod):
+        return search.LOOP
+    return PEARL_LOOP if isinstance(method, pearl.Pearl) else LOOP
 
 
 def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMethod:
@@ -357,4 +362,11 @@ LOOP = Loop(
     collect=collect,
     may_be_empty=lambda cfg: False,
     ready=lambda lm, method, start: with_costs(lm.params, lm.cfg, method, start),
+)
+PEARL_LOOP = dataclasses.replace(
+    LOOP,
+    prepare=lambda lm, method, prompts, **asked: pearl.prepare(
+        lm.params, lm.cfg, method, prompts, **asked
+    ),
+    decode=pearl.decode,
 )

@@ -46,6 +46,7 @@ from decode.speculative.loop import (
     num_rows,
     prefill,
 )
+from decode.speculative.pearl import Pearl
 from decode.speculative.points import METHODS as DRAFTING
 from decode.speculative.renewal import enlarge, renew
 from dlm.compilation import Compiling
@@ -181,6 +182,8 @@ class Conversation:
                 raise ValueError(
                     f"method={method!r} searches for whole texts: a dialogue is written one by one"
                 )
+            if isinstance(self.method, Pearl):
+                raise ValueError("method=Pearl(...) must be another one: its caches are not kept")
         self.system = system
 
     @property

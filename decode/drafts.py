@@ -28,6 +28,7 @@ from decode.core.requests import (
 from decode.core.texts import inside
 from decode.search.loop import SearchMethod
 from decode.speculative.loop import SpeculativeMethod, drafted
+from decode.speculative.pearl import Pearl
 from dlm.lm import LanguageModel
 
 
@@ -82,6 +83,8 @@ def watch_drafts(
     method = choose(lm, choices)
     if isinstance(method, SearchMethod):
         raise ValueError(f"method={choices.get('method')!r} searches, and drafts nothing")
+    if isinstance(method, Pearl):
+        raise ValueError("method=Pearl(...) must be another one: it tests drafts of two rounds")
     if method.controller is not None:
         raise ValueError(
             f"controller={method.controller} must be None: with one, a part of a tree is judged"

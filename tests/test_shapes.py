@@ -35,8 +35,9 @@ from decode.search import loop as search
 from decode.search.components import STRATEGIES
 from decode.search.loop import SearchMethod
 from decode.speculative import loop as speculative
+from decode.speculative import pearl
 from decode.speculative.accept import SpeculativeSampling
-from decode.speculative.components import DRAFTERS, DFlash, PromptLookup, Suffix
+from decode.speculative.components import DRAFTERS, DFlash, PromptLookup, SpecDecPP, Suffix
 from decode.speculative.controller import Controller
 from decode.speculative.drafters import opt_tree
 from decode.speculative.loop import SpeculativeMethod
@@ -70,8 +71,8 @@ SIZES = dict(B=3, D=CFG.d_model, V=CFG.vocab_size)
 PROMPTS, P, G = [[3, 7, 1], [5, 2, 9, 4, 4, 8, 6], [11]], 7, 9
 CHECKED: set[type] = set()
 # Of no step: see who makes them. `_Reading` may have no shadow, `Rounds` come from files, what a
-# `Recording` has of its own is no array.
-UNSEEN = {"_Reading", "Rounds", "Recording", "DraftRound"}
+# `Recording` has of its own is no array. `_Drafting` never leaves its loop.
+UNSEEN = {"_Reading", "Rounds", "Recording", "DraftRound", "_Drafting"}
 
 
 def check(made, **letters):
@@ -201,6 +202,20 @@ def test_a_round_of_speculation(watch, kind):
     check(state, G=G)
     if hasattr(state.drafter, "shape"):
         check_returned(state.drafter, kind.init)
+
+
+def test_a_chain_that_stops_and_a_round_of_pearl(watch):
+    watch(SpecDecPP, "_extend")
+    watch(pearl, "settle", "follow")
+
+    def round_of(params):
+        drafter = SpecDecPP.example(CFG, params).replace(is_sampled=True)
+        method = pearl.Pearl(drafter, SpeculativeSampling(), Sampling(0.7))
+        check(method)
+        state = pearl.prepare(params, CFG, method, PROMPTS, gen_len=[9, 7, 9], chunk=5)
+        return pearl.step(params, CFG, method, state)
+
+    check(jax.eval_shape(round_of, PARAMS), G=G)
 
 
 def test_a_controlled_round():

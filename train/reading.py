@@ -51,14 +51,19 @@ def read_text(
     on_prompt: bool,
     remat: bool = False,
     feature_layers: tuple[int, ...] = (),
+    sublayers: jax.Array | None = None,
 ) -> Text:
-    """The forward pass of `Causal`: one batch, and which tokens of it count."""
+    """The forward pass of `Causal`: one batch, and which tokens of it count.
+
+    `feature_layers` and `sublayers` are those of `dlm.models.decoder.forward`.
+    """
     tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)  # [B, T]
     output = decoder.forward(
         params,
         cfg,
         _window(batch, tokens, is_causal=True),
         feature_layers=feature_layers,
+        sublayers=sublayers,
         remat=remat,
     )
     is_scored = scored_tokens(batch, on_prompt)

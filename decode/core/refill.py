@@ -12,6 +12,7 @@ Rows are independent, so every answer is the one its prompt gets alone.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dlm.sharding import batch_shards
 
@@ -154,9 +156,32 @@ def _take(axes: tuple[_RowAxis, ...], rows: int, state: Any, lanes: jax.Array) -
     return jax.tree.unflatten(structure, map(take, leaves, axes))
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "rows"), donate_argnames=("state",))
-def _put(axes: tuple[_RowAxis, ...], rows: int, state: Any, fresh: Any, lanes: jax.Array) -> Any:
-    """The state with `fresh` rows in the places of `lanes`."""
+def _put(axes: tuple[_RowAxis, ...], rows: int, state: Any, fresh: Any, lanes: np.ndarray) -> Any:
+    """The state with `fresh` rows in the places of `lanes`: a program for each set of devices."""
+    leaves, structure = jax.tree.flatten(state)
+    new = jax.tree.leaves(fresh)
+    together = collections.defaultdict(list)
+    for i, x in enumerate(leaves):
+        together[frozenset(x.sharding.device_set)].append(i)
+    for some in together.values():
+        every, at = (tuple(x[i] for i in some) for x in (axes, leaves, new)), leaves[some[0]]
+        mesh: Any = at.sharding.mesh if isinstance(at.sharding, NamedSharding) else None
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            changed = _put_some(*every, lanes, rows)
+        for i, x in zip(some, changed, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "rows"), donate_argnames=("leaves",))
+def _put_some(
+    axes: tuple[_RowAxis, ...],
+    leaves: tuple[jax.Array, ...],
+    fresh: tuple[jax.Array, ...],
+    lanes: jax.Array,
+    rows: int,
+) -> tuple[jax.Array, ...]:
+    """`_put` of arrays on the same devices."""
 
     def put(x: jax.Array, new: jax.Array, at: _RowAxis) -> jax.Array:
         if at.axis < 0:
@@ -164,5 +189,4 @@ def _put(axes: tuple[_RowAxis, ...], rows: int, state: Any, fresh: Any, lanes: j
         where = (slice(None),) * at.axis + (at.index(lanes, rows),)
         return x.at[where].set(new, mode="drop")
 
-    leaves, structure = jax.tree.flatten(state)
-    return jax.tree.unflatten(structure, map(put, leaves, jax.tree.leaves(fresh), axes))
+    return tuple(map(put, leaves, fresh, axes))

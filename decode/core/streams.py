@@ -37,6 +37,7 @@ class Stream(enum.IntEnum):
     TEST = 0  # of another key
     BONUS = 1
     FILLER = 20
+    NEXT = 21
 
 
 def wrap(key: jax.Array) -> jax.Array:

@@ -98,7 +98,7 @@ class Loop:
     """
 
     prepare: Callable[..., Any]
-    decode: jax.stages.Wrapped
+    decode: Callable[..., Any]
     reported: Callable[[Any], Any]
     written: Callable[[Any, Any], tuple[list[np.ndarray], list[np.ndarray]]]
     collect: Callable[..., list[Completion]]

@@ -80,6 +80,11 @@ def timed(
     with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
         began = time.perf_counter()
         loop = _loop_of(method)
+        if not isinstance(loop.decode, jax.stages.Wrapped):
+            raise ValueError(
+                f"method={type(method).__name__} must be one program to be timed as one: use "
+                "`answered`, which times rounds"
+            )
         state = loop.prepare(
             lm, method, prompts, gen_len=gen_len, seeds=seeds, prompt_len=prompt_len,
             batch_size=batch_size,

@@ -9,7 +9,7 @@ rows of a drafter's own, k tokens that are named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
@@ -37,10 +37,16 @@ class Context(struct.PyTreeNode):
       length: [B] int32. Tokens of it. The last one is the root of the draft tree.
       key: [B, 2] uint32. A random stream per row and round.
       sampling: how the target's text is drawn.
-      active: [B] bool. Rows that are not done. States of the others need not be kept up.
-      cache: the target's: keys and values of all positions before the root.
+      active: [B] bool. Rows that this is about: those that are not done, or, where two drafters
+        share a batch, those of one. States of the others need not be kept up, but for `observe`
+        and `pause` of who notices pauses: there they stay.
+      cache: the target's: keys and values of all positions before the root. None, as `params` are
+        {}, where drafts are made apart from the target.
       end: [B] int32. The most positions that each row's text may have; None where nobody asks.
+      prompt_len: [B] int32. Tokens of the text that were given; None where nobody asks.
       may_pause: whether rounds may pass in which the drafter proposes nothing. Static.
+      is_ahead: whether the last draft, if all are kept, is the next root: then nobody need read it
+        in this round, as no token of the target's follows it. Static.
     """
 
     params: Params
@@ -49,9 +55,11 @@ class Context(struct.PyTreeNode):
     key: jax.Array
     sampling: Sampling
     active: jax.Array
-    cache: KVCache
+    cache: KVCache | None
     end: jax.Array | None = None
+    prompt_len: jax.Array | None = None
     may_pause: bool = struct.field(pytree_node=False, default=False)
+    is_ahead: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def root(self) -> jax.Array:
@@ -111,6 +119,8 @@ class Proposal(struct.PyTreeNode):
       state: the drafter's, from now on.
       extra: rows of its own; None unless it has `num_extra`.
       grade: [B] int32, below `num_grades`. How sure it is, by whatever it can tell; None: 0.
+      cache: the target's, if the drafter has written to it, in slots from the root's on, which are
+        free: the round that judges writes there, too; None: it has not.
     """
 
     tree: DraftTree
@@ -118,6 +128,7 @@ class Proposal(struct.PyTreeNode):
     state: Any
     extra: ExtraRows | None = None
     grade: jax.Array | None = None
+    cache: KVCache | None = None
 
 
 class Marginals(struct.PyTreeNode):
@@ -135,6 +146,21 @@ class Marginals(struct.PyTreeNode):
     log_probs: jax.Array
     cost: jax.Array
     state: Any
+
+
+def no_proposal(draft: Callable[[], Proposal], context: Context, state: Any) -> Proposal:
+    """A root, in the shape of what `draft` would propose; the drafter's state is `state`."""
+    made = jax.eval_shape(draft)
+    like = made.replace(state=None, cache=None)
+    empty: Proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    tree = empty.tree.replace(
+        tokens=empty.tree.tokens.at[:, 0].set(context.root),
+        parents=empty.tree.parents.at[:, 0].set(-1),
+        depths=empty.tree.depths.at[:, 1:].set(1),
+        is_valid=empty.tree.is_valid.at[:, 0].set(True),
+    )
+    cache = None if made.cache is None else context.cache
+    return empty.replace(tree=tree, state=state, cache=cache)
 
 
 class Seen(struct.PyTreeNode):
@@ -157,6 +183,8 @@ class Seen(struct.PyTreeNode):
         the prompt, and unless the drafter has `num_best`.
       last: [B] int32. The last node that was accepted, of those that were judged; None in the
         prompt.
+      probs: [B, M, V] float32. The target's distribution after each node, filtered as its text is
+        to be; None in the prompt, and unless the drafter `needs_probs`.
     """
 
     tokens: jax.Array
@@ -170,6 +198,7 @@ class Seen(struct.PyTreeNode):
     extra_hidden: jax.Array | None = None
     best: jax.Array | None = None
     last: jax.Array | None = None
+    probs: jax.Array | None = None
 
 
 @struct.dataclass
@@ -181,9 +210,14 @@ class Drafter(Part):
 
     Attributes:
       notices_pauses: whether it remembers rounds in which it was not asked by `pause`.
+      needs_probs: whether `Seen.probs` must be there: [B, W, V] then lives in memory.
+      reads_text: whether it looks at nothing but the text: neither at the target's parameters and
+        cache nor at its hidden states and choices. Then it can draft apart from the target.
     """
 
     notices_pauses: ClassVar[bool] = False
+    needs_probs: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     @classmethod
     def points(cls) -> Mapping[str, Drafter]:

@@ -36,7 +36,7 @@ from decode.core.results import TopTokens, check_top_logprobs
 from decode.core.sampling import Sampling, draw
 from decode.core.streams import Stream, fold_in
 from decode.speculative.accept import AcceptanceRule, Match, Verdict, Walk
-from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, Seen
+from decode.speculative.contracts import Context, Drafter, ExtraRows, Proposal, Seen, no_proposal
 from decode.speculative.controller import Controller, ControllerState
 from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.in_place import ask, join
@@ -107,7 +107,8 @@ class SpeculativeMethod(struct.PyTreeNode):
     @property
     def needs_probs(self) -> bool:
         """Whether [B, W, V] probabilities are made."""
-        return self.acceptance.needs_probs or self.sampling.has_filters
+        wanted = self.acceptance.needs_probs or self.drafter.needs_probs
+        return wanted or self.sampling.has_filters
 
 
 class SpeculativeState(struct.PyTreeNode):
@@ -283,10 +284,10 @@ def step(
     """One round. Pure; rows that are done stay as they are."""
     if method.controller is not None:
         return _controlled(params, cfg, method, state)
-    context = _context(params, method, state)
     with jax.named_scope("draft"):
-        proposal = _propose(cfg, method, state, context)
-    return _settle(cfg, method, state, context, proposal)
+        proposal = _propose(cfg, method, state, _context(params, method, state))
+    state, proposal = _take_cache(state, proposal)
+    return _settle(cfg, method, state, _context(params, method, state), proposal)
 
 
 def _controlled(
@@ -307,16 +308,17 @@ def _controlled(
     def ask(
         carry: tuple[Proposal, jax.Array, jax.Array],
     ) -> tuple[Proposal, jax.Array, jax.Array]:
-        before = state.replace(drafter=carry[0].state)
+        before, _ = _take_cache(state.replace(drafter=carry[0].state), carry[0])
         with jax.named_scope("draft"):
-            proposal = _propose(cfg, method, before, context)
+            proposal = _propose(cfg, method, before, context.replace(cache=before.cache))
         with jax.named_scope("choose"):
             choice, nodes = controller.choose(drafter, control, proposal, context.active)
         return proposal, choice, nodes
 
     is_asked = controller.asks(drafter, control, context.active)
-    nothing = _no_proposal(draft, state, context), jnp.zeros((), jnp.int32), whole
+    nothing = no_proposal(draft, context, state.drafter), jnp.zeros((), jnp.int32), whole
     proposal, choice, nodes = loop.in_place(is_asked, ask, nothing)
+    state, proposal = _take_cache(state, proposal)
 
     def judge(width: int, has_extra: bool, state: SpeculativeState) -> SpeculativeState:
         kept = jnp.sort(nodes[:, :width], axis=1)
@@ -345,23 +347,15 @@ def _propose(
 ) -> Proposal:
     """What the drafter proposes, of tokens that the target has."""
     proposal = method.drafter.propose(cfg, context, state.drafter)
-    tree = _existing(proposal.tree, method.drafter.depth, cfg.vocab_size)
+    tree = existing(proposal.tree, method.drafter.depth, cfg.vocab_size)
     return proposal.replace(tree=tree)
 
 
-def _no_proposal(
-    draft: Callable[[], Proposal], state: SpeculativeState, context: Context
-) -> Proposal:
-    """A root, in the shape of what would be proposed; the drafter's state stays."""
-    like = jax.eval_shape(draft).replace(state=None)
-    empty: Proposal = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    tree = empty.tree.replace(
-        tokens=empty.tree.tokens.at[:, 0].set(context.root),
-        parents=empty.tree.parents.at[:, 0].set(-1),
-        depths=empty.tree.depths.at[:, 1:].set(1),
-        is_valid=empty.tree.is_valid.at[:, 0].set(True),
-    )
-    return empty.replace(tree=tree, state=state.drafter)
+def _take_cache(state: SpeculativeState, proposal: Proposal) -> tuple[SpeculativeState, Proposal]:
+    """The cache that a drafter has written to is the state's: there is never a second one."""
+    if proposal.cache is None:
+        return state, proposal
+    return state.replace(cache=proposal.cache), proposal.replace(cache=None)
 
 
 def _settle(
@@ -385,7 +379,7 @@ def _settle(
     n = tree.tokens.shape[1]
     depth = min(drafter.depth, n - 1)
     with jax.named_scope("judge"):
-        output, verdict, log_probs, top = _judge(context.params, cfg, method, state, proposal)
+        output, verdict, log_probs, top = judge_tree(context.params, cfg, method, state, proposal)
     with jax.named_scope("accept"):
         walk = method.acceptance.walk(verdict, depth)
         rest = ((0, 0), (0, drafter.depth - depth))
@@ -408,11 +402,12 @@ def _settle(
             extra_hidden=None if extra is None else output.hidden[:, -extra.tokens.shape[1] :],
             best=None if top is None else top.tokens[..., : drafter.num_best],
             last=walk.path[:, -1],
+            probs=verdict.probs if drafter.needs_probs else None,
         )
         control = state.control if learn is None else learn(walk, context.active)
         if top is not None:
             top = jax.tree.map(lambda x: x[..., : method.top_logprobs], top)
-        state = _commit(cfg, method, state, proposal, walk, log_probs, top)
+        state = commit(cfg, method, state, proposal, walk, log_probs, top)
         remembers = _observe(cfg, drafter, context, seen, proposal.state, is_paused)
     return state.replace(cache=cache, drafter=remembers, control=control)
 
@@ -468,11 +463,12 @@ def _context(params: Params, method: SpeculativeMethod, state: SpeculativeState)
         active=~state.has_stopped,
         cache=state.cache,
         end=state.end,
+        prompt_len=state.prompt_len,
         may_pause=method.controller is not None,
     )
 
 
-def _existing(tree: DraftTree, depth: int, vocab_size: int) -> DraftTree:
+def existing(tree: DraftTree, depth: int, vocab_size: int) -> DraftTree:
     """The tree without nodes whose token the target does not have, and those below them."""
     is_known = (tree.tokens >= 0) & (tree.tokens < vocab_size)
     is_missing = ~(tree.is_valid & is_known)
@@ -480,7 +476,7 @@ def _existing(tree: DraftTree, depth: int, vocab_size: int) -> DraftTree:
     return tree.replace(is_valid=is_valid, tokens=jnp.where(is_known, tree.tokens, 0))
 
 
-def _judge(
+def judge_tree(
     params: Params,
     cfg: ModelConfig,
     method: SpeculativeMethod,
@@ -570,7 +566,7 @@ def _window(
     )
 
 
-def _commit(
+def commit(
     cfg: ModelConfig,
     method: SpeculativeMethod,
     state: SpeculativeState,

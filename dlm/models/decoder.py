@@ -62,6 +62,7 @@ def forward(
     *,
     feature_layers: tuple[int, ...] = (),
     layers: tuple[int, ...] | None = None,
+    sublayers: jax.Array | None = None,
     remat: bool = False,
 ) -> ForwardOutput:
     """Runs the model over a window of positions.
@@ -76,6 +77,10 @@ def forward(
       layers: indices of the layers that are run, rising; None: all. Their weights are read where
         they lie. A cache of all `cfg.n_layers` is used at their own numbers, one of `len(layers)`
         in the order in which they run. Static.
+      sublayers: [B, L, 2] bool. Of each row, the attention and the MLP of which layers are run;
+        None: all. As data: another choice compiles nothing, and what no row runs is not computed,
+        nor are its weights read. What a cache is left with of attention that was not run is of no
+        meaning.
       remat: whether to recompute each layer in the backward pass instead of keeping its
         activations.
 
@@ -84,7 +89,8 @@ def forward(
 
     Raises:
       ValueError: the window contradicts itself or does not fit the slots, see `Window`; there are
-        no such `layers`, a feature is of one that is not run, or the cache has another number.
+        no such `layers`, a feature is of one that is not run, or the cache has another number;
+        `sublayers` are of another model.
     """
     run = tuple(range(cfg.n_layers)) if layers is None else check_layers(layers, cfg.n_layers)
     if not {*run, cfg.n_layers}.issuperset(feature_layers):
@@ -92,6 +98,8 @@ def forward(
     depth = len(run) if slots is None else slots.cache.num_layers
     if depth not in (len(run), cfg.n_layers):
         raise ValueError(f"the cache has {depth} layers and must have {len(run)}, those that run")
+    if sublayers is not None and sublayers.shape[1:] != (cfg.n_layers, 2):
+        raise ValueError(f"sublayers has shape {sublayers.shape}, not [B, {cfg.n_layers}, 2]")
     x = params["embed"].at[window.tokens].get(mode="clip")  # [B, T, D]
     if window.mix is not None:
         weight = window.mix[0][..., None]
@@ -115,10 +123,17 @@ def forward(
         x, filled, kept = carry
         take = lambda index: lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
         stack, join = of_kind[kind]
-        p = join(jax.tree.map(take(at.own), stack) if taken is None else taken, at.own)
+        of_layer = lambda: join(  # noqa: E731
+            jax.tree.map(take(at.own), stack) if taken is None else taken, at.own
+        )
         angles = tables if at.table is None else jax.tree.map(take(at.table), tables)
         kept = keep(kept, at.layer, x)
-        x, new = decoder_layer(x, p, cfg, angles, window, slots, at.cached, at.reach)
+        read = angles, window, slots, at.cached, at.reach
+        if sublayers is None:
+            x, new = decoder_layer(x, of_layer(), cfg, *read)
+        else:
+            is_run = jax.lax.dynamic_index_in_dim(sublayers, at.layer, axis=1, keepdims=False)
+            x, new = _run_where(is_run, x, of_layer, cfg, *read)
         if filled is not None and target is not None:
             filled = fill_layer(filled, new, at.cached, target.write_rows)
         is_late = target is not None and filled is None
@@ -157,8 +172,10 @@ def forward(
         for j, kind in enumerate(in_cycle):
             own = slice(start + j, start + period * count, period)
             at = jax.tree.map(lambda x, own=own: jnp.asarray(x[own]), place)
-            # Weights that are all run, in order, are scanned; of others each is read where it lies.
-            xs.append((of_kind[kind][0] if count == len(cfg.stacks[kind]) else None, at))
+            # Weights that are all run, in order, are scanned; of others each is read where it lies,
+            # if it is run at all. Without a cache gradients may be wanted, so scans are, too.
+            is_scanned = count == len(cfg.stacks[kind]) and (sublayers is None or slots is None)
+            xs.append((of_kind[kind][0] if is_scanned else None, at))
         carry, news = jax.lax.scan(functools.partial(cycle, in_cycle), carry, xs)
         if target is not None and not fills:
             join = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])  # noqa: E731
@@ -168,9 +185,7 @@ def forward(
         new = jax.tree.map(lambda *x: jnp.concatenate(x), *late)
         written = target.store(new, None if depth == len(run) else run)
     kept = keep(kept, cfg.n_layers, x)
-    hidden = norm(x, params, "final_norm", cfg)
-    if cfg.logit_scale != 1:
-        hidden = hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
+    hidden = final_hidden(params, cfg, x)
     if written is not None and written.positions is not None:
         assert slots is not None and slots.write_at is not None
         written = write_positions(written, window.positions, slots.write_at, slots.write_rows)
@@ -179,6 +194,14 @@ def forward(
         cache=slots.cache if slots is not None and written is None else written,
         features=None if kept is None else jnp.concatenate([*kept[:-1]], axis=-1),
     )
+
+
+def final_hidden(params: Params, cfg: ModelConfig, x: jax.Array) -> jax.Array:
+    """What the output head reads, [..., D], of the residual stream [..., D] behind some layer."""
+    hidden = norm(x, params, "final_norm", cfg)
+    if cfg.logit_scale != 1:
+        hidden = hidden * jnp.asarray(cfg.logit_scale, hidden.dtype)
+    return hidden
 
 
 def _in_place(
@@ -333,18 +356,69 @@ def decoder_layer(
       [B, T, D], and the keys and values of the window, each [B, K, T, H].
     """
 
-    def enter(name: str) -> jax.Array:
-        return x if cfg.norm_places == "after" else norm(x, p, f"{name}_norm", cfg)
+    x, new = _attention(x, p, cfg, angles, window, slots, layer, reach)
+    return constrain(_mlp(x, p, cfg), "batch", None, None), new
 
-    def leave(given: jax.Array, name: str) -> jax.Array:
-        if cfg.norm_places != "before":
-            given = norm(given, p, f"{name}_out_norm", cfg)
-        if cfg.residual_scale != 1:
-            given = given * jnp.asarray(cfg.residual_scale, given.dtype)
-        return x + given
 
+def _run_where(
+    is_run: jax.Array,
+    x: jax.Array,
+    of_layer: Callable[[], Params],
+    cfg: ModelConfig,
+    angles: Angles | None,
+    window: Window,
+    slots: Slots | None,
+    layer: jax.Array,
+    reach: jax.Array | None,
+) -> tuple[jax.Array, KVCache]:
+    """As `decoder_layer`, of whose two halves each row has those that `is_run` [B, 2] bool says.
+
+    `of_layer` makes the parameters: inside of branches, as otherwise they would be taken out of the
+    stack where nobody multiplies by them.
+    """
+    B, T, _ = x.shape
+    of_row = lambda half: is_run[:, half, None, None]  # noqa: E731
+
+    def attention(x: jax.Array) -> tuple[jax.Array, KVCache]:
+        return _attention(x, of_layer(), cfg, angles, window, slots, layer, reach)
+
+    def no_attention(x: jax.Array) -> tuple[jax.Array, KVCache]:
+        nothing = jnp.zeros((B, cfg.n_kv_heads, T, cfg.head_dim), x.dtype)
+        return x, KVCache(nothing, nothing)
+
+    attended, new = jax.lax.cond(is_run[:, 0].any(), attention, no_attention, x)
+    x = jnp.where(of_row(0), attended, x)
+    passed = jax.lax.cond(is_run[:, 1].any(), lambda x: _mlp(x, of_layer(), cfg), lambda x: x, x)
+    return constrain(jnp.where(of_row(1), passed, x), "batch", None, None), new
+
+
+def _enter(x: jax.Array, p: Params, cfg: ModelConfig, name: str) -> jax.Array:
+    """What one half of a layer reads of the residual stream."""
+    return x if cfg.norm_places == "after" else norm(x, p, f"{name}_norm", cfg)
+
+
+def _leave(x: jax.Array, given: jax.Array, p: Params, cfg: ModelConfig, name: str) -> jax.Array:
+    """The residual stream behind one half of a layer."""
+    if cfg.norm_places != "before":
+        given = norm(given, p, f"{name}_out_norm", cfg)
+    if cfg.residual_scale != 1:
+        given = given * jnp.asarray(cfg.residual_scale, given.dtype)
+    return x + given
+
+
+def _attention(
+    x: jax.Array,
+    p: Params,
+    cfg: ModelConfig,
+    angles: Angles | None,
+    window: Window,
+    slots: Slots | None,
+    layer: jax.Array | int,
+    reach: jax.Array | int | None,
+) -> tuple[jax.Array, KVCache]:
+    """The first half of `decoder_layer`."""
     with jax.named_scope("attention"):
-        q, k, v = project_qkv(enter("attention"), p["attention"], cfg, angles)
+        q, k, v = project_qkv(_enter(x, p, cfg, "attention"), p["attention"], cfg, angles)
         attended = attend(
             q, k, v, window, slots, layer,
             reach=reach, scale=cfg.attention_scale, cap=cfg.attention_cap,
@@ -352,15 +426,20 @@ def decoder_layer(
         given = linear(attended, p["attention"]["o"], num_in=2)
         if cfg.o_bias:
             given = given + p["attention"]["o_bias"][None, None]
-        x = leave(given, "attention")
+        x = _leave(x, given, p, cfg, "attention")
+    return x, KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+
+def _mlp(x: jax.Array, p: Params, cfg: ModelConfig) -> jax.Array:
+    """The second half of `decoder_layer`."""
     with jax.named_scope("mlp"):
+        entered = _enter(x, p, cfg, "mlp")
         if "moe" in p:
             assert cfg.experts is not None
-            given = moe(enter("mlp"), p["moe"], cfg.experts, cfg.activation)
+            given = moe(entered, p["moe"], cfg.experts, cfg.activation)
         else:
-            given = mlp(enter("mlp"), p["mlp"], cfg.activation)
-        x = leave(given, "mlp")
-    return constrain(x, "batch", None, None), KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            given = mlp(entered, p["mlp"], cfg.activation)
+        return _leave(x, given, p, cfg, "mlp")
 
 
 def _feature_buffer(

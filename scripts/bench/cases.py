@@ -15,9 +15,11 @@ import jax
 import dlm
 from decode.evaluation.run import device
 from decode.speculative.drafters.draft_model import DraftModel
+from decode.speculative.drafters.input_guided import InputGuided
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import LanguageModel
 from dlm.params import num_params
+from dlm.tasks.rewriting import CLOSING, OPENING
 from scripts.bench import (
     decode,
     diffusion,
@@ -109,6 +111,9 @@ def bench_spec_bench(flags: Flags) -> None:
         lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
         asked = prompts.sample_prompts(lm, prompts.read_questions(flags.prompts), flags.num_prompts)
         methods = spec_bench.methods_of(flags.drafters, flags.controller)
+        if "input_guided" in flags.drafters and lm.tokenizer is not None:
+            copies = InputGuided.between(lm.tokenizer, OPENING, CLOSING)
+            methods |= spec_bench.both("input_guided", SpeculativeMethod(copies), flags.controller)
         small = dlm.load(flags.draft, dtype=flags.dtype or None) if flags.draft else None
         if small is not None:
             dlm.check_same_tokens(small, lm)

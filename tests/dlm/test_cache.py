@@ -11,7 +11,9 @@ import pytest
 from decode.diffusion import loop as diffusion
 from decode.diffusion.components import DelayedCache, DualCache, FixedBlocks, Threshold
 from decode.speculative.controller import Controller
+from decode.speculative.drafters.dynamic_exit import DynamicExit
 from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.drafters.swift import Swift
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod, decode, init_state
 from decode.speculative.tree import from_paths
@@ -105,7 +107,9 @@ def test_slots_of_several_devices():
 def test_no_round_copies_the_cache(toy_cfg, toy_params, monkeypatch, is_controlled, is_apart):
     """In the compiled loop nothing of the cache's size is made anew, and it is given away."""
     monkeypatch.setattr("dlm.cache.APART_BYTES", 0 if is_apart else 2**30)
-    for drafter in (PromptLookup(num_drafts=3), TokenRecycling(TREE)):
+    writes = Swift.example if is_controlled else DynamicExit.example  # to the target's cache
+    drafters = PromptLookup(num_drafts=3), TokenRecycling(TREE), writes(toy_cfg, toy_params)
+    for drafter in drafters:
         controller = Controller()
         costs = np.ones(1 + len(controller.widths_of(drafter)), np.float32)
         method = SpeculativeMethod(

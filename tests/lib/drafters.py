@@ -19,6 +19,8 @@ class Adversary(Drafter):
       low, high: other drafts are in [low, high): ids that do not exist are among them.
     """
 
+    reads_text = True
+
     truth: jax.Array
     rate: jax.Array
     low: int = struct.field(pytree_node=False, default=-2)

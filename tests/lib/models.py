@@ -41,6 +41,21 @@ def dream_toy() -> tuple[ModelConfig, Params]:
     return cfg, random_model(5, cfg)
 
 
+def markov(table):
+    """A model whose law of the next token is row `token` of a table [V, V]."""
+    V = len(table)
+    cfg = ModelConfig(
+        d_model=V, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_ff=4, vocab_size=V,
+        max_seq_len=64, eos_token_id=None, dtype="float32",
+    )  # fmt: skip
+    params = jax.tree.map(np.asarray, random_model(0, cfg))
+    layers = jax.tree.map(lambda x: 0 * x, params["layers"])
+    # Tokens are unit vectors, long enough for the norm's epsilon, which makes them sqrt(V) long.
+    unembed = np.log(np.maximum(table, 1e-30)).T / np.sqrt(V)
+    params |= {"layers": layers, "embed": 100 * np.eye(V), "unembed": unembed}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), cfg
+
+
 MOST = 40  # tokens of a text below; one length, so that little is compiled
 
 

@@ -18,7 +18,8 @@ FROM_FILES = ("llada_8b_sft", "pretrain_jsonl", "sft_jsonl")  # that the user gi
 ELSEWHERE = (  # have tests of their own
     *("llada_8b_dparallel", "llada_8b_learn2pd"),
     *("collect_trajectories", "distill_d3llm", "distill_dparallel", "filter_learn2pd"),
-    *("causal_lm", "distill_draft", "draft_heads", "smollm2", "smollm2_blocks"),
+    *("causal_lm", "distill_draft", "draft_heads", "layer_skip", "smollm2", "smollm2_blocks"),
+    "stop_head",
 )
 EXAMPLE = ROOT / "configs" / "example.jsonl"
 

@@ -16,6 +16,7 @@ import pytest
 
 from dlm import lm
 from dlm.heads.draft_lm import DraftLM
+from dlm.heads.specdec_pp import StopHead
 from dlm.lora import Lora
 from dlm.sharding import make_mesh
 from dlm.trainable import Everything, Learned
@@ -28,12 +29,15 @@ from train.config import OptimConfig
 from train.objectives import Context, Objective
 from train.objectives.adaspec import AdaSpec
 from train.objectives.dflash import DPaceLoss
+from train.objectives.specdec_pp import StopLoss
 from train.step import init_state, train_step
 
 KINDS = objective_kinds()
 TRAINABLES = sorted({kind.goes_with or Everything for kind in KINDS}, key=str)
 # Of those that choose or weigh among all tokens of a batch: settings with which they do not.
-BY_ROW = {AdaSpec: dict(share=1.0), DPaceLoss: dict(smoothing=1.0)}
+BY_ROW = {
+    AdaSpec: dict(share=1.0), DPaceLoss: dict(smoothing=1.0), StopLoss: dict(weight=1.0),
+}  # fmt: skip
 P, G = 5, 6
 # What is learned from rounds of decoding has batches, and tests, of its own.
 OF_TEXTS = [kind for kind in KINDS if kind.reads == Objective.reads]
@@ -82,7 +86,8 @@ def folder(tmp_path_factory, toy_cfg, toy_params):
 
 def trainable_of(kind, folder):
     kind = kind.goes_with or Everything
-    return kind(checkpoint=folder, reference=folder) if kind is DraftLM else kind()
+    needs = {DraftLM: ("checkpoint", "reference"), StopHead: ("target",)}
+    return kind(**dict.fromkeys(needs.get(kind, ()), folder))
 
 
 @pytest.fixture(scope="module")

@@ -176,8 +176,11 @@ class Lookahead(Drafter):
 
         column = jnp.arange(W)[None, None] + (seen.count - 1)[:, None, None]
         moved = jnp.take_along_axis(rows, jnp.minimum(column, W - 1), axis=2)
+        window = jnp.where(column < W, moved, filler)
         return LookaheadState(
-            window=jnp.where(column < W, moved, filler), pool=pool, rounds=state.rounds + 1
+            window=jnp.where(context.active[:, None, None], window, state.window),
+            pool=pool,
+            rounds=state.rounds + context.active,
         )
 
     def pause(
@@ -189,7 +192,9 @@ class Lookahead(Drafter):
         moved = jnp.take_along_axis(state.window, jnp.minimum(column, W - 1), axis=2)
         is_known = (column < W) & (moved >= 0)
         filler = self._filler(context, (self.ngram - 1) * W)
-        return state.replace(window=jnp.where(is_known, moved, filler))
+        window = jnp.where(is_known, moved, filler)
+        active = context.active[:, None, None]
+        return state.replace(window=jnp.where(active, window, state.window))
 
     def _filler(self, context: Context, num: int) -> jax.Array:
         """[B, N - 1, W] int32: tokens of the text."""

@@ -166,7 +166,10 @@ class Masks(Drafter):
         is_behind = self._nodes(state, sets.shape[1]) == seen.last[:, None]
         chosen = jnp.argmax(is_behind, axis=1)[:, None, None, None]
         hidden = jnp.take_along_axis(sets, chosen, axis=1)[:, 0]
-        return MasksState(hidden, is_behind.any(axis=1))
+        return MasksState(
+            jnp.where(context.active[:, None, None], hidden, state.hidden),
+            jnp.where(context.active, is_behind.any(axis=1), state.is_known),
+        )
 
     def keep(
         self, cfg: ModelConfig, state: MasksState, length: jax.Array, num_kept: jax.Array
@@ -178,7 +181,7 @@ class Masks(Drafter):
         self, cfg: ModelConfig, context: Context, seen: Seen, state: MasksState
     ) -> MasksState:
         """What was guessed was about a root that has passed."""
-        return state.replace(is_known=jnp.zeros_like(state.is_known))
+        return state.replace(is_known=state.is_known & ~context.active)
 
     def _read(
         self, cfg: ModelConfig, context: Context, hidden: jax.Array

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.speculative.contracts import Context, Drafter, Proposal
-from decode.speculative.drafters.draft_model import DraftState, _Model
-from decode.speculative.drafters.eagle import EagleState, _Network
+from decode.speculative.drafters.feature_network import FeatureNetwork, FeatureState
+from decode.speculative.drafters.smaller_model import DraftState, SmallerModel
 from decode.speculative.tree import DraftTree, chain
 from dlm.config import ModelConfig
 from dlm.heads.eagle_1 import Eagle1Heads
@@ -187,7 +187,7 @@ class OptTree(Drafter):
 
 
 @struct.dataclass
-class DraftModelOpt(OptTree, _Model):
+class DraftModelOpt(OptTree, SmallerModel):
     """The most probable tree of a smaller model, as deep as it pays (OPT-Tree)."""
 
     @classmethod
@@ -213,7 +213,7 @@ class DraftModelOpt(OptTree, _Model):
 
 
 @struct.dataclass
-class EagleOpt(OptTree, _Network):
+class EagleOpt(OptTree, FeatureNetwork):
     """The most probable tree of a trained layer, as deep as it pays (OPT-Tree)."""
 
     @classmethod
@@ -222,7 +222,7 @@ class EagleOpt(OptTree, _Network):
         own = heads.fresh(jax.random.key(0), cfg, params)
         return cls(heads.network(cfg, own), budget=6, levels=4, threshold=0.1)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: EagleState) -> Proposal:
+    def propose(self, cfg: ModelConfig, context: Context, state: FeatureState) -> Proposal:
         of_root, cache = self._read_new(context, state)
         states = jnp.pad(of_root, ((0, 0), (0, self.budget), (0, 0)))
 

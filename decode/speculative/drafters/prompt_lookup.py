@@ -10,7 +10,7 @@ Letters: B rows, S slots.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
@@ -31,6 +31,8 @@ class PromptLookup(Drafter):
       min_ngram: >= 1, shortest. Static.
       latest: whether the last occurrence is taken, not the first (as published). Static.
     """
+
+    reads_text: ClassVar[bool] = True
 
     num_drafts: int = struct.field(pytree_node=False, default=10)
     max_ngram: int = struct.field(pytree_node=False, default=3)

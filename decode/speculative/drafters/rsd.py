@@ -33,8 +33,8 @@ from flax import struct
 
 from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Proposal, spent
-from decode.speculative.drafters.draft_model import DraftState, _Model
 from decode.speculative.drafters.expansion import gumbel
+from decode.speculative.drafters.smaller_model import DraftState, SmallerModel
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
 from dlm.params import Params
@@ -113,7 +113,7 @@ def conditioned(noisy: jax.Array, most: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class DraftModelBeam(_Model):
+class DraftModelBeam(SmallerModel):
     """Beams of a smaller model, drawn without replacement (RSD-S); or the most probable ones.
 
     Which nodes have children depends on what was drawn. So a controller judges the first levels of

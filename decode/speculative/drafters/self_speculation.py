@@ -119,6 +119,7 @@ class SelfSpeculation(Drafter):
             positions=jnp.maximum(place, 0),
             mask=pack_mask(sees & (place >= 0)[:, None]),
         )
+        assert context.cache is not None
         slots = Slots.below(context.cache, jnp.maximum(first, 0)).replace(length=context.end)
         return decoder.forward(context.params, cfg, window, slots).hidden
 

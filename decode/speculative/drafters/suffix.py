@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class Suffix(Drafter):
       min_probability: in [0, 1], of a draft. Static.
       num_places: O >= 1. Static.
     """
+
+    reads_text: ClassVar[bool] = True
 
     corpus: jax.Array | None = None
     num_drafts: int = struct.field(pytree_node=False, default=16)

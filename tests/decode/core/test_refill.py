@@ -19,6 +19,7 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod
+from decode.speculative.components import ADED, SAM, Hybrid, InputGuided
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod
@@ -42,6 +43,8 @@ METHODS = {
     "one by one": SpeculativeMethod(),
     "lookup": SpeculativeMethod(PromptLookup(num_drafts=3)),
     "recycling": SpeculativeMethod(TokenRecycling()),
+    "copies": SpeculativeMethod(Hybrid(SAM(num_drafts=4), ADED(num_pairs=64, num_kept=6), 1)),
+    "input": SpeculativeMethod(InputGuided(num_drafts=4)),
 }
 
 
@@ -59,7 +62,7 @@ def loop_of(method):
 @pytest.mark.parametrize(
     "name", ["dual", "lookup",
              *more("block causal", "guidance", "plain", "prefix", "sampled", "lookahead",
-                   "one by one", "recycling")]
+                   "one by one", "recycling", "copies", "input")]
 )  # fmt: skip
 def test_every_answer_is_the_one_its_prompt_gets_alone(toy_cfg, toy_params, name):
     lm = dlm.LanguageModel(toy_params, toy_cfg)

@@ -15,6 +15,7 @@ from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import (
     abstract_params,
+    apart,
     init_params,
     num_expert_params,
     num_params,
@@ -295,7 +296,7 @@ def test_features_of_some_layers():
     assert (np.asarray(first) != last).any()
 
 
-@pytest.mark.parametrize("layers", [None, (0, 1, 2), (1, 4, 6)])
+@pytest.mark.parametrize("layers", [None, (0, 1, 2), (1, 4, 6), "data"])
 def test_weights_of_layers_are_not_copied(layers):
     """Beside arguments and results a compiled forward needs less than two layers of weights."""
     cfg, _ = model("llada", n_layers=8, d_model=128, d_ff=1024)
@@ -303,8 +304,75 @@ def test_weights_of_layers_are_not_copied(layers):
     one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"])) // 8
     window = Window(*(jax.ShapeDtypeStruct((1, 1), jnp.int32),) * 2)
     run = jax.jit(forward, static_argnames=("cfg", "layers"))
-    memory = run.lower(params, cfg, window, layers=layers).compile().memory_analysis()
+    options = {"layers": layers}
+    if layers == "data":
+        slots = jax.eval_shape(lambda: Slots.append(init_cache(cfg, 1, 8), jnp.zeros(1, jnp.int32)))
+        options = {"slots": slots, "sublayers": jax.ShapeDtypeStruct((1, 8, 2), jnp.bool_)}
+    memory = run.lower(params, cfg, window, **options).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2 * one
+
+
+def without(params, is_run):
+    """Weights with which a model without the sublayers that are not run [L, 2] does the same."""
+    layers = jax.tree.map(np.copy, params["layers"])
+    layers["attention"]["o"][~is_run[:, 0]] = 0
+    layers["mlp"]["down"][~is_run[:, 1]] = 0
+    return params | {"layers": layers}
+
+
+@pytest.mark.parametrize(("name", "lies_apart"), [("llada", True), *more(("llada", False))])
+def test_sublayers_that_are_not_run(name, lies_apart):
+    """Of every row its own, with a cache and without; the choice is data."""
+    cfg, params = model(name, n_layers=3)
+    params = jax.device_get(params)
+    tokens, positions = map(np.asarray, random_tokens(cfg, 3))
+    is_run = np.random.default_rng(2).random((3, 3, 2)) < 0.5
+    is_run[2] = True
+    stored = apart(params, cfg) if lies_apart else params
+    caches = {
+        num: Slots.append(init_cache(cfg, num, 16), np.zeros(num, np.int32)) for num in (1, 3)
+    }
+    for slots in (caches.get, lambda num: None):
+        window = Window(tokens, positions, is_causal=True)
+        for choice in (is_run, is_run[::-1].copy()):
+            ours = jax.device_get(forward(stored, cfg, window, slots(3), sublayers=choice))
+            for b in range(3):
+                row = Window(tokens[b : b + 1], positions[b : b + 1], is_causal=True)
+                theirs = forward(without(params, choice[b]), cfg, row, slots(1))
+                theirs, ran = jax.device_get(theirs), choice[b, :, 0]
+                np.testing.assert_allclose(ours.hidden[b], theirs.hidden[0], atol=2e-5)
+                if ours.cache is not None:
+                    keys = [np.stack([*x.cache.k])[ran] for x in (ours, theirs)]
+                    np.testing.assert_allclose(keys[0][:, b], keys[1][:, 0], atol=2e-5)
+
+
+def test_what_no_row_runs_is_not_computed(monkeypatch):
+    """Halves that are executed are counted, and beside them no layer's weights are copied."""
+    cfg, params = model("llada", n_layers=4)
+    counts = {"_attention": 0, "_mlp": 0}
+
+    def counting(name):
+        half = getattr(decoder, name)
+
+        def run(*args):
+            def count():
+                counts[name] += 1
+
+            jax.debug.callback(count)
+            return half(*args)
+
+        return run
+
+    for name in counts:
+        monkeypatch.setattr(decoder, name, counting(name))
+    is_run = np.zeros((2, 4, 2), bool)
+    is_run[0, 1], is_run[1, [1, 3], 1] = True, True
+    tokens, positions = random_tokens(cfg)
+    slots = Slots.append(init_cache(cfg, 2, 16), jnp.zeros(2, jnp.int32))
+    run = jax.jit(lambda *args: decoder.forward(args[0], cfg, *args[1:3], sublayers=args[3]))
+    jax.block_until_ready(run(params, Window(tokens, positions, is_causal=True), slots, is_run))
+    jax.effects_barrier()
+    assert counts == {"_attention": 1, "_mlp": 2}
 
 
 def test_layers_that_cannot_be_run_are_refused():

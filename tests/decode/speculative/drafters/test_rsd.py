@@ -266,6 +266,7 @@ def test_a_controller_looks_at_no_shape_that_was_drawn(width):
 
 
 @pytest.mark.parametrize("rule", [RULES[0], *more(RULES[1])])
+@pytest.mark.exhaustive
 def test_drawn_beams_go_with_a_controller(plain, toy_params, rule):
     """Which judges a level, or one and a half."""
     cfg, prompts, _, _ = plain

@@ -29,8 +29,8 @@ from decode.speculative.in_place import ask, join
 from decode.speculative.loop import (
     SpeculativeMethod,
     _context,
-    _judge,
     init_state,
+    judge_tree,
     prefill,
     stream,
 )
@@ -129,7 +129,7 @@ def test_a_drafter_sees_its_own_rows(model_of):
 def laws(params, cfg, method, state, tokens):
     """What is said behind each node of a chain, and the nodes' hidden states."""
     proposal = Proposal(method.drafter.shape.tree(tokens), jnp.zeros(B, jnp.int32), ())
-    output, verdict, *_ = _judge(params, cfg, method, state, proposal)
+    output, verdict, *_ = judge_tree(params, cfg, method, state, proposal)
     return verdict.probs, output.hidden
 
 
