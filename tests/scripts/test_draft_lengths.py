@@ -1,6 +1,7 @@
 """`scripts.draft_lengths` has the rounds of each length, and an oracle that wastes no draft."""
 
 import jax
+import pytest
 
 import dlm
 from dlm.heads.specdec_pp import StopHead
@@ -8,6 +9,7 @@ from tests.lib.mains import run_main
 from tests.lib.paths import GOLDEN
 
 
+@pytest.mark.exhaustive
 def test_the_table(tmp_path):
     draft, head = dlm.load(GOLDEN / "llama_draft"), StopHead(num_blocks=0)
     head.export(tmp_path, draft, head.fresh(jax.random.key(0), draft.cfg, draft.params))

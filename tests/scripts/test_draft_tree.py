@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import pytest
 
 import dlm
 from decode.speculative import measured_tree
@@ -11,6 +12,7 @@ from tests.lib.mains import run_main
 from tests.lib.untrained import byte_lm
 
 
+@pytest.mark.exhaustive
 def test_a_tree_is_printed_and_written(tmp_path, monkeypatch):
     """Where drafts cost nothing, it has as many nodes as there may be."""
 

@@ -199,7 +199,7 @@ def written(toy_cfg, toy_params):
     return cfg, prompts, texts(state, 8), jnp.asarray(truth)
 
 
-@pytest.mark.parametrize("is_quadratic", [True, False])
+@pytest.mark.parametrize("is_quadratic", [True, *more(False)])
 def test_drafts_are_those_of_a_second_forward(written, toy_params, is_quadratic):
     """Whatever was accepted; what is judged is, to the bit, what it is without the change."""
     cfg, prompts, expected, truth = written
@@ -332,7 +332,7 @@ def oracle():
     return cfg, params, heads.network(cfg, own)
 
 
-@pytest.mark.parametrize("is_quadratic", [True, False])
+@pytest.mark.parametrize("is_quadratic", [False, *more(True)])
 def test_masks_that_are_right_write_as_many_tokens_and_one(is_quadratic):
     """After the first round all drafts are kept, of shared masks as many as one likes."""
     cfg, params, network = oracle()
@@ -431,6 +431,7 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params):
     check_gradients(loss, long)
 
 
+@pytest.mark.exhaustive
 def test_fewer_forwards_after_training(written, toy_params):
     """On eight texts that the model has written, which their masks then draft."""
     cfg, prompts, expected, _ = written

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import random
 
 import pytest
 
@@ -44,14 +46,14 @@ def test_every_pair_is_accepted_or_refused_in_one_sentence():
                 assert reason and "\n" not in reason and not reason.endswith(".")
 
 
-@pytest.mark.exhaustive
 def test_the_product_is_as_large_as_the_documentation_says():
-    """Every combination is accepted, or refused: two in five of millions, docs/methods.md."""
-    total = valid = 0
-    for point in itertools.product(*choices().values()):
-        total += 1
-        valid += not refusals(DiffusionMethod(*point))
-    assert total > 2_000_000 and 0.35 < valid / total < 0.45
+    """Every combination is accepted, or refused: two in five of millions, docs/methods.md.
+
+    Of 4,000 drawn ones, whose share has a standard deviation of 0.008.
+    """
+    axes, rng, num = choices().values(), random.Random(0), 4000
+    valid = sum(not refusals(DiffusionMethod(*map(rng.choice, axes))) for _ in range(num))
+    assert math.prod(map(len, axes)) > 2_000_000 and 0.35 < valid / num < 0.45
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -309,7 +309,7 @@ def test_every_drafter_writes_the_plain_text(plain, toy_params, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [DraftModel, Eagle, *more(DraftModelTree, DraftModelBest, EagleBest, DFlash, Hydra)]
+    "kind", [DraftModel, *more(Eagle, DraftModelTree, DraftModelBest, EagleBest, DFlash, Hydra)]
 )
 def test_rounds_without_drafts_are_made_up_for(plain, toy_params, kind):
     """What is drafted after them is what is drafted when the text so far is a prompt."""

@@ -54,6 +54,7 @@ def test_drafts_change_no_text(case, name):
     assert len({tuple(text) for text in expected}) == 3 and max(map(len, expected)) == 16
 
 
+@pytest.mark.exhaustive
 def test_frequencies_go_by_the_length_of_the_row():
     """Rows of other lengths do not matter, nor does how far a text has come."""
     scaling = rope.LongRope(

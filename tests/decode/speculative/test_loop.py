@@ -177,9 +177,9 @@ def drafter_of(name, toy_cfg, toy_params):
 
 
 DRAFTERS = [
-    "itself", "sampled tree", "best tree", "best chain",
-    *more("sampled", "latest lookup", "recycling", "suffix", "layer skip", "eagle 1", "eagle 3",
-          "eagle 3, best"),
+    "itself",
+    *more("sampled tree", "best tree", "best chain", "sampled", "latest lookup", "recycling",
+          "suffix", "layer skip", "eagle 1", "eagle 3", "eagle 3, best"),
 ]  # fmt: skip
 
 

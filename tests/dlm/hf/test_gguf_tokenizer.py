@@ -248,6 +248,7 @@ def test_encodings_of_smollm2():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_smollm2_answers():
     from decode.complete import complete
 

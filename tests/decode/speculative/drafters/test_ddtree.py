@@ -171,8 +171,8 @@ def block_drafter(name, cfg, params):
     return kind.example(cfg, params)
 
 
-@pytest.mark.parametrize("name", ["masks", *more("medusa", "dflash")])
-@pytest.mark.parametrize("controlled", [False, *more(True)])
+@pytest.mark.parametrize("name", more("masks", "medusa", "dflash"))
+@pytest.mark.parametrize("controlled", [False, True])
 def test_texts_stay_and_more_is_accepted_than_of_the_chain(plain, toy_params, name, controlled):
     cfg, prompts, rows, _ = plain
     drafter = block_drafter(name, cfg, toy_params)

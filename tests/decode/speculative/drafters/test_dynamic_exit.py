@@ -128,6 +128,7 @@ def test_rounds_are_those_of_plain_python(deep):
     assert any(0 < made < num for _, made, num in kinds)  # and drafts ended early
 
 
+@pytest.mark.exhaustive
 def test_no_exit_changes_a_text(deep):
     """GREEDY-ID for every exit, however much is expected of it; expectations are data."""
     cfg, params, prompts, expected = deep

@@ -236,9 +236,9 @@ DRAFTERS = {
     ("kind", "name"),
     [
         ("in_place", "aligned"),
-        ("in_place", "lookahead"),
         ("shifted", "aligned"),
         *more(
+            ("in_place", "lookahead"),
             *(("in_place", name) for name in ("from_the_root", "suffix", "tree")),
             ("shifted", "from_the_root"),
         ),
