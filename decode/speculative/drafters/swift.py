@@ -36,6 +36,8 @@ from flax import struct
 from decode.core.loop import in_place
 from decode.core.streams import fold_in, uniforms, wrap
 from decode.speculative.contracts import Context, Drafter, Proposal
+from decode.speculative.drafters.gaussian_process import upper_bound
+from decode.speculative.drafters.side_leaves import CHILDREN, DRAWN_CHILDREN, grow
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.cache import KVCache
@@ -47,11 +49,7 @@ from dlm.window import Slots, Window
 if TYPE_CHECKING:
     from decode.speculative.loop import SpeculativeMethod
 
-# Children of a node whose first child is more probable than 0.95, 0.8, 0.5, or not.
-ABOVE = (0.95, 0.8, 0.5)
-CHILDREN, DRAWN_CHILDREN = (3, 5, 8, 10), (1, 3, 5, 10)
 PROPOSED = 512  # sets among which the Gaussian process chooses
-KAPPA, NOISE = 2.5, 1e-2
 
 
 class SwiftState(struct.PyTreeNode):
@@ -361,94 +359,6 @@ def run_of(skipped: jax.Array, cfg: ModelConfig) -> jax.Array:
     rest = cfg.n_layers - inner.shape[1]
     ends = ((0, 0), (rest - rest // 2, rest // 2), (0, 0))
     return jnp.pad(inner, ends, constant_values=True)
-
-
-def grow(
-    root: jax.Array,
-    children: jax.Array,
-    sure: jax.Array,
-    num: jax.Array,
-    table: tuple[int, ...],
-    num_nodes: int,
-    laws: jax.Array | None = None,
-) -> DraftTree:
-    """A chain whose nodes have siblings that are leaves; stored by depth, in order.
-
-    Args:
-      root: [B] int32.
-      children: [B, J, R] int32. Of each depth the chain's token and its siblings; -1: none.
-      sure: [B, J] float32. How probable the chain's token is.
-      num: [B] int32. Depths that there are.
-      table: how many children a depth has whose token is more probable than each of `ABOVE`, and
-        otherwise.
-      num_nodes: W; what does not fit is left out.
-      laws: [B, J, V] float32. What the children of each depth were drawn from; None if they were
-        not.
-    """
-    B, J, R = children.shape
-    W, rows = num_nodes, jnp.arange(B)[:, None]
-    steps = (sure[..., None] <= jnp.array(ABOVE)[None, None]).sum(axis=2)
-    most = jnp.array(table)[steps]  # [B, J]
-    exists = (jnp.arange(R)[None, None] < most[..., None]) & (children >= 0)
-    exists &= (jnp.arange(J)[None] < num[:, None])[..., None]
-    flat = exists.reshape(B, J * R)
-    place = jnp.where(flat, jnp.cumsum(flat, axis=1), W)  # of the node; the root is at 0
-    of_chain = place.reshape(B, J, R)[:, :, 0]
-    above = jnp.pad(of_chain[:, :-1], ((0, 0), (1, 0)))  # [B, J]: nodes that have children
-
-    def put(first: jax.Array | int, other: int, values: jax.Array) -> jax.Array:
-        at = jnp.full((B, W), other, jnp.int32).at[:, 0].set(first)
-        return at.at[rows, place].set(values.astype(jnp.int32), mode="drop")
-
-    each = lambda x: jnp.repeat(x, R, axis=1)  # noqa: E731
-    depths = jnp.broadcast_to(jnp.arange(1, J + 1, dtype=jnp.int32)[None], (B, J))
-    probs = None
-    if laws is not None:
-        probs = jnp.zeros((B, W, laws.shape[2])).at[rows, above].set(laws, mode="drop")
-    return DraftTree(
-        tokens=put(root, 0, children.reshape(B, J * R)),
-        parents=put(-1, 0, each(above)),
-        depths=put(0, 1, each(depths)),
-        is_valid=put(1, 0, jnp.ones_like(flat)) > 0,
-        probs=probs,
-        drawn="none" if laws is None else "without",
-    )
-
-
-def upper_bound(
-    sets: jax.Array, scores: jax.Array, is_known: jax.Array, proposed: jax.Array
-) -> jax.Array:
-    """Upper confidence bounds of a Gaussian process at proposed sets, in deviations of the scores.
-
-    Args:
-      sets: [M, n] bool. That were tried.
-      scores: [M] float32. What they got.
-      is_known: [M] bool. Of which there is a score.
-      proposed: [C, n] bool.
-
-    Returns:
-      [C] float32.
-    """
-    scale = jnp.sqrt(sets.shape[1]) / 2
-
-    def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = 2.0 * a - 1, 2.0 * b - 1  # the product is that of equals less that of others
-        differ = (sets.shape[1] - a @ b.T) / 2
-        r = jnp.sqrt(5 * differ) / scale
-        return (1 + r + r * r / 3) * jnp.exp(-r)
-
-    num = jnp.maximum(is_known.sum(), 1)
-    mean = jnp.where(is_known, scores, 0).sum() / num
-    off = jnp.where(is_known, scores - mean, 0)
-    off /= jnp.maximum(jnp.sqrt((off * off).sum() / num), 1e-6)
-    both = is_known[:, None] & is_known[None]
-    among = jnp.where(both, kernel(sets, sets), 0)
-    among += jnp.diag(jnp.where(is_known, NOISE, 1.0))
-    across = jnp.where(is_known[None], kernel(proposed, sets), 0)  # [C, M]
-    factor = jax.scipy.linalg.cho_factor(among, lower=True)
-    expected = across @ jax.scipy.linalg.cho_solve(factor, off)
-    explained = (across * jax.scipy.linalg.cho_solve(factor, across.T).T).sum(axis=1)
-    return expected + KAPPA * jnp.sqrt(jnp.maximum(1 - explained, 0))
 
 
 def _gumbel(key: jax.Array, step: jax.Array, like: jax.Array) -> jax.Array:

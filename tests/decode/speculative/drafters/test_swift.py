@@ -12,8 +12,9 @@ from flax import struct
 from decode.core.sampling import Sampling
 from decode.speculative.accept import Match, SpeculativeSampling
 from decode.speculative.controller import Controller
-from decode.speculative.drafters import swift
-from decode.speculative.drafters.swift import CHILDREN, DRAWN_CHILDREN, Swift, grow, run_of
+from decode.speculative.drafters.gaussian_process import upper_bound
+from decode.speculative.drafters.side_leaves import CHILDREN, DRAWN_CHILDREN, grow
+from decode.speculative.drafters.swift import Swift, run_of
 from decode.speculative.loop import SpeculativeMethod, decode
 from tests.lib.jitted import as_one_program
 from tests.lib.laws import enumerated
@@ -180,7 +181,7 @@ def test_upper_bounds_are_those_of_a_gaussian_process():
     rng = np.random.default_rng(1)
     sets, proposed = rng.random((7, 10)) < 0.4, rng.random((5, 10)) < 0.4
     scores, known = rng.random(7), np.arange(7) < 5
-    found = as_one_program(swift.upper_bound)(sets, np.float32(scores), known, proposed)
+    found = as_one_program(upper_bound)(sets, np.float32(scores), known, proposed)
     x, y = sets[:5], scores[:5]
     y = (y - y.mean()) / y.std()
 
