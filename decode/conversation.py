@@ -35,7 +35,6 @@ from decode.core.streaming import Piece, Writing, check_tokenizer, pieces
 from decode.core.texts import MethodOptions, check_known, inside
 from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.points import METHODS as DIFFUSION
-from decode.search.loop import SearchMethod
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
@@ -46,7 +45,6 @@ from decode.speculative.loop import (
     num_rows,
     prefill,
 )
-from decode.speculative.pearl import Pearl
 from decode.speculative.points import METHODS as DRAFTING
 from decode.speculative.renewal import enlarge, renew
 from dlm.compilation import Compiling
@@ -178,12 +176,11 @@ class Conversation:
             self.method: Any = generate.choose(lm, gen_len, asked)
         else:
             self.method = complete.choose(lm, asked)
-            if isinstance(self.method, SearchMethod):
+            if type(self.method) is not SpeculativeMethod:
                 raise ValueError(
-                    f"method={method!r} searches for whole texts: a dialogue is written one by one"
+                    f"method={name or type(method).__name__} must be a SpeculativeMethod or a "
+                    "DiffusionMethod: of others no cache is kept from turn to turn"
                 )
-            if isinstance(self.method, Pearl):
-                raise ValueError("method=Pearl(...) must be another one: its caches are not kept")
         self.system = system
 
     @property

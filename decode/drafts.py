@@ -26,9 +26,7 @@ from decode.core.requests import (
     whole_number,
 )
 from decode.core.texts import inside
-from decode.search.loop import SearchMethod
 from decode.speculative.loop import SpeculativeMethod, drafted
-from decode.speculative.pearl import Pearl
 from dlm.lm import LanguageModel
 
 
@@ -81,10 +79,11 @@ def watch_drafts(
         a part of the drafts judged.
     """
     method = choose(lm, choices)
-    if isinstance(method, SearchMethod):
-        raise ValueError(f"method={choices.get('method')!r} searches, and drafts nothing")
-    if isinstance(method, Pearl):
-        raise ValueError("method=Pearl(...) must be another one: it tests drafts of two rounds")
+    if type(method) is not SpeculativeMethod:
+        raise ValueError(
+            f"method={type(method).__name__} must be a SpeculativeMethod: others search, or judge "
+            "drafts of two rounds at once"
+        )
     if method.controller is not None:
         raise ValueError(
             f"controller={method.controller} must be None: with one, a part of a tree is judged"

@@ -13,6 +13,7 @@ from decode.diffusion.components import Quota
 from decode.generate import generate
 from decode.speculative.components import DraftModel, Eagle, PromptLookup, SelfSpeculation
 from decode.speculative.controller import Controller
+from decode.speculative.pearl import Pearl
 from tests.lib.tiers import more
 from tests.lib.untrained import char_lm
 
@@ -194,6 +195,11 @@ def test_what_makes_no_sense_is_refused(lm):
         Conversation(lm, method="klass", drafter=PromptLookup())
     with pytest.raises(ValueError, match="block_len is for diffusion models"):
         Conversation(lm, block_len=8)
+    with pytest.raises(ValueError, match="method=beam_4 must be a SpeculativeMethod or"):
+        Conversation(lm, method="beam_4")
+    pearl = Pearl(DraftModel.example(lm.cfg, lm.params))
+    with pytest.raises(ValueError, match="method=Pearl must be a SpeculativeMethod or"):
+        Conversation(lm, method=pearl)
     with pytest.raises(ValueError, match="no method 'prompt_lookupp'; there are prompt_lookup"):
         Conversation(lm, method="prompt_lookupp")
     with pytest.raises(ValueError, match="no tokenizer that could be read"):

@@ -10,6 +10,7 @@ from decode.speculative.controller import Controller
 from decode.speculative.drafters.draft_model import DraftModelTree
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
+from decode.speculative.pearl import Pearl
 from decode.speculative.tree import from_paths
 from tests.lib.tiers import more
 from tests.lib.untrained import byte_lm
@@ -75,6 +76,8 @@ def test_nodes_that_do_not_exist_are_not_shown(lm):
         (dict(gen_len=0), "gen_len=0"),
         (dict(method="prompt_lokup"), "there is no method 'prompt_lokup'"),
         (dict(drafter=PromptLookup(num_drafts=0)), "num_drafts=0 must be at least 1"),
+        (dict(method="beam_4"), "method=SearchMethod must be a SpeculativeMethod"),
+        (dict(method=Pearl(PromptLookup())), "method=Pearl must be a SpeculativeMethod"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(lm, options, message):
