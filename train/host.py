@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 
 import jax
 from absl import app, logging
 
 from dlm.compilation import SWITCH, keep_programs
+from dlm.memory import keep_freed_memory
 
 STOPPED = 75  # exit code of a run that was told to stop and has saved: start it again
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def only_flags(argv: list[str]) -> None:
@@ -39,22 +37,6 @@ def set_up_process() -> None:
         keep_programs()
     except OSError as error:
         logging.warning("Compiled programs are not kept (%s): %s=/some/folder", error, SWITCH)
-
-
-def keep_freed_memory() -> bool:
-    """Makes the C library keep the memory that XLA frees, if the CPU computes.
-
-    XLA allocates a program's temporaries anew in every call. By default glibc asks the system for
-    blocks of that size and gives them back, and touching fresh pages takes a tenth of a small
-    model's step or more.
-
-    Returns:
-      Whether it did anything: not on accelerators, nor without glibc.
-    """
-    if jax.default_backend() != "cpu" or sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def join_cluster() -> None:

@@ -12,6 +12,7 @@ from kernels_pallas.slots import Cache, Layers, at_layer
 from kernels_pallas.window_attention.masks import Mask, Near, in_ranges, window_mask
 
 SLOTS_AT_ONCE = 512  # of a cache that has more
+MANY_SLOTS = 512  # of all rows, from which on keys are multiplied slot by slot
 # Scores of a row that are stored to read all slots of a layer where they lie.
 SCORES_AT_ONCE, SLOTS_IN_PLACE = 2**20, 4096
 
@@ -52,30 +53,38 @@ def attend_xla(
     def product(keys: jax.Array) -> jax.Array:  # [B, K, G*T, keys]
         return jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32)
 
+    def product_by_slot(keys: jax.Array) -> jax.Array:
+        """The same. CPUs read many keys up to twice as fast by slot as by query; without the
+        barrier the compiler turns the product around again."""
+        if B * keys.shape[2] < MANY_SLOTS:
+            return product(keys)
+        by_slot = jnp.einsum("bksh,bkrh->bksr", keys, rows, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(by_slot).swapaxes(2, 3)
+
     def masked(raw: jax.Array, allowed: jax.Array) -> jax.Array:  # [B, K, G, T, keys]
         raw = raw.reshape(B, K, N // K, T, -1)
         raw = raw if cap is None else cap * jnp.tanh(raw / cap)
         return jnp.where(allowed[:, None, None], raw, _LOWEST)
 
-    def scores(keys: jax.Array, allowed: jax.Array) -> jax.Array:
-        return masked(product(keys), allowed)
+    def scores_by_slot(keys: jax.Array, allowed: jax.Array) -> jax.Array:
+        return masked(product_by_slot(keys), allowed)
 
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], like the cache
     in_window = window_mask(q.shape[:2], mask, window_range)
     in_window = in_window if near is None else in_window & near.of_window()
-    of_window = scores(k, in_window)
+    of_window = masked(product(k), in_window)
     if cache is None or cache_ranges is None:
         top = jax.lax.stop_gradient(of_window.max(axis=-1, keepdims=True))
         _, total, out = _weigh(of_window, v, top)
     elif slots_axis is None and _is_in_parts(cache, N * T):
         top = jax.lax.stop_gradient(of_window.max(axis=-1, keepdims=True))
         sums = _weigh(of_window, v, top)
-        _, total, out = _in_parts(sums, scores, cache, cache_ranges, layer, near)
+        _, total, out = _in_parts(sums, scores_by_slot, cache, cache_ranges, layer, near)
     else:
         in_cache = in_ranges(cache_ranges, _num_slots(cache))[:, None]
         in_cache = in_cache if near is None else in_cache & near.of_cache()
         keys, values = cache
-        of_cache = masked(at_layer(keys, layer, product), in_cache)
+        of_cache = masked(at_layer(keys, layer, product_by_slot), in_cache)
         top = functools.reduce(
             jnp.maximum, (x.max(axis=-1, keepdims=True) for x in (of_window, of_cache))
         )

@@ -30,6 +30,7 @@ import numpy as np
 
 from configs import mdlm_waiting_line
 from dlm.config import ModelConfig
+from dlm.memory import keep_freed_memory
 from dlm.params import Params, init_params, num_params
 from dlm.sharding import make_mesh
 from dlm.tokenizer import word_tokenizer
@@ -38,7 +39,6 @@ from scripts.bench.timing import forward_cost, large_sizes, paired_times_s
 from train import data
 from train import step as step_lib
 from train.config import RunConfig, build, from_config_dict
-from train.host import keep_freed_memory
 from train.objectives import Context
 
 COLUMNS = ["model", "remat", "tokens", "step_ms", "spread", "gradient_ms", "forward_ms", "gflop",

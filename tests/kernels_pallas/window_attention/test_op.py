@@ -131,6 +131,7 @@ def test_a_large_cache_is_read_in_parts(monkeypatch, has_near):
     arguments |= dict(cache=(ck, cv), cache_ranges=np.array([[[2, 3], [5, 11]], [[0, 0], [9, 10]]]))
     expected = window_attention(q, k, v, **arguments | dict(cache=(ck, np.nan_to_num(cv))))
     monkeypatch.setattr("kernels_pallas.window_attention.xla.SLOTS_AT_ONCE", 3)
+    monkeypatch.setattr("kernels_pallas.window_attention.xla.MANY_SLOTS", 1)
     attend = lambda cv, q: window_attention(q, k, v, **arguments | dict(cache=(ck, cv)))
     np.testing.assert_allclose(attend(cv, q), expected, atol=1e-6)
     gradient = lambda q: jax.grad(lambda q: (attend(np.nan_to_num(cv), q) ** 2).sum())(q)
@@ -147,6 +148,7 @@ def test_a_cache_that_lies_apart_is_the_stacked_one(monkeypatch, slots_in_place)
     of_xla = "kernels_pallas.window_attention.xla"
     monkeypatch.setattr(f"{of_xla}.SLOTS_AT_ONCE", 3)
     monkeypatch.setattr(f"{of_xla}.SLOTS_IN_PLACE", slots_in_place)
+    monkeypatch.setattr(f"{of_xla}.MANY_SLOTS", 1)  # slot by slot
     arguments["cache"] = tuple(tuple(jnp.asarray(c)) for c in arguments["cache"])
     for layer in (arguments["layer"], jnp.int32(arguments["layer"])):
         got = window_attention(q, k, v, **arguments | dict(layer=layer))
