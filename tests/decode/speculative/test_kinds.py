@@ -5,30 +5,18 @@ import dataclasses
 import jax
 import pytest
 
-from decode.speculative.components import DraftModelTree, Eagle, Lookahead, NoDraft, TokenRecycling
-from decode.speculative.drafters.layer_skip import layer_skip
+from decode.complete import complete
+from decode.speculative.components import DRAFTERS, DraftModelTree, NoDraft
 from decode.speculative.loop import SpeculativeMethod
 from decode.speculative.tree import TreeShape
 from dlm import rope
-from dlm.heads.eagle_1 import Eagle1Heads
+from dlm.lm import LanguageModel
 from tests.lib.kinds import model
 from tests.lib.speculation import random_prompts, run, texts
 from tests.lib.tiers import more
-from tests.lib.weights import init_from_specs, init_params
+from tests.lib.weights import init_params
 
 TREE = TreeShape((0, 0, 1, 2), (0, 1, 0, 0))  # a root, two drafts, one more below each
-
-
-def drafters(cfg, params):
-    heads = Eagle1Heads()
-    own = init_from_specs(jax.random.key(5), heads.specs(cfg), cfg.jnp_dtype)
-    return {
-        "layer skip": layer_skip(params, cfg, [0, 2], num_drafts=3),
-        "tree": DraftModelTree(params, cfg, shape=TREE),
-        "recycling": TokenRecycling(),
-        "lookahead": Lookahead(ngram=3, window=3),
-        "eagle": Eagle(heads.network(cfg, own)),
-    }
 
 
 @pytest.fixture(scope="module", params=["gemma", *more("experts behind a dense layer")])
@@ -41,17 +29,23 @@ def case(request):
     return cfg, params, prompts, texts(alone, 3)
 
 
-MORE = ("layer skip", "recycling", "lookahead", "eagle")
-
-
 @pytest.mark.parametrize(
-    "name", ["tree", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE)]
+    "kind", [DraftModelTree, *more(*(k for k in DRAFTERS if k is not DraftModelTree))]
 )
-def test_drafts_change_no_text(case, name):
+def test_drafts_change_no_text(case, kind):
     cfg, params, prompts, expected = case
-    state = run(params, cfg, SpeculativeMethod(drafters(cfg, params)[name]), prompts, gen_len=16)
+    method = SpeculativeMethod(kind.example(cfg, params))
+    state = run(params, cfg, method, prompts, gen_len=16)
     assert texts(state, 3) == expected
     assert len({tuple(text) for text in expected}) == 3 and max(map(len, expected)) == 16
+
+
+@pytest.mark.parametrize("kind", more(*DRAFTERS))
+def test_rows_that_are_replaced_write_the_same(case, kind):
+    cfg, params, prompts, expected = case
+    lm = LanguageModel(params, cfg, None)
+    answers = complete(lm, prompts, drafter=kind.example(cfg, params), gen_len=16, batch_size=2)
+    assert [answer.canvas.tolist() for answer in answers] == expected
 
 
 @pytest.mark.exhaustive
