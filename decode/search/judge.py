@@ -1,0 +1,109 @@
+"""The reading half of a round of search: the model reads the candidates, and a strategy is told.
+
+Letters: B prompts, K hypotheses, n candidates, S slots, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from decode.core.matches import match_lengths
+from decode.core.streams import fold_in
+from decode.search.contracts import Round
+from decode.search.method import SearchMethod
+from decode.search.state import SearchState
+from dlm import vocab
+from dlm.cache import KVCache
+from dlm.config import ModelConfig
+from dlm.models import decoder
+from dlm.params import Params
+from dlm.window import Slots, Window
+from kernels_pallas.window_attention import pack_mask
+
+BANNED = -1e9  # a log-probability, finite as it may be multiplied
+
+
+def read(params: Params, cfg: ModelConfig, state: SearchState) -> tuple[jax.Array, KVCache]:
+    """Final states [B, K, n, D] of the candidates, which do not see each other, and the cache."""
+    B, K, n = state.candidates.shape
+    start = jnp.tile(state.num_cached, K)
+    tokens = state.candidates.swapaxes(0, 1).reshape(K * B, n)
+    mask = None
+    if n > 1:
+        mask = pack_mask(jnp.broadcast_to(jnp.eye(n, dtype=bool)[None], (K * B, n, n)))
+    positions = jnp.broadcast_to(start[:, None], tokens.shape)
+    slots = Slots.append(state.cache, start, jnp.tile(~state.has_stopped, K))
+    output = decoder.forward(
+        params,
+        cfg,
+        Window(tokens, positions, mask, is_causal=n == 1),
+        slots.replace(length=jnp.tile(state.end, K)),
+    )
+    assert output.cache is not None
+    return output.hidden.reshape(K, B, n, -1).swapaxes(0, 1), output.cache
+
+
+def what_is_seen(
+    params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState, hidden: jax.Array
+) -> Round:
+    """What the strategy is told."""
+    head, length = vocab.head(params), state.length
+    ids = jnp.asarray(method.stop_ids, jnp.int32).reshape(-1)
+    ids = jnp.append(ids, jnp.asarray(cfg.eos_ids, jnp.int32))
+
+    def is_end(tokens: jax.Array) -> jax.Array:
+        return (tokens[..., None] == ids.reshape((1,) * tokens.ndim + (-1,))).any(axis=-1)
+
+    @functools.cache
+    def log_probs() -> jax.Array:
+        return _shaped(method, state, jax.nn.log_softmax(vocab.logits(head, hidden)))
+
+    def best(k: int) -> tuple[jax.Array, jax.Array]:
+        k = min(k, cfg.vocab_size)
+        if not method.is_plain:
+            found, tokens = jax.lax.top_k(log_probs(), k)
+            return tokens.astype(jnp.int32), found
+        stats = vocab.read(head, hidden, k=k)
+        assert stats.top_tokens is not None and stats.top_log_probs is not None
+        return stats.top_tokens, stats.top_log_probs
+
+    return Round(
+        best=best,
+        log_probs=log_probs,
+        hidden=hidden,
+        candidates=state.candidates,
+        tokens=state.tokens,
+        log_prob=state.log_prob,
+        length=length,
+        prompt_len=state.prompt_len,
+        end=state.end,
+        is_first=state.num_cached < state.prompt_len,
+        is_end=is_end,
+        score=state.score,
+        key=fold_in(state.key, state.num_forwards),
+        active=~state.has_stopped,
+    )
+
+
+def _shaped(method: SearchMethod, state: SearchState, log_probs: jax.Array) -> jax.Array:
+    """Log-probabilities [B, K, n, V] after bias, penalty and bans, not normalised again.
+
+    As Hugging Face's beams see them.
+    """
+    B, K, _, V = log_probs.shape
+    occurred = None if state.occurred is None else state.occurred[:, :, None]
+    log_probs = method.sampling.shift(log_probs, occurred)
+    if not method.no_repeat_ngram:
+        return log_probs
+    most = method.no_repeat_ngram - 1
+    rows, S = state.tokens.reshape(B * K, -1), state.tokens.shape[2]
+    length = jnp.repeat(state.length, K)
+    alike = match_lengths(rows, rows, length, most) >= most
+    goes_on = alike & (jnp.arange(S)[None] + 1 < length[:, None])
+    banned = jnp.where(goes_on, jnp.roll(rows, -1, axis=1), V)
+    is_banned = jnp.zeros((B * K, V), bool)
+    is_banned = is_banned.at[jnp.arange(B * K)[:, None], banned].set(True, mode="drop")
+    return jnp.where(is_banned.reshape(B, K, 1, V), BANNED, log_probs)

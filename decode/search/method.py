@@ -1,0 +1,85 @@
+"""How texts are searched for: a pytree of choices, checked as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from decode.core.component import check_numbers
+from decode.core.sampling import Sampling
+from decode.search.contracts import Strategy
+from dlm.config import ModelConfig
+
+
+class SearchMethod(struct.PyTreeNode):
+    """How texts are searched for.
+
+    Attributes:
+      strategy: which hypotheses go on.
+      sampling: bias, repetition penalty and, for strategies that draw, temperature and filters.
+      no_repeat_ngram: n >= 0: no n tokens come up twice in a text, its prompt included; 0: they
+        may. Static.
+      stop_ids: [m] int32. Tokens that end a text, besides the model's end-of-text.
+      num_return: R >= 1, completions per prompt. Static.
+    """
+
+    strategy: Strategy
+    sampling: Sampling = Sampling(temperature=None)
+    no_repeat_ngram: int = struct.field(pytree_node=False, default=0)
+    stop_ids: jax.Array | tuple[int, ...] = ()
+    num_return: int = struct.field(pytree_node=False, default=1)
+
+    def validate(self, cfg: ModelConfig) -> None:
+        """Raises ValueError, in one sentence, unless the choices make sense for the model."""
+        if not isinstance(self.strategy, Strategy):
+            raise ValueError(f"strategy={self.strategy!r} must be of class Strategy")
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling={self.sampling!r} must be of class Sampling")
+        check_numbers(self)
+        check_numbers(self.strategy)
+        self.strategy.validate(cfg)
+        self.sampling.validate(cfg)
+        if self.strategy.width > 1 and self.strategy.num_candidates > 1:
+            raise ValueError(
+                f"width={self.strategy.width} and num_candidates={self.strategy.num_candidates}: "
+                "one of them must be 1"
+            )
+        if self.no_repeat_ngram < 0:
+            raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} must be at least 0")
+        drawn = ("temperature", "top_k", "top_p", "min_p")
+        given = [name for name in drawn if getattr(self.sampling, name) is not None]
+        if given and not self.strategy.draws:
+            name = type(self.strategy).__name__
+            raise ValueError(f"{name} draws nothing, so {given[0]} goes without it")
+        if self.strategy.looks_ahead:
+            shaped: dict[str, Any] = {
+                "no_repeat_ngram": self.no_repeat_ngram or None,
+                "repetition_penalty": self.sampling.repetition_penalty,
+            }
+            if wrong := [name for name, value in shaped.items() if value is not None]:
+                name = type(self.strategy).__name__
+                raise ValueError(
+                    f"{wrong[0]}={shaped[wrong[0]]} goes without {name}, which reads what follows "
+                    "tokens that are not written yet"
+                )
+        most = self.strategy.num_results
+        if not 1 <= self.num_return <= most:
+            raise ValueError(
+                f"num_return={self.num_return} must be in [1, {most}], see num_results"
+            )
+        if cfg.writes_in_place:
+            raise ValueError(
+                f"shifted_logits=False with block_len={cfg.block_len}: search needs a model that "
+                "predicts the next token"
+            )
+        for token in np.asarray(self.stop_ids, np.int64):
+            if not 0 <= token < cfg.vocab_size:
+                raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's own log-probabilities are what strategies see."""
+        return not self.sampling.has_filters and not self.no_repeat_ngram
