@@ -32,6 +32,7 @@ from decode.core.texts import (
     read_asked,
     read_sampling,
 )
+from decode.diffusion.contracts import Constraint
 from decode.search import answers as search
 from decode.search.components import METHODS as SEARCHES
 from decode.search.loop import SearchMethod
@@ -60,6 +61,7 @@ class Choices(MethodOptions, total=False):
     drafter: Drafter | None
     acceptance: AcceptanceRule | None
     controller: Controller | None
+    constraint: Constraint | None
 
 
 class Options(Choices, TextOptions, total=False):
@@ -92,6 +94,7 @@ def complete(
     num_return: int = 1,
     top_logprobs: int = 0,
     controller: Controller | None = None,
+    constraint: Constraint | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Completion | list[Completion]:
@@ -132,6 +135,7 @@ def complete(
         log-probabilities when the position was written; 0: none.
       controller: judges in every round as many drafts as pay on this device and this text, and
         asks for none if none do; `Controller()` measures once what rounds cost. None: all.
+      constraint: of a search, what is allowed, see `decode/constraints`; None: everything.
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
       progress: whether to show a bar of prompts that are done, tokens per second and the seconds
@@ -139,8 +143,8 @@ def complete(
 
     Returns:
       A `Completion`, or a list of them if `prompts` is a list of prompts. Its `tokens` end before
-      end-of-text and stop tokens; `finish_reason` is "eos" (either of these), "stop" (a string) or
-      "length".
+      end-of-text and stop tokens; `finish_reason` is "eos" (either of these), "stop" (a string),
+      "length" or, of a search that can write nothing that is allowed, "stuck".
 
     Raises:
       ValueError: on prompts, lengths or options that make no sense, in one sentence.
@@ -151,7 +155,7 @@ def complete(
         method=method, drafter=drafter, acceptance=acceptance, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         logit_bias=logit_bias, stop_ids=stop_ids, top_logprobs=top_logprobs,
-        controller=controller,
+        controller=controller, constraint=constraint,
         gen_len=gen_len, stop=stop,
         seed=seed, num_return=num_return, batch_size=batch_size, progress=progress,
     )  # fmt: skip
@@ -262,7 +266,12 @@ def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMet
     elif isinstance(method, str):
         method = SEARCHES[method] if method in SEARCHES else named(method)
     if isinstance(method, SearchMethod):
-        return _search(method, given)
+        return _search(method, given | {"constraint": choices.get("constraint")})
+    if choices.get("constraint") is not None:
+        raise ValueError(
+            f"constraint={choices['constraint']!r} is for searches: give one as method, such as "
+            "'beam_4'"
+        )
     if not isinstance(method, SpeculativeMethod):
         raise ValueError(
             f"method={method!r} must be a SpeculativeMethod or a SearchMethod, or the name of one"
@@ -277,8 +286,8 @@ def _search(method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:
     for name in ("drafter", "acceptance", "controller", "top_logprobs"):
         if given[name] is not None:
             raise ValueError(f"{name}={given[name]!r} is for one text at a time: a search has none")
-    some = {name: given[name] for name in ("sampling", "stop_ids") if given[name] is not None}
-    return method.replace(**some)
+    some = {name: given[name] for name in ("sampling", "stop_ids", "constraint")}
+    return method.replace(**{k: choice for k, choice in some.items() if choice is not None})
 
 
 def collect(

@@ -74,7 +74,8 @@ class Completion:
         fewer beside other requests.
       tokens_per_forward: n / num_forwards: end-of-text padding does not count as work done.
       finish_reason: "eos" if the model ended the text, or a token of `stop_ids` did; "stop" if a
-        stop string did; "length" if the canvas did.
+        stop string did; "length" if the canvas did; "stuck" if a search found no text that is
+        allowed: what there is is where it could not go on.
       canvas: [gen_len] int32. All completion positions.
       step_map: [gen_len] int32. The 0-based step at which each was decided.
       confidence: [gen_len] float32 in [0, 1]. Confidence at that step.

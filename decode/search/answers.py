@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from decode.core.results import Completion, to_text
 from decode.core.texts import Loop
+from decode.search.contracts import exists
 from decode.search.loop import SearchMethod, SearchState, begin, decode, results
 from dlm.lm import LanguageModel
 
@@ -23,6 +25,9 @@ def collect(
     stops: Sequence[str] = (),
 ) -> list[Completion]:
     """The best completions of the first `num` prompts of a state, the others in `others`.
+
+    There are fewer others where fewer texts were found. Where none was, as no hypothesis could go
+    on, the completion is how far one came, with "stuck" for a reason and a score of -inf.
 
     Args:
       state: a finished state, or one that is under way.
@@ -37,23 +42,27 @@ def collect(
     for b in range(len(forwards) if num is None else num):
         each = []
         for r in range(method.num_return):
+            is_there = bool(exists(found.score[b, r]))
+            if r and not is_there:
+                break
             canvas = found.tokens[b, r, : found.num_tokens[b, r]]
             log_prob = found.log_prob[b, r, : len(canvas)]
             has_ended = len(canvas) > 0 and int(canvas[-1]) in ends
             tokens = canvas[: len(canvas) - has_ended]
             text, n, was_cut = to_text(lm.tokenizer, tokens, stops)
+            reason = "stop" if was_cut else "eos" if has_ended else "length"
             each.append(
                 Completion(
                     text=text,
                     tokens=tokens[:n],
                     num_forwards=int(forwards[b]),
                     tokens_per_forward=n / max(int(forwards[b]), 1),
-                    finish_reason="stop" if was_cut else "eos" if has_ended else "length",
+                    finish_reason=reason if is_there else "stuck",
                     canvas=canvas,
                     step_map=np.arange(len(canvas), dtype=np.int32),
                     confidence=np.exp(log_prob),
                     log_prob=log_prob,
-                    score=float(found.score[b, r]),
+                    score=float(found.score[b, r]) if is_there else -math.inf,
                 )
             )
         completions.append(dataclasses.replace(each[0], others=tuple(each[1:])))

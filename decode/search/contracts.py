@@ -29,7 +29,10 @@ class Best(Protocol):
     """The k most probable tokens behind every candidate."""
 
     def __call__(self, k: int) -> tuple[jax.Array, jax.Array]:
-        """Tokens and their log-probabilities, each [B, K, n, k], the most probable first."""
+        """Tokens and their log-probabilities, each [B, K, n, k], the most probable first.
+
+        Those that may not be written come last, with `NEVER`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Round:
     Attributes:
       best: the most probable tokens, after bias, penalties and bans; nothing else of the vocabulary
         is computed for them.
-      log_probs: makes [B, K, n, V] float32: all of them, likewise.
+      log_probs: makes [B, K, n, V] float32: all of them, likewise; `NEVER`: not allowed.
       hidden: [B, K, n, D]. Final states of the candidates.
       candidates: [B, K, n] int32. What was read.
       tokens: [B, K, S] int32. Texts with their prompts; what is behind their ends is of no meaning.
@@ -105,7 +108,7 @@ class Choice(struct.PyTreeNode):
     Attributes:
       source: [B, K] int32. Which hypothesis each comes from.
       token: [B, K] int32. What is written behind it; -1: nothing.
-      log_prob: [B, K] float32. Of that token, by the target.
+      log_prob: [B, K] float32. Of that token, by the target; `NEVER` kills the hypothesis.
       score: [B, K] float32.
       candidates: [B, K, n] int32. What is read next.
       node: [B, K] int32. Which candidate stays in the cache.
@@ -217,6 +220,11 @@ class Strategy(Part):
             taken(x, order) for x in (texts.tokens, texts.log_prob, texts.score)
         )
         return Results(tokens, log_prob, num_tokens, score)
+
+
+def exists(score: jax.Array) -> jax.Array:
+    """bool: of scores, or log-probabilities, whether what they are of exists and is allowed."""
+    return score > NEVER / 2
 
 
 def completions_of(tokens: jax.Array, prompt_len: jax.Array, G: int) -> jax.Array:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from decode.core.matches import match_lengths
 from decode.core.streams import fold_in
-from decode.search.contracts import Round
+from decode.diffusion.contracts import Constraint
+from decode.search import constrained
+from decode.search.contracts import NEVER, Round
 from decode.search.method import SearchMethod
 from decode.search.state import SearchState
 from dlm import vocab
@@ -22,8 +24,6 @@ from dlm.models import decoder
 from dlm.params import Params
 from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
-
-BANNED = -1e9  # a log-probability, finite as it may be multiplied
 
 
 def read(params: Params, cfg: ModelConfig, state: SearchState) -> tuple[jax.Array, KVCache]:
@@ -59,13 +59,16 @@ def what_is_seen(
 
     @functools.cache
     def log_probs() -> jax.Array:
-        return _shaped(method, state, jax.nn.log_softmax(vocab.logits(head, hidden)))
+        found = _shaped(method, state, jax.nn.log_softmax(vocab.logits(head, hidden)))
+        if method.constraint is None:
+            return found
+        return constrained.allow(cfg, method, state, found)
 
     def best(k: int) -> tuple[jax.Array, jax.Array]:
         k = min(k, cfg.vocab_size)
         if not method.is_plain:
             found, tokens = jax.lax.top_k(log_probs(), k)
-            return tokens.astype(jnp.int32), found
+            return _accepted(cfg, method, state, tokens.astype(jnp.int32), found)
         stats = vocab.read(head, hidden, k=k)
         assert stats.top_tokens is not None and stats.top_log_probs is not None
         return stats.top_tokens, stats.top_log_probs
@@ -88,6 +91,22 @@ def what_is_seen(
     )
 
 
+def _accepted(
+    cfg: ModelConfig,
+    method: SearchMethod,
+    state: SearchState,
+    tokens: jax.Array,
+    log_probs: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens [B, K, n, k] and their log-probabilities, with those last that are refused."""
+    if method.constraint is None or type(method.constraint).accept is Constraint.accept:
+        return tokens, log_probs
+    accepted = constrained.accepts(cfg, method, state, tokens)
+    log_probs = jnp.where(accepted, log_probs, NEVER)
+    order = jnp.argsort(-log_probs, axis=3, stable=True)
+    return jnp.take_along_axis(tokens, order, 3), jnp.take_along_axis(log_probs, order, 3)
+
+
 def _shaped(method: SearchMethod, state: SearchState, log_probs: jax.Array) -> jax.Array:
     """Log-probabilities [B, K, n, V] after bias, penalty and bans, not normalised again.
 
@@ -106,4 +125,4 @@ def _shaped(method: SearchMethod, state: SearchState, log_probs: jax.Array) -> j
     banned = jnp.where(goes_on, jnp.roll(rows, -1, axis=1), V)
     is_banned = jnp.zeros((B * K, V), bool)
     is_banned = is_banned.at[jnp.arange(B * K)[:, None], banned].set(True, mode="drop")
-    return jnp.where(is_banned.reshape(B, K, 1, V), BANNED, log_probs)
+    return jnp.where(is_banned.reshape(B, K, 1, V), NEVER, log_probs)

@@ -5,6 +5,7 @@ A method is a pytree of choices, whose structure picks the program and whose lea
     strategy         which hypotheses go on?                         decode/search/strategies/
     sampling         bias, penalties, filters                        decode/core/sampling.py
     no_repeat_ngram  sequences that may not come up twice
+    constraint       what is allowed at all?                         decode/search/constrained.py
 
 The rows of the cache are hypotheses: row k B + b is the k-th of prompt b. A prompt is read once and
 its keys and values are then laid under all of its hypotheses; where a hypothesis gets a second
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 
 from decode.core import loop
 from decode.core.requests import PREFILL, lay_out, read_requests
+from decode.search import constrained
 from decode.search.contracts import Results, Texts, completions_of, staying, taken
 from decode.search.judge import read, what_is_seen
 from decode.search.method import SearchMethod
@@ -93,7 +95,7 @@ def _begin(
     cache, known = jax.lax.fori_loop(0, num_chunks, read, (cache, known))
     last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
     occurred = None
-    if method.sampling.repetition_penalty is not None:
+    if method.keeps_occurred:
         in_prompt = jnp.where(jnp.arange(S)[None] < length[:, None], tokens, cfg.vocab_size)
         occurred = jnp.zeros((B, cfg.vocab_size), bool)
         occurred = occurred.at[jnp.arange(B)[:, None], in_prompt].set(True, mode="drop")
@@ -115,6 +117,9 @@ def _begin(
         key=jnp.copy(key),
         cache=under_all(cache, K),
         strategy=known,
+        constraint=None
+        if method.constraint is None
+        else constrained.init(method.constraint, cfg, B, K, n),
         num_steps=jnp.zeros((), jnp.int32),
     )
 
@@ -142,7 +147,7 @@ def step(params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchSt
         source = jnp.where(active[:, None], choice.source, jnp.arange(K)[None])
         cache, num_moves = move(cache, source, state.prompt_len, state.log_prob.shape[2] + n)
     with jax.named_scope("write"):
-        return write(method, state, choice, source, active).replace(
+        return write(cfg, method, state, choice, source).replace(
             cache=cache, num_moves=state.num_moves + num_moves
         )
 

@@ -10,8 +10,11 @@ from flax import struct
 
 from decode.core.component import check_numbers
 from decode.core.sampling import Sampling
+from decode.diffusion.contracts import Constraint
 from decode.search.contracts import Strategy
 from dlm.config import ModelConfig
+
+SERVED = frozenset({"logits", "occurred"})  # what constraints may need
 
 
 class SearchMethod(struct.PyTreeNode):
@@ -22,6 +25,7 @@ class SearchMethod(struct.PyTreeNode):
       sampling: bias, repetition penalty and, for strategies that draw, temperature and filters.
       no_repeat_ngram: n >= 0: no n tokens come up twice in a text, its prompt included; 0: they
         may. Static.
+      constraint: what is allowed, see `decode.search.constrained`; None: everything.
       stop_ids: [m] int32. Tokens that end a text, besides the model's end-of-text.
       num_return: R >= 1, completions per prompt. Static.
     """
@@ -29,6 +33,7 @@ class SearchMethod(struct.PyTreeNode):
     strategy: Strategy
     sampling: Sampling = Sampling(temperature=None)
     no_repeat_ngram: int = struct.field(pytree_node=False, default=0)
+    constraint: Constraint | None = None
     stop_ids: jax.Array | tuple[int, ...] = ()
     num_return: int = struct.field(pytree_node=False, default=1)
 
@@ -65,6 +70,7 @@ class SearchMethod(struct.PyTreeNode):
                     f"{wrong[0]}={shaped[wrong[0]]} goes without {name}, which reads what follows "
                     "tokens that are not written yet"
                 )
+        self._check_constraint(cfg)
         most = self.strategy.num_results
         if not 1 <= self.num_return <= most:
             raise ValueError(
@@ -79,7 +85,34 @@ class SearchMethod(struct.PyTreeNode):
             if not 0 <= token < cfg.vocab_size:
                 raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
 
+    def _check_constraint(self, cfg: ModelConfig) -> None:
+        """As `validate`."""
+        constraint = self.constraint
+        if constraint is None:
+            return
+        if not isinstance(constraint, Constraint):
+            raise ValueError(f"constraint={constraint!r} must be of class Constraint, or None")
+        constraint.validate(cfg)
+        if further := sorted(constraint.needs - SERVED):
+            raise ValueError(
+                f"{constraint.name} needs {further[0]!r}, which a search does not have, only "
+                f"{' and '.join(sorted(SERVED))}"
+            )
+        proposes = type(constraint).propose is not Constraint.propose
+        if proposes and "logits" not in constraint.needs:
+            raise ValueError(
+                f"{constraint.name} changes proposals of a window, which a search has not: it must "
+                "say in mask_logits what is allowed at one position"
+            )
+
     @property
     def is_plain(self) -> bool:
         """Whether the model's own log-probabilities are what strategies see."""
-        return not self.sampling.has_filters and not self.no_repeat_ngram
+        is_free = self.constraint is None and not self.no_repeat_ngram
+        return is_free and not self.sampling.has_filters
+
+    @property
+    def keeps_occurred(self) -> bool:
+        """Whether anybody asks which tokens came up."""
+        asks = self.constraint is not None and "occurred" in self.constraint.needs
+        return asks or self.sampling.repetition_penalty is not None

@@ -8,25 +8,46 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from decode.search.contracts import Choice, taken
+from decode.search import constrained
+from decode.search.contracts import NEVER, Choice, exists, taken
 from decode.search.method import SearchMethod
 from decode.search.state import SearchState
 from dlm.cache import KVCache
+from dlm.config import ModelConfig
 from dlm.params import Apart, is_apart
 
 
 def write(
+    cfg: ModelConfig,
     method: SearchMethod,
     state: SearchState,
     choice: Choice,
     source: jax.Array,
-    active: jax.Array,
 ) -> SearchState:
-    """The texts of the next round."""
+    """The texts of the next round.
+
+    A hypothesis whose token may not be written is dead, and `NEVER` its score. A prompt without any
+    other is done, and nothing is written.
+    """
     (B, K, S), is_ahead = state.tokens.shape, method.strategy.looks_ahead
     G = state.log_prob.shape[2]
     rows, lanes = jnp.arange(B)[:, None], jnp.arange(K)[None]
+    active = ~state.has_stopped
     is_written = active[:, None] & (choice.token >= 0)
+    longer = state.length + is_written.any(axis=1)
+    length = longer if choice.length is None else choice.length
+    length = jnp.where(active, length, state.length)
+    num_cached = jnp.where(active, length - (not is_ahead), state.num_cached)
+    is_dead, constraint = is_written & ~exists(choice.log_prob), state.constraint
+    if constraint is not None:
+        accepted, constraint = constrained.follow(
+            cfg, method, state, source, choice.node, choice.candidates, num_cached
+        )
+        if not is_ahead:  # what is read next is what is written
+            is_dead |= is_written & ~accepted[:, :, 0]
+    is_dead |= ~exists(choice.score)
+    is_stuck = is_dead.all(axis=1)
+    is_written &= ~is_stuck[:, None]
     at = jnp.where(is_written, state.length[:, None], S)
     place = jnp.where(is_written, (state.length - state.prompt_len)[:, None], G)
     tokens = taken(state.tokens, source).at[rows, lanes, at].set(choice.token, mode="drop")
@@ -36,23 +57,21 @@ def write(
     if occurred is not None:
         token = jnp.where(is_written, choice.token, occurred.shape[2])
         occurred = taken(occurred, source).at[rows, lanes, token].set(True, mode="drop")
-    longer = state.length + is_written.any(axis=1)
-    length = longer if choice.length is None else choice.length
-    length = jnp.where(active, length, state.length)
     keep = lambda new, old: jnp.where(  # noqa: E731
         active.reshape(-1, *[1] * (new.ndim - 1)), new, old
     )
     return state.replace(
         tokens=tokens,
-        length=length,
-        num_cached=jnp.where(active, length - (not is_ahead), state.num_cached),
+        length=jnp.where(is_stuck, state.length, length),
+        num_cached=num_cached,
         candidates=keep(choice.candidates, state.candidates),
-        score=keep(choice.score, state.score),
+        score=keep(jnp.where(is_dead, NEVER, choice.score), state.score),
         log_prob=log_prob,
         num_forwards=state.num_forwards + active,
-        has_stopped=state.has_stopped | choice.is_done | (length >= state.end),
+        has_stopped=state.has_stopped | choice.is_done | is_stuck | (length >= state.end),
         occurred=occurred,
         strategy=jax.tree.map(keep, choice.state, state.strategy),
+        constraint=jax.tree.map(keep, constraint, state.constraint),
         num_steps=state.num_steps + 1,
     )
 

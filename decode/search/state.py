@@ -21,7 +21,7 @@ class SearchState(struct.PyTreeNode):
       candidates: [B, K, n] int32. Read next.
       tokens: [B, K, S] int32. Prompts and completions from slot 0.
       log_prob: [B, K, G] float32. Of completions, token by token, by the target itself.
-      occurred: [B, K, V] bool. Tokens that came up; None without a repetition penalty.
+      occurred: [B, K, V] bool. Tokens that came up; None unless anybody asks.
       length: [B] int32. Of all hypotheses of a prompt.
       num_cached: [B] int32. Tokens that the cache covers.
       num_moves: [B] int32. Hypotheses whose keys and values were copied to another row.
@@ -29,6 +29,7 @@ class SearchState(struct.PyTreeNode):
       prompt_len: [B] int32. Lengths before the first token.
       end: [B] int32. Largest lengths.
       strategy: its state.
+      constraint: [B, K, n, ...]. Its states behind the candidates; None without one.
       cache: of K B rows.
       key: [B, 2] uint32. One random stream per prompt.
       has_stopped: [B] bool.
@@ -47,6 +48,7 @@ class SearchState(struct.PyTreeNode):
     prompt_len: jax.Array
     end: jax.Array
     strategy: Any
+    constraint: Any
     cache: KVCache
     key: jax.Array
     has_stopped: jax.Array

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, taken
+from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, exists, taken
 from dlm.config import ModelConfig
 
 
@@ -197,11 +197,12 @@ class Beam(Strategy):
     def finish(self, texts: Texts, state: BeamState) -> Results:
         """What was put aside and, where the length ended the search, what was under way."""
         score = texts.score / self.norm(texts.num_tokens)[:, None]
+        is_there = exists(texts.score) & ~state.is_done[:, None]
         found = state.with_better(
             texts.tokens,
             texts.log_prob,
             jnp.broadcast_to(texts.num_tokens[:, None], score.shape),
-            jnp.where(state.is_done[:, None], NEVER, score),
+            jnp.where(is_there, score, NEVER),
         )
         return Results(found.tokens, found.log_prob, found.num_tokens, found.score)
 

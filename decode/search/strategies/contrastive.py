@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.search.contracts import Choice, Round, Strategy
+from decode.search.contracts import Choice, Round, Strategy, exists
 from dlm.config import ModelConfig
 
 LEAST_NORM = 1e-12
@@ -32,11 +32,11 @@ class ContrastiveState(struct.PyTreeNode):
 
     Attributes:
       states: [B, S, D] float32. Final states of all positions, of length 1.
-      probs: [B, k] float32. Of the candidates.
+      log_probs: [B, k] float32. Of the candidates.
     """
 
     states: jax.Array
-    probs: jax.Array
+    log_probs: jax.Array
 
 
 @struct.dataclass
@@ -86,12 +86,13 @@ class Contrastive(Strategy):
         likeness = jnp.einsum("bkd,bsd->bks", unit, state.states)
         is_before = jnp.arange(S)[None] < length[:, None]
         likeness = jnp.where(is_before[:, None], likeness, -1.0).max(axis=2)
-        value = (1 - self.alpha) * state.probs - self.alpha * likeness
+        value = (1 - self.alpha) * jnp.exp(state.log_probs) - self.alpha * likeness
+        value = jnp.where(exists(state.log_probs), value, -jnp.inf)
         node = jnp.where(seen.is_first, 0, jnp.argmax(value, axis=1)).astype(jnp.int32)
         states = state.states.at[rows, length].set(unit[rows, node], mode="drop")
         tokens, log_probs = (x[:, 0][rows, node] for x in seen.best(self.k))  # behind the node
         token = jnp.where(seen.is_first, -1, seen.candidates[rows, 0, node])
-        log_prob = jnp.log(jnp.maximum(state.probs[rows, node], jnp.finfo(jnp.float32).tiny))
+        log_prob = state.log_probs[rows, node]
         return Choice(
             source=jnp.zeros((B, 1), jnp.int32),
             token=token[:, None],
@@ -100,7 +101,7 @@ class Contrastive(Strategy):
             candidates=tokens[:, None],
             node=node[:, None],
             is_done=seen.is_end(token) & ~seen.is_first,
-            state=ContrastiveState(states, jnp.exp(log_probs)),
+            state=ContrastiveState(states, log_probs),
         )
 
 

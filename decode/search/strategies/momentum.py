@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.matches import match_lengths
-from decode.search.contracts import Choice, Round, Strategy
+from decode.search.contracts import Choice, Round, Strategy, exists
 from dlm.config import ModelConfig
 
 
@@ -61,9 +61,12 @@ class Momentum(Strategy):
         resistance = table[times]
         # An infinite one counts however small alpha is, but for alpha = 0.
         against = jnp.where(self.alpha > 0, self.alpha * resistance, 0.0)
-        value = jnp.exp(log_probs) - against
+        is_there = exists(log_probs)
+        value = jnp.where(is_there, jnp.exp(log_probs) - against, -jnp.inf)
         best = jnp.argmax(value, axis=1)
-        fallback = jnp.argmin(times, axis=1)  # of equals the most probable
+        fallback = jnp.argmin(
+            jnp.where(is_there, times, len(table)), axis=1
+        )  # of equals the most probable
         is_free = (value > -jnp.inf).any(axis=1)
         chosen = jnp.where(is_free, best, fallback)[:, None]
         token, log_prob = (jnp.take_along_axis(x, chosen, axis=1) for x in (tokens, log_probs))

@@ -17,7 +17,7 @@ from decode.core.sampling import Sampling
 from decode.search import loop
 from decode.search.components import METHODS, Beam, Contrastive, DiverseBeam, Momentum
 from decode.search.contracts import NEVER, Round, staying
-from decode.search.loop import SearchMethod, begin, decode, results
+from decode.search.loop import SearchMethod
 from decode.search.strategies.momentum import repeats
 from decode.speculative.loop import SpeculativeMethod
 from dlm import vocab
@@ -26,6 +26,7 @@ from dlm.models import decoder
 from dlm.window import Window
 from tests.lib.docs import check_refusals
 from tests.lib.paths import GOLDEN
+from tests.lib.search import found, search
 from tests.lib.speculation import random_prompts, run, texts
 from tests.lib.tiers import more
 
@@ -46,18 +47,6 @@ def toy(toy_cfg, toy_params):
     used = np.bincount(np.concatenate(rows), minlength=toy_cfg.vocab_size)
     eos = int(np.argsort(used)[-3])
     return dataclasses.replace(toy_cfg, eos_token_id=eos, mask_token_id=None), toy_params, prompts
-
-
-def search(toy, method, prompts=None, gen_len=10, **options):
-    """The state at the end, and what was found."""
-    cfg, params, every = toy
-    state = begin(params, cfg, method, prompts or every, gen_len=gen_len, chunk=8, **options)
-    state = decode(params, cfg, method, state)
-    return state, jax.device_get(results(method, state))
-
-
-def found(result, b, r=0):
-    return result.tokens[b, r, : result.num_tokens[b, r]].tolist()
 
 
 # ---- Published ----------------------------------------------------------------------------------
