@@ -86,6 +86,9 @@ def complete(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    typical_p: float | None = None,
+    epsilon_cutoff: float | None = None,
+    eta_cutoff: float | None = None,
     repetition_penalty: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
     stop: str | Sequence[str] = (),
@@ -123,7 +126,8 @@ def complete(
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
       gen_len: most tokens to write, end-of-text included, for all or per prompt.
       temperature: 0: arg-max.
-      top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
+      top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty: see
+        `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
       stop: strings that end a text, special tokens included; it is cut before the first that is
         whole.
@@ -153,9 +157,10 @@ def complete(
     found = as_finished(
         lm, prompts,
         method=method, drafter=drafter, acceptance=acceptance, temperature=temperature,
-        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        logit_bias=logit_bias, stop_ids=stop_ids, top_logprobs=top_logprobs,
-        controller=controller, constraint=constraint,
+        top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
+        epsilon_cutoff=epsilon_cutoff, eta_cutoff=eta_cutoff,
+        repetition_penalty=repetition_penalty, logit_bias=logit_bias, stop_ids=stop_ids,
+        top_logprobs=top_logprobs, controller=controller, constraint=constraint,
         gen_len=gen_len, stop=stop,
         seed=seed, num_return=num_return, batch_size=batch_size, progress=progress,
     )  # fmt: skip

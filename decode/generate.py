@@ -98,6 +98,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    typical_p: float | None = None,
+    epsilon_cutoff: float | None = None,
+    eta_cutoff: float | None = None,
     repetition_penalty: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
     guidance: float = 0.0,
@@ -143,7 +146,8 @@ def generate(
       block_len: positions per block; "auto": the model's own if it was trained in blocks, else 32;
         None: one block. Unused with a `scheduler` or a method object.
       temperature: 0: arg-max; > 0: proposals are sampled.
-      top_k, top_p, min_p, repetition_penalty: see `decode.core.sampling`.
+      top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty: see
+        `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
       guidance: classifier-free guidance scale; 0: off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with
@@ -176,6 +180,7 @@ def generate(
         method=method, rule=rule, cache=cache, confidence=confidence, stopper=stopper,
         scheduler=scheduler, reviser=reviser, constraint=constraint, inputs=inputs,
         block_len=block_len, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        typical_p=typical_p, epsilon_cutoff=epsilon_cutoff, eta_cutoff=eta_cutoff,
         repetition_penalty=repetition_penalty, logit_bias=logit_bias, guidance=guidance,
         lookahead=lookahead, stop_ids=stop_ids, top_logprobs=top_logprobs,
         gen_len=gen_len, stop=stop,
@@ -252,16 +257,16 @@ def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) ->
     if filters.has_filters:
         if constraint is not None:
             raise ValueError(
-                f"constraint={constraint} and top_k, top_p, min_p, repetition_penalty or "
-                "logit_bias are two constraints: give one"
+                f"constraint={constraint} and filters, repetition_penalty or logit_bias are two "
+                "constraints: give one"
             )
         had = method.constraint if isinstance(method, DiffusionMethod) else TokenBan()
         if isinstance(method, str):
             had = named(method, 1).constraint
         if not isinstance(had, TokenBan):
             raise ValueError(
-                f"the method's constraint={had} and top_k, top_p, min_p, repetition_penalty or "
-                "logit_bias are two constraints: give one"
+                f"the method's constraint={had} and filters, repetition_penalty or logit_bias are "
+                "two constraints: give one"
             )
         constraint = Filters(filters, ids=had.ids, ban_mask=had.ban_mask)
     given: dict[str, Any] = {

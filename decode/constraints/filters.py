@@ -19,7 +19,7 @@ from dlm.config import ModelConfig
 
 @struct.dataclass
 class Filters(Constraint):
-    """Bias, repetition penalty, top-k, top-p and min-p, exactly as `decode.core.sampling` has them.
+    """Bias, repetition penalty and filters, exactly as `decode.core.sampling` has them.
 
     They act on each position's distribution before anything is proposed, over the method's
     temperature if it has one; log-probabilities and confidences are of what they leave. Tokens

@@ -1,6 +1,7 @@
-"""From logits to what tokens are drawn from: bias, penalty, temperature, top-k, top-p, min-p.
+"""From logits to what tokens are drawn from: bias, penalty, temperature, and filters.
 
-The filters come in the order of Hugging Face's `generate`, and mean what they mean there:
+They come in the order of Hugging Face's `generate`, and mean what they mean there; each filter is
+about the distribution that those before it have left, of which it leaves one token at least:
 
     logit bias b            z + b, per token
     repetition penalty r    logits of tokens that came up before: z / r if z > 0, else z r
@@ -11,6 +12,15 @@ The filters come in the order of Hugging Face's `generate`, and mean what they m
                             (Holtzman et al., nucleus sampling, arXiv:1904.09751)
     min-p                   tokens at least m times as probable as the most probable one
                             (Nguyen et al., arXiv:2407.01082)
+    typical p               the fewest tokens whose probabilities sum to at least p, those first
+                            whose -log p is nearest to the entropy H
+                            (Meister et al., locally typical sampling, arXiv:2202.00666)
+    epsilon                 tokens of a probability of at least e
+    eta                     tokens of a probability of at least min(e, sqrt(e) exp(-H))
+                            (both Hewitt et al., arXiv:2210.15191)
+
+Of tokens that are equal, top-p and typical p keep the first ones, as far as they are needed;
+Hugging Face's typical p keeps all of them.
 
 Letters: V vocabulary; `...` any leading axes.
 """
@@ -25,6 +35,8 @@ from decode.core.component import check_numbers
 from decode.core.streams import wrap
 from dlm.config import ModelConfig
 
+FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 
 class Sampling(struct.PyTreeNode):
     """How logits become probabilities. What is None is left out; numbers are traced.
@@ -34,6 +46,9 @@ class Sampling(struct.PyTreeNode):
       top_k: at least 1.
       top_p: in (0, 1].
       min_p: in [0, 1].
+      typical_p: in (0, 1].
+      epsilon_cutoff: in [0, 1).
+      eta_cutoff: in [0, 1).
       repetition_penalty: > 0; above 1 it makes tokens of prompt and completion less likely.
       logit_bias: [V] float32.
     """
@@ -42,6 +57,9 @@ class Sampling(struct.PyTreeNode):
     top_k: jax.Array | int | None = None
     top_p: jax.Array | float | None = None
     min_p: jax.Array | float | None = None
+    typical_p: jax.Array | float | None = None
+    epsilon_cutoff: jax.Array | float | None = None
+    eta_cutoff: jax.Array | float | None = None
     repetition_penalty: jax.Array | float | None = None
     logit_bias: jax.Array | None = None
 
@@ -52,6 +70,9 @@ class Sampling(struct.PyTreeNode):
             "top_k": (f"in [1, vocab_size={cfg.vocab_size}]", lambda x: 1 <= x <= cfg.vocab_size),
             "top_p": ("in (0, 1]", lambda x: 0 < x <= 1),
             "min_p": ("in [0, 1]", lambda x: 0 <= x <= 1),
+            "typical_p": ("in (0, 1]", lambda x: 0 < x <= 1),
+            "epsilon_cutoff": ("in [0, 1)", lambda x: 0 <= x < 1),
+            "eta_cutoff": ("in [0, 1)", lambda x: 0 <= x < 1),
             "repetition_penalty": ("positive", lambda x: x > 0),
         }
         check_numbers(self)
@@ -67,8 +88,8 @@ class Sampling(struct.PyTreeNode):
     @property
     def has_filters(self) -> bool:
         """Whether more than the temperature shapes the distribution."""
-        filters = (self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.logit_bias)
-        return any(number is not None for number in filters)
+        names = (*FILTERS, "repetition_penalty", "logit_bias")
+        return any(getattr(self, name) is not None for name in names)
 
     def probs(self, logits: jax.Array, occurred: jax.Array | None = None) -> jax.Array:
         """[..., V] float32 probabilities.
@@ -95,20 +116,55 @@ class Sampling(struct.PyTreeNode):
     def keeps(self, z: jax.Array) -> jax.Array:
         """[..., V] bool: what the filters leave of logits [..., V], over the temperature."""
         keep = jnp.ones(z.shape, bool)
+
+        def left() -> jax.Array:
+            return jax.nn.softmax(jnp.where(keep, z, -jnp.inf), axis=-1)
+
         if self.top_k is not None:
             keep = z >= lowest_before(z, jnp.ones_like(z), jnp.asarray(self.top_k, z.dtype))
         if self.top_p is not None:
-            p = jax.nn.softmax(jnp.where(keep, z, -jnp.inf), axis=-1)
-            last = lowest_before(z, p, jnp.asarray(self.top_p, z.dtype))
-            is_last, above = z == last, jnp.where(z > last, p, 0).sum(axis=-1, keepdims=True)
-            # Of equals the first ones, as far as they are needed.
-            before = above + p * (jnp.cumsum(is_last, axis=-1) - 1)
-            keep &= (z > last) | (is_last & (before < self.top_p))
+            keep &= _fewest(z, left(), self.top_p)
         if self.min_p is not None:
-            kept = jnp.where(keep, z, -jnp.inf)
-            p = jax.nn.softmax(kept, axis=-1)
+            p = left()
             keep &= p >= self.min_p * p.max(axis=-1, keepdims=True)
+        if self.typical_p is not None:
+            p = left()
+            surprise = -jnp.log(p)  # infinite where nothing is left
+            keep &= _fewest(-jnp.abs(surprise - _entropy(p)), p, self.typical_p)
+        if self.epsilon_cutoff is not None:
+            keep &= _at_least(left(), self.epsilon_cutoff)
+        if self.eta_cutoff is not None:
+            p, least = left(), jnp.asarray(self.eta_cutoff, z.dtype)
+            keep &= _at_least(p, jnp.minimum(least, jnp.sqrt(least) * jnp.exp(-_entropy(p))))
         return keep
+
+
+def _fewest(score: jax.Array, p: jax.Array, mass: jax.Array | float) -> jax.Array:
+    """[..., V] bool: the fewest tokens of highest scores that have the mass; at 1 all of them.
+
+    Args:
+      score: [..., V] float32.
+      p: [..., V] float32. Probabilities.
+      mass: in (0, 1].
+    """
+    # Rounded sums may reach 1 before the last token.
+    limit = jnp.where(jnp.asarray(mass, p.dtype) < 1, mass, jnp.inf).astype(p.dtype)
+    last = lowest_before(score, p, limit)
+    is_last, above = score == last, jnp.where(score > last, p, 0).sum(axis=-1, keepdims=True)
+    # Of equals the first ones, as far as they are needed.
+    before = above + jnp.cumsum(jnp.where(is_last, p, 0), axis=-1) - p
+    return (score > last) | (is_last & (before < limit))
+
+
+def _entropy(p: jax.Array) -> jax.Array:
+    """[..., 1] float32, in nats, of probabilities [..., V]."""
+    of_each = jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0)
+    return -of_each.sum(axis=-1, keepdims=True)
+
+
+def _at_least(p: jax.Array, least: jax.Array | float) -> jax.Array:
+    """[..., V] bool: probabilities of at least so much; the highest in any case."""
+    return p >= jnp.minimum(least, p.max(axis=-1, keepdims=True))
 
 
 def lowest_before(z: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:

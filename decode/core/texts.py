@@ -31,7 +31,7 @@ from decode.core.requests import (
     whole_number,
 )
 from decode.core.results import STOP_ROUNDS, Completion, cut, read_bias, read_stops, settled
-from decode.core.sampling import Sampling
+from decode.core.sampling import FILTERS, Sampling
 from dlm.compilation import Compiling
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
@@ -47,6 +47,9 @@ class MethodOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
     repetition_penalty: float | None
     logit_bias: Mapping[int, float] | None
     stop_ids: Sequence[int]
@@ -74,10 +77,8 @@ def check_known(function: str, options: Mapping[str, Any], kind: Any) -> None:
 
 def read_sampling(lm: LanguageModel, given: MethodOptions, temperature: float | None) -> Sampling:
     """The temperature and filters that were asked for."""
-    return Sampling(
-        temperature, given.get("top_k"), given.get("top_p"), given.get("min_p"),
-        given.get("repetition_penalty"), read_bias(lm, given.get("logit_bias")),
-    )  # fmt: skip
+    numbers: dict[str, Any] = {name: given.get(name) for name in (*FILTERS, "repetition_penalty")}
+    return Sampling(temperature, **numbers, logit_bias=read_bias(lm, given.get("logit_bias")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from decode.core.requests import whole_number
+from decode.core.sampling import FILTERS
 from decode.core.texts import GEN_LEN
 from dlm import chat
 from dlm.tokenizer import Tokenizer
@@ -19,14 +20,15 @@ def read_settings(settings: Mapping[str, Any], gen_len: int) -> tuple[dict[str, 
     """Keyword arguments of `generate` and `complete`, and the most tokens of an answer.
 
     Args:
-      settings: `until`, one of `LENGTHS`, `do_sample`, `temperature`, `top_p`, `top_k`, and
-        `num_beams` if it is 1. Temperatures count unless `do_sample` is false.
+      settings: `until`, one of `LENGTHS`, `do_sample`, `temperature`, the filters of
+        `decode.core.sampling`, and `num_beams` if it is 1. Temperatures count unless `do_sample` is
+        false.
       gen_len: what counts instead of the length there; 0: that does.
 
     Raises:
       ValueError: a setting is unknown or makes no sense.
     """
-    known = ("until", "do_sample", "temperature", "top_p", "top_k", "num_beams", *LENGTHS)
+    known = ("until", "do_sample", "temperature", *FILTERS, "num_beams", *LENGTHS)
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(
             f"generation_kwargs has {unknown[0]}={settings[unknown[0]]!r}, which is not supported; "
@@ -44,7 +46,7 @@ def read_settings(settings: Mapping[str, Any], gen_len: int) -> tuple[dict[str, 
         raise ValueError(f"do_sample=True needs a temperature above 0, not {temperature:g}")
     if settings.get("do_sample", temperature > 0):
         options["temperature"] = temperature
-        options |= {k: settings[k] for k in ("top_p", "top_k") if settings.get(k) is not None}
+        options |= {k: settings[k] for k in FILTERS if settings.get(k) is not None}
     return options, whole_number("max_gen_toks", length)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.component import check_numbers
-from decode.core.sampling import Sampling
+from decode.core.sampling import FILTERS, Sampling
 from decode.diffusion.contracts import Constraint
 from decode.search.contracts import Strategy
 from dlm.config import ModelConfig
@@ -54,7 +54,7 @@ class SearchMethod(struct.PyTreeNode):
             )
         if self.no_repeat_ngram < 0:
             raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} must be at least 0")
-        drawn = ("temperature", "top_k", "top_p", "min_p")
+        drawn = ("temperature", *FILTERS)
         given = [name for name in drawn if getattr(self.sampling, name) is not None]
         if given and not self.strategy.draws:
             name = type(self.strategy).__name__

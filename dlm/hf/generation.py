@@ -24,15 +24,17 @@ from dlm.hf.format import TOKEN_IDS
 from dlm.tokenizer import read_json
 
 # What `read` gives, by keys of the file.
-_READ = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_FILTERS = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # but for top_k
+_READ = ("do_sample", "temperature", "top_k", *_FILTERS, "repetition_penalty")
 _STOPS = "stop_strings"
 
 _RANGES = {
     "temperature": (0, math.inf),
     "top_k": (-1, keys.LARGEST),  # 0 and, in files of other engines, -1: all tokens
-    "top_p": (0, 1),
-    "min_p": (0, 1),
+    **dict.fromkeys(_FILTERS, (0, 1)),
 }
+# Filters that say this leave everything.
+_ALL = {"top_p": (1,), "typical_p": (1,), "min_p": (0,)} | dict.fromkeys(_FILTERS[3:], (0, 1))
 
 # What changes no text: lengths and numbers of answers, which a call says; how it is computed.
 _HARMLESS = [
@@ -106,8 +108,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "diversity_penalty": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
     "guidance_scale": (1,),
     "min_length": (0,),
     "min_new_tokens": (0,),
@@ -116,7 +116,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "penalty_alpha": (0,),
     "suppress_tokens": ([],),
-    "typical_p": (1,),
 }
 
 
@@ -154,7 +153,7 @@ def read_generation(root: pathlib.Path, raw: Mapping[str, Any]) -> dict[str, Any
 
 
 def _read(said: dict[str, Any]) -> dict[str, Any]:
-    numbers = {key: keys.number(said, key) for key in ("temperature", "top_p", "min_p")}
+    numbers = {key: keys.number(said, key) for key in ("temperature", *_FILTERS)}
     top_k, penalty = keys.whole(said, "top_k", 50), keys.number(said, "repetition_penalty")
     for key, (least, most) in _RANGES.items():
         value = said.get(key)
@@ -166,8 +165,11 @@ def _read(said: dict[str, Any]) -> dict[str, Any]:
     if keys.flag(said, "do_sample", False):
         found["temperature"] = 1.0 if numbers["temperature"] is None else numbers["temperature"]
         found |= {"top_k": top_k} if top_k and top_k > 0 else {}
-        found |= {"top_p": numbers["top_p"]} if numbers["top_p"] not in (None, 1) else {}
-        found |= {"min_p": numbers["min_p"]} if numbers["min_p"] else {}
+        found |= {
+            key: number
+            for key in _FILTERS
+            if (number := numbers[key]) is not None and number not in _ALL[key]
+        }
     if penalty not in (None, 1):
         found["repetition_penalty"] = penalty
     if stops := said.get(_STOPS):

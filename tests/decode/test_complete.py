@@ -1,12 +1,17 @@
 """The notebook API: strings, stop strings, seeds, and what is reported."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 
 import dlm
-from decode.complete import complete
+from decode.complete import choose, complete, stream_text
+from decode.core.sampling import FILTERS
+from decode.core.texts import MethodOptions
+from decode.generate import choose as choose_diffusion
+from decode.generate import generate
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from tests.lib.untrained import byte_lm
 
@@ -81,6 +86,22 @@ def test_seeds_are_per_prompt(lm):
     assert again.text == both[1].text
 
 
+def test_filters_are_those_of_sampling(lm):
+    """One that leaves a single token has the greedy text drawn; all are options everywhere."""
+    greedy = complete(lm, "abc", gen_len=12)
+    drawn = complete(lm, "abc", gen_len=12, temperature=1.0, epsilon_cutoff=0.99, seed=3)
+    assert drawn.canvas.tolist() == greedy.canvas.tolist()
+    assert MethodOptions.__optional_keys__ >= {*FILTERS}
+    for function in (complete, generate):
+        assert inspect.signature(function).parameters.keys() >= {*FILTERS}
+    given = dict.fromkeys(FILTERS, 0.5) | {"top_k": 3}
+    for chosen in (
+        choose(lm, {"temperature": 1.0, **given}).sampling,
+        choose_diffusion(lm, 8, given).constraint.sampling,
+    ):
+        assert {name: getattr(chosen, name) for name in FILTERS} == given
+
+
 def test_a_penalty_counts_the_drafts_too(lm):
     """Greedy with a large penalty never repeats a token, and drafts do not change that."""
     options = dict(gen_len=20, repetition_penalty=1e4)
@@ -98,6 +119,8 @@ def test_bad_options_are_refused(lm):
         complete(lm, "abc", stop="")
     with pytest.raises(ValueError, match="top_p=2 must be in"):
         complete(lm, "abc", gen_len=4, temperature=1.0, top_p=2.0)
+    with pytest.raises(ValueError, match=r"typical_p=0 must be in \(0, 1\]"):
+        list(stream_text(lm, "abc", gen_len=4, temperature=1.0, typical_p=0.0))
     with pytest.raises(TypeError, match="prompts is a int"):
         complete(lm, 5)
     for options, message in (

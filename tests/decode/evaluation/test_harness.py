@@ -221,9 +221,9 @@ def unshifted(lm):
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, 0, {"stop": []}, 256),
         ({"temperature": 0.7}, 0, {"stop": [], "temperature": 0.7}, 256),
         (
-            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "num_beams": 1},
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "typical_p": 0.5, "num_beams": 1},
             0,
-            {"stop": [], "temperature": 0.7, "top_p": 0.9, "top_k": 5},
+            {"stop": [], "temperature": 0.7, "top_p": 0.9, "typical_p": 0.5},
             256,
         ),
     ],

@@ -34,6 +34,15 @@ CASES = {
     "one stop": ({"stop_strings": "User:"}, {"stop": ("User:",)}),
     "min-p": ({"do_sample": True, "min_p": 0.05, "top_k": None},
               {"temperature": 1.0, "min_p": 0.05}),
+    "typical, epsilon, eta": (
+        {"do_sample": True, "top_k": 0, "typical_p": 0.2, "epsilon_cutoff": 3e-4,
+         "eta_cutoff": 2e-3},
+        {"temperature": 1.0, "typical_p": 0.2, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3},
+    ),
+    "filters that leave all": (
+        {"do_sample": True, "top_k": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 1},
+        {"temperature": 1.0},
+    ),
     "Dream": (
         {"_from_model_config": True, "alg": "origin", "alg_temp": None, "eps": 0.001,
          "mask_token_id": 151666, "max_length": 20, "output_history": False, "steps": 512,
@@ -84,6 +93,7 @@ def test_what_is_not_done_is_said(tmp_path, caplog):
         ({"do_sample": True, "top_k": -2}, r"top_k=-2 must be in \[-1, "),
         ({"do_sample": True, "top_p": 1.5}, r"top_p=1.5 must be in \[0, 1\]"),
         ({"min_p": 2}, r"min_p=2 must be in \[0, 1\]"),
+        ({"typical_p": -0.5}, r"typical_p=-0.5 must be in \[0, 1\]"),
         ({"repetition_penalty": 0}, "repetition_penalty=0 must be positive"),
         ({"stop_strings": [3]}, r"stop_strings=\[3\] must be a list of texts"),
         ({"stop_strings": [""]}, r"stop_strings=\[''\] must be a list of texts"),
