@@ -99,7 +99,7 @@ def write(
 
     Args:
       cache: see above.
-      new: [n, B, K, T, H]: of T slots.
+      new: [n, B, K, T, H]: of T slots, of the cache's first B rows.
       start: see above.
       rows: [B] bool. Rows that are written; None: all.
       layers: the n layers that are written; None: all.
@@ -151,7 +151,10 @@ def fill_layer(
 def write_positions(
     cache: KVCache, positions: jax.Array, start: jax.Array, rows: jax.Array | None
 ) -> KVCache:
-    """Puts positions [B, T] into slots start [B] and behind it, of `rows` [B] bool; None: all."""
+    """Puts positions [B, T] into slots start [B] and behind it, of `rows` [B] bool; None: all.
+
+    Of a cache that has more than B rows it is about the first ones.
+    """
     assert cache.positions is not None
     new = positions[None, :, None, :, None]
 
@@ -159,15 +162,16 @@ def write_positions(
         by_row = jax.vmap(functools.partial(put_slots, axis=axis), in_axes=(1, 1, 0), out_axes=1)
         return by_row(old, new, start)
 
-    B, S = cache.positions.shape[1], cache.num_slots
+    B, S = len(positions), cache.num_slots
+    old = cache.positions[:, :B]
     split, axis = split_axes(batch=B)["batch"], slots_axis(S)
     of_slots = P(None, split, None, axis)
     specs = {"old": of_slots, "new": P(None, split), "start": P(split)}
-    operands = {"old": cache.positions, "new": new, "start": start}
+    operands = {"old": old, "new": new, "start": start}
     written = per_shard(functools.partial(put, axis=axis), operands, specs, of_slots)
     if rows is not None:
-        written = jnp.where(rows[None, :, None, None, None], written, cache.positions)
-    return cache.replace(positions=written)
+        written = jnp.where(rows[None, :, None, None, None], written, old)
+    return cache.replace(positions=cache.positions.at[:, :B].set(written))
 
 
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:

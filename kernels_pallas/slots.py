@@ -8,7 +8,6 @@ Letters: S slots (of this device), T new ones, n some of them, H head width.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -19,16 +18,20 @@ Layers = tuple[jax.Array, ...]  # of a cache that lies apart: L arrays [B, K, S,
 
 
 def at_layer(
-    x: jax.Array | Layers, layer: jax.Array | int, read: Callable[[jax.Array], jax.Array]
+    x: jax.Array | Layers,
+    layer: jax.Array | int,
+    num_rows: int,
+    read: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """What is read of one layer [B, K, S, H].
+    """What is read of one layer's first rows [num_rows, K, S, H].
 
     Of layers that lie apart each is read where it lies, in a branch of its own; of a stack
-    [L, B, K, S, H] the layer is taken out, which is a copy on CPUs.
+    [L, B, K, S, H] these rows are taken out, which is a copy on CPUs.
     """
     if isinstance(x, tuple):
-        return jax.lax.switch(layer, [functools.partial(read, own) for own in x])
-    return read(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False))
+        return jax.lax.switch(layer, [lambda own=own: read(own[:num_rows]) for own in x])
+    size = (1, num_rows, *x.shape[2:])
+    return read(jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0])
 
 
 def first_slot(num_slots: int, axis: str | None) -> jax.Array | int:
@@ -70,9 +73,9 @@ def put_windows(
 
     Args:
       x: [L, B, K, S, H]. The slots of this device.
-      new: [n, B, K, T, H].
-      at: [B] int32. First slot that is written; at + T is at most the number of slots.
-      rows: [B] bool. Rows that are written; None: all.
+      new: [n, R, K, T, H]. Of the first R rows.
+      at: [R] int32. First slot that is written; at + T is at most the number of slots.
+      rows: [R] bool. Rows that are written; None: all of them.
       layers: [n] int32. Layers that are written, each another.
       axis: the mesh axis over which slots are split, in order; None: all are here.
 
@@ -80,7 +83,7 @@ def put_windows(
       [L, B, K, S, H].
     """
     if axis is not None:
-        old = jnp.take(x, layers, axis=0)
+        old = jnp.take(x, layers, axis=0)[:, : len(at)]
         by_layer = jax.vmap(
             lambda old, new: jax.vmap(lambda old, new, at: put_slots(old, new, at, axis))(
                 old, new, at
@@ -89,7 +92,7 @@ def put_windows(
         written = by_layer(old, new)
         if rows is not None:
             written = jnp.where(rows[None, :, None, None, None], written, old)
-        return x.at[layers].set(written)
+        return x.at[layers, : len(at)].set(written)
     # A scatter of whole windows: an update of slices, mapped over rows, would be compiled into one
     # that turns the cache around and back, and one that reads what it keeps into one that copies.
     first = at if rows is None else jnp.where(rows, at, x.shape[3])  # beyond the end: dropped

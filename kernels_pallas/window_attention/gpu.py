@@ -149,10 +149,10 @@ def window_attention_gpu(
         window_range = jnp.tile(jnp.array([[0, T]], jnp.int32), (B, 1))
     window_range = jnp.minimum(window_range.astype(jnp.int32), T)
     operands = [rows, k, v, window_range]
-    num_ranges = 0
+    num_ranges = rows_of_layer = 0
     if S:
         assert cache is not None and cache_ranges is not None
-        num_ranges = cache_ranges.shape[1]
+        num_ranges, rows_of_layer = cache_ranges.shape[1], cache[0].shape[1] * K
         if tiles.tile > S:  # shorter than a tile: one layer of it is small
             cache = tuple(
                 pad(jax.lax.dynamic_slice_in_dim(c, layer, 1), 3, tiles.tile) for c in cache
@@ -193,6 +193,7 @@ def window_attention_gpu(
             tiles=tiles,
             num_programs=num_programs,
             num_heads=K,
+            rows_of_layer=rows_of_layer,
             num_ranges=num_ranges,
             has_cache=S > 0,
             has_bits=not isinstance(mask, str),
@@ -256,6 +257,7 @@ def _kernel(
     tiles: Plan,
     num_programs: int,
     num_heads: int,
+    rows_of_layer: int,
     num_ranges: int,
     has_cache: bool,
     has_bits: bool,
@@ -328,7 +330,7 @@ def _kernel(
 
             @pl.when(step < num_cached)
             def _cache() -> None:
-                row = layer_ref[0] * k_ref.shape[0] + pair
+                row = layer_ref[0] * rows_of_layer + pair
                 copy(cache_k_ref, cache_v_ref, row, cache_start(step))
 
         @pl.when(step >= num_cached)

@@ -66,7 +66,7 @@ def window_attention(
       window_range: [B, 2] int32. First and past-the-last window position that may be attended to;
         None: all T.
       cache: keys and values of earlier calls, each [L, B, K, S, H]; or each L arrays [B, K, S, H],
-        which "xla" reads where they lie.
+        which "xla" reads where they lie. Where it has more rows than q, it is about the first ones.
       cache_ranges: [B, R, 2] int32. Up to R ranges [first, past the last) of valid cache slots per
         row; empty where first >= last. None: no slot is attended to.
       layer: scalar int32 in [0, L). Which layer of the cache to use.
@@ -209,8 +209,8 @@ def _check_shapes(
         raise ValueError(
             f"mask {mask.dtype}{mask.shape} must be uint32 [B={B}, T={T}, ceil(T/32)={-(-T // 32)}]"
         )
-    if of_layer is not None and of_layer[:2] != (B, k.shape[2]):
+    if of_layer is not None and (of_layer[0] < B or of_layer[1] != k.shape[2]):
         raise ValueError(
-            f"a layer {of_layer} of the cache must be [B={B}, K={k.shape[2]}, S, H={H}]: k is "
-            f"{k.shape}"
+            f"a layer {of_layer} of the cache must be [B={B} or more, K={k.shape[2]}, S, H={H}]: k "
+            f"is {k.shape}"
         )

@@ -29,8 +29,9 @@ def window_attention_reference(
     keys, values, num_slots = k, v, 0
     if cache is not None and cache_ranges is not None:
         num_slots = cache[0].shape[3]
-        keys = jnp.concatenate([cache[0][layer].swapaxes(1, 2), k], axis=1)  # [B, S + T, K, H]
-        values = jnp.concatenate([cache[1][layer].swapaxes(1, 2), v], axis=1)
+        own, of_own = (x[layer][: len(q)].swapaxes(1, 2) for x in cache)
+        keys = jnp.concatenate([own, k], axis=1)  # [B, S + T, K, H]
+        values = jnp.concatenate([of_own, v], axis=1)
     allowed = allowed_positions(q.shape[:2], num_slots, mask, window_range, cache_ranges, near)
     group = q.shape[2] // k.shape[2]
     keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)

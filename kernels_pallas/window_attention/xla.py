@@ -84,7 +84,7 @@ def attend_xla(
         in_cache = in_ranges(cache_ranges, _num_slots(cache))[:, None]
         in_cache = in_cache if near is None else in_cache & near.of_cache()
         keys, values = cache
-        of_cache = masked(at_layer(keys, layer, product_by_slot), in_cache)
+        of_cache = masked(at_layer(keys, layer, B, product_by_slot), in_cache)
         top = functools.reduce(
             jnp.maximum, (x.max(axis=-1, keepdims=True) for x in (of_window, of_cache))
         )
@@ -93,7 +93,7 @@ def attend_xla(
             top = jax.lax.pmax(top, slots_axis)
         _, total, out = _weigh(of_window, v, top)
         weights, summed = _weights(of_cache, top, rows.dtype)
-        weighed = at_layer(values, layer, functools.partial(_weighed, weights))
+        weighed = at_layer(values, layer, B, functools.partial(_weighed, weights))
         if slots_axis is not None:
             summed, weighed = jax.lax.psum((summed, weighed), slots_axis)
         total, out = total + summed, out + weighed
@@ -147,12 +147,13 @@ def _in_parts(
 
     A part that is outside of a row's ranges changes nothing of the row, whoever else reads it.
     """
-    S, n = _num_slots(cache), SLOTS_AT_ONCE
+    S, n, B = _num_slots(cache), SLOTS_AT_ONCE, len(ranges)
 
     def part_of(x: jax.Array | Layers, start: jax.Array) -> jax.Array:  # [B, K, n, H]
         if isinstance(x, tuple):
-            return at_layer(x, layer, lambda x: jax.lax.dynamic_slice_in_dim(x, start, n, axis=2))
-        _, B, K, _, H = x.shape  # in one go: a whole layer would be a copy
+            take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, n, axis=2)  # noqa: E731
+            return at_layer(x, layer, B, take)
+        _, _, K, _, H = x.shape  # in one go: a whole layer would be a copy
         return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, B, K, n, H))[0]
 
     def add(sums: _Sums, first: jax.Array) -> _Sums:

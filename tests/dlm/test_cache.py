@@ -17,7 +17,7 @@ from decode.speculative.drafters.swift import Swift
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod, decode, init_state
 from decode.speculative.tree import from_paths
-from dlm.cache import KVCache, compact, init_cache, write
+from dlm.cache import KVCache, compact, init_cache, write, write_positions
 from dlm.params import Apart
 from dlm.sharding import make_mesh
 from dlm.window import Slots
@@ -50,6 +50,30 @@ def test_the_chosen_rows_get_the_window():
     np.testing.assert_array_equal(got.k, by_hand(old.k, new.k))
     np.testing.assert_array_equal(got.v, by_hand(old.v, new.v))
     assert Slots(old).store(new) is old  # nothing says where
+
+
+def test_a_window_may_be_of_the_first_rows():
+    """Keys, values and positions; also where slots are on several devices."""
+    old, new = random_cache(0), random_cache(1, num_slots=T)
+    old = old.replace(positions=jnp.arange(B * S, dtype=jnp.int32).reshape(1, B, 1, S, 1))
+    first = jax.tree.map(lambda x: x[:, :2], new)
+    places = np.arange(2 * T, dtype=np.int32).reshape(2, T)
+
+    def run(old):
+        written = write(old, first, jnp.asarray(START[:2]), jnp.asarray(ROWS[:2]))
+        return write_positions(written, jnp.asarray(places), jnp.asarray(START[:2]), None)
+
+    got = jax.jit(run)(old)
+    for a, b, c in ((got.k, old.k, new.k), (got.v, old.v, new.v)):
+        np.testing.assert_array_equal(a[:, :2], by_hand(b, c)[:, :2])
+        np.testing.assert_array_equal(a[:, 2:], b[:, 2:])
+    positions = np.array(old.positions[0, :, 0, :, 0])
+    for b in range(2):
+        positions[b, START[b] : START[b] + T] = places[b]
+    np.testing.assert_array_equal(got.positions[0, :, 0, :, 0], positions)
+    if jax.device_count() >= 8:
+        with jax.set_mesh(make_mesh(sequence=2, tensor=2)):
+            jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(old), got)
 
 
 def split(cache):

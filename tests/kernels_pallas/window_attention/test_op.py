@@ -155,8 +155,23 @@ def test_a_cache_that_lies_apart_is_the_stacked_one(monkeypatch, slots_in_place)
         np.testing.assert_allclose(got, expected, atol=1e-6)
     with pytest.raises(NotImplementedError, match="must be 'xla' for a cache that lies apart"):
         window_attention(q, k, v, **arguments, implementation="reference")
-    with pytest.raises(ValueError, match=r"a layer \(.*\) of the cache must be \[B=1"):
-        window_attention(q[:1], k[:1], v[:1], **arguments)
+    fewer = tuple(tuple(c[:1] for c in layers) for layers in arguments["cache"])
+    with pytest.raises(ValueError, match=r"a layer \(.*\) of the cache must be \[B=2 or more"):
+        window_attention(q, k, v, **arguments | dict(cache=fewer))
+
+
+@pytest.mark.parametrize("slots_at_once", [3, 512])
+@pytest.mark.parametrize("kind", ["stacked", "apart", "reference"])
+def test_a_window_of_the_first_rows_of_a_cache(monkeypatch, kind, slots_at_once):
+    (q, k, v), arguments, _ = limited_case()
+    expected = window_attention(q, k, v, **arguments)
+    monkeypatch.setattr("kernels_pallas.window_attention.xla.SLOTS_AT_ONCE", slots_at_once)
+    cache = tuple(np.pad(x, ((0, 0), (0, 3), *[(0, 0)] * 3)) for x in arguments["cache"])
+    if kind == "apart":
+        cache = tuple(tuple(map(jnp.asarray, x)) for x in cache)
+    how = "reference" if kind == "reference" else None
+    got = window_attention(q, k, v, **arguments | dict(cache=cache), implementation=how)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

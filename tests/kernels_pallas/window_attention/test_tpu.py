@@ -23,7 +23,10 @@ from tests.lib.tiers import more
 
 
 def attention_case(B, T, S, N, K, H, mask, dtype=jnp.float32, seed=0):
-    """Operands, and a batch whose rows see two ranges, a part, or nothing of the cache."""
+    """Operands, and a batch whose rows see two ranges, a part, or nothing of the cache.
+
+    Of odd batches it has a row more than the window.
+    """
     rng = np.random.default_rng(seed)
     make = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     if mask == "tree":
@@ -33,7 +36,7 @@ def attention_case(B, T, S, N, K, H, mask, dtype=jnp.float32, seed=0):
     ranges = [[[0, S // 2], [S * 3 // 4, S]], [[S // 3, S // 3 + 1], [0, 0]], [[0, 0], [5, 5]]]
     window_range = jnp.array([windows[b % 3] for b in range(B)])
     cache_ranges = jnp.array([ranges[b % 3] for b in range(B)])
-    cache = (make(2, B, K, S, H), make(2, B, K, S, H)) if S else None
+    cache = (make(2, B + B % 2, K, S, H), make(2, B + B % 2, K, S, H)) if S else None
     q, k, v = make(B, T, N, H), make(B, T, K, H), make(B, T, K, H)
     return q, k, v, mask, window_range, cache, cache_ranges if S else None, 1
 
