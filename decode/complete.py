@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack, cast, overload
+from typing import Any, TypeGuard, Unpack, cast, overload
 
 import jax
 import numpy as np
@@ -133,8 +133,8 @@ def complete(
         whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
-      num_return: samples per prompt, of a search its best completions; the further ones are the
-        first one's `others`.
+      num_return: samples per prompt, of a search that draws nothing its best completions; the
+        further ones are the first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.
       controller: judges in every round as many drafts as pay on this device and this text, and
@@ -179,7 +179,7 @@ def as_finished(
     found = asked.as_finished(
         loop_of(method), method, options.get("batch_size"), options.get("progress", False)
     )
-    if isinstance(method, SearchMethod):
+    if _finds_several(method):
         return found
     return gather_samples(found, options.get("num_return", 1))
 
@@ -232,13 +232,18 @@ def _read(
 ) -> tuple[SpeculativeMethod | SearchMethod, Asked]:
     """How to decode, and what."""
     method = choose(lm, options)
-    if not isinstance(method, SearchMethod):
-        return method, read_asked(lm, prompts, options)
-    if options.get("stop"):
+    if isinstance(method, SearchMethod) and options.get("stop"):
         raise ValueError(f"stop={options['stop']!r}: {NO_STOPS}")
+    if not _finds_several(method):
+        return method, read_asked(lm, prompts, options)
     num_return = whole_number("num_return", options.get("num_return", 1))
     method = method.replace(num_return=max(num_return, method.num_return))
     return method, read_asked(lm, prompts, cast(TextOptions, {**options, "num_return": 1}))
+
+
+def _finds_several(method: SpeculativeMethod | SearchMethod) -> TypeGuard[SearchMethod]:
+    """Whether several completions of a prompt come from one search, and are no samples."""
+    return isinstance(method, SearchMethod) and not method.strategy.draws
 
 
 def loop_of(method: SpeculativeMethod | SearchMethod) -> Loop:
@@ -271,7 +276,7 @@ def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMet
     elif isinstance(method, str):
         method = SEARCHES[method] if method in SEARCHES else named(method)
     if isinstance(method, SearchMethod):
-        return _search(method, given | {"constraint": choices.get("constraint")})
+        return _search(lm, method, given | {"constraint": choices.get("constraint")})
     if choices.get("constraint") is not None:
         raise ValueError(
             f"constraint={choices['constraint']!r} is for searches: give one as method, such as "
@@ -286,13 +291,16 @@ def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMet
     return method
 
 
-def _search(method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:
-    """A search with what was given beside it."""
+def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:
+    """A search with what was given beside it; of filters alone its temperature stays."""
     for name in ("drafter", "acceptance", "controller", "top_logprobs"):
         if given[name] is not None:
             raise ValueError(f"{name}={given[name]!r} is for one text at a time: a search has none")
     some = {name: given[name] for name in ("sampling", "stop_ids", "constraint")}
-    return method.replace(**{k: choice for k, choice in some.items() if choice is not None})
+    some = {name: choice for name, choice in some.items() if choice is not None}
+    if "sampling" in some and some["sampling"].temperature is None:
+        some["sampling"] = some["sampling"].replace(temperature=method.sampling.temperature)
+    return method.replace(strategy=method.strategy.for_model(lm), **some)
 
 
 def collect(

@@ -87,6 +87,7 @@ class Completion:
       top: [gen_len, n] the n most probable tokens at each position, if asked for.
       score: what a search has made of the text, such as its length-normalised log-probability; None
         elsewhere.
+      counts: what a search has counted, by name: see `counts` of its strategy.
       rounds_by_width: forwards by how many nodes of a draft tree a controller had them judge; 0:
         nobody was asked for drafts. None without a controller.
     """
@@ -106,6 +107,7 @@ class Completion:
     top: TopTokens | None = None
     rounds_by_width: dict[int, int] | None = None
     score: float | None = None
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def mean_acceptance_length(self) -> float:

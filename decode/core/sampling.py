@@ -98,7 +98,10 @@ class Sampling(struct.PyTreeNode):
           logits: [..., V] float32.
           occurred: [..., V] bool. Tokens that came up before; needed with a repetition penalty.
         """
-        z = self.shift(logits, occurred)
+        return self.law(self.shift(logits, occurred))
+
+    def law(self, z: jax.Array) -> jax.Array:
+        """[..., V] float32 probabilities of logits that bias and penalty have shifted."""
         if self.temperature is None:
             return jax.nn.one_hot(jnp.argmax(z, axis=-1), z.shape[-1], dtype=z.dtype)
         z = z / self.temperature

@@ -36,7 +36,8 @@ def collect(
       num: how many prompts; None: all.
       stops: strings before the first of which texts are cut.
     """
-    found, forwards = jax.device_get((results(method, state), state.num_forwards))
+    asked = results(method, state), state.num_forwards, method.strategy.counts(state.strategy)
+    found, forwards, counts = jax.device_get(asked)
     ends = {*lm.cfg.eos_ids, *map(int, np.asarray(method.stop_ids).reshape(-1))}
     completions = []
     for b in range(len(forwards) if num is None else num):
@@ -62,6 +63,7 @@ def collect(
                     step_map=np.arange(len(canvas), dtype=np.int32),
                     confidence=np.exp(log_prob),
                     log_prob=log_prob,
+                    counts={name: int(count[b]) for name, count in counts.items()},
                     score=float(found.score[b, r]) if is_there else -math.inf,
                 )
             )

@@ -16,5 +16,7 @@ STRATEGIES: tuple[type[Strategy], ...] = tuple(
     if isinstance(member, type) and issubclass(member, Strategy) and member is not Strategy
 )
 METHODS: dict[str, SearchMethod] = {
-    name: SearchMethod(strategy) for kind in STRATEGIES for name, strategy in kind.points().items()
+    name: SearchMethod(strategy, strategy.sampling)
+    for kind in STRATEGIES
+    for name, strategy in kind.points().items()
 }

@@ -5,6 +5,9 @@ tokens side by side in the place behind it, where what comes behind a token deci
 written (the first round reads the prompt's last token n times). Then the strategy makes the
 hypotheses of the next round, each from one that there is. Prompts of a batch never see each other.
 
+A strategy that tries several ways on now and then (`widths`) has rounds in which only the first
+hypothesis is read, and the others wait.
+
 Letters: B prompts, K hypotheses, n candidates, P longest prompt, G completion positions, S slots of
 tokens, V vocabulary, D width.
 """
@@ -20,7 +23,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import Part
+from decode.core.sampling import Sampling
 from dlm.config import ModelConfig
+from dlm.lm import LanguageModel
+from kernels_pallas.unembed_stats import VocabStats
 
 NEVER = -1e9  # the score of what does not exist
 
@@ -43,6 +49,10 @@ class Round:
       best: the most probable tokens, after bias, penalties and bans; nothing else of the vocabulary
         is computed for them.
       log_probs: makes [B, K, n, V] float32: all of them, likewise; `NEVER`: not allowed.
+      probs: makes [B, K, n, V] float32: what tokens are drawn from, over the temperature and after
+        filters, too.
+      stats: what the model itself says, with its k most probable tokens: statistics [B, K, n] of
+        logits that nothing has changed.
       hidden: [B, K, n, D]. Final states of the candidates.
       candidates: [B, K, n] int32. What was read.
       tokens: [B, K, S] int32. Texts with their prompts; what is behind their ends is of no meaning.
@@ -59,6 +69,8 @@ class Round:
 
     best: Best
     log_probs: Callable[[], jax.Array]
+    probs: Callable[[], jax.Array]
+    stats: Callable[[int], VocabStats]
     hidden: jax.Array
     candidates: jax.Array
     tokens: jax.Array
@@ -94,6 +106,8 @@ class Round:
             self,
             best=best,
             log_probs=lambda: of(self.log_probs()),
+            probs=lambda: of(self.probs()),
+            stats=lambda k: jax.tree.map(of, self.stats(k)),
             hidden=of(self.hidden),
             candidates=of(self.candidates),
             tokens=of(self.tokens),
@@ -167,10 +181,14 @@ class Strategy(Part):
 
     Attributes:
       draws: whether it draws tokens, so that temperature and filters mean something.
+      sampling: what its named points draw from.
+      takes_back: whether texts become shorter, too.
       looks_ahead: whether candidates are what may come behind a text, not its last token.
     """
 
     draws: ClassVar[bool] = False
+    sampling: ClassVar[Sampling] = Sampling(temperature=None)
+    takes_back: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
 
     @classmethod
@@ -182,6 +200,16 @@ class Strategy(Part):
     def width(self) -> int:
         """K."""
         return 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many hypotheses, the first ones, rounds may read: rising, the last is K.
+
+        What a round needs is said by `num_live`. It is told of those that are read, and chooses K
+        all the same. If there are several widths, hypotheses stand where the strategy puts them,
+        and who has children elsewhere must have one in its own place, too.
+        """
+        return (self.width,)
 
     @property
     def num_candidates(self) -> int:
@@ -196,6 +224,18 @@ class Strategy(Part):
     def init(self, cfg: ModelConfig, B: int, S: int, G: int) -> Any:
         """Its state before anything was seen, with a leading axis of B. Default: none."""
         return ()
+
+    def for_model(self, lm: LanguageModel) -> Strategy:
+        """The same with what it takes from a model's tokenizer; ValueError where there is none."""
+        return self
+
+    def num_live(self, state: Any) -> jax.Array:
+        """[B] int32: how many hypotheses the next round needs; only asked if `widths` differ."""
+        raise NotImplementedError
+
+    def counts(self, state: Any) -> Mapping[str, jax.Array]:
+        """What it has counted, [B] int32 each, for `Completion.counts`. Default: nothing."""
+        return {}
 
     def prefill(self, hidden: jax.Array, start: jax.Array, count: jax.Array, state: Any) -> Any:
         """The state after a part of the prompt, all but its last token. Default: the same.

@@ -23,11 +23,15 @@ from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
 from dlm.window import Slots, Window
+from kernels_pallas.unembed_stats import VocabStats
 from kernels_pallas.window_attention import pack_mask
 
 
 def read(params: Params, cfg: ModelConfig, state: SearchState) -> tuple[jax.Array, KVCache]:
-    """Final states [B, K, n, D] of the candidates, which do not see each other, and the cache."""
+    """Final states [B, K, n, D] of the candidates, which do not see each other, and the cache.
+
+    The cache may have rows of further hypotheses.
+    """
     B, K, n = state.candidates.shape
     start = jnp.tile(state.num_cached, K)
     tokens = state.candidates.swapaxes(0, 1).reshape(K * B, n)
@@ -58,24 +62,37 @@ def what_is_seen(
         return (tokens[..., None] == ids.reshape((1,) * tokens.ndim + (-1,))).any(axis=-1)
 
     @functools.cache
-    def log_probs() -> jax.Array:
-        found = _shaped(method, state, jax.nn.log_softmax(vocab.logits(head, hidden)))
+    def logits() -> jax.Array:
+        return vocab.logits(head, hidden)
+
+    def allowed(scores: jax.Array) -> jax.Array:
+        found = _shaped(method, state, scores)
         if method.constraint is None:
             return found
         return constrained.allow(cfg, method, state, found)
+
+    @functools.cache
+    def log_probs() -> jax.Array:
+        return allowed(jax.nn.log_softmax(logits()))
+
+    @functools.cache
+    def stats(k: int) -> VocabStats:
+        return vocab.read(head, hidden, k=min(k, cfg.vocab_size))
 
     def best(k: int) -> tuple[jax.Array, jax.Array]:
         k = min(k, cfg.vocab_size)
         if not method.is_plain:
             found, tokens = jax.lax.top_k(log_probs(), k)
             return _accepted(cfg, method, state, tokens.astype(jnp.int32), found)
-        stats = vocab.read(head, hidden, k=k)
-        assert stats.top_tokens is not None and stats.top_log_probs is not None
-        return stats.top_tokens, stats.top_log_probs
+        said = stats(k)
+        assert said.top_tokens is not None and said.top_log_probs is not None
+        return said.top_tokens, said.top_log_probs
 
     return Round(
         best=best,
         log_probs=log_probs,
+        probs=lambda: method.sampling.law(allowed(logits())),
+        stats=stats,
         hidden=hidden,
         candidates=state.candidates,
         tokens=state.tokens,
@@ -108,7 +125,7 @@ def _accepted(
 
 
 def _shaped(method: SearchMethod, state: SearchState, log_probs: jax.Array) -> jax.Array:
-    """Log-probabilities [B, K, n, V] after bias, penalty and bans, not normalised again.
+    """Log-probabilities [B, K, n, V], or logits, after bias, penalty and bans; not normalised.
 
     As Hugging Face's beams see them.
     """

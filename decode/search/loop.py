@@ -11,7 +11,8 @@ The rows of the cache are hypotheses: row k B + b is the k-th of prompt b. A pro
 its keys and values are then laid under all of its hypotheses; where a hypothesis gets a second
 child, only what stands behind the prompt is copied, from row to row. The candidates of a round are
 the last tokens of the texts, where there is one, else what may come behind them; the cache covers
-what stands before.
+what stands before. A strategy may have hypotheses wait: a round reads the first rows only, if no
+prompt of the batch needs more.
 
 A round is `decode.search.judge`, the strategy, and `decode.search.move`.
 
@@ -33,12 +34,13 @@ from decode.search import constrained
 from decode.search.contracts import Results, Texts, completions_of, staying, taken
 from decode.search.judge import read, what_is_seen
 from decode.search.method import SearchMethod
-from decode.search.move import by_row, move, under_all, write
+from decode.search.move import by_row, move, that_occur, under_all, write
 from decode.search.state import SearchState
 from dlm.cache import KVCache, compact, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from dlm.sharding import batch_shards
 from dlm.window import Slots, Window
 
 __all__ = ["SearchMethod", "SearchState", "begin", "decode", "results", "step"]
@@ -96,10 +98,7 @@ def _begin(
     last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
     occurred = None
     if method.keeps_occurred:
-        in_prompt = jnp.where(jnp.arange(S)[None] < length[:, None], tokens, cfg.vocab_size)
-        occurred = jnp.zeros((B, cfg.vocab_size), bool)
-        occurred = occurred.at[jnp.arange(B)[:, None], in_prompt].set(True, mode="drop")
-        occurred = jnp.repeat(occurred[:, None], K, axis=1)
+        occurred = jnp.repeat(that_occur(tokens[:, None], length, cfg.vocab_size), K, axis=1)
     zeros = functools.partial(jnp.zeros, B, jnp.int32)
     return SearchState(
         tokens=jnp.repeat(tokens[:, None], K, axis=1),
@@ -125,21 +124,41 @@ def _begin(
 
 
 def step(params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState) -> SearchState:
-    """One round. Pure; prompts that are done stay as they are."""
+    """One round. Pure; prompts that are done stay as they are.
+
+    Of several widths it has one round each, of which one runs.
+    """
+    widths = method.strategy.widths
+    # Where devices have rows of their own, the first hypotheses are on some of them only.
+    if len(widths) == 1 or batch_shards() > 1:
+        return _round(params, cfg, method, method.strategy.width, state)
+    live = jnp.where(state.has_stopped, 0, method.strategy.num_live(state.strategy)).max()
+    enough = (jnp.asarray(widths[:-1]) < live).sum()
+    for i, width in enumerate(widths):
+        run = functools.partial(_round, params, cfg, method, width)
+        state = loop.in_place(enough == i, run, state)
+    return state
+
+
+def _round(
+    params: Params, cfg: ModelConfig, method: SearchMethod, width: int, state: SearchState
+) -> SearchState:
+    """As `step`, of which the first `width` hypotheses are read."""
     _, K, n = state.candidates.shape
-    active = ~state.has_stopped
+    active, here = ~state.has_stopped, state.first(width)
     with jax.named_scope("judge"):
-        hidden, cache = read(params, cfg, state)
+        hidden, cache = read(params, cfg, here)
     with jax.named_scope("choose"):
-        seen = what_is_seen(params, cfg, method, state, hidden)
+        seen = what_is_seen(params, cfg, method, here, hidden)
         choice = method.strategy.choose(seen, state.strategy)
-        order = staying(choice.source)
-        choice = choice.replace(
-            **{
-                name: taken(getattr(choice, name), order)
-                for name in ("source", "token", "log_prob", "score", "candidates", "node")
-            }
-        )
+        if len(method.strategy.widths) == 1:
+            order = staying(choice.source)
+            choice = choice.replace(
+                **{
+                    name: taken(getattr(choice, name), order)
+                    for name in ("source", "token", "log_prob", "score", "candidates", "node")
+                }
+            )
     with jax.named_scope("move"):
         if n > 1:
             node = jnp.where(active[:, None], choice.node, 0)

@@ -92,6 +92,11 @@ class SearchMethod(struct.PyTreeNode):
             return
         if not isinstance(constraint, Constraint):
             raise ValueError(f"constraint={constraint!r} must be of class Constraint, or None")
+        if self.strategy.takes_back:
+            raise ValueError(
+                f"constraint={constraint!r} goes without {type(self.strategy).__name__}, which "
+                "takes texts back: its state could not follow"
+            )
         constraint.validate(cfg)
         if further := sorted(constraint.needs - SERVED):
             raise ValueError(

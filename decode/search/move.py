@@ -54,7 +54,9 @@ def write(
     log_prob = taken(state.log_prob, source)
     log_prob = log_prob.at[rows, lanes, place].set(choice.log_prob, mode="drop")
     occurred = state.occurred
-    if occurred is not None:
+    if occurred is not None and method.strategy.takes_back:
+        occurred = that_occur(tokens, length, occurred.shape[2])
+    elif occurred is not None:
         token = jnp.where(is_written, choice.token, occurred.shape[2])
         occurred = taken(occurred, source).at[rows, lanes, token].set(True, mode="drop")
     keep = lambda new, old: jnp.where(  # noqa: E731
@@ -74,6 +76,15 @@ def write(
         constraint=jax.tree.map(keep, constraint, state.constraint),
         num_steps=state.num_steps + 1,
     )
+
+
+def that_occur(tokens: jax.Array, length: jax.Array, V: int) -> jax.Array:
+    """[B, K, V] bool: tokens that come up in texts [B, K, S] of lengths [B]."""
+    B, K, S = tokens.shape
+    is_text = jnp.arange(S)[None] < length[:, None]
+    found = jnp.where(is_text[:, None], tokens, V)
+    rows, lanes = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    return jnp.zeros((B, K, V), bool).at[rows, lanes, found].set(True, mode="drop")
 
 
 def under_all(cache: KVCache, K: int) -> KVCache:

@@ -53,3 +53,15 @@ class SearchState(struct.PyTreeNode):
     key: jax.Array
     has_stopped: jax.Array
     num_steps: jax.Array
+
+    def first(self, num: int) -> SearchState:
+        """As if there were only the first `num` hypotheses; the cache is as it is."""
+        of = lambda x: x[:, :num]  # noqa: E731
+        return self.replace(
+            score=of(self.score),
+            candidates=of(self.candidates),
+            tokens=of(self.tokens),
+            log_prob=of(self.log_prob),
+            occurred=None if self.occurred is None else of(self.occurred),
+            constraint=jax.tree.map(of, self.constraint),
+        )

@@ -150,7 +150,8 @@ def test_a_text_ends_only_among_the_first_k_continuations(log_prob, ends):
     def advance(tokens, log_probs):
         one = jnp.array([3])
         seen = Round(
-            best=None, log_probs=None, hidden=None, candidates=tokens[:, :, :1],
+            best=None, log_probs=None, probs=None, stats=None, hidden=None,
+            candidates=tokens[:, :, :1],
             tokens=jnp.zeros((1, 2, 8), jnp.int32), log_prob=jnp.zeros((1, 2, 4)), length=one + 1,
             prompt_len=one, end=one + 4, is_first=one < 0, is_end=lambda x: x == 9,
             score=jnp.array([[0.0, -1.0]]), key=None, active=one > 0,
