@@ -1,10 +1,11 @@
-"""Builds what REST drafts from: the tokens of many texts and a suffix array of them.
+"""Builds a datastore, the tokens of many texts and a suffix array of them, in which drafters look.
 
     python -m scripts.rest_datastore --checkpoint=path/to/model --out=runs/datastore texts/
     python -m scripts.rest_datastore --checkpoint=path/to/model --out=runs/datastore \\
         --template="{question}\\n{answer}" train.jsonl more.jsonl
 
     drafter = REST(load_datastore("runs/datastore"))
+    method = SearchMethod(Superposed(load_datastore("runs/datastore")), num_return=3)
 
 Takes folders of `*.txt` and `*.py` files, each of which is a text, and files of JSON lines, each
 line of which is one, made by a template over its fields. The tokens are those of the model's
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from absl import app, flags
 from tqdm import tqdm
 
-from decode.speculative.drafters.datastore import build_datastore
+from decode.core.datastore import build_datastore
 from dlm.hf.files import read_config
 from dlm.tasks.jsonl import read_records, render
 from dlm.tokenizer import load_tokenizer

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core.datastore import SORTED_BY, Datastore, sort_suffixes
 from decode.speculative.contracts import Context, Drafter, Proposal, spent
-from decode.speculative.drafters.datastore import SORTED_BY, Datastore, sort_suffixes
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
 from dlm.params import Params
@@ -70,11 +70,7 @@ class REST(Drafter):
                 f"max_suffix={self.max_suffix} and draft_len={self.draft_len} must be at most "
                 f"{SORTED_BY} together, by which the datastore is sorted"
             )
-        if self.datastore.vocab_size != cfg.vocab_size:
-            raise ValueError(
-                f"the datastore is of a vocabulary of {self.datastore.vocab_size} tokens and the "
-                f"target has {cfg.vocab_size}: build it for this model"
-            )
+        self.datastore.validate(cfg)
 
     @property
     def is_chain(self) -> bool:

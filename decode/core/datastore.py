@@ -8,7 +8,10 @@ A datastore is a folder with
 
 On a device it takes 8 bytes per token of the texts; there may be 2^31 - 1 of them.
 
-Letters: M slots, B rows, N patterns, n longest pattern.
+What is looked for is drafted (`REST`), or tells how probable a token is behind some others
+(`Superposed`): n-grams of every order are counted where they are asked for.
+
+Letters: M slots, B rows, N patterns, n longest pattern, c tokens, m longest context.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from dlm.config import ModelConfig
 
 SORTED_BY = 32  # tokens: patterns and what follows them may have as many together
 _MOST = 2**31 - 1
@@ -40,6 +45,14 @@ class Datastore(struct.PyTreeNode):
     suffixes: jax.Array
     vocab_size: int = struct.field(pytree_node=False)
 
+    def validate(self, cfg: ModelConfig) -> None:
+        """Raises ValueError if it is of another vocabulary than the model's."""
+        if self.vocab_size != cfg.vocab_size:
+            raise ValueError(
+                f"the datastore is of a vocabulary of {self.vocab_size} tokens and the target has "
+                f"{cfg.vocab_size}: build it for this model"
+            )
+
     def read(self, slot: jax.Array, num: int) -> jax.Array:
         """[..., num] int32: what stands from slots [...] on; -1 behind the last one."""
         place = slot[..., None] + jnp.arange(num).reshape(*[1] * slot.ndim, num)
@@ -49,7 +62,8 @@ class Datastore(struct.PyTreeNode):
         """Where patterns come up: of `suffixes`, those from the first to before the last one.
 
         Args:
-          pattern: [B, N, n] int32, no -1 among the tokens that count.
+          pattern: [B, N, n] int32. Of the tokens that count the last one may be -1: where a text
+            ends.
           length: [N] int32. How many tokens of each count, the first ones.
 
         Returns:
@@ -73,6 +87,31 @@ class Datastore(struct.PyTreeNode):
         low = jnp.zeros((*pattern.shape[:2], 2), jnp.int32)
         low, _ = jax.lax.fori_loop(0, M.bit_length(), halve, (low, jnp.full_like(low, M)))
         return low[..., 0], low[..., 1]
+
+    def shares(self, context: jax.Array, tokens: jax.Array) -> jax.Array:
+        """How often tokens stand behind the last tokens of contexts, of all that stands there.
+
+        Args:
+          context: [B, m] int32. The last tokens of texts; -1 where a text is shorter.
+          tokens: [B, c] int32. -1: the end of a text.
+
+        Returns:
+          [B, m, c] float32 in [0, 1]: behind the last 1, ..., m tokens; 0 where these come up
+          nowhere.
+        """
+        (B, m), c = context.shape, tokens.shape[1]
+        patterns, lengths = [], []
+        for n in range(1, m + 1):
+            before = jnp.broadcast_to(context[:, None, m - n :], (B, 1 + c, n))
+            last = jnp.pad(tokens, ((0, 0), (1, 0)))[..., None]  # first the context alone
+            filled = jnp.pad(jnp.concatenate([before, last], axis=2), ((0, 0), (0, 0), (0, m - n)))
+            patterns.append(filled)
+            lengths += [n] + [n + 1] * c
+        first, last = self.find(jnp.concatenate(patterns, axis=1), jnp.array(lengths))
+        counts = (last - first).reshape(B, m, 1 + c)
+        is_there = jnp.flip(context >= 0, axis=1)[:, :, None]
+        shares = counts[:, :, 1:] / jnp.maximum(counts[:, :, :1], 1)
+        return jnp.where(is_there, shares, 0.0)
 
 
 def build_datastore(
