@@ -236,9 +236,8 @@ def test_a_controlled_round():
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_a_round_of_search(watch, kind):
     watch(kind, "choose", "finish")
-    method = SearchMethod(
-        kind(), Sampling(None, repetition_penalty=1.2), stop_ids=jnp.array([3, 4], jnp.int32)
-    )
+    sampling, stop_ids = Sampling(None, repetition_penalty=1.2), jnp.array([3, 4], jnp.int32)
+    method = SearchMethod(kind.example(CFG), sampling, stop_ids=stop_ids)
     check(method, m=2)
     K, n = method.strategy.width, method.strategy.num_candidates
 
@@ -252,7 +251,7 @@ def test_a_round_of_search(watch, kind):
     sizes = dict(K=K, n=n, G=G, S=P + G + n, R=1)
     state, found = jax.eval_shape(round_of, PARAMS)
     check(state.replace(cache=None), **sizes)
-    check(state.cache, B=3 * K)
+    check(state.cache, B=3 * method.num_rows)
     check(found, **sizes)
 
 

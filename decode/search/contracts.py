@@ -6,7 +6,8 @@ written (the first round reads the prompt's last token n times). Then the strate
 hypotheses of the next round, each from one that there is. Prompts of a batch never see each other.
 
 A strategy that tries several ways on now and then (`widths`) has rounds in which only the first
-hypothesis is read, and the others wait.
+hypothesis is read, and the others wait. Hypotheses have a row of the cache each, or share one: then
+the model reads the mean of their last tokens, and says the same of what follows each of them.
 
 Letters: B prompts, K hypotheses, n candidates, P longest prompt, G completion positions, S slots of
 tokens, V vocabulary, D width.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ class Round:
       end: [B] int32. Their largest lengths.
       is_first: [B] bool. Whether the candidates are the last token of the prompt.
       is_end: of tokens [...]: whether they end a text.
+      embed: makes [..., D] in the model's dtype, of tokens [...]: their embeddings.
       score: [B, K] float32. Of the hypotheses, what the strategy has made of it.
       key: [B, 2] uint32. A random stream of this round, per prompt.
       active: [B] bool. Prompts that are not done.
@@ -80,6 +82,7 @@ class Round:
     end: jax.Array
     is_first: jax.Array
     is_end: Callable[[jax.Array], jax.Array]
+    embed: Callable[[jax.Array], jax.Array]
     score: jax.Array
     key: jax.Array
     active: jax.Array
@@ -184,17 +187,25 @@ class Strategy(Part):
       sampling: what its named points draw from.
       takes_back: whether texts become shorter, too.
       looks_ahead: whether candidates are what may come behind a text, not its last token.
+      shares_row: whether all hypotheses of a prompt are one row of the cache, whose input is the
+        mean of their last tokens' embeddings, see `weights`.
     """
 
     draws: ClassVar[bool] = False
     sampling: ClassVar[Sampling] = Sampling(temperature=None)
     takes_back: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    shares_row: ClassVar[bool] = False
 
     @classmethod
     def points(cls) -> Mapping[str, Strategy]:
         """Named settings; none by default."""
         return {}
+
+    @classmethod
+    def example(cls, cfg: ModelConfig) -> Self:
+        """A small one for a model, where that is not the class called without arguments."""
+        return cls()
 
     @property
     def width(self) -> int:
@@ -247,6 +258,10 @@ class Strategy(Part):
           state: of the strategy.
         """
         return state
+
+    def weights(self, score: jax.Array) -> jax.Array:
+        """[B, K] float32 with sums of 1: parts of hypotheses, of such scores, in a shared input."""
+        raise NotImplementedError
 
     def choose(self, seen: Round, state: Any) -> Choice:
         """The hypotheses of the next round."""

@@ -1,6 +1,6 @@
 """The reading half of a round of search: the model reads the candidates, and a strategy is told.
 
-Letters: B prompts, K hypotheses, n candidates, S slots, V vocabulary, D width.
+Letters: B prompts, K hypotheses, R rows of a prompt, n candidates, S slots, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -27,34 +27,49 @@ from kernels_pallas.unembed_stats import VocabStats
 from kernels_pallas.window_attention import pack_mask
 
 
-def read(params: Params, cfg: ModelConfig, state: SearchState) -> tuple[jax.Array, KVCache]:
-    """Final states [B, K, n, D] of the candidates, which do not see each other, and the cache.
+def read(
+    params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState
+) -> tuple[jax.Array, KVCache]:
+    """Final states of the candidates, which do not see each other, and the cache.
 
-    The cache may have rows of further hypotheses.
+    States are [B, R, n, D]: R is K, or 1 where hypotheses share a row of the cache. It may have rows
+    of further hypotheses.
     """
     B, K, n = state.candidates.shape
-    start = jnp.tile(state.num_cached, K)
-    tokens = state.candidates.swapaxes(0, 1).reshape(K * B, n)
-    mask = None
+    R = 1 if method.strategy.shares_row else K
+    start = jnp.tile(state.num_cached, R)
+    tokens = state.candidates[:, :R].swapaxes(0, 1).reshape(R * B, n)
+    mask = mix = None
     if n > 1:
         mask = pack_mask(jnp.broadcast_to(jnp.eye(n, dtype=bool)[None], (K * B, n, n)))
+    if method.strategy.shares_row:
+        each = embed(params, state.candidates[:, :, 0]).astype(jnp.float32)  # [B, K, D]
+        weights = method.strategy.weights(state.score)
+        mix = jnp.ones((B, 1)), (weights[:, :, None] * each).sum(axis=1, keepdims=True)
     positions = jnp.broadcast_to(start[:, None], tokens.shape)
-    slots = Slots.append(state.cache, start, jnp.tile(~state.has_stopped, K))
+    slots = Slots.append(state.cache, start, jnp.tile(~state.has_stopped, R))
     output = decoder.forward(
         params,
         cfg,
-        Window(tokens, positions, mask, is_causal=n == 1),
-        slots.replace(length=jnp.tile(state.end, K)),
+        Window(tokens, positions, mask, mix=mix, is_causal=n == 1),
+        slots.replace(length=jnp.tile(state.end, R)),
     )
     assert output.cache is not None
-    return output.hidden.reshape(K, B, n, -1).swapaxes(0, 1), output.cache
+    return output.hidden.reshape(R, B, n, -1).swapaxes(0, 1), output.cache
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """[..., D]: the model's embeddings of tokens [...]."""
+    embedded: jax.Array = params["embed"].at[tokens].get(mode="clip")
+    return embedded
 
 
 def what_is_seen(
     params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState, hidden: jax.Array
 ) -> Round:
-    """What the strategy is told."""
+    """What the strategy is told of states [B, R, n, D], which are those of all K hypotheses."""
     head, length = vocab.head(params), state.length
+    of_all = lambda x: jnp.broadcast_to(x, (*state.score.shape, *x.shape[2:]))  # noqa: E731
     ids = jnp.asarray(method.stop_ids, jnp.int32).reshape(-1)
     ids = jnp.append(ids, jnp.asarray(cfg.eos_ids, jnp.int32))
 
@@ -63,7 +78,7 @@ def what_is_seen(
 
     @functools.cache
     def logits() -> jax.Array:
-        return vocab.logits(head, hidden)
+        return of_all(vocab.logits(head, hidden))
 
     def allowed(scores: jax.Array) -> jax.Array:
         found = _shaped(method, state, scores)
@@ -77,7 +92,8 @@ def what_is_seen(
 
     @functools.cache
     def stats(k: int) -> VocabStats:
-        return vocab.read(head, hidden, k=min(k, cfg.vocab_size))
+        read: VocabStats = vocab.read(head, hidden, k=min(k, cfg.vocab_size))
+        return jax.tree.map(of_all, read)
 
     def best(k: int) -> tuple[jax.Array, jax.Array]:
         k = min(k, cfg.vocab_size)
@@ -93,7 +109,7 @@ def what_is_seen(
         log_probs=log_probs,
         probs=lambda: method.sampling.law(allowed(logits())),
         stats=stats,
-        hidden=hidden,
+        hidden=of_all(hidden),
         candidates=state.candidates,
         tokens=state.tokens,
         log_prob=state.log_prob,
@@ -102,6 +118,7 @@ def what_is_seen(
         end=state.end,
         is_first=state.num_cached < state.prompt_len,
         is_end=is_end,
+        embed=functools.partial(embed, params),
         score=state.score,
         key=fold_in(state.key, state.num_forwards),
         active=~state.has_stopped,

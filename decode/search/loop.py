@@ -9,7 +9,8 @@ A method is a pytree of choices, whose structure picks the program and whose lea
 
 The rows of the cache are hypotheses: row k B + b is the k-th of prompt b. A prompt is read once and
 its keys and values are then laid under all of its hypotheses; where a hypothesis gets a second
-child, only what stands behind the prompt is copied, from row to row. The candidates of a round are
+child, only what stands behind the prompt is copied, from row to row. (Where all hypotheses of a
+prompt share a row, which is row b, nothing ever is.) The candidates of a round are
 the last tokens of the texts, where there is one, else what may come behind them; the cache covers
 what stands before. A strategy may have hypotheses wait: a round reads the first rows only, if no
 prompt of the batch needs more.
@@ -114,7 +115,7 @@ def _begin(
         has_stopped=end == length,
         occurred=occurred,
         key=jnp.copy(key),
-        cache=under_all(cache, K),
+        cache=under_all(cache, method.num_rows),
         strategy=known,
         constraint=None
         if method.constraint is None
@@ -147,7 +148,7 @@ def _round(
     _, K, n = state.candidates.shape
     active, here = ~state.has_stopped, state.first(width)
     with jax.named_scope("judge"):
-        hidden, cache = read(params, cfg, here)
+        hidden, cache = read(params, cfg, method, here)
     with jax.named_scope("choose"):
         seen = what_is_seen(params, cfg, method, here, hidden)
         choice = method.strategy.choose(seen, state.strategy)
@@ -164,7 +165,8 @@ def _round(
             node = jnp.where(active[:, None], choice.node, 0)
             cache = compact(cache, jnp.tile(state.num_cached, K), by_row(node)[:, None])
         source = jnp.where(active[:, None], choice.source, jnp.arange(K)[None])
-        cache, num_moves = move(cache, source, state.prompt_len, state.log_prob.shape[2] + n)
+        of_rows = source[:, : method.num_rows]  # one that all share does not move
+        cache, num_moves = move(cache, of_rows, state.prompt_len, state.log_prob.shape[2] + n)
     with jax.named_scope("write"):
         return write(cfg, method, state, choice, source).replace(
             cache=cache, num_moves=state.num_moves + num_moves

@@ -111,6 +111,11 @@ class SearchMethod(struct.PyTreeNode):
             )
 
     @property
+    def num_rows(self) -> int:
+        """R, rows of the cache per prompt."""
+        return 1 if self.strategy.shares_row else self.strategy.width
+
+    @property
     def is_plain(self) -> bool:
         """Whether the model's own log-probabilities are what strategies see."""
         is_free = self.constraint is None and not self.no_repeat_ngram

@@ -30,7 +30,7 @@ class SearchState(struct.PyTreeNode):
       end: [B] int32. Largest lengths.
       strategy: its state.
       constraint: [B, K, n, ...]. Its states behind the candidates; None without one.
-      cache: of K B rows.
+      cache: of K B rows; of B where hypotheses share them.
       key: [B, 2] uint32. One random stream per prompt.
       has_stopped: [B] bool.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.

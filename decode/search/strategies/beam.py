@@ -127,7 +127,7 @@ class Beam(Strategy):
     def choose(self, seen: Round, state: BeamState) -> Choice:
         # Twice as many as go on: however many end a text, enough are left.
         tokens, log_probs = (x[:, :, 0] for x in seen.best(2 * self.width))
-        return self.advance(seen, state, tokens, log_probs, jnp.zeros_like(log_probs))
+        return self.advance(seen, state, tokens, log_probs, seen.score[:, :, None] + log_probs)
 
     def advance(
         self,
@@ -135,7 +135,8 @@ class Beam(Strategy):
         state: BeamState,
         tokens: jax.Array,
         log_probs: jax.Array,
-        bonus: jax.Array,
+        total: jax.Array,
+        reach: jax.Array | None = None,
     ) -> Choice:
         """A round of K hypotheses.
 
@@ -144,17 +145,19 @@ class Beam(Strategy):
           state: what was put aside of them.
           tokens: [B, K, c] int32. The likeliest continuations of each.
           log_probs: [B, K, c] float32. Of these.
-          bonus: [B, K, c] float32. What is added to log-probabilities in scores.
+          total: [B, K, c] float32. Scores of hypotheses that go on with them.
+          reach: [B, K, c] float32. What the score of a text that begins so can be at most, before
+            the norm; None: as scores only fall, `total`.
         """
         B, K, c = tokens.shape
         may_end = seen.num_written + 1 > self.min_len
-        gain = log_probs + bonus
-        gain = jnp.where(seen.is_end(tokens) & ~may_end[:, None, None], NEVER, gain)
         # At first all hypotheses are the same one.
         is_copy = seen.is_first[:, None] & (jnp.arange(K) > 0)[None]
-        score = jnp.where(is_copy, NEVER, seen.score)
+        is_none = is_copy[:, :, None] | (seen.is_end(tokens) & ~may_end[:, None, None])
+        reach = jnp.where(is_none, NEVER, total if reach is None else reach)
+        total = jnp.where(is_none, NEVER, total)
         C = min(2 * K, K * c)
-        total, index = jax.lax.top_k((score[:, :, None] + gain).reshape(B, K * c), C)
+        total, index = jax.lax.top_k(total.reshape(B, K * c), C)
         source = (index // c).astype(jnp.int32)
         token, log_prob = (taken(x.reshape(B, K * c), index) for x in (tokens, log_probs))
 
@@ -166,7 +169,7 @@ class Beam(Strategy):
             jnp.broadcast_to(num_tokens[:, None], token.shape),
             jnp.where(ends, total / self.norm(num_tokens)[:, None], NEVER),
         )
-        is_done = state.is_done | self._is_enough(seen, aside, total[:, 0])
+        is_done = state.is_done | self._is_enough(seen, aside, reach.max(axis=(1, 2)))
         best, on = jax.lax.top_k(jnp.where(is_end, 2 * NEVER, total), K)
         token = taken(token, on)
         return Choice(
@@ -183,7 +186,7 @@ class Beam(Strategy):
     def _is_enough(self, seen: Round, aside: BeamState, best: jax.Array) -> jax.Array:
         """[B] bool: whether no hypothesis gets better than the worst text that was put aside.
 
-        `best` [B] is the highest sum of log-probabilities there is.
+        `best` [B] is the highest score, before the norm, that they can have.
         """
         worst = aside.score[:, -1]
         if self.ends == "first":

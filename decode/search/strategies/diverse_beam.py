@@ -70,9 +70,10 @@ class DiverseBeam(Strategy):
             first, last = m * size, (m + 1) * size
             here = tokens[:, first:last]
             times = (here[..., None] == chosen[:, None, None]).sum(axis=-1)
+            gain = log_probs[:, first:last] - self.diversity * times
             choice = self.group.advance(
                 seen.part(first, last), aside, here, log_probs[:, first:last],
-                -jnp.asarray(self.diversity) * times,
+                seen.score[:, first:last, None] + gain,
             )  # fmt: skip
             # Groups that are done choose nothing.
             chosen = jnp.concatenate(

@@ -153,10 +153,11 @@ def test_a_text_ends_only_among_the_first_k_continuations(log_prob, ends):
             best=None, log_probs=None, probs=None, stats=None, hidden=None,
             candidates=tokens[:, :, :1],
             tokens=jnp.zeros((1, 2, 8), jnp.int32), log_prob=jnp.zeros((1, 2, 4)), length=one + 1,
-            prompt_len=one, end=one + 4, is_first=one < 0, is_end=lambda x: x == 9,
+            prompt_len=one, end=one + 4, is_first=one < 0, is_end=lambda x: x == 9, embed=None,
             score=jnp.array([[0.0, -1.0]]), key=None, active=one > 0,
         )  # fmt: skip
-        return beam.advance(seen, beam.init(None, 1, 8, 4), tokens, log_probs, 0 * log_probs)
+        total = seen.score[:, :, None] + log_probs
+        return beam.advance(seen, beam.init(None, 1, 8, 4), tokens, log_probs, total)
 
     log_probs = np.float32([[[-0.1, log_prob], [-0.1, -0.6]]])
     choice = advance(np.int32([[[5, 9], [6, 7]]]), log_probs)
