@@ -11,6 +11,7 @@ from decode.search.strategies.cntp import CNTP as CNTP
 from decode.search.strategies.contrastive import Contrastive as Contrastive
 from decode.search.strategies.diverse_beam import DiverseBeam as DiverseBeam
 from decode.search.strategies.momentum import Momentum as Momentum
+from decode.search.strategies.superposed import Superposed as Superposed
 
 STRATEGIES: tuple[type[Strategy], ...] = tuple(
     member

@@ -1,8 +1,23 @@
 """Searches, and what they find."""
 
-import jax
+import dataclasses
 
+import jax
+import numpy as np
+
+from decode.core.loop import FOREVER
 from decode.search.loop import begin, decode, results
+from decode.speculative.loop import SpeculativeMethod
+from tests.lib.speculation import random_prompts, run, texts
+
+
+def ending(cfg, params, num=8):
+    """The configuration of a model without MASK whose texts end now and then, and prompts."""
+    prompts = random_prompts(cfg, num)
+    rows = texts(run(params, cfg, SpeculativeMethod(), prompts), num)
+    used = np.bincount(np.concatenate(rows), minlength=cfg.vocab_size)
+    eos = int(np.argsort(used)[-3])
+    return dataclasses.replace(cfg, eos_token_id=eos, mask_token_id=None), prompts
 
 
 def search(toy, method, prompts=None, gen_len=10, **options):
@@ -12,7 +27,7 @@ def search(toy, method, prompts=None, gen_len=10, **options):
     """
     cfg, params, every = toy
     state = begin(params, cfg, method, prompts or every, gen_len=gen_len, chunk=8, **options)
-    state = decode(params, cfg, method, state)
+    state = decode(params, cfg, method, state, FOREVER)
     return state, jax.device_get(results(method, state))
 
 
