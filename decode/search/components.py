@@ -8,6 +8,7 @@ from decode.search.loop import SearchMethod
 from decode.search.strategies.adadec import AdaDec as AdaDec
 from decode.search.strategies.beam import Beam as Beam
 from decode.search.strategies.cntp import CNTP as CNTP
+from decode.search.strategies.conditional_beam import ConditionalBeam as ConditionalBeam
 from decode.search.strategies.contrastive import Contrastive as Contrastive
 from decode.search.strategies.diverse_beam import DiverseBeam as DiverseBeam
 from decode.search.strategies.momentum import Momentum as Momentum

@@ -19,7 +19,7 @@ ELSEWHERE = (  # have tests of their own
     *("llada_8b_dparallel", "llada_8b_learn2pd"),
     *("collect_trajectories", "distill_d3llm", "distill_dparallel", "filter_learn2pd"),
     *("causal_lm", "distill_draft", "draft_heads", "layer_skip", "smollm2", "smollm2_blocks"),
-    "stop_head",
+    *("length_head", "stop_head"),
 )
 EXAMPLE = ROOT / "configs" / "example.jsonl"
 
