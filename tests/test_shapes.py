@@ -19,8 +19,10 @@ import decode
 import dlm
 import kernels_pallas
 import train
+from decode import long_likelihood
 from decode.complete import complete
 from decode.core.component import Part
+from decode.core.hso import HSO
 from decode.core.requests import read_requests
 from decode.core.sampling import Sampling
 from decode.diffusion import loop as diffusion
@@ -31,6 +33,7 @@ from decode.diffusion.method import DiffusionMethod
 from decode.diffusion.recorded import GreedyOracle, Recorded
 from decode.diffusion.routing import Routing
 from decode.generate import generate
+from decode.long_likelihood import LongLikelihood
 from decode.search import loop as search
 from decode.search.components import STRATEGIES
 from decode.search.loop import SearchMethod
@@ -253,6 +256,22 @@ def test_a_round_of_search(watch, kind):
     check(state.replace(cache=None), **sizes)
     check(state.cache, B=3 * method.num_rows)
     check(found, **sizes)
+
+
+def test_a_window_of_a_long_text(watch):
+    check(HSO())
+    watch(HSO, "fit")
+    watch(long_likelihood, "forget")
+
+    def window_of(params):
+        past = long_likelihood.begin(CFG, 3, 16)
+        tokens, length = jnp.zeros((3, 6), jnp.int32), jnp.full(3, 9)
+        return long_likelihood.advance(params, CFG, HSO(), past, tokens, jnp.int32(0), length)
+
+    past, log_prob = jax.eval_shape(window_of, PARAMS)
+    check(past, S=16)
+    assert log_prob.shape == (3, 5) and log_prob.dtype == jnp.float32
+    check(LongLikelihood(np.zeros(4, np.float32)))
 
 
 # ---- Training ---------------------------------------------------------------------------------

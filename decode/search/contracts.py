@@ -251,6 +251,8 @@ class Strategy(Part):
     def prefill(self, hidden: jax.Array, start: jax.Array, count: jax.Array, state: Any) -> Any:
         """The state after a part of the prompt, all but its last token. Default: the same.
 
+        Where a prompt's states are adapted, a part that was read before is read anew.
+
         Args:
           hidden: [B, T, D]. Final states.
           start: [B] int32. Where the first one is.

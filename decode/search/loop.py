@@ -6,6 +6,7 @@ A method is a pytree of choices, whose structure picks the program and whose lea
     sampling         bias, penalties, filters                        decode/core/sampling.py
     no_repeat_ngram  sequences that may not come up twice
     constraint       what is allowed at all?                         decode/search/constrained.py
+    adaptation       steps of the prompt's states                    decode/core/hso.py
 
 The rows of the cache are hypotheses: row k B + b is the k-th of prompt b. A prompt is read once and
 its keys and values are then laid under all of its hypotheses; where a hypothesis gets a second
@@ -96,6 +97,10 @@ def _begin(
 
     num_chunks = (length.max() - 1 + chunk - 1) // chunk
     cache, known = jax.lax.fori_loop(0, num_chunks, read, (cache, known))
+    if method.adaptation is not None:
+        adapt = method.adaptation.of_prompts
+        cache, hidden, start, count = adapt(params, cfg, cache, tokens, length, end)
+        known = strategy.prefill(hidden, start, count, known)
     last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
     occurred = None
     if method.keeps_occurred:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.component import check_numbers
+from decode.core.hso import HSO
 from decode.core.sampling import FILTERS, Sampling
 from decode.diffusion.contracts import Constraint
 from decode.search.contracts import Strategy
@@ -28,6 +29,7 @@ class SearchMethod(struct.PyTreeNode):
       constraint: what is allowed, see `decode.search.constrained`; None: everything.
       stop_ids: [m] int32. Tokens that end a text, besides the model's end-of-text.
       num_return: R >= 1, completions per prompt. Static.
+      adaptation: steps of the prompt's keys and values before anything is written; None: none.
     """
 
     strategy: Strategy
@@ -36,6 +38,7 @@ class SearchMethod(struct.PyTreeNode):
     constraint: Constraint | None = None
     stop_ids: jax.Array | tuple[int, ...] = ()
     num_return: int = struct.field(pytree_node=False, default=1)
+    adaptation: HSO | None = None
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, unless the choices make sense for the model."""
@@ -47,6 +50,11 @@ class SearchMethod(struct.PyTreeNode):
         check_numbers(self.strategy)
         self.strategy.validate(cfg)
         self.sampling.validate(cfg)
+        if self.adaptation is not None:
+            if not isinstance(self.adaptation, HSO):
+                raise ValueError(f"adaptation={self.adaptation!r} must be of class HSO, or None")
+            check_numbers(self.adaptation)
+            self.adaptation.validate(cfg)
         if self.strategy.width > 1 and self.strategy.num_candidates > 1:
             raise ValueError(
                 f"width={self.strategy.width} and num_candidates={self.strategy.num_candidates}: "
