@@ -32,8 +32,8 @@ def read(
 ) -> tuple[jax.Array, KVCache]:
     """Final states of the candidates, which do not see each other, and the cache.
 
-    States are [B, R, n, D]: R is K, or 1 where hypotheses share a row of the cache. It may have rows
-    of further hypotheses.
+    States are [B, R, n, D]: R is K, or 1 where hypotheses share a row of the cache, which may have
+    rows of further hypotheses.
     """
     B, K, n = state.candidates.shape
     R = 1 if method.strategy.shares_row else K
