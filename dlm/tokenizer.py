@@ -31,10 +31,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from dlm import chat
 from dlm.written import write_json, write_text
 
-_EOS, _BOS, _MASK = "<|endoftext|>", "<|startoftext|>", "<|mdm_mask|>"
+EOS, BOS, MASK = "<|endoftext|>", "<|startoftext|>", "<|mdm_mask|>"
 
 # MASK tokens of published models; LLaDA's tokenizer_config.json does not say which one it is.
-_MASK_NAMES = (_MASK, "<|mask|>", "<MASK>", "|<MASK>|")
+_MASK_NAMES = (MASK, "<|mask|>", "<MASK>", "|<MASK>|")
 
 # A directory that holds one of these is meant to have a tokenizer.
 _FILES = (
@@ -275,7 +275,7 @@ def byte_tokenizer() -> Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([_EOS, _BOS, _MASK])
+    backend.add_special_tokens([EOS, BOS, MASK])
     return Tokenizer(backend, 256, 256, bos_token_id=257, mask_token_id=258)
 
 
@@ -293,7 +293,7 @@ def word_tokenizer(pieces: Sequence[str]) -> Tokenizer:
     """
     pieces = list(pieces)
     twice = [piece for piece, count in collections.Counter(pieces).items() if count > 1]
-    bad = [piece for piece in pieces if not piece or _EOS in piece or _MASK in piece]
+    bad = [piece for piece in pieces if not piece or EOS in piece or MASK in piece]
     if not pieces or twice or bad:
         raise ValueError(
             f"{len(pieces)} pieces, given twice: {twice}, empty or holding a special token: {bad}; "
@@ -304,7 +304,7 @@ def word_tokenizer(pieces: Sequence[str]) -> Tokenizer:
     pattern = tokenizers.Regex("|".join(re.escape(piece) for piece in longest_first))
     backend.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([_EOS, _MASK])
+    backend.add_special_tokens([EOS, MASK])
     eos = len(pieces)
     return Tokenizer(backend, eos, eos, mask_token_id=eos + 1)
 
@@ -356,11 +356,11 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
     eos = ids.get("eos_token")
     eos = _end_of_model(root, backend) if eos is None else eos
-    eos = known(_EOS) if eos is None else eos
+    eos = known(EOS) if eos is None else eos
     if eos is None:
         raise ValueError(
             f"{config_file} must name an eos_token; config.json beside it names none, and there "
-            f"is no {_EOS} either"
+            f"is no {EOS} either"
         )
     pad, own = ids.get("pad_token"), ("eos_token", "pad_token", "bos_token", "mask_token")
     tokenizer = Tokenizer(

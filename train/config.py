@@ -30,7 +30,9 @@ class DataConfig:
       task: {"make": "module:Class", **fields} of the task, see `dlm.tasks`.
       train: fields of `task` that differ for training.
       valid: fields that differ for validation; None: no validation.
-      tokenizer: "word" (the task's `pieces`), "byte", or a folder with a tokenizer.
+      tokenizer: "word" (the task's `pieces`), "byte", "bpe:6144" (byte-level BPE of so many tokens,
+        learned from the task's texts, which must be in memory, see `dlm.bpe`), or a folder with a
+        tokenizer.
       prompt_len: P, tokens of the longest prompt; shorter ones are padded on the left. 0: only
         tasks with empty prompts (pre-training).
       completion_len: G, tokens of the longest completion, its EOS included.

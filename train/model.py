@@ -13,6 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dlm import lm, tasks
+from dlm.bpe import learn_bpe
 from dlm.config import ModelConfig, check_precision
 from dlm.hf.files import format_for
 from dlm.params import Params, cast_params, num_params
@@ -116,10 +117,23 @@ def make_tokenizer(settings: RunConfig, task: tasks.Task) -> Tokenizer:
                 f"{type(task).__name__} has not; use 'byte' or a folder with a tokenizer"
             )
         return word_tokenizer(task.pieces)
+    kind, _, size = name.partition(":")
     try:
+        if kind == "bpe" and size.isdecimal():
+            return learn_bpe(_texts(task, name), int(size))
         return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.tokenizer={name!r}: {error}") from error
+
+
+def _texts(task: tasks.Task, name: str) -> list[str]:
+    """The prompts and completions of a task, for a tokenizer to be learned from."""
+    if not task.loaded or not isinstance(task.loaded[0], tasks.Example):
+        raise ConfigError(
+            f"data.tokenizer={name!r} is learned from a task that has its texts in memory, which "
+            f"{type(task).__name__} has not; use 'byte' or a folder with a tokenizer"
+        )
+    return [text for example in task.loaded for text in (example.prompt, example.completion)]
 
 
 def model_config(settings: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
