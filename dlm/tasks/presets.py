@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dlm.tasks import Task
 from dlm.tasks.countdown import Countdown
+from dlm.tasks.game24 import Game24
 from dlm.tasks.scan import Scan
 from dlm.tasks.sudoku import Sudoku
 from dlm.tasks.waiting_line import WaitingLine
@@ -64,7 +65,24 @@ TASKS = {
         block_len=8,
         delimiter=" ",
     ),
-    "countdown": TaskPreset(make=Countdown, gen_len=48, delimiter=","),
+    "countdown": TaskPreset(
+        make=Countdown,
+        prompt_len=15,  # the longest has 15
+        gen_len=36,  # the longest has 35
+        delimiter=",",
+    ),
+    "countdown_3": TaskPreset(
+        make=functools.partial(Countdown, num_numbers=3),
+        prompt_len=12,  # the longest has 12
+        gen_len=24,  # the longest has 22
+        delimiter=",",
+    ),
+    "game24": TaskPreset(
+        make=Game24,
+        prompt_len=12,  # the longest has 12
+        gen_len=32,  # the longest has 31
+        delimiter=",",
+    ),
     "sudoku": TaskPreset(make=Sudoku, gen_len=24, delimiter="\n"),
 }
 RECIPES = tuple(name for name, preset in TASKS.items() if preset.block_len)  # see `configs`

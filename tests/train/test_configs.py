@@ -28,9 +28,15 @@ def get_config(name: str, arg: str = "") -> ml_collections.ConfigDict:
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in FROM_FILES + ELSEWHERE])
-def test_settings_and_data_fit(name):
-    settings = from_config_dict(get_config(name))
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        *((name, "") for name in NAMES if name not in FROM_FILES + ELSEWHERE),
+        *(("causal_puzzles", arg) for arg in ("countdown", "game24")),
+    ],
+)
+def test_settings_and_data_fit(name, arg):
+    settings = from_config_dict(get_config(name, arg))
     build(settings.train.objective, "train.objective")
     for task in loop._build_tasks(settings):
         tokenizer = word_tokenizer(task.pieces)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dlm import tasks
-from dlm.tasks import countdown, scan, splits, sudoku, waiting_line, word_problems
+from dlm.tasks import countdown, game24, scan, splits, sudoku, waiting_line, word_problems
 from tests.lib.paths import ROOT
 
 GENERATED: dict[str, Any] = {
@@ -26,6 +26,7 @@ GENERATED: dict[str, Any] = {
     "sudoku 4x4": sudoku.Sudoku(),
     "sudoku 9x9": sudoku.Sudoku(size=9, num_clues=45),
     "countdown": countdown.Countdown(),
+    "game of 24": game24.Game24(),
     "word problems": word_problems.WordProblems(),
     "word problems, one step": word_problems.WordProblems(min_steps=1, max_steps=6, max_change=98),
 }
@@ -104,6 +105,8 @@ def instance_key(example: tasks.Example) -> str:
         return " ".join(sorted(example.metadata["people"]))
     if "####" in example.completion:  # the sums, whatever the words
         return example.completion
+    if example.metadata["operation"] == "game of 24":
+        return ",".join(sorted(example.prompt.strip().split(",")))
     if "," in example.prompt:
         *numbers, target = example.prompt.strip().split(",")
         return ",".join([*sorted(numbers), target])
@@ -125,6 +128,7 @@ def test_train_and_test_are_disjoint(task):
     [
         (countdown.Countdown(num_numbers=2, max_number=10, min_target=1), 1500),
         (sudoku.Sudoku(num_clues=15), 1500),
+        (game24.Game24(), 3000),
         (waiting_line.WaitingLine((*waiting_line.OPERATIONS,), 2, 2, 4, 4, 0), 500),
     ],
     ids=lambda value: type(value).__name__,
