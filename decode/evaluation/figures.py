@@ -69,6 +69,7 @@ def plot_speed_quality(
     title: str,
     speed_label: str = "tokens per forward",
     columns: int = 2,
+    quality_label: str = "exact match (%)",
 ) -> None:
     """Writes a PNG of quality against speed, one panel per entry: up and to the right is better.
 
@@ -78,6 +79,7 @@ def plot_speed_quality(
       title: of the figure.
       speed_label: of the x axis, which is logarithmic.
       columns: panels side by side, at most.
+      quality_label: of the y axis, which is in hundredths.
     """
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -103,7 +105,7 @@ def plot_speed_quality(
         set_log_ticks(axis, low / 1.25, high * 1.9)  # room for names
     has_intervals = any(point.interval for point in every)
     for axis in axes[:, 0]:
-        axis.set_ylabel("exact match (%)" + (", 95 % interval" if has_intervals else ""))
+        axis.set_ylabel(quality_label + (", 95 % interval" if has_intervals else ""))
     figure.suptitle(title)
     if len(settings) > 1:
         handles = [
@@ -121,7 +123,7 @@ def set_log_ticks(axis: Axes, low: float, high: float) -> None:
     """A logarithmic x axis with few, round numbers."""
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= t <= high]
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,24 @@ def bootstrap_ratio(
     above: npt.ArrayLike, below: npt.ArrayLike, num: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """The 95 % percentile interval of sum(above) / sum(below), examples drawn with replacement."""
-    pairs, rng = np.stack([above, below], axis=1).astype(float), np.random.default_rng(seed)
-    sums = [pairs[rng.integers(len(pairs), size=len(pairs))].sum(axis=0) for _ in range(num)]
-    low, high = np.percentile([a / b for a, b in sums], [2.5, 97.5])
+    pairs = np.stack([above, below], axis=1).astype(float)
+    return bootstrap_total(pairs, lambda total: total[0] / total[1], num, seed)
+
+
+def bootstrap_total(
+    rows: npt.ArrayLike, value: Callable[[np.ndarray], float], num: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of a value of the sum of rows, drawn with replacement.
+
+    Args:
+      rows: [n, c]. What is known of each example, such as counts.
+      value: of their sum [c].
+      num: samples.
+      seed: of what is drawn.
+    """
+    array, rng = np.asarray(rows), np.random.default_rng(seed)
+    draws = (rng.integers(len(array), size=len(array)) for _ in range(num))
+    low, high = np.percentile([value(array[drawn].sum(axis=0)) for drawn in draws], [2.5, 97.5])
     return float(low), float(high)
 
 

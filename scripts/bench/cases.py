@@ -19,6 +19,7 @@ from decode.speculative.drafters.input_guided import InputGuided
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import LanguageModel
 from dlm.params import num_params
+from dlm.tasks.presets import TASKS
 from dlm.tasks.rewriting import CLOSING, OPENING
 from scripts.bench import (
     decode,
@@ -27,6 +28,7 @@ from scripts.bench import (
     models,
     prompts,
     refill,
+    search,
     spec,
     spec_bench,
     train,
@@ -83,6 +85,25 @@ def bench_refill(flags: Flags) -> None:
         flags.checkpoint or "smollm2", flags.task, flags.num_prompts, flags.gen_len,
         flags.block_len, flags.rows, flags.repeats,
     )  # fmt: skip
+
+
+def bench_search(flags: Flags) -> None:
+    try:
+        lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
+        if flags.prompts:
+            questions = prompts.read_questions(flags.prompts)
+            asked = [p for some in prompts.sample_prompts(lm, questions, flags.num_prompts).values()
+                     for p in some]  # fmt: skip
+        elif flags.task:
+            asked, _ = refill.of_task(lm, TASKS[flags.task], flags.num_prompts, 1)
+        else:
+            asked = refill.of_passages(lm, flags.num_prompts)
+        results = search.bench_search(
+            lm, search.methods_of(flags.methods), asked, flags.gen_len, flags.repeats, flags.pythons
+        )
+        _show(results, {"search": search.COLUMNS})
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 def bench_diffusion(flags: Flags) -> None:
@@ -169,6 +190,7 @@ ALL: dict[str, Callable[[Flags], None]] = {
     "spec_bench": bench_spec_bench,
     "windows": bench_windows,
     "refill": bench_refill,
+    "search": bench_search,
     "diffusion": bench_diffusion,
     "kernels": bench_kernels,
 }

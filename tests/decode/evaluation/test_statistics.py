@@ -2,9 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from decode.evaluation.statistics import aup, bootstrap, interval, with_interval
+from decode.evaluation.statistics import (
+    aup,
+    bootstrap,
+    bootstrap_ratio,
+    bootstrap_total,
+    interval,
+    with_interval,
+)
 
 
 def test_aup_by_hand():
@@ -27,6 +35,17 @@ def test_bootstrap_interval():
     assert bootstrap([0.0, 1.0] * 100) == (low, high)  # the same seed
     narrow = bootstrap([0.0, 1.0] * 1000)
     assert narrow[1] - narrow[0] < 0.5 * (high - low)
+
+
+def test_intervals_of_what_is_made_of_sums():
+    rows = np.random.default_rng(0).normal(5, 1, (200, 2))
+    low, high = bootstrap_total(rows, lambda total: total[0] ** 2)
+    assert low < rows[:, 0].sum() ** 2 < high
+    # The mean of a column is one of these, and a ratio.
+    mean = bootstrap_total(rows, lambda total: total[0] / len(rows))
+    assert mean == pytest.approx(bootstrap(rows[:, 0]))
+    ratio = bootstrap_total(rows, lambda total: total[0] / total[1])
+    assert ratio == bootstrap_ratio(rows[:, 0], rows[:, 1])
 
 
 def test_intervals_over_seeds():

@@ -1,0 +1,82 @@
+"""What is asked, and what an answer is worth.
+
+An answer's worth is a row of numbers, of which those of all examples are summed up, and a figure of
+the sum: so a mean, and BLEU, which is none, have intervals by the same bootstrap over examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from decode.evaluation.diversity import diversity
+from dlm.tasks import Example, Task, bleu
+from dlm.tasks.passages import Passages
+from dlm.tasks.presets import TASKS, TaskPreset
+from dlm.tasks.translation import Translation
+
+
+def _mean(total: np.ndarray) -> float:
+    return 100 * float(total[0] / total[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What is measured of texts.
+
+    Attributes:
+      name: of a column.
+      count: [c], of a task, an example and a text.
+      value: in [0, 100], of the sum of such rows.
+      best: which of the texts of an example is the best; None: there is no saying.
+    """
+
+    name: str
+    count: Callable[[Task, Example, str], np.ndarray]
+    value: Callable[[np.ndarray], float]
+    best: Callable[[Task, Example, Sequence[str]], int] | None
+
+
+def _score(task: Task, example: Example, text: str) -> np.ndarray:
+    return np.array([task.score(example, text)["score"], 1.0])
+
+
+def _best_score(task: Task, example: Example, texts: Sequence[str]) -> int:
+    return int(np.argmax([task.score(example, text)["score"] for text in texts]))
+
+
+SCORE = Quality("score (%)", _score, _mean, _best_score)
+BLEU = Quality(
+    "BLEU",
+    lambda task, example, text: bleu.counts(text, [example.completion]),
+    bleu.bleu,
+    lambda task, example, texts: bleu.oracle(texts, [example.completion]),
+)
+DIVERSITY = Quality(
+    "diversity (%)",
+    lambda task, example, text: np.array([diversity(bleu.words(text)), 1.0]),
+    _mean,
+    None,
+)
+FROM_DATA = ("translation", "wikitext2")
+NAMES = (*FROM_DATA, *TASKS)
+
+
+def asked(name: str, data: str) -> tuple[TaskPreset, Quality]:
+    """A task, and what its answers are worth.
+
+    Args:
+      name: of `NAMES`.
+      data: a folder with folders of published files, for those of `FROM_DATA`.
+    """
+    if name == "translation":
+        folder = pathlib.Path(data) / "multi30k"
+        return TaskPreset(make=functools.partial(Translation, folder), gen_len=64), BLEU
+    if name == "wikitext2":
+        file = pathlib.Path(data) / "wikitext2" / "valid.txt"
+        return TaskPreset(make=lambda split: Passages(file), gen_len=128), DIVERSITY
+    return TASKS[name], SCORE

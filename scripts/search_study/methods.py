@@ -1,0 +1,78 @@
+"""Searches and ways to sample, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from decode.core.sampling import Sampling
+from decode.evaluation.run import Method
+from decode.search.components import METHODS as SEARCHES
+from decode.search.loop import SearchMethod
+from decode.speculative.loop import SpeculativeMethod
+from dlm.config import ModelConfig
+
+GREEDY = "greedy"
+# One text at a time, drawn: as many as are wanted, each with a random stream of its own.
+SAMPLING = {
+    "sampled": Sampling(1.0),
+    "sampled_0.7": Sampling(0.7),
+    "top_k_50": Sampling(1.0, top_k=50),
+    "top_p_0.95": Sampling(1.0, top_p=0.95),
+    "min_p_0.1": Sampling(1.0, min_p=0.1),
+}
+NAMES = (GREEDY, *SAMPLING, *SEARCHES)
+
+
+def named(name: str, num_return: int) -> Method:
+    """A method that gives at most so many texts.
+
+    Raises:
+      ValueError: there is no such name.
+    """
+    if name in SEARCHES:
+        search = SEARCHES[name]
+        return search.replace(num_return=min(num_return, search.strategy.num_results))
+    if name != GREEDY and name not in SAMPLING:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(NAMES)}")
+    return SpeculativeMethod(sampling=SAMPLING.get(name, Sampling(temperature=None)))
+
+
+def methods_of(
+    names: Sequence[str], num_return: int, cfg: ModelConfig
+) -> tuple[dict[str, Method], list[str]]:
+    """Methods by name, and a sentence for every one that is left out.
+
+    Args:
+      names: what must be there; (): all that make sense for the model.
+      num_return: most texts per prompt.
+      cfg: the model.
+
+    Raises:
+      ValueError: there is no such method, or one that was asked for makes no sense.
+    """
+    found: dict[str, Method] = {}
+    left_out = []
+    for name in names or NAMES:
+        method = named(name, num_return)
+        try:
+            method.validate(cfg)
+        except ValueError as error:
+            if names:
+                raise ValueError(f"{name}: {error}") from error
+            left_out.append(f"{name} is left out: {error}")
+        else:
+            found[name] = method
+    return found, left_out
+
+
+def num_texts(method: Method, num_return: int) -> int:
+    """How many texts of a prompt are decoded one by one; a search gives all of its own at once."""
+    is_drawn = isinstance(method, SpeculativeMethod) and method.sampling.temperature is not None
+    return num_return if is_drawn else 1
+
+
+def width(method: Method) -> int:
+    """Tokens that a forward reads per prompt."""
+    if isinstance(method, SearchMethod):
+        return method.strategy.width * method.strategy.num_candidates
+    return 1
