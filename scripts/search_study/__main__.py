@@ -6,11 +6,11 @@
     python -m scripts.search_study --task=wikitext2 --checkpoint=smollm2 --data=../shared/data \\
         --methods=greedy,top_p_0.95,contrastive,momentum --num_examples=50
 
-Tasks are translation (Multi30k), wikitext2 (how passages go on) and those of
-`dlm/tasks/presets.py`; methods those of `scripts.search_study.methods`, among them every named one
-of `decode/search/components.py`. Writes into `--out`: search_study.md, whose columns are explained
-in `scripts.search_study.report`, results.json, search_study.png, and answers.jsonl: a rerun decodes
-nothing that is in there with the same settings.
+Tasks are translation (Multi30k), wikitext2 (how passages go on), humaneval and mbpp (programs run
+in a sandbox) and those of `dlm/tasks/presets.py`; methods those of `scripts.search_study.methods`,
+among them every named one of `decode/search/components.py`. Writes into `--out`: search_study.md,
+whose columns are explained in `scripts.search_study.report`, results.json, search_study.png, and
+answers.jsonl: a rerun decodes nothing that is in there with the same settings.
 """
 
 from __future__ import annotations

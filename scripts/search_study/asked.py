@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from decode.core.results import cut
+from decode.evaluation import scoring
 from decode.evaluation.diversity import diversity
-from dlm.tasks import Example, Task, bleu
+from dlm.tasks import Example, Scorer, Task, bleu, jsonl
 from dlm.tasks.passages import Passages
 from dlm.tasks.presets import TASKS, TaskPreset
 from dlm.tasks.translation import Translation
@@ -62,8 +65,43 @@ DIVERSITY = Quality(
     _mean,
     None,
 )
-FROM_DATA = ("translation", "wikitext2")
+FROM_DATA = ("translation", "wikitext2", "humaneval", "mbpp")
 NAMES = (*FROM_DATA, *TASKS)
+
+
+# A searched text is whole; a program in it ends where that of the harness's task would
+# (`decode/evaluation/tasks`).
+ENDS = {"humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), "mbpp": ("[DONE]",)}
+
+
+def running(
+    passes: Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]], ends: Sequence[str]
+) -> Scorer:
+    """Whether the program in a text passes its tests; each is run once, in the sandbox.
+
+    Args:
+      passes: of `decode.evaluation.scoring`: told a record and programs.
+      ends: strings before the first of which a program ends.
+    """
+    known: dict[tuple[str, str], dict[str, float]] = {}
+
+    def score(example: Example, text: str) -> dict[str, float]:
+        program = text[: cut(text, ends)]
+        key = example.prompt, program
+        if key not in known:
+            known[key] = {"score": passes(example.metadata, [program])["pass@1"]}
+        return known[key]
+
+    return score
+
+
+def _code(name: str, data: str) -> Task:
+    folder = pathlib.Path(data) / name
+    if name == "mbpp":
+        score = running(scoring.mbpp, ENDS[name])
+        return dataclasses.replace(jsonl.mbpp(folder / "test_dev.jsonl"), scorer=score)
+    score = running(scoring.humaneval, ENDS[name])
+    return jsonl.JsonlTask(folder / "dev.jsonl", "{prompt}", "{canonical_solution}", score)
 
 
 def asked(name: str, data: str) -> tuple[TaskPreset, Quality]:
@@ -79,4 +117,6 @@ def asked(name: str, data: str) -> tuple[TaskPreset, Quality]:
     if name == "wikitext2":
         file = pathlib.Path(data) / "wikitext2" / "valid.txt"
         return TaskPreset(make=lambda split: Passages(file), gen_len=128), DIVERSITY
+    if name in FROM_DATA:
+        return TaskPreset(make=lambda split: _code(name, data), gen_len=256), SCORE
     return TASKS[name], SCORE

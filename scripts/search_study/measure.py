@@ -84,9 +84,8 @@ def write_all(
       ValueError: a line of the log is broken, or another process writes it.
     """
     same = {
-        "task": repr(job.task),
+        "prompts": list(job.prompts),
         "checkpoint": fingerprint(job.lm),
-        "num_examples": len(job.examples),
         "gen_len": job.gen_len,
         "batch_size": job.batch_size,
         "device": device(),

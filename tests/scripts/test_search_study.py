@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import dlm
+from configs import translation
 from decode.evaluation.job import Job
 from decode.search.components import METHODS as SEARCHES
 from decode.search.components import Beam
@@ -21,6 +22,7 @@ from tests.lib.mains import run_main
 from tests.lib.pairs import write_pairs
 from tests.lib.paths import SHARED
 from tests.lib.untrained import tiny
+from train import loop
 
 
 def job_of(task, num):
@@ -75,9 +77,27 @@ def test_scores_have_an_oracle_and_open_texts_have_none():
     assert "best of n" not in report.table([row], "diversity (%)")
 
 
+def test_programs_are_run_once_and_end_where_they_should(tmp_path, monkeypatch):
+    record = {
+        "task_id": "0", "prompt": "def twice(x):\n", "entry_point": "twice",
+        "canonical_solution": "    return 2 * x\n",
+        "test": "def check(f):\n    assert f(3) == 6\n",
+    }  # fmt: skip
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "dev.jsonl").write_text(json.dumps(record) + "\n")
+    preset, quality = asked("humaneval", str(tmp_path))
+    task = preset.make(split="test")
+    right, wrong = task[0].completion + "\nprint(1 +", "    return x\n"
+    assert quality.best(task, task[0], [wrong, right]) == 1
+    monkeypatch.setattr("decode.evaluation.scoring.run_program", None)
+    assert quality.count(task, task[0], right).tolist() == [1, 1]
+    assert quality.count(task, task[0], wrong).tolist() == [0, 1]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published files are not there")
 def test_published_files_are_tasks():
-    for name, length in (("translation", 1014), ("wikitext2", 1000)):
+    lengths = {"translation": 1014, "wikitext2": 1000, "humaneval": 82, "mbpp": 250}
+    for name, length in lengths.items():
         preset, _ = asked(name, str(SHARED / "data"))
         assert len(preset.make(split="test")) >= length
 
@@ -143,6 +163,22 @@ def test_texts_that_a_search_did_not_find_are_none(model, monkeypatch):
     assert all(len(texts) <= V for texts in found["texts"])
     drawn = measure.write(job, SpeculativeMethod(sampling=methods.SAMPLING["sampled"]), 3)
     assert [len(texts) for texts in drawn["texts"]] == [3, 3] and drawn["forwards"] == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_translator_of_a_few_steps_by_every_method(tmp_path):
+    write_pairs(tmp_path / "multi30k")
+    config = translation.get_config("runlocal")
+    config.data.task.path = str(tmp_path / "multi30k")
+    trained = loop.run(config, tmp_path / "run").model_path
+    said = run_main(
+        "scripts.search_study", "--task=translation", f"--checkpoint={trained}", "--num_examples=6",
+        "--batch_size=4", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--gen_len=8",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == list(methods.NAMES)
+    assert results["quality"] == "BLEU" and "is left out" not in said
 
 
 def test_what_is_wrong_is_said(model, tmp_path):
