@@ -95,6 +95,7 @@ class Theirs:
           OSError: there is no such interpreter.
           ValueError: it has no transformers, or cannot read the checkpoint.
         """
+        self._python = python
         self._process = subprocess.Popen(
             [python, "-c", SERVE, str(folder)], cwd=pathlib.Path(__file__).parents[2], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -121,8 +122,8 @@ class Theirs:
         if not line:
             code = self._process.wait()
             raise ValueError(
-                f"{self._process.args[0]} ended with code {code}: what it says above is why; "  # type: ignore[index]
-                "it must have torch and transformers"
+                f"{self._python} ended with code {code}: what it says above is why; it must have "
+                "torch and transformers"
             )
         said: dict[str, Any] = json.loads(line)
         return said
