@@ -42,13 +42,14 @@ def get_config(arg: str = "") -> ConfigDict:
         model.n_kv_heads, model.head_dim = 6, 32
     model.max_seq_len = 128  # tokens; longer than any text it is trained on
     model.shifted_logits = True  # the output at a token is about the next one
-    makes = {"make": "dlm.tasks.game24:Game24"}
-    if task != "game24":
-        makes = {
-            "make": "dlm.tasks.countdown:Countdown",
-            "num_numbers": 3 if task == "countdown_3" else 4,
-        }
-    data.task = ConfigDict({**makes, "seed": 0})  # of the examples
+    if task == "game24":
+        data.task = ConfigDict({"make": "dlm.tasks.game24:Game24"})
+    else:
+        num_numbers = 3 if task == "countdown_3" else 4
+        data.task = ConfigDict(
+            {"make": "dlm.tasks.countdown:Countdown", "num_numbers": num_numbers}
+        )
+    data.task.seed = 0  # of the examples
     data.prompt_len, data.completion_len = TASKS[task].prompt_len, TASKS[task].gen_len  # tokens
     config.train.objective = ConfigDict({"make": "train.objectives.causal:Causal", "remat": True})
     if not size:
