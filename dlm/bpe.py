@@ -20,6 +20,8 @@ NUM_SPECIAL = 2  # end-of-text and MASK
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """The bytes, the merges that the texts ask for, end-of-text (= pad) and MASK, in this order.
 
+    The same texts give the same tokens, in every process of a run.
+
     Example:
       >>> tokenizer = learn_bpe(["a dog and a dog"], 262)
       >>> tokenizer.decode(tokenizer.encode("a dög"))

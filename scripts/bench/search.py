@@ -168,7 +168,8 @@ def bench_search(
     with tempfile.TemporaryDirectory() as folder:
         dlm.save(pathlib.Path(folder) / "model", lm)
         try:
-            others += [Theirs(python, pathlib.Path(folder) / "model") for python in pythons]
+            for python in pythons:
+                others.append(Theirs(python, pathlib.Path(folder) / "model"))
             for name, method in methods.items():
                 decoders = {OURS: ours(lm, method, gen_len, max(map(len, prompts)))}
                 decoders |= dict(_of_others(lm, method, gen_len, others))
