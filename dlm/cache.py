@@ -199,12 +199,60 @@ def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:
     return _per_shard(move, cache, start=start, index=index)
 
 
+def copy_rows(cache: KVCache, source: jax.Array, start: jax.Array, num_slots: int) -> KVCache:
+    """Copies some slots of rows to other rows of the same group, in every layer.
+
+    Nothing is copied that stays. A row that is read must stay itself, or what it had is gone.
+
+    Args:
+      cache: of B n rows: on every device with B groups, row j B + b is the j-th of its group b.
+      source: [B, n] int32. Of which row of its group each is to have the slots.
+      start: [B] int32. First of the slots.
+      num_slots: of them. Others around those may be copied, too.
+    """
+    n = source.shape[1]
+
+    def move(cache: KVCache, source: jax.Array, start: jax.Array, axis: str | None) -> KVCache:
+        S = cache.num_slots
+        size = min(num_slots, S)
+        here = 0 if axis is None else jax.lax.axis_index(axis) * S
+        first = jnp.clip(start - here, 0, S - size)
+        moves = (source != jnp.arange(n)[None]).reshape(-1)
+        order = jnp.argsort(~moves, stable=True)
+
+        def copy(i: jax.Array, cache: KVCache) -> KVCache:
+            b, j = order[i] // n, order[i] % n
+
+            def one(x: jax.Array) -> jax.Array:  # [..., B n, K, S, H]
+                lead = (0,) * (x.ndim - 4)
+                at = lambda j: (*lead, j * len(source) + b, 0, first[b], 0)  # noqa: E731
+                part = (*x.shape[: x.ndim - 4], 1, x.shape[-3], size, x.shape[-1])
+                taken = jax.lax.dynamic_slice(x, at(source[b, j]), part)
+                return jax.lax.dynamic_update_slice(x, taken, at(j))
+
+            def every(x: jax.Array | Apart) -> jax.Array | Apart:
+                return Apart(tuple(map(one, x.layers))) if isinstance(x, Apart) else one(x)
+
+            return jax.tree.map(every, cache, is_leaf=is_apart)
+
+        copied: KVCache = jax.lax.fori_loop(0, moves.sum(), copy, cache)
+        return copied
+
+    return _per_shard(move, cache, group=n, source=source, start=start)
+
+
 def _per_shard(
-    function: Callable[..., KVCache], cache: KVCache, **operands: jax.Array | KVCache | None
+    function: Callable[..., KVCache],
+    cache: KVCache,
+    group: int = 1,
+    **operands: jax.Array | KVCache | None,
 ) -> KVCache:
-    """On every device's part; `function` is told over which axis of the mesh slots are split."""
+    """On every device's part; `function` is told over which axis of the mesh slots are split.
+
+    So many rows stay on one device, and have one row of the operands.
+    """
     _, B, K, S, _ = cache.k.shape
-    split = split_axes(batch=B, kv_heads=K)
+    split = split_axes(batch=B // group, kv_heads=K)
     rows, heads, slots = split["batch"], split["kv_heads"], slots_axis(S)
     stored = P(None, rows, heads, slots)
     places = None if cache.positions is None else P(None, rows, None, slots)

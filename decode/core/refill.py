@@ -105,18 +105,22 @@ class _RowAxis:
 
     Attributes:
       axis: -1: it has none.
-      times: how often all rows follow upon each other: twice with guidance, in a search as often as
-        there are hypotheses.
+      times: how often each row is there: twice with guidance, in a search as often as there are
+        hypotheses. All rows follow upon each other so often,
+      is_by_device: or those of each device do, if the batch is split.
     """
 
     axis: int
     times: int = 1
+    is_by_device: bool = False
 
     def index(self, lanes: jax.Array, rows: int) -> jax.Array:
         """[times * n]: where rows `lanes` [n] are; `rows` is none of them: beyond the end."""
-        beyond = self.times * rows
-        each = [jnp.where(lanes < rows, lanes + j * rows, beyond) for j in range(self.times)]
-        return jnp.concatenate(each)
+        shards = batch_shards() if self.is_by_device else 1
+        here, lanes = rows // shards, lanes.reshape(shards, 1, -1)
+        nth = jnp.arange(self.times)[None, :, None]
+        at = lanes // here * (self.times * here) + nth * here + lanes % here
+        return jnp.where(lanes < rows, at, self.times * rows).reshape(-1)
 
 
 def _row_axes(
@@ -127,6 +131,7 @@ def _row_axes(
 ) -> tuple[tuple[_RowAxis, ...], tuple[_RowAxis, ...]]:
     """Of every array of a state, and of every one that is reported."""
     twice = jax.eval_shape(functools.partial(start, [0], 2 * rows))
+    is_by_device = getattr(state, "rows_are_by_device", False)
 
     def find(path: jax.tree_util.KeyPath, a: Any, b: Any) -> _RowAxis:
         differ = [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
@@ -137,7 +142,7 @@ def _row_axes(
                 f"rows of a running batch cannot be replaced: state{jax.tree_util.keystr(path)} "
                 f"of shape {a.shape} is not per row"
             )
-        return _RowAxis(differ[0], a.shape[differ[0]] // rows)
+        return _RowAxis(differ[0], a.shape[differ[0]] // rows, is_by_device)
 
     axes = jax.tree_util.tree_map_with_path(find, state, twice)
     return tuple(jax.tree.leaves(axes)), tuple(jax.tree.leaves(reported(axes)))

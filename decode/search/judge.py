@@ -16,6 +16,7 @@ from decode.diffusion.contracts import Constraint
 from decode.search import constrained
 from decode.search.contracts import NEVER, Round
 from decode.search.method import SearchMethod
+from decode.search.move import by_prompt, by_row
 from decode.search.state import SearchState
 from dlm import vocab
 from dlm.cache import KVCache
@@ -37,25 +38,25 @@ def read(
     """
     B, K, n = state.candidates.shape
     R = 1 if method.strategy.shares_row else K
-    start = jnp.tile(state.num_cached, R)
-    tokens = state.candidates[:, :R].swapaxes(0, 1).reshape(R * B, n)
+    of_rows = lambda x: by_row(jnp.broadcast_to(x[:, None], (B, R)))  # noqa: E731
+    start, tokens = of_rows(state.num_cached), by_row(state.candidates[:, :R])
     mask = mix = None
     if n > 1:
-        mask = pack_mask(jnp.broadcast_to(jnp.eye(n, dtype=bool)[None], (K * B, n, n)))
+        mask = pack_mask(jnp.broadcast_to(jnp.eye(n, dtype=bool)[None], (B * K, n, n)))
     if method.strategy.shares_row:
         each = embed(params, state.candidates[:, :, 0]).astype(jnp.float32)  # [B, K, D]
         weights = method.strategy.weights(state.score)
         mix = jnp.ones((B, 1)), (weights[:, :, None] * each).sum(axis=1, keepdims=True)
     positions = jnp.broadcast_to(start[:, None], tokens.shape)
-    slots = Slots.append(state.cache, start, jnp.tile(~state.has_stopped, R))
+    slots = Slots.append(state.cache, start, of_rows(~state.has_stopped))
     output = decoder.forward(
         params,
         cfg,
         Window(tokens, positions, mask, mix=mix, is_causal=n == 1),
-        slots.replace(length=jnp.tile(state.end, R)),
+        slots.replace(length=of_rows(state.end)),
     )
     assert output.cache is not None
-    return output.hidden.reshape(R, B, n, -1).swapaxes(0, 1), output.cache
+    return by_prompt(output.hidden, R), output.cache
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

@@ -8,10 +8,10 @@ A method is a pytree of choices, whose structure picks the program and whose lea
     constraint       what is allowed at all?                         decode/search/constrained.py
     adaptation       steps of the prompt's states                    decode/core/hso.py
 
-The rows of the cache are hypotheses: row k B + b is the k-th of prompt b. A prompt is read once and
-its keys and values are then laid under all of its hypotheses; where a hypothesis gets a second
-child, only what stands behind the prompt is copied, from row to row. (Where all hypotheses of a
-prompt share a row, which is row b, nothing ever is.) The candidates of a round are
+The rows of the cache are hypotheses: on every device with B prompts row k B + b is the k-th of its
+prompt b. A prompt is read once and its keys and values are then laid under all of its hypotheses;
+where a hypothesis gets a second child, only what stands behind the prompt is copied, from row to
+row. (Where all hypotheses of a prompt share a row, nothing ever is.) The candidates of a round are
 the last tokens of the texts, where there is one, else what may come behind them; the cache covers
 what stands before. A strategy may have hypotheses wait: a round reads the first rows only, if no
 prompt of the batch needs more.
@@ -36,9 +36,9 @@ from decode.search import constrained
 from decode.search.contracts import Results, Texts, completions_of, staying, taken
 from decode.search.judge import read, what_is_seen
 from decode.search.method import SearchMethod
-from decode.search.move import by_row, move, that_occur, under_all, write
+from decode.search.move import by_row, that_occur, under_all, write
 from decode.search.state import SearchState
-from dlm.cache import KVCache, compact, init_cache
+from dlm.cache import KVCache, compact, copy_rows, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
@@ -168,10 +168,14 @@ def _round(
     with jax.named_scope("move"):
         if n > 1:
             node = jnp.where(active[:, None], choice.node, 0)
-            cache = compact(cache, jnp.tile(state.num_cached, K), by_row(node)[:, None])
+            start = by_row(jnp.broadcast_to(state.num_cached[:, None], node.shape))
+            cache = compact(cache, start, by_row(node)[:, None])
         source = jnp.where(active[:, None], choice.source, jnp.arange(K)[None])
-        of_rows = source[:, : method.num_rows]  # one that all share does not move
-        cache, num_moves = move(cache, of_rows, state.prompt_len, state.log_prob.shape[2] + n)
+        if method.num_rows > 1:
+            cache = copy_rows(cache, source, state.prompt_len, state.log_prob.shape[2] + n)
+            num_moves = (source != jnp.arange(K)[None]).sum(axis=1, dtype=jnp.int32)
+        else:
+            num_moves = jnp.zeros_like(state.num_moves)
     with jax.named_scope("write"):
         return write(cfg, method, state, choice, source).replace(
             cache=cache, num_moves=state.num_moves + num_moves

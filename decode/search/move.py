@@ -14,7 +14,7 @@ from decode.search.method import SearchMethod
 from decode.search.state import SearchState
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
-from dlm.params import Apart, is_apart
+from dlm.sharding import batch_shards
 
 
 def write(
@@ -88,56 +88,29 @@ def that_occur(tokens: jax.Array, length: jax.Array, V: int) -> jax.Array:
 
 
 def under_all(cache: KVCache, K: int) -> KVCache:
-    """The cache of B prompts as that of K B hypotheses."""
+    """The cache of B prompts as that of B K hypotheses."""
     if K == 1:
         return cache
-    return jax.tree.map(lambda x: jnp.concatenate([x] * K, axis=x.ndim - 4), cache)
 
+    def every(x: jax.Array) -> jax.Array:  # [..., B, heads, S, H]
+        rows = x.shape[-4] // batch_shards()
+        here = x.reshape(*x.shape[:-4], -1, 1, rows, *x.shape[-3:])
+        of_each = jnp.broadcast_to(here, (*here.shape[:-5], K, *here.shape[-4:]))
+        return of_each.reshape(*x.shape[:-4], -1, *x.shape[-3:])
 
-def move(
-    cache: KVCache, source: jax.Array, first: jax.Array, num_slots: int
-) -> tuple[KVCache, jax.Array]:
-    """Copies what stands behind prompts, from rows of sources to rows that they are to be.
-
-    A source stays where it is, as `staying` has it, so nothing is read that was overwritten.
-
-    Args:
-      cache: of K B rows.
-      source: [B, K] int32.
-      first: [B] int32. The first slot that differs.
-      num_slots: behind it that may.
-
-    Returns:
-      The cache, and how many were copied, [B] int32.
-    """
-    B, K = source.shape
-    is_moved = source != jnp.arange(K)[None]
-    if K == 1:
-        return cache, jnp.zeros(B, jnp.int32)
-    order = jnp.argsort(~is_moved.reshape(-1), stable=True)
-    num_slots = min(num_slots, cache.num_slots)
-    first = jnp.minimum(first, cache.num_slots - num_slots)
-
-    def copy(i: jax.Array, cache: KVCache) -> KVCache:
-        b, k = order[i] // K, order[i] % K
-        old, new = source[b, k] * B + b, k * B + b
-
-        def one(x: jax.Array) -> jax.Array:  # [..., K B, heads, S, H]
-            lead = x.ndim - 4
-            at = lambda row: (0,) * lead + (row, 0, first[b], 0)  # noqa: E731
-            size = (*x.shape[:lead], 1, x.shape[-3], num_slots, x.shape[-1])
-            taken = jax.lax.dynamic_slice(x, at(old), size)
-            return jax.lax.dynamic_update_slice(x, taken, at(new))
-
-        def every(x: jax.Array | Apart) -> jax.Array | Apart:
-            return Apart(tuple(map(one, x.layers))) if isinstance(x, Apart) else one(x)
-
-        return jax.tree.map(every, cache, is_leaf=is_apart)
-
-    cache = jax.lax.fori_loop(0, is_moved.sum(), copy, cache)
-    return cache, is_moved.sum(axis=1, dtype=jnp.int32)
+    return jax.tree.map(every, cache)
 
 
 def by_row(x: jax.Array) -> jax.Array:
-    """[B, K] as the rows of the cache have it, [K B]."""
-    return x.swapaxes(0, 1).reshape(-1)
+    """[B, K, ...] as the rows of the cache have it, [B K, ...]: on every device the first ones come
+    first, so that those are a cache of their own."""
+    B, K, *rest = x.shape
+    here = x.reshape(batch_shards(), -1, K, *rest)
+    return here.swapaxes(1, 2).reshape(B * K, *rest)
+
+
+def by_prompt(x: jax.Array, K: int) -> jax.Array:
+    """The reverse of `by_row`."""
+    rows, *rest = x.shape
+    here = x.reshape(batch_shards(), K, -1, *rest)
+    return here.swapaxes(1, 2).reshape(rows // K, K, *rest)

@@ -5,7 +5,7 @@ Letters: B prompts, K hypotheses, n candidates, G completion positions, S slots,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import struct
@@ -30,11 +30,13 @@ class SearchState(struct.PyTreeNode):
       end: [B] int32. Largest lengths.
       strategy: its state.
       constraint: [B, K, n, ...]. Its states behind the candidates; None without one.
-      cache: of K B rows; of B where hypotheses share them.
+      cache: of K B rows, or of B where hypotheses share them, see `decode.search.move.by_row`.
       key: [B, 2] uint32. One random stream per prompt.
       has_stopped: [B] bool.
       num_steps: scalar int32. Rounds of the loop, for the whole batch.
     """
+
+    rows_are_by_device: ClassVar[bool] = True  # for `decode.core.refill`
 
     score: jax.Array
     candidates: jax.Array

@@ -10,6 +10,8 @@ import pytest
 
 from decode.diffusion import loop as diffusion
 from decode.diffusion.components import DelayedCache, DualCache, FixedBlocks, Threshold
+from decode.search import loop as search
+from decode.search.components import METHODS as SEARCHES
 from decode.speculative.controller import Controller
 from decode.speculative.drafters.dynamic_exit import DynamicExit
 from decode.speculative.drafters.prompt_lookup import PromptLookup
@@ -17,7 +19,7 @@ from decode.speculative.drafters.swift import Swift
 from decode.speculative.drafters.token_recycling import TokenRecycling
 from decode.speculative.loop import SpeculativeMethod, decode, init_state
 from decode.speculative.tree import from_paths
-from dlm.cache import KVCache, compact, init_cache, write, write_positions
+from dlm.cache import KVCache, compact, copy_rows, init_cache, write, write_positions
 from dlm.params import Apart
 from dlm.sharding import make_mesh
 from dlm.window import Slots
@@ -128,6 +130,52 @@ def test_slots_of_several_devices():
     np.testing.assert_array_equal(got.k, by_hand(old.k, new.k))
 
 
+SOURCE, FIRST = np.array([[0, 0], [1, 1]], np.int32), np.array([3, 9], np.int32)
+
+
+def row_of(group, nth, devices):
+    """Of two groups of two rows: on every device the first ones come first."""
+    return 2 * nth + group if devices == 1 else 2 * group + nth
+
+
+def copied_by_hand(x, num_slots, devices=1):
+    """Of group 0 its second row is to be like its first, of group 1 its first like its second."""
+    x = np.array(x)
+    for group, old, new, first in ((0, 0, 1, 3), (1, 1, 0, 9)):
+        old, new = (row_of(group, nth, devices) for nth in (old, new))
+        x[:, new, :, first : first + num_slots] = x[:, old, :, first : first + num_slots]
+    return x
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_rows_that_are_copied(is_apart):
+    """Only these slots, and only of rows that are to be others."""
+    old = random_cache(0)
+    got = jax.jit(copy_rows, static_argnums=3)(split(old) if is_apart else old, SOURCE, FIRST, 5)
+    got = stacked(got) if is_apart else got
+    np.testing.assert_array_equal(got.k, copied_by_hand(old.k, 5))
+    np.testing.assert_array_equal(got.v, copied_by_hand(old.v, 5))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("axes", [dict(data=2), dict(sequence=2), dict(data=2, sequence=4)])
+def test_rows_that_are_copied_on_several_devices(axes):
+    """Each device copies what it has of them, and perhaps more slots beside them."""
+    old, devices = random_cache(0), axes.get("data", 1)
+    with jax.set_mesh(make_mesh(**axes)):
+        got = jax.jit(copy_rows, static_argnums=3)(old, SOURCE, FIRST, 5)
+    got, wanted = np.array(got.k), copied_by_hand(old.k, 5, devices)
+    kept = np.array(old.k)
+    for group, new, first in ((0, 1, 3), (1, 0, 9)):
+        row, source = (row_of(group, nth, devices) for nth in (new, 1 - new))
+        inside = slice(first, first + 5)
+        np.testing.assert_array_equal(got[:, row, :, inside], wanted[:, row, :, inside])
+        for s in range(S):
+            here = got[:, row, :, s]
+            assert (here == kept[:, source, :, s]).all() or (here == kept[:, row, :, s]).all()
+        np.testing.assert_array_equal(got[:, source], kept[:, source])
+
+
 @pytest.mark.parametrize(("is_controlled", "is_apart"), [(True, False), *more((False, True))])
 def test_no_round_copies_the_cache(toy_cfg, toy_params, monkeypatch, is_controlled, is_apart):
     """In the compiled loop nothing of the cache's size is made anew, and it is given away."""
@@ -142,6 +190,16 @@ def test_no_round_copies_the_cache(toy_cfg, toy_params, monkeypatch, is_controll
         )
         state = init_state(toy_cfg, method, [[1, 2, 3]] * 3, gen_len=40)
         check_in_place(decode.lower(toy_params, toy_cfg, method, state).compile(), state.cache)
+
+
+@pytest.mark.parametrize("is_apart", [False, *more(True)])
+@pytest.mark.parametrize("name", ["beam_4", *more(*sorted({*SEARCHES} - {"beam_4"}))])
+def test_no_round_of_search_copies_the_cache(toy_cfg, toy_params, monkeypatch, name, is_apart):
+    monkeypatch.setattr("dlm.cache.APART_BYTES", 0 if is_apart else 2**30)
+    cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
+    state = search.begin(toy_params, cfg, SEARCHES[name], [[1, 2, 3]] * 3, gen_len=40)
+    compiled = search.decode.lower(toy_params, cfg, SEARCHES[name], state).compile()
+    check_in_place(compiled, state.cache)
 
 
 @pytest.mark.parametrize("is_apart", [False, True])
