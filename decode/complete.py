@@ -51,7 +51,7 @@ from decode.speculative.loop import (
 from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
-NO_STOPS = "a search looks for no strings, only for stop_ids"
+NO_STOPS = "a search whose texts may all change looks for no strings, only for stop_ids"
 
 
 class Choices(MethodOptions, total=False):
@@ -133,8 +133,9 @@ def complete(
         whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
-      num_return: samples per prompt, of a search that draws nothing its best completions; the
-        further ones are the first one's `others`.
+      num_return: samples per prompt, in the order of their seeds, the first as if it were alone; of a
+        search that draws nothing its best completions, the best first. The further ones are the
+        first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.
       controller: judges in every round as many drafts as pay on this device and this text, and
@@ -207,6 +208,8 @@ def stream_text(
 ) -> Iterator[Piece]:
     """The text of `complete`, piece by piece as it is written: one per round.
 
+    Where a search may still change all of it, the best so far is what stands `ahead`.
+
     Example:
       >>> for piece in stream_text(lm, "def fibonacci(n):", method="prompt_lookup"):
       ...     print(piece.text, end="", flush=True)
@@ -222,7 +225,7 @@ def stream_text(
     """
     check_known("stream_text", choices, Choices)
     method = choose(lm, choices)
-    if stop and isinstance(method, SearchMethod):
+    if stop and isinstance(method, SearchMethod) and not method.strategy.commits:
         raise ValueError(f"stop={stop!r}: {NO_STOPS}")
     return stream_answer(lm, prompt, loop_of(method), method, gen_len=gen_len, stop=stop, seed=seed)
 
@@ -232,7 +235,7 @@ def _read(
 ) -> tuple[SpeculativeMethod | SearchMethod, Asked]:
     """How to decode, and what."""
     method = choose(lm, options)
-    if isinstance(method, SearchMethod) and options.get("stop"):
+    if isinstance(method, SearchMethod) and options.get("stop") and not method.strategy.commits:
         raise ValueError(f"stop={options['stop']!r}: {NO_STOPS}")
     if not _finds_several(method):
         return method, read_asked(lm, prompts, options)
@@ -300,7 +303,9 @@ def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -
     some = {name: choice for name, choice in some.items() if choice is not None}
     if "sampling" in some and some["sampling"].temperature is None:
         some["sampling"] = some["sampling"].replace(temperature=method.sampling.temperature)
-    return method.replace(strategy=method.strategy.for_model(lm), **some)
+    method = method.replace(**some)
+    method.check_kinds()
+    return method.replace(strategy=method.strategy.for_model(lm))
 
 
 def collect(

@@ -34,7 +34,8 @@ class Piece:
       text: what is new of the certain text: it is never taken back, and never half a character. All
         pieces joined are `Completion.text`.
       ahead: what stands behind the certain text and may still change, `OPEN` where nothing is
-        decided; "" from autoregressive models.
+        decided; "" from autoregressive models, unless a search has several texts of theirs under
+        way, of which this is the best so far.
       completion: the whole answer, with the last piece; else None.
     """
 

@@ -72,15 +72,11 @@ def collect(
 
 
 def _written(state: SearchState, method: SearchMethod) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Nothing is certain before the end; how the best hypothesis of each prompt stands."""
-    tokens, start, length, score = jax.device_get(
-        (state.tokens, state.prompt_len, state.length, state.score)
-    )
-    best = [
-        rows[int(np.argmax(own))][a:b]
-        for rows, own, a, b in zip(tokens, score, start, length, strict=True)
-    ]
-    return [row[:0] for row in best], best
+    """The best texts of all prompts, as it stands: certain, or nothing of it before the end."""
+    found = jax.device_get(results(method.replace(num_return=1), state.replace(cache=None)))
+    best = [row[0, : num[0]] for row, num in zip(found.tokens, found.num_tokens, strict=True)]
+    none = [row[:0] for row in best]
+    return (best, none) if method.strategy.commits else (none, best)
 
 
 def _prepare(lm: LanguageModel, method: SearchMethod, prompts: Any, **asked: Any) -> SearchState:

@@ -189,6 +189,8 @@ class Strategy(Part):
       looks_ahead: whether candidates are what may come behind a text, not its last token.
       shares_row: whether all hypotheses of a prompt are one row of the cache, whose input is the
         mean of their last tokens' embeddings, see `weights`.
+      commits: whether there is one hypothesis, which is what is found, and whose tokens stay: it is
+        shown as it is written, and ends at stop strings.
     """
 
     draws: ClassVar[bool] = False
@@ -196,6 +198,7 @@ class Strategy(Part):
     takes_back: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     shares_row: ClassVar[bool] = False
+    commits: ClassVar[bool] = False
 
     @classmethod
     def points(cls) -> Mapping[str, Strategy]:

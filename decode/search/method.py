@@ -40,12 +40,20 @@ class SearchMethod(struct.PyTreeNode):
     num_return: int = struct.field(pytree_node=False, default=1)
     adaptation: HSO | None = None
 
+    def check_kinds(self) -> None:
+        """Raises ValueError if a choice is of another kind than its field's."""
+        kinds = {
+            "strategy": (Strategy, "Strategy"),
+            "sampling": (Sampling, "Sampling"),
+            "constraint": (Constraint | None, "Constraint, or None"),
+        }
+        for name, (kind, said) in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name}={value!r} must be of class {said}")
+
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, unless the choices make sense for the model."""
-        if not isinstance(self.strategy, Strategy):
-            raise ValueError(f"strategy={self.strategy!r} must be of class Strategy")
-        if not isinstance(self.sampling, Sampling):
-            raise ValueError(f"sampling={self.sampling!r} must be of class Sampling")
+        self.check_kinds()
         check_numbers(self)
         check_numbers(self.strategy)
         self.strategy.validate(cfg)
@@ -98,8 +106,6 @@ class SearchMethod(struct.PyTreeNode):
         constraint = self.constraint
         if constraint is None:
             return
-        if not isinstance(constraint, Constraint):
-            raise ValueError(f"constraint={constraint!r} must be of class Constraint, or None")
         if self.strategy.takes_back:
             raise ValueError(
                 f"constraint={constraint!r} goes without {type(self.strategy).__name__}, which "

@@ -49,6 +49,7 @@ class Contrastive(Strategy):
     """
 
     looks_ahead: ClassVar[bool] = True
+    commits: ClassVar[bool] = True
 
     k: int = struct.field(pytree_node=False, default=4)
     alpha: jax.Array | float = 0.6

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ class Momentum(Strategy):
       alpha: >= 0, weight of the resistance; 0: greedy.
       resistance: (f(1), ..., f(L)); beyond L it is infinite (GPT-2 XL: 1 to 5). Static.
     """
+
+    commits: ClassVar[bool] = True
 
     k: int = struct.field(pytree_node=False, default=5)
     alpha: jax.Array | float = 0.2
