@@ -1,13 +1,15 @@
-"""Pictures of how texts came about: in which step each token was written, and what was drafted.
+"""Pictures of how texts came about: which step wrote each token, what was drafted, what was tried.
 
     draw_steps([Answer(prompt, "threshold", answer)], lm.tokenizer)
     draw_drafts(list(watch_drafts(lm, prompt, method="token_recycling"))[:4], lm.tokenizer)
+    draw_search(watch_search(lm, prompt, method="beam_4", gen_len=8))
 
 A notebook shows what these give; `savefig` writes it to a file.
 """
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from decode.drafts import DraftRound
+from decode.explored import Node
 from decode.view import Answer
 from dlm.tokenizer import Tokenizer
 
@@ -28,6 +31,9 @@ FONT: dict[str, Any] = {
     "fontsize": 8.9,
 }  # a character is 0.602 of its size wide
 KEPT, LEFT, OWN = "#9fd8a4", "#e8e8e8", "#a9cdf2"
+FATES = {"won": KEPT, "found": "#f6d98b", "kept": OWN, "dropped": LEFT}  # of what was tried
+TRUNK = 0.6  # columns, between lines that go down side by side
+SMALL: dict[str, Any] = {"family": "monospace", "fontsize": 5.5, "color": "0.35"}
 
 
 class Picture(Figure):
@@ -94,6 +100,51 @@ def draw_drafts(rounds: Sequence[DraftRound], tokenizer: Tokenizer) -> Picture:
     return picture
 
 
+def draw_search(nodes: Sequence[Node], title: str = "") -> Picture:
+    """What a search explored, as a tree: what was tried behind something stands right of it.
+
+    Green is the way to the best text, and yellow the end of each other one that was found; from the
+    blue ones the search went on for a while, the grey ones were dropped at once. Below each stands
+    its score, and what it is made of, if there are parts.
+
+    Args:
+      nodes: what was tried; parents come before what stands behind them.
+      title: of the picture.
+
+    Raises:
+      ValueError: on a parent that does not come before its child, or a fate that there is not.
+    """
+    for number, node in enumerate(nodes):
+        if not -1 <= node.parent < number:
+            raise ValueError(f"parent={node.parent} of node {number} must be in [-1, {number})")
+        if node.fate not in FATES:
+            raise ValueError(f"fate={node.fate!r} of node {number} must be in {sorted(FATES)}")
+    texts, notes = [_on_one_line(node.text) for node in nodes], [_note(node) for node in nodes]
+    widths = [max(_width(t), 0.65 * len(n)) for t, n in zip(texts, notes, strict=True)]
+    depths, lines = _stacked(nodes)
+    most = [0.0] * (1 + max(depths, default=0))
+    for depth, wide in zip(depths, widths, strict=True):
+        most[depth] = max(most[depth], wide)
+    bends = _bends(nodes, depths, lines)
+    room = [2.0 + TRUNK * sum(depths[v] == d for v in bends) for d in range(len(most))]
+    column = [1 + sum(most[:d]) + sum(room[:d]) for d in range(len(most))]
+    height = 1.6 * (1 + max(lines, default=0)) + 1.6
+    end = max((column[d] + w for d, w in zip(depths, widths, strict=True)), default=0)
+    picture, axes = _page(max(end, len(title)) + 1, height)
+    axes.text(0.5, -0.6, title, fontsize=10, va="center", parse_math=False)
+    at = [(column[d], -1.6 - 1.6 * line) for d, line in zip(depths, lines, strict=True)]
+    for node, text, note, (x, y) in zip(nodes, texts, notes, at, strict=True):
+        if node.parent >= 0:
+            before, above = at[node.parent]
+            start = before + _width(texts[node.parent])
+            bend = x - 1.1 - TRUNK * bends[node.parent]
+            ink, layer = ("#4fa85a", 1) if node.fate == "won" else ("0.75", 0)
+            axes.plot([start, bend, bend, x], [above, above, y, y], color=ink, zorder=layer, lw=1)
+        _chip(axes, x, y, text, FATES[node.fate], "k")
+        axes.text(x + 0.3, y - 0.68, note, va="center", parse_math=False, **SMALL)
+    return picture
+
+
 def _page(width: float, height: float) -> tuple[Picture, Axes]:
     """A picture of so many characters by lines, which are its coordinates; lines fall from 0."""
     picture = Picture(figsize=(CHARACTER * width, LINE * height), dpi=100)
@@ -115,7 +166,11 @@ def _width(text: str) -> int:
 
 def _shown(tokenizer: Tokenizer, token: int) -> str:
     """A token on one line, in which nothing is invisible."""
-    text = tokenizer.decode([token], skip_special_tokens=False)
+    return _on_one_line(tokenizer.decode([token], skip_special_tokens=False))
+
+
+def _on_one_line(text: str) -> str:
+    """A text in which nothing is invisible."""
     text = "".join({"\n": "⏎", "\t": "⇥"}.get(x, x) for x in text)
     return text if text.strip() else "␣" * len(text)
 
@@ -191,3 +246,46 @@ def _depth_first(parents: Sequence[int]) -> list[int]:
         order.append(waiting.pop())
         waiting += reversed(children.get(order[-1], []))
     return order
+
+
+def _note(node: Node) -> str:
+    """What stands below a node."""
+    said = [] if node.score is None else [f"{node.score:.2f}"]
+    return " ".join(said + [f"{name} {value:.2f}" for name, value in node.parts.items()])
+
+
+def _bends(nodes: Sequence[Node], depths: list[int], lines: list[int]) -> dict[int, int]:
+    """Of nodes with others behind them, where their line turns: places from the right.
+
+    The upper ones turn later, so that lines do not cross.
+    """
+    parents = sorted({node.parent for node in nodes if node.parent >= 0}, key=lambda v: lines[v])
+    seen, bends = collections.Counter[int](), {}
+    for v in parents:
+        bends[v] = seen[depths[v]]
+        seen[depths[v]] += 1
+    return bends
+
+
+def _stacked(nodes: Sequence[Node]) -> tuple[list[int], list[int]]:
+    """Depth and line of each: on that of its parent, or on the first below that is free there.
+
+    The way to the best text is on the first line.
+    """
+    children: dict[int, list[int]] = {}
+    for v, node in enumerate(nodes):
+        children.setdefault(node.parent, []).append(v)
+    rank = {fate: i for i, fate in enumerate(FATES)}
+    for siblings in children.values():
+        siblings.sort(key=lambda v: rank[nodes[v].fate])
+    depths, lines, free = [0] * len(nodes), [0] * len(nodes), collections.Counter[int]()
+    waiting = children.get(-1, [])[::-1]
+    while waiting:
+        v = waiting.pop()
+        parent = nodes[v].parent
+        if parent >= 0:
+            depths[v], lines[v] = depths[parent] + 1, lines[parent]
+        lines[v] = max(lines[v], free[depths[v]])
+        free[depths[v]] = lines[v] + 1
+        waiting += children.get(v, [])[::-1]
+    return depths, lines

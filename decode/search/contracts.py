@@ -30,6 +30,7 @@ from dlm.lm import LanguageModel
 from kernels_pallas.unembed_stats import VocabStats
 
 NEVER = -1e9  # the score of what does not exist
+SHOWN = 3  # tokens behind each hypothesis, where there is no reason for another number
 
 
 class Best(Protocol):
@@ -144,6 +145,20 @@ class Choice(struct.PyTreeNode):
     is_done: jax.Array
     state: Any
     length: jax.Array | None = None
+
+
+class Weighed(struct.PyTreeNode):
+    """What is compared in a round, for those who look on.
+
+    Attributes:
+      tokens: [B, K, c] int32. What may come behind each hypothesis, or some of it; -1: nothing.
+      value: [B, K, c] float32. By which it is chosen, the more the better; `NEVER`: it is not.
+      parts: each [B, K, c] float32, what the value is made of, by name.
+    """
+
+    tokens: jax.Array
+    value: jax.Array
+    parts: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 class Results(struct.PyTreeNode):
@@ -271,6 +286,12 @@ class Strategy(Part):
     def choose(self, seen: Round, state: Any) -> Choice:
         """The hypotheses of the next round."""
         raise NotImplementedError
+
+    def weigh(self, seen: Round, state: Any) -> Weighed:
+        """What `choose` compares. Default: scores with the most probable tokens behind each."""
+        tokens, log_probs = (x[:, :, 0] for x in seen.best(SHOWN))
+        total = seen.score[:, :, None] + log_probs
+        return Weighed(tokens, jnp.where(exists(total), total, NEVER))
 
     def finish(self, texts: Texts, state: Any) -> Results:
         """What was found. Default: the hypotheses themselves, the best first."""

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from decode.core import loop
 from decode.core.requests import PREFILL, lay_out, read_requests
 from decode.search import constrained
-from decode.search.contracts import Results, Texts, completions_of, staying, taken
+from decode.search.contracts import Results, Texts, Weighed, completions_of, staying, taken
 from decode.search.judge import read, what_is_seen
 from decode.search.method import SearchMethod
 from decode.search.move import by_row, that_occur, under_all, write
@@ -45,7 +45,7 @@ from dlm.params import Params
 from dlm.sharding import batch_shards
 from dlm.window import Slots, Window
 
-__all__ = ["SearchMethod", "SearchState", "begin", "decode", "results", "step"]
+__all__ = ["SearchMethod", "SearchState", "begin", "decode", "results", "step", "weighed"]
 
 
 def begin(
@@ -183,6 +183,13 @@ def _round(
 
 
 decode = loop.compile_decode(step)  # its arguments are said there
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def weighed(params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState) -> Weighed:
+    """What will be compared in the next round; the state stays as it is."""
+    hidden, _ = read(params, cfg, state)
+    return method.strategy.weigh(what_is_seen(params, cfg, method, state, hidden), state.strategy)
 
 
 @jax.jit

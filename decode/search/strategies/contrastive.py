@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.search.contracts import Choice, Round, Strategy, exists
+from decode.search.contracts import NEVER, Choice, Round, Strategy, Weighed, exists
 from dlm.config import ModelConfig
 
 LEAST_NORM = 1e-12
@@ -81,14 +81,10 @@ class Contrastive(Strategy):
         return state.replace(states=state.states.at[rows, at].set(_unit(hidden), mode="drop"))
 
     def choose(self, seen: Round, state: ContrastiveState) -> Choice:
-        B, S, _ = state.states.shape
+        B = len(seen.length)
         unit, rows = _unit(seen.hidden[:, 0]), jnp.arange(B)  # [B, k, D]
         length = seen.length - seen.is_first  # of what is in `states`
-        likeness = jnp.einsum("bkd,bsd->bks", unit, state.states)
-        is_before = jnp.arange(S)[None] < length[:, None]
-        likeness = jnp.where(is_before[:, None], likeness, -1.0).max(axis=2)
-        value = (1 - self.alpha) * jnp.exp(state.log_probs) - self.alpha * likeness
-        value = jnp.where(exists(state.log_probs), value, -jnp.inf)
+        _, value = self._value(unit, length, state)
         node = jnp.where(seen.is_first, 0, jnp.argmax(value, axis=1)).astype(jnp.int32)
         states = state.states.at[rows, length].set(unit[rows, node], mode="drop")
         tokens, log_probs = (x[:, 0][rows, node] for x in seen.best(self.k))  # behind the node
@@ -104,6 +100,23 @@ class Contrastive(Strategy):
             is_done=seen.is_end(token) & ~seen.is_first,
             state=ContrastiveState(states, log_probs),
         )
+
+    def _value(
+        self, unit: jax.Array, length: jax.Array, state: ContrastiveState
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of candidates with states [B, k, D]: likeness and value, each [B, k]."""
+        likeness = jnp.einsum("bkd,bsd->bks", unit, state.states)
+        is_before = jnp.arange(state.states.shape[1])[None] < length[:, None]
+        likeness = jnp.where(is_before[:, None], likeness, -1.0).max(axis=2)
+        value = (1 - self.alpha) * jnp.exp(state.log_probs) - self.alpha * likeness
+        return likeness, jnp.where(exists(state.log_probs), value, -jnp.inf)
+
+    def weigh(self, seen: Round, state: ContrastiveState) -> Weighed:
+        likeness, value = self._value(_unit(seen.hidden[:, 0]), seen.length, state)
+        tokens = jnp.where(seen.is_first[:, None], -1, seen.candidates[:, 0])
+        value = jnp.maximum(value, NEVER)[:, None]
+        parts = {"p": jnp.exp(state.log_probs)[:, None], "like": likeness[:, None]}
+        return Weighed(tokens[:, None], value, parts)
 
 
 def _unit(hidden: jax.Array) -> jax.Array:

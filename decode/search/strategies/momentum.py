@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.matches import match_lengths
-from decode.search.contracts import Choice, Round, Strategy, exists
+from decode.search.contracts import NEVER, Choice, Round, Strategy, Weighed, exists
 from dlm.config import ModelConfig
 
 
@@ -58,18 +58,9 @@ class Momentum(Strategy):
 
     def choose(self, seen: Round, state: tuple[()]) -> Choice:
         B = len(seen.length)
-        tokens, log_probs = (x[:, 0, 0] for x in seen.best(self.k))
-        times = repeats(seen.tokens[:, 0], seen.length, tokens, len(self.resistance) + 1)
-        table = jnp.array([0.0, *self.resistance, math.inf])
-        resistance = table[times]
-        # An infinite one counts however small alpha is, but for alpha = 0.
-        against = jnp.where(self.alpha > 0, self.alpha * resistance, 0.0)
-        is_there = exists(log_probs)
-        value = jnp.where(is_there, jnp.exp(log_probs) - against, -jnp.inf)
+        tokens, log_probs, times, _, value = self._value(seen)
         best = jnp.argmax(value, axis=1)
-        fallback = jnp.argmin(
-            jnp.where(is_there, times, len(table)), axis=1
-        )  # of equals the most probable
+        fallback = jnp.argmin(times, axis=1)  # of equals the most probable
         is_free = (value > -jnp.inf).any(axis=1)
         chosen = jnp.where(is_free, best, fallback)[:, None]
         token, log_prob = (jnp.take_along_axis(x, chosen, axis=1) for x in (tokens, log_probs))
@@ -83,6 +74,23 @@ class Momentum(Strategy):
             is_done=seen.is_end(token[:, 0]),
             state=state,
         )
+
+    def _value(self, seen: Round) -> tuple[jax.Array, ...]:
+        """Tokens, log-probabilities, lengths of repeats, resistances and values, each [B, k]."""
+        tokens, log_probs = (x[:, 0, 0] for x in seen.best(self.k))
+        times = repeats(seen.tokens[:, 0], seen.length, tokens, len(self.resistance) + 1)
+        table = jnp.array([0.0, *self.resistance, math.inf])
+        resistance = table[times]
+        # An infinite one counts however small alpha is, but for alpha = 0.
+        against = jnp.where(self.alpha > 0, self.alpha * resistance, 0.0)
+        is_there = exists(log_probs)
+        value = jnp.where(is_there, jnp.exp(log_probs) - against, -jnp.inf)
+        return tokens, log_probs, jnp.where(is_there, times, len(table)), resistance, value
+
+    def weigh(self, seen: Round, state: tuple[()]) -> Weighed:
+        tokens, log_probs, _, resistance, value = self._value(seen)
+        parts = {"p": jnp.exp(log_probs)[:, None], "resists": resistance[:, None]}
+        return Weighed(tokens[:, None], jnp.maximum(value, NEVER)[:, None], parts)
 
 
 def repeats(text: jax.Array, length: jax.Array, tokens: jax.Array, most: int) -> jax.Array:

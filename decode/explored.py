@@ -1,0 +1,158 @@
+"""Searches, to be looked at: every token that was tried, with its score and what became of it.
+
+    nodes = watch_search(lm, prompt, method="beam_4", gen_len=8)
+
+`decode.pictures.draw_search` draws them. The search is stepped from the host, and is the one that
+`decode.complete.complete` makes in one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Unpack
+
+import jax
+
+from decode.complete import Choices, choose
+from decode.core.loop import FOREVER
+from decode.core.requests import (
+    OnePrompt,
+    encode,
+    read_requests,
+    round_lengths,
+    round_rows,
+    whole_number,
+)
+from decode.core.texts import inside
+from decode.search.answers import LOOP
+from decode.search.contracts import exists
+from decode.search.loop import SearchMethod, SearchState, results, weighed
+from dlm.lm import LanguageModel
+
+Fate = Literal["won", "found", "kept", "dropped"]
+Text = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """Something that a search tried: a token, or a step of several.
+
+    Attributes:
+      parent: the number of what it stands behind, which comes before it in a list; -1: the prompt.
+      text: what is shown of it.
+      fate: "won": it is of the best text; "found": it ends another one that was found; "kept": the
+        search went on from it for a while; "dropped": it did not.
+      score: what it was chosen by; None: by nothing.
+      parts: what the score is made of, by name.
+    """
+
+    parent: int
+    text: str
+    fate: Fate = "kept"
+    score: float | None = None
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def watch_search(
+    lm: LanguageModel,
+    prompt: OnePrompt,
+    *,
+    gen_len: int = 256,
+    seed: int = 0,
+    **choices: Unpack[Choices],
+) -> list[Node]:
+    """What a search for one prompt tries, in the order of its rounds.
+
+    Of what was dropped there is what the strategy says that it weighs, `Strategy.weigh`.
+
+    Args:
+      lm, prompt, gen_len, seed, choices: see `decode.complete.complete`; the model needs a
+        tokenizer.
+
+    Raises:
+      ValueError: on prompts, lengths or options that make no sense, or a method that does not
+        search.
+    """
+    method = choose(lm, choices)
+    if not isinstance(method, SearchMethod):
+        raise ValueError(f"method={choices.get('method')!r} must be one that searches")
+    if lm.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer that could be read, to show tokens with")
+    method = method.replace(num_return=method.strategy.num_results)
+    method.validate(lm.cfg)
+    tokens = encode(lm, prompt)
+    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
+    read_requests(lm.cfg, [tokens], [gen_len], [seed], None, None, None, may_be_empty=False)
+    return list(inside(lm, _explored(lm, method, tokens, gen_len, seed)))
+
+
+def _explored(
+    lm: LanguageModel, method: SearchMethod, prompt: list[int], gen_len: int, seed: int
+) -> Iterator[Node]:
+    """As `watch_search`."""
+    P, G = round_lengths(lm.cfg, [prompt], [gen_len])
+    state = LOOP.prepare(
+        lm, method, [prompt], gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G,
+        batch_size=round_rows(1, None),
+    )  # fmt: skip
+    tried = _Tried(lm)
+    while not bool(state.has_stopped.all()):
+        each = jax.device_get(weighed(lm.params, lm.cfg, method, state))
+        for k, text in _under_way(state).items():
+            for c, token in enumerate(each.tokens[0, k].tolist()):
+                if token >= 0 and exists(each.value[0, k, c]):
+                    parts = {name: float(part[0, k, c]) for name, part in each.parts.items()}
+                    tried.add((*text, token), float(each.value[0, k, c]), parts)
+        state = LOOP.decode(lm.params, lm.cfg, method, state, 1, FOREVER)
+        score = jax.device_get(state.score[0])
+        for k, text in _under_way(state).items():
+            tried.add(text, float(score[k]))
+            tried.set_fate(text, "kept")
+    found = jax.device_get(results(method, state.replace(cache=None)))
+    for r in reversed(range(method.num_return)):
+        text = tuple(found.tokens[0, r, : found.num_tokens[0, r]].tolist())
+        if exists(found.score[0, r]):
+            tried.add(text, float(found.score[0, r]))
+            tried.set_fate(text, "found")
+            for n in range(len(text) + 1) if r == 0 else ():
+                tried.set_fate(text[:n], "won")
+    yield from tried.nodes
+
+
+def _under_way(state: SearchState) -> dict[int, Text]:
+    """The texts of the first prompt's hypotheses, by their numbers; each text once."""
+    tokens, start, length, score = jax.device_get(
+        (state.tokens[0], state.prompt_len[0], state.length[0], state.score[0])
+    )
+    found: dict[Text, int] = {}
+    for k in range(len(score)):
+        if exists(score[k]):
+            found.setdefault(tuple(tokens[k, start:length].tolist()), k)
+    return {k: text for text, k in found.items()}
+
+
+class _Tried:
+    """Texts, each with the node that ends it."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.nodes: list[Node] = []
+        self._lm = lm
+        self._number: dict[Text, int] = {(): -1}
+
+    def add(self, text: Text, score: float, parts: Mapping[str, float] | None = None) -> None:
+        """A text that was tried; what is there stays as it is."""
+        if text in self._number:
+            return
+        if text[:-1] not in self._number:  # a strategy wrote several tokens at once
+            self.add(text[:-1], score)
+        assert self._lm.tokenizer is not None
+        shown = self._lm.tokenizer.decode([text[-1]], skip_special_tokens=False)
+        self._number[text] = len(self.nodes)
+        self.nodes.append(Node(self._number[text[:-1]], shown, "dropped", score, parts or {}))
+
+    def set_fate(self, text: Text, fate: Any) -> None:
+        """Says what became of a text; nothing of the empty one."""
+        if text:
+            number = self._number[text]
+            self.nodes[number] = dataclasses.replace(self.nodes[number], fate=fate)
