@@ -133,8 +133,8 @@ def complete(
         whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
       seed: one number (prompt i then uses seed + i) or one per prompt.
-      num_return: samples per prompt, in the order of their seeds, the first as if it were alone; of a
-        search that draws nothing its best completions, the best first. The further ones are the
+      num_return: samples per prompt, in the order of their seeds, the first as if it were alone; of
+        a search that draws nothing its best completions, the best first. The further ones are the
         first one's `others`.
       top_logprobs: so many of the most probable tokens are reported at each position, with their
         log-probabilities when the position was written; 0: none.

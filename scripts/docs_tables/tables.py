@@ -13,6 +13,7 @@ import configs
 from decode.diffusion.components import COMPONENTS
 from decode.diffusion.points import METHODS
 from decode.diffusion.public import DECODERS
+from decode.search.components import STRATEGIES
 from decode.speculative.components import ACCEPTANCE_RULES, DRAFTERS
 from dlm.hf import formats
 from dlm.hf.format import Format
@@ -58,6 +59,12 @@ def _components() -> str:
     return "\n".join(head + [_row(c, axis) for axis, kinds in COMPONENTS.items() for c in kinds])
 
 
+def _strategies() -> str:
+    head = ["| by name | strategy | | arXiv | fields (default) |", "|---|---|---|---|---|"]
+    named = {kind: ", ".join(f"`{name}`" for name in kind.points()) for kind in STRATEGIES}
+    return "\n".join(head + [_row(kind, names or "none") for kind, names in named.items()])
+
+
 def objective_kinds() -> list[type[objectives.Objective]]:
     """Every objective of `train.objectives`."""
     found: list[type] = []
@@ -85,6 +92,7 @@ def _counts() -> str:
         f"diffusion methods by name, in one jitted loop: {components} components on "
         f"{len(COMPONENTS)} axes, to be combined": len(METHODS),
         f"drafters in another, under {len(ACCEPTANCE_RULES)} acceptance rules": len(DRAFTERS),
+        "search strategies in a third": len(STRATEGIES),
         "training objectives, in one trainer": len(objective_kinds()),
         "architectures whose published checkpoints are read": len(_forms()),
     }
@@ -114,6 +122,7 @@ def pages() -> dict[pathlib.Path, str]:
         "README.md": {"counts": _counts()},
         "docs/methods.md": {"components": _components()},
         "docs/speculative.md": {"drafters": _table(DRAFTERS, "drafter"), "acceptance rules": rules},
+        "docs/search.md": {"strategies": _strategies()},
         "docs/models.md": {"families": _families()},
         "docs/decoders.md": {"arguments": sections(DECODERS)},
         "docs/training.md": {
