@@ -20,10 +20,8 @@ from dlm.trainable import Learned
 from tests.lib.kinds import KINDS, model
 from tests.lib.paths import SHARED
 from tests.lib.speculation import random_prompts
-from tests.lib.tiers import more
 from tests.lib.untrained import char_lm
 
-every_method = pytest.mark.parametrize("name", ["beam_4", *more(*sorted({*METHODS} - {"beam_4"}))])
 G = 8
 CAUSAL = SHARED / "goldens" / "causal"
 PUBLISHED = sorted(path.name for path in CAUSAL.glob("*") if path.is_dir())
@@ -73,7 +71,8 @@ def test_what_may_change_is_marked(lm, name):
         assert last.text == whole.text
 
 
-@pytest.mark.parametrize("name", ["momentum", *more("contrastive")])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["momentum", "contrastive"])
 def test_texts_that_are_certain_are_cut_before_stop_strings(lm, name):
     whole = complete(lm, "abcab", method=name, gen_len=40)
     stop = whole.text[3:5]
@@ -162,7 +161,7 @@ def test_no_device_asks_another_for_its_cache(toy):
 
 
 @pytest.mark.exhaustive
-@every_method
+@pytest.mark.parametrize("name", METHODS)
 def test_rows_that_are_replaced_on_a_mesh(toy, name):
     lm, prompts = toy
     mesh = make_mesh(data=2)
@@ -173,6 +172,7 @@ def test_rows_that_are_replaced_on_a_mesh(toy, name):
 # ---- Several answers ----------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_samples_come_in_the_order_of_their_seeds(lm):
     """The first is the one that is drawn alone; they are not sorted."""
     options = dict(gen_len=6, temperature=1.0, seed=5)
