@@ -188,7 +188,7 @@ decode = loop.compile_decode(step)  # its arguments are said there
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def weighed(params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState) -> Weighed:
     """What will be compared in the next round; the state stays as it is."""
-    hidden, _ = read(params, cfg, state)
+    hidden, _ = read(params, cfg, method, state)
     return method.strategy.weigh(what_is_seen(params, cfg, method, state, hidden), state.strategy)
 
 
