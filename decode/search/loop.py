@@ -172,7 +172,9 @@ def _round(
             cache = compact(cache, start, by_row(node)[:, None])
         source = jnp.where(active[:, None], choice.source, jnp.arange(K)[None])
         if method.num_rows > 1:
-            cache = copy_rows(cache, source, state.prompt_len, state.log_prob.shape[2] + n)
+            # A hypothesis that waited has not read the prompt's last token, either.
+            first, num = state.prompt_len - 1, state.log_prob.shape[2] + n + 1
+            cache = copy_rows(cache, source, first, num)
             num_moves = (source != jnp.arange(K)[None]).sum(axis=1, dtype=jnp.int32)
         else:
             num_moves = jnp.zeros_like(state.num_moves)

@@ -134,8 +134,9 @@ def tile_summary(
         summary |= summarize_sample(z, ids[None], gumbel)
     if k:
         values, columns = jax.lax.top_k(z, min(k, z.shape[1]))
-        summary["top_logits"] = values
-        summary["top_tokens"] = ids[columns].astype(jnp.int32)
+        missing = ((0, 0), (0, k - values.shape[1]))  # of a tile, or a share, of fewer tokens
+        summary["top_logits"] = jnp.pad(values, missing, constant_values=-jnp.inf)
+        summary["top_tokens"] = jnp.pad(ids[columns].astype(jnp.int32), missing)
     if given_ids is not None:
         column = given_ids - ids[0]
         inside = (column >= 0) & (column < ids.shape[0])

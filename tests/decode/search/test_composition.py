@@ -19,6 +19,7 @@ from dlm.sharding import make_mesh
 from dlm.trainable import Learned
 from tests.lib.kinds import KINDS, model
 from tests.lib.paths import SHARED
+from tests.lib.search import point
 from tests.lib.speculation import random_prompts
 from tests.lib.untrained import char_lm
 
@@ -40,8 +41,9 @@ def texts(answers):
 
 
 def run(lm, prompts, name, **options):
-    num_return = METHODS[name].strategy.num_results
-    return texts(complete(lm, prompts, method=name, gen_len=G, num_return=num_return, **options))
+    method = point(name, lm.cfg) if lm.tokenizer is None else METHODS[name]
+    options["num_return"] = method.strategy.num_results
+    return texts(complete(lm, prompts, method=method, gen_len=G, **options))
 
 
 def check_same(one, other):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.unembed_stats import (
     Noise,
@@ -107,6 +110,23 @@ def test_a_tile_that_is_banned_as_a_whole_contributes_nothing(monkeypatch):
         expected = unembed_stats(hidden, head, banned_ids=ids, k=3, implementation="reference")
         assert_same(got, expected)
         assert not np.isin(got.token, banned).any()
+
+
+def test_more_tops_than_a_tile_has(monkeypatch):
+    hidden, head = random_case(3, 4, 30)
+    cut(monkeypatch, 7)
+    got = unembed_stats(hidden, head, k=12)
+    assert_same(got, unembed_stats(hidden, head, k=12, implementation="reference"))
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_more_tops_than_a_device_has_tokens():
+    hidden, head = random_case(3, 4, 24)
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    read = functools.partial(in_operations, k=20, vocab_axis="tensor")
+    specs = dict(in_specs=(P(), P("tensor")), out_specs=P(), check_vma=False)
+    got = jax.jit(jax.shard_map(read, mesh=mesh, **specs))(hidden, head)
+    assert_same(got, unembed_stats(hidden, head, k=20, implementation="reference"))
 
 
 @settings(max_examples=3)
