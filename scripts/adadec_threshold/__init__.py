@@ -1,0 +1,1 @@
+"""The entropy from which on AdaDec pauses, learned for a model."""
