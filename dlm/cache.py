@@ -99,7 +99,7 @@ def write(
 
     Args:
       cache: see above.
-      new: [n, B, K, T, H]: of T slots, of the cache's first B rows.
+      new: [n, B, K, T, H]: of T slots. Of a cache of m B rows, of the first on every device.
       start: see above.
       rows: [B] bool. Rows that are written; None: all.
       layers: the n layers that are written; None: all.
@@ -124,7 +124,8 @@ def write(
 
         return dataclasses.replace(cache, k=fill(cache.k, new.k), v=fill(cache.v, new.v))
 
-    return _per_shard(put, cache, new=new, start=start, rows=rows)
+    group = cache.k.shape[1] // len(start)
+    return _per_shard(put, cache, group, new=new, start=start, rows=rows)
 
 
 def fill_layer(
@@ -153,25 +154,32 @@ def write_positions(
 ) -> KVCache:
     """Puts positions [B, T] into slots start [B] and behind it, of `rows` [B] bool; None: all.
 
-    Of a cache that has more than B rows it is about the first ones.
+    Of a cache of m B rows it is about the first on every device.
     """
     assert cache.positions is not None
     new = positions[None, :, None, :, None]
 
-    def put(old: jax.Array, new: jax.Array, start: jax.Array, axis: str | None) -> jax.Array:
+    def put(
+        old: jax.Array,
+        new: jax.Array,
+        start: jax.Array,
+        rows: jax.Array | None,
+        axis: str | None,
+    ) -> jax.Array:
         by_row = jax.vmap(functools.partial(put_slots, axis=axis), in_axes=(1, 1, 0), out_axes=1)
-        return by_row(old, new, start)
+        first = old[:, : len(start)]
+        written = by_row(first, new, start)
+        if rows is not None:
+            written = jnp.where(rows[None, :, None, None, None], written, first)
+        return old.at[:, : len(start)].set(written)
 
     B, S = len(positions), cache.num_slots
-    old = cache.positions[:, :B]
     split, axis = split_axes(batch=B)["batch"], slots_axis(S)
     of_slots = P(None, split, None, axis)
-    specs = {"old": of_slots, "new": P(None, split), "start": P(split)}
-    operands = {"old": old, "new": new, "start": start}
+    specs = {"old": of_slots, "new": P(None, split), "start": P(split), "rows": P(split)}
+    operands = {"old": cache.positions, "new": new, "start": start, "rows": rows}
     written = per_shard(functools.partial(put, axis=axis), operands, specs, of_slots)
-    if rows is not None:
-        written = jnp.where(rows[None, :, None, None, None], written, old)
-    return cache.replace(positions=cache.positions.at[:, :B].set(written))
+    return cache.replace(positions=written)
 
 
 def compact(cache: KVCache, start: jax.Array, index: jax.Array) -> KVCache:

@@ -90,8 +90,8 @@ class Slots(struct.PyTreeNode):
     """A cache and how a forward uses it: what it reads, and where it writes the window.
 
     Attributes:
-      cache: keys and values of other positions. It may have more rows than the window, which is
-        then about the first of them.
+      cache: keys and values of other positions. It may have m times as many rows as the window,
+        which is then about the first of them, on every device.
       ranges: [B, R, 2] int32. First and past-the-last slots that are attended to; None: none.
       write_at: [B] int32. Slot from which on the window's keys and values are written, after
         attention has read the old ones; None: they are not kept.

@@ -42,7 +42,6 @@ from dlm.cache import KVCache, compact, copy_rows, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
-from dlm.sharding import batch_shards
 from dlm.window import Slots, Window
 
 __all__ = ["SearchMethod", "SearchState", "begin", "decode", "results", "step", "weighed"]
@@ -135,8 +134,7 @@ def step(params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchSt
     Of several widths it has one round each, of which one runs.
     """
     widths = method.strategy.widths
-    # Where devices have rows of their own, the first hypotheses are on some of them only.
-    if len(widths) == 1 or batch_shards() > 1:
+    if len(widths) == 1:
         return _round(params, cfg, method, method.strategy.width, state)
     live = jnp.where(state.has_stopped, 0, method.strategy.num_live(state.strategy)).max()
     enough = (jnp.asarray(widths[:-1]) < live).sum()
@@ -172,9 +170,10 @@ def _round(
             cache = compact(cache, start, by_row(node)[:, None])
         source = jnp.where(active[:, None], choice.source, jnp.arange(K)[None])
         if method.num_rows > 1:
-            # A hypothesis that waited has not read the prompt's last token, either.
-            first, num = state.prompt_len - 1, state.log_prob.shape[2] + n + 1
-            cache = copy_rows(cache, source, first, num)
+            # While the others wait, the first hypothesis alone has the prompt's last token.
+            more = int(len(method.strategy.widths) > 1)
+            num_slots = state.log_prob.shape[2] + n + more
+            cache = copy_rows(cache, source, state.prompt_len - more, num_slots)
             num_moves = (source != jnp.arange(K)[None]).sum(axis=1, dtype=jnp.int32)
         else:
             num_moves = jnp.zeros_like(state.num_moves)

@@ -53,8 +53,7 @@ def attend(
 
     Raises:
       ValueError: `BlockDiffusion` comes with slots or a range, or with what it does not know; a
-        mask comes with `is_causal`; `reach` comes with a cache that has no positions; the cache has
-        more rows than the window, and devices have rows of their own.
+        mask comes with `is_causal`; `reach` comes with a cache that has no positions.
     """
     mask = window.attention
     split = split_axes(batch=q.shape[0], kv_heads=k.shape[2])
@@ -92,17 +91,11 @@ def attend(
             "cache_ranges": slots.ranges,
         }
         specs |= {"cache_ranges": P(rows), "cache": P(None, rows, heads, axis)}
-        num_rows = slots.cache.k.shape[1]
-        if rows is not None and num_rows != len(q):
-            raise ValueError(
-                f"the cache has {num_rows} rows for {len(q)} of the window: where devices have "
-                "rows of their own it must have as many"
-            )
     if reach is not None:
         cached = None if slots is None or slots.ranges is None else slots.cache.positions
         if slots is not None and slots.ranges is not None and cached is None:
             raise ValueError("sliding layers need a cache with positions, as `init_cache` makes it")
-        cached = None if cached is None else cached[0, : len(q), 0, :, 0]
+        cached = None if cached is None else cached[0, :, 0, :, 0]
         operands["near"] = Near(jnp.asarray(reach, jnp.int32), window.positions, cached)
         specs["near"] = Near(*(P(), P(rows), P(rows, axis)))  # type: ignore[arg-type]
     attention = functools.partial(window_attention, slots_axis=axis, scale=scale, cap=cap)

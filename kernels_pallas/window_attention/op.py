@@ -85,6 +85,8 @@ def window_attention(
       ValueError: on shapes that do not fit together.
       NotImplementedError: if the named implementation does not exist here.
     """
+    if near is not None and near.cached is not None:
+        near = near._replace(cached=near.cached[: len(q)])
     if cache is not None and isinstance(cache[0], tuple):
         if implementation not in (None, "xla"):
             raise NotImplementedError(

@@ -88,8 +88,11 @@ def test_texts_by_hand(toy, strategies):
         assert rolled.sum() > 0 and np.asarray(state.num_moves).any()
         plain = (1 + strategy.look_ahead) * pauses + (ours.num_tokens[:, 0] - pauses)
         assert (np.asarray(state.num_forwards) <= plain).all()
-        _, alone = search(toy, SearchMethod(strategy), [toy[2][4]] * 8, **options)
-        assert {tuple(found(alone, j)) for j in range(8)} == {tuple(found(ours, 4))}
+        for b, prompt in enumerate(toy[2]):
+            _, alone = search(toy, SearchMethod(strategy), [prompt] * 8, **options)
+            assert {tuple(found(alone, j)) for j in range(8)} == {tuple(found(ours, b))}
+            n = ours.num_tokens[b, 0]
+            np.testing.assert_allclose(alone.log_prob[0, 0, :n], ours.log_prob[b, 0, :n], atol=1e-4)
         assert i == 0 or decode._cache_size() == num_programs
 
 

@@ -108,9 +108,11 @@ def test_texts_by_hand(toy, strategy):
     assert num_drawn.sum() > ours.num_tokens.sum()
     assert np.asarray(state.num_moves).any() or strategy.max_len == 1
     num_programs = decode._cache_size()
-    for b in (1, 4):
-        _, alone = search(toy, method, [toy[2][b]] * 8, seeds=[b] * 8, **options)
+    for b, prompt in enumerate(toy[2]):
+        _, alone = search(toy, method, [prompt] * 8, seeds=[b] * 8, **options)
         assert {tuple(found(alone, i)) for i in range(8)} == {tuple(found(ours, b))}
+        n = ours.num_tokens[b, 0]
+        np.testing.assert_allclose(alone.log_prob[0, 0, :n], ours.log_prob[b, 0, :n], atol=1e-4)
     assert decode._cache_size() == num_programs
 
 

@@ -16,6 +16,7 @@ from dlm.lm import LanguageModel
 from dlm.lora import Lora
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
+from dlm.tokenizer import byte_tokenizer
 from dlm.trainable import Learned
 from tests.lib.kinds import KINDS, model
 from tests.lib.paths import SHARED
@@ -31,7 +32,7 @@ PUBLISHED = sorted(path.name for path in CAUSAL.glob("*") if path.is_dir())
 @pytest.fixture(scope="module")
 def toy(toy_cfg, toy_params):
     cfg = dataclasses.replace(toy_cfg, mask_token_id=None)
-    return LanguageModel(toy_params, cfg), random_prompts(cfg, 8)
+    return LanguageModel(toy_params, cfg, byte_tokenizer()), random_prompts(cfg, 8)
 
 
 def texts(answers):
