@@ -70,6 +70,7 @@ def plot_speed_quality(
     speed_label: str = "tokens per forward",
     columns: int = 2,
     quality_label: str = "exact match (%)",
+    room: float = 1.9,
 ) -> None:
     """Writes a PNG of quality against speed, one panel per entry: up and to the right is better.
 
@@ -80,6 +81,7 @@ def plot_speed_quality(
       speed_label: of the x axis, which is logarithmic.
       columns: panels side by side, at most.
       quality_label: of the y axis, which is in hundredths.
+      room: > 1, how far the x axis goes beyond the fastest point, for names: a factor.
     """
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -102,7 +104,7 @@ def plot_speed_quality(
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel(speed_label)
-        set_log_ticks(axis, low / 1.25, high * 1.9)  # room for names
+        set_log_ticks(axis, low / 1.25, high * room)
     has_intervals = any(point.interval for point in every)
     for axis in axes[:, 0]:
         axis.set_ylabel(quality_label + (", 95 % interval" if has_intervals else ""))

@@ -127,12 +127,14 @@ def draw(rows: Rows, quality: str, title: str, path: pathlib.Path) -> None:
             )
             for row in rows
         ]  # fmt: skip
-        return Panel(points, level=points[0].quality)
+        return Panel(points, [row["method"] for row in rows], points[0].quality)
 
     panels = {"first text": panel("quality")}
     if rows[0]["best"] is not None:
         panels["best of all texts (oracle)"] = panel("best")
-    plot_speed_quality(path, panels, title, "answers per second", quality_label=quality)
+    plot_speed_quality(
+        path, panels, title, "answers per second", quality_label=quality, room=4.0
+    )  # names are long
 
 
 def write_report(

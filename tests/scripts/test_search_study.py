@@ -151,7 +151,8 @@ def test_a_run_writes_what_it_says_and_decodes_nothing_again(model, tmp_path, mo
     assert (tmp_path / "answers.jsonl").read_text() == log and log.count("\n") == 3
 
 
-def test_texts_that_a_search_did_not_find_are_none(model, monkeypatch):
+@pytest.mark.exhaustive
+def test_texts_that_a_search_did_not_find_are_none(model):
     """A width of more beams than there are texts: what is left has no score."""
     lm = dlm.load(model)
     task = Countdown(num_numbers=3, num_examples=2)
