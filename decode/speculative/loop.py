@@ -47,10 +47,13 @@ from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
 from dlm.window import Slots, Window
-from kernels_pallas.unembed_stats import Noise
+from kernels_pallas.unembed_stats import Noise, logits_stats
 from kernels_pallas.window_attention import pack_mask
 
 GREEDY = Sampling(temperature=None)
+RULED_OUT = -1e9  # a logit, finite as it may be multiplied
+# What `judge_tree` returns.
+Judged = tuple[decoder.ForwardOutput, Verdict, jax.Array, TopTokens | None]
 
 
 class SpeculativeMethod(struct.PyTreeNode):
@@ -284,10 +287,28 @@ def step(
     """One round. Pure; rows that are done stay as they are."""
     if method.controller is not None:
         return _controlled(params, cfg, method, state)
+    return end_round(params, cfg, method, *begin_round(params, cfg, method, state))
+
+
+def begin_round(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
+) -> tuple[SpeculativeState, Proposal, Judged]:
+    """The first half of a round: a tree is drafted and judged; nothing is written."""
     with jax.named_scope("draft"):
         proposal = _propose(cfg, method, state, _context(params, method, state))
     state, proposal = _take_cache(state, proposal)
-    return _settle(cfg, method, state, _context(params, method, state), proposal)
+    with jax.named_scope("judge"):
+        judged = judge_tree(params, cfg, method, state, proposal)
+    return state, proposal, judged
+
+
+def end_round(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState,
+    proposal: Proposal, judged: Judged,
+) -> SpeculativeState:  # fmt: skip
+    """The second half: of what was judged a path is kept."""
+    context = _context(params, method, state)
+    return _keep_path(cfg, method, state, context, proposal, judged)
 
 
 def _controlled(
@@ -375,11 +396,26 @@ def _settle(
       learn: what the controller has seen then, of a walk and active rows; None without one.
       is_paused: [] bool. Whether nobody drafted; None: somebody did.
     """
+    with jax.named_scope("judge"):
+        judged = judge_tree(context.params, cfg, method, state, proposal)
+    return _keep_path(cfg, method, state, context, proposal, judged, learn, is_paused)
+
+
+def _keep_path(
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    state: SpeculativeState,
+    context: Context,
+    proposal: Proposal,
+    judged: Judged,
+    learn: Callable[[Walk, jax.Array], ControllerState] | None = None,
+    is_paused: jax.Array | None = None,
+) -> SpeculativeState:
+    """Keeps a path of n nodes that were `judged`; the other arguments are those of `_settle`."""
     drafter, tree, extra = method.drafter, proposal.tree, proposal.extra
+    output, verdict, log_probs, top = judged
     n = tree.tokens.shape[1]
     depth = min(drafter.depth, n - 1)
-    with jax.named_scope("judge"):
-        output, verdict, log_probs, top = judge_tree(context.params, cfg, method, state, proposal)
     with jax.named_scope("accept"):
         walk = method.acceptance.walk(verdict, depth)
         rest = ((0, 0), (0, drafter.depth - depth))
@@ -482,7 +518,7 @@ def judge_tree(
     method: SpeculativeMethod,
     state: SpeculativeState,
     proposal: Proposal,
-) -> tuple[decoder.ForwardOutput, Verdict, jax.Array, TopTokens | None]:
+) -> Judged:
     """One forward over the tree, whose nodes see those above them, and extra rows.
 
     Returns:
@@ -505,43 +541,72 @@ def judge_tree(
         Slots.append(state.cache, start, ~state.has_stopped).replace(length=state.end),
         feature_layers=method.drafter.feature_layers,
     )
-    hidden, banned = output.hidden[:, :W], None
+    return output, *read_tree(params, cfg, method, state, tree, output.hidden)
+
+
+def read_tree(
+    params: Params,
+    cfg: ModelConfig,
+    method: SpeculativeMethod,
+    state: SpeculativeState,
+    tree: DraftTree,
+    hidden: jax.Array,
+    allowed: jax.Array | None = None,
+) -> tuple[Verdict, jax.Array, TopTokens | None]:
+    """What a forward over a tree says: all but the forward of what `judge_tree` returns.
+
+    Args:
+      params, cfg, method, state: of the round.
+      tree: what was judged.
+      hidden: [B, T, D]. Final states of its nodes and of the rows behind them.
+      allowed: [B, W, V] bool. Tokens that may stand behind each node, one at least; the others
+        are left out before any filter, and what is drawn is drawn with the same random numbers.
+        What is reported is of the model itself. None: all.
+    """
+    start, W = state.length - 1, tree.tokens.shape[1]
+    own, banned = hidden[:, :W], None
     if cfg.writes_in_place:
-        hidden, banned = output.hidden[:, W : 2 * W], jnp.array([cfg.mask_token_id])
+        own, banned = hidden[:, W : 2 * W], jnp.array([cfg.mask_token_id])
     key = fold_in(fold_in(state.key, state.num_forwards), Stream.ACCEPT)
     by_node = jax.vmap(lambda position: fold_in(fold_in(state.key, position), Stream.TARGET), 1, 1)(
         start[:, None] + tree.depths
     )  # [B, W, 2]
-    sampling, probs, log_probs, top = method.sampling, None, None, None
-    num_best = max(method.top_logprobs, method.drafter.num_best)
+    sampling, probs, top = method.sampling, None, None
+    num_best, noise = max(method.top_logprobs, method.drafter.num_best), None
+    if sampling.temperature is not None:
+        noise = Noise(by_node, jnp.float32(sampling.temperature))
+    if not method.needs_probs and allowed is None:
+        stats = vocab.read(vocab.head(params), own, banned_ids=banned, noise=noise, k=num_best)
+        chosen = stats.token if noise is None else stats.sample
+        log_probs = stats.log_prob if noise is None else stats.sample_log_prob
+        assert chosen is not None and log_probs is not None
+        if stats.top_tokens is not None and stats.top_log_probs is not None:
+            top = TopTokens(stats.top_tokens, stats.top_log_probs)
+        return Verdict(tree=tree, chosen=chosen, probs=None, key=key), log_probs, top
+    logits = vocab.logits(vocab.head(params), own, banned_ids=banned)
+    log_probs = jax.nn.log_softmax(logits)
+    if num_best:
+        best, tokens = jax.lax.top_k(log_probs, num_best)
+        top = TopTokens(tokens, best)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, RULED_OUT)
     if method.needs_probs:
-        logits = vocab.logits(vocab.head(params), hidden, banned_ids=banned)
         occurred = None
         if state.occurred is not None:  # what came before a node: the text, and the nodes above it
+            above = tree.ancestors(min(method.drafter.depth, W - 1))
             of_tree = jax.nn.one_hot(tree.tokens, cfg.vocab_size, dtype=logits.dtype)
             occurred = state.occurred[:, None] | (above.astype(logits.dtype) @ of_tree > 0)
         probs = sampling.probs(logits, occurred)
-        log_probs = jax.nn.log_softmax(logits)
-        if num_best:
-            best, tokens = jax.lax.top_k(log_probs, num_best)
-            top = TopTokens(tokens, best)
-        if sampling.temperature is None:
-            chosen = jnp.argmax(probs, axis=-1).astype(jnp.int32)
-        else:
-            chosen = jax.vmap(draw, 1, 1)(by_node, probs)
+    if noise is None:
+        chosen = jnp.argmax(logits if probs is None else probs, axis=-1).astype(jnp.int32)
+    elif probs is not None:
+        chosen = jax.vmap(draw, 1, 1)(by_node, probs)
     else:
-        noise = None
-        if sampling.temperature is not None:
-            noise = Noise(by_node, jnp.float32(sampling.temperature))
-        stats = vocab.read(vocab.head(params), hidden, banned_ids=banned, noise=noise, k=num_best)
-        sampled = stats.token if noise is None else stats.sample
-        log_probs = stats.log_prob if noise is None else stats.sample_log_prob
-        assert sampled is not None and log_probs is not None
-        chosen = sampled
-        if stats.top_tokens is not None and stats.top_log_probs is not None:
-            top = TopTokens(stats.top_tokens, stats.top_log_probs)
-    verdict = Verdict(tree=tree, chosen=chosen, probs=probs, key=key)
-    return output, verdict, log_probs, top
+        flat = Noise(by_node.reshape(-1, 2), noise.temperature)
+        sample = logits_stats(logits.reshape(-1, cfg.vocab_size), noise=flat).sample
+        assert sample is not None
+        chosen = sample.reshape(tree.tokens.shape)
+    return Verdict(tree=tree, chosen=chosen, probs=probs, key=key), log_probs, top
 
 
 def _window(
