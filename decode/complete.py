@@ -9,6 +9,9 @@ from typing import Any, TypeGuard, Unpack, cast, overload
 import jax
 import numpy as np
 
+from decode.constraints.hosted import HostConstraint, counted
+from decode.constraints.monitors.contracts import Monitor
+from decode.constraints.monitors.watched import watch
 from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
@@ -34,9 +37,10 @@ from decode.core.texts import (
 )
 from decode.diffusion.contracts import Constraint
 from decode.search import answers as search
+from decode.search import hosted as hosted_search
 from decode.search.components import METHODS as SEARCHES
 from decode.search.loop import SearchMethod
-from decode.speculative import pearl
+from decode.speculative import hosted, pearl
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
@@ -52,16 +56,18 @@ from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
 NO_STOPS = "a search whose texts may all change looks for no strings, only for stop_ids"
+AnyMethod = SpeculativeMethod | SearchMethod
+AnyConstraint = Constraint | Monitor | HostConstraint
 
 
 class Choices(MethodOptions, total=False):
     """The keyword arguments of `complete` that say how to decode."""
 
-    method: str | SpeculativeMethod | SearchMethod | None
+    method: str | AnyMethod | None
     drafter: Drafter | None
     acceptance: AcceptanceRule | None
     controller: Controller | None
-    constraint: Constraint | None
+    constraint: AnyConstraint | None
 
 
 class Options(Choices, TextOptions, total=False):
@@ -78,7 +84,7 @@ def complete(
     lm: LanguageModel,
     prompts: Prompt | Sequence[Prompt],
     *,
-    method: str | SpeculativeMethod | SearchMethod | None = None,
+    method: str | AnyMethod | None = None,
     drafter: Drafter | None = None,
     acceptance: AcceptanceRule | None = None,
     gen_len: int | Sequence[int] = 256,
@@ -97,7 +103,7 @@ def complete(
     num_return: int = 1,
     top_logprobs: int = 0,
     controller: Controller | None = None,
-    constraint: Constraint | None = None,
+    constraint: AnyConstraint | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Completion | list[Completion]:
@@ -140,7 +146,10 @@ def complete(
         log-probabilities when the position was written; 0: none.
       controller: judges in every round as many drafts as pay on this device and this text, and
         asks for none if none do; `Controller()` measures once what rounds cost. None: all.
-      constraint: of a search, what is allowed, see `decode/constraints`; None: everything.
+      constraint: what may be written; None: everything. A monitor, see
+        `decode/constraints/monitors`, or another `decode.constraints.hosted.HostConstraint` is
+        asked on the host between two rounds; of a search it may also be one of
+        `decode/constraints`.
       batch_size: rows at once: those that are done make place for the next prompts; None: as many
         as there are prompts, up to 32.
       progress: whether to show a bar of prompts that are done, tokens per second and the seconds
@@ -232,7 +241,7 @@ def stream_text(
 
 def _read(
     lm: LanguageModel, prompts: Prompt | Sequence[Prompt], options: Options
-) -> tuple[SpeculativeMethod | SearchMethod, Asked]:
+) -> tuple[AnyMethod, Asked]:
     """How to decode, and what."""
     method = choose(lm, options)
     if isinstance(method, SearchMethod) and options.get("stop") and not method.strategy.commits:
@@ -251,12 +260,16 @@ def _finds_several(method: SpeculativeMethod | SearchMethod) -> TypeGuard[Search
 
 def loop_of(method: SpeculativeMethod | SearchMethod) -> Loop:
     """The loop that a method is for."""
+    if isinstance(method, hosted_search.HostedSearch):
+        return HOSTED_SEARCH_LOOP
     if isinstance(method, SearchMethod):
         return search.LOOP
+    if isinstance(method, hosted.Hosted):
+        return HOSTED_LOOP
     return PEARL_LOOP if isinstance(method, pearl.Pearl) else LOOP
 
 
-def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMethod:
+def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
     """The method that was asked for, see `complete`."""
     if lm.cfg.never_causal and lm.cfg.block_len is None:
         raise ValueError(
@@ -278,20 +291,29 @@ def choose(lm: LanguageModel, choices: Choices) -> SpeculativeMethod | SearchMet
         method = SpeculativeMethod()
     elif isinstance(method, str):
         method = SEARCHES[method] if method in SEARCHES else named(method)
+    constraint = choices.get("constraint")
+    if isinstance(constraint, Monitor):
+        constraint = watch(lm, constraint)
     if isinstance(method, SearchMethod):
-        return _search(lm, method, given | {"constraint": choices.get("constraint")})
-    if choices.get("constraint") is not None:
-        raise ValueError(
-            f"constraint={choices['constraint']!r} is for searches: give one as method, such as "
-            "'beam_4'"
-        )
+        if not isinstance(constraint, HostConstraint):
+            return _search(lm, method, given | {"constraint": constraint})
+        return hosted_search.host(_search(lm, method, given), constraint)
     if not isinstance(method, SpeculativeMethod):
         raise ValueError(
             f"method={method!r} must be a SpeculativeMethod or a SearchMethod, or the name of one"
         )
     method = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
     method.check_kinds()
-    return method
+    if constraint is None:
+        return method
+    if not isinstance(constraint, HostConstraint):
+        raise ValueError(
+            f"constraint={constraint!r} must be a Monitor or a HostConstraint; others are for "
+            "searches: give one as method, such as 'beam_4'"
+        )
+    if isinstance(method, pearl.Pearl):
+        raise ValueError("constraint must be None with Pearl, whose rounds wait for nobody")
+    return hosted.host(method, constraint)
 
 
 def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:
@@ -299,7 +321,7 @@ def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -
     for name in ("drafter", "acceptance", "controller", "top_logprobs"):
         if given[name] is not None:
             raise ValueError(f"{name}={given[name]!r} is for one text at a time: a search has none")
-    some = {name: given[name] for name in ("sampling", "stop_ids", "constraint")}
+    some: dict[str, Any] = {n: given.get(n) for n in ("sampling", "stop_ids", "constraint")}
     some = {name: choice for name, choice in some.items() if choice is not None}
     if "sampling" in some and some["sampling"].temperature is None:
         some["sampling"] = some["sampling"].replace(temperature=method.sampling.temperature)
@@ -396,4 +418,20 @@ PEARL_LOOP = dataclasses.replace(
         lm.params, lm.cfg, method, prompts, **asked
     ),
     decode=pearl.decode,
+)
+HOSTED_LOOP = dataclasses.replace(
+    LOOP,
+    prepare=lambda lm, method, prompts, **asked: hosted.prepare(
+        lm.params, lm.cfg, method, prompts, **asked
+    ),
+    decode=hosted.decode,
+    collect=counted(collect),
+)
+HOSTED_SEARCH_LOOP = dataclasses.replace(
+    search.LOOP,
+    prepare=lambda lm, method, prompts, **asked: hosted_search.prepare(
+        lm.params, lm.cfg, method, prompts, **asked
+    ),
+    decode=hosted_search.decode,
+    collect=counted(search.collect),
 )

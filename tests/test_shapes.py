@@ -21,6 +21,7 @@ import kernels_pallas
 import train
 from decode import long_likelihood
 from decode.complete import complete
+from decode.constraints.hosted import HostConstraint, pack
 from decode.core.component import Part
 from decode.core.hso import HSO
 from decode.core.requests import read_requests
@@ -34,9 +35,11 @@ from decode.diffusion.recorded import GreedyOracle, Recorded
 from decode.diffusion.routing import Routing
 from decode.generate import generate
 from decode.long_likelihood import LongLikelihood
+from decode.search import hosted as search_hosted
 from decode.search import loop as search
-from decode.search.components import STRATEGIES
+from decode.search.components import STRATEGIES, Beam
 from decode.search.loop import SearchMethod
+from decode.speculative import hosted as speculative_hosted
 from decode.speculative import loop as speculative
 from decode.speculative import pearl
 from decode.speculative.accept import SpeculativeSampling
@@ -272,6 +275,30 @@ def test_a_window_of_a_long_text(watch):
     check(past, S=16)
     assert log_prob.shape == (3, 5) and log_prob.dtype == jnp.float32
     check(LongLikelihood(np.zeros(4, np.float32)))
+# ---- The host ---------------------------------------------------------------------------------
+
+
+def test_rounds_that_ask_the_host():
+    masks = pack([(0, 0, np.ones(CFG.vocab_size, bool)), (1, 0, np.ones(CFG.vocab_size, bool))])
+    check(masks, n=4)
+    method = SpeculativeMethod(PromptLookup(num_drafts=2))
+    beams, asked = SearchMethod(Beam(num_beams=2)), dict(gen_len=[9, 7, 9], chunk=5)
+
+    def rounds_of(params):
+        under = speculative_hosted.host(method, HostConstraint())
+        state = speculative_hosted.prepare(params, CFG, under, PROMPTS, **asked)
+        begun = speculative_hosted.judge(params, CFG, method, state)
+        last = np.full(3, -1, np.int32)
+        state, _ = speculative_hosted.settle(params, CFG, method, *begun, masks, last)
+        searched = search_hosted.host(beams, HostConstraint())
+        found = search_hosted.prepare(params, CFG, searched, PROMPTS, **asked)
+        under = searched.at_device(masks)
+        check(under.constraint)
+        return state, search.step(params, CFG, under, found)
+
+    state, found = jax.eval_shape(rounds_of, PARAMS)
+    check(state, G=G)
+    check(found.replace(cache=None), K=2, n=1, G=G)
 
 
 # ---- Training ---------------------------------------------------------------------------------

@@ -88,6 +88,9 @@ class Completion:
       score: what a search has made of the text, such as its length-normalised log-probability; None
         elsewhere.
       counts: what a search has counted, by name: see `counts` of its strategy.
+      num_masked: rounds in which a constraint on the host ruled out what would have been written,
+        or anything at all of searches and filters; None without one.
+      num_released: how often such a constraint allowed nothing, and was released; None without one.
       rounds_by_width: forwards by how many nodes of a draft tree a controller had them judge; 0:
         nobody was asked for drafts. None without a controller.
     """
@@ -108,6 +111,8 @@ class Completion:
     rounds_by_width: dict[int, int] | None = None
     score: float | None = None
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    num_masked: int | None = None
+    num_released: int | None = None
 
     @property
     def mean_acceptance_length(self) -> float:

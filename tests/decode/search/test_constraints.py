@@ -190,5 +190,5 @@ def test_what_a_search_cannot_obey_is_refused(toy):
     ):
         with pytest.raises(ValueError, match=message):
             complete(lm, [1, 2], method="beam_4", gen_len=4, constraint=constraint)
-    with pytest.raises(ValueError, match="is for searches: give one as method"):
+    with pytest.raises(ValueError, match="are for searches: give one as method"):
         complete(lm, [1, 2], gen_len=4, constraint=TokenBan())

@@ -1,0 +1,1 @@
+"""Monitors: what static analysis says of a text while it is written."""
