@@ -275,6 +275,8 @@ def test_a_window_of_a_long_text(watch):
     check(past, S=16)
     assert log_prob.shape == (3, 5) and log_prob.dtype == jnp.float32
     check(LongLikelihood(np.zeros(4, np.float32)))
+
+
 # ---- The host ---------------------------------------------------------------------------------
 
 
