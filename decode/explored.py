@@ -9,10 +9,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import jax
+import numpy as np
 
 from decode.complete import Choices, choose
 from decode.core.loop import FOREVER
@@ -97,18 +98,22 @@ def _explored(
         batch_size=round_rows(1, None),
     )  # fmt: skip
     tried = _Tried(lm)
+    texts: list[Text] = [()] * state.score.shape[1]  # what each hypothesis has really written
     while not bool(state.has_stopped.all()):
-        each = jax.device_get(weighed(lm.params, lm.cfg, method, state))
-        for k, text in _under_way(state).items():
-            for c, token in enumerate(each.tokens[0, k].tolist()):
-                if token >= 0 and exists(each.value[0, k, c]):
+        each, source, token = jax.device_get(weighed(lm.params, lm.cfg, method, state))
+        for k in _under_way(state, texts):
+            for c, token_id in enumerate(each.tokens[0, k].tolist()):
+                if token_id >= 0 and exists(each.value[0, k, c]):
                     parts = {name: float(part[0, k, c]) for name, part in each.parts.items()}
-                    tried.add((*text, token), float(each.value[0, k, c]), parts)
+                    tried.add((*texts[k], token_id), float(each.value[0, k, c]), parts)
         state = LOOP.decode(lm.params, lm.cfg, method, state, 1, FOREVER)
-        score = jax.device_get(state.score[0])
-        for k, text in _under_way(state).items():
-            tried.add(text, float(score[k]))
-            tried.set_fate(text, "kept")
+        length, score = _num_written(state), jax.device_get(state.score[0])
+        grown = [(*texts[s], t) if t >= 0 else texts[s]
+                 for s, t in zip(source[0].tolist(), token[0].tolist(), strict=True)]  # fmt: skip
+        texts = [text[:length] for text in grown]
+        for k in np.flatnonzero(exists(score)).tolist():
+            tried.add(grown[k], float(score[k]))
+            tried.set_fate(grown[k], "kept")
     found = jax.device_get(results(method, state.replace(cache=None)))
     for r in reversed(range(method.num_return)):
         text = tuple(found.tokens[0, r, : found.num_tokens[0, r]].tolist())
@@ -120,16 +125,19 @@ def _explored(
     yield from tried.nodes
 
 
-def _under_way(state: SearchState) -> dict[int, Text]:
-    """The texts of the first prompt's hypotheses, by their numbers; each text once."""
-    tokens, start, length, score = jax.device_get(
-        (state.tokens[0], state.prompt_len[0], state.length[0], state.score[0])
-    )
+def _num_written(state: SearchState) -> int:
+    """Tokens of the first prompt's completions."""
+    return int(state.length[0] - state.prompt_len[0])
+
+
+def _under_way(state: SearchState, texts: Sequence[Text]) -> list[int]:
+    """Hypotheses of the first prompt that go on, one of each text."""
+    score, num_written = jax.device_get(state.score[0]), _num_written(state)
     found: dict[Text, int] = {}
-    for k in range(len(score)):
-        if exists(score[k]):
-            found.setdefault(tuple(tokens[k, start:length].tolist()), k)
-    return {k: text for text, k in found.items()}
+    for k, text in enumerate(texts):
+        if exists(score[k]) and len(text) == num_written:  # a shorter one has ended before
+            found.setdefault(text, k)
+    return list(found.values())
 
 
 class _Tried:

@@ -33,7 +33,16 @@ import jax.numpy as jnp
 from decode.core import loop
 from decode.core.requests import PREFILL, lay_out, read_requests
 from decode.search import constrained
-from decode.search.contracts import Results, Texts, Weighed, completions_of, staying, taken
+from decode.search.contracts import (
+    Choice,
+    Results,
+    Round,
+    Texts,
+    Weighed,
+    completions_of,
+    staying,
+    taken,
+)
 from decode.search.judge import read, what_is_seen
 from decode.search.method import SearchMethod
 from decode.search.move import by_row, that_occur, under_all, write
@@ -154,15 +163,7 @@ def _round(
         hidden, cache = read(params, cfg, method, here)
     with jax.named_scope("choose"):
         seen = what_is_seen(params, cfg, method, here, hidden)
-        choice = method.strategy.choose(seen, state.strategy)
-        if len(method.strategy.widths) == 1:
-            order = staying(choice.source)
-            choice = choice.replace(
-                **{
-                    name: taken(getattr(choice, name), order)
-                    for name in ("source", "token", "log_prob", "score", "candidates", "node")
-                }
-            )
+        choice = _choose(method, seen, state)
     with jax.named_scope("move"):
         if n > 1:
             node = jnp.where(active[:, None], choice.node, 0)
@@ -183,14 +184,35 @@ def _round(
         )
 
 
+def _choose(method: SearchMethod, seen: Round, state: SearchState) -> Choice:
+    """The hypotheses of the next round, where they can in the places of those they come from."""
+    choice = method.strategy.choose(seen, state.strategy)
+    if len(method.strategy.widths) > 1:
+        return choice
+    order = staying(choice.source)
+    names = ("source", "token", "log_prob", "score", "candidates", "node")
+    return choice.replace(**{name: taken(getattr(choice, name), order) for name in names})
+
+
 decode = loop.compile_decode(step)  # its arguments are said there
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def weighed(params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState) -> Weighed:
-    """What will be compared in the next round; the state stays as it is."""
+def weighed(
+    params: Params, cfg: ModelConfig, method: SearchMethod, state: SearchState
+) -> tuple[Weighed, jax.Array, jax.Array]:
+    """What will be compared in the next round, and where hypotheses will come from.
+
+    The state stays as it is.
+
+    Returns:
+      What is compared; of each hypothesis of the next round which one it comes from, and the token
+      that is written behind it, or -1, both [B, K] int32.
+    """
     hidden, _ = read(params, cfg, method, state)
-    return method.strategy.weigh(what_is_seen(params, cfg, method, state, hidden), state.strategy)
+    seen = what_is_seen(params, cfg, method, state, hidden)
+    choice = _choose(method, seen, state)
+    return method.strategy.weigh(seen, state.strategy), choice.source, choice.token
 
 
 @jax.jit
