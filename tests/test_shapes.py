@@ -285,6 +285,8 @@ def test_rounds_that_ask_the_host():
     check(masks, n=4)
     method = SpeculativeMethod(PromptLookup(num_drafts=2))
     beams, asked = SearchMethod(Beam(num_beams=2)), dict(gen_len=[9, 7, 9], chunk=5)
+    check(speculative_hosted.host(method, HostConstraint()))
+    check(search_hosted.host(beams, HostConstraint()))
 
     def rounds_of(params):
         under = speculative_hosted.host(method, HostConstraint())
