@@ -8,6 +8,7 @@ from typing import Any, TypeGuard, Unpack, cast, overload
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from decode.constraints.hosted import HostConstraint, counted
 from decode.constraints.monitors.contracts import Monitor
@@ -16,6 +17,7 @@ from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
     Prompt,
+    read_requests,
     read_stop_ids,
     whole_number,
 )
@@ -32,14 +34,17 @@ from decode.core.texts import (
     check_known,
     gather,
     gather_samples,
+    inside,
     read_asked,
     read_sampling,
 )
 from decode.diffusion.contracts import Constraint
 from decode.search import answers as search
 from decode.search import hosted as hosted_search
+from decode.search.astar import AStar
 from decode.search.components import METHODS as SEARCHES
 from decode.search.loop import SearchMethod
+from decode.search.planner import Planner
 from decode.speculative import hosted, pearl
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
@@ -56,7 +61,8 @@ from decode.speculative.points import named
 from dlm.lm import LanguageModel
 
 NO_STOPS = "a search whose texts may all change looks for no strings, only for stop_ids"
-AnyMethod = SpeculativeMethod | SearchMethod
+PLANNERS: dict[str, Planner] = {"a_star": AStar()}  # searches on the host that need nothing more
+AnyMethod = SpeculativeMethod | SearchMethod | Planner
 AnyConstraint = Constraint | Monitor | HostConstraint
 
 
@@ -125,8 +131,9 @@ def complete(
         are whole. `lm.tokenizer.encode(text, plain=True)` makes text of special tokens in a text.
       method: where to start from: a name of `decode.speculative.points.METHODS` or, to search for
         texts, of `decode.search.components.METHODS` ("beam_4"), or a method; what else is given
-        replaces its choices. `decode.speculative.pearl.Pearl` drafts while the model judges. None:
-        one token per forward.
+        replaces its choices. `decode.speculative.pearl.Pearl` drafts while the model judges;
+        `decode.search.astar.AStar` ("a_star") and `decode.search.pg_td.PGTD` search on the host,
+        one prompt after the other. None: one token per forward.
       drafter: who proposes, see `decode/speculative/drafters`.
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
@@ -186,6 +193,15 @@ def as_finished(
     """
     check_known("as_finished", options, Options)
     method, asked = _read(lm, prompts, options)
+    if isinstance(method, Planner):
+        if options.get("batch_size") is not None:
+            name, size = type(method).__name__, options["batch_size"]
+            raise ValueError(f"batch_size={size} must be None: {name} answers one after the other")
+        read_requests(
+            lm.cfg, asked.prompts, asked.gen_lens, asked.seeds, None, None, None,
+            may_be_empty=False,
+        )  # fmt: skip
+        return inside(lm, _planned(asked, method, options.get("progress", False)))
     found = asked.as_finished(
         loop_of(method), method, options.get("batch_size"), options.get("progress", False)
     )
@@ -203,6 +219,8 @@ def warm_up(
     """
     check_known("warm_up", options, Options)
     method, asked = _read(lm, prompts, options)
+    if isinstance(method, Planner):
+        raise ValueError(f"method={method!r} decides on the host what it needs: call complete")
     return asked.warm_up(loop_of(method), method, options.get("batch_size"))
 
 
@@ -234,6 +252,8 @@ def stream_text(
     """
     check_known("stream_text", choices, Choices)
     method = choose(lm, choices)
+    if isinstance(method, Planner):
+        raise ValueError(f"method={method!r} knows its text at the end only: call complete")
     if stop and isinstance(method, SearchMethod) and not method.strategy.commits:
         raise ValueError(f"stop={stop!r}: {NO_STOPS}")
     return stream_answer(lm, prompt, loop_of(method), method, gen_len=gen_len, stop=stop, seed=seed)
@@ -244,11 +264,16 @@ def _read(
 ) -> tuple[AnyMethod, Asked]:
     """How to decode, and what."""
     method = choose(lm, options)
-    if isinstance(method, SearchMethod) and options.get("stop") and not method.strategy.commits:
+    is_open = isinstance(method, SearchMethod) and not method.strategy.commits
+    if options.get("stop") and (is_open or isinstance(method, Planner)):
         raise ValueError(f"stop={options['stop']!r}: {NO_STOPS}")
-    if not _finds_several(method):
+    if not isinstance(method, Planner) and not _finds_several(method):
         return method, read_asked(lm, prompts, options)
     num_return = whole_number("num_return", options.get("num_return", 1))
+    if isinstance(method, Planner):
+        if not 1 <= num_return <= method.num_results:
+            raise ValueError(f"num_return={num_return} must be in [1, {method.num_results}]")
+        return method, read_asked(lm, prompts, cast(TextOptions, {**options, "num_return": 1}))
     method = method.replace(num_return=max(num_return, method.num_return))
     return method, read_asked(lm, prompts, cast(TextOptions, {**options, "num_return": 1}))
 
@@ -290,7 +315,10 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
     if method is None:
         method = SpeculativeMethod()
     elif isinstance(method, str):
-        method = SEARCHES[method] if method in SEARCHES else named(method)
+        found_by_name: dict[str, AnyMethod] = {**SEARCHES, **PLANNERS}
+        method = found_by_name[method] if method in found_by_name else named(method)
+    if isinstance(method, Planner):
+        return _plan(method, given, choices)
     constraint = choices.get("constraint")
     if isinstance(constraint, Monitor):
         constraint = watch(lm, constraint)
@@ -314,6 +342,26 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
     if isinstance(method, pearl.Pearl):
         raise ValueError("constraint must be None with Pearl, whose rounds wait for nobody")
     return hosted.host(method, constraint)
+
+
+def _plan(method: Planner, given: Mapping[str, Any], choices: Choices) -> Planner:
+    """A search on the host with what was given beside it."""
+    refused = {**given, "constraint": choices.get("constraint")}
+    for name in ("drafter", "acceptance", "controller", "top_logprobs", "constraint"):
+        if refused[name] is not None:
+            raise ValueError(
+                f"{name}={refused[name]!r} must be left out with {type(method).__name__}"
+            )
+    return method.with_choices(given["sampling"], given["stop_ids"])
+
+
+def _planned(asked: Asked, method: Planner, progress: bool) -> Iterator[tuple[int, Completion]]:
+    """The answers of a search on the host, one prompt after the other."""
+    requests = list(zip(asked.prompts, asked.gen_lens, asked.seeds, strict=True))
+    every = tqdm(requests, unit="prompt", disable=not progress)
+    for i, (prompt, gen_len, seed) in enumerate(every):
+        first, *others = method.answer(asked.lm, prompt, gen_len, seed)
+        yield i, dataclasses.replace(first, others=tuple(others))
 
 
 def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:

@@ -35,10 +35,13 @@ from decode.diffusion.recorded import GreedyOracle, Recorded
 from decode.diffusion.routing import Routing
 from decode.generate import generate
 from decode.long_likelihood import LongLikelihood
+from decode.search import astar
 from decode.search import hosted as search_hosted
 from decode.search import loop as search
 from decode.search.components import STRATEGIES, Beam
 from decode.search.loop import SearchMethod
+from decode.search.planner import Continuation
+from decode.search.scorers import Partial
 from decode.speculative import hosted as speculative_hosted
 from decode.speculative import loop as speculative
 from decode.speculative import pearl
@@ -303,6 +306,14 @@ def test_rounds_that_ask_the_host():
     state, found = jax.eval_shape(rounds_of, PARAMS)
     check(state, G=G)
     check(found.replace(cache=None), K=2, n=1, G=G)
+
+
+def test_what_searches_on_the_host_hold():
+    key, floats = np.zeros(2, np.uint32), np.zeros(3, np.float32)
+    check(Continuation(np.zeros(3, np.int32), floats, key, False, np.zeros((3, 2), np.int32),
+                       np.zeros((3, 2), np.float32)))  # fmt: skip
+    check(astar.State((1, 2, 3), key, floats), n=3)
+    check(Partial((1, 2), "", "", floats, False))
 
 
 # ---- Training ---------------------------------------------------------------------------------

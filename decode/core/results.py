@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core.explored import Explored
 from decode.core.requests import real_number, whole_number
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
@@ -91,6 +92,7 @@ class Completion:
       num_masked: rounds in which a constraint on the host ruled out what would have been written,
         or anything at all of searches and filters; None without one.
       num_released: how often such a constraint allowed nothing, and was released; None without one.
+      explored: what a search on the host has looked at; None elsewhere.
       rounds_by_width: forwards by how many nodes of a draft tree a controller had them judge; 0:
         nobody was asked for drafts. None without a controller.
     """
@@ -113,6 +115,7 @@ class Completion:
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     num_masked: int | None = None
     num_released: int | None = None
+    explored: Explored | None = None
 
     @property
     def mean_acceptance_length(self) -> float:

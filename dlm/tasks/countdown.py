@@ -34,20 +34,54 @@ def is_solution(numbers: list[int], target: int, text: str) -> bool:
     then on), and after the last one only `target` may be left, so all numbers have been used. Zero
     may occur as a result, negative numbers and fractions may not. Spaces are ignored.
     """
-    at_hand = list(numbers)
+    at_hand: list[int] | None = list(numbers)
     for equation in re.sub(r"\s", "", text).split(","):
-        match = _EQUATION.fullmatch(equation)
-        if match is None:
-            return False
-        left, right, result = int(match[1]), int(match[3]), int(match[4])
-        for number in (left, right):
-            if number not in at_hand:
-                return False
-            at_hand.remove(number)
-        if not _holds(left, match[2], right, result):
-            return False
-        at_hand.append(result)
+        at_hand = at_hand and _after(at_hand, equation)
     return at_hand == [target]
+
+
+def _after(at_hand: list[int], equation: str) -> list[int] | None:
+    """The numbers at hand behind an equation; None if it is wrong."""
+    match = _EQUATION.fullmatch(equation)
+    if match is None:
+        return None
+    left, right, result = int(match[1]), int(match[3]), int(match[4])
+    rest = list(at_hand)
+    for number in (left, right):
+        if number not in rest:
+            return None
+        rest.remove(number)
+    return [*rest, result] if _holds(left, match[2], right, result) else None
+
+
+def progress(prompt: str, text: str, is_whole: bool, target: int | None = None) -> float:
+    """How right the beginning of an answer is: what a search over its equations is told.
+
+    Args:
+      prompt: of a puzzle.
+      text: the beginning of an answer.
+      is_whole: whether that is all of it.
+      target: where the prompt does not say it, as in the game of 24.
+
+    Returns:
+      In [0, 1]: the share of what can be checked that is right. That is each equation that ends
+      with a comma, and at the end the last one and whether the target is all that is left. What
+      stands behind a wrong equation is wrong. 1.0 where nothing can be checked.
+    """
+    numbers = list(map(int, prompt.split(",")))
+    goal = numbers.pop() if target is None else target
+    equations = re.sub(r"\s", "", text).split(",")
+    if not is_whole:
+        equations.pop()
+    num_right = 0
+    at_hand: list[int] | None = numbers
+    for equation in equations:
+        at_hand = at_hand and _after(at_hand, equation)
+        num_right += bool(at_hand)
+    if is_whole:
+        num_right += at_hand == [goal]
+    total = len(equations) + is_whole
+    return num_right / total if total else 1.0
 
 
 def score_equations(example: tasks.Example, completion: str) -> dict[str, float]:

@@ -38,6 +38,27 @@ def test_is_solution(numbers, target, text, is_right):
     assert countdown.is_solution(numbers, target, text) == is_right
 
 
+@pytest.mark.parametrize(
+    ("text", "is_whole", "share"),
+    [
+        ("", False, 1.0),
+        ("44-15", False, 1.0),  # no comma yet
+        ("44-15=29,", False, 1.0),
+        ("44-15=28,", False, 0.0),
+        ("44-15=29,79-28=51,", False, 0.5),
+        ("44-15=28,79-44=35,", False, 0.0),
+        ("44-15=29,79-29=50", True, 1.0),
+        ("44-15=29,79+29=108", True, 2 / 3),  # not the target
+        ("44-15=29", True, 0.5),
+        ("44-44=0", True, 0.0),
+        ("", True, 0.0),
+    ],
+)
+def test_progress_is_the_share_of_what_is_right(text, is_whole, share):
+    assert countdown.progress("15,44,79,50\n", text, is_whole) == share
+    assert countdown.progress("15,44,79\n", text, is_whole, target=50) == share
+
+
 @pytest.mark.parametrize("num_numbers", [2, 3, 4, 5, 6])
 def test_generated_puzzles(num_numbers):
     task = countdown.Countdown(num_numbers=num_numbers, min_target=20, max_target=60)

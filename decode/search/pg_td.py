@@ -1,0 +1,487 @@
+"""PG-TD: a Monte-Carlo tree over tokens, whose leaves are completed and rewarded as whole texts.
+
+Reference: Zhang et al., "Planning with Large Language Models for Code Generation",
+arXiv:2303.05510, Alg. 1, and the public code's defaults. A decision node s is a prefix, its actions
+the k most probable next tokens, with P(a) their probabilities among each other. A rollout goes down
+from the root by
+
+    argmax_a  Q(a) + c(s) P(a) sqrt(ln visits(s)) / (1 + n(a)),
+    c(s) = ln((visits(s) + base + 1) / base) + exploration
+
+to the first action that nobody took, makes its node, completes the text from there, and gives the
+reward of that to all actions on the way. Q(a) is the best of them ("best") or their mean
+("sample"), 0 without any, n(a) their number. `visits` begins at 1, and counts every rollout that
+comes by a node, or ends there. Of equals the more probable action is taken.
+
+What makes it affordable: a completion made by arg-max or beams is that of all prefixes on its way,
+and the k most probable tokens behind each of these come with it, so one call of the model serves
+all nodes along a completion. No text is rewarded twice.
+
+With several leaves in a round, actions on the way of one count as taken for the others (virtual
+loss), so that all are completed in one batch.
+
+Letters: k children.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+
+from decode.core.explored import Explored, Node
+from decode.core.requests import round_lengths
+from decode.core.results import Completion
+from decode.core.sampling import Sampling
+from decode.search import loop
+from decode.search.planner import Planner, Writer, check_count, completed, root_key
+from decode.search.strategies.beam import Beam
+from decode.speculative.loop import GREEDY, SpeculativeMethod
+from dlm.lm import LanguageModel
+
+Reward = Callable[[str, str], float]
+Tokens = tuple[int, ...]
+LEAST = 1e-30  # a prior, positive however sure the model is of another token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PGTD(Planner):
+    """Planning-guided decoding: of all completions on the way the one with the largest reward.
+
+    Example:
+      >>> method = PGTD(reward=ProgramTests(["assert add(1, 2) == 3"]))
+      >>> complete(lm, "def add(a, b):\n", method=method).score
+
+    It ends early with a reward of 1. Of equal rewards the likelier text is taken.
+
+    Attributes:
+      reward: of a prompt and what was written behind it, such as the share of tests passed.
+      num_children: >= 1, k.
+      num_rollouts: >= 1.
+      exploration: at least 0, c.
+      base: > 0, c's base; the larger, the less c grows.
+      policy: "var_p_uct" as above; "p_uct" with a constant c(s) = c; "uct" without a prior:
+        Q(a) + c sqrt(ln visits(s) / n(a)), actions that nobody took first.
+      mode: "best" completes by arg-max or beams, "sample" draws.
+      num_beams: >= 1, of completions in mode "best"; 1: arg-max.
+      max_calls: >= 1, completions that the model makes.
+      num_leaves: >= 1, leaves of a round.
+      is_cached: whether completions and their most probable tokens are kept.
+      num_return: >= 1, further ones are the answer's `others`.
+      sampling: how completions are drawn in mode "sample".
+      stop_ids: tokens that end a text, besides the model's end-of-text.
+    """
+
+    reward: Reward
+    num_children: int = 3
+    num_rollouts: int = 16
+    exploration: float = 4.0
+    base: float = 10.0
+    policy: Literal["var_p_uct", "p_uct", "uct"] = "var_p_uct"
+    mode: Literal["best", "sample"] = "best"
+    num_beams: int = 1
+    max_calls: int = 768
+    num_leaves: int = 1
+    is_cached: bool = True
+    num_return: int = 1
+    sampling: Sampling = Sampling(1.0)
+    stop_ids: Tokens = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_children", "num_rollouts", "num_beams", "max_calls", "num_leaves", "num_return",
+        ):  # fmt: skip
+            check_count(name, getattr(self, name))
+        if not self.exploration >= 0:
+            raise ValueError(f"exploration={self.exploration:g} must be at least 0")
+        if not 0 < self.base < math.inf:
+            raise ValueError(f"base={self.base:g} must be above 0")
+        if self.policy not in ("var_p_uct", "p_uct", "uct"):
+            raise ValueError(f"policy={self.policy!r} must be 'var_p_uct', 'p_uct' or 'uct'")
+        if self.mode not in ("best", "sample"):
+            raise ValueError(f"mode={self.mode!r} must be 'best' or 'sample'")
+        if self.num_beams > 1 and self.mode == "sample":
+            raise ValueError(f"num_beams={self.num_beams} must be 1 with mode='sample'")
+
+    @property
+    def num_results(self) -> int:
+        return self.num_return
+
+    def with_choices(self, sampling: Sampling | None, stop_ids: Tokens | None) -> Self:
+        if sampling is not None and self.mode == "best":
+            raise ValueError("temperature and filters must be left out with mode='best'")
+        changes = {"sampling": sampling, "stop_ids": stop_ids}
+        return self.replace(**{name: x for name, x in changes.items() if x is not None})
+
+    def validate(self, lm: LanguageModel) -> None:
+        self.sampling.validate(lm.cfg)
+        if lm.tokenizer is None:
+            raise ValueError("reward is of text, and the checkpoint has no tokenizer to write it")
+        if self.num_children > lm.cfg.vocab_size:
+            raise ValueError(
+                f"num_children={self.num_children} must be at most vocab_size={lm.cfg.vocab_size}"
+            )
+
+    def answer(
+        self, lm: LanguageModel, prompt: Sequence[int], gen_len: int, seed: int
+    ) -> list[Completion]:
+        self.validate(lm)
+        tokenizer = lm.tokenizer
+        assert tokenizer is not None
+        completer = Completer(lm, self, list(prompt), gen_len, seed)
+        asked = tokenizer.decode(prompt)
+
+        def reward(tokens: Tokens) -> float:
+            is_whole = bool(tokens) and tokens[-1] in completer.ends
+            return self.reward(asked, tokenizer.decode(tokens[: len(tokens) - is_whole]))
+
+        plan = Plan(self, completer, reward, lambda t: t[-1] in completer.ends or len(t) >= gen_len)
+        plan.run()
+        answers = [
+            completed(lm, text, one.log_prob, completer.ends, completer.num_forwards, one.reward)
+            for text, one in plan.best()[: self.num_return]
+        ]
+        return [dataclasses.replace(answers[0], explored=plan.explored()), *answers[1:]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A completion of a prefix.
+
+    Attributes:
+      tokens: behind the prefix.
+      log_prob: of each.
+      top: the k most probable tokens before each and their log-probabilities; (): not known.
+    """
+
+    tokens: Tokens
+    log_prob: tuple[float, ...]
+    top: tuple[tuple[Tokens, tuple[float, ...]], ...]
+
+
+class Completer:
+    """The model, as a plan needs it.
+
+    Attributes:
+      ends: tokens that end a text.
+      num_forwards: of the model.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, method: PGTD, prompt: list[int], gen_len: int, seed: int
+    ) -> None:
+        self.lm, self.method, self.prompt, self.gen_len = lm, method, prompt, gen_len
+        self._key, self._num = root_key(seed), 0
+        self._P, self._G = round_lengths(lm.cfg, [prompt], [gen_len])
+        writes = SpeculativeMethod(
+            sampling=method.sampling if method.mode == "sample" else GREEDY,
+            stop_ids=method.stop_ids, top_logprobs=method.num_children,
+        )  # fmt: skip
+        self._writer = Writer(lm, writes, self._P + self._G)
+        self.ends, self._beam_forwards = self._writer.ends, 0
+
+    @property
+    def num_forwards(self) -> int:
+        return self._writer.num_forwards + self._beam_forwards
+
+    def complete(self, prefixes: Sequence[Tokens]) -> list[Run]:
+        """Each prefix to an end, or to the length that was asked for."""
+        if self.method.num_beams > 1:
+            return self._beams(prefixes)
+        return self._write(prefixes, [self.gen_len - len(prefix) for prefix in prefixes], self._G)
+
+    def top(self, prefix: Tokens) -> tuple[Tokens, tuple[float, ...]]:
+        """The k most probable tokens behind a prefix."""
+        return self._write([prefix], [1], 1)[0].top[0]
+
+    def _write(self, prefixes: Sequence[Tokens], lengths: list[int], G: int) -> list[Run]:
+        numbers = self._numbers(prefixes)
+        keys = [np.array([self._key[0] ^ n, self._key[1]], np.uint32) for n in numbers]
+        rows = self.method.num_leaves if G > 1 else 1
+        found = self._writer.go_on(
+            [[*self.prompt, *prefix] for prefix in prefixes], lengths, keys, times=1, rows=rows, G=G
+        )
+        return [
+            Run(
+                tuple(one.tokens.tolist()),
+                tuple(one.log_prob.tolist()),
+                tuple(
+                    (tuple(tokens), tuple(log_probs))
+                    for tokens, log_probs in zip(
+                        one.top_tokens.tolist(), one.top_log_probs.tolist(), strict=True
+                    )
+                ),
+            )
+            for (one,) in found
+        ]
+
+    def _numbers(self, prefixes: Sequence[Tokens]) -> range:
+        """A number for every completion: each has a random stream of its own."""
+        self._num += len(prefixes)
+        return range(self._num - len(prefixes), self._num)
+
+    def _beams(self, prefixes: Sequence[Tokens]) -> list[Run]:
+        beam = Beam(num_beams=self.method.num_beams)
+        method: Any = loop.SearchMethod(beam, stop_ids=self.method.stop_ids)
+        texts = [[*self.prompt, *prefix] for prefix in prefixes]
+        state = loop.begin(
+            self.lm.params, self.lm.cfg, method, texts,
+            gen_len=[self.gen_len - len(prefix) for prefix in prefixes],
+            prompt_len=self._P + self._G, canvas_len=self._G, batch_size=self.method.num_leaves,
+        )  # fmt: skip
+        state = loop.decode(self.lm.params, self.lm.cfg, method, state)
+        found, forwards = jax.device_get((loop.results(method, state), state.num_forwards))
+        self._beam_forwards += int(forwards[: len(prefixes)].sum())
+        runs = []
+        for b in range(len(prefixes)):
+            n = int(found.num_tokens[b, 0])
+            tokens, log_prob = found.tokens[b, 0, :n], found.log_prob[b, 0, :n]
+            runs.append(Run(tuple(tokens.tolist()), tuple(log_prob.tolist()), ()))
+        return runs
+
+
+@dataclasses.dataclass
+class Action:
+    """A token that may follow a prefix.
+
+    Attributes:
+      token: it.
+      prior: P(a).
+      log_prob: by the model, among all tokens.
+      returns: rewards of the rollouts that took it.
+      pending: rollouts under way that do.
+      child: the node behind it; None: nobody took it.
+    """
+
+    token: int
+    prior: float
+    log_prob: float
+    returns: list[float] = dataclasses.field(default_factory=list)
+    pending: int = 0
+    child: Decision | None = None
+
+
+@dataclasses.dataclass
+class Decision:
+    """A prefix.
+
+    Attributes:
+      prefix: tokens behind the prompt.
+      log_prob: of each.
+      is_terminal: whether nothing follows.
+      actions: the most probable first; None: it is not expanded yet.
+      visits: see the module.
+      pending: rollouts under way that come by.
+    """
+
+    prefix: Tokens
+    log_prob: tuple[float, ...]
+    is_terminal: bool
+    actions: list[Action] | None = None
+    visits: int = 1
+    pending: int = 0
+
+
+@dataclasses.dataclass
+class _Known:
+    """What is known of a prefix: the first completion that goes by it, and what may follow it."""
+
+    children: dict[int, _Known] = dataclasses.field(default_factory=dict)
+    run: Run | None = None
+    top: tuple[Tokens, tuple[float, ...]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewarded:
+    """A whole text.
+
+    Attributes:
+      reward: of it.
+      log_prob: of each of its tokens.
+    """
+
+    reward: float
+    log_prob: tuple[float, ...]
+
+
+class Plan:
+    """The search itself, whatever completes texts.
+
+    Attributes:
+      root: the node of the prompt.
+      rewarded: whole texts in the order in which they were rewarded.
+      num_calls: completions that were made.
+      num_rollouts: so far.
+    """
+
+    def __init__(
+        self,
+        method: PGTD,
+        completer: Any,
+        reward: Callable[[Tokens], float],
+        is_terminal: Callable[[Tokens], bool],
+    ) -> None:
+        self.method, self.completer = method, completer
+        self._reward, self._is_terminal = reward, is_terminal
+        self._known = _Known()
+        self.root = Decision((), (), False)
+        self.rewarded: dict[Tokens, Rewarded] = {}
+        self.num_calls = self.num_rollouts = 0
+
+    def run(self) -> None:
+        """All rollouts, as far as budgets go, or to a reward of 1."""
+        self._expand(self.root, self._complete([self.root])[0])
+        best = -math.inf
+        while self.num_rollouts < self.method.num_rollouts and best < 1:
+            if self.num_calls >= self.method.max_calls:
+                break
+            best = max(best, *self._round())
+
+    def _round(self) -> list[float]:
+        """Rollouts to as many leaves as go together, and their returns."""
+        left = self.method.num_rollouts - self.num_rollouts
+        calls = self.method.max_calls - self.num_calls
+        ways: list[tuple[list[tuple[Decision, Action]], Decision]] = []
+        for _ in range(min(self.method.num_leaves, left, calls)):
+            way, leaf = self._descend()
+            for node, action in way:
+                node.pending += 1
+                action.pending += 1
+            leaf.pending += 1
+            ways.append((way, leaf))
+        leaves = {id(leaf): leaf for _, leaf in ways if not leaf.is_terminal}
+        runs = dict(zip(leaves, self._complete([*leaves.values()]), strict=True))
+        returns = []
+        for way, leaf in ways:
+            run = runs.get(id(leaf), Run((), (), ()))
+            if not leaf.is_terminal and leaf.actions is None:
+                self._expand(leaf, run)
+            value = self._value(leaf, run)
+            for node, action in way:
+                node.pending -= 1
+                action.pending -= 1
+                node.visits += 1
+                action.returns.append(value)
+            leaf.pending -= 1
+            leaf.visits += 1
+            returns.append(value)
+        self.num_rollouts += len(ways)
+        return returns
+
+    def _descend(self) -> tuple[list[tuple[Decision, Action]], Decision]:
+        """Decisions and actions on the way to a leaf, and the leaf."""
+        node, way = self.root, list[tuple[Decision, Action]]()
+        while not node.is_terminal and node.actions is not None:
+            action = self._select(node)
+            way.append((node, action))
+            if action.child is None:
+                prefix = (*node.prefix, action.token)
+                log_prob = (*node.log_prob, action.log_prob)
+                action.child = Decision(prefix, log_prob, self._is_terminal(prefix))
+                return way, action.child
+            node = action.child
+        return way, node
+
+    def _select(self, node: Decision) -> Action:
+        assert node.actions is not None
+        method, visits = self.method, node.visits + node.pending
+        spread = math.sqrt(math.log(visits))
+
+        def worth(action: Action) -> float:
+            q, n = 0.0, len(action.returns) + action.pending
+            if action.returns:
+                best, mean = max(action.returns), sum(action.returns) / len(action.returns)
+                q = best if method.mode == "best" else mean
+            if method.policy == "uct":
+                return q + method.exploration * spread / math.sqrt(n) if n else math.inf
+            c = method.exploration
+            if method.policy == "var_p_uct":
+                c += math.log((visits + method.base + 1) / method.base)
+            return q + c * action.prior * spread / (1 + n)
+
+        return max(node.actions, key=worth)  # the first of equals
+
+    def _complete(self, leaves: Sequence[Decision]) -> list[Run]:
+        """Completions of leaves, those that are known without the model."""
+        found: dict[int, Run] = {}
+        is_kept = self.method.is_cached and self.method.mode == "best"
+        for i, leaf in enumerate(leaves):
+            if is_kept and (run := self._find(leaf.prefix).run) is not None:
+                found[i] = run
+        asked = [i for i in range(len(leaves)) if i not in found]
+        if asked:
+            self.num_calls += len(asked)
+            runs = self.completer.complete([leaves[i].prefix for i in asked])
+            for i, run in zip(asked, runs, strict=True):
+                found[i] = run
+                if is_kept:
+                    self._keep(leaves[i].prefix, run)
+        return [found[i] for i in range(len(leaves))]
+
+    def _find(self, prefix: Tokens) -> _Known:
+        node = self._known
+        for token in prefix:
+            node = node.children.setdefault(token, _Known())
+        return node
+
+    def _keep(self, prefix: Tokens, run: Run) -> None:
+        """Says at all prefixes on the way of a completion what its rest is."""
+        node = self._find(prefix)
+        for i, token in enumerate(run.tokens):
+            if node.run is None:
+                top = run.top[i:]
+                node.run = Run(run.tokens[i:], run.log_prob[i:], top)
+                node.top = top[0] if top else None
+            node = node.children.setdefault(token, _Known())
+
+    def _expand(self, node: Decision, run: Run) -> None:
+        """Gives a node its actions."""
+        known = self._find(node.prefix) if self.method.is_cached else _Known()
+        top = run.top[0] if run.top else known.top
+        if top is None:
+            top = self.completer.top(node.prefix)
+            known.top = top
+        tokens, log_probs = top
+        among = np.asarray(log_probs, np.float64)
+        priors = np.exp(among - np.logaddexp.reduce(among))
+        node.actions = [
+            Action(token, max(float(p), LEAST), lp)
+            for token, p, lp in zip(tokens, priors, log_probs, strict=True)
+        ]
+
+    def _value(self, leaf: Decision, run: Run) -> float:
+        """The reward of a leaf's text; each text is rewarded once."""
+        text = (*leaf.prefix, *run.tokens)
+        if text not in self.rewarded:
+            reward = float(self._reward(text))
+            if math.isnan(reward):
+                raise ValueError("reward gave nan, which must be a number")
+            self.rewarded[text] = Rewarded(reward, (*leaf.log_prob, *run.log_prob))
+        return self.rewarded[text].reward
+
+    def best(self) -> list[tuple[Tokens, Rewarded]]:
+        """Whole texts by reward, of equal ones the likelier first."""
+        return sorted(self.rewarded.items(), key=lambda x: (-x[1].reward, -sum(x[1].log_prob)))
+
+    def explored(self) -> Explored:
+        """For a picture."""
+        nodes, todo = [Node(-1, (), 0.0, self.root.visits - 1, False)], [(0, self.root)]
+        while todo:
+            number, node = todo.pop(0)
+            for action in node.actions or ():
+                if action.child is not None:
+                    value = max(action.returns, default=0.0)
+                    todo.append((len(nodes), action.child))
+                    nodes.append(
+                        Node(
+                            number, (action.token,), value, len(action.returns),
+                            action.child.is_terminal,
+                        )
+                    )  # fmt: skip
+        return Explored(
+            tuple(nodes), num_expansions=self.num_calls, num_scored=len(self.rewarded),
+        )  # fmt: skip

@@ -1,0 +1,202 @@
+"""Searches whose queue or tree the host keeps, while the device writes on from texts of it.
+
+What they share: how texts are gone on with, and what is kept of a search for who looks at it.
+
+Letters: W texts, k continuations of each, R = W k rows, S slots, G positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode.core.requests import PREFILL, lay_out
+from decode.core.results import Completion, to_text
+from decode.core.sampling import Sampling
+from decode.core.streams import fold_in
+from decode.search.move import under_all
+from decode.speculative.loop import (
+    SpeculativeMethod,
+    SpeculativeState,
+    decode,
+    first_state,
+    prefill,
+)
+from dlm.config import ModelConfig
+from dlm.lm import LanguageModel
+from dlm.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What was written behind a text.
+
+    Attributes:
+      tokens: [n] int32. The token that ended it included.
+      log_prob: [n] float32. Of the model itself.
+      key: [2] uint32. The random stream it was drawn from.
+      has_ended: whether its last token ends a text.
+      top_tokens: [n, m] int32. The most probable tokens at each position, best first.
+      top_log_probs: [n, m] float32. Of these.
+    """
+
+    tokens: np.ndarray
+    log_prob: np.ndarray
+    key: np.ndarray
+    has_ended: bool
+    top_tokens: np.ndarray
+    top_log_probs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """A search on the host: a method for `decode.complete`, which answers one prompt at a time."""
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_results(self) -> int:
+        """Most completions of a prompt that it can give."""
+        return 1
+
+    def with_choices(self, sampling: Sampling | None, stop_ids: tuple[int, ...] | None) -> Self:
+        """With what was asked for beside it; ValueError if that makes no sense."""
+        raise NotImplementedError
+
+    def validate(self, lm: LanguageModel) -> None:
+        """Raises ValueError, in one sentence, on what makes no sense for a model."""
+
+    def answer(
+        self, lm: LanguageModel, prompt: Sequence[int], gen_len: int, seed: int
+    ) -> list[Completion]:
+        """Completions of a prompt, the best first."""
+        raise NotImplementedError
+
+
+class Writer:
+    """Goes on with texts of one prompt: one program for a number of texts and of continuations.
+
+    Attributes:
+      num_tokens: written so far.
+      num_forwards: of the model, those of prompts aside, for each text by itself.
+    """
+
+    def __init__(self, lm: LanguageModel, method: SpeculativeMethod, num_slots: int) -> None:
+        self.lm, self.method, self.num_slots = lm, method, num_slots
+        self.num_tokens = self.num_forwards = 0
+        ids = np.asarray(method.stop_ids, np.int64).reshape(-1)
+        self.ends = {*lm.cfg.eos_ids, *map(int, ids)}
+
+    def go_on(
+        self,
+        texts: Sequence[Sequence[int]],
+        gen_lens: Sequence[int],
+        keys: Sequence[np.ndarray],
+        *,
+        times: int,
+        rows: int,
+        G: int,
+    ) -> list[list[Continuation]]:
+        """`times` continuations of each text: up to a stop id, or its `gen_lens`.
+
+        The text's cache is laid under all of its continuations. The first goes on drawing from the
+        text's own stream, so that a text in several pieces is the text in one; others have streams
+        of their own.
+
+        Args:
+          texts: token ids, prompt included; at most `rows` of them.
+          gen_lens: most tokens of each.
+          keys: [2] uint32. A random stream per text.
+          times: k.
+          rows: W, so many texts at once: of one number there is one program.
+          G: most tokens of any continuation, likewise.
+        """
+        lm, num = self.lm, len(texts)
+        chunk = min(self.num_slots, PREFILL)
+        S = -(-self.num_slots // chunk) * chunk + 1
+        tokens, length, end = lay_out(lm.cfg, texts, gen_lens, rows, S)
+        key = np.zeros((rows, 2), np.uint32)
+        key[:num] = keys
+        state, streams = _write(
+            lm.params, lm.cfg, self.method, tokens, length, end, key, G, chunk, times
+        )
+        fields = (state.tokens, state.length, state.log_prob, state.num_forwards, state.top)
+        tokens, after, log_prob, forwards, top = jax.device_get(fields)
+        streams = np.asarray(streams)
+        found: list[list[Continuation]] = [[] for _ in texts]
+        for r in range(times * rows):
+            if (b := r % rows) >= num:
+                continue
+            new = tokens[r, length[b] : after[r]]
+            n = len(new)
+            found[b].append(
+                Continuation(
+                    tokens=new,
+                    log_prob=log_prob[r, :n],
+                    key=streams[r],
+                    has_ended=n > 0 and int(new[-1]) in self.ends,
+                    top_tokens=np.zeros((n, 0), np.int32) if top is None else top.tokens[r, :n],
+                    top_log_probs=np.zeros((n, 0)) if top is None else top.log_probs[r, :n],
+                )
+            )
+            self.num_tokens += n
+            self.num_forwards += int(forwards[r])
+        return found
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "G", "chunk", "times"))
+def _write(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, tokens: jax.Array,
+    length: jax.Array, end: jax.Array, key: jax.Array, G: int, chunk: int, times: int,
+) -> tuple[SpeculativeState, jax.Array]:  # fmt: skip
+    """The finished state of R rows, row j W + i the j-th of text i, and their streams [R, 2]."""
+    state = first_state(cfg, method, tokens, length, end, key, G, chunk)
+    state = prefill(params, cfg, method, state)
+    cache = under_all(state.cache, times)
+    light = state.replace(cache=None, num_steps=None)
+    repeat = lambda x: jnp.concatenate([x] * times)  # noqa: E731
+    others = [fold_in(fold_in(key, length), j) for j in range(1, times)]
+    streams = jnp.concatenate([key, *others])
+    state = jax.tree.map(repeat, light).replace(cache=cache, num_steps=state.num_steps, key=streams)
+    state = decode(params, cfg, method, state)
+    return state.replace(cache=None), streams
+
+
+def root_key(seed: int) -> np.ndarray:
+    """[2] uint32: the stream of a seed, as the loops have it."""
+    return np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+def completed(
+    lm: LanguageModel, tokens: Sequence[int], log_prob: Sequence[float] | np.ndarray,
+    ends: set[int], num_forwards: int, score: float,
+) -> Completion:  # fmt: skip
+    """A completion of some tokens."""
+    canvas, lp = np.array(tokens, np.int32), np.array(log_prob, np.float32)
+    has_ended = len(canvas) > 0 and int(canvas[-1]) in ends
+    kept = canvas[: len(canvas) - has_ended]
+    return Completion(
+        text=to_text(lm.tokenizer, kept, ())[0],
+        tokens=kept,
+        num_forwards=num_forwards,
+        tokens_per_forward=len(kept) / max(num_forwards, 1),
+        finish_reason="eos" if has_ended else "length",
+        canvas=canvas,
+        step_map=np.arange(len(canvas), dtype=np.int32),
+        confidence=np.exp(lp),
+        log_prob=lp,
+        score=score,
+    )
+
+
+def check_count(name: str, value: int | None, lowest: int = 1) -> None:
+    """Raises ValueError unless a number that counts is at least `lowest`; None is not looked at."""
+    if value is not None and value < lowest:
+        raise ValueError(f"{name}={value} must be at least {lowest}")
