@@ -254,11 +254,13 @@ def test_a_round_of_search(watch, kind):
         length = jnp.array(list(map(len, PROMPTS)))
         tokens, key = jnp.zeros((3, P + G + n), jnp.int32), jnp.zeros((3, 2), jnp.uint32)
         state = search._begin(params, CFG, method, tokens, length, length + G, key, G, 5)
+        weighed = search.weighed(params, CFG, method, state)
         state = search.step(params, CFG, method, state)
-        return state, search.results(method, state)
+        return state, search.results(method, state), weighed
 
     sizes = dict(K=K, n=n, G=G, S=P + G + n, R=1)
-    state, found = jax.eval_shape(round_of, PARAMS)
+    state, found, weighed = jax.eval_shape(round_of, PARAMS)
+    check(weighed[0], K=K, c=weighed[0].tokens.shape[2])
     check(state.replace(cache=None), **sizes)
     check(state.cache, B=3 * method.num_rows)
     check(found, **sizes)

@@ -10,6 +10,7 @@ Letters: B prompts, K hypotheses, n masks, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -57,7 +58,7 @@ class HostedSearch(SearchMethod):
 
     def at_device(self, masks: Masks | None) -> SearchMethod:
         """What the device needs to know for a round."""
-        fields = {name: getattr(self, name) for name in SearchMethod.__dataclass_fields__}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchMethod)}
         if masks is not None:
             fields["constraint"] = Masked(masks, self.strategy.width, ban_mask=False)
         return SearchMethod(**fields)
@@ -90,7 +91,7 @@ def host(method: SearchMethod, constraint: HostConstraint) -> HostedSearch:
     """
     bias = method.sampling.logit_bias
     follower = Follower(constraint, None if bias is None else np.isneginf(np.asarray(bias)))
-    fields = {name: getattr(method, name) for name in SearchMethod.__dataclass_fields__}
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(SearchMethod)}
     return HostedSearch(**fields, follower=follower)
 
 
@@ -117,7 +118,7 @@ def prepare(
     """
     method.validate(cfg)
     state = begin(params, cfg, method.at_device(None), prompts, **asked)
-    fields = {name: getattr(state, name) for name in SearchState.__dataclass_fields__}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(SearchState)}
     none = jnp.zeros_like(state.length)
     return HostedSearchState(**fields, num_masked=none, num_released=jnp.copy(none))
 

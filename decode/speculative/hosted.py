@@ -66,7 +66,7 @@ class Hosted(SpeculativeMethod):
     def at_device(self) -> SpeculativeMethod:
         """All that the device needs to know."""
         return SpeculativeMethod(
-            **{name: getattr(self, name) for name in SpeculativeMethod.__dataclass_fields__}
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(SpeculativeMethod)}
         )
 
     @property
@@ -84,7 +84,7 @@ def host(method: SpeculativeMethod, constraint: HostConstraint) -> Hosted:
     """
     bias = method.sampling.logit_bias
     follower = Follower(constraint, None if bias is None else np.isneginf(np.asarray(bias)))
-    fields = {name: getattr(method, name) for name in SpeculativeMethod.__dataclass_fields__}
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(SpeculativeMethod)}
     return Hosted(**fields, follower=follower)
 
 
@@ -110,7 +110,7 @@ def prepare(
     method.validate(cfg)
     plain = method.at_device
     state = prefill(params, cfg, plain, init_state(cfg, plain, prompts, **asked))
-    fields = {name: getattr(state, name) for name in SpeculativeState.__dataclass_fields__}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(SpeculativeState)}
     none = jnp.zeros_like(state.length)
     return HostedState(**fields, num_masked=none, num_released=jnp.copy(none))
 

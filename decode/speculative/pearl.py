@@ -37,6 +37,7 @@ judged, T positions seen at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -211,7 +212,7 @@ def prepare(
         functools.partial(draft, cfg), *shapes[:2], *jax.tree.map(shape_of, (side, side.memory))
     )
     B, W = drafts.tokens.shape[0], drafts.tokens.shape[1] - 1
-    fields = {name: getattr(state, name) for name in SpeculativeState.__dataclass_fields__}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(SpeculativeState)}
     return PearlState(
         **fields | {"drafter": side},
         pending=jnp.zeros((B, W - 1), jnp.int32),

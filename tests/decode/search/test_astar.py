@@ -264,7 +264,7 @@ def test_bad_options_are_refused(lm):
         (lambda: AStar(delimiter=""), "delimiter='' must be some text"),
         (lambda: ValueHead(len, num_rows=0), "num_rows=0 must be at least 1"),
         (lambda: complete(lm, "a", method="a_star", num_return=2), "num_return=2 must be in"),
-        (lambda: complete(lm, "a", method="a_star", stop="x"), "a search looks for no strings"),
+        (lambda: complete(lm, "a", method="a_star", stop="x"), "looks for no strings"),
         (lambda: complete(lm, "a", method="a_star", batch_size=2), "batch_size=2 must be None"),
         (lambda: complete(lm, "", gen_len=4, method="a_star"), "prompt 0 is empty"),
         (lambda: complete(lm, "a", method="a_star", gen_len=999), "more than the model's max_seq"),
