@@ -122,6 +122,7 @@ def test_a_row_is_read_without_its_layers(deep):
     assert len(left_out) > 1
 
 
+@pytest.mark.exhaustive
 def test_gradients_are_those_of_differences(deep):
     """Finite differences, through layers that some rows leave out, with and without remat."""
     cfg, params = deep

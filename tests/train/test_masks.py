@@ -279,6 +279,7 @@ def test_what_is_written_follows_the_targets_law(written, toy_params, rule, is_s
     assert_same_law(*(texts(state, 2048) for state in states), first=1)
 
 
+@pytest.mark.exhaustive
 def test_a_controller_may_judge_fewer_nodes(written, toy_params):
     """Then fewer masks are read, and what they say is the same; rounds without any leave none."""
     cfg, prompts, expected, truth = written

@@ -40,6 +40,7 @@ def test_rates_are_the_share_of_what_was_tried(plain, toy_params, start):
     assert rates[1] > 0 and sum(rates) < 1
 
 
+@pytest.mark.exhaustive
 def test_a_tree_for_this_device_writes_the_same_text(plain, toy_params, start, monkeypatch):
     cfg, _, rows, _ = plain
     timed = []

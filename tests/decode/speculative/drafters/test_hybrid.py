@@ -55,6 +55,7 @@ def first_of(truth, num=5, rate=0.8):
     return Sometimes(jnp.asarray(truth), jnp.full(len(truth), rate), shape=chain(num))
 
 
+@pytest.mark.exhaustive
 def test_who_drafts_in_each_row(plain, toy_params):
     """The second where the first has nothing, or too little; grades and costs are theirs."""
     cfg, *_ = plain

@@ -236,8 +236,8 @@ DRAFTERS = {
     ("kind", "name"),
     [
         ("in_place", "aligned"),
-        ("shifted", "aligned"),
         *more(
+            ("shifted", "aligned"),
             ("in_place", "lookahead"),
             *(("in_place", name) for name in ("from_the_root", "suffix", "tree")),
             ("shifted", "from_the_root"),
