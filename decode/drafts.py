@@ -17,15 +17,8 @@ import numpy as np
 
 from decode.complete import LOOP, Choices, choose
 from decode.core.loop import FOREVER
-from decode.core.requests import (
-    OnePrompt,
-    encode,
-    read_requests,
-    round_lengths,
-    round_rows,
-    whole_number,
-)
-from decode.core.texts import inside
+from decode.core.requests import OnePrompt
+from decode.core.texts import begin_one, inside, read_one
 from decode.speculative.loop import SpeculativeMethod, drafted
 from dlm.lm import LanguageModel
 
@@ -89,21 +82,14 @@ def watch_drafts(
             f"controller={method.controller} must be None: with one, a part of a tree is judged"
         )
     method.validate(lm.cfg)
-    tokens = encode(lm, prompt)
-    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
-    read_requests(lm.cfg, [tokens], [gen_len], [seed], None, None, None, may_be_empty=False)
-    return inside(lm, _rounds(lm, method, tokens, gen_len, seed))
+    return inside(lm, _rounds(lm, method, *read_one(lm, prompt, gen_len, seed)))
 
 
 def _rounds(
     lm: LanguageModel, method: SpeculativeMethod, prompt: list[int], gen_len: int, seed: int
 ) -> Iterator[DraftRound]:
     """As `watch_drafts`."""
-    P, G = round_lengths(lm.cfg, [prompt], [gen_len])
-    state = LOOP.prepare(
-        lm, method, [prompt], gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G,
-        batch_size=round_rows(1, None),
-    )  # fmt: skip
+    state = begin_one(lm, LOOP, method, prompt, gen_len, seed)
     while not state.has_stopped.all():
         tree = drafted(lm.params, lm.cfg, method, state)
         tokens, parents, is_valid = _first_row(tree.tokens, tree.parents, tree.is_valid)

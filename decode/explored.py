@@ -17,15 +17,8 @@ import numpy as np
 
 from decode.complete import Choices, choose
 from decode.core.loop import FOREVER
-from decode.core.requests import (
-    OnePrompt,
-    encode,
-    read_requests,
-    round_lengths,
-    round_rows,
-    whole_number,
-)
-from decode.core.texts import inside
+from decode.core.requests import OnePrompt
+from decode.core.texts import begin_one, inside, read_one
 from decode.search.answers import LOOP
 from decode.search.contracts import exists
 from decode.search.loop import SearchMethod, SearchState, results, weighed
@@ -82,21 +75,14 @@ def watch_search(
         raise ValueError("the checkpoint has no tokenizer that could be read, to show tokens with")
     method = method.replace(num_return=method.strategy.num_results)
     method.validate(lm.cfg)
-    tokens = encode(lm, prompt)
-    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
-    read_requests(lm.cfg, [tokens], [gen_len], [seed], None, None, None, may_be_empty=False)
-    return list(inside(lm, _explored(lm, method, tokens, gen_len, seed)))
+    return list(inside(lm, _explored(lm, method, *read_one(lm, prompt, gen_len, seed))))
 
 
 def _explored(
     lm: LanguageModel, method: SearchMethod, prompt: list[int], gen_len: int, seed: int
 ) -> Iterator[Node]:
     """As `watch_search`."""
-    P, G = round_lengths(lm.cfg, [prompt], [gen_len])
-    state = LOOP.prepare(
-        lm, method, [prompt], gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G,
-        batch_size=round_rows(1, None),
-    )  # fmt: skip
+    state = begin_one(lm, LOOP, method, prompt, gen_len, seed)
     tried = _Tried(lm)
     texts: list[Text] = [()] * state.score.shape[1]  # what each hypothesis has really written
     while not bool(state.has_stopped.all()):

@@ -28,6 +28,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.results import Completion
+from decode.core.sampling import Sampling
 
 State = Hashable
 MOST_KEPT = 1024  # texts whose states are remembered
@@ -107,6 +108,12 @@ class Follower:
         state = self.constraint.release(state)
         mask = self.mask(state)
         return state, mask if mask.any() else np.ones_like(mask)
+
+
+def follow(constraint: HostConstraint, sampling: Sampling) -> Follower:
+    """What follows texts: tokens with a logit bias of -inf are never among those allowed."""
+    bias = sampling.logit_bias
+    return Follower(constraint, None if bias is None else np.isneginf(np.asarray(bias)))
 
 
 class Masks(struct.PyTreeNode):

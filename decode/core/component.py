@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import struct
 
 from decode.core.requests import real_number, whole_number
 from dlm.config import ModelConfig
+
+Kind = TypeVar("Kind")  # of dataclasses
 
 
 @struct.dataclass
@@ -31,6 +33,12 @@ class Part:
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
+
+
+def as_kind(kind: type[Kind], made: Any, **fields: Any) -> Kind:
+    """A dataclass of another kind, with the fields that both have and those that are given."""
+    both = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    return kind(**{name: getattr(made, name) for name in both} | fields)
 
 
 def check_numbers(made: Any) -> None:

@@ -86,6 +86,11 @@ class Sampling(struct.PyTreeNode):
             )
 
     @property
+    def is_cut(self) -> bool:
+        """Whether tokens are drawn, and from some of them only."""
+        return self.temperature is not None and any(getattr(self, x) is not None for x in FILTERS)
+
+    @property
     def has_filters(self) -> bool:
         """Whether more than the temperature shapes the distribution."""
         names = (*FILTERS, "repetition_penalty", "logit_bias")

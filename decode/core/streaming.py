@@ -12,14 +12,9 @@ import numpy as np
 from decode.core.loop import FOREVER
 from decode.core.requests import (
     Prompt,
-    encode,
-    read_requests,
-    round_lengths,
-    round_rows,
-    whole_number,
 )
 from decode.core.results import HALF, Completion, cut, read_stops, settled
-from decode.core.texts import Loop, inside
+from decode.core.texts import Loop, begin_one, inside, read_one
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
 
@@ -73,12 +68,8 @@ def stream_answer(
       ValueError: on prompts, lengths or options that make no sense, or without a tokenizer.
     """
     check_tokenizer(lm)
-    stops, tokens = read_stops(lm, stop), encode(lm, prompt)
-    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
-    read_requests(
-        lm.cfg, [tokens], [gen_len], [seed], None, None, None,
-        may_be_empty=loop.may_be_empty(lm.cfg),
-    )  # fmt: skip
+    stops = read_stops(lm, stop)
+    tokens, gen_len, seed = read_one(lm, prompt, gen_len, seed, loop.may_be_empty(lm.cfg))
     return inside(lm, _from_prompt(lm, tokens, loop, method, gen_len, stops, seed))
 
 
@@ -102,11 +93,7 @@ def _from_prompt(
     seed: int,
 ) -> Iterator[Piece]:
     """As `stream_answer`."""
-    P, G = round_lengths(lm.cfg, [tokens], [gen_len])
-    asked = dict(
-        gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G, batch_size=round_rows(1, None)
-    )
-    start = lambda method: loop.prepare(lm, method, [tokens], **asked)  # noqa: E731
+    start = lambda method: begin_one(lm, loop, method, tokens, gen_len, seed)  # noqa: E731
     method = loop.ready(lm, method, start)
     yield from pieces(lm, loop, method, Writing(start(method)), stops)
 

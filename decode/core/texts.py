@@ -109,6 +109,31 @@ class Loop:
     )
 
 
+def read_one(
+    lm: LanguageModel, prompt: Any, gen_len: int, seed: int, may_be_empty: bool = False
+) -> tuple[list[int], int, int]:
+    """One request as numbers: token ids, how many to write, and the seed.
+
+    Raises:
+      ValueError: on a prompt or numbers that make no sense.
+    """
+    tokens = encode(lm, prompt)
+    gen_len, seed = whole_number("gen_len", gen_len), whole_number("seed", seed)
+    read_requests(lm.cfg, [tokens], [gen_len], [seed], None, None, None, may_be_empty=may_be_empty)
+    return tokens, gen_len, seed
+
+
+def begin_one(
+    lm: LanguageModel, loop: Loop, method: Any, tokens: list[int], gen_len: int, seed: int
+) -> Any:
+    """The state before the first round of one request alone; inside of the model's mesh."""
+    P, G = round_lengths(lm.cfg, [tokens], [gen_len])
+    return loop.prepare(
+        lm, method, [tokens], gen_len=[gen_len], seeds=[seed], prompt_len=P, canvas_len=G,
+        batch_size=round_rows(1, None),
+    )  # fmt: skip
+
+
 @dataclasses.dataclass
 class Pace:
     """How fast it goes so far.

@@ -10,7 +10,6 @@ Letters: B prompts, K hypotheses, n masks, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.constraints.hosted import Follower, HostConstraint, Masks, pack
+from decode.constraints.hosted import Follower, HostConstraint, Masks, follow, pack
 from decode.core import loop
+from decode.core.component import as_kind
 from decode.core.loop import FOREVER
 from decode.diffusion.contracts import Constraint
 from decode.diffusion.round import Frame
@@ -58,10 +58,10 @@ class HostedSearch(SearchMethod):
 
     def at_device(self, masks: Masks | None) -> SearchMethod:
         """What the device needs to know for a round."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchMethod)}
-        if masks is not None:
-            fields["constraint"] = Masked(masks, self.strategy.width, ban_mask=False)
-        return SearchMethod(**fields)
+        method = as_kind(SearchMethod, self)
+        if masks is None:
+            return method
+        return method.replace(constraint=Masked(masks, self.strategy.width, ban_mask=False))
 
 
 @struct.dataclass
@@ -85,14 +85,8 @@ class Masked(Constraint):
 
 
 def host(method: SearchMethod, constraint: HostConstraint) -> HostedSearch:
-    """A search whose texts obey a constraint.
-
-    Tokens with a logit bias of -inf are never among those that are allowed.
-    """
-    bias = method.sampling.logit_bias
-    follower = Follower(constraint, None if bias is None else np.isneginf(np.asarray(bias)))
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(SearchMethod)}
-    return HostedSearch(**fields, follower=follower)
+    """A search whose texts obey a constraint."""
+    return as_kind(HostedSearch, method, follower=follow(constraint, method.sampling))
 
 
 class HostedSearchState(SearchState):
@@ -118,9 +112,8 @@ def prepare(
     """
     method.validate(cfg)
     state = begin(params, cfg, method.at_device(None), prompts, **asked)
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(SearchState)}
     none = jnp.zeros_like(state.length)
-    return HostedSearchState(**fields, num_masked=none, num_released=jnp.copy(none))
+    return as_kind(HostedSearchState, state, num_masked=none, num_released=jnp.copy(none))
 
 
 _step = loop.compile_step(step)

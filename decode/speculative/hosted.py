@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.constraints.hosted import Follower, HostConstraint, Masks, State, pack
+from decode.constraints.hosted import Follower, HostConstraint, Masks, State, follow, pack
+from decode.core.component import as_kind
 from decode.core.loop import FOREVER
 from decode.speculative.contracts import Proposal
 from decode.speculative.loop import (
@@ -65,27 +66,17 @@ class Hosted(SpeculativeMethod):
     @property
     def at_device(self) -> SpeculativeMethod:
         """All that the device needs to know."""
-        return SpeculativeMethod(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(SpeculativeMethod)}
-        )
+        return as_kind(SpeculativeMethod, self)
 
     @property
     def is_lazy(self) -> bool:
         """Whether it is enough to mask where the target's choice is not allowed."""
-        filters = (self.sampling.top_k, self.sampling.top_p, self.sampling.min_p)
-        is_cut = self.sampling.temperature is not None and any(x is not None for x in filters)
-        return not (is_cut or self.acceptance.needs_probs or self.drafter.needs_probs)
+        return not (self.sampling.is_cut or self.acceptance.needs_probs or self.drafter.needs_probs)
 
 
 def host(method: SpeculativeMethod, constraint: HostConstraint) -> Hosted:
-    """A method whose texts obey a constraint.
-
-    Tokens with a logit bias of -inf are never among those that are allowed.
-    """
-    bias = method.sampling.logit_bias
-    follower = Follower(constraint, None if bias is None else np.isneginf(np.asarray(bias)))
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(SpeculativeMethod)}
-    return Hosted(**fields, follower=follower)
+    """A method whose texts obey a constraint."""
+    return as_kind(Hosted, method, follower=follow(constraint, method.sampling))
 
 
 class HostedState(SpeculativeState):
@@ -110,9 +101,8 @@ def prepare(
     method.validate(cfg)
     plain = method.at_device
     state = prefill(params, cfg, plain, init_state(cfg, plain, prompts, **asked))
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(SpeculativeState)}
     none = jnp.zeros_like(state.length)
-    return HostedState(**fields, num_masked=none, num_released=jnp.copy(none))
+    return as_kind(HostedState, state, num_masked=none, num_released=jnp.copy(none))
 
 
 def decode(

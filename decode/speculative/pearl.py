@@ -37,7 +37,6 @@ judged, T positions seen at once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +46,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from decode.core.component import as_kind
 from decode.core.loop import FOREVER
 from decode.core.results import TopTokens
 from decode.core.sampling import Sampling
@@ -212,9 +212,10 @@ def prepare(
         functools.partial(draft, cfg), *shapes[:2], *jax.tree.map(shape_of, (side, side.memory))
     )
     B, W = drafts.tokens.shape[0], drafts.tokens.shape[1] - 1
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(SpeculativeState)}
-    return PearlState(
-        **fields | {"drafter": side},
+    return as_kind(
+        PearlState,
+        state,
+        drafter=side,
         pending=jnp.zeros((B, W - 1), jnp.int32),
         num_pending=jnp.zeros(B, jnp.int32),
         pending_probs=None if drafts.probs is None else jnp.zeros((B, W - 1, cfg.vocab_size)),

@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from dlm import tasks
-from dlm.tasks import jsonl, rewriting, splits
+from dlm.tasks import jsonl, rewriting
+from dlm.tasks.loaded import Loaded
 
 _NAMES = ("values", "number", "item", "other", "data", "result")
 
@@ -24,7 +25,7 @@ Edit = tuple[str, str]  # instruction, program
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeEdits(tasks.Task):
+class CodeEdits(Loaded):
     """One edit of every program of a JSON-lines file with texts `text` and `code`.
 
     Programs that cannot be parsed, are not ASCII or allow no edit are left out.
@@ -54,16 +55,6 @@ class CodeEdits(tasks.Task):
             raise ValueError(f"{self.path} has no program that can be edited: give MBPP's")
         object.__setattr__(self, "examples", tuple(examples))
         object.__setattr__(self, "lines", tuple(lines))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def where(self, index: int) -> str:
         """File and line of an example."""

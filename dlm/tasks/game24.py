@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dlm import tasks
 from dlm.tasks import splits
 from dlm.tasks.countdown import Countdown, is_solution
+from dlm.tasks.loaded import Loaded
 
 TARGET = 24
 NUM_NUMBERS, MAX_NUMBER = 4, 13
@@ -104,7 +105,7 @@ class Game24(splits.Stream):
 
 
 @dataclasses.dataclass(frozen=True)
-class PublishedGame24(tasks.Task):
+class PublishedGame24(Loaded):
     """Puzzles of a CSV file with a column `Puzzles` ("1 1 4 6"), in its order.
 
     Attributes:
@@ -138,16 +139,6 @@ class PublishedGame24(tasks.Task):
         if not examples:
             raise ValueError(f"{file} has no puzzle that can be asked")
         object.__setattr__(self, "examples", tuple(examples))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """1.0 for any right chain of equations; see `dlm.tasks.countdown.is_solution`."""

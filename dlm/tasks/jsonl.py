@@ -16,12 +16,12 @@ import pathlib
 import re
 import string
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dlm import tasks
 from dlm.json_lines import parse_lines
-from dlm.tasks import splits
+from dlm.tasks.loaded import Loaded
 
 # A sign counts unless it is a subtraction ("10-3"); commas count between groups of three digits.
 _NUMBER = re.compile(
@@ -107,7 +107,7 @@ def render(template: str, record: Mapping[str, Any], where: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonlTask(tasks.Task):
+class JsonlTask(Loaded):
     """One example per line of a JSON-lines file.
 
     Example:
@@ -152,16 +152,6 @@ class JsonlTask(tasks.Task):
             )
         object.__setattr__(self, "examples", tuple(examples))
         object.__setattr__(self, "lines", tuple(number for number, _ in records))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def where(self, index: int) -> str:
         """File and line of an example."""

@@ -8,14 +8,13 @@ al., "Pointer Sentinel Mixture Models", arXiv:1609.07843).
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
 
 from dlm import tasks
-from dlm.tasks import splits
+from dlm.tasks.loaded import Loaded
 
 
 @dataclasses.dataclass(frozen=True)
-class Passages(tasks.Task):
+class Passages(Loaded):
     """Paragraphs of a text file, one per line, in its order.
 
     Attributes:
@@ -57,16 +56,6 @@ class Passages(tasks.Task):
                 f"{self.prompt_words + self.min_words} words"
             )
         object.__setattr__(self, "examples", tuple(examples))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """1.0 where the words are those of the file, which says little: see above."""

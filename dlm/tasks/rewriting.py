@@ -20,10 +20,9 @@ References:
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
 
 from dlm import tasks
-from dlm.tasks import splits
+from dlm.tasks.loaded import Loaded
 
 OPENING, CLOSING = "Input:\n", "\nOutput:"
 CORRECT = "Correct the grammar of this sentence."
@@ -63,7 +62,7 @@ def score_rewriting(example: tasks.Example, completion: str) -> dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rewriting(tasks.Task):
+class Rewriting(Loaded):
     """Sentences of one file and what they became in others, line by line.
 
     Attributes:
@@ -103,16 +102,6 @@ class Rewriting(tasks.Task):
             for source, *right in zip(sources, *every, strict=True)
         ]
         object.__setattr__(self, "examples", tuple(examples))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def where(self, index: int) -> str:
         """File and line of an example."""

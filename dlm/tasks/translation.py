@@ -13,17 +13,17 @@ import dataclasses
 import gzip
 import os
 import pathlib
-from collections.abc import Sequence
 
 from dlm import tasks
 from dlm.tasks import bleu, splits
+from dlm.tasks.loaded import Loaded
 
 FILES = {"train": "train", "test": "val"}  # by split; the published test files are not used here
 LANGUAGES = ("de", "en")
 
 
 @dataclasses.dataclass(frozen=True)
-class Translation(tasks.Task):
+class Translation(Loaded):
     """Pairs of sentences of `{train,val}.{de,en}.gz`, in the order of the files.
 
     Attributes:
@@ -60,16 +60,6 @@ class Translation(tasks.Task):
                 raise ValueError(f"{self.where(i)} is empty, or its translation is")
             examples.append(tasks.Example(f"{source}\n", right, about))
         object.__setattr__(self, "examples", tuple(examples))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def where(self, index: int) -> str:
         """File and line of an example."""

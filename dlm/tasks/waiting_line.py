@@ -21,6 +21,7 @@ import numpy as np
 
 from dlm import tasks
 from dlm.tasks import jsonl, splits
+from dlm.tasks.loaded import Loaded
 
 OPERATIONS = (
     "copy",
@@ -437,7 +438,7 @@ def _check_position(operation: str, num_people: int, index: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class PublishedWaitingLine(tasks.Task):
+class PublishedWaitingLine(Loaded):
     """A published file of one operation, made by `load_parallel_bench`.
 
     Attributes:
@@ -445,16 +446,6 @@ class PublishedWaitingLine(tasks.Task):
     """
 
     examples: tuple[tasks.Example, ...]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self.examples[splits.check_index(index, len(self))]
-
-    @property
-    def loaded(self) -> Sequence[tasks.Example]:
-        return self.examples
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """Loose "score" and "score_strict"; see `score_line`."""

@@ -14,7 +14,7 @@ from decode.complete import complete, stream_text
 from decode.constraints.hosted import Follower, HostConstraint
 from decode.constraints.monitors.dereference import IntrospectionMonitor
 from decode.constraints.monitors.watched import Vocabulary, Watched
-from decode.core.sampling import Sampling
+from decode.core.sampling import FILTERS, Sampling
 from decode.search import hosted as hosted_search
 from decode.search.components import Beam, Contrastive
 from decode.search.contracts import NEVER
@@ -137,7 +137,22 @@ def test_without_a_trigger_nothing_changes(toy):
 # ---- Drawn --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("filters", [{}, *more({"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2})])
+CUTS = {
+    "top_k": 5, "top_p": 0.7, "min_p": 0.2, "typical_p": 0.6, "epsilon_cutoff": 0.05,
+    "eta_cutoff": 0.3,
+}  # fmt: skip
+
+
+def test_every_filter_asks_for_masks_before_it_cuts():
+    assert set(CUTS) == set(FILTERS)
+    for name, number in CUTS.items():
+        for temperature, is_lazy in ((1.2, False), (None, True)):
+            sampling = Sampling(temperature, **{name: number})
+            method = hosted.host(SpeculativeMethod(sampling=sampling), HostConstraint())
+            assert method.is_lazy == is_lazy, name
+
+
+@pytest.mark.parametrize("filters", [{}, *more(*({name: cut} for name, cut in CUTS.items()))])
 def test_drawn_texts_do_not_depend_on_drafts_or_on_when_masks_are_made(toy, filters, monkeypatch):
     sampling = Sampling(1.2, logit_bias=BIAS, **filters)
     drafted = SpeculativeMethod(PromptLookup(), sampling=sampling)
