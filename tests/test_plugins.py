@@ -21,6 +21,14 @@ def test_every_test_is_in_one_share_and_shares_are_about_equal():
     assert all(tiers.runs(i, "all") for i in IDS)
 
 
+def test_every_fourth_day_sees_what_runs_often():
+    for first in (0, 9, 124):
+        days = [f"{k}/{tiers.NUM_SHARES}" for k in range(first, first + tiers.OFTEN)]
+        chosen = [[i for i in IDS if tiers.runs(i, day, tiers.OFTEN)] for day in days]
+        assert sorted(i for c in chosen for i in c) == sorted(IDS)
+    assert sum(tiers.runs(i, "1/2", tiers.OFTEN) for i in IDS) > len(IDS) // 3
+
+
 def test_as_many_days_as_there_are_shares_see_them_all():
     first = datetime.date(2024, 2, 20)
     days = [first + datetime.timedelta(days=i) for i in range(tiers.NUM_SHARES)]
@@ -38,7 +46,8 @@ def test_only_exhaustive_tests_are_left_out():
     item = lambda name, marked: types.SimpleNamespace(
         nodeid=name, get_closest_marker=lambda mark: marked if mark == "exhaustive" else None
     )
-    items = [item(i, marked=n % 2) for n, i in enumerate(IDS)]
+    marks = [None, pytest.mark.exhaustive.mark, None, pytest.mark.exhaustive(every=4).mark]
+    items = [item(i, marked=marks[n % 4]) for n, i in enumerate(IDS)]
     dropped = []
     config = types.SimpleNamespace(
         option=types.SimpleNamespace(share="3/16"),
@@ -46,7 +55,10 @@ def test_only_exhaustive_tests_are_left_out():
     )
     tiers.pytest_collection_modifyitems(config, items)
     kept = {i.nodeid for i in items}
-    assert kept == {i for n, i in enumerate(IDS) if n % 2 == 0 or tiers.runs(i, "3/16")}
+    every = [0, tiers.NUM_SHARES, 0, 4]
+    assert kept == {
+        i for n, i in enumerate(IDS) if n % 2 == 0 or tiers.runs(i, "3/16", every[n % 4])
+    }
     assert kept | {i.nodeid for i in dropped} == set(IDS) and len(items) + len(dropped) == len(IDS)
 
 

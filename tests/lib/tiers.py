@@ -1,9 +1,10 @@
 """A pytest plugin: of the tests marked `exhaustive`, a run takes a share.
 
 A test without the mark runs always. Those with it are more of the same, and together take too long
-for every change: a run takes one of 64 shares of them, by default that of the day, so that
-nothing goes unseen for long. `--share=3/16` names a share, `--share=all` takes every test. A test
-named by its id (`pytest tests/test_x.py::test_y`) runs, whatever its mark.
+for every change: a run takes one of 128 shares of them, by default that of the day, so that nothing
+goes unseen for long. What every component must do, and what its own tests look at, too, is marked
+`exhaustive(every=4)`: a run takes a quarter of these. `--share=3/16` names a share, `--share=all`
+takes every test. A test named by its id (`pytest tests/test_x.py::test_y`) runs, whatever its mark.
 """
 
 import datetime
@@ -11,7 +12,9 @@ import zlib
 
 import pytest
 
-NUM_SHARES = 64
+NUM_SHARES = 128
+OFTEN = 4  # days from one time to the next
+days_between: dict[str, int] = {}  # of all tests that were found, by their ids
 # Minutes each, and most of them alone: two workers that begin with them end at about one time.
 FIRST = ("tests/scripts/", "tests/train/", "tests/decode/")
 
@@ -26,8 +29,13 @@ def todays_share(today: datetime.date) -> str:
     return f"{today.toordinal() % NUM_SHARES}/{NUM_SHARES}"
 
 
-def runs(node_id: str, share: str) -> bool:
+def runs(node_id: str, share: str, every: int = NUM_SHARES) -> bool:
     """Whether an exhaustive test is in a share: `all`, or `k/N` with k in [0, N).
+
+    Args:
+      node_id: of the test.
+      share: which one.
+      every: at least so many in a row see the test once.
 
     Raises:
       ValueError: the share is neither.
@@ -37,7 +45,8 @@ def runs(node_id: str, share: str) -> bool:
     k, slash, n = share.partition("/")
     if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
         raise ValueError(f"--share={share} must be all, or k/N with k in 0 to N - 1")
-    return share_of(node_id, int(n)) == int(k)
+    num_shares = min(int(n), every)
+    return share_of(node_id, num_shares) == int(k) % num_shares
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,7 +74,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     share = config.option.share
-    kept = lambda item: not item.get_closest_marker("exhaustive") or runs(item.nodeid, share)
+
+    def kept(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("exhaustive")
+        every = 1 if mark is None else mark.kwargs.get("every", NUM_SHARES)
+        days_between[item.nodeid] = every
+        return mark is None or runs(item.nodeid, share, every)
+
     left_out = [item for item in items if not kept(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -80,3 +95,11 @@ def more(*cases: object) -> list[object]:
     """
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*value, marks=pytest.mark.exhaustive) for value in values]
+
+
+def often(*cases: object) -> list[object]:
+    """As `more`; a run takes a quarter of them."""
+    return [
+        pytest.param(*case.values, marks=pytest.mark.exhaustive(every=OFTEN))
+        for case in more(*cases)
+    ]

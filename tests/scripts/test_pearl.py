@@ -8,6 +8,7 @@ from tests.lib.mains import run_main
 from tests.lib.paths import GOLDEN
 
 
+@pytest.mark.exhaustive(every=4)
 def test_numbers_and_picture(tmp_path):
     said = run_main(
         "scripts.pearl", f"--target={GOLDEN / 'llama_target'}", f"--out={tmp_path}",

@@ -151,7 +151,7 @@ def test_a_run_writes_what_it_says_and_decodes_nothing_again(model, tmp_path, mo
     assert (tmp_path / "answers.jsonl").read_text() == log and log.count("\n") == 3
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(every=4)
 def test_texts_that_a_search_did_not_find_are_none(model):
     """A width of more beams than there are texts: what is left has no score."""
     lm = dlm.load(model)

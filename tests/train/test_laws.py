@@ -23,7 +23,7 @@ from dlm.trainable import Everything, Learned
 from scripts.docs_tables.tables import objective_kinds
 from tests.lib.certainty import easy
 from tests.lib.docs import check_refusals
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 from tests.lib.weights import init_from_specs, noisy
 from train.config import OptimConfig
 from train.objectives import Context, Objective
@@ -41,7 +41,7 @@ BY_ROW = {
 P, G = 5, 6
 # What is learned from rounds of decoding has batches, and tests, of its own.
 OF_TEXTS = [kind for kind in KINDS if kind.reads == Objective.reads]
-of_texts = pytest.mark.parametrize("kind", OF_TEXTS)
+of_texts = pytest.mark.parametrize("kind", often(*OF_TEXTS))
 
 
 @dataclasses.dataclass(frozen=True)

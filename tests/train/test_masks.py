@@ -38,7 +38,7 @@ from tests.lib.speculation import (
     run,
     texts,
 )
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 from train.config import OptimConfig
 from train.objectives.masks import MaskRows, MasksLoss, draw_masks, read_masks
 from train.reading import scored_tokens
@@ -199,7 +199,7 @@ def written(toy_cfg, toy_params):
     return cfg, prompts, texts(state, 8), jnp.asarray(truth)
 
 
-@pytest.mark.parametrize("is_quadratic", [True, *more(False)])
+@pytest.mark.parametrize("is_quadratic", [True, *often(False)])
 def test_drafts_are_those_of_a_second_forward(written, toy_params, is_quadratic):
     """Whatever was accepted; what is judged is, to the bit, what it is without the change."""
     cfg, prompts, expected, truth = written
@@ -279,7 +279,7 @@ def test_what_is_written_follows_the_targets_law(written, toy_params, rule, is_s
     assert_same_law(*(texts(state, 2048) for state in states), first=1)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(every=4)
 def test_a_controller_may_judge_fewer_nodes(written, toy_params):
     """Then fewer masks are read, and what they say is the same; rounds without any leave none."""
     cfg, prompts, expected, truth = written
@@ -333,7 +333,7 @@ def oracle():
     return cfg, params, heads.network(cfg, own)
 
 
-@pytest.mark.parametrize("is_quadratic", [False, *more(True)])
+@pytest.mark.parametrize("is_quadratic", [False, *often(True)])
 def test_masks_that_are_right_write_as_many_tokens_and_one(is_quadratic):
     """After the first round all drafts are kept, of shared masks as many as one likes."""
     cfg, params, network = oracle()

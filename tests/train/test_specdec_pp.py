@@ -111,6 +111,7 @@ def test_chains_by_hand_and_what_they_cost(toy_cfg, toy_params, small):
     assert found.cost.tolist() == lengths and 2 < np.mean(lengths) < 7
 
 
+@pytest.mark.exhaustive(every=4)
 def test_ends_of_the_threshold(toy_cfg, toy_params, small):
     """1: always as many as may be, and the rounds of a draft model; 0: always as few."""
     params, cfg, own = small

@@ -19,7 +19,7 @@ from dlm.sharding import make_mesh
 from tests.lib.docs import check_refusals, check_wrong_kinds
 from tests.lib.methods import CASES, NAMES, method_with
 from tests.lib.models import TOY_CFG
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 
 PROMPTS, LENGTHS, P, G, B = [[3, 7, 1], [5, 2, 9, 4, 4, 8], [11]], [8, 6, 8], 6, 8, 4
 REPORTED = ("tokens", "step_map", "num_forwards", "confidence", "log_prob", "end")
@@ -49,7 +49,7 @@ def assert_same(a, b):
         np.testing.assert_allclose(a[name], b[name], atol=2e-5, err_msg=name)
 
 
-@every_component
+@pytest.mark.parametrize(("axis", "cls"), often(*CASES), ids=NAMES)
 def test_rows_are_independent_and_numbers_are_data(toy_params, axis, cls):
     method = method_with(axis, cls)
     before = decode._cache_size()

@@ -26,7 +26,7 @@ from decode.diffusion.components import (
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
 from tests.lib import batches
 from tests.lib.batches import PROMPTS
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 
 run = functools.partial(batches.run, seeds=3, batch_size=8)
 
@@ -51,7 +51,9 @@ METHODS = {
 SOME = ("threshold", "sampled", "adablock")
 
 
-@pytest.mark.parametrize("name", [*SOME, *more(*(name for name in METHODS if name not in SOME))])
+@pytest.mark.parametrize(
+    "name", [*often(*SOME), *more(*(name for name in METHODS if name not in SOME))]
+)
 def test_everything_but_the_forwards_is_that_of_the_plain_loop(toy_cfg, toy_params, name):
     method = METHODS[name]
     plain = run(toy_params, toy_cfg, method)

@@ -36,11 +36,11 @@ from dlm.sharding import make_mesh
 from tests.lib import oracle
 from tests.lib.batches import PROMPTS
 from tests.lib.rows import assert_same, rows, run
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 from tests.lib.weights import init_params
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["dual", *often("none", "prefix")])
 def test_each_row_equals_itself_alone_for_every_quorum_and_padding(toy_cfg, toy_params, cache):
     method = DiffusionMethod(FixedBlocks(4), by_name("cache", cache), rule=Threshold(0.4))
     method = method.replace(temperature=0.5, stopper=Eos())

@@ -194,6 +194,7 @@ def test_scores_are_those_of_the_texts_read_again(toy, law):
             assert float(ours.score[b, r]) == pytest.approx(sum(each), abs=1e-3)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_groups_avoid_each_others_words(toy):
     """A group for each beam and a penalty without end: no two choose the same word in a round."""
     group = Beam(num_beams=1, min_len=10)  # nobody ends before

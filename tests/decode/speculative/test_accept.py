@@ -277,6 +277,7 @@ FORK = from_paths([[0], [1], [2]])
         "a sibling left out", "typical",
     ],
 )  # fmt: skip
+@pytest.mark.exhaustive(every=4)
 def test_wrong_variants_are_noticed(rule, shape, how, change):
     counts, _ = first_two(rule, shape, how, change)
     assert chi_square(counts) > LIMIT

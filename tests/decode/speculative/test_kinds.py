@@ -48,7 +48,7 @@ def test_rows_that_are_replaced_write_the_same(case, kind):
     assert [answer.canvas.tolist() for answer in answers] == expected
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(every=4)
 def test_frequencies_go_by_the_length_of_the_row():
     """Rows of other lengths do not matter, nor does how far a text has come."""
     scaling = rope.LongRope(

@@ -32,6 +32,7 @@ from decode.speculative.components import (
     EagleBest,
     EagleOpt,
     Lookahead,
+    NoDraft,
     TokenRecycling,
 )
 from decode.speculative.drafters.draft_model import DraftModel
@@ -49,7 +50,7 @@ from dlm.params import param_shardings
 from dlm.sharding import make_mesh
 from tests.lib.docs import check_refusals, check_wrong_kinds
 from tests.lib.speculation import check_statistics, texts
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 
 B, P, G = 16, 13, 12
 REPORTED = (
@@ -70,9 +71,13 @@ REMEMBER = (ADED, TokenRecycling, Lookahead, DynamicExit)  # more than the text
 LATE = (
     DraftModelTree, DraftModelBest, DraftModelOpt, DraftModelBeam, Eagle, EagleBest, EagleOpt,
 )  # fmt: skip
-PAIRS = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
-PAIRS += more(*sorted({*itertools.product(ACCEPTANCE_RULES, DRAFTERS)} - {*PAIRS}, key=str))
-every_drafter = pytest.mark.parametrize("kind", DRAFTERS)
+FIRST = [(rule, DraftModel) for rule in ACCEPTANCE_RULES]
+EVERY = {*itertools.product(ACCEPTANCE_RULES, DRAFTERS)}
+PAIRS = [*often(*FIRST), *more(*sorted(EVERY - {*FIRST}, key=str))]
+ALWAYS = (NoDraft, DraftModelTree, Eagle)
+every_drafter = pytest.mark.parametrize(
+    "kind", [*ALWAYS, *often(*(kind for kind in DRAFTERS if kind not in ALWAYS))]
+)
 some_drafters = pytest.mark.parametrize("kind", more(*DRAFTERS))
 
 
@@ -267,7 +272,7 @@ def test_rules(target, examples, rule, kind):
         check_statistics(state, drafter.depth)
 
 
-@every_drafter
+@pytest.mark.parametrize("kind", DRAFTERS)
 def test_nonsense_of_drafters_is_refused(target, examples, kind):
     check_refusals(examples(kind), refuser(target.cfg, "drafter"), target.cfg)
     check_wrong_kinds(examples(kind), refuser(target.cfg, "drafter"))

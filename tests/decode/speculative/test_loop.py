@@ -43,7 +43,7 @@ from dlm.window import Slots, Window
 from tests.lib.drafters import Adversary
 from tests.lib.paths import GOLDEN
 from tests.lib.speculation import check_statistics, random_prompts, run, texts
-from tests.lib.tiers import more
+from tests.lib.tiers import more, often
 
 CAUSAL = ("llama_target", "llama_draft", "qwen2_small")
 BUSHY = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0, 0]])
@@ -178,8 +178,9 @@ def drafter_of(name, toy_cfg, toy_params):
 
 DRAFTERS = [
     "itself",
-    *more("sampled tree", "best tree", "best chain", "sampled", "latest lookup", "recycling",
-          "suffix", "layer skip", "eagle 1", "eagle 3", "eagle 3, best"),
+    *often("sampled tree", "best chain"),
+    *more("best tree", "sampled", "latest lookup", "recycling", "suffix", "layer skip", "eagle 1",
+          "eagle 3", "eagle 3, best"),
 ]  # fmt: skip
 
 

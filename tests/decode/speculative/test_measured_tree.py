@@ -25,7 +25,7 @@ def start(plain, toy_params):
     return start
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(every=4)
 def test_rates_are_the_share_of_what_was_tried(plain, toy_params, start):
     """Of the target itself the first child is always right; of its first layer, as rounds say."""
     cfg, shape = plain[0], branching(2, 1)

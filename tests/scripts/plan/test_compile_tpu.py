@@ -23,6 +23,7 @@ def compile_for(target, *arguments):
 
 
 @needs_libtpu
+@pytest.mark.exhaustive(every=4)
 def test_a_tree_and_what_only_training_uses_compile():
     """One shape of each kernel; the next test has them all."""
     done = compile_for("v5e:2x2", "--only=llama3_8b tree,training", "--loops=")

@@ -188,7 +188,7 @@ def test_texts_stay_and_more_is_accepted_than_of_the_chain(plain, toy_params, na
     assert accepted[12] >= accepted[2]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(every=4)
 def test_masks_guess_alike_behind_a_node_of_a_tree_and_of_a_chain(plain, toy_params):
     """With some nodes judged only, too: what is remembered follows from the text alone."""
     cfg, prompts, _, _ = plain

@@ -39,7 +39,7 @@ def drafters(params: Params, cfg: ModelConfig) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["chain", *more("tree", "best", "sampled")])
+@pytest.mark.parametrize("name", more("chain", "tree", "best", "sampled"))
 def test_padding_of_the_draft_model_is_never_drafted(toy_cfg, toy_params, name):
     """It drafts what it drafts without the padding: round for round the same is accepted."""
     prompts = random_prompts(toy_cfg, 2)

@@ -55,7 +55,7 @@ def first_of(truth, num=5, rate=0.8):
     return Sometimes(jnp.asarray(truth), jnp.full(len(truth), rate), shape=chain(num))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(every=4)
 def test_who_drafts_in_each_row(plain, toy_params):
     """The second where the first has nothing, or too little; grades and costs are theirs."""
     cfg, *_ = plain
@@ -116,7 +116,7 @@ def test_any_two_write_the_plain_text(plain, toy_params, name, is_controlled):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", ["Eagle", "model", *more("DraftModelTree", "EagleBest", "Hydra")])
+@pytest.mark.parametrize("name", ["Eagle", *more("model", "DraftModelTree", "EagleBest", "Hydra")])
 def test_rounds_of_the_first_are_made_up_for(plain, toy_params, name):
     """The second then drafts what it drafts when the text so far is a prompt."""
     cfg, prompts, _, truth = plain

@@ -129,6 +129,7 @@ def pairs(plain, toy_params):
 
 
 @pytest.mark.parametrize("name", ["eagle", *more("model")])
+@pytest.mark.exhaustive(every=4)
 def test_the_best_nodes_are_those_of_a_wide_search(plain, toy_params, pairs, name):
     cfg, prompts, _, _ = plain
     found = []

@@ -213,6 +213,7 @@ def test_the_first_beams_follow_the_targets_law(rule, num):
 @pytest.mark.parametrize("change", [sorted_siblings, not_normalised, *more(tempered_twice)])
 @pytest.mark.parametrize("kind", ["S", *more("C")])
 @pytest.mark.parametrize("rule", [RULES[0], *more(RULES[1])])
+@pytest.mark.exhaustive
 def test_wrong_variants_are_noticed(kind, rule, change):
     assert chi_square(rule, kind, change, 20_000) > LIMIT
 
@@ -230,6 +231,7 @@ def test_from_the_leaves_up_more_is_accepted():
 # ---- In the loop ------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_the_most_probable_beams_of_the_target_itself_are_its_text(plain, toy_params):
     """Of all its layers, greedy: every draft is right, in every tree."""
     cfg, prompts, rows, _ = plain

@@ -157,6 +157,7 @@ def test_what_cannot_be_is_refused(toy_cfg):
 # ---- The text -----------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_with_temperature_none_it_is_jacobi(plain, toy_params):
     """Card: T = 0 equals Jacobi; round for round, whichever rule judges."""
     cfg, prompts, rows, _ = plain

@@ -87,6 +87,7 @@ def decoded(cfg, params, method, prompts, rows=range(B)):
     return run(params, cfg, method, [prompts[b] for b in rows], **asked)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_no_set_of_sublayers_changes_a_text(deep):
     """GREEDY-ID, with sets that are data: one program for all of them, and other thresholds."""
     cfg, params, prompts, expected = deep
