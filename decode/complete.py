@@ -308,7 +308,7 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
         "acceptance": choices.get("acceptance"),
         "controller": choices.get("controller"),
         "sampling": sampling if temperature or sampling.has_filters else None,
-        "stop_ids": read_stop_ids(choices.get("stop_ids", ())) or None,
+        "stop_ids": read_stop_ids(choices.get("stop_ids", ())),
         "top_logprobs": choices.get("top_logprobs") or None,
     }
     method = choices.get("method")
@@ -352,7 +352,8 @@ def _plan(method: Planner, given: Mapping[str, Any], choices: Choices) -> Planne
             raise ValueError(
                 f"{name}={refused[name]!r} must be left out with {type(method).__name__}"
             )
-    return method.with_choices(given["sampling"], given["stop_ids"])
+    ids = given["stop_ids"]
+    return method.with_choices(given["sampling"], None if ids is None else tuple(ids.tolist()))
 
 
 def _planned(asked: Asked, method: Planner, progress: bool) -> Iterator[tuple[int, Completion]]:

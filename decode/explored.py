@@ -10,42 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Unpack
+from typing import Unpack
 
 import jax
 import numpy as np
 
-from decode.complete import Choices, choose
+from decode.complete import Choices, choose, complete
+from decode.core.explored import Fate, Node
 from decode.core.loop import FOREVER
 from decode.core.requests import OnePrompt
 from decode.core.texts import begin_one, inside, read_one
 from decode.search.answers import LOOP
 from decode.search.contracts import exists
 from decode.search.loop import SearchMethod, SearchState, results, weighed
+from decode.search.planner import Planner
 from dlm.lm import LanguageModel
 
-Fate = Literal["won", "found", "kept", "dropped"]
 Text = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """Something that a search tried: a token, or a step of several.
-
-    Attributes:
-      parent: the number of what it stands behind, which comes before it in a list; -1: the prompt.
-      text: what is shown of it.
-      fate: "won": it is of the best text; "found": it ends another one that was found; "kept": the
-        search went on from it for a while; "dropped": it did not.
-      score: what it was chosen by; None: by nothing.
-      parts: what the score is made of, by name.
-    """
-
-    parent: int
-    text: str
-    fate: Fate = "kept"
-    score: float | None = None
-    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def watch_search(
@@ -58,7 +39,8 @@ def watch_search(
 ) -> list[Node]:
     """What a search for one prompt tries, in the order of its rounds.
 
-    Of what was dropped there is what the strategy says that it weighs, `Strategy.weigh`.
+    Of what was dropped there is what the strategy says that it weighs, `Strategy.weigh`; of a
+    search on the host there is all that it has looked at, as in `Completion.explored`.
 
     Args:
       lm, prompt, gen_len, seed, choices: see `decode.complete.complete`; the model needs a
@@ -69,6 +51,9 @@ def watch_search(
         search.
     """
     method = choose(lm, choices)
+    if isinstance(method, Planner):
+        explored = complete(lm, prompt, method=method, gen_len=gen_len, seed=seed).explored
+        return list(explored.nodes) if explored is not None else []
     if not isinstance(method, SearchMethod):
         raise ValueError(f"method={choices.get('method')!r} must be one that searches")
     if lm.tokenizer is None:
@@ -145,7 +130,7 @@ class _Tried:
         self._number[text] = len(self.nodes)
         self.nodes.append(Node(self._number[text[:-1]], shown, "dropped", score, parts or {}))
 
-    def set_fate(self, text: Text, fate: Any) -> None:
+    def set_fate(self, text: Text, fate: Fate) -> None:
         """Says what became of a text; nothing of the empty one."""
         if text:
             number = self._number[text]

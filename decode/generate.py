@@ -279,7 +279,7 @@ def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) ->
         "guidance": choices.get("guidance") or None,
         "lookahead": choices.get("lookahead") or None,
         "top_logprobs": choices.get("top_logprobs") or None,
-        "stop_ids": read_stop_ids(choices.get("stop_ids", ())) or None,
+        "stop_ids": read_stop_ids(choices.get("stop_ids", ())),
     }
     given = {name: choice for name, choice in given.items() if choice is not None}
     check_axes({axis: choice for axis, choice in given.items() if axis in AXES})

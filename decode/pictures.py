@@ -19,8 +19,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from decode.core.explored import Node
 from decode.drafts import DraftRound
-from decode.explored import Node
 from decode.view import Answer
 from dlm.tokenizer import Tokenizer
 
@@ -251,7 +251,8 @@ def _depth_first(parents: Sequence[int]) -> list[int]:
 def _note(node: Node) -> str:
     """What stands below a node."""
     said = [] if node.score is None else [f"{node.score:.2f}"]
-    return " ".join(said + [f"{name} {value:.2f}" for name, value in node.parts.items()])
+    shown = lambda x: f"{x:.0f}" if float(x).is_integer() else f"{x:.2f}"  # noqa: E731
+    return " ".join(said + [f"{name} {shown(value)}" for name, value in node.parts.items()])
 
 
 def _bends(nodes: Sequence[Node], depths: list[int], lines: list[int]) -> dict[int, int]:

@@ -18,22 +18,38 @@ from typing import Any
 from absl import app, flags
 
 import dlm
-from decode.explored import Node, watch_search
+from decode.core.explored import Node
+from decode.explored import watch_search
 from decode.pictures import draw_search
+from decode.search.astar import AStar
 from decode.search.components import STRATEGIES
+from decode.search.pg_td import PGTD
 from train.host import only_flags
 
 FILE = "search.json"
 PROMPT = "The cat sat on the mat. The dog sat on the"
 
 
+def new_words(prompt: str, text: str) -> float:
+    """The share of a text's words that the prompt does not have: a reward that is easily seen."""
+    said, words = set(prompt.lower().split()), text.lower().split()
+    return sum(word not in said for word in words) / len(words) if words else 0.0
+
+
+PLANNERS = {  # searches on the host, whose steps are words and tokens
+    "a_star": AStar(delimiter=" ", num_samples=3, step_len=4, max_expansions=8),
+    "pg_td": PGTD(reward=new_words, num_rollouts=12),
+}
+
+
 def explore(lm: dlm.LanguageModel, prompt: str, gen_len: int) -> dict[str, Any]:
-    """The trees of the first point of every strategy, by its name."""
+    """The trees of the first point of every strategy, and of the planners, by its name."""
+    names = [name for kind in STRATEGIES for name in list(kind.points())[:1]]
+    methods: dict[str, Any] = {**{name: name for name in names}, **PLANNERS}
     trees = {}
-    for kind in STRATEGIES:
-        for name in list(kind.points())[:1]:
-            nodes = watch_search(lm, prompt, method=name, gen_len=gen_len)
-            trees[name] = [_rounded(dataclasses.asdict(node)) for node in nodes]
+    for name, method in methods.items():
+        nodes = watch_search(lm, prompt, method=method, gen_len=gen_len)
+        trees[name] = [_rounded(dataclasses.asdict(node)) for node in nodes]
     return {"prompt": prompt, "gen_len": gen_len, "trees": trees}
 
 

@@ -2,6 +2,8 @@
 
 from tests.lib import set_up  # isort: skip  (before JAX)
 
+import signal
+
 import jax
 import pytest
 from hypothesis import settings
@@ -16,6 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # programs here run briefly
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+# Shells start what runs in the background with Ctrl-C ignored, and subprocesses inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:

@@ -1,38 +1,43 @@
-"""What a search on the host has looked at: for pictures, and to see what it cost."""
+"""What a search has looked at: for pictures, and to see what it cost."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+Fate = Literal["won", "found", "kept", "dropped"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A text that a search has looked at.
+    """Something that a search tried: a token, or a step of several.
 
     Attributes:
-      parent: the number of the node that it goes on from; -1: it is the prompt.
-      tokens: what it adds to that one's text.
-      score: what the search makes of it, the larger the better.
-      visits: how often the search came by.
-      is_end: whether the text is whole.
+      parent: the number of what it stands behind, which comes before it in a list; -1: the prompt.
+      text: what is shown of it.
+      fate: "won": it is of the best text; "found": it ends another one that was found; "kept": the
+        search went on from it for a while; "dropped": it did not.
+      score: what it was chosen by; None: by nothing.
+      parts: what the score is made of, by name.
     """
 
     parent: int
-    tokens: tuple[int, ...]
-    score: float
-    visits: int
-    is_end: bool
+    text: str
+    fate: Fate = "kept"
+    score: float | None = None
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explored:
-    """A tree of texts, and what it cost.
+    """The tree of a search on the host, and what it cost.
 
     Attributes:
-      nodes: parents before their children, the prompt first.
+      nodes: parents before their children.
       num_expansions: texts that were gone on with; of PG-TD: completions that the model made.
-      num_tokens: that were written; 0: nobody counted.
       num_scored: texts that were scored.
+      num_tokens: that were written; 0: nobody counted.
     """
 
     nodes: tuple[Node, ...]

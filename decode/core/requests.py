@@ -119,11 +119,16 @@ def per_prompt_seeds(seeds: int | Sequence[int], num: int) -> list[int]:
     return list(range(first, first + num))
 
 
-def read_stop_ids(stop_ids: Sequence[int]) -> tuple[int, ...]:
-    """Tokens that end a text; ValueError unless they are token ids."""
+def read_stop_ids(stop_ids: Sequence[int]) -> np.ndarray | None:
+    """[n] int64, tokens that end a text: one argument of a program, however many; None: none.
+
+    Raises:
+      ValueError: they are no list of whole numbers.
+    """
     if not _is_list(stop_ids):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of token ids; (): none")
-    return tuple(whole_number("an entry of stop_ids", token) for token in stop_ids)
+    ids = [whole_number("an entry of stop_ids", token) for token in stop_ids]
+    return np.array(ids, np.int64) if ids else None
 
 
 def _is_list(value: object) -> bool:

@@ -28,7 +28,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from decode.core.explored import Explored, Node
+from decode.core.explored import Explored, Fate, Node
 from decode.core.requests import round_lengths
 from decode.core.results import Completion
 from decode.core.sampling import Sampling
@@ -157,7 +157,8 @@ class AStar(Planner):
         answers = [
             completed(lm, s.tokens, s.log_prob, ends, writer.num_forwards, -s.f) for s in goals
         ]
-        return [dataclasses.replace(answers[0], explored=found.explored), *answers[1:]]
+        explored = found.explored(tokenizer.decode)
+        return [dataclasses.replace(answers[0], explored=explored), *answers[1:]]
 
     def _finish(
         self, lm: LanguageModel, prompt: Sequence[int], found: Found, writer: Writer,
@@ -251,11 +252,20 @@ class Found:
         among = self.open or full or [0]
         return self.states[min(among, key=lambda i: (self.states[i].f, -self.states[i].depth, i))]
 
-    @property
-    def explored(self) -> Explored:
-        """For a picture; the score of a node is -f."""
+    def explored(self, decode: Callable[[Sequence[int]], str]) -> Explored:
+        """For a picture; a node is a step, and its score is -f."""
+        fates: list[Fate] = ["kept" if s.num_pops else "dropped" for s in self.states]
+        for i in self.popped:
+            if self.states[i].is_goal:
+                fates[i] = "found"
+        best = self.goals[0] if self.goals else self.best_open
+        number = next(i for i, s in enumerate(self.states) if s is best)
+        while number >= 0:
+            fates[number] = "won"
+            number = self.states[number].parent
         nodes = [
-            Node(s.parent, s.tokens[s.start :], -s.f, s.num_pops, s.is_goal) for s in self.states
+            Node(s.parent - 1, decode(s.tokens[s.start :]), fate, -s.f, {"r": 1 - s.h})
+            for s, fate in zip(self.states[1:], fates[1:], strict=True)
         ]
         return Explored(tuple(nodes), self.num_expansions, self.num_scored, self.num_tokens)
 

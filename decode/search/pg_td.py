@@ -33,7 +33,7 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 
-from decode.core.explored import Explored, Node
+from decode.core.explored import Explored, Fate, Node
 from decode.core.requests import round_lengths
 from decode.core.results import Completion
 from decode.core.sampling import Sampling
@@ -145,7 +145,8 @@ class PGTD(Planner):
             completed(lm, text, one.log_prob, completer.ends, completer.num_forwards, one.reward)
             for text, one in plan.best()[: self.num_return]
         ]
-        return [dataclasses.replace(answers[0], explored=plan.explored()), *answers[1:]]
+        explored = plan.explored(tokenizer.decode)
+        return [dataclasses.replace(answers[0], explored=explored), *answers[1:]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,12 +335,15 @@ class Plan:
 
     def run(self) -> None:
         """All rollouts, as far as budgets go, or to a reward of 1."""
-        self._expand(self.root, self._complete([self.root])[0])
+        run = self._complete([self.root])[0]
+        self._expand(self.root, run)
         best = -math.inf
         while self.num_rollouts < self.method.num_rollouts and best < 1:
             if self.num_calls >= self.method.max_calls:
                 break
             best = max(best, *self._round())
+        if not self.rewarded:  # there was no call left for a rollout
+            self._value(self.root, run)
 
     def _round(self) -> list[float]:
         """Rollouts to as many leaves as go together, and their returns."""
@@ -467,21 +471,22 @@ class Plan:
         """Whole texts by reward, of equal ones the likelier first."""
         return sorted(self.rewarded.items(), key=lambda x: (-x[1].reward, -sum(x[1].log_prob)))
 
-    def explored(self) -> Explored:
-        """For a picture."""
-        nodes, todo = [Node(-1, (), 0.0, self.root.visits - 1, False)], [(0, self.root)]
+    def explored(self, decode: Callable[[Sequence[int]], str]) -> Explored:
+        """For a picture; the score of a node is the best reward behind it."""
+        best, nodes = self.best()[0][0], list[Node]()
+        todo = [(-1, self.root)]
         while todo:
             number, node = todo.pop(0)
             for action in node.actions or ():
-                if action.child is not None:
-                    value = max(action.returns, default=0.0)
-                    todo.append((len(nodes), action.child))
-                    nodes.append(
-                        Node(
-                            number, (action.token,), value, len(action.returns),
-                            action.child.is_terminal,
-                        )
-                    )  # fmt: skip
-        return Explored(
-            tuple(nodes), num_expansions=self.num_calls, num_scored=len(self.rewarded),
-        )  # fmt: skip
+                if (child := action.child) is None:
+                    continue
+                fate: Fate = "kept" if any(a.child for a in child.actions or ()) else "dropped"
+                if child.is_terminal:
+                    fate = "found"
+                if child.prefix == best[: len(child.prefix)]:
+                    fate = "won"
+                todo.append((len(nodes), child))
+                parts = {"P": action.prior, "n": float(len(action.returns))}
+                text = decode(child.prefix[-1:])
+                nodes.append(Node(number, text, fate, max(action.returns), parts))
+        return Explored(tuple(nodes), self.num_calls, len(self.rewarded))

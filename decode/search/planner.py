@@ -89,10 +89,11 @@ class Writer:
     """
 
     def __init__(self, lm: LanguageModel, method: SpeculativeMethod, num_slots: int) -> None:
-        self.lm, self.method, self.num_slots = lm, method, num_slots
+        ids = np.asarray(method.stop_ids, np.int32).reshape(-1)
+        self.method = method.replace(stop_ids=ids)  # one argument: delimiters may be thousands
+        self.lm, self.num_slots = lm, num_slots
         self.num_tokens = self.num_forwards = 0
-        ids = np.asarray(method.stop_ids, np.int64).reshape(-1)
-        self.ends = {*lm.cfg.eos_ids, *map(int, ids)}
+        self.ends = {*lm.cfg.eos_ids, *ids.tolist()}
 
     def go_on(
         self,

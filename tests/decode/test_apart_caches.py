@@ -24,6 +24,7 @@ DIFFUSION = {
 DRAFTERS = {"recycling": TokenRecycling, "hydra": Hydra, "eagle": Eagle}
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "name", ["hydra", "dual", *more("recycling", "eagle", "delayed", "block causal")]
 )

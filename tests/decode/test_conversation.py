@@ -53,6 +53,7 @@ def from_scratch(lm, turns, **options):
     return [answer.text for answer in complete(lm, [list(t.prompt) for t in turns], **options)]
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["draft", *often("plain"), *more("table", "heads", "controlled")])
 def test_answers_are_those_to_the_whole_dialogue(lm, plain, name):
     talk = plain if name == "plain" else talked(lm, **WITH[name](lm))
@@ -91,6 +92,7 @@ def test_templates_may_change_what_was_said(lm):
         assert turn.num_kept == len(before.prompt) + 3
 
 
+@pytest.mark.exhaustive(every=4)
 def test_an_answer_may_be_given_up(lm):
     talk = Conversation(lm, gen_len=16, method="token_recycling")
     answer = talk.say("hello there")
@@ -132,6 +134,7 @@ def test_an_interrupted_forward_costs_the_cache(lm, monkeypatch):
     assert talk.turns[2].num_kept > 0
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_context_that_is_full(lm):
     small = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, max_seq_len=128))
     talk = talked(small, SAID[:2], system="be nice")
@@ -149,6 +152,7 @@ def test_a_context_that_is_full(lm):
         talk.say("x" * 120)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_beginning_anew(lm):
     talk = talked(lm, SAID[:2], system="be nice")
     talk.reset()
@@ -169,6 +173,7 @@ def test_without_a_template_a_text_goes_on(lm):
         Conversation(bare, system="be nice")
 
 
+@pytest.mark.exhaustive(every=4)
 def test_diffusion_models_talk_too(lm):
     asked = dict(method="klass", block_len=8)
     talk = Conversation(lm, gen_len=16, **asked)
@@ -181,6 +186,7 @@ def test_diffusion_models_talk_too(lm):
     assert talk.turns[1].num_programs == 0
 
 
+@pytest.mark.exhaustive(every=4)
 def test_models_of_blocks_talk_from_left_to_right_where_they_draft(lm):
     """A published one, which is decoded by diffusion otherwise."""
     cfg = dataclasses.replace(lm.cfg, never_causal=True, shifted_logits=False, block_len=4)

@@ -30,6 +30,7 @@ def drawn(lm):
     return dict(drafter=drafter, acceptance=SpeculativeSampling(), temperature=1.5, seed=3)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "choices",
     [

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from decode.complete import complete
-from decode.explored import Node, watch_search
+from decode.core.explored import Node
+from decode.explored import watch_search
 from decode.pictures import FATES, Picture, draw_search
 from decode.search.components import METHODS
+from decode.search.pg_td import PGTD
 from tests.lib.tiers import more
 from tests.lib.untrained import char_lm
 
@@ -63,6 +65,15 @@ def test_scores_are_what_was_chosen_by(lm):
             assert node.score == pytest.approx(
                 node.parts["p"] - 0.2 * node.parts["resists"], abs=1e-5
             )
+
+
+def test_of_a_search_on_the_host_it_is_what_it_reports(lm):
+    method = PGTD(reward=lambda prompt, text: text.count("a") / 9, num_rollouts=4)
+    nodes = watch_search(lm, "abc", method=method, gen_len=4, seed=2)
+    answer = complete(lm, "abc", method=method, gen_len=4, seed=2)
+    assert nodes == list(answer.explored.nodes)
+    assert "".join(node.text for node in nodes if node.fate == "won") in answer.text
+    assert len(draw_search(nodes).axes[0].texts) == 1 + 2 * len(nodes)
 
 
 def test_what_is_no_search_is_refused_at_once(lm):

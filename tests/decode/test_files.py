@@ -33,6 +33,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_an_interrupted_run_goes_on_to_the_same_answers(lm, prompts, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert answer_file(lm, prompts, whole, DECODE, gen_len=8) == 5

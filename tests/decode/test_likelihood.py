@@ -87,6 +87,7 @@ def test_one_token_is_exact(model, guidance, request):
         assert result.num_forwards == (2 if guidance else 1)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("model", "prompt_len", "answer_len", "guidance", "antithetic"),
     [
@@ -139,6 +140,7 @@ def test_estimate_is_that_of_the_masks_drawn(
     assert result.num_forwards == (16 if guidance else 8)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("model", "antithetic"),
     [("lm", True), *more(("shifted_lm", False), ("lm", False), ("shifted_lm", True))],
@@ -238,6 +240,7 @@ def test_independent_tokens_give_the_sum(lm, antithetic):
         assert result.standard_error < plain.standard_error
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("num_samples", [16, *more(4)])
 def test_results_do_not_depend_on_other_pairs(lm, num_samples):
     pairs = [
@@ -301,6 +304,7 @@ def test_one_program_per_bucket(lm):
     assert _estimate._cache_size() == size + 1
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_mesh_changes_nothing(lm):
     pairs = [(PROMPT, ANSWER)]
     one = log_likelihood(lm, pairs, num_samples=8, batch_size=8, guidance=0.5)

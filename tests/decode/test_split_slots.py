@@ -28,6 +28,7 @@ def start_speculative(cfg, params):
     return speculative.decode, method, state, lambda state: state.cache
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 (fake) devices")
 @pytest.mark.parametrize("start", [start_diffusion, start_speculative])
 def test_split_slots_do_not_travel(toy_cfg, toy_params, start):

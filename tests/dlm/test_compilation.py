@@ -71,6 +71,7 @@ def start(folder, first, max_bytes=10**9):
     return [int(n) for n in done.stdout.split()]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_second_process_compiles_nothing_and_the_folder_stays_small(tmp_path):
     compiled, read = start(tmp_path, 3)
     assert compiled >= 3

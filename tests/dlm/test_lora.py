@@ -107,6 +107,7 @@ def test_shapes_and_first_values():
         np.testing.assert_allclose(np.std(delta[target]["down"]), num_in**-0.5, rtol=0.1)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_attached_and_merged_are_the_same_model(wide):
     """Also the one that a plain loop makes; and without a change it is the model, bit for bit."""
     delta = random_delta(LORA, WIDE)
@@ -508,6 +509,7 @@ def finished(base, tmp_path_factory):
     return workdir, result
 
 
+@pytest.mark.exhaustive(every=4)
 def test_run_leaves_the_adapter_and_the_model_it_makes(base, finished):
     workdir, result = finished
     assert result.step == 8 and result.model_path == workdir / "model"
@@ -543,6 +545,7 @@ def test_run_that_was_stopped_goes_on_as_if_it_had_not(base, finished, tmp_path,
         assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_run_does_not_go_on_beside_another_model(base, finished, tmp_path):
     """Same sizes, other weights, same folder."""
     shutil.copytree(finished[0], tmp_path / "run")

@@ -19,6 +19,7 @@ print(faults(), keep_freed_memory(), faults(), faults())
 """
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is no glibc")
 def test_freed_memory_is_used_again_without_page_faults():
     done = subprocess.run(

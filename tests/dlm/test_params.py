@@ -10,6 +10,7 @@ from dlm.params import init_params
 from tests.lib import weights
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_leaf_is_a_normal_draw_of_the_key_folded_with_its_name(toy_cfg, dtype):
     """As the tests draw theirs, without a program per model."""

@@ -29,6 +29,7 @@ def randoms(*shapes):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
+@pytest.mark.exhaustive(every=4)
 @needs_devices
 @pytest.mark.parametrize("T", [1, 3, 8, 11, 32])
 def test_written_anywhere(T):
@@ -55,6 +56,7 @@ def test_read_anywhere():
     np.testing.assert_array_equal(take_slots(old, slots), old[:, slots])
 
 
+@pytest.mark.exhaustive(every=4)
 @needs_devices
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_attention_to_slots_of_all_devices(mask):

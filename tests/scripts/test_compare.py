@@ -181,6 +181,7 @@ def test_default_is_every_method_that_the_model_allows(job):
 # ---- Runs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_command_writes_what_it_says(model_path, tmp_path):
     said = run_main(
         "scripts.compare", f"--checkpoint={model_path}", f"--out={tmp_path}",

@@ -48,6 +48,7 @@ def test_every_process_knows_who_it_is(tmp_path):
     assert len({line[2] for line in lines}) == 1 and lines[0][2].startswith("localhost:")
 
 
+@pytest.mark.exhaustive(every=4)
 def test_processes_are_a_cluster_of_jax(tmp_path):
     out, _ = local(
         tmp_path,
@@ -58,6 +59,7 @@ def test_processes_are_a_cluster_of_jax(tmp_path):
     assert "[5, 6]" in out  # on a line of its own, unless what Gloo says of its peers runs into it
 
 
+@pytest.mark.exhaustive(every=4)
 def test_one_that_fails_ends_the_others(tmp_path):
     program = (
         "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit(3)\ntime.sleep(100)"

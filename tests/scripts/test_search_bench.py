@@ -113,6 +113,7 @@ def test_the_median_of_each_prompt_counts():
     assert result["interval"] == "0.50 to 0.50" and result["forwards"] == 8
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_run_with_a_process_of_another_interpreter(model, installed):
     said = run_main(
         "scripts.bench", "search", f"--checkpoint={model}", "--task=countdown_3", "--gen_len=6",

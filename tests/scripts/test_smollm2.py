@@ -45,6 +45,7 @@ def test_blocks_fit_the_model(block_len, schedule):
     assert 2 * numbers < 12e6  # bytes, in bfloat16
 
 
+@pytest.mark.exhaustive(every=4)
 def test_answers_are_made_once_and_are_what_the_model_says(tmp_path, monkeypatch):
     for name, records in (
         ("mbpp", [{"text": "add two", "test_list": ["add a and b"]}]),

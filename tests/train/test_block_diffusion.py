@@ -290,6 +290,7 @@ def test_blocks_of_one_see_what_is_before_them(toy_cfg, toy_params):
 # ---- With decoding ----------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("cache", "causal_context"), [(CausalContext(C), True), *more((BlockCausal(C), False))]
 )

@@ -28,6 +28,7 @@ def get_config(name: str, arg: str = "") -> ml_collections.ConfigDict:
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("name", "arg"),
     [
@@ -50,6 +51,7 @@ def test_settings_and_data_fit(name, arg):
         assert settings.data.prompt_len - max(lengths) <= 2
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", FROM_FILES)
 def test_settings_for_files(name):
     config = get_config(name)
@@ -96,6 +98,7 @@ def test_fine_tuning_starts_from_a_pre_trained_model(tmp_path):
 
 
 # The example of `train.loop.run` is the smoke test of mdlm_scan.
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "name",
     [

@@ -212,6 +212,7 @@ def test_anchors_are_drawn_anew(toy_cfg, toy_params):
     assert len(losses) == 4
 
 
+@pytest.mark.exhaustive(every=4)
 def test_gradients_against_finite_differences(toy_cfg, toy_params):
     batch = make_batch(toy_cfg)
     network = network_of(toy_cfg, toy_params)

@@ -230,6 +230,7 @@ def test_the_loss_of_hydra_plus_plus(toy_cfg, toy_params):
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("teacher", [False, True])
 def test_gradients_against_finite_differences(toy_cfg, toy_params, teacher):
     """Of the heads; the model has none, for it is not what is learned."""

@@ -104,6 +104,7 @@ def test_deeper_layers_are_left_out_more_often():
     np.testing.assert_allclose(grown, (2**0.5 - 1) * expected, atol=0.012)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_row_is_read_without_its_layers(deep):
     """Its loss is that of the model without them."""
     cfg, params = deep

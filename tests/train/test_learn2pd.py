@@ -147,6 +147,7 @@ def config(recorded, model_path):
     return make
 
 
+@pytest.mark.exhaustive(every=4)
 def test_it_learns_what_a_threshold_cannot_see(config, tmp_path):
     result = loop.run(config(train__objective__tau=0.5), tmp_path)
     loaded = load_filter(result.model_path, None)
@@ -161,6 +162,7 @@ def test_it_learns_what_a_threshold_cannot_see(config, tmp_path):
     assert (tmp_path / "acceptance.png").stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive(every=4)
 def test_decided_positions_can_be_left_out(recorded, config, tmp_path):
     """Their labels are noise here, and half of all: with them sure proposals look unsure."""
     rng = np.random.default_rng(1)
@@ -178,6 +180,7 @@ def test_decided_positions_can_be_left_out(recorded, config, tmp_path):
     assert rates[1]["recall"] < 0.3
 
 
+@pytest.mark.exhaustive(every=4)
 def test_resuming_is_as_if_it_had_never_stopped(recorded, config, tmp_path):
     """Also what was best before it was stopped is remembered."""
     for record in recorded[0][8::10]:  # held-out rounds that say the opposite

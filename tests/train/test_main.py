@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -73,10 +74,14 @@ def test_command_line_end_to_end(tmp_path):
 
     workdir = tmp_path / "run"
     process = start(f"--workdir={workdir}", "--config.train.num_steps=1000000")
-    while not (workdir / "metrics.jsonl").exists() or len(read_metrics(workdir)) < 3:
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    try:
+        while not (workdir / "metrics.jsonl").exists() or len(read_metrics(workdir)) < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 75 and "the same command goes on from here" in err
     assert ", as SIGINT asked" in err
     assert "Starting from fresh parameters" in err and out == ""

@@ -51,6 +51,7 @@ def logits(params, cfg, window):
     return vocab.logits(vocab.head(params), decoder.forward(params, cfg, window).hidden)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     """The whole loss against a plain loop over the tokens that the model was shown."""
     recorder = Recorder(monkeypatch)
@@ -75,6 +76,7 @@ def test_loss_is_that_of_the_masked_canvas(toy_cfg, toy_params, monkeypatch):
     assert loss.dtype == jnp.float32
 
 
+@pytest.mark.exhaustive(every=4)
 def test_prompt_is_never_masked_and_completion_is(toy_cfg, toy_params, monkeypatch):
     def forward(params, cfg, window, **kwargs):
         return decoder.ForwardOutput(jnp.zeros((*window.tokens.shape, cfg.d_model)), None)
@@ -134,6 +136,7 @@ def test_stratified_levels_are_uniform_and_spread():
         assert chi_square < 27.9  # 99.9 % of chi-square with 9 degrees of freedom
 
 
+@pytest.mark.exhaustive(every=4)
 def test_empty_prompt_is_pre_training(toy_cfg, toy_params, monkeypatch):
     """Without a prompt every token may be masked, and the divisor is all tokens (card, Sec. 2)."""
     recorder = Recorder(monkeypatch)
@@ -195,6 +198,7 @@ def test_refusals(toy_cfg, toy_params):
         MaskedDiffusion(eps=0.0)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_loss_gradient_against_finite_differences_in_float64():
     with jax.enable_x64(True):
         logits = jax.random.normal(jax.random.key(0), (2, 3, 5), jnp.float64)
@@ -212,6 +216,7 @@ def test_loss_gradient_against_finite_differences_in_float64():
         assert (gradient[~np.asarray(is_masked)] == 0).all()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
     """Norms are float32 in every model, so differences are taken over a step that allows for it."""
     with jax.enable_x64(True):
@@ -237,6 +242,7 @@ def test_whole_gradient_along_random_directions_in_float64(toy_cfg):
             np.testing.assert_allclose((up - down) / 2e-3, slope, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_recomputing_activations_changes_nothing(toy_cfg, toy_params):
     batch, key = make_batch(toy_cfg), jax.random.key(1)
     gradients = [

@@ -421,6 +421,7 @@ def test_masks_that_say_what_the_model_says_have_no_loss():
     assert loss > 1 and metrics["acceptance_length"] == 1
 
 
+@pytest.mark.exhaustive(every=4)
 def test_gradients_against_finite_differences(toy_cfg, toy_params):
     batch, network = make_batch(toy_cfg), network_of(toy_cfg, toy_params)
     long = network.own | {"vectors": 4 * network.own["vectors"]}  # whose steps are small beside it
@@ -485,6 +486,7 @@ def test_fresh_masks_change_nothing(toy_cfg, toy_params):
     assert rates["vectors"].tolist() == [5, 5] and rates["change"].tolist() == [1, 1]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_files_there_and_back(toy_cfg, toy_params, tmp_path):
     """Beside weights that lie apart, layer by layer: it is the same change."""
     network, batch = network_of(toy_cfg, toy_params), jax.device_get(make_batch(toy_cfg))

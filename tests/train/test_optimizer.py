@@ -68,6 +68,7 @@ def test_gradients_are_clipped():
     np.testing.assert_allclose(jnp.linalg.norm(updates["w"]), 1e-3, rtol=1e-2)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_accumulated_halves_are_one_whole_batch(toy_cfg):
     """Two steps on half batches change parameters and averages as one step on both."""
     params = init_params(jax.random.key(0), toy_cfg)

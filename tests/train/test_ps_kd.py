@@ -242,6 +242,7 @@ def test_over_causal(toy_cfg, toy_params, teacher):
     check(Causal(), params, teacher, toy_cfg, batch, expected)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_over_certainty_forcing(toy_cfg, toy_params, teacher):
     """Cross-entropies are softened, the entropy stays."""
     params, batch = easy(toy_params), batch_of(toy_cfg, 10)
@@ -262,6 +263,7 @@ def test_over_certainty_forcing(toy_cfg, toy_params, teacher):
     check(CertaintyForcing(block_len=4), params, teacher, toy_cfg, batch, expected)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_without_a_difference_there_is_no_gradient(toy_cfg, toy_params):
     """Card: the teacher says what the model says, alpha = 1. At progress 0 it is the plain loss."""
     batch = make_batch(toy_cfg)
@@ -280,6 +282,7 @@ def test_without_a_difference_there_is_no_gradient(toy_cfg, toy_params):
     assert value == plain(toy_params, MaskedDiffusion(), 0.0, None)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_gradient_against_finite_differences_in_float64(toy_cfg):
     rng = np.random.default_rng(1)
     teacher = {name: rng.normal(size=(toy_cfg.vocab_size, 6)) for name in ("embed", "unembed")}

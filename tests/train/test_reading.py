@@ -62,6 +62,7 @@ def test_positions_count_from_the_beginning_of_a_text(texts):
     assert positions.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3]]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_packed_text_is_unmasked_as_it_is_alone(toy_cfg, toy_params, texts):
     packed, joined, alone = texts
     is_masked = np.arange(10)[None] % 3 == 1

@@ -123,6 +123,7 @@ def test_drafts_change_no_text(toy, drafter):
     assert (np.asarray(state.num_masked) <= np.asarray(state.num_forwards)).all()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_without_a_trigger_nothing_changes(toy):
     """Nor is any mask sent; drawn texts are the same, too."""
     cfg, params, prompts = toy

@@ -90,6 +90,7 @@ def completions(state):
     return np.asarray(state.tokens[:, state.prompt_len :]).tolist()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_example_by_hand():
     z = np.log([0.1, 0.5, 0.15, 0.25])
     assert kept(Nucleus(top_p=0.4), z) == [1]  # 0.5 exceeds it
@@ -163,6 +164,7 @@ def test_confidences_keep_their_order_where_they_are_all_but_one():
         assert np.argsort(confidence).tolist() == [0, 2, 1]
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("alg", MEASURES)
 def test_top_k_of_one_makes_confidences_degenerate(toy_cfg, toy_params, alg):
     """Card, check 4: 1, 1 - 0 and 0; and a temperature then changes nothing."""
@@ -216,6 +218,7 @@ def test_sampled_tokens_follow_the_filtered_tempered_law(toy_cfg, toy_params):
     np.testing.assert_allclose(np.exp(state.log_prob[:, 0]), untempered[tokens], rtol=1e-4)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_filters_that_keep_everything_change_nothing(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(4), rule=Threshold(0.4), temperature=0.7)
     plain = run(toy_params, toy_cfg, method.replace(constraint=TokenBan((3,))), gen_len=8)
@@ -232,6 +235,7 @@ def dream(toy_cfg, toy_params):
     return cfg, params | {"unembed": 6.0 * params["unembed"]}
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_left_padded_row_of_the_whole_sampler_equals_itself_alone(dream):
     """Card, check 5, with everything that the sampler may do at once."""
     cfg, params = dream

@@ -59,6 +59,7 @@ def loop_of(method):
     return complete.LOOP if isinstance(method, SpeculativeMethod) else generate.LOOP
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "name", ["dual", "lookup",
              *more("block causal", "guidance", "plain", "prefix", "sampled", "lookahead",
@@ -119,6 +120,7 @@ def decode_some(lm, name, prompts, how=None, **options):
     )
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["complete", *more("generate")])
 def test_what_was_warmed_up_compiles_nothing_more(toy_cfg, toy_params, name):
     """Neither more prompts nor other lengths of the same buckets, thresholds or seeds."""
@@ -142,6 +144,7 @@ def test_what_was_warmed_up_compiles_nothing_more(toy_cfg, toy_params, name):
             assert ours.canvas.tolist() == theirs.canvas.tolist()
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["generate", "complete"])
 def test_lengths_of_one_bucket_share_a_program(toy_cfg, toy_params, name):
     lm = dlm.LanguageModel(toy_params, toy_cfg)
@@ -154,6 +157,7 @@ def test_lengths_of_one_bucket_share_a_program(toy_cfg, toy_params, name):
     assert [len(answer.canvas) for answer in answers] == [18, 19, 20, 21]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_an_iterator_decodes_as_it_is_asked_and_leaves_the_mesh_alone(toy_cfg, toy_params):
     mesh = make_mesh(data=2)
     lm = dlm.LanguageModel(jax.device_put(toy_params), toy_cfg, mesh=mesh)

@@ -69,7 +69,7 @@ def test_stops_are_strings(lm):
 @pytest.mark.parametrize("one", [3, np.int64(3), np.uint8(3), np.array(3)])
 def test_numbers_are_whole_whoever_counted(one):
     assert per_prompt("gen_len", one, 2) == [3, 3] == per_prompt("gen_len", [one, 3], 2)
-    assert per_prompt_seeds(one, 2) == [3, 4] and read_stop_ids([one]) == (3,)
+    assert per_prompt_seeds(one, 2) == [3, 4] and read_stop_ids([one]).tolist() == [3]
     _, lengths, seeds = repeat_requests([[1], [2]], one, np.array([3, -1], np.int32), 2)
     assert lengths == [3] * 4 and seeds == [3, 3 + 2**32, -1, 2**32 - 1]
     assert all(type(number) is int for number in lengths + seeds)

@@ -171,6 +171,7 @@ def lm(toy_cfg, toy_params):
 OPTIONS = dict(infill=True, rule=Threshold(0.4), block_len=4, stopper="filled")
 
 
+@pytest.mark.exhaustive(every=4)
 def test_generate_gives_whole_texts(lm):
     found = generate(lm, TEXTS, gen_len=BEHIND, **OPTIONS)
     model = Model(lm.params, lm.cfg)

@@ -63,6 +63,7 @@ def test_rows_are_independent_and_numbers_are_data(toy_params, axis, cls):
     assert decode._cache_size() <= before + 1  # none if another component is at its default, too
 
 
+@pytest.mark.exhaustive(every=4)
 @every_component
 def test_in_pieces_is_in_one_go(toy_params, axis, cls):
     """Between the pieces everything is on the host, as if it had been written to a disk."""

@@ -79,6 +79,7 @@ def test_forwards_fall_where_rounds_can_be_guessed(toy_cfg, toy_params):
     assert state.num_forwards[:4].tolist() == [4] * 4 and state.row_step[:4].tolist() == [12] * 4
 
 
+@pytest.mark.exhaustive(every=4)
 def test_one_row_decodes_as_in_a_batch(toy_cfg, toy_params):
     method = METHODS["threshold"].replace(lookahead=2)
     together = run(toy_params, toy_cfg, method, gen_len=12)

@@ -214,6 +214,7 @@ def check(drawn, seed):
 sparse = settings(suppress_health_check=[HealthCheck.filter_too_much])
 
 
+@pytest.mark.exhaustive(every=4)
 @settings(sparse, max_examples=3)
 @given(drawn=points(), seed=st.integers(0, 3))
 def test_some_points_equal_the_oracle(drawn, seed):

@@ -33,6 +33,7 @@ def test_recording_changes_nothing_and_notes_every_round(toy_cfg, toy_params):
         assert not record.confidence[b, rounds:].any()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_rounds_beyond_the_record_are_left_out(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(C), rule=Quota(C))
     whole, short = (

@@ -63,6 +63,7 @@ def test_order_and_batches_change_nothing(lm, method):
     assert answerer(lm, method=method, seed=1).generate(requests) != texts
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_run_that_is_killed_goes_on_to_the_same_file(lm, tmp_path, monkeypatch):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     requests = [(context, SAMPLED) for context in CONTEXTS]
@@ -123,6 +124,7 @@ def test_a_line_that_was_cut_short_is_taken_away(tmp_path):
     assert record.found == Record(path).found == {"a": {}, "c": {"text": "x\u2028"}}
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_texts_end_before_the_first_stop_string(lm, method):
     one = answerer(lm, method=method, gen_len=24)
@@ -139,6 +141,7 @@ def test_texts_end_before_the_first_stop_string(lm, method):
     assert text(["", "zzzz"]) == full  # an empty one stops nothing
 
 
+@pytest.mark.exhaustive(every=4)
 def test_special_tokens_stop_texts_and_are_not_in_them(lm):
     eos = lm.tokenizer.decode([lm.cfg.eos_token_id], skip_special_tokens=False)
     bias = {"logit_bias": {lm.cfg.eos_token_id: 1e3}}
@@ -299,6 +302,7 @@ def test_windows_predict_every_token_once(num):
         assert windows[-1] == ([104, 105, 106, 107], [108])
 
 
+@pytest.mark.exhaustive(every=4)
 def test_long_texts_are_judged_in_windows(lm):
     text = "the quick brown fox jumps over the lazy dog " * 3
     tokens = ids(lm, text)

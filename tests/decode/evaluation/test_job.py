@@ -44,6 +44,7 @@ def test_groups(job):
     assert list(scan.groups) == ["all", "after", "and"] and scan.batch_size == 32
 
 
+@pytest.mark.exhaustive(every=4)
 def test_measured_points_are_not_measured_again(job, tmp_path, monkeypatch):
     points = [
         Point(name, family_of(name), named(name, job.block_len))
@@ -75,6 +76,7 @@ def test_measured_points_are_not_measured_again(job, tmp_path, monkeypatch):
     assert len(decoded) == 6
 
 
+@pytest.mark.exhaustive(every=4)
 def test_rows_do_not_change_answers(job, lm):
     method = named("threshold_dual_cache", 4)
     whole = measure(dataclasses.replace(job, batch_size=10), method)

@@ -23,6 +23,7 @@ from tests.lib.paths import ROOT, SHARED
 from tests.lib.untrained import byte_lm, char_lm, untrained
 
 
+@pytest.mark.exhaustive(every=4)
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['lm_eval'] = None; import decode.evaluation.lm_eval"
     env = os.environ | {"JAX_PLATFORMS": "cpu"}

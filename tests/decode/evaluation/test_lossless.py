@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 import decode.evaluation.lossless as lossless
 import dlm
@@ -13,6 +14,7 @@ from decode.speculative.drafters.prompt_lookup import PromptLookup
 from tests.lib.speculation import random_prompts
 
 
+@pytest.mark.exhaustive(every=4)
 def test_no_difference_is_none_and_the_first_one_has_its_margin(toy_cfg, toy_params, monkeypatch):
     lm = dlm.LanguageModel(toy_params, toy_cfg)
     prompts = random_prompts(toy_cfg, 3, seed=4)

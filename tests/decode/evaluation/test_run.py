@@ -43,6 +43,7 @@ def test_a_diffusion_method(lm):
     assert again.compile_s == whole.compile_s and len(programs) == 1
 
 
+@pytest.mark.exhaustive(every=4)
 def test_more_prompts_than_rows_of_a_speculative_method(lm):
     causal = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, mask_token_id=None))
     method = SpeculativeMethod(PromptLookup(2))

@@ -198,6 +198,7 @@ def test_rows_that_wait_are_not_read(toy, monkeypatch):
         assert {*rows} == read and len(rows) == 3
 
 
+@pytest.mark.exhaustive(every=4)
 def test_what_complete_takes_from_a_model():
     """Its tokenizer's punctuation and the method's temperature; samples; what was drawn."""
     lm = byte_lm()

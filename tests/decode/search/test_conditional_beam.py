@@ -110,6 +110,7 @@ def modes(attribute, num_beams):
     return [(found(ours, b), ours.score[b, 0]) for b in range(3)]
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_modes_are_those_of_all_texts(name):
     """As many beams as there are prefixes; where no text has it, the best that lacks it."""

@@ -142,6 +142,7 @@ def test_states_go_where_their_prompts_go(toy, table, name):
         assert a.canvas.tolist() == b.canvas.tolist() == c.canvas.tolist()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_banned_tokens_are_not_written(toy):
     lm = LanguageModel(toy[1], toy[0])
     options = dict(gen_len=G, method="beam_4")

@@ -200,6 +200,8 @@ def test_it_ends_with_a_reward_of_one_or_without_calls():
         assert (plan.best()[0][1].reward == 1) == (plan.num_rollouts < 500)
         plan, toy, _ = plan_of(seed, num_rollouts=500, max_calls=3)
         assert len(toy.calls) == plan.num_calls == 3
+        plan, toy, _ = plan_of(seed, num_rollouts=500, max_calls=1)
+        assert len(toy.calls) == plan.num_calls == 1 == len(plan.best())
 
 
 # ---- Caches -------------------------------------------------------------------------------------
@@ -257,6 +259,7 @@ def wanted(prompt, text):
     return (sum(map(ord, text)) % 97) / 100
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_plan_with_a_model(lm):
     greedy = complete(lm, "ab", gen_len=8)
     one = complete(lm, "ab", gen_len=8, method=PGTD(reward=wanted, num_rollouts=1))
@@ -268,6 +271,12 @@ def test_a_plan_with_a_model(lm):
     scores = [answer.score for answer in (best, *best.others)]
     assert scores == sorted(scores, reverse=True) and scores[0] >= one.score
     assert best.score == wanted("ab", best.text)
+    nodes = best.explored.nodes
+    way = [i for i, node in enumerate(nodes) if node.fate == "won"]
+    assert [nodes[i].parent for i in way] == [-1, *way[:-1]]
+    assert best.text.startswith("".join(nodes[i].text for i in way))
+    assert {nodes[i].score for i in way} == {best.score} and 1 < len(nodes) <= 12
+    assert sum(node.parts["n"] for node in nodes if node.parent < 0) == 12
     off = complete(lm, "ab", gen_len=8, method=method.replace(is_cached=False), num_return=3)
     assert off.tokens.tolist() == best.tokens.tolist()
     assert off.explored.num_scored == best.explored.num_scored

@@ -48,6 +48,7 @@ def test_hypotheses_take_a_row_each_and_the_prompt_one(K):
     assert memory.temp_size_in_bytes < 0.25 * row
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["beam_4", *more(*sorted({*METHODS} - {"beam_4"}))])
 def test_prompts_that_are_done_are_left_alone(toy_cfg, toy_params, name):
     """Nothing of theirs is written, moved or counted in the rounds of others."""

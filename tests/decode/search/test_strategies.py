@@ -117,6 +117,7 @@ def beam_by_hand(law, prompt, strategy, gen_len, eos):
     return sorted(aside, key=lambda x: -x[0])[:K]
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -165,6 +166,7 @@ def test_a_text_ends_only_among_the_first_k_continuations(log_prob, ends):
     assert choice.token.tolist() == [[5, 6]] and choice.source.tolist() == [[0, 1]]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_enough_beams_find_the_most_probable_text(toy, law):
     """Of all texts of two tokens, as many beams as there are tokens know the best."""
     cfg, _, prompts = toy
@@ -272,6 +274,7 @@ def test_repeats_by_hand():
 # ---- One hypothesis is plain decoding, and what shapes it ---------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_one_hypothesis_writes_the_greedy_text(toy):
     cfg, params, prompts = toy
     greedy = texts(run(params, cfg, SpeculativeMethod(), prompts, gen_len=10), 8)
@@ -283,6 +286,7 @@ def test_one_hypothesis_writes_the_greedy_text(toy):
         assert [found(ours, b) for b in range(8)] == greedy, strategy
 
 
+@pytest.mark.exhaustive(every=4)
 def test_bans_and_penalties(toy):
     """No pair of tokens comes up twice; a penalty of all that came up makes texts different."""
     cfg, params, prompts = toy
@@ -307,6 +311,7 @@ def test_bans_and_penalties(toy):
 # ---- Rows ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["beam_4", *more(*(n for n in METHODS if n != "beam_4"))])
 def test_a_prompt_alone_finds_what_it_finds_in_a_batch(toy, name):
     method = point(name, toy[0])
@@ -340,6 +345,7 @@ def test_hypotheses_stay_where_they_are_if_they_can():
     assert order[1].tolist() == [1, 0, 3, 2]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_finished_prompts_make_no_forwards(toy):
     state, ours = search(toy, SearchMethod(Beam(num_beams=2, ends="first")), gen_len=20)
     forwards = np.asarray(state.num_forwards)

@@ -286,6 +286,7 @@ def test_wrong_variants_are_noticed(rule, shape, how, change):
 # ---- How much is accepted ---------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_acceptance_length_of_chains_is_the_closed_form():
     """E[tau] = (1 - alpha^(g + 1)) / (1 - alpha), with laws that do not depend on anything."""
     p, q = np.asarray(TARGET[V, V]), np.asarray(DRAFT[V, V])
@@ -300,6 +301,7 @@ def test_acceptance_length_of_chains_is_the_closed_form():
     assert by_block.mean() > accepted.mean() + 3 * accepted.std() / np.sqrt(num)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_perfect_draft_is_always_accepted():
     tree = drafted(CHAIN, "without", num=1000)
     laws = laws_of(DRAFT, tree.tokens, CHAIN)
@@ -335,6 +337,7 @@ def test_one_draft_is_judged_alike_by_blocks_and_tokens():
     np.testing.assert_array_equal(a.bonus, b.bonus)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_the_order_in_which_nodes_are_stored_changes_nothing():
     """PERMUTE, for walks without randomness."""
     tree = drafted(TREE, "top", num=500)

@@ -377,6 +377,7 @@ def test_sharded_is_unsharded(plain, toy_params):
 # ---- What is measured ---------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_costs_are_measured_once_and_kept(plain, toy_params, tmp_path, monkeypatch):
     """By `complete`, for batches that stay full; a second process reads the file."""
     cfg, _, _, _ = plain

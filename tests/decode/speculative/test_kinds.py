@@ -29,6 +29,7 @@ def case(request):
     return cfg, params, prompts, texts(alone, 3)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "kind", [DraftModelTree, *more(*(k for k in DRAFTERS if k is not DraftModelTree))]
 )

@@ -63,6 +63,7 @@ def small(toy_cfg):
 # ---- Greedy -----------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(("seed", "g"), [(0, 3), *more((1, 1), (2, 2), (3, 5), (4, 8))])
 def test_every_chain_writes_the_greedy_text(plain, toy_params, seed, g):
     """64 rows each: drafts that are never right, always right, do not exist, and in between."""
@@ -138,6 +139,7 @@ def test_modes_change_as_the_card_says(plain, toy_params):
 # ---- Two devices ------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_on_two_devices_it_is_the_same(plain, toy_params, small, away):
     """Drafts and forwards are made where they should be; of a round the host waits for nothing."""
     cfg, prompts, expected, _ = plain
@@ -189,6 +191,7 @@ def test_complete_on_meshes_and_with_rows_replaced(plain, toy_params, small, awa
 # ---- Rows and shapes --------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_row_alone_gives_the_same_and_numbers_compile_nothing(toy_cfg, toy_params, small):
     """Drawn drafts, tested; with `Match` the text is even that which is drawn without drafts."""
     drafter = DraftModel(*small, num_drafts=3, is_sampled=True)

@@ -101,6 +101,7 @@ def random_verdict(rng, drawn):
     return Verdict(tree, tree.tokens, p, key), q
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("drawn", ["without", *more("none", "with")])
 def test_walks_are_those_of_the_recursion(drawn):
     verdict, q = random_verdict(np.random.default_rng(0), drawn)

@@ -194,6 +194,7 @@ def test_a_token_gets_what_it_gets_alone():
     np.testing.assert_array_equal(run(x[:, order], p, EXPERTS), whole[:, order])
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (fake) devices")
 @pytest.mark.parametrize("num_experts", [8, 6])
 @pytest.mark.parametrize("form", [in_turn, sorted_by_expert])

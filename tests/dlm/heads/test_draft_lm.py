@@ -43,6 +43,7 @@ def as_gguf(folder):
     return path
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("family", ["LLaDA2MoeModelLM", *more("Gemma3ForCausalLM")])
 def test_some_layers_are_a_model_of_their_own(family):
     """Also of layers of several kinds: what the target gives if only those are run."""

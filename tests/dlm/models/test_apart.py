@@ -47,6 +47,7 @@ def assert_same(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["gemma", *more(*(name for name in KINDS if name != "gemma"))])
 def test_every_kind_of_layer(name):
     cfg, params = model(name)
@@ -55,6 +56,7 @@ def test_every_kind_of_layer(name):
     assert_same(run(cfg, split), run(cfg, params))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["gemma", *more("experts behind a dense layer")])
 def test_caches_that_lie_apart(monkeypatch, name):
     """What is read of them, and what is left in them, also by a window of all slots."""
@@ -74,12 +76,14 @@ def test_caches_that_lie_apart(monkeypatch, name):
     assert_same(*outputs)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_some_layers_and_features():
     cfg, params = model("experts behind a dense layer")
     options = dict(layers=(0, 2, 3), feature_layers=(2, 4))
     assert_same(run(cfg, apart(params, cfg), **options), run(cfg, params, **options))
 
 
+@pytest.mark.exhaustive(every=4)
 def test_low_rank_changes_attached_and_merged():
     params, lora = init_params(jax.random.key(0), TINY), Lora(rank=2, alpha=3.0)
     specs = jax.tree.map(lambda s: dataclasses.replace(s, stddev=0.1), lora.specs(TINY))

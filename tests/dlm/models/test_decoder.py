@@ -48,6 +48,7 @@ def random_tokens(cfg, B=2, T=12):
     return tokens, jnp.broadcast_to(jnp.arange(T), (B, T))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["qwen3", *more(*(name for name in VARIANTS if name != "qwen3"))])
 def test_causal_prefill_in_chunks_equals_one_forward(name):
     cfg, params = model(name)
@@ -64,6 +65,7 @@ def test_causal_prefill_in_chunks_equals_one_forward(name):
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_window_against_the_cache_of_the_same_tokens_equals_the_whole_canvas(name):
     """With unchanged tokens the stale cache is not stale: both caches must then be exact."""
@@ -231,6 +233,7 @@ def test_stretched_frequencies_by_hand():
     assert kinds == {"kept", "between", "stretched"}
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("layers", [(0,), (1, 0), (0, 1, 2), (2,)])
 def test_features_are_the_residual_stream(layers):
     """Layer by layer: a model of the first i layers leaves what the i-th layer receives."""
@@ -257,6 +260,7 @@ def test_features_are_the_residual_stream(layers):
 # ---- A subset of the layers -------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("layers", [(1, 3), *more(((0,),), ((0, 1, 2),), ((0, 1, 2, 3),))])
 def test_some_layers_are_a_model_of_those_layers(layers):
     """Bit for bit, through a cache of their own and through one of the whole model."""

@@ -47,6 +47,7 @@ def test_causal_prefill_in_chunks_equals_one_forward(name):
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), expected, atol=3e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["gemma", *more("experts behind a dense layer")])
 def test_left_padding_changes_nothing(name):
     cfg, params = model(name)
@@ -65,6 +66,7 @@ def test_left_padding_changes_nothing(name):
     np.testing.assert_allclose(last.hidden[:, 0], longer[:, -1], atol=2e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_window_ends_where_it_says():
     """One layer: the token W before has no influence, the one behind it has."""
     W = 4
@@ -81,6 +83,7 @@ def test_a_window_ends_where_it_says():
     assert changed.tolist() == [4 <= i <= 10 for i in range(12)]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_slots_that_move_take_their_positions_along():
     """A path of a tree is compacted: what it left behind is not seen, what it kept is."""
     cfg, params = model("gemma")
@@ -131,6 +134,7 @@ def test_remat_changes_no_gradient(name):
     assert all((np.asarray(x) != 0).any() for x in jax.tree.leaves(a))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "name", ["experts behind a dense layer", *more("gemma", "every other has experts")]
 )

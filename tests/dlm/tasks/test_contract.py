@@ -113,6 +113,7 @@ def instance_key(example: tasks.Example) -> str:
     return example.prompt
 
 
+@pytest.mark.exhaustive(every=4)
 @every_task
 def test_train_and_test_are_disjoint(task):
     count = 40 if getattr(task, "size", 4) == 9 else 400
@@ -123,6 +124,7 @@ def test_train_and_test_are_disjoint(task):
     assert train_keys and test_keys and not train_keys & test_keys
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("task", "num_draws"),
     [

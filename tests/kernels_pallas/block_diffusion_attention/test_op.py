@@ -58,6 +58,7 @@ def test_chunks_of_several_copies_equal_the_dense_mask(monkeypatch, num_noisy, c
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("block_len", [1, 2, 4, 12])
 @pytest.mark.parametrize("with_segments", [False, True])
 def test_chunks_equal_the_dense_mask(monkeypatch, block_len, with_segments):
@@ -69,6 +70,7 @@ def test_chunks_equal_the_dense_mask(monkeypatch, block_len, with_segments):
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_denoising_a_block_sees_what_decoding_it_with_a_cache_sees():
     """Noisy block b of the long pass = a window over the clean prefix's keys, bidirectional."""
     q, k, v, _ = case(B=1)
@@ -91,6 +93,7 @@ def test_gradients_match_finite_differences(monkeypatch):
     check_grads(loss, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(("num_noisy", "context_len"), [(1, None), *more((2, 1))])
 def test_splash_attention_equals_the_reference_forward_and_backward(num_noisy, context_len):
     q, k, v, _ = case(B=1, L=128, N=2, K=1, H=64, num_noisy=num_noisy)

@@ -38,6 +38,7 @@ def plain(hidden, head, targets):
     )
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("tile", [10, 37])
 def test_equals_softmax_with_all_logits(monkeypatch, tile):
     monkeypatch.setattr(xla, "WHOLE_LOGITS", 0)
@@ -49,6 +50,7 @@ def test_equals_softmax_with_all_logits(monkeypatch, tile):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_gradients_match_finite_differences(monkeypatch):
     monkeypatch.setattr(xla, "WHOLE_LOGITS", 0)
     monkeypatch.setattr(xla, "VOCAB_TILE", 10)

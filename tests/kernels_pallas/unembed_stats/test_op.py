@@ -32,6 +32,7 @@ def cut(monkeypatch, tile):
     monkeypatch.setattr(xla, "VOCAB_TILE", tile)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("vocab", "tile"),
     [(300, 100), (257, 16384), *more((300, 32), (300, 299), (300, 300), (257, 32), (257, 100))],
@@ -161,6 +162,7 @@ def test_gumbel_noise_has_its_tail():
     assert np.isfinite(draws).all()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_noise_depends_on_row_and_id_only():
     key = jax.random.bits(jax.random.key(3), (3, 2), jnp.uint32)
     whole = gumbel_noise(key, jnp.arange(50))

@@ -20,6 +20,7 @@ summarize = jax.jit(
 reference = jax.jit(unembed_stats_reference, static_argnums=(4, 6))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(("M", "D", "V"), [(7, 64, 1000), (270, 32, 300), (5, 96, 4173)])
 def test_vocabulary_statistics_equal_the_reference(M, D, V):
     hidden, head = random_case(M, D, V)
@@ -36,6 +37,7 @@ def test_capped_logits():
     assert_same(finish(summary), expected)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_samples_tops_and_given_ids():
     M, V = 9, 4500  # three vocabulary tiles, the last one ragged
     hidden, head = random_case(M, 32, V)

@@ -40,6 +40,7 @@ def random_case(rng, B, T, S, N, K, H, dtype=np.float32):
     )
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize("mask", ["full", "causal", "tree"])
@@ -120,6 +121,7 @@ def test_limited_sight_is_by_position(implementation):
     assert 0 < allowed[:, :, :14].sum() < 60
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("has_near", [False, True])
 def test_a_large_cache_is_read_in_parts(monkeypatch, has_near):
     """As all at once; the last part overlaps, and what nobody sees is not read: it may be NaN."""

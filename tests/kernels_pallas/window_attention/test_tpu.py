@@ -56,6 +56,7 @@ CASES = [
 name_of = lambda case: str(tuple(case.values()))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_window_attention_equals_the_reference(case):
     operands = attention_case(**case)
@@ -73,6 +74,7 @@ def test_window_attention_in_bfloat16():
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=2e-2)
 
 
+@pytest.mark.exhaustive(every=4)
 @settings(max_examples=3)
 @given(
     st.integers(1, 40), st.integers(1, 300), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]),
@@ -84,6 +86,7 @@ def test_window_attention_of_any_shape(T, S, K, group, mask, seed):
     np.testing.assert_allclose(got, reference(*operands), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("case", [*CASES[:2], *more(*CASES[2:4])], ids=name_of)
 def test_limited_sight_scale_and_cap(case):
     """Text in order in the first row; in the others keys stand anywhere."""
@@ -136,6 +139,7 @@ def test_only_needed_cache_tiles_are_read():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_gradient_is_that_of_the_xla_implementation():
     q, k, v, mask, window, cache, ranges, layer = attention_case(2, 6, 40, 4, 2, 64, "causal")
     kernel = lambda *args: tpu.window_attention_tpu(*args, interpret=INTERPRET)
@@ -151,6 +155,7 @@ def test_gradient_is_that_of_the_xla_implementation():
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("mask", ["full", "causal", "tree"])
 def test_gradient_of_a_window_alone(mask, monkeypatch):
     """It is computed a few heads at a time: five of six here, then the sixth."""

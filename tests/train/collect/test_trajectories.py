@@ -80,6 +80,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*array_record*")}
 
 
+@pytest.mark.exhaustive(every=4)
 def test_records_are_what_the_method_decodes(collected, model_path):
     records, model, task = open_records(collected), dlm.load(model_path), toys.Copy()
     assert len(records) == 10 and "tensorflow" not in sys.modules

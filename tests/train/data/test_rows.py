@@ -49,6 +49,7 @@ def assert_equal(ours, theirs):
 # ---- Going on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("num_threads", [3, *more(0, 1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_restored_iterator_gives_the_batches_that_would_have_followed(mode, num_threads):
@@ -126,6 +127,7 @@ def test_every_example_once_per_epoch():
     assert epochs >= 4
 
 
+@pytest.mark.exhaustive(every=4)
 def test_nothing_is_lost_on_another_mesh():
     """Its batches are smaller, so that more rows wait than one of them has."""
     config = dataclasses.replace(BUCKETS, batch_size=8)

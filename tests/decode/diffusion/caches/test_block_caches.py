@@ -52,6 +52,7 @@ def test_caches_are_exact_if_blocks_do_not_look_ahead(toy_model, blocks_look_bac
     assert jnp.allclose(cached.log_prob, exact.log_prob, atol=1e-4)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("cache", [PrefixCache(), DualCache()])
 def test_with_one_block_nothing_but_the_prompt_is_frozen(toy_cfg, toy_params, cache):
     """The first round, a full forward, is exact; later ones are not: the prompt cannot follow."""

@@ -99,6 +99,7 @@ def decode_pipeline(model, prompt, gen_len, threshold, blocks):
     return canvas[P:], step_map, step
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "blocks",
     [
@@ -134,6 +135,7 @@ def test_only_the_first_round_of_a_block_settles_the_one_before(toy_cfg, toy_par
     assert wrote == [[0], [], [1, 2], [], [2, 3], []]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_blocks_of_one_are_autoregressive(toy_cfg, toy_params):
     """Fast-dLLM card, v2: block size 1 is the causal model, token by token."""
     method = DiffusionMethod(FixedBlocks(1, aligned=True), BlockCausal(1))

@@ -1,6 +1,7 @@
 """Blocks that see all of themselves, behind a text that is read from left to right."""
 
 import numpy as np
+import pytest
 
 from decode.diffusion.components import CausalContext, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
@@ -29,6 +30,7 @@ def decode_plainly(model, prompt, gen_len, threshold):
     return canvas, step_map, step
 
 
+@pytest.mark.exhaustive(every=4)
 def test_cached_decoding_equals_recomputing_everything(toy_model):
     """And what is cached of finished blocks is what a causal model makes of the text."""
     cfg, params = toy_model

@@ -32,6 +32,7 @@ from tests.lib.tiers import more
 from tests.lib.weights import init_params
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("refresh_every", "block_len", "rule", "guidance"),
     [
@@ -78,6 +79,7 @@ POINTS = {
 }
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("point", ["smoothed", "eotp", *more("plain")])
 def test_refreshed_in_every_round_it_is_exact(toy_cfg, toy_params, point):
     cfg, params = toy_cfg, toy_params
@@ -115,6 +117,7 @@ def test_a_token_is_cached_one_step_after_it_is_decided(toy_cfg, toy_params):
     assert ages == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_short_rounds_are_short(toy_cfg, monkeypatch):
     """T is the shortest compiled length that holds what the longest row needs."""
     seen, real = [], delayed_cache.forward

@@ -64,6 +64,7 @@ def decode_plainly(model, prompt, gen_len, threshold, first_alone):
     return canvas[P:], step_map, step, log_prob
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("threshold", [0.5])
 def test_a_ragged_batch_equals_the_plain_loop(toy_model, threshold):
     cfg, params = toy_model
@@ -88,6 +89,7 @@ def test_a_ragged_batch_equals_the_plain_loop(toy_model, threshold):
     assert (state.log_prob != other.log_prob).any()  # it is an approximation
 
 
+@pytest.mark.exhaustive(every=4)
 def test_it_is_exact_if_sub_blocks_are_decided_at_once(toy_cfg, toy_params):
     """Then every forward is a sub-block's first, which runs over the whole block."""
     method = DiffusionMethod(SubBlocks(C, c, aligned=True), BlockCausal(C), rule=Threshold(0.0))

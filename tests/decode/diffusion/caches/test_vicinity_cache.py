@@ -72,6 +72,7 @@ def build(point, cfg):
     return DiffusionMethod(FixedBlocks(4)).replace(**POINTS[point])
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("point", ["guided", *more("smoothed", "shadow")])
 def test_without_a_vicinity_it_is_the_dual_cache(toy_model, point):
     cfg, params = toy_model
@@ -83,6 +84,7 @@ def test_without_a_vicinity_it_is_the_dual_cache(toy_model, point):
     np.testing.assert_array_equal(a.confidence, b.confidence)  # to the last bit
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("point", ["smoothed", *more("guided", "shadow")])
 def test_with_everything_in_the_vicinity_nothing_is_stale(toy_model, point):
     cfg, params = toy_model
@@ -106,6 +108,7 @@ def test_one_full_forward_per_block(toy_cfg, toy_params):
     assert changes == [True, False, False, False] * 3
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_vicinity_wider_than_the_canvas_costs_no_more_than_the_canvas(toy_cfg, toy_params):
     """And `before` and `after` are part of the program, the quorum is not."""
     decode.clear_cache()

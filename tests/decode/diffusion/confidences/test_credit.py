@@ -87,6 +87,7 @@ def test_slots_equal_the_table_while_they_suffice(seed):
         np.testing.assert_allclose(sure[undecided], expected[undecided], atol=2e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_slots_keep_their_digits_next_to_certainty():
     logits = np.zeros((3, 2, V))
     logits[:, 0, 1], logits[:, 1, 1] = 25.0, 28.0

@@ -14,6 +14,7 @@ from tests.lib.rounds import make_round
 LAW = np.array([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0.05, 0.05, 0.9]])  # ends: 1 and 2
 
 
+@pytest.mark.exhaustive(every=4)
 def test_others_are_measured_without_the_ends_which_come_last(toy_cfg):
     measure = EndsLast((1, 2))
     state = measure.init(toy_cfg, 1, 3)
@@ -55,6 +56,7 @@ def decode_plainly(model, prompt, gen_len, ends):
     return out, step_map
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_ragged_batch_equals_the_plain_loop(toy_cfg, toy_params):
     model = Model(toy_params, toy_cfg)
     plain = run(toy_params, toy_cfg, DiffusionMethod(FixedBlocks(None), rule=Quota(99)))

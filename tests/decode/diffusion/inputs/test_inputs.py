@@ -36,6 +36,7 @@ CANVAS = DiffusionMethod(
 )
 
 
+@pytest.mark.exhaustive(every=4)
 def test_smoothing_without_weight_is_plain_decoding(toy_cfg, toy_params):
     for cache in (DualCache(),):
         method = DiffusionMethod(FixedBlocks(4), cache, rule=Threshold(0.5))
@@ -76,6 +77,7 @@ def test_smoothing_mixes_in_what_was_expected(toy_cfg, toy_params):
     assert state.tokens[0].tolist() == canvas and state.step_map[0].tolist() == step_map
 
 
+@pytest.mark.exhaustive(every=4)
 def test_smoothing_a_row_is_the_row_alone(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(4), DualCache(), rule=Threshold(0.5), inputs=Smoothing())
     together = run(toy_params, toy_cfg, method, batch_size=8)
@@ -127,6 +129,7 @@ def test_a_round_of_the_canvas_sampler_by_hand():
     assert revise(0.04, 0.0, steps=4) == ([0, 1, 2, 3], [], False, [0, 1, 2, 3])  # the last round
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_canvas_is_the_canvas_alone_and_seeds_differ(toy_cfg, toy_params):
     together = run(toy_params, toy_cfg, CANVAS, seeds=[7, 8, 9, 10], batch_size=8)
     alone = run(toy_params, toy_cfg, CANVAS, [PROMPTS[1]], seeds=[8])

@@ -87,6 +87,7 @@ def test_it_changes_something(toy_cfg, toy_params):
     assert [r["tokens"] for r in running] != [r["tokens"] for r in plain]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_one_step_is_plain_decoding(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(4), DualCache(), rule=Quota(1))
     plain = run(toy_params, toy_cfg, method, gen_len=LENGTHS)

@@ -46,6 +46,7 @@ def test_as_many_steps_as_tokens(n):
     assert commit_counts(DreamQuota(n), n) == [1] * n
 
 
+@pytest.mark.exhaustive(every=4)
 def test_fewer_steps_than_tokens():
     """Card, check 3, and §2 for 1024 steps."""
     assert commit_counts(DreamQuota(32, may_idle=True), 256) == [7, *[8] * 30, 9]
@@ -119,6 +120,7 @@ def test_rows_without_masks_commit_nothing():
     assert committed(DreamQuota(2), view)[1] == []
 
 
+@pytest.mark.exhaustive(every=4)
 def test_random_order_through_the_loop(toy_cfg, toy_params):
     """Seeds decide the order, and a row alone draws what it draws in a batch."""
     method = DiffusionMethod(

@@ -85,6 +85,7 @@ def test_steps_may_idle_as_published_or_not(toy_cfg, toy_params):
         assert np.unique(row).tolist() == list(range(int(forwards)))
 
 
+@pytest.mark.exhaustive(every=4)
 def test_each_row_equals_itself_alone(toy_cfg, toy_params):
     method = DiffusionMethod(FixedBlocks(None), rule=Origin(6), temperature=0.8)
     prompts = [[1, 2, 3], [4], [5, 6]]

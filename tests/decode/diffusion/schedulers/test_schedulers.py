@@ -32,6 +32,7 @@ from tests.lib.tiers import more
 run = functools.partial(batches.run, gen_len=12)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("cache", [DualCache(), *more(NoCache())])
 def test_adablock_that_never_finds_a_delimiter_has_fixed_blocks(toy_cfg, toy_params, cache):
     """AdaBlock card, check 1; 10 positions end inside a block."""
@@ -75,6 +76,7 @@ def test_adablock_lengths_add_up_and_no_forward_probes(toy_cfg, toy_params, wind
         assert steps.tolist() == list(range(int(state.num_forwards[b])))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("cache", [DualCache(), *more(NoCache())])
 def test_one_open_block_is_fixed_blocks(toy_cfg, toy_params, cache):
     method = DiffusionMethod(cache=cache, rule=Threshold(0.5))
@@ -86,6 +88,7 @@ def test_one_open_block_is_fixed_blocks(toy_cfg, toy_params, cache):
     np.testing.assert_array_equal(late.tokens, fixed.tokens)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_pipeline_works_on_several_blocks_and_never_too_many(toy_cfg, toy_params):
     method = DiffusionMethod(MultiBlock(3, max_open=2, open_at=0.3), rule=Threshold(0.5))
     state, spans = init_state(toy_cfg, method, PROMPTS, gen_len=12), []

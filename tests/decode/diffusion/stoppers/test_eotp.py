@@ -26,6 +26,7 @@ def row(state, b):
     }
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("rule", "block_len", "cut_at"),
     [
@@ -66,6 +67,7 @@ def test_masking_behind_the_end_is_taking_the_tail_off(toy_model, rule, block_le
     assert shorter > 0
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("cache", "cut_at"), [(PrefixCache(), "predicted"), *more((DualCache(), "committed"))]
 )
@@ -79,6 +81,7 @@ def test_quotas_never_need_more_forwards(toy_cfg, toy_params, cache, cut_at):
     assert (saved >= 0).all() and saved.sum() > 0
 
 
+@pytest.mark.exhaustive(every=4)
 def test_the_models_end_of_text_is_the_default(toy_model):
     cfg, params = toy_model
     method = DiffusionMethod(FixedBlocks(4), rule=Quota(4))

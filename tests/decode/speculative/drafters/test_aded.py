@@ -145,6 +145,7 @@ def test_visits_add_up():
     assert tokens[0, 0, :3].tolist() == [3, 4, -1] and visits[0, 1] > visits[0, 2] > 10
 
 
+@pytest.mark.exhaustive(every=4)
 def test_a_source_that_never_varies_is_drafted_to_the_end():
     """Four tokens, in a round that has seen it once."""
     drafter = ADED(num_pairs=64)

@@ -94,6 +94,7 @@ def test_other_vocabularies_are_refused(toy_cfg, toy_params):
         DraftModel(toy_params, toy_cfg).validate(far)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["tree", *more("chain", "best")])
 def test_nothing_is_drafted_beyond_the_context_of_the_draft_model(toy_cfg, toy_params, name):
     """The text goes on, one token per forward; before, it is drafted as ever."""

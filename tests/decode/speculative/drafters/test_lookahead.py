@@ -113,6 +113,7 @@ def test_nothing_follows_an_end(toy_cfg, toy_params):
         assert not (after.pool == end).any() and (after.pool >= 0).any()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_candidates_share_what_they_begin_with(toy_cfg, toy_params):
     drafter = Lookahead(4, 2, num_candidates=4)
     method = SpeculativeMethod(drafter)

@@ -142,6 +142,7 @@ def test_the_best_nodes_are_those_of_a_wide_search(plain, toy_params, pairs, nam
     assert len({tuple(map(len, row)) for row in found[0]}) > 1  # not all of one shape
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("name", ["model", *more("eagle")])
 def test_forwards_are_charged_as_they_are_used(plain, toy_params, pairs, name):
     """A level that adds little is the last one; a row's is not that of its neighbours."""

@@ -232,6 +232,7 @@ DRAFTERS = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -104,6 +104,7 @@ def test_no_set_of_sublayers_changes_a_text(deep):
     assert (np.asarray(state.draft_forwards) >= np.asarray(state.num_forwards)).all()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_all_drafts_of_the_whole_model_are_accepted(deep):
     """Card: with nothing left out tau = steps + 1, however long the text is."""
     cfg, params, prompts, expected = deep
@@ -123,6 +124,7 @@ def searched(deep):
     return method, jax.device_get(decoded(cfg, params, method, prompts))
 
 
+@pytest.mark.exhaustive(every=4)
 def test_the_search_changes_no_text_and_is_the_rows_own(deep, searched):
     cfg, params, prompts, expected = deep
     method, state = searched
