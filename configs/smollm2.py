@@ -75,7 +75,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
         {"make": "train.objectives.eagle_3:Eagle3Loss", "num_steps": NUM_DRAFTS, "decay": DECAY},
         {"make": "dlm.heads.eagle_3:Eagle3Heads", "vocab": VOCAB},
         1e-3,
-        240,
+        380,
     ),
     "dflash": (
         {
@@ -116,7 +116,7 @@ def get_config(arg: str = "eagle_3") -> ConfigDict:
         raise ValueError(f"config argument {arg!r} must be one of {', '.join(RECIPES)}")
     objective, trainable, learning_rate, num_steps = RECIPES[arg]
     return training(
-        model={"dtype": "float32"},  # of matrix products; all else is SmolLM2's
+        model={"dtype": "bfloat16"},  # of matrix products, twice as fast on CPUs that have it
         data=DATA,
         optim={
             "learning_rate": learning_rate,  # highest

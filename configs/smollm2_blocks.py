@@ -26,7 +26,7 @@ def get_config(arg: str = "4") -> ConfigDict:
         raise ValueError(f"config argument {arg!r} must be 4 or 8")
     block_len = int(arg)
     return training(
-        model={"dtype": "float32"},  # of matrix products; all else is SmolLM2's
+        model={"dtype": "bfloat16"},  # of matrix products, twice as fast on CPUs that have it
         data={**DATA, "batch_size": 4},
         optim={
             "learning_rate": 1e-3,  # highest

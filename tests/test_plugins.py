@@ -43,11 +43,12 @@ def test_shares_that_are_none_are_refused(share):
 
 
 def test_only_exhaustive_tests_are_left_out():
-    item = lambda name, marked: types.SimpleNamespace(
-        nodeid=name, get_closest_marker=lambda mark: marked if mark == "exhaustive" else None
+    item = lambda name, marks: types.SimpleNamespace(
+        nodeid=name, iter_markers=lambda mark: marks if mark == "exhaustive" else []
     )
-    marks = [None, pytest.mark.exhaustive.mark, None, pytest.mark.exhaustive(every=4).mark]
-    items = [item(i, marked=marks[n % 4]) for n, i in enumerate(IDS)]
+    rare, often = pytest.mark.exhaustive.mark, pytest.mark.exhaustive(every=4).mark
+    marks = [[], [rare, often], [], [often]]
+    items = [item(i, marks[n % 4]) for n, i in enumerate(IDS)]
     dropped = []
     config = types.SimpleNamespace(
         option=types.SimpleNamespace(share="3/16"),

@@ -22,7 +22,7 @@ def to_heads(x: jax.Array, w: Weight) -> jax.Array:
 
     def times(weight: jax.Array) -> jax.Array:
         flat = weight.reshape(-1, weight.shape[-1])
-        return jax.lax.dot_general(rows, flat, (((1,), (1,)), ((), ())))
+        return product(rows, flat, 1)
 
     return _product(x, w, times).reshape(*x.shape[:2], *w.shape[:2])
 
@@ -34,8 +34,44 @@ def linear(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
     """
     B, T = x.shape[:2]
     rows = x.reshape(B * T, -1)
-    product = _product(x, w, lambda w: jnp.dot(rows, w.reshape(rows.shape[1], -1)))
-    return product.reshape(B, T, *w.shape[num_in:])
+    out = _product(x, w, lambda w: product(rows, w.reshape(rows.shape[1], -1), 0))
+    return out.reshape(B, T, *w.shape[num_in:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(rows: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """rows [M, I] times w, [I, O] (axis 0) or [O, I] (axis 1): [M, O] of their type.
+
+    CPUs multiply bfloat16 as such, twice as fast as float32, if they are asked for sums in float32;
+    else they widen it first. Both products of the backward pass are asked for in the same way.
+    """
+    return _rounded(rows, w, (1, axis))
+
+
+def _rounded(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    plain = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
+    if a.dtype != jnp.bfloat16:
+        return plain(a, b)
+    wide = functools.partial(plain, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: wide(a, b).astype(a.dtype), default=plain
+    )
+
+
+def _forward(rows: jax.Array, w: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _rounded(rows, w, (1, axis)), (rows, w)
+
+
+def _backward(
+    axis: int, kept: tuple[jax.Array, jax.Array], by_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, w = kept
+    by_w = (rows, by_out) if axis == 0 else (by_out, rows)
+    return _rounded(by_out, w, (1, 1 - axis)), _rounded(*by_w, (0, 0))
+
+
+product.defvjp(_forward, _backward)
 
 
 def _product(x: jax.Array, w: Weight | Apart, times: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -59,6 +95,6 @@ def low_rank(x: jax.Array, w: LowRank) -> jax.Array:
     """
     B, T = x.shape[:2]
     rows = x[:, w.first :].reshape(B * (T - w.first), -1)
-    change = jnp.dot(jnp.dot(rows, w.down), w.up) * w.scale
+    change = product(product(rows, w.down, 0), w.up, 0) * w.scale
     at_all = jnp.pad(change.reshape(B, T - w.first, -1), ((0, 0), (w.first, 0), (0, 0)))
     return at_all.reshape(B * T, -1)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm import vocab
+from dlm.blocks.linear import product
 from dlm.blocks.rotary import rotary_angles
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
@@ -149,7 +150,7 @@ def head_hidden(own: Params, inputs: jax.Array, i: int) -> jax.Array:
     """
     first = own["first"][i]
     rows = inputs.reshape(-1, inputs.shape[-1])
-    x = rows @ first["r"] + jax.nn.silu(rows @ first["w"] + first["b"][None])
+    x = product(rows, first["r"], 0) + jax.nn.silu(product(rows, first["w"], 0) + first["b"][None])
     for block in own["blocks"]:
-        x = x + jax.nn.silu(x @ block["w"][i] + block["b"][i][None])
+        x = x + jax.nn.silu(product(x, block["w"][i], 0) + block["b"][i][None])
     return x.reshape(*inputs.shape[:-1], -1)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm import vocab
+from dlm.blocks.linear import product
 from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.heads.draft_vocab import VocabHeads, check_vocab, with_ids
@@ -83,5 +84,5 @@ def head_hidden(own: Params, hidden: jax.Array, k: int) -> jax.Array:
     x = hidden
     for block in own["blocks"]:
         rows = x.reshape(-1, x.shape[-1])
-        x = x + jax.nn.silu(rows @ block["w"][k] + block["b"][k][None]).reshape(x.shape)
+        x = x + jax.nn.silu(product(rows, block["w"][k], 0) + block["b"][k][None]).reshape(x.shape)
     return x

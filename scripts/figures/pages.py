@@ -11,7 +11,7 @@ import numpy as np
 
 from decode.evaluation.figures import OperatingPoint, Panel, plot_speed_quality
 from decode.evaluation.tables import read_markdown
-from scripts import draw_search
+from scripts import search_trees
 from scripts.bench import spec_bench
 from scripts.plan import page as pods
 from scripts.quickstart.report import TITLE
@@ -149,8 +149,8 @@ def figures(docs: pathlib.Path) -> dict[str, Callable[[], None]]:
             found[file.stem] = functools.partial(drafters.draw_seeds, numbers, out)
         elif file.stem in ("spec_bench", "smollm2"):
             found[file.stem] = functools.partial(spec_bench.draw, numbers, out)
-        elif file.name == draw_search.FILE:
-            found |= draw_search.pictures(numbers, docs)
+        elif file.name == search_trees.FILE:
+            found |= search_trees.pictures(numbers, docs)
         elif file.name == pods.FILE:
             found[file.stem] = functools.partial(pods.draw, pods.in_order(numbers["cases"]), out)
     return found
