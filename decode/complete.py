@@ -50,13 +50,7 @@ from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
 from decode.speculative.costs import with_costs
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    SpeculativeState,
-    decode,
-    init_state,
-    prefill,
-)
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
 from decode.speculative.points import named
 from dlm.lm import LanguageModel
 

@@ -38,15 +38,10 @@ from decode.diffusion.points import METHODS as DIFFUSION
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    SpeculativeState,
-    init_state,
-    num_rows,
-    prefill,
-)
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState, init_state, prefill
 from decode.speculative.points import METHODS as DRAFTING
 from decode.speculative.renewal import enlarge, renew
+from decode.speculative.state import num_rows
 from dlm.compilation import Compiling
 from dlm.lm import LanguageModel
 

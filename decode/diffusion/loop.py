@@ -2,14 +2,14 @@
 
 A method is one pytree of components, one per axis:
 
-    scheduler   which positions are eligible now?      decode/rules/{fixed_blocks,adablock,...}.py
-    cache       which positions are recomputed?        decode/rules/{caches,block_causal,...}.py
-    confidence  how sure is each proposal?             decode/rules/{confidences,credit,...}.py
-    rule        which proposals stay?                  decode/rules/{quota,threshold,...}.py
-    reviser     may something be taken back?           decode/rules/{revisers,wino,...}.py
-    stopper     when is a row done?                    decode/rules/{stoppers,prophet,...}.py
-    constraint  what is allowed at all?                decode/rules/{constraints,nucleus}.py
-    inputs      what is seen where nothing is decided? decode/diffusion/inputs/inputs.py
+    scheduler   which positions are eligible now?      decode/diffusion/schedulers/
+    cache       which positions are recomputed?        decode/diffusion/caches/
+    confidence  how sure is each proposal?             decode/diffusion/confidences/
+    rule        which proposals stay?                  decode/diffusion/rules/
+    reviser     may something be taken back?           decode/diffusion/revisers/
+    stopper     when is a row done?                    decode/diffusion/stoppers/
+    constraint  what is allowed at all?                decode/constraints/
+    inputs      what is seen where nothing is decided? decode/diffusion/inputs/
 
 Its structure picks the program; its leaves are data. `step` is one round, see
 `decode.diffusion.round`. `decode` runs it in a `while_loop`; `stream` drives the same `step` from

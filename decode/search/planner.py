@@ -21,13 +21,8 @@ from decode.core.results import Completion, to_text
 from decode.core.sampling import Sampling
 from decode.core.streams import fold_in
 from decode.search.move import under_all
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    SpeculativeState,
-    decode,
-    first_state,
-    prefill,
-)
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, prefill
+from decode.speculative.state import first_state
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 from dlm.params import Params

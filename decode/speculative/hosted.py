@@ -33,15 +33,14 @@ from decode.constraints.hosted import Follower, HostConstraint, Masks, State, fo
 from decode.core.component import as_kind
 from decode.core.loop import FOREVER
 from decode.speculative.contracts import Proposal
+from decode.speculative.judge import Judged, read_tree
 from decode.speculative.loop import (
-    Judged,
     SpeculativeMethod,
     SpeculativeState,
     begin_round,
     end_round,
     init_state,
     prefill,
-    read_tree,
 )
 from dlm.config import ModelConfig
 from dlm.params import Params

@@ -48,19 +48,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decode.core.component import as_kind
 from decode.core.loop import FOREVER
+from decode.core.requests import PREFILL
 from decode.core.results import TopTokens
 from decode.core.sampling import Sampling
 from decode.core.streams import Stream, fold_in
 from decode.speculative.accept import Verdict, Walk
+from decode.speculative.commit import commit
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen
+from decode.speculative.judge import existing, judge_tree
 from decode.speculative.loop import (
-    PREFILL,
     SpeculativeMethod,
     SpeculativeState,
-    commit,
-    existing,
     init_state,
-    judge_tree,
     prefill,
 )
 from decode.speculative.tree import DraftTree, TreeShape, chain

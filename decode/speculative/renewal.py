@@ -18,12 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from decode.core.requests import lay_out, read_requests
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    SpeculativeState,
-    first_state,
-    num_rows,
-)
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState
+from decode.speculative.state import first_state, num_rows
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
 

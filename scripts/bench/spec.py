@@ -27,13 +27,7 @@ from decode.speculative.drafters.eagle import Eagle
 from decode.speculative.drafters.hydra import Hydra
 from decode.speculative.drafters.medusa import Medusa
 from decode.speculative.drafters.prompt_lookup import PromptLookup
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    SpeculativeState,
-    init_state,
-    prefill,
-    step,
-)
+from decode.speculative.loop import SpeculativeMethod, SpeculativeState, init_state, prefill, step
 from decode.speculative.tree import TreeShape, chain
 from dlm import vocab
 from dlm.config import ModelConfig

@@ -10,7 +10,8 @@ import pytest
 from decode.core.sampling import Sampling
 from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.drafters.dflash import DFlash
-from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
+from decode.speculative.state import context_of
 from dlm.blocks.attention import project_qkv
 from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
@@ -120,7 +121,7 @@ def test_blocks_are_drafted_behind_the_text(toy_cfg, toy_params, num_drafts, is_
     for rounds, state in enumerate(stream(toy_params, cfg, drawn, first)):
         if rounds not in (0, 2):
             continue
-        context = _context(toy_params, drawn, state)
+        context = context_of(toy_params, drawn, state)
         tree, greedy = (
             jax.jit(drafter.propose, static_argnums=0)(cfg, context, state.drafter).tree
             for drafter in (drawn.drafter, best)

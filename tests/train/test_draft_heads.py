@@ -18,7 +18,8 @@ from decode.speculative.drafters.dflash import DFlash
 from decode.speculative.drafters.eagle import Eagle, EagleBest
 from decode.speculative.drafters.hydra import Hydra, HydraState
 from decode.speculative.drafters.medusa import Medusa
-from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
+from decode.speculative.state import context_of
 from decode.speculative.tree import chain
 from dlm import vocab
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
@@ -81,7 +82,7 @@ def test_a_head_of_hydra_sees_the_tokens_before_it_and_no_others(toy_cfg, toy_pa
     method = SpeculativeMethod(Hydra(own, TREE))
     state = init_state(toy_cfg, method, prompts, gen_len=4)
     drafted = HydraState(jnp.asarray(hidden[None]), None)
-    context = _context(params, method, state)
+    context = context_of(params, method, state)
     propose = jax.jit(method.drafter.propose, static_argnums=0)
     tree = propose(toy_cfg, context, drafted).tree
     tokens = np.asarray(tree.tokens[0])
@@ -157,7 +158,7 @@ def test_heads_draft_tokens_of_their_vocabulary(toy_cfg, toy_params, kind):
     state = init_state(toy_cfg, method, [[3]], gen_len=4)
     hidden = np.random.default_rng(4).normal(size=16).astype(np.float32)
     last = jnp.asarray(hidden[None])
-    context = _context(toy_params, method, state)
+    context = context_of(toy_params, method, state)
     propose = jax.jit(method.drafter.propose, static_argnums=0)
     drafted = propose(toy_cfg, context, HydraState(last, None) if kind == "hydra" else last)
     tokens, embed = np.asarray(drafted.tree.tokens[0]), np.asarray(toy_params["embed"])

@@ -9,7 +9,8 @@ import pytest
 
 from decode.core.sampling import Sampling
 from decode.speculative.drafters.eagle import Eagle, EagleBest
-from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
+from decode.speculative.state import context_of
 from decode.speculative.tree import TreeShape, from_paths
 from dlm.heads import eagle_1, eagle_3
 from dlm.heads.draft_vocab import spread
@@ -124,7 +125,7 @@ def log_softmax(z):
 
 def proposal(cfg, params, method, state):
     """The tree that a method's drafter proposes in a state."""
-    context = _context(params, method, state)
+    context = context_of(params, method, state)
     return jax.jit(method.drafter.propose, static_argnums=0)(cfg, context, state.drafter).tree
 
 

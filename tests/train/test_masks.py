@@ -16,7 +16,8 @@ from decode.speculative import loop
 from decode.speculative.accept import BlockVerification, SpeculativeSampling
 from decode.speculative.controller import Controller
 from decode.speculative.drafters.masks import Masks
-from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
+from decode.speculative.state import context_of
 from dlm.cache import init_cache
 from dlm.heads import masks
 from dlm.heads.masks import MaskHeads
@@ -244,7 +245,7 @@ def test_drafts_are_the_best_or_are_drawn(written, toy_params, vocab):
     hidden = np.random.default_rng(3).normal(size=(8, 2, cfg.d_model)).astype(np.float32)
     known = state.drafter.replace(hidden=hidden, is_known=np.arange(8) > 0)
     propose = jax.jit(Masks.propose, static_argnums=1)
-    context = _context(toy_params, method, state)
+    context = context_of(toy_params, method, state)
     best, drawn = jax.device_get(
         [
             propose(drafter.replace(is_sampled=is_sampled), cfg, context, known).tree

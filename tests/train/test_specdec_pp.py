@@ -17,7 +17,8 @@ from decode.core.sampling import Sampling
 from decode.speculative.accept import Match, SpeculativeSampling
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.specdec_pp import SpecDecPP
-from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill
+from decode.speculative.state import context_of
 from dlm.heads import specdec_pp
 from dlm.heads.specdec_pp import Judged, StopHead, log_verdict
 from dlm.models import decoder
@@ -79,7 +80,7 @@ def test_the_published_rule(toy_cfg, case):
     method = SpeculativeMethod(drafter)
     state = init_state(target, method, [[3, 5, 1]], gen_len=8)
     propose = jax.jit(drafter.propose, static_argnums=0)
-    found = propose(target, _context({}, method, state), state.drafter)
+    found = propose(target, context_of({}, method, state), state.drafter)
     assert int(found.cost[0]) == said["drafted"] == int(found.tree.is_valid.sum()) - 1
     assert found.tree.tokens[0, 1 : 1 + said["drafted"]].tolist() == said_at[: said["drafted"]]
 
@@ -93,7 +94,7 @@ def test_chains_by_hand_and_what_they_cost(toy_cfg, toy_params, small):
     method = SpeculativeMethod(drafter)
     state = prefill(toy_params, target, method, init_state(target, method, prompts, gen_len=9))
     propose = jax.jit(drafter.propose, static_argnums=0)
-    found = propose(target, _context(toy_params, method, state), state.drafter)
+    found = propose(target, context_of(toy_params, method, state), state.drafter)
     verdict = jax.jit(log_verdict)
     lengths = []
     for b, prompt in enumerate(prompts):

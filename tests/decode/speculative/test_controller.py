@@ -29,6 +29,7 @@ from decode.speculative.components import (
 from decode.speculative.contracts import ExtraRows, Proposal
 from decode.speculative.controller import Controller
 from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
+from decode.speculative.state import context_of
 from decode.speculative.tree import DraftTree, TreeShape, chain, from_paths
 from dlm.lm import LanguageModel
 from dlm.params import param_shardings
@@ -326,7 +327,7 @@ def test_rounds_without_drafts_are_made_up_for(plain, toy_params, kind):
 
     @jax.jit
     def drafts(state):
-        context = loop._context(toy_params, method, state)
+        context = context_of(toy_params, method, state)
         tree = drafter.propose(cfg, context, state.drafter).tree
         return jnp.where(tree.is_valid, tree.tokens, -1)
 

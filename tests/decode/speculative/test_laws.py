@@ -36,15 +36,9 @@ from decode.speculative.components import (
     TokenRecycling,
 )
 from decode.speculative.drafters.draft_model import DraftModel
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    _context,
-    decode,
-    init_state,
-    prefill,
-    stream,
-)
+from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill, stream
 from decode.speculative.renewal import renew
+from decode.speculative.state import context_of
 from dlm.config import ModelConfig
 from dlm.params import param_shardings
 from dlm.sharding import make_mesh
@@ -222,7 +216,7 @@ def test_a_text_that_begins_like_another(target, examples, kind):
 @functools.partial(jax.jit, static_argnames="cfg")
 def trees(params, cfg, method, state):
     """What is proposed first."""
-    tree = method.drafter.propose(cfg, _context(params, method, state), state.drafter).tree
+    tree = method.drafter.propose(cfg, context_of(params, method, state), state.drafter).tree
     rows = ~state.has_stopped[:, None]
     return [jnp.where(rows & tree.is_valid, x, -1) for x in (tree.tokens, tree.parents)]
 

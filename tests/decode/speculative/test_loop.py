@@ -25,13 +25,7 @@ from decode.speculative.drafters.no_draft import NoDraft
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.suffix import Suffix
 from decode.speculative.drafters.token_recycling import TokenRecycling
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    decode,
-    init_state,
-    prefill,
-    stream,
-)
+from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill, stream
 from decode.speculative.tree import TreeShape, chain, from_paths
 from dlm import vocab
 from dlm.heads.eagle_1 import Eagle1Heads

@@ -25,13 +25,8 @@ from decode.speculative.components import (
 )
 from decode.speculative.controller import Controller
 from decode.speculative.drafters.layer_skip import layer_skip
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    _context,
-    decode,
-    init_state,
-    prefill,
-)
+from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
+from decode.speculative.state import context_of
 from decode.speculative.tree import chain, from_paths
 from tests.lib.drafters import Adversary
 from tests.lib.speculation import assert_same_law, check_statistics, run, texts
@@ -69,7 +64,7 @@ def test_who_drafts_in_each_row(plain, toy_params):
         method = SpeculativeMethod(drafter)
         state = prefill(toy_params, cfg, method, init_state(cfg, method, prompts, gen_len=9))
         made = jax.jit(drafter.propose, static_argnums=0)(
-            cfg, _context(toy_params, method, state), state.drafter
+            cfg, context_of(toy_params, method, state), state.drafter
         )
         found[name] = jax.device_get((made.tree, made.grade, made.cost))
     of_first, of_second = found["first"], found["second"]
@@ -129,7 +124,7 @@ def test_rounds_of_the_first_are_made_up_for(plain, toy_params, name):
 
     @jax.jit
     def drafts(state):
-        context = _context(toy_params, method, state).replace(may_pause=True)
+        context = context_of(toy_params, method, state).replace(may_pause=True)
         tree = second.propose(cfg, context, state.drafter.second).tree
         return jnp.where(tree.is_valid, tree.tokens, -1)
 

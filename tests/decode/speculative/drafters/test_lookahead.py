@@ -10,7 +10,8 @@ import pytest
 from decode.core.sampling import Sampling
 from decode.speculative.contracts import Seen
 from decode.speculative.drafters.lookahead import Lookahead
-from decode.speculative.loop import SpeculativeMethod, _context, init_state, prefill, stream
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
+from decode.speculative.state import context_of
 from dlm import vocab
 from dlm.models import decoder
 from dlm.window import Window
@@ -39,7 +40,7 @@ def test_rounds_are_those_of_plain_python(toy_cfg, toy_params, ngram, window):
     n, before, fillers = ngram - 1, None, None
     checked = accepted = 0
     for rounds, state in enumerate(stream(toy_params, cfg, method, first)):
-        context = _context(toy_params, method, state)
+        context = context_of(toy_params, method, state)
         ahead = np.asarray(drafter._filler(context, n * window))
         after = jax.device_get(state)
         if before is not None:
@@ -88,7 +89,7 @@ def test_nothing_follows_an_end(toy_cfg, toy_params):
     drafter = Lookahead(3, 4, num_candidates=2)
     method = SpeculativeMethod(drafter)
     state = init_state(toy_cfg, method, [[1, 7]], gen_len=4)
-    context = _context(toy_params, method, state)
+    context = context_of(toy_params, method, state)
     head = np.asarray(vocab.head(toy_params))
     ends = np.resize(toy_cfg.eos_ids, (1, drafter.num_extra))  # one after the other
     says_end = head[ends]
@@ -120,7 +121,7 @@ def test_candidates_share_what_they_begin_with(toy_cfg, toy_params):
     state = init_state(toy_cfg, method, [[1, 7]], gen_len=4)
     grams = jnp.array([[2, 3, 4], [2, 3, 5], [6, 3, 4]], jnp.int32)
     held = state.drafter.replace(pool=state.drafter.pool.at[0, 7, 1:].set(grams))
-    tree = drafter.propose(toy_cfg, _context(toy_params, method, state), held).tree
+    tree = drafter.propose(toy_cfg, context_of(toy_params, method, state), held).tree
     tokens, parents, valid = (np.asarray(x[0]) for x in (tree.tokens, tree.parents, tree.is_valid))
     assert valid[0] and len(tokens) == drafter.num_nodes == 13 and drafter.num_extra == 5
     ways = set()

@@ -26,14 +26,9 @@ from decode.speculative.drafters.lookahead import Lookahead
 from decode.speculative.drafters.self_speculation import SelfSpeculation
 from decode.speculative.drafters.suffix import Suffix
 from decode.speculative.in_place import ask, join
-from decode.speculative.loop import (
-    SpeculativeMethod,
-    _context,
-    init_state,
-    judge_tree,
-    prefill,
-    stream,
-)
+from decode.speculative.judge import judge_tree
+from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
+from decode.speculative.state import context_of
 from decode.speculative.tree import chain, from_paths
 from dlm.lm import LanguageModel
 from tests.lib.oracle import Model
@@ -167,7 +162,7 @@ def law_behind(model, text):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def propose(params, cfg, method, state):
-    return method.drafter.propose(cfg, _context(params, method, state), ())
+    return method.drafter.propose(cfg, context_of(params, method, state), ())
 
 
 @pytest.mark.parametrize(
