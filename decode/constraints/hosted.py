@@ -150,15 +150,21 @@ def pack(found: Sequence[tuple[int, int, np.ndarray]]) -> Masks | None:
 
 
 def counted(collect: Callable[..., list[Completion]]) -> Callable[..., list[Completion]]:
-    """A loop's `collect` that says what the constraint did, too."""
+    """A loop's `collect` whose `Completion.counts` say what the constraint did, too.
+
+    "num_masked" are rounds in which it ruled out what would have been written, or anything at all
+    of searches and filters; "num_released" says how often it allowed nothing, and was released.
+    """
 
     def with_counts(state: Any, *asked: Any, **options: Any) -> list[Completion]:
         masked, released = jax.device_get((state.num_masked, state.num_released))
+        own = [
+            {"num_masked": int(m), "num_released": int(r)}
+            for m, r in zip(masked, released, strict=True)
+        ]
         return [
-            dataclasses.replace(
-                completion, num_masked=int(masked[b]), num_released=int(released[b])
-            )
-            for b, completion in enumerate(collect(state, *asked, **options))
+            dataclasses.replace(completion, counts={**completion.counts, **counts})
+            for completion, counts in zip(collect(state, *asked, **options), own, strict=False)
         ]
 
     return with_counts

@@ -88,10 +88,8 @@ class Completion:
       top: [gen_len, n] the n most probable tokens at each position, if asked for.
       score: what a search has made of the text, such as its length-normalised log-probability; None
         elsewhere.
-      counts: what a search has counted, by name: see `counts` of its strategy.
-      num_masked: rounds in which a constraint on the host ruled out what would have been written,
-        or anything at all of searches and filters; None without one.
-      num_released: how often such a constraint allowed nothing, and was released; None without one.
+      counts: what was counted beside all this, by name: see `counts` of a search strategy, and
+        `decode.constraints.hosted.counted`.
       explored: what a search on the host has looked at; None elsewhere.
       rounds_by_width: forwards by how many nodes of a draft tree a controller had them judge; 0:
         nobody was asked for drafts. None without a controller.
@@ -113,8 +111,6 @@ class Completion:
     rounds_by_width: dict[int, int] | None = None
     score: float | None = None
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    num_masked: int | None = None
-    num_released: int | None = None
     explored: Explored | None = None
 
     @property

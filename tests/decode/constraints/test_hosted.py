@@ -282,7 +282,8 @@ def test_complete_and_stream_say_what_the_constraint_did(lm):
     pieces = list(stream_text(lm, ASKED[1], **options))
     streamed = pieces[-1].completion
     assert streamed.tokens.tolist() == answer.tokens.tolist()
-    assert streamed.num_masked == answer.num_masked > 0 == answer.num_released
+    assert streamed.counts == answer.counts
+    assert answer.counts["num_masked"] > 0 == answer.counts["num_released"]
     assert "".join(piece.text for piece in pieces) == answer.text
     raw = bytes(t for t in answer.tokens.tolist() if t < 256)
     assert is_legal(ASKED[1].encode() + raw, len(ASKED[1]), False)
@@ -294,13 +295,13 @@ def test_complete_with_rows_replaced(lm, method):
     """Each answer is the one its prompt gets alone."""
     options = dict(gen_len=12, method=method, constraint=MONITOR)
     together = complete(lm, ASKED, batch_size=2, **options)
-    assert sum(answer.num_masked for answer in together) >= 3
+    assert sum(answer.counts["num_masked"] for answer in together) >= 3
     for prompt, answer in zip(ASKED[:2], together, strict=False):
         alone = complete(lm, prompt, **options)
         assert alone.tokens.tolist() == answer.tokens.tolist()
-        assert alone.num_masked == answer.num_masked
+        assert alone.counts == answer.counts
     plain = complete(lm, ASKED[2], gen_len=12, method=method)
-    assert plain.text == together[2].text and plain.num_masked is None
+    assert plain.text == together[2].text and "num_masked" not in plain.counts
 
 
 def test_a_state_that_allows_nothing_is_released():
@@ -329,7 +330,7 @@ def test_where_nothing_is_allowed_it_is_released(lm):
     plain = complete(lm, prompt, logit_bias=starts, **options)
     monitor = IntrospectionMonitor({"T": ["q"]}, {"v": "T"})
     answer = complete(lm, prompt, logit_bias=starts, constraint=monitor, **options)
-    assert answer.text == plain.text and answer.num_released == 1
+    assert answer.text == plain.text and answer.counts["num_released"] == 1
 
 
 def test_bad_constraints_are_refused(lm):
