@@ -210,13 +210,11 @@ class Drafter(Part):
 
     Attributes:
       notices_pauses: whether it remembers rounds in which it was not asked by `pause`.
-      needs_probs: whether `Seen.probs` must be there: [B, W, V] then lives in memory.
       reads_text: whether it looks at nothing but the text: neither at the target's parameters and
         cache nor at its hidden states and choices. Then it can draft apart from the target.
     """
 
     notices_pauses: ClassVar[bool] = False
-    needs_probs: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
 
     @classmethod
@@ -248,6 +246,16 @@ class Drafter(Part):
     def is_chain(self) -> bool:
         """Whether every node has at most one child, stored right behind it."""
         return self.shape.is_chain
+
+    @property
+    def draws(self) -> bool:
+        """Whether drafts of drawn texts are drawn, too. Default: if it has `is_sampled`, and is."""
+        return bool(getattr(self, "is_sampled", False))
+
+    @property
+    def needs_probs(self) -> bool:
+        """Whether `Seen.probs` must be there: [B, W, V] then lives in memory."""
+        return False
 
     @property
     def num_extra(self) -> int:

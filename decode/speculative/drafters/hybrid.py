@@ -97,11 +97,12 @@ class Hybrid(Drafter):
                 f"first reads layers {first.feature_layers} of the target and second "
                 f"{second.feature_layers}: they must be the same, or one read none"
             )
-        is_drawn = [getattr(part, "is_sampled", False) for part in (first, second)]
-        if is_drawn[0]:
-            return "first has is_sampled=True: what is drawn must be given as second"
-        if is_drawn[1] and not first.is_chain:
-            return "second has is_sampled=True, beside which first must draft a chain"
+        if first.draws:
+            name = type(first).__name__
+            return f"first={name} draws its drafts: what is drawn must be given as second"
+        if second.draws and not first.is_chain:
+            name = type(second).__name__
+            return f"second={name} draws its drafts, beside which first must draft a chain"
         return None
 
     @property
@@ -115,6 +116,14 @@ class Hybrid(Drafter):
     @property
     def is_chain(self) -> bool:
         return self.first.is_chain and self.second.is_chain
+
+    @property
+    def draws(self) -> bool:
+        return self.second.draws
+
+    @property
+    def needs_probs(self) -> bool:
+        return self.first.needs_probs or self.second.needs_probs
 
     @property
     def num_extra(self) -> int:
@@ -194,6 +203,7 @@ class Hybrid(Drafter):
             one = one.replace(
                 probs=jax.nn.one_hot(following, other.probs.shape[-1], dtype=other.probs.dtype),
                 drawn=other.drawn,
+                is_shape_drawn=other.is_shape_drawn,
             )
 
         def choose(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -27,7 +27,6 @@ Letters: B rows, J guesses, M nodes that were judged, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +70,6 @@ class SpeculativeJacobi(Drafter):
       num_ids: >= 0, how many there are, from there on; 0: all.
     """
 
-    needs_probs: ClassVar[bool] = True
-
     num_guesses: int = struct.field(pytree_node=False, default=15)
     init_by: str = struct.field(pytree_node=False, default="repeat_horizon")
     row_len: jax.Array | int = 0
@@ -111,6 +108,14 @@ class SpeculativeJacobi(Drafter):
     @property
     def shape(self) -> TreeShape:
         return chain(self.num_guesses)
+
+    @property
+    def draws(self) -> bool:
+        return True
+
+    @property
+    def needs_probs(self) -> bool:
+        return True
 
     def init(self, cfg: ModelConfig, batch_size: int, num_slots: int) -> SpeculativeJacobiState:
         tokens = jnp.full((batch_size, self.num_guesses), -1, jnp.int32)

@@ -12,7 +12,9 @@ from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.components import (
     SAM,
     DraftModel,
+    DraftModelBeam,
     DraftModelTree,
+    DynamicExit,
     Eagle,
     EagleBest,
     Hybrid,
@@ -21,6 +23,7 @@ from decode.speculative.components import (
     Lookahead,
     Masks,
     PromptLookup,
+    SpeculativeJacobi,
     TokenRecycling,
 )
 from decode.speculative.controller import Controller
@@ -90,6 +93,8 @@ SECOND = {
     "recycling": TokenRecycling.example,
     "jacobi": Jacobi.example,
     "sam": SAM.example,
+    "exits": DynamicExit.example,
+    "speculative_jacobi": lambda cfg, params: SpeculativeJacobi(3),
 }
 
 
@@ -143,10 +148,22 @@ def test_rounds_of_the_first_are_made_up_for(plain, toy_params, name):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_drawn_drafts_beside_copies_follow_the_targets_law(toy_cfg, toy_params):
+DRAWN = {
+    "chain": lambda params, cfg: DraftModel(
+        params, cfg, layers=(0,), num_drafts=2, is_sampled=True
+    ),
+    "beams": lambda params, cfg: DraftModelBeam(
+        params, cfg, layers=(0,), width=2, levels=2, is_sampled=True
+    ),
+    "iterates": lambda params, cfg: SpeculativeJacobi(3),
+}
+
+
+@pytest.mark.parametrize("name", ["chain", *more("beams", "iterates")])
+def test_drawn_drafts_beside_copies_follow_the_targets_law(toy_cfg, toy_params, name):
     prompts = [[3, 1, 2, 9, 3, 1, 2]] * 512
     sampling = Sampling(temperature=1.0, top_k=3)
-    second = DraftModel(toy_params, toy_cfg, layers=(0,), num_drafts=2, is_sampled=True)
+    second = DRAWN[name](toy_params, toy_cfg)
     drafter = Hybrid(PromptLookup(num_drafts=3), second, 1)
     method = SpeculativeMethod(drafter, SpeculativeSampling(), sampling)
     found = [
@@ -159,11 +176,16 @@ def test_drawn_drafts_beside_copies_follow_the_targets_law(toy_cfg, toy_params):
 
 def test_pairs_that_make_no_sense_are_refused(toy_cfg, toy_params):
     model = DraftModel.example(toy_cfg, toy_params)
+    drawn, copies = model.replace(is_sampled=True), PromptLookup(num_drafts=2)
     tree = TokenRecycling(from_paths([[0], [1]]))
     for first, second, message in (
         (Lookahead(), model, "first=Lookahead reads rows of its own"),
-        (model.replace(is_sampled=True), model, "first has is_sampled=True"),
-        (tree, model.replace(is_sampled=True), "beside which first must draft a chain"),
+        (drawn, model, "first=DraftModel draws its drafts"),
+        (SpeculativeJacobi(3), copies, "first=SpeculativeJacobi draws its drafts"),
+        (Hybrid(copies, drawn), copies, "first=Hybrid draws its drafts"),
+        (tree, drawn, "beside which first must draft a chain"),
+        (tree, Hybrid(copies, drawn), "second=Hybrid draws its drafts, beside which first must"),
+        (tree, SpeculativeJacobi(3), "beside which first must draft a chain"),
         (PromptLookup(num_drafts=0), model, "num_drafts=0 must be at least 1"),
         (PromptLookup(num_drafts=1.5), model, "num_drafts=1.5 must be a whole number"),
         (None, model, "first=None must be of class Drafter"),
