@@ -180,10 +180,12 @@ class DynamicExit(Drafter):
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: DynamicExitState
     ) -> DynamicExitState:
-        assert seen.features is not None and seen.chosen is not None
-        T = seen.tokens.shape[1]
-        said = jnp.pad(seen.chosen, ((0, 0), (0, T - seen.chosen.shape[1])))
-        is_there = jnp.arange(T)[None] < seen.count[:, None]
+        assert seen.features is not None and seen.chosen is not None and seen.last is not None
+        index = jnp.arange(seen.tokens.shape[1])[None]
+        is_there, is_last = index < seen.count[:, None], index == seen.count[:, None] - 1
+        # Of those that were kept it said what is behind them, whoever drafted, in whatever tree.
+        behind = jnp.take_along_axis(seen.chosen, seen.last[:, None], axis=1)
+        said = jnp.where(is_last, behind, jnp.roll(seen.tokens, -1, axis=1))
         return self._compare(cfg, context, seen.features, said, is_there, state)
 
     def _compare(

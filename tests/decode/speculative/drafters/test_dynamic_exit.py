@@ -11,12 +11,14 @@ from flax import struct
 
 from decode.core.sampling import Sampling
 from decode.speculative.accept import BlockVerification, Match, SpeculativeSampling
+from decode.speculative.contracts import Context, Seen
 from decode.speculative.controller import Controller
 from decode.speculative.drafters.dynamic_exit import DynamicExit, tokens_per_layer
 from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill, stream
 from dlm import vocab
 from dlm.models import decoder
 from dlm.window import Window
+from tests.lib.jitted import as_one_program
 from tests.lib.laws import enumerated
 from tests.lib.models import random_model
 from tests.lib.speculation import check_statistics, random_prompts, run, texts
@@ -25,6 +27,37 @@ from tests.lib.tiers import more
 B, L, J, G = 6, 4, 4, 16
 EXITS = (1, 2, 3)
 N, MANY = 20_000, 200_000  # texts by default, and of the exhaustive tests
+
+
+def test_the_way_through_another_drafters_tree_is_compared(toy_cfg, toy_params):
+    """In a tree of six nodes and in a chain of two the same was kept, and the same is seen."""
+    drafter = DynamicExit((1,), num_drafts=3)
+    features = jax.random.normal(jax.random.key(0), (1, 4, toy_cfg.d_model))
+    context = Context(
+        toy_params, np.zeros((1, 9), np.int32), np.int32([4]), np.zeros((1, 2), np.uint32),
+        Sampling(None), np.array([True]), None,
+    )  # fmt: skip
+    said = lambda x: (
+        vocab.read(vocab.head(toy_params), decoder.final_hidden(toy_params, toy_cfg, x)).token
+    )
+    shadow = np.asarray(as_one_program(said)(features))[0]
+    path = [5, int(shadow[0]), int(shadow[1]) ^ 1]  # right, wrong, and right behind the last
+
+    def seen(chosen, last):
+        return Seen(
+            np.int32([[*path, 9]]), features, np.int32([3]), np.int32([3]), features,
+            chosen=np.int32([chosen]), last=np.int32([last]),
+        )  # fmt: skip
+
+    for chosen, last in (
+        ([path[1], path[2], shadow[2]], 2),
+        ([path[1], 6, path[2], 7, 7, shadow[2]], 5),
+    ):
+        see = as_one_program(
+            lambda seen: drafter.observe(toy_cfg, context, seen, drafter.init(toy_cfg, 1, 9))
+        )
+        state = see(seen(chosen, last))
+        assert state.matches.tolist() == [[2.0]] and state.seen.tolist() == [3.0]
 
 
 def test_tokens_per_layer_are_those_of_a_loop():
