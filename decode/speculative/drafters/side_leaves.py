@@ -15,6 +15,13 @@ ABOVE = (0.95, 0.8, 0.5)
 CHILDREN, DRAWN_CHILDREN = (3, 5, 8, 10), (1, 3, 5, 10)
 
 
+def are_drafted(children: jax.Array, sure: jax.Array, table: tuple[int, ...]) -> jax.Array:
+    """Which children of some depths become nodes, [B, J, R] bool; the arguments are `grow`'s."""
+    steps = (sure[..., None] <= jnp.array(ABOVE)[None, None]).sum(axis=2)
+    most = jnp.array(table)[steps]  # [B, J]
+    return (jnp.arange(children.shape[2])[None, None] < most[..., None]) & (children >= 0)
+
+
 def grow(
     root: jax.Array,
     children: jax.Array,
@@ -39,10 +46,7 @@ def grow(
     """
     B, J, R = children.shape
     W, rows = num_nodes, jnp.arange(B)[:, None]
-    steps = (sure[..., None] <= jnp.array(ABOVE)[None, None]).sum(axis=2)
-    most = jnp.array(table)[steps]  # [B, J]
-    exists = (jnp.arange(R)[None, None] < most[..., None]) & (children >= 0)
-    exists &= (jnp.arange(J)[None] < num[:, None])[..., None]
+    exists = are_drafted(children, sure, table) & (jnp.arange(J)[None] < num[:, None])[..., None]
     flat = exists.reshape(B, J * R)
     place = jnp.where(flat, jnp.cumsum(flat, axis=1), W)  # of the node; the root is at 0
     of_chain = place.reshape(B, J, R)[:, :, 0]

@@ -37,7 +37,12 @@ from decode.core.loop import in_place
 from decode.core.streams import fold_in, uniforms, wrap
 from decode.speculative.contracts import Context, Drafter, Proposal
 from decode.speculative.drafters.gaussian_process import upper_bound
-from decode.speculative.drafters.side_leaves import CHILDREN, DRAWN_CHILDREN, grow
+from decode.speculative.drafters.side_leaves import (
+    CHILDREN,
+    DRAWN_CHILDREN,
+    are_drafted,
+    grow,
+)
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.cache import KVCache
@@ -203,6 +208,7 @@ class Swift(Drafter):
         R = min(self.max_children, cfg.vocab_size)
         head, sampling = vocab.head(context.params), context.sampling
         is_drawn = self.is_sampled and sampling.temperature is not None
+        table = DRAWN_CHILDREN if is_drawn else CHILDREN
         law_of = sampling.replace(repetition_penalty=None).probs
         run = run_of(skipped, cfg)
 
@@ -227,13 +233,18 @@ class Swift(Drafter):
                 assert stats.top_tokens is not None and stats.top_log_probs is not None
                 found, sure = stats.top_tokens, jnp.exp(stats.top_log_probs[:, 0])
             assert context.end is not None
+            found = found.astype(jnp.int32)
+            new = are_drafted(found[:, None], sure[:, None], table).sum(axis=(1, 2))
+            num = carry.num + jnp.where(carry.going, new, 0)
             goes_on = (sure >= self.floor) & (context.length + i + 2 < context.end)
+            goes_on &= num < self.num_nodes - 1  # or else what comes would not fit
             return _Drafting(
                 step=i + 1,
-                token=found[:, 0].astype(jnp.int32),
+                num=num,
+                token=found[:, 0],
                 going=carry.going & goes_on,
                 cost=carry.cost + carry.going,
-                children=carry.children.at[:, i].set(found.astype(jnp.int32)),
+                children=carry.children.at[:, i].set(found),
                 sure=carry.sure.at[:, i].set(sure),
                 laws=laws,
                 cache=output.cache,
@@ -243,6 +254,7 @@ class Swift(Drafter):
         assert cache is not None  # it needs the target's layers
         start = _Drafting(
             step=jnp.zeros((), jnp.int32),
+            num=jnp.zeros(B, jnp.int32),
             token=context.root,
             going=context.active,
             cost=jnp.zeros(B, jnp.int32),
@@ -252,7 +264,6 @@ class Swift(Drafter):
             cache=cache,
         )
         done = jax.lax.while_loop(lambda c: c.going.any() & (c.step < J), step, start)
-        table = DRAWN_CHILDREN if is_drawn else CHILDREN
         tree = grow(
             context.root, done.children, done.sure, done.cost, table, self.num_nodes, done.laws
         )
@@ -334,6 +345,7 @@ class _Drafting(struct.PyTreeNode):
 
     Attributes:
       step: scalar int32. Forwards so far.
+      num: [B] int32. Nodes so far, the root aside.
       token: [B] int32. What is read next.
       going: [B] bool. Rows that go on.
       cost: [B] int32. Forwards of each row.
@@ -344,6 +356,7 @@ class _Drafting(struct.PyTreeNode):
     """
 
     step: jax.Array
+    num: jax.Array
     token: jax.Array
     going: jax.Array
     cost: jax.Array

@@ -117,6 +117,17 @@ def test_all_drafts_of_the_whole_model_are_accepted(deep):
             assert np.asarray(state.acceptance_histogram)[b].tolist() == [0, 0, 1, 0, 5]
 
 
+@pytest.mark.exhaustive(every=4)
+def test_nothing_is_drafted_that_would_not_fit(deep):
+    """Of two or three children each, four depths are more than five nodes: two are read."""
+    cfg, params, prompts, expected = deep
+    drafter = Swift(floor=0.0, max_trials=0, **QUICK | dict(budget=5))
+    state = decoded(cfg, params, SpeculativeMethod(drafter), prompts)
+    assert texts(state, B) == expected
+    forwards, rounds = np.asarray(state.draft_forwards), np.asarray(state.num_forwards)
+    assert (forwards <= 2 * rounds).all() and (forwards > rounds).all()
+
+
 @pytest.fixture(scope="module")
 def searched(deep):
     cfg, params, prompts, _ = deep
