@@ -4,7 +4,9 @@ Reference: Chen et al., "Sequoia", arXiv:2402.12374, Sec. 4; see `decode.specula
 are
 
     rates        of each rank among siblings, the share of nodes whose parent was accepted that were
-                 accepted themselves: by rounds of a large tree, as a controller counts them
+                 accepted themselves: by rounds of a large tree, as a controller counts them. Deep
+                 nodes have few siblings, so that first ones are counted elsewhere than others: if
+                 the shares sum to more than 1, they are taken in proportion
     costs        seconds of a round by the nodes it judges, drafted for free
     draft cost   seconds that such a drafter takes more, per level
 """
@@ -114,4 +116,5 @@ def measured_rates(
     state = decode(params, cfg, counted, start(counted))
     control: ControllerState = jax.device_get(state.control)
     hits, tries = (x.sum(axis=(0, 1, 2)) for x in (control.hits, control.tries))
-    return tuple((hits / np.maximum(tries, 1)).tolist())
+    rates = np.asarray(hits / np.maximum(tries, 1))
+    return tuple((rates / max(1.0, float(rates.sum()))).tolist())

@@ -1,6 +1,7 @@
 """Trees for measured acceptance and costs: what is counted, and what is made of it."""
 
 import functools
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from decode.speculative import measured_tree as measuring
 from decode.speculative.components import DraftModelTree, PromptLookup
 from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
 from decode.speculative.measured_tree import measured_rates, measured_tree
-from decode.speculative.tree import branching, chain, from_paths
+from decode.speculative.tree import branching, chain, from_paths, optimal_tree
 from tests.lib.speculation import texts
 
 
@@ -38,6 +39,19 @@ def test_rates_are_the_share_of_what_was_tried(plain, toy_params, start):
     histogram = np.asarray(state.acceptance_histogram).sum(axis=0)
     assert sum(rates) == pytest.approx(histogram[1] / histogram.sum(), abs=1e-6)
     assert rates[1] > 0 and sum(rates) < 1
+
+
+def test_rates_are_probabilities_wherever_they_were_counted(monkeypatch):
+    """Behind the root either of two is right; further down there are only first ones."""
+    cells = np.zeros((1, 1, 2, 2))  # a row and a grade, by depth and rank
+    hits, tries = cells.copy(), cells.copy()
+    hits[0, 0], tries[0, 0] = [[60, 40], [95, 0]], [[100, 100], [100, 0]]
+    state = types.SimpleNamespace(control=types.SimpleNamespace(hits=hits, tries=tries))
+    monkeypatch.setattr(measuring, "decode", lambda *given: state)
+    method = SpeculativeMethod(DraftModelTree({}, None, from_paths([[0], [1], [0, 0]])))
+    rates = measured_rates({}, None, method, lambda method: None)
+    assert rates == pytest.approx([0.775 / 1.175, 0.4 / 1.175])
+    optimal_tree(rates, 8, 3)
 
 
 @pytest.mark.exhaustive
