@@ -110,6 +110,8 @@ class TreeShape:
     ranks: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for name in ("parents", "ranks"):  # a file has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.parents) != len(self.ranks):
             raise ValueError(
                 f"parents has {len(self.parents)} entries and ranks {len(self.ranks)}: they must "

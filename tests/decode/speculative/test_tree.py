@@ -27,6 +27,7 @@ def test_shapes_from_paths():
     assert shape.parents == (0, 0, 1, 1, 4) and shape.ranks == (0, 1, 0, 1, 0)
     assert shape.depths == (0, 1, 1, 2, 2, 3) and shape.depth == 3
     assert shape.level(2) == (3, 4) and not shape.is_chain
+    assert TreeShape([0, 1], [0, 0]) == chain(2) and hash(chain(2))  # as a file has it
     assert chain(3).is_chain and chain(0).num_nodes == 1 and chain(0).depth == 0
 
 
