@@ -25,3 +25,16 @@ def test_the_table(tmp_path):
     assert longest[0] == 9 and rows["always 1"][0] == 2
     assert oracle[3] < longest[3]
     assert len(rows) == 10 and all(row[2] >= oracle[2] for row in rows.values())
+
+
+@pytest.mark.exhaustive(every=4)
+def test_what_cannot_be_decoded_is_an_error_of_one_sentence(tmp_path):
+    draft, head = dlm.load(GOLDEN / "llama_draft"), StopHead(num_blocks=0)
+    head.export(tmp_path, draft, head.fresh(jax.random.key(0), draft.cfg, draft.params))
+    flags = [f"--{x}={GOLDEN / f'llama_{x}'}" for x in ("target", "draft")]
+    flags += [f"--head={tmp_path / 'model'}", f"--prompts={tmp_path / 'prompts.txt'}"]
+    for prompt, message in (("3 x", "invalid literal"), ("3 999999", "999999")):
+        (tmp_path / "prompts.txt").write_text(prompt)
+        said = run_main("scripts.draft_lengths", *flags, code=1)
+        assert said.startswith("error: ") or "\nerror: " in said
+        assert message in said and "Traceback" not in said
