@@ -148,6 +148,15 @@ class TreeShape:
     def is_chain(self) -> bool:
         return self.parents == tuple(range(len(self.parents)))
 
+    def check_width(self, num_ids: int) -> None:
+        """Raises ValueError if a node has more children than there are tokens to draft."""
+        most = max(self.ranks, default=-1) + 1
+        if most > num_ids:
+            raise ValueError(
+                f"shape has nodes with {most} children, and there are {num_ids} different tokens "
+                "to draft: use a narrower tree"
+            )
+
     def level(self, depth: int) -> tuple[int, ...]:
         """The nodes of one depth."""
         return tuple(v for v, d in enumerate(self.depths) if d == depth)

@@ -20,7 +20,7 @@ from decode.speculative.drafters.hydra import Hydra, HydraState
 from decode.speculative.drafters.medusa import Medusa
 from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
 from decode.speculative.state import context_of
-from decode.speculative.tree import chain
+from decode.speculative.tree import branching, chain
 from dlm import vocab
 from dlm.heads import dflash, eagle_1, eagle_3, hydra, medusa
 from dlm.heads.hydra import HydraHeads
@@ -299,6 +299,10 @@ def test_heads_that_do_not_fit_are_refused(toy_cfg, toy_params):
     _, own = fresh("medusa", toy_cfg, toy_params)
     with pytest.raises(ValueError, match="the tree has depth 4, more than the 3 heads"):
         init_state(toy_cfg, SpeculativeMethod(Medusa(own, chain(4))), [[1]], gen_len=4)
+    with pytest.raises(ValueError, match="own is a tuple, which must be the heads' parameters"):
+        init_state(toy_cfg, SpeculativeMethod(Medusa((None, own))), [[1]], gen_len=4)
+    with pytest.raises(ValueError, match="25 children, and there are 24 different tokens to draft"):
+        init_state(toy_cfg, SpeculativeMethod(Hydra(own, branching(25))), [[1]], gen_len=4)
     other = dataclasses.replace(toy_cfg, vocab_size=30)
     with pytest.raises(ValueError, match="the heads are for a model of vocab_size=24"):
         init_state(other, SpeculativeMethod(Hydra(own, TREE)), [[1]], gen_len=4)

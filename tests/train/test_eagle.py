@@ -367,7 +367,11 @@ def test_what_does_not_fit_is_refused(toy_cfg, toy_params):
     network = network_of("3, some tokens", toy_cfg, toy_params)
     wide = TreeShape((0,) * 19, tuple(range(19)))
     for drafter, cfg, message in (
-        (Eagle(network, wide), toy_cfg, "drafts 18 different tokens: use a narrower tree"),
+        (
+            Eagle(network, wide),
+            toy_cfg,
+            "19 children, and there are 18 different tokens to draft",
+        ),
         (EagleBest(network, width=19), toy_cfg, r"width=19 must be in \[1, 18\]"),
         (EagleBest(network, 3, 2, 13), toy_cfg, r"budget=13 in \[1, 12\]"),
         (Eagle(network), dataclasses.replace(toy_cfg, vocab_size=30), "this one has 30 and 16"),

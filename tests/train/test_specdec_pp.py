@@ -255,7 +255,8 @@ def test_a_head_learns_from_two_models(scan_target, scan_draft, tmp_path):
 def test_refusals(toy_cfg, toy_params, small):
     params, cfg, own = small
     for drafter, message in (
-        (SpecDecPP(params, cfg), r"own has a last matrix of shape None, which must be \(16, 2\)"),
+        (SpecDecPP(params, cfg), "own is a NoneType, which must be the head's parameters"),
+        (SpecDecPP(params, cfg, own=(StopHead(), own)), "own is a tuple, .* the second of what"),
         (SpecDecPP(params, cfg, own=own | {"w": jnp.zeros((4, 2))}), r"shape \(4, 2\), which must"),
         (SpecDecPP(params, cfg, own=own, threshold=1.5), r"threshold=1.5 must be in \[0, 1\]"),
         (SpecDecPP(params, cfg, own=own, least=0), "least=0 must be at least 1"),

@@ -110,6 +110,10 @@ class DraftModelTree(SmallerModel):
 
     shape: TreeShape = struct.field(pytree_node=False, default=chain(4))
 
+    def validate(self, cfg: ModelConfig) -> None:
+        super().validate(cfg)
+        self.shape.check_width(cfg.vocab_size)
+
     def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)
 

@@ -26,6 +26,7 @@ Letters: B rows, L layers, n exits, J drafts, P shadowed positions of a prompt, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -87,7 +88,7 @@ class DynamicExit(Drafter):
         return cls(tuple(range(1, cfg.n_layers)), num_drafts=3, num_shadow=4)
 
     def validate(self, cfg: ModelConfig) -> None:
-        given = list(self.exits)
+        given = list(self.exits) if isinstance(self.exits, Sequence) else []
         if not given or given != sorted(set(given) & set(range(1, cfg.n_layers))):
             raise ValueError(
                 f"exits={self.exits} must be rising numbers of layers in [1, {cfg.n_layers - 1}]"

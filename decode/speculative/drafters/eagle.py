@@ -64,12 +64,7 @@ class Eagle(FeatureNetwork):
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
-        most = max(self.shape.ranks, default=-1) + 1
-        if most > self.network.num_ids:
-            raise ValueError(
-                f"shape has nodes with {most} children, and the network drafts "
-                f"{self.network.num_ids} different tokens: use a narrower tree"
-            )
+        self.shape.check_width(self.network.num_ids)
 
     def propose(self, cfg: ModelConfig, context: Context, state: FeatureState) -> Proposal:
         of_root, cache = self._read_new(context, state)

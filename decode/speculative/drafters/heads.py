@@ -5,6 +5,7 @@ Letters: D width of the target, U draft vocabulary, J heads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,7 +43,13 @@ class HeadsDrafter(Drafter):
     shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
 
     def validate(self, cfg: ModelConfig) -> None:
+        if not isinstance(self.own, Mapping):
+            raise ValueError(
+                f"own is a {type(self.own).__name__}, which must be the heads' parameters: the "
+                "second of what `load` returns"
+            )
         num_heads, vocab_size, d_model = self.own["unembed"].shape
+        self.shape.check_width(vocab_size)
         vocab_size = cfg.vocab_size if "ids" in self.own else vocab_size
         if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
             raise ValueError(

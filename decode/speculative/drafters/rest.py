@@ -70,6 +70,11 @@ class REST(Drafter):
                 f"max_suffix={self.max_suffix} and draft_len={self.draft_len} must be at most "
                 f"{SORTED_BY} together, by which the datastore is sorted"
             )
+        if not isinstance(self.datastore, Datastore):
+            raise ValueError(
+                f"datastore is a {type(self.datastore).__name__}, which must be what "
+                "`load_datastore` returns"
+            )
         self.datastore.validate(cfg)
 
     @property

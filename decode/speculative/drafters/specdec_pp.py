@@ -20,6 +20,7 @@ Letters: B rows, S slots, W nodes, D width of the draft model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import jax
@@ -85,8 +86,12 @@ class SpecDecPP(DraftModel):
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
-        if self.own is None or self.own["w"].shape != (self.draft.d_model, 2):
-            shape = None if self.own is None else self.own["w"].shape
+        if not isinstance(self.own, Mapping):
+            raise ValueError(
+                f"own is a {type(self.own).__name__}, which must be the head's parameters: the "
+                "second of what `dlm.heads.specdec_pp.load` returns"
+            )
+        if (shape := self.own["w"].shape) != (self.draft.d_model, 2):
             raise ValueError(
                 f"own has a last matrix of shape {shape}, which must be ({self.draft.d_model}, 2): "
                 "a head that was trained for this draft model"

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from decode.core.loop import in_place
@@ -143,11 +144,14 @@ class Swift(Drafter):
             if not 0 <= float(getattr(self, name)) <= 1:
                 raise ValueError(f"{name}={float(getattr(self, name)):g} must be in [0, 1]")
         if self.skipped is not None:
-            if self.skipped.shape != (cfg.n_layers, 2):
+            skipped = np.asarray(self.skipped)
+            if skipped.shape != (cfg.n_layers, 2):
                 raise ValueError(
-                    f"skipped has shape {self.skipped.shape}, not [n_layers={cfg.n_layers}, 2]"
+                    f"skipped has shape {skipped.shape}, not [n_layers={cfg.n_layers}, 2]"
                 )
-            if self.skipped[0].any() or self.skipped[-1].any():
+            if skipped.dtype != bool:
+                raise ValueError(f"skipped has dtype {skipped.dtype}, which must be bool")
+            if skipped[0].any() or skipped[-1].any():
                 raise ValueError("skipped has the first or the last layer, which must be run")
         if cfg.writes_in_place:
             raise ValueError(

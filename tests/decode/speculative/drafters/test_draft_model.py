@@ -10,7 +10,7 @@ from decode.core.sampling import Sampling
 from decode.speculative.accept import Match, SpeculativeSampling
 from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
 from decode.speculative.loop import SpeculativeMethod
-from decode.speculative.tree import from_paths
+from decode.speculative.tree import branching, from_paths
 from dlm.config import ModelConfig
 from dlm.params import Params
 from tests.lib.speculation import random_prompts, run, texts
@@ -85,6 +85,11 @@ def test_a_draft_model_is_parameters_and_configuration(toy_cfg, toy_params):
         DraftModel(toy_cfg, toy_params).validate(toy_cfg)
     with pytest.raises(ValueError, match="draft is a NoneType, which must be a ModelConfig"):
         DraftModel(toy_params, None).validate(toy_cfg)
+
+
+def test_trees_wider_than_the_vocabulary_are_refused(toy_cfg, toy_params):
+    with pytest.raises(ValueError, match="25 children, and there are 24 different tokens to draft"):
+        DraftModelTree(toy_params, toy_cfg, branching(25)).validate(toy_cfg)
 
 
 def test_other_vocabularies_are_refused(toy_cfg, toy_params):

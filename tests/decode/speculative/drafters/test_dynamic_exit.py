@@ -253,7 +253,7 @@ def test_another_law_is_noticed(small):
 
 def test_what_cannot_be_is_refused(deep):
     cfg, *_ = deep
-    for exits in ((), (0,), (2, 1), (L,)):
+    for exits in ((), (0,), (2, 1), (L,), 2):
         with pytest.raises(ValueError, match=r"must be rising numbers of layers in \[1, 3\]"):
             DynamicExit(exits).validate(cfg)
     blocks = dataclasses.replace(cfg, block_len=4, shifted_logits=False, mask_token_id=3)

@@ -135,6 +135,8 @@ def test_what_is_no_datastore_is_refused(tmp_path, toy_cfg):
             build_datastore(texts, V, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokens\.npy is missing"):
         load_datastore(tmp_path)
+    with pytest.raises(ValueError, match="datastore is a PosixPath, which must be what"):
+        REST(tmp_path).validate(toy_cfg)
     drafter = REST(store(tmp_path, [[1, 2, 3]]))
     with pytest.raises(ValueError, match="a vocabulary of 4 tokens and the target has"):
         drafter.validate(toy_cfg)

@@ -298,6 +298,8 @@ def test_what_cannot_be_is_refused(deep):
         Swift(np.zeros((3, 2), bool)).validate(cfg)
     with pytest.raises(ValueError, match="skipped has the first or the last layer"):
         Swift(np.ones((L, 2), bool)).validate(cfg)
+    with pytest.raises(ValueError, match="skipped has dtype int64, which must be bool"):
+        Swift([[0, 0]] * L).validate(cfg)
     blocks = dataclasses.replace(cfg, block_len=4, shifted_logits=False, mask_token_id=3)
     with pytest.raises(ValueError, match="the model says a token where MASK stands"):
         Swift().validate(blocks)
