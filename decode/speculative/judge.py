@@ -125,9 +125,10 @@ def read_tree(
         probs = sampling.probs(logits, occurred)
     if noise is None:
         chosen = jnp.argmax(logits if probs is None else probs, axis=-1).astype(jnp.int32)
-    elif probs is not None:
+    elif sampling.has_filters:
+        assert probs is not None
         chosen = jax.vmap(draw, 1, 1)(by_node, probs)
-    else:
+    else:  # as where nobody wants to see probabilities: drafters change no text
         flat = Noise(by_node.reshape(-1, 2), noise.temperature)
         sample = logits_stats(logits.reshape(-1, cfg.vocab_size), noise=flat).sample
         assert sample is not None

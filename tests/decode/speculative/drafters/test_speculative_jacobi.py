@@ -173,6 +173,21 @@ def test_with_temperature_none_it_is_jacobi(plain, toy_params):
     np.testing.assert_array_equal(*(state.acceptance_histogram for state in states))
 
 
+@pytest.mark.exhaustive(every=4)
+def test_a_text_whose_drafts_must_match_is_drawn_as_without(plain, toy_params):
+    """The laws that are kept for drafts change no random number."""
+    cfg, prompts, *_ = plain
+    sampling = Sampling(temperature=0.8)
+    alone, beside = (
+        texts(run(toy_params, cfg, method, prompts[:8]), 8)
+        for method in (
+            SpeculativeMethod(sampling=sampling),
+            SpeculativeMethod(SpeculativeJacobi(3), sampling=sampling),
+        )
+    )
+    assert alone == beside
+
+
 @pytest.fixture(scope="module")
 def small(toy_cfg):
     return enumerated(toy_cfg, num_tokens=5, gen_len=4)
