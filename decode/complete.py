@@ -13,6 +13,7 @@ from tqdm import tqdm
 from decode.constraints.hosted import HostConstraint, counted
 from decode.constraints.monitors.contracts import Monitor
 from decode.constraints.monitors.watched import watch
+from decode.core.component import by_name
 from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
@@ -51,7 +52,7 @@ from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller, ControllerState
 from decode.speculative.costs import with_costs
 from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
-from decode.speculative.points import named
+from decode.speculative.points import METHODS as DRAFTED
 from dlm.lm import LanguageModel
 
 NO_STOPS = "a search whose texts may all change looks for no strings, only for stop_ids"
@@ -132,7 +133,7 @@ def complete(
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
       gen_len: most tokens to write, end-of-text included, for all or per prompt.
-      temperature: 0: arg-max.
+      temperature: 0: the method's own; arg-max, unless it has one.
       top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty: see
         `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
@@ -215,6 +216,11 @@ def warm_up(
     method, asked = _read(lm, prompts, options)
     if isinstance(method, Planner):
         raise ValueError(f"method={method!r} decides on the host what it needs: call complete")
+    if isinstance(method, hosted.Hosted | hosted_search.HostedSearch):
+        raise ValueError(
+            "constraint must be None: what it says on the host decides what is needed, so call "
+            "complete"
+        )
     return asked.warm_up(loop_of(method), method, options.get("batch_size"))
 
 
@@ -264,9 +270,14 @@ def _read(
     if not isinstance(method, Planner) and not _finds_several(method):
         return method, read_asked(lm, prompts, options)
     num_return = whole_number("num_return", options.get("num_return", 1))
+    if num_return < 1:
+        raise ValueError(f"num_return={num_return} must be at least 1")
     if isinstance(method, Planner):
-        if not 1 <= num_return <= method.num_results:
-            raise ValueError(f"num_return={num_return} must be in [1, {method.num_results}]")
+        if num_return > method.num_results:
+            raise ValueError(
+                f"num_return={num_return} must be in [1, {method.num_results}], see num_results of "
+                f"{type(method).__name__}"
+            )
         return method, read_asked(lm, prompts, cast(TextOptions, {**options, "num_return": 1}))
     method = method.replace(num_return=max(num_return, method.num_return))
     return method, read_asked(lm, prompts, cast(TextOptions, {**options, "num_return": 1}))
@@ -309,8 +320,8 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
     if method is None:
         method = SpeculativeMethod()
     elif isinstance(method, str):
-        found_by_name: dict[str, AnyMethod] = {**SEARCHES, **PLANNERS}
-        method = found_by_name[method] if method in found_by_name else named(method)
+        every: dict[str, AnyMethod] = {**DRAFTED, **SEARCHES, **PLANNERS}
+        method = by_name(every, method)
     if isinstance(method, Planner):
         return _plan(method, given, choices)
     constraint = choices.get("constraint")
@@ -324,7 +335,8 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
         raise ValueError(
             f"method={method!r} must be a SpeculativeMethod or a SearchMethod, or the name of one"
         )
-    method = method.replace(**{k: choice for k, choice in given.items() if choice is not None})
+    method.check_kinds()
+    method = method.replace(**_changes(method, given))
     method.check_kinds()
     if constraint is None:
         return method
@@ -350,6 +362,14 @@ def _plan(method: Planner, given: Mapping[str, Any], choices: Choices) -> Planne
     return method.with_choices(given["sampling"], None if ids is None else tuple(ids.tolist()))
 
 
+def _changes(method: SpeculativeMethod | SearchMethod, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices that replace those of a method: of its sampling what was given, and no more."""
+    some = {name: choice for name, choice in given.items() if choice is not None}
+    if "sampling" in some:
+        some["sampling"] = method.sampling.changed_by(some["sampling"])
+    return some
+
+
 def _planned(asked: Asked, method: Planner, progress: bool) -> Iterator[tuple[int, Completion]]:
     """The answers of a search on the host, one prompt after the other."""
     requests = list(zip(asked.prompts, asked.gen_lens, asked.seeds, strict=True))
@@ -360,15 +380,13 @@ def _planned(asked: Asked, method: Planner, progress: bool) -> Iterator[tuple[in
 
 
 def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -> SearchMethod:
-    """A search with what was given beside it; of filters alone its temperature stays."""
+    """A search with what was given beside it."""
     for name in ("drafter", "acceptance", "controller", "top_logprobs"):
         if given[name] is not None:
             raise ValueError(f"{name}={given[name]!r} is for one text at a time: a search has none")
-    some: dict[str, Any] = {n: given.get(n) for n in ("sampling", "stop_ids", "constraint")}
-    some = {name: choice for name, choice in some.items() if choice is not None}
-    if "sampling" in some and some["sampling"].temperature is None:
-        some["sampling"] = some["sampling"].replace(temperature=method.sampling.temperature)
-    method = method.replace(**some)
+    method.check_kinds()
+    beside = {name: given.get(name) for name in ("sampling", "stop_ids", "constraint")}
+    method = method.replace(**_changes(method, beside))
     method.check_kinds()
     return method.replace(strategy=method.strategy.for_model(lm))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flax import struct
@@ -12,6 +14,7 @@ from decode.core.requests import real_number, whole_number
 from dlm.config import ModelConfig
 
 Kind = TypeVar("Kind")  # of dataclasses
+Entry = TypeVar("Entry")
 
 
 @struct.dataclass
@@ -33,6 +36,14 @@ class Part:
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
+
+
+def by_name(table: Mapping[str, Entry], name: str) -> Entry:
+    """What a table of methods has under a name; ValueError, with some that it has, if nothing."""
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=4, cutoff=0.5) or table
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(close)}")
+    return table[name]
 
 
 def as_kind(kind: type[Kind], made: Any, **fields: Any) -> Kind:

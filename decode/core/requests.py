@@ -131,6 +131,13 @@ def read_stop_ids(stop_ids: Sequence[int]) -> np.ndarray | None:
     return np.array(ids, np.int64) if ids else None
 
 
+def check_stop_ids(stop_ids: Any, cfg: ModelConfig) -> None:
+    """Raises ValueError unless tokens that end a text, [n] or a tuple, are tokens of the model."""
+    for token in np.asarray(stop_ids).reshape(-1).tolist():
+        if not 0 <= whole_number("an entry of stop_ids", token) < cfg.vocab_size:
+            raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+
+
 def _is_list(value: object) -> bool:
     """Whether something has entries, and is no text."""
     if isinstance(value, np.ndarray):

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from decode.constraints.token_ban import TokenBan
 from decode.core.component import check_numbers
+from decode.core.requests import check_stop_ids
 from decode.core.results import check_top_logprobs
 from decode.diffusion.caches.canvas import CachePolicy
 from decode.diffusion.caches.no_cache import NoCache
@@ -161,9 +161,7 @@ class DiffusionMethod(struct.PyTreeNode):
                 f"guidance={float(self.guidance):g} mixes logits through hidden states, which "
                 f"logits with logit_cap={cfg.logit_cap} do not allow: leave it out"
             )
-        for token in np.asarray(self.stop_ids, np.int64):
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+        check_stop_ids(self.stop_ids, cfg)
         if self.lookahead < 0:
             raise ValueError(f"lookahead={self.lookahead} must be at least 0")
         if self.lookahead and (reason := self._refuse_lookahead()):

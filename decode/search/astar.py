@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 
@@ -96,19 +96,17 @@ class AStar(Planner):
             check_count(name, getattr(self, name))
         if self.path_cost not in ("consistent", "drops"):
             raise ValueError(f"path_cost={self.path_cost!r} must be 'consistent' or 'drops'")
-        if not self.delimiter:
-            raise ValueError("delimiter='' must be some text")
+        if not isinstance(self.delimiter, str) or not self.delimiter:
+            raise ValueError(f"delimiter={self.delimiter!r} must be some text")
+        if not isinstance(self.scorer, StepScorer):
+            raise ValueError(f"scorer={self.scorer!r} must be of class StepScorer")
 
     @property
     def num_results(self) -> int:
         return self.num_goals
 
-    def with_choices(self, sampling: Sampling | None, stop_ids: tuple[int, ...] | None) -> Self:
-        changes = {"sampling": sampling, "stop_ids": stop_ids}
-        return self.replace(**{name: x for name, x in changes.items() if x is not None})
-
     def validate(self, lm: LanguageModel) -> None:
-        self.sampling.validate(lm.cfg)
+        super().validate(lm)
         if lm.tokenizer is None:
             raise ValueError(
                 f"delimiter={self.delimiter!r} must be found in tokens, and the checkpoint has no "
@@ -172,7 +170,7 @@ class AStar(Planner):
         ((rest,),) = greedy.go_on(
             [[*prompt, *state.tokens]], [room], [state.key], times=1, rows=1, G=G
         )
-        writer.num_tokens += greedy.num_tokens
+        found.num_tokens += greedy.num_tokens
         writer.num_forwards += greedy.num_forwards
         return dataclasses.replace(
             state,
@@ -233,7 +231,7 @@ class Found:
       popped: numbers of states, in the order in which they were taken out.
       open: numbers of states that are open, the best first.
       num_expansions: states that were expanded.
-      num_tokens: that were drawn.
+      num_tokens: that were drawn, or written to finish a state.
       num_scored: texts that were scored.
     """
 

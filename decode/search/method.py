@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 from flax import struct
 
 from decode.core.component import check_numbers
 from decode.core.hso import HSO
+from decode.core.requests import check_stop_ids
 from decode.core.sampling import FILTERS, Sampling
 from decode.diffusion.contracts import Constraint
 from decode.search.contracts import Strategy
@@ -75,6 +75,11 @@ class SearchMethod(struct.PyTreeNode):
         if given and not self.strategy.draws:
             name = type(self.strategy).__name__
             raise ValueError(f"{name} draws nothing, so {given[0]} goes without it")
+        if self.strategy.draws and self.sampling.temperature is None:
+            name = type(self.strategy).__name__
+            raise ValueError(
+                f"temperature=None must be a number: {name} draws, by default from {name}.sampling"
+            )
         if self.strategy.looks_ahead:
             shaped: dict[str, Any] = {
                 "no_repeat_ngram": self.no_repeat_ngram or None,
@@ -97,9 +102,7 @@ class SearchMethod(struct.PyTreeNode):
                 f"shifted_logits=False with block_len={cfg.block_len}: search needs a model that "
                 "predicts the next token"
             )
-        for token in np.asarray(self.stop_ids, np.int64):
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+        check_stop_ids(self.stop_ids, cfg)
 
     def _check_constraint(self, cfg: ModelConfig) -> None:
         """As `validate`."""

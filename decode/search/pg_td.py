@@ -96,8 +96,10 @@ class PGTD(Planner):
             "num_children", "num_rollouts", "num_beams", "max_calls", "num_leaves", "num_return",
         ):  # fmt: skip
             check_count(name, getattr(self, name))
-        if not self.exploration >= 0:
-            raise ValueError(f"exploration={self.exploration:g} must be at least 0")
+        if not 0 <= self.exploration < math.inf:
+            raise ValueError(f"exploration={self.exploration:g} must be finite and at least 0")
+        if not callable(self.reward):
+            raise ValueError(f"reward={self.reward!r} must be a function of a prompt and a text")
         if not 0 < self.base < math.inf:
             raise ValueError(f"base={self.base:g} must be above 0")
         if self.policy not in ("var_p_uct", "p_uct", "uct"):
@@ -114,11 +116,10 @@ class PGTD(Planner):
     def with_choices(self, sampling: Sampling | None, stop_ids: Tokens | None) -> Self:
         if sampling is not None and self.mode == "best":
             raise ValueError("temperature and filters must be left out with mode='best'")
-        changes = {"sampling": sampling, "stop_ids": stop_ids}
-        return self.replace(**{name: x for name, x in changes.items() if x is not None})
+        return super().with_choices(sampling, stop_ids)
 
     def validate(self, lm: LanguageModel) -> None:
-        self.sampling.validate(lm.cfg)
+        super().validate(lm)
         if lm.tokenizer is None:
             raise ValueError("reward is of text, and the checkpoint has no tokenizer to write it")
         if self.num_children > lm.cfg.vocab_size:

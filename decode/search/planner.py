@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode.core.requests import PREFILL, lay_out
+from decode.core.requests import PREFILL, check_stop_ids, lay_out, whole_number
 from decode.core.results import Completion, to_text
 from decode.core.sampling import Sampling
 from decode.core.streams import fold_in
@@ -49,9 +49,17 @@ class Continuation:
     top_log_probs: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Planner:
-    """A search on the host: a method for `decode.complete`, which answers one prompt at a time."""
+    """A search on the host: a method for `decode.complete`, which answers one prompt at a time.
+
+    Attributes:
+      sampling: how tokens are drawn.
+      stop_ids: tokens that end a text, besides the model's end-of-text.
+    """
+
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -63,10 +71,24 @@ class Planner:
 
     def with_choices(self, sampling: Sampling | None, stop_ids: tuple[int, ...] | None) -> Self:
         """With what was asked for beside it; ValueError if that makes no sense."""
-        raise NotImplementedError
+        self._check_kinds()
+        changes: dict[str, Any] = {}
+        if sampling is not None:
+            changes["sampling"] = self.sampling.changed_by(sampling)
+        if stop_ids is not None:
+            changes["stop_ids"] = stop_ids
+        return self.replace(**changes)
 
     def validate(self, lm: LanguageModel) -> None:
         """Raises ValueError, in one sentence, on what makes no sense for a model."""
+        self._check_kinds()
+        self.sampling.validate(lm.cfg)
+        check_stop_ids(self.stop_ids, lm.cfg)
+
+    def _check_kinds(self) -> None:
+        """Raises ValueError if a choice is of another kind than its field's."""
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling={self.sampling!r} must be of class Sampling")
 
     def answer(
         self, lm: LanguageModel, prompt: Sequence[int], gen_len: int, seed: int
@@ -193,6 +215,6 @@ def completed(
 
 
 def check_count(name: str, value: int | None, lowest: int = 1) -> None:
-    """Raises ValueError unless a number that counts is at least `lowest`; None is not looked at."""
-    if value is not None and value < lowest:
+    """Raises ValueError unless a number counts and is at least `lowest`; None is not looked at."""
+    if value is not None and whole_number(name, value) < lowest:
         raise ValueError(f"{name}={value} must be at least {lowest}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 from flax import struct
 
 from decode.core.component import check_numbers
+from decode.core.requests import check_stop_ids
 from decode.core.results import check_top_logprobs
 from decode.core.sampling import Sampling
 from decode.speculative.accept import AcceptanceRule, Match
@@ -54,9 +54,7 @@ class SpeculativeMethod(struct.PyTreeNode):
         for choice in (self.drafter, self.acceptance, self.controller):
             if choice is not None and (reason := choice.refuse(self)):
                 raise ValueError(reason)
-        for token in np.asarray(self.stop_ids, np.int64):
-            if not 0 <= token < cfg.vocab_size:
-                raise ValueError(f"stop_ids has {token}, not in [0, vocab_size={cfg.vocab_size})")
+        check_stop_ids(self.stop_ids, cfg)
 
     def check_kinds(self) -> None:
         """Raises ValueError unless every choice is of its class, and numbers are numbers."""

@@ -9,8 +9,7 @@ A drafter's own published settings stand in its file (`Drafter.points`).
 
 from __future__ import annotations
 
-import difflib
-
+from decode.core.component import by_name
 from decode.speculative.components import DRAFTERS
 from decode.speculative.loop import SpeculativeMethod
 
@@ -25,7 +24,4 @@ def named(name: str) -> SpeculativeMethod:
     Raises:
       ValueError: there is no such method.
     """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=4, cutoff=0.5) or METHODS
-        raise ValueError(f"there is no method {name!r}; there are {', '.join(close)}")
-    return METHODS[name]
+    return by_name(METHODS, name)

@@ -8,11 +8,16 @@ import pytest
 
 import dlm
 from decode.complete import choose, complete, stream_text
-from decode.core.sampling import FILTERS
+from decode.core.sampling import FILTERS, Sampling
 from decode.core.texts import MethodOptions
 from decode.generate import choose as choose_diffusion
 from decode.generate import generate
+from decode.search.astar import AStar
+from decode.search.components import CNTP, Beam
+from decode.search.loop import SearchMethod
+from decode.search.pg_td import PGTD
 from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.loop import SpeculativeMethod
 from tests.lib.untrained import byte_lm
 
 
@@ -102,6 +107,27 @@ def test_filters_are_those_of_sampling(lm):
         assert {name: getattr(chosen, name) for name in FILTERS} == given
 
 
+def test_what_is_given_replaces_that_and_no_more(lm):
+    """Of what a method draws from, by a drafter, a search and a search on the host."""
+    own = Sampling(0.8, top_p=0.9)
+    for method in (
+        SpeculativeMethod(sampling=own),
+        SearchMethod(CNTP(2), own),
+        AStar(sampling=own),
+        PGTD(reward=len, mode="sample", sampling=own),
+    ):
+        for given, expected in (
+            ({"top_k": 5}, own.replace(top_k=5)),
+            ({"temperature": 0.5}, own.replace(temperature=0.5)),
+            (
+                {"top_p": 0.5, "repetition_penalty": 1.2},
+                Sampling(0.8, top_p=0.5, repetition_penalty=1.2),
+            ),
+            ({}, own),
+        ):
+            assert choose(lm, {"method": method, **given}).sampling == expected
+
+
 def test_a_penalty_counts_the_drafts_too(lm):
     """Greedy with a large penalty never repeats a token, and drafts do not change that."""
     options = dict(gen_len=20, repetition_penalty=1e4)
@@ -130,6 +156,10 @@ def test_bad_options_are_refused(lm):
             dict(method=5),
             "method=5 must be a SpeculativeMethod or a SearchMethod, or the name of one",
         ),
+        (dict(method="beam_5"), "there is no method 'beam_5'; there are beam_4"),
+        (dict(method="beam_4", num_return=0), "num_return=0 must be at least 1"),
+        (dict(method=SearchMethod(Beam(), stop_ids=(1.5,))), "an entry of stop_ids=1.5 must be a"),
+        (dict(method=SearchMethod(CNTP())), "temperature=None must be a number: CNTP draws"),
         (dict(drafter="prompt_lookup"), "drafter='prompt_lookup' must be of class Drafter"),
         (dict(acceptance=5), "acceptance=5 must be of class AcceptanceRule"),
         (dict(controller=True), "controller=True must be of class Controller"),

@@ -279,6 +279,17 @@ def test_bad_options_are_refused(lm):
         (lambda: AStar(max_tokens=0), "max_tokens=0 must be at least 1"),
         (lambda: AStar(path_cost="x"), "path_cost='x' must be 'consistent' or 'drops'"),
         (lambda: AStar(delimiter=""), "delimiter='' must be some text"),
+        (lambda: AStar(delimiter=5), "delimiter=5 must be some text"),
+        (lambda: AStar(num_samples=2.5), "num_samples=2.5 must be a whole number"),
+        (lambda: AStar(scorer=len), "must be of class StepScorer"),
+        (
+            lambda: complete(lm, "a", gen_len=4, method=AStar(sampling=0.8)),
+            "sampling=0.8 must be of class Sampling",
+        ),
+        (
+            lambda: complete(lm, "a", gen_len=4, method="a_star", stop_ids=[9999]),
+            "stop_ids has 9999, not in",
+        ),
         (lambda: ValueHead(len, num_rows=0), "num_rows=0 must be at least 1"),
         (lambda: complete(lm, "a", method="a_star", num_return=2), "num_return=2 must be in"),
         (lambda: complete(lm, "a", method="a_star", stop="x"), "looks for no strings"),

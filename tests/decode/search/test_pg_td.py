@@ -304,7 +304,9 @@ def test_programs_are_rewarded_in_the_sandbox():
 def test_bad_options_are_refused(lm):
     for options, message in (
         (dict(num_children=0), "num_children=0 must be at least 1"),
-        (dict(exploration=-1.0), "exploration=-1 must be at least 0"),
+        (dict(exploration=-1.0), "exploration=-1 must be finite and at least 0"),
+        (dict(exploration=math.inf), "exploration=inf must be finite and at least 0"),
+        (dict(num_rollouts=2.5), "num_rollouts=2.5 must be a whole number"),
         (dict(base=0.0), "base=0 must be above 0"),
         (dict(policy="x"), "policy='x' must be 'var_p_uct', 'p_uct' or 'uct'"),
         (dict(mode="x"), "mode='x' must be 'best' or 'sample'"),
@@ -314,6 +316,8 @@ def test_bad_options_are_refused(lm):
             PGTD(reward=wanted, **options)
     with pytest.raises(ValueError, match="num_children=999 must be at most vocab_size"):
         complete(lm, "a", gen_len=4, method=PGTD(reward=wanted, num_children=999))
+    with pytest.raises(ValueError, match="reward=5 must be a function"):
+        PGTD(reward=5)
     with pytest.raises(ValueError, match="temperature and filters must be left out"):
         complete(lm, "a", gen_len=4, method=PGTD(reward=wanted), temperature=1.0)
     with pytest.raises(ValueError, match="reward gave nan, which must be a number"):
