@@ -22,6 +22,7 @@ from decode.core.requests import OnePrompt
 from decode.core.texts import begin_one, inside, read_one
 from decode.search.answers import LOOP
 from decode.search.contracts import exists
+from decode.search.hosted import HostedSearch
 from decode.search.loop import SearchMethod, SearchState, results, weighed
 from decode.search.planner import Planner
 from dlm.lm import LanguageModel
@@ -56,6 +57,8 @@ def watch_search(
         return list(explored.nodes) if explored is not None else []
     if not isinstance(method, SearchMethod):
         raise ValueError(f"method={choices.get('method')!r} must be one that searches")
+    if isinstance(method, HostedSearch):
+        raise ValueError("constraint must be None or traced: one on the host is not watched")
     if lm.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer that could be read, to show tokens with")
     method = method.replace(num_return=method.strategy.num_results)

@@ -2,8 +2,8 @@
 
 A constraint knows one state per text. States never change: `advance` makes another one, so texts
 that begin alike share theirs, and what was drafted and is rejected leaves nothing behind. A state
-follows from the tokens of its text alone, so a row of a batch, which may get another text at any
-time, is found by what it holds.
+follows from the tokens of its text and how many of them were given, so a row of a batch, which may
+get another text at any time, is found by what it holds.
 
 A round of draft and verify (`decode.speculative.hosted`) has three parts; a search
 (`decode.search.hosted`) knows what is allowed before it judges, and needs one program:
@@ -65,24 +65,24 @@ class Follower:
     def __init__(self, constraint: HostConstraint, never: np.ndarray | None = None) -> None:
         self.constraint = constraint
         self.never = never
-        self._known: collections.OrderedDict[bytes, State] = collections.OrderedDict()
+        self._known: collections.OrderedDict[tuple[int, bytes], State] = collections.OrderedDict()
 
     def state_of(self, tokens: np.ndarray, prompt_len: int) -> State:
         """The state of a text [n] int32 whose first `prompt_len` tokens were given."""
-        if (key := tokens.tobytes()) not in self._known:
-            *before, token = tokens.tolist()
-            if len(before) >= prompt_len and tokens[:-1].tobytes() in self._known:
-                state = self.follow(self._known[tokens[:-1].tobytes()], token)
+        if (key := (prompt_len, tokens.tobytes())) not in self._known:
+            before = prompt_len, tokens[:-1].tobytes()
+            if len(tokens) > prompt_len and before in self._known:
+                state = self.follow(self._known[before], int(tokens[-1]))
             else:
                 state = self.constraint.begin(tokens[:prompt_len].tolist())
                 for token in tokens[prompt_len:].tolist():
                     state = self.follow(state, token)
-            self.remember(tokens, state)
+            self.remember(tokens, prompt_len, state)
         return self._known[key]
 
-    def remember(self, tokens: np.ndarray, state: State) -> None:
-        """Keeps the state of a text [n] int32 for when it is asked for."""
-        self._known[tokens.tobytes()] = state
+    def remember(self, tokens: np.ndarray, prompt_len: int, state: State) -> None:
+        """Keeps the state of a text, as `state_of` has it, for when it is asked for."""
+        self._known[prompt_len, tokens.tobytes()] = state
         if len(self._known) > MOST_KEPT:
             self._known.popitem(last=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from decode.core.component import as_kind
 from decode.core.results import Completion, to_text
 from decode.core.texts import Loop
 from decode.search.contracts import exists
@@ -36,7 +37,9 @@ def collect(
       num: how many prompts; None: all.
       stops: strings before the first of which texts are cut.
     """
-    asked = results(method, state), state.num_forwards, method.strategy.counts(state.strategy)
+    # What only the host knows of a method is no part of a program.
+    shown = results(as_kind(SearchMethod, method), state)
+    asked = shown, state.num_forwards, method.strategy.counts(state.strategy)
     found, forwards, counts = jax.device_get(asked)
     ends = {*lm.cfg.eos_ids, *map(int, np.asarray(method.stop_ids).reshape(-1))}
     completions = []
@@ -73,7 +76,8 @@ def collect(
 
 def _written(state: SearchState, method: SearchMethod) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The best texts of all prompts, as it stands: certain, or nothing of it before the end."""
-    found = jax.device_get(results(method.replace(num_return=1), state.replace(cache=None)))
+    best_only = as_kind(SearchMethod, method, num_return=1)
+    found = jax.device_get(results(best_only, state.replace(cache=None)))
     best = [row[0, : num[0]] for row, num in zip(found.tokens, found.num_tokens, strict=True)]
     none = [row[:0] for row in best]
     return (best, none) if method.strategy.commits else (none, best)

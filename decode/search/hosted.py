@@ -49,8 +49,12 @@ class HostedSearch(SearchMethod):
             raise ValueError(
                 f"constraint={self.constraint.name} must be None beside one on the host"
             )
+        name = type(self.strategy).__name__
+        if self.strategy.takes_back:
+            raise ValueError(
+                f"constraint must be None with {name}, whose rounds may read one hypothesis only"
+            )
         if self.strategy.looks_ahead:
-            name = type(self.strategy).__name__
             raise ValueError(
                 f"constraint must be None with {name}, which reads what follows tokens that are "
                 "not written yet"

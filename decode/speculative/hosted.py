@@ -146,7 +146,7 @@ def decode(
             length[b] += count[b]
         done = stopped
     for b, own in states.items():
-        follower.remember(tokens[b, : length[b]], own)
+        follower.remember(tokens[b, : length[b]], int(prompt_len[b]), own)
     return state.replace(num_released=state.num_released + num_released)
 
 

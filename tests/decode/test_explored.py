@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from decode.complete import complete
+from decode.constraints.monitors.python import PythonMonitor
 from decode.core.explored import Node
 from decode.explored import watch_search
 from decode.pictures import FATES, Picture, draw_search
@@ -83,6 +84,8 @@ def test_what_is_no_search_is_refused_at_once(lm):
         watch_search(dataclasses.replace(lm, tokenizer=None), [1], method="beam_4")
     with pytest.raises(ValueError, match="gen_len=0"):
         watch_search(lm, "abc", method="beam_4", gen_len=0)
+    with pytest.raises(ValueError, match="constraint must be None or traced: one on the host"):
+        watch_search(lm, "abc", method="beam_4", constraint=PythonMonitor())
 
 
 # ---- Pictures -----------------------------------------------------------------------------------

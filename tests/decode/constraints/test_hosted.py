@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import dlm
-from decode.complete import complete, stream_text
+from decode.complete import complete, stream_text, warm_up
 from decode.constraints.hosted import Follower, HostConstraint
+from decode.constraints.monitors.automaton import Automaton, AutomatonMonitor
 from decode.constraints.monitors.dereference import IntrospectionMonitor
 from decode.constraints.monitors.watched import Vocabulary, Watched
 from decode.core.sampling import FILTERS, Sampling
@@ -300,6 +301,9 @@ def test_complete_with_rows_replaced(lm, method):
         alone = complete(lm, prompt, **options)
         assert alone.tokens.tolist() == answer.tokens.tolist()
         assert alone.counts == answer.counts
+    num_programs = results._cache_size()
+    assert complete(lm, ASKED[1], **options).tokens.tolist() == together[1].tokens.tolist()
+    assert results._cache_size() == num_programs  # another constraint compiles nothing
     plain = complete(lm, ASKED[2], gen_len=12, method=method)
     assert plain.text == together[2].text and "num_masked" not in plain.counts
 
@@ -320,6 +324,17 @@ def test_a_state_that_allows_nothing_is_released():
     ruled = Follower(Watched(MONITOR, Vocabulary(WORDS)), never)
     state = ruled.state_of(np.array([OBJ], np.int32), 1)
     assert not ruled.mask(state)[6] and Follower(ruled.constraint).mask(state)[6]
+
+
+def test_what_was_given_is_told_from_what_was_written():
+    """The same tokens, of which the last was written behind one prompt and is part of another."""
+    monitor = AutomatonMonitor(Automaton.words(["ab"]), "")
+    follower, text = (
+        Follower(Watched(monitor, Vocabulary([b"a", b"b"]))),
+        np.array([1, 0], np.int32),
+    )
+    allowed = lambda prompt_len: follower.mask(follower.state_of(text, prompt_len)).tolist()
+    assert (allowed(1), allowed(2)) == ([False, True], [True, False])
 
 
 @pytest.mark.exhaustive
@@ -346,10 +361,15 @@ def test_bad_constraints_are_refused(lm):
             dict(method=SearchMethod(Contrastive()), constraint=MONITOR),
             "constraint must be None with Contrastive, which reads",
         ),
+        (dict(method="cntp", constraint=MONITOR), "constraint must be None with CNTP, whose"),
+        (dict(method="adadec", constraint=MONITOR), "constraint must be None with AdaDec, whose"),
     ):
         with pytest.raises(ValueError, match=message):
             complete(lm, "abc", gen_len=4, **options)
     nameless = dlm.LanguageModel(lm.params, lm.cfg, None)
+    for method in ("beam_4", "prompt_lookup"):
+        with pytest.raises(ValueError, match="constraint must be None: what it says on the host"):
+            warm_up(lm, "abc", method=method, constraint=MONITOR, gen_len=4)
     with pytest.raises(ValueError, match="reads text, but the checkpoint has no tokenizer"):
         complete(nameless, [1, 2], constraint=MONITOR)
     for method in (hosted.Hosted(), hosted_search.HostedSearch(Beam())):
