@@ -50,7 +50,8 @@ class Round:
     Attributes:
       best: the most probable tokens, after bias, penalties and bans; nothing else of the vocabulary
         is computed for them.
-      log_probs: makes [B, K, n, V] float32: all of them, likewise; `NEVER`: not allowed.
+      log_probs: makes [B, K, n, V] float32: all of them, likewise; `NEVER`: not allowed, where a
+        constraint's `accept` is asked of tokens only that end a text.
       probs: makes [B, K, n, V] float32: what tokens are drawn from, over the temperature and after
         filters, too.
       stats: what the model itself says, with its k most probable tokens: statistics [B, K, n] of

@@ -107,7 +107,7 @@ def what_is_seen(
 
     return Round(
         best=best,
-        log_probs=log_probs,
+        log_probs=lambda: _with_ends_accepted(cfg, method, state, ids, log_probs()),
         probs=lambda: method.sampling.law(allowed(logits())),
         stats=stats,
         hidden=of_all(hidden),
@@ -124,6 +124,17 @@ def what_is_seen(
         key=fold_in(state.key, state.num_forwards),
         active=~state.has_stopped,
     )
+
+
+def _with_ends_accepted(
+    cfg: ModelConfig, method: SearchMethod, state: SearchState, ids: jax.Array, log_probs: jax.Array
+) -> jax.Array:
+    """Log-probabilities [B, K, n, V], with `NEVER` for those of tokens [m] that are refused."""
+    if method.constraint is None or type(method.constraint).accept is Constraint.accept:
+        return log_probs
+    every = jnp.broadcast_to(ids.reshape(1, 1, 1, -1), (*log_probs.shape[:3], len(ids)))
+    most = jnp.where(constrained.accepts(cfg, method, state, every), jnp.inf, NEVER)
+    return log_probs.at[..., ids].min(most)
 
 
 def _accepted(

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts
-from decode.search.strategies.trials import Trials, go_on, of_read
+from decode.search.strategies.trials import Trials, check_mask, go_on, of_read
 from dlm.config import ModelConfig
 
 
@@ -42,6 +42,7 @@ class AdaDecState(struct.PyTreeNode):
       is_sure: [B, K] bool. Whether the next one would.
       num_pauses: [B] int32. Tokens that were chosen by a look ahead.
       num_rolled: [B] int32. Tokens of all rollouts.
+      num_read: [B] int32. Tokens that were read, each of every rollout.
     """
 
     trials: Trials
@@ -49,6 +50,7 @@ class AdaDecState(struct.PyTreeNode):
     is_sure: jax.Array
     num_pauses: jax.Array
     num_rolled: jax.Array
+    num_read: jax.Array
 
 
 @struct.dataclass
@@ -86,10 +88,8 @@ class AdaDec(Strategy):
         for name in ("look_ahead", "min_rollout"):
             if not int(getattr(self, name)) >= 0:
                 raise ValueError(f"{name}={int(getattr(self, name))} must be at least 0")
-        if self.stops is not None and self.stops.shape != (cfg.vocab_size,):
-            raise ValueError(
-                f"stops has shape {self.stops.shape}, not [vocab_size={cfg.vocab_size}]"
-            )
+        if self.stops is not None:
+            check_mask("stops", self.stops, cfg)
 
     @property
     def width(self) -> int:
@@ -106,14 +106,15 @@ class AdaDec(Strategy):
     def init(self, cfg: ModelConfig, B: int, S: int, G: int) -> AdaDecState:
         none = jnp.zeros(B, jnp.int32)
         lanes = jnp.zeros((B, self.width), jnp.int32)
-        return AdaDecState(Trials.none(B, self.width), lanes, lanes > 0, none, none)
+        return AdaDecState(Trials.none(B, self.width), lanes, lanes > 0, none, none, none)
 
     def num_live(self, state: AdaDecState) -> jax.Array:
         return state.trials.num
 
     def counts(self, state: AdaDecState) -> Mapping[str, jax.Array]:
-        """Pauses, and tokens of rollouts; forwards beyond one per token are for these."""
-        return {"num_pauses": state.num_pauses, "num_rolled": state.num_rolled}
+        """Pauses, tokens of rollouts (forwards beyond one per token are for these), tokens read."""
+        names = ("num_pauses", "num_rolled", "num_read")
+        return {name: getattr(state, name) for name in names}
 
     def choose(self, seen: Round, state: AdaDecState) -> Choice:
         K, before = self.width, state.trials
@@ -160,6 +161,7 @@ class AdaDec(Strategy):
                 is_sure=is_sure,
                 num_pauses=state.num_pauses + pauses,
                 num_rolled=state.num_rolled + jnp.where(is_new, 0, is_written.sum(axis=1)),
+                num_read=state.num_read + before.num,
             ),
         )  # fmt: skip
 

@@ -105,8 +105,10 @@ class Beam(Strategy):
             raise ValueError(f"num_beams={self.num_beams} must be at least 1")
         if self.ends not in ("first", "now", "safe"):
             raise ValueError(f"ends={self.ends!r} must be 'first', 'now' or 'safe'")
-        if not float(self.length_offset) >= 0:
-            raise ValueError(f"length_offset={float(self.length_offset):g} must be at least 0")
+        if not 0 <= float(self.length_offset) < math.inf:
+            raise ValueError(
+                f"length_offset={float(self.length_offset):g} must be finite and at least 0"
+            )
         if not math.isfinite(float(self.length_penalty)):
             raise ValueError(f"length_penalty={float(self.length_penalty):g} must be finite")
         if not int(self.min_len) >= 0:
@@ -201,13 +203,17 @@ class Beam(Strategy):
         """What was put aside and, where the length ended the search, what was under way."""
         score = texts.score / self.norm(texts.num_tokens)[:, None]
         is_there = exists(texts.score) & ~state.is_done[:, None]
-        found = state.with_better(
+        # What could not go on is still more than a place where nothing was put aside.
+        aside = state.replace(score=jnp.where(exists(state.score), state.score, 2 * NEVER))
+        found = aside.with_better(
             texts.tokens,
             texts.log_prob,
             jnp.broadcast_to(texts.num_tokens[:, None], score.shape),
             jnp.where(is_there, score, NEVER),
         )
-        return Results(found.tokens, found.log_prob, found.num_tokens, found.score)
+        return Results(
+            found.tokens, found.log_prob, found.num_tokens, jnp.maximum(found.score, NEVER)
+        )
 
 
 def _with(

@@ -29,8 +29,8 @@ from flax import struct
 
 from decode.core.sampling import Sampling, draw
 from decode.core.streams import fold_in
-from decode.search.contracts import Choice, Results, Round, Strategy, Texts
-from decode.search.strategies.trials import Trials, go_on, of_read
+from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, exists
+from decode.search.strategies.trials import Trials, check_mask, go_on, of_read
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 from dlm.tokenizer import Tokenizer
@@ -45,11 +45,13 @@ class CNTPState(struct.PyTreeNode):
       trials: those under way.
       num_drawn: [B] int32. Tokens of all trials so far.
       num_unsure: [B] int32. How often there was more than one.
+      num_read: [B] int32. Tokens that were read, each of every trial.
     """
 
     trials: Trials
     num_drawn: jax.Array
     num_unsure: jax.Array
+    num_read: jax.Array
 
 
 @struct.dataclass
@@ -86,18 +88,16 @@ class CNTP(Strategy):
         if self.max_trials < 1:
             raise ValueError(f"max_trials={self.max_trials} must be at least 1")
         low, high = float(self.min_entropy), float(self.max_entropy)
-        if not low < float("inf"):
-            raise ValueError(f"min_entropy={low:g} must be a number")
+        if not abs(low) < float("inf"):
+            raise ValueError(f"min_entropy={low:g} must be a finite number")
         if not low < high:
             raise ValueError(f"max_entropy={high:g} must be above min_entropy={low:g}")
         if not int(self.max_len) >= 1:
             raise ValueError(f"max_len={int(self.max_len)} must be at least 1")
         if self.formula not in ("code", "paper"):
             raise ValueError(f"formula={self.formula!r} must be 'code' or 'paper'")
-        if self.punctuation is not None and self.punctuation.shape != (cfg.vocab_size,):
-            raise ValueError(
-                f"punctuation has shape {self.punctuation.shape}, not [vocab_size={cfg.vocab_size}]"
-            )
+        if self.punctuation is not None:
+            check_mask("punctuation", self.punctuation, cfg)
 
     def for_model(self, lm: LanguageModel) -> Strategy:
         if self.punctuation is not None:
@@ -125,14 +125,15 @@ class CNTP(Strategy):
 
     def init(self, cfg: ModelConfig, B: int, S: int, G: int) -> CNTPState:
         none = jnp.zeros(B, jnp.int32)
-        return CNTPState(Trials.none(B, self.width), none, none)
+        return CNTPState(Trials.none(B, self.width), none, none, none)
 
     def num_live(self, state: CNTPState) -> jax.Array:
         return state.trials.num
 
     def counts(self, state: CNTPState) -> Mapping[str, jax.Array]:
-        """Tokens that were drawn, and how often more than one trial was."""
-        return {"num_drawn": state.num_drawn, "num_unsure": state.num_unsure}
+        """Tokens that were drawn, how often more than one trial was, and tokens that were read."""
+        names = ("num_drawn", "num_unsure", "num_read")
+        return {name: getattr(state, name) for name in names}
 
     def num_trials(self, entropy: jax.Array) -> jax.Array:
         """N int32, of entropies [...] float32."""
@@ -156,7 +157,9 @@ class CNTP(Strategy):
         trials = before.opened(self.num_trials(entropy), seen.num_written)
         is_unsure = is_new & (trials.num > 1)
         token = _drawn(seen.key, law, K, (is_unsure & seen.active).any())
-        in_law = jnp.log(_said(law, token))
+        log_prob = _said(of_parents(seen.log_probs()), token)
+        # Where nothing is allowed something is drawn all the same: then the trial is none.
+        in_law = jnp.where(exists(log_prob), jnp.log(_said(law, token)), NEVER)
 
         is_written = ~trials.has_ended
         ends = seen.is_end(token) | (trials.num_tokens + 1 >= self.max_len)
@@ -171,13 +174,14 @@ class CNTP(Strategy):
             seen, before, trials,
             is_written=is_written,
             token=token,
-            log_prob=_said(of_parents(seen.log_probs()), token),
+            log_prob=log_prob,
             score=score + jnp.where(is_written, in_law, 0.0),
             winner=winner,
             num_kept=trials.num_tokens[jnp.arange(len(winner)), winner],
             state=state.replace(
                 num_drawn=state.num_drawn + is_written.sum(axis=1),
                 num_unsure=state.num_unsure + is_unsure,
+                num_read=state.num_read + before.num,
             ),
         )  # fmt: skip
 

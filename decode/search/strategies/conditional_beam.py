@@ -33,7 +33,7 @@ from decode.core.component import Part, check_numbers
 from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, exists
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
-from dlm.heads.length import log_buckets, log_within
+from dlm.heads.length import LengthHead, log_buckets, log_within
 from dlm.params import Params
 
 LACKS = -1e5  # what a text that lacks the attribute is worth less
@@ -85,6 +85,10 @@ class Length(Attribute):
             raise ValueError(f"least={int(self.least)} must be at least 1")
         if not int(self.most) >= int(self.least):
             raise ValueError(f"most={int(self.most)} must be at least least={int(self.least)}")
+        if self.own is not None and (missing := sorted({*LengthHead().specs(cfg)} - {*self.own})):
+            raise ValueError(
+                f"own has no {missing[0]!r}: it must be what dlm.heads.length.load gives"
+            )
         if self.own is not None and self.own["w"].shape[0] != cfg.d_model:
             raise ValueError(
                 f"own is of a model with d_model={self.own['w'].shape[0]}, which must be "
@@ -141,8 +145,8 @@ class ConditionalBeam(Strategy):
             raise ValueError(
                 f"num_tried={self.num_tried} must be at least twice num_beams={self.num_beams}"
             )
-        if not float(self.weight) >= 0:
-            raise ValueError(f"weight={float(self.weight):g} must be at least 0")
+        if not 0 <= float(self.weight) < float("inf"):
+            raise ValueError(f"weight={float(self.weight):g} must be finite and at least 0")
         if not 0 < float(self.floor) <= 1:
             raise ValueError(f"floor={float(self.floor):g} must be in (0, 1]")
 

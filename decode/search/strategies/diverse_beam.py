@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.component import check_numbers
 from decode.search.contracts import Choice, Results, Round, Strategy, Texts, taken
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
@@ -47,11 +48,12 @@ class DiverseBeam(Strategy):
     def validate(self, cfg: ModelConfig) -> None:
         if not isinstance(self.group, Beam):
             raise ValueError(f"group={self.group!r} must be of class Beam")
+        check_numbers(self.group)
         self.group.validate(cfg)
         if self.num_groups < 1:
             raise ValueError(f"num_groups={self.num_groups} must be at least 1")
-        if not float(self.diversity) >= 0:
-            raise ValueError(f"diversity={float(self.diversity):g} must be at least 0")
+        if not 0 <= float(self.diversity) < float("inf"):
+            raise ValueError(f"diversity={float(self.diversity):g} must be finite and at least 0")
 
     @property
     def width(self) -> int:

@@ -51,8 +51,10 @@ class Momentum(Strategy):
     def validate(self, cfg: ModelConfig) -> None:
         if not 1 <= self.k <= cfg.vocab_size:
             raise ValueError(f"k={self.k} must be in [1, vocab_size={cfg.vocab_size}]")
-        if not float(self.alpha) >= 0:
-            raise ValueError(f"alpha={float(self.alpha):g} must be at least 0")
+        if not 0 <= float(self.alpha) < math.inf:
+            raise ValueError(f"alpha={float(self.alpha):g} must be finite and at least 0")
+        if not isinstance(self.resistance, tuple):
+            raise ValueError(f"resistance={self.resistance!r} must be a tuple of numbers")
         if not self.resistance or any(math.isnan(x) or x < 0 for x in self.resistance):
             raise ValueError(f"resistance={self.resistance} must be numbers of at least 0")
 

@@ -35,7 +35,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.datastore import SORTED_BY, Datastore, sort_suffixes
-from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts
+from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, exists
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 
@@ -110,7 +110,10 @@ class Superposed(Strategy):
 
     def choose(self, seen: Round, state: BeamState) -> Choice:
         tokens, log_probs = (x[:, :, 0] for x in seen.best(self.num_kept))
-        log_p = jax.nn.log_softmax(log_probs / self.temperature, axis=2)
+        is_allowed = exists(log_probs)
+        log_p = jax.nn.log_softmax(
+            jnp.where(is_allowed, log_probs / self.temperature, NEVER), axis=2
+        )
         q = self.ngrams(seen, tokens)
         by_law = (1 - self.alpha) * log_p
         by_both = by_law + self.alpha * jnp.log(jnp.maximum(q, jnp.finfo(q.dtype).tiny))
@@ -118,6 +121,7 @@ class Superposed(Strategy):
         is_known = (q > 0).any(axis=2, keepdims=True)
         gain = jnp.where(follows, by_both, NEVER)
         gain = jnp.where(is_known, gain, by_law - self.penalty)
+        gain = jnp.where(is_allowed, gain, NEVER)
         return self._beam.advance(seen, state, tokens, log_probs, seen.score[:, :, None] + gain)
 
     def ngrams(self, seen: Round, tokens: jax.Array) -> jax.Array:

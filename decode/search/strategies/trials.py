@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from decode.search.contracts import NEVER, Choice, Results, Round, Texts
+from dlm.config import ModelConfig
 
 
 class Trials(struct.PyTreeNode):
@@ -91,6 +93,14 @@ class Trials(struct.PyTreeNode):
             num_tokens=num_tokens[:, None],
             score=texts.score[:, :1],
         )
+
+
+def check_mask(name: str, mask: Any, cfg: ModelConfig) -> None:
+    """Raises ValueError unless a mask of tokens is [V] bool."""
+    if not isinstance(mask, jax.Array | np.ndarray) or mask.dtype != bool:
+        raise ValueError(f"{name} is a {type(mask).__name__}, which must be an array of bool")
+    if mask.shape != (cfg.vocab_size,):
+        raise ValueError(f"{name} has shape {mask.shape}, not [vocab_size={cfg.vocab_size}]")
 
 
 def of_read(x: jax.Array, K: int) -> jax.Array:

@@ -79,7 +79,7 @@ def test_texts_by_hand(toy, strategies):
     for i, strategy in enumerate(strategies):
         num_programs = decode._cache_size()
         state, ours = search(toy, SearchMethod(strategy), **options)
-        pauses, rolled = (np.asarray(x) for x in strategy.counts(state.strategy).values())
+        pauses, rolled, read = (np.asarray(x) for x in strategy.counts(state.strategy).values())
         for b, prompt in enumerate(toy[2]):
             text, score, num = by_hand(toy, strategy, prompt, 10)
             assert found(ours, b) == text, (strategy, b)
@@ -87,7 +87,11 @@ def test_texts_by_hand(toy, strategies):
             assert pauses[b] == num
         assert rolled.sum() > 0 and np.asarray(state.num_moves).any()
         plain = (1 + strategy.look_ahead) * pauses + (ours.num_tokens[:, 0] - pauses)
-        assert (np.asarray(state.num_forwards) <= plain).all()
+        forwards = np.asarray(state.num_forwards)
+        assert (forwards <= plain).all()
+        # Every forward reads the text or, with a rollout of the longest under way, all of them.
+        assert ((read - forwards) % (strategy.num_tried - 1) == 0).all()
+        assert (read - forwards >= (strategy.num_tried - 1) * rolled // strategy.num_tried).all()
         for b, prompt in enumerate(toy[2]):
             _, alone = search(toy, SearchMethod(strategy), [prompt] * 8, **options)
             assert {tuple(found(alone, j)) for j in range(8)} == {tuple(found(ours, b))}
@@ -140,7 +144,7 @@ def test_entropies_are_of_the_model_itself(toy):
 @pytest.mark.exhaustive
 def test_what_complete_reports():
     answer = complete(byte_lm(), "abc", gen_len=8, method="adadec")
-    assert answer.counts.keys() == {"num_pauses", "num_rolled"}
+    assert answer.counts.keys() == {"num_pauses", "num_rolled", "num_read"}
     assert answer.counts["num_rolled"] <= 3 * 5 * answer.counts["num_pauses"]
     assert answer.num_forwards >= len(answer.canvas)
 
@@ -157,5 +161,7 @@ def test_nonsense_is_refused(toy):
     refuse = lambda made: SearchMethod(made).validate(toy[0])
     check_refusals(METHODS["adadec"].strategy, refuse, toy[0])
     refuse(AdaDec(np.inf))
+    with pytest.raises(ValueError, match="stops is a list, which must be an array of bool"):
+        refuse(AdaDec(stops=[True] * 24))
     with pytest.raises(ValueError, match=r"stops has shape \(5,\), not \[vocab_size=24\]"):
         refuse(AdaDec(stops=np.zeros(5, bool)))

@@ -12,8 +12,10 @@ from decode.core.sampling import Sampling, draw
 from decode.core.streams import fold_in
 from decode.search import judge
 from decode.search.components import CNTP, METHODS
+from decode.search.contracts import NEVER, Round
 from decode.search.loop import SearchMethod, begin, decode, step
 from decode.search.strategies.cntp import MARKS, punctuation_mask
+from decode.search.strategies.trials import Trials
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import LanguageModel
 from dlm.models import decoder
@@ -164,6 +166,27 @@ def test_the_branch_that_goes_on_surely_wins_if_any_trial_takes_it():
     assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / num)
 
 
+def test_a_trial_behind_which_nothing_is_allowed_does_not_win():
+    """Two trials at the last place: the surer one has nowhere to go."""
+    log_probs = jnp.full((1, 2, 1, 4), NEVER).at[0, 1].set(jnp.log(0.25))
+    at = lambda *values: jnp.array(values, jnp.int32)
+    seen = Round(
+        best=None, log_probs=lambda: log_probs, probs=lambda: jax.nn.softmax(log_probs), stats=None,
+        hidden=None, candidates=None, tokens=jnp.zeros((1, 2, 4), jnp.int32),
+        log_prob=jnp.zeros((1, 2, 2)), length=at(2), prompt_len=at(1), end=at(3),
+        is_first=at(0) > 0, is_end=lambda tokens: tokens < 0, embed=None,
+        score=jnp.array([[-1.0, -2.0]]), key=jnp.zeros((1, 2), jnp.uint32), active=at(1) > 0,
+    )  # fmt: skip
+    trials = Trials.none(1, 2).replace(
+        num=at(2), num_tokens=jnp.ones((1, 2), jnp.int32), log_prob=seen.score,
+        has_ended=jnp.zeros((1, 2), bool),
+    )  # fmt: skip
+    state = CNTP(2).init(None, 1, 4, 2).replace(trials=trials)
+    choice = CNTP(2, max_len=2).choose(seen, state)
+    assert int(choice.source[0, 0]) == 1
+    assert float(choice.score[0, 0]) == pytest.approx(-2 + np.log(0.25))
+
+
 def test_how_many_trials():
     entropy = np.linspace(-1, 5, 601, dtype=np.float32)
     for formula in ("code", "paper"):
@@ -232,6 +255,8 @@ def test_nonsense_is_refused(toy):
         (CNTP(min_entropy=2.0, max_entropy=2.0), "max_entropy=2 must be above min_entropy=2"),
         (CNTP(formula="mine"), "formula='mine' must be 'code' or 'paper'"),
         (CNTP(punctuation=np.zeros(5, bool)), r"punctuation has shape \(5,\), not"),
+        (CNTP(punctuation=[True] * 24), "punctuation is a list, which must be an array of bool"),
+        (CNTP(min_entropy=-np.inf), "min_entropy=-inf must be a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             refuse(made)

@@ -302,6 +302,8 @@ def test_nonsense_is_refused(toy, own):
             ConditionalBeam(Length(own=own | {"w": own["w"][:3]})),
             "own is of a model with d_model=3, which must be 16",
         ),
+        (ConditionalBeam(Length(own={"w": own["w"]})), "own has no 'b': it must be what dlm.heads"),
+        (ConditionalBeam(weight=np.inf), "weight=inf must be finite and at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             SearchMethod(made).validate(cfg)

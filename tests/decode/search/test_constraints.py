@@ -1,6 +1,7 @@
 """What searches find where not everything is allowed: as enumeration does, by every strategy."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ from decode.constraints.nucleus import Nucleus
 from decode.constraints.token_ban import TokenBan
 from decode.core.sampling import Sampling
 from decode.diffusion.contracts import Constraint
-from decode.search.components import METHODS, Beam
+from decode.search.components import METHODS, Beam, ConditionalBeam
 from decode.search.loop import SearchMethod
+from decode.search.strategies.conditional_beam import Length
 from dlm.lm import LanguageModel
 from tests.lib.constraints import Automaton, Monitor, ways
 from tests.lib.models import laws_of
@@ -99,6 +101,17 @@ def test_whatever_is_found_is_of_the_language(toy, table, name):
                 np.testing.assert_allclose(ours.log_prob[b, r, : len(text)], own, atol=1e-4)
                 num += 1
     assert num >= len(prompts)
+
+
+@pytest.mark.exhaustive
+def test_an_end_is_accepted_or_refused_as_other_tokens_are(toy, table):
+    """Also where it is looked at though it is improbable."""
+    strategy = ConditionalBeam(Length(least=1), num_beams=3, num_tried=6)
+    method = SearchMethod(strategy, constraint=Monitor(jax.numpy.asarray(table)), num_return=3)
+    _, ours = search(toy, method, gen_len=G)
+    for b, r in itertools.product(range(len(toy[2])), range(3)):
+        if ours.score[b, r] > -1e8:
+            assert ways(table, found(ours, b, r)) >= 0
 
 
 def test_languages_that_end_are_found_whole_and_nothing_else(toy):

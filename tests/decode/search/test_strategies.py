@@ -16,7 +16,7 @@ from decode.core.requests import lay_out
 from decode.core.sampling import Sampling
 from decode.search import loop
 from decode.search.components import METHODS, Beam, Contrastive, DiverseBeam, Momentum
-from decode.search.contracts import NEVER, Round, staying
+from decode.search.contracts import NEVER, Round, Texts, staying
 from decode.search.loop import SearchMethod
 from decode.search.strategies.momentum import repeats
 from decode.speculative.loop import SpeculativeMethod
@@ -376,6 +376,32 @@ def test_prompts_are_read_once(toy, monkeypatch):
 @pytest.mark.parametrize("kind", [Beam, DiverseBeam, Contrastive, Momentum])
 def test_nonsense_is_refused(toy, kind):
     check_refusals(kind(), lambda made: SearchMethod(made).validate(toy[0]), toy[0])
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (Momentum(alpha=np.inf), "alpha=inf must be finite"),
+        (Momentum(resistance=[1.0]), r"resistance=\[1.0\] must be a tuple"),
+        (DiverseBeam(diversity=np.inf), "diversity=inf must be finite"),
+        (DiverseBeam(Beam(num_beams=2.5)), "num_beams=2.5 must be a whole number"),
+        (Beam(length_offset=np.inf), "length_offset=inf must be finite"),
+    ],
+)
+def test_numbers_that_make_no_scores_are_refused(toy, made, message):
+    with pytest.raises(ValueError, match=message):
+        SearchMethod(made).validate(toy[0])
+
+
+@pytest.mark.parametrize("strategy", [Beam(num_beams=2), DiverseBeam(Beam(num_beams=1), 2)])
+def test_what_could_not_go_on_is_shown_as_far_as_it_came(toy, strategy):
+    texts = Texts(
+        jnp.array([[[5, 6, 0], [7, 8, 0]]]), jnp.zeros((1, 2, 3)), jnp.array([2]),
+        jnp.full((1, 2), NEVER),
+    )  # fmt: skip
+    found = strategy.finish(texts, strategy.init(toy[0], 1, 4, 3))
+    assert found.tokens[0, 0, : int(found.num_tokens[0, 0])].tolist() == [5, 6]
+    assert (found.score == NEVER).all()
 
 
 def test_what_a_search_does_not_do_is_said(toy):

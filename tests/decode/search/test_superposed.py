@@ -13,7 +13,7 @@ from decode.complete import complete
 from decode.core.datastore import Datastore, build_datastore, load_datastore
 from decode.search import judge
 from decode.search.components import Superposed
-from decode.search.contracts import exists
+from decode.search.contracts import NEVER, Round, exists
 from decode.search.loop import SearchMethod, begin, decode, step
 from dlm import vocab
 from dlm.lm import LanguageModel
@@ -293,6 +293,26 @@ def test_shares_are_counted(corpus, store):
             expected = [known * share(counts, context[3 - n :], t) for t in those]
             np.testing.assert_allclose(row[n - 1], expected, rtol=1e-6)
     assert (shares[-1, 0, 2] > 0) and not shares[-1, 1:].any()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_tokens_that_are_not_allowed_are_no_drafts(toy, store, alpha):
+    """The end of a text, which is never put aside, and a token with a bias of -inf."""
+    log_probs = jnp.log(jnp.array([0.7, 0.3, 1.0, 1.0])).at[2:].set(jnp.array([NEVER, -jnp.inf]))
+    tokens = jnp.array([23, 22, toy[0].eos_token_id, 21])
+    of_all = lambda x: jnp.broadcast_to(x, (1, 2, 1, 4))
+    at = lambda *values: jnp.array(values, jnp.int32)
+    seen = Round(
+        best=lambda k: (of_all(tokens), of_all(log_probs)), log_probs=None, probs=None, stats=None,
+        hidden=None, candidates=None, tokens=jnp.full((1, 2, 8), 20, jnp.int32),
+        log_prob=jnp.zeros((1, 2, 3)), length=at(4), prompt_len=at(3), end=at(6),
+        is_first=at(0) > 0, is_end=lambda tokens: tokens == toy[0].eos_token_id, embed=None,
+        score=jnp.zeros((1, 2)), key=None, active=at(1) > 0,
+    )  # fmt: skip
+    made = Superposed(store, num_drafts=2, num_kept=4, temperature=9.0, alpha=alpha)
+    choice = made.choose(seen, made.init(toy[0], 1, 8, 3))
+    assert not exists(choice.state.score).any()
+    assert {*choice.token[0].tolist()} <= {22, 23} and exists(choice.score).all()
 
 
 def test_nonsense_is_refused(toy, store):
