@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
             dlm.load(given.checkpoint, dtype=given.dtype or None), preset, block_len=1,
             num_examples=given.num_examples, gen_len=given.gen_len, batch_size=given.batch_size,
         )  # fmt: skip
-        methods, left_out = methods_of(given.methods, given.num_return, job.lm.cfg)
+        methods, left_out = methods_of(given.methods, given.num_return, job.lm)
         out.mkdir(parents=True, exist_ok=True)
         found = write_all(job, methods, given.num_return, out / "answers.jsonl")
     except (ValueError, OSError) as error:

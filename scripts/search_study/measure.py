@@ -16,7 +16,7 @@ from decode.evaluation.record import Record
 from decode.evaluation.run import Method, answered, device
 from decode.search.contracts import NEVER
 from dlm.lm import fingerprint
-from scripts.search_study.methods import num_texts, width
+from scripts.search_study.methods import num_read, num_texts
 
 
 class Written(TypedDict):
@@ -65,7 +65,7 @@ def write(job: Job, method: Method, num_return: int) -> Written:
         found["tokens"].append(len(first.tokens))
         found["log_prob"].append(float(first.log_prob.sum()))
         found["forwards"].append(forwards)
-        found["read"].append(forwards * width(method))
+        found["read"].append(sum(num_read(method, completion) for completion in drawn))
     return found
 
 

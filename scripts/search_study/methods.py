@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from decode.core.results import Completion
 from decode.core.sampling import Sampling
 from decode.evaluation.run import Method
 from decode.search.components import METHODS as SEARCHES
 from decode.search.loop import SearchMethod
 from decode.speculative.loop import SpeculativeMethod
-from dlm.config import ModelConfig
+from dlm.lm import LanguageModel
 
 GREEDY = "greedy"
 # One text at a time, drawn: as many as are wanted, each with a random stream of its own.
@@ -38,14 +39,14 @@ def named(name: str, num_return: int) -> Method:
 
 
 def methods_of(
-    names: Sequence[str], num_return: int, cfg: ModelConfig
+    names: Sequence[str], num_return: int, lm: LanguageModel
 ) -> tuple[dict[str, Method], list[str]]:
     """Methods by name, and a sentence for every one that is left out.
 
     Args:
       names: what must be there; (): all that make sense for the model.
       num_return: most texts per prompt.
-      cfg: the model.
+      lm: the model.
 
     Raises:
       ValueError: there is no such method, or one that was asked for makes no sense.
@@ -55,7 +56,9 @@ def methods_of(
     for name in names or NAMES:
         method = named(name, num_return)
         try:
-            method.validate(cfg)
+            if isinstance(method, SearchMethod):
+                method = method.replace(strategy=method.strategy.for_model(lm))
+            method.validate(lm.cfg)
         except ValueError as error:
             if names:
                 raise ValueError(f"{name}: {error}") from error
@@ -66,13 +69,19 @@ def methods_of(
 
 
 def num_texts(method: Method, num_return: int) -> int:
-    """How many texts of a prompt are decoded one by one; a search gives all of its own at once."""
+    """How many texts of a prompt are decoded one by one: of what draws; others give all at once."""
+    if isinstance(method, SearchMethod):
+        return num_return if method.strategy.draws else 1
     is_drawn = isinstance(method, SpeculativeMethod) and method.sampling.temperature is not None
     return num_return if is_drawn else 1
 
 
-def width(method: Method) -> int:
-    """Tokens that a forward reads per prompt."""
-    if isinstance(method, SearchMethod):
-        return method.strategy.width * method.strategy.num_candidates
-    return 1
+def num_read(method: Method, answer: Completion) -> int:
+    """Tokens that the model has read for an answer, its prompt aside.
+
+    A forward reads one of every hypothesis, unless the strategy counts what it has others wait for.
+    """
+    if not isinstance(method, SearchMethod):
+        return answer.num_forwards
+    each = method.num_rows * method.strategy.num_candidates
+    return answer.counts.get("num_read", answer.num_forwards * each)

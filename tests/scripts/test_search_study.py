@@ -1,5 +1,6 @@
 """Searches on a task: what is said of texts made by hand, and a run on an untrained model."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import dlm
 from configs import translation
+from decode.core.results import Completion
 from decode.evaluation.job import Job
 from decode.search.components import METHODS as SEARCHES
 from decode.search.components import Beam
@@ -106,18 +108,32 @@ def test_published_files_are_tasks():
 
 
 def test_methods_by_name(toy_cfg):
-    found, left_out = methods.methods_of((), 3, toy_cfg)
+    lm = dlm.LanguageModel({}, toy_cfg, word_tokenizer(["a", "."]))
+    found, left_out = methods.methods_of((), 3, lm)
     assert left_out == ["top_k_50 is left out: top_k=50 must be in [1, vocab_size=24]"]
     assert {"greedy", "sampled"} <= found.keys() <= {"greedy", *methods.SAMPLING, *SEARCHES}
     assert found["beam_4"].num_return == 3 and found["contrastive"].num_return == 1
-    ours = lambda name: (methods.num_texts(found[name], 3), methods.width(found[name]))
+    # What is tried ends at the tokenizer's marks, and what it took is counted.
+    assert np.flatnonzero(found["cntp"].strategy.punctuation).tolist() == [1]
+    none = np.zeros(0)
+    answer = Completion("", none, 5, 0.0, "length", none, none, none, none)
+    tried = dataclasses.replace(answer, counts={"num_read": 9})
+    ours = lambda name, answer=answer: (
+        methods.num_texts(found[name], 3), methods.num_read(found[name], answer)
+    )  # fmt: skip
     assert [ours(name) for name in ("greedy", "sampled", "beam_4", "contrastive")] == [
-        (1, 1), (3, 1), (1, 4), (1, 4)
+        (1, 5), (3, 5), (1, 20), (1, 20)
     ]  # fmt: skip
+    assert (ours("cntp", tried), ours("adadec", tried)) == ((3, 9), (1, 9))
+    nameless = dlm.LanguageModel({}, toy_cfg)
+    assert (
+        "cntp is left out: punctuation=None needs a tokenizer"
+        in methods.methods_of((), 3, nameless)[1][1]
+    )
     with pytest.raises(ValueError, match="there is no method 'bream_4'; there are greedy, sampled"):
-        methods.methods_of(["bream_4"], 3, toy_cfg)
+        methods.methods_of(["bream_4"], 3, lm)
     with pytest.raises(ValueError, match="top_k_50: top_k=50 must be in"):
-        methods.methods_of(["top_k_50"], 3, toy_cfg)
+        methods.methods_of(["top_k_50"], 3, lm)
 
 
 # ---- A run -------------------------------------------------------------------------------------
