@@ -131,7 +131,10 @@ class IntrospectionMonitor(Dereference):
         for name, kind in self.variables.items():
             if kind not in self.members:
                 raise ValueError(f"variables[{name!r}]={kind!r} must be a type of members")
-        for kind, names in self.members.items():
+        # What can be gone through once only is kept.
+        members = {kind: tuple(names) for kind, names in self.members.items()}
+        object.__setattr__(self, "members", members)
+        for kind, names in members.items():
             for name in names:
                 if not name or self.breaks & set(name.encode()):
                     raise ValueError(

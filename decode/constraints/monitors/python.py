@@ -61,6 +61,8 @@ class PythonMonitor(Dereference):
     def __post_init__(self) -> None:
         if self.max_names < 1:
             raise ValueError(f"max_names={self.max_names} must be at least 1")
+        if not isinstance(self.modules, tuple):
+            raise ValueError(f"modules={self.modules!r} must be a tuple of names")
 
     def analyse(self, text: bytes) -> Iterable[bytes]:
         return _members(text, self.modules)
@@ -130,8 +132,11 @@ def _parse_lines(program: str) -> tuple[ast.Module | None, int]:
 
 
 def _look_up(tree: ast.Module, chain: list[str], modules: tuple[str, ...]) -> Any:
-    """What a chain of names stands for, or `_UNKNOWN`; None: its first name is not there."""
-    bound = [thing for name, thing in _bindings(tree, modules) if name == chain[0]]
+    """What a chain of names stands for, or `_UNKNOWN`; None: its first name is not there.
+
+    What is imported with a star may have any name.
+    """
+    bound = [thing for name, thing in _bindings(tree, modules) if name in (chain[0], "*")]
     if not bound:
         return None
     if any(thing is not bound[0] for thing in bound):
@@ -156,7 +161,7 @@ def _bindings(tree: ast.Module, modules: tuple[str, ...]) -> Iterator[tuple[str,
             module = _UNKNOWN if node.level else _import(node.module or "", modules)
             for alias in node.names:
                 found = _UNKNOWN
-                if module is not _UNKNOWN:
+                if module is not _UNKNOWN and alias.name != "*":
                     found = inspect.getattr_static(module, alias.name, _UNKNOWN)
                 yield alias.asname or alias.name, found
         elif isinstance(node, ast.Assign) and (kind := _literal(node.value)) is not None:
@@ -170,6 +175,8 @@ def _bindings(tree: ast.Module, modules: tuple[str, ...]) -> Iterator[tuple[str,
             yield node.arg, _UNKNOWN
         elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
             yield node.name, _UNKNOWN
+        elif isinstance(node, ast.MatchMapping) and node.rest:
+            yield node.rest, _UNKNOWN
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             continue
         elif isinstance(node, ast.Name) and id(node) not in known:

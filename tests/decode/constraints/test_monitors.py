@@ -271,6 +271,8 @@ def test_joint_masks_are_intersections():
         ("x = []\nx = {}\nx.", "push(", True),  # one or the other
         ("x = 'a'\nx = f'{x}'\nx.", "push(", False),  # a string, either way
         ("x = []\nfor x in y:\n    x.", "push(", True),
+        ("import math\nfrom things import *\nmath.", "squareroot", True),  # anything may be there
+        ("x = []\nmatch y:\n    case {**x}:\n        x.", "push(", True),
         ("x = []\ntry:\n    for x in y:\n        x.", "push(", True),
         ("def f(x):\n    return x.", "push(", True),
         ("import math\nfoo([1,\n  (2, math.", "squareroot", False),  # brackets are open
@@ -297,6 +299,8 @@ def test_nonsense_is_refused():
         (lambda: IntrospectionMonitor({"T": ["a b"]}, {}), "has 'a b', which must be a name"),
         (lambda: IntrospectionMonitor({}, {}, max_names=0), "max_names=0 must be at least 1"),
         (lambda: PythonMonitor(max_names=0), "max_names=0 must be at least 1"),
+        (lambda: PythonMonitor(["math"]), r"modules=\['math'\] must be a tuple of names"),
+        (lambda: PythonMonitor("math"), "modules='math' must be a tuple of names"),
         (lambda: JointMonitor(()), r"monitors=\(\) must have at least one"),
         (lambda: Automaton.words([""]), "has an empty method: leave it out"),
     ):
