@@ -114,7 +114,7 @@ class Superposed(Strategy):
         log_p = jax.nn.log_softmax(
             jnp.where(is_allowed, log_probs / self.temperature, NEVER), axis=2
         )
-        q = self.ngrams(seen, tokens)
+        q = jnp.where(is_allowed, self.ngrams(seen, tokens), 0.0)
         by_law = (1 - self.alpha) * log_p
         by_both = by_law + self.alpha * jnp.log(jnp.maximum(q, jnp.finfo(q.dtype).tiny))
         follows = (q > 0) | (jnp.asarray(self.alpha) == 0)
