@@ -8,8 +8,9 @@ import pytest
 
 import dlm
 from decode.complete import choose, complete, stream_text, warm_up
-from decode.search.astar import AStar, State, best_first
-from decode.search.planner import Writer
+from decode.search import astar
+from decode.search.astar import AStar, Found, State, best_first
+from decode.search.planner import Continuation, Writer
 from decode.search.scorers import Partial, SelfConfidence, ValueHead, Verifier
 from decode.speculative.loop import SpeculativeMethod
 from dlm.tasks import countdown
@@ -156,6 +157,25 @@ def test_equal_texts_are_one_state():
     costly = World(world.nodes | {(1,): (0.95, [(1, 2)], False), (): (0.1, [(1,), (1, 2)], False)})
     state = next(s for s in costly.search().states if s.tokens == (1, 2))
     assert state.parent == 0 and state.g == pytest.approx(0.1)  # and not 0.85
+
+
+def test_what_finishes_the_best_state_is_counted(monkeypatch):
+    """Two tokens behind one, where no goal was found."""
+
+    class Greedy:
+        num_tokens = num_forwards = 2
+
+        def __init__(self, *asked): ...
+
+        def go_on(self, *asked, **options):
+            none = np.zeros((2, 0))
+            return [[Continuation(np.array([5, 6]), np.zeros(2), None, False, none, none)]]
+
+    monkeypatch.setattr(astar, "Writer", Greedy)
+    found, writer = Found([State((4,), None, np.zeros(1))], num_tokens=1), Greedy()
+    state = AStar()._finish(None, [3], found, writer, 16, 8, 8)
+    assert state.tokens == (4, 5, 6)
+    assert (found.num_tokens, writer.num_forwards) == (3, 4)
 
 
 def test_a_constant_scorer_goes_deep_first():
