@@ -21,6 +21,7 @@ from dlm.lm import LanguageModel
 from dlm.models import decoder
 from dlm.tokenizer import byte_tokenizer, word_tokenizer
 from tests.lib.docs import check_refusals
+from tests.lib.jitted import as_one_program
 from tests.lib.models import laws_of, markov
 from tests.lib.search import found, search
 from tests.lib.speculation import assert_same_law, random_prompts, run, texts
@@ -168,23 +169,24 @@ def test_the_branch_that_goes_on_surely_wins_if_any_trial_takes_it():
 
 def test_a_trial_behind_which_nothing_is_allowed_does_not_win():
     """Two trials at the last place: the surer one has nowhere to go."""
-    log_probs = jnp.full((1, 2, 1, 4), NEVER).at[0, 1].set(jnp.log(0.25))
     at = lambda *values: jnp.array(values, jnp.int32)
-    seen = Round(
-        best=None, log_probs=lambda: log_probs, probs=lambda: jax.nn.softmax(log_probs), stats=None,
-        hidden=None, candidates=None, tokens=jnp.zeros((1, 2, 4), jnp.int32),
-        log_prob=jnp.zeros((1, 2, 2)), length=at(2), prompt_len=at(1), end=at(3),
-        is_first=at(0) > 0, is_end=lambda tokens: tokens < 0, embed=None,
-        score=jnp.array([[-1.0, -2.0]]), key=jnp.zeros((1, 2), jnp.uint32), active=at(1) > 0,
-    )  # fmt: skip
-    trials = Trials.none(1, 2).replace(
-        num=at(2), num_tokens=jnp.ones((1, 2), jnp.int32), log_prob=seen.score,
-        has_ended=jnp.zeros((1, 2), bool),
-    )  # fmt: skip
-    state = CNTP(2).init(None, 1, 4, 2).replace(trials=trials)
-    choice = CNTP(2, max_len=2).choose(seen, state)
-    assert int(choice.source[0, 0]) == 1
-    assert float(choice.score[0, 0]) == pytest.approx(-2 + np.log(0.25))
+
+    def choice(score):
+        log_probs = jnp.full((1, 2, 1, 4), NEVER).at[0, 1].set(jnp.log(0.25))
+        seen = Round(
+            best=None, log_probs=lambda: log_probs, probs=lambda: jax.nn.softmax(log_probs),
+            stats=None, hidden=None, candidates=None, tokens=jnp.zeros((1, 2, 4), jnp.int32),
+            log_prob=jnp.zeros((1, 2, 2)), length=at(2), prompt_len=at(1), end=at(3),
+            is_first=at(0) > 0, is_end=lambda tokens: tokens < 0, embed=None, score=score,
+            key=jnp.zeros((1, 2), jnp.uint32), active=at(1) > 0,
+        )  # fmt: skip
+        trials = Trials(at(2), at(0), jnp.ones((1, 2), jnp.int32), score, jnp.zeros((1, 2), bool))
+        state = CNTP(2).init(None, 1, 4, 2).replace(trials=trials)
+        return CNTP(2, max_len=2).choose(seen, state)
+
+    chosen = as_one_program(choice)(jnp.array([[-1.0, -2.0]]))
+    assert int(chosen.source[0, 0]) == 1
+    assert float(chosen.score[0, 0]) == pytest.approx(-2 + np.log(0.25))
 
 
 def test_how_many_trials():

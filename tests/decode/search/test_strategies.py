@@ -25,6 +25,7 @@ from dlm.lm import LanguageModel
 from dlm.models import decoder
 from dlm.window import Window
 from tests.lib.docs import check_refusals
+from tests.lib.jitted import as_one_program
 from tests.lib.paths import GOLDEN
 from tests.lib.search import found, point, search
 from tests.lib.speculation import random_prompts, run, texts
@@ -396,12 +397,12 @@ def test_numbers_that_make_no_scores_are_refused(toy, made, message):
 @pytest.mark.parametrize("strategy", [Beam(num_beams=2), DiverseBeam(Beam(num_beams=1), 2)])
 def test_what_could_not_go_on_is_shown_as_far_as_it_came(toy, strategy):
     texts = Texts(
-        jnp.array([[[5, 6, 0], [7, 8, 0]]]), jnp.zeros((1, 2, 3)), jnp.array([2]),
-        jnp.full((1, 2), NEVER),
+        np.array([[[5, 6, 0], [7, 8, 0]]]), np.zeros((1, 2, 3)), np.array([2]),
+        np.full((1, 2), NEVER, np.float32),
     )  # fmt: skip
-    found = strategy.finish(texts, strategy.init(toy[0], 1, 4, 3))
+    found = as_one_program(lambda x: strategy.finish(x, strategy.init(toy[0], 1, 4, 3)))(texts)
     assert found.tokens[0, 0, : int(found.num_tokens[0, 0])].tolist() == [5, 6]
-    assert (found.score == NEVER).all()
+    assert (np.asarray(found.score) == NEVER).all()
 
 
 def test_what_a_search_does_not_do_is_said(toy):

@@ -295,24 +295,30 @@ def test_shares_are_counted(corpus, store):
     assert (shares[-1, 0, 2] > 0) and not shares[-1, 1:].any()
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_tokens_that_are_not_allowed_are_no_drafts(toy, store, alpha):
+def test_tokens_that_are_not_allowed_are_no_drafts(toy, store):
     """Not where one alone is: neither the end of a text nor tokens with a bias of -inf."""
-    log_probs = jnp.array([0.0, NEVER, -jnp.inf, NEVER])
-    tokens = jnp.array([23, toy[0].eos_token_id, 22, 21])
-    of_all = lambda x: jnp.broadcast_to(x, (1, 2, 1, 4))
+    made = Superposed(store, num_drafts=2, num_kept=4, temperature=9.0)
+    of_all = lambda x: jnp.broadcast_to(jnp.array(x), (1, 2, 1, 4))
     at = lambda *values: jnp.array(values, jnp.int32)
-    seen = Round(
-        best=lambda k: (of_all(tokens), of_all(log_probs)), log_probs=None, probs=None, stats=None,
-        hidden=None, candidates=None, tokens=jnp.full((1, 2, 8), 20, jnp.int32),
-        log_prob=jnp.zeros((1, 2, 3)), length=at(4), prompt_len=at(4), end=at(6),
-        is_first=at(1) > 0, is_end=lambda tokens: tokens == toy[0].eos_token_id, embed=None,
-        score=jnp.zeros((1, 2)), key=None, active=at(1) > 0,
-    )  # fmt: skip
-    made = Superposed(store, num_drafts=2, num_kept=4, temperature=9.0, alpha=alpha)
-    choice = made.choose(seen, made.init(toy[0], 1, 8, 3))
-    assert not exists(choice.state.score).any()
-    assert exists(choice.score)[0].tolist() == [True, False] and choice.token[0, 0] == 23
+    eos = toy[0].eos_token_id
+
+    def choice(alpha):
+        seen = Round(
+            best=lambda k: (of_all([23, eos, 22, 21]), of_all([0.0, NEVER, -jnp.inf, NEVER])),
+            log_probs=None, probs=None, stats=None, hidden=None, candidates=None,
+            tokens=jnp.full((1, 2, 8), 20, jnp.int32), log_prob=jnp.zeros((1, 2, 3)),
+            length=at(4), prompt_len=at(4), end=at(6), is_first=at(1) > 0,
+            is_end=lambda tokens: tokens == eos, embed=None, score=jnp.zeros((1, 2)), key=None,
+            active=at(1) > 0,
+        )  # fmt: skip
+        return made.replace(alpha=alpha).choose(seen, made.init(toy[0], 1, 8, 3))
+
+    choose = jax.jit(choice)
+    for alpha in (0.5, 1.0):
+        chosen = choose(alpha)
+        assert (np.asarray(chosen.state.score) <= NEVER / 2).all()
+        score = np.asarray(chosen.score[0])
+        assert (score > NEVER / 2).tolist() == [True, False] and chosen.token[0, 0] == 23
 
 
 def test_nonsense_is_refused(toy, store):
