@@ -138,6 +138,7 @@ def test_examples_run(name, run, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.exhaustive(every=4)
 def test_the_drafter_of_the_page_drafts_and_changes_no_text(run):
     page = run("extend")
     plain = complete(page.lm, "one two three four", gen_len=8)

@@ -75,6 +75,7 @@ def test_everything_is_imported_and_data_are_read_outside_of_the_repository(inst
     assert python(installed, "-c", USE).splitlines()[-1] == "36 36"
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.slow
 @pytest.mark.parametrize("main", ["train", "scripts.ask"])
 def test_commands_say_how_they_are_used(installed, main):

@@ -98,8 +98,6 @@ class PGTD(Planner):
             check_count(name, getattr(self, name))
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration={self.exploration:g} must be finite and at least 0")
-        if not callable(self.reward):
-            raise ValueError(f"reward={self.reward!r} must be a function of a prompt and a text")
         if not 0 < self.base < math.inf:
             raise ValueError(f"base={self.base:g} must be above 0")
         if self.policy not in ("var_p_uct", "p_uct", "uct"):
@@ -120,6 +118,8 @@ class PGTD(Planner):
 
     def validate(self, lm: LanguageModel) -> None:
         super().validate(lm)
+        if not callable(self.reward):
+            raise ValueError(f"reward={self.reward!r} must be a function of a prompt and a text")
         if lm.tokenizer is None:
             raise ValueError("reward is of text, and the checkpoint has no tokenizer to write it")
         if self.num_children > lm.cfg.vocab_size:

@@ -210,6 +210,7 @@ def test_what_a_method_has_is_not_ignored(toy_cfg, toy_params):
         generate(lm, [1], method="dream_sampled", top_k=3, gen_len=8)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_many_prompts_are_decoded_a_few_at_a_time(lm):
     """In any number of rows they get the same answers, and lengths alike share a program."""
     prompts = [PROMPT[: 3 + i % 7] for i in range(13)]

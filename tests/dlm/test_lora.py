@@ -525,6 +525,7 @@ def test_run_leaves_the_adapter_and_the_model_it_makes(base, finished):
     assert [name.split("'")[-2] for name in changed] == ["q", "v", "down"]
 
 
+@pytest.mark.exhaustive(every=4)
 def test_run_that_was_stopped_goes_on_as_if_it_had_not(base, finished, tmp_path, monkeypatch):
     """Three steps, SIGTERM, the other five."""
     workdir, _ = finished

@@ -46,6 +46,7 @@ def finished(tmp_path_factory):
 # ---- What a run leaves behind -----------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 def test_every_step_has_one_line(finished):
     workdir, result = finished
     lines = read_metrics(workdir)
@@ -273,6 +274,7 @@ def test_bfloat16_products_with_float32_parameters(toy_cfg):
 # ---- Devices ----------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     "axes",
     [
@@ -472,6 +474,7 @@ def test_a_damaged_checkpoint_is_put_aside(finished, tmp_path, caplog, how):
         loop.run(toy_config(train__num_steps=10), copy)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_resuming_on_another_mesh(finished, tmp_path):
     workdir, _ = finished
     loop.run(toy_config(train__num_steps=4, optim__decay_steps=8), tmp_path)
@@ -545,6 +548,7 @@ def test_resuming_with_buckets_and_with_packing(mode, tmp_path, monkeypatch):
     np.testing.assert_allclose(metrics["valid/perplexity_bound"], bound, rtol=1e-5)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [0, *more(1)])
 def test_a_bad_record_is_named_and_costs_nothing_that_was_learned(tmp_path, monkeypatch, every):
@@ -605,6 +609,7 @@ def test_bad_files_come_before_any_step(tmp_path):
     )
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("every", [1, *more(0, 4)])
 def test_divergence_stops_names_the_batch_and_saves_the_state_before_it(tmp_path, every):
     config = toy_config(train__objective={"make": "tests.lib.toys:Diverging"})

@@ -334,6 +334,7 @@ def oracle():
     return cfg, params, heads.network(cfg, own)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("is_quadratic", [False, *often(True)])
 def test_masks_that_are_right_write_as_many_tokens_and_one(is_quadratic):
     """After the first round all drafts are kept, of shared masks as many as one likes."""

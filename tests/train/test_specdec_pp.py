@@ -146,6 +146,7 @@ class DropsWhatItSaw(SpecDecPP):
         return found.replace(tree=tree.replace(is_valid=is_valid))
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("kind", "num"), [(SpecDecPP, MANY), *more((DropsWhatItSaw, MANY), (SpecDecPP, 10 * MANY))]
 )

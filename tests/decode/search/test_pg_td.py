@@ -317,7 +317,7 @@ def test_bad_options_are_refused(lm):
     with pytest.raises(ValueError, match="num_children=999 must be at most vocab_size"):
         complete(lm, "a", gen_len=4, method=PGTD(reward=wanted, num_children=999))
     with pytest.raises(ValueError, match="reward=5 must be a function"):
-        PGTD(reward=5)
+        complete(lm, "a", gen_len=4, method=PGTD(reward=5))
     with pytest.raises(ValueError, match="temperature and filters must be left out"):
         complete(lm, "a", gen_len=4, method=PGTD(reward=wanted), temperature=1.0)
     with pytest.raises(ValueError, match="reward gave nan, which must be a number"):

@@ -223,6 +223,7 @@ def test_a_row_alone_gives_the_same(toy_cfg, toy_params, name, temperature):
 SPLIT = dict(data=2, tensor=2, sequence=2)
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
@@ -314,6 +315,7 @@ def test_a_penalty_counts_the_drafts_above(plain, toy_params):
     assert int(fast.num_forwards.sum()) < 0.5 * int(state.num_forwards.sum())
 
 
+@pytest.mark.exhaustive(every=4)
 def test_log_probs_are_the_targets_own(plain, toy_params):
     cfg, prompts, _, _ = plain
     for sampling in (Sampling(temperature=None), Sampling(0.7, top_k=5)):

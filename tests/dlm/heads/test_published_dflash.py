@@ -267,6 +267,7 @@ def test_windows_and_causality(toy_cfg, written):
     same(load_published(root, toy_cfg), same_file)
 
 
+@pytest.mark.exhaustive(every=4)
 def test_what_is_refused(toy_cfg, written):
     root, config = written
     slide = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": None}

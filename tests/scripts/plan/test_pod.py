@@ -112,6 +112,7 @@ def test_keys_name_cases():
     assert mesh_of_name(mesh_name((*mesh, ("sequence", 1)))) == mesh
 
 
+@pytest.mark.exhaustive(every=4)
 def test_lengths_that_a_model_has_no_room_for_are_refused(tmp_path):
     said = run("scripts.plan.pod", "--preset=tiny", f"--out={tmp_path}", ok=False)
     assert "error: prompt_len=3840 and gen_len=256 must be at most the model's max_seq_len" in said

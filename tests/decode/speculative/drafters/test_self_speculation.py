@@ -254,6 +254,7 @@ def test_the_text_is_that_of_blocks_of_one(model_of, blocks_of_one, kind, name):
         assert int(state.acceptance_histogram[:, 1:].sum()) > 0
 
 
+@pytest.mark.exhaustive(every=4)
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), *more(BlockVerification())])
 def test_drawn_drafts_follow_the_law_of_blocks_of_one(model_of, rule):
     """CHI2 of the first two tokens of many rows."""
