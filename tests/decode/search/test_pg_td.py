@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from decode.complete import complete
-from decode.search.pg_td import PGTD, Plan, Run
+from decode.search.pg_td import PGTD
+from decode.search.plan import Plan, Run
 from decode.search.rewards import ProgramTests
 from tests.lib.untrained import byte_lm
 
