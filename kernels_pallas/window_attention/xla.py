@@ -12,7 +12,8 @@ from kernels_pallas.slots import Cache, Layers, at_layer
 from kernels_pallas.window_attention.masks import Mask, Near, in_ranges, window_mask
 
 SLOTS_AT_ONCE = 512  # of a cache that has more
-MANY_SLOTS = 512  # of all rows, from which on keys are multiplied slot by slot
+MANY_SLOTS = 512  # of all rows, from which on keys are multiplied slot by slot,
+FEW_QUERIES = 24  # unless each key meets more queries than these
 # Scores of a row that are stored to read all slots of a layer where they lie.
 SCORES_AT_ONCE, SLOTS_IN_PLACE = 2**20, 4096
 
@@ -54,9 +55,10 @@ def attend_xla(
         return jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32)
 
     def product_by_slot(keys: jax.Array) -> jax.Array:
-        """The same. CPUs read many keys up to twice as fast by slot as by query; without the
+        """The same. CPUs read many keys for few queries up to twice as fast by slot as by query;
+        for more the scores, which have to be turned around, cost more than that. Without the
         barrier the compiler turns the product around again."""
-        if B * keys.shape[2] < MANY_SLOTS:
+        if B * keys.shape[2] < MANY_SLOTS or rows.shape[2] > FEW_QUERIES:
             return product(keys)
         by_slot = jnp.einsum("bksh,bkrh->bksr", keys, rows, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(by_slot).swapaxes(2, 3)
