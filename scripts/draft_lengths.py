@@ -56,7 +56,7 @@ def table(given: flags.FlagValues) -> None:
         print(line(f"always {num}", answers, given.ratio))
     print(line("oracle", answers, given.ratio, knows=True))
     for h in THRESHOLDS:
-        stops = SpecDecPP(draft.params, draft.cfg, own=own, num_drafts=8, threshold=h)
+        stops = SpecDecPP(draft.params, draft.cfg, own=own, num_drafts=LENGTHS[-1], threshold=h)
         answers = complete(lm, asked, drafter=stops, gen_len=given.gen_len)
         print(line(f"SpecDec++, {h:g}", answers, given.ratio))
 

@@ -2,7 +2,7 @@
 
 Reference: Kang et al., "ParallelBench: Understanding the Trade-offs of Parallel Decoding in
 Diffusion LLMs", arXiv:2510.04767. `WaitingLine` makes tasks of the same ten kinds with names and
-wording of our own; `load_parallel_bench` reads the published files. Both use the same scorer.
+wording of our own; `dlm.tasks.parallel_bench` reads the published files. Both use the same scorer.
 
 Where an operation has many right answers (shuffle and the three `..._random` ones), the completion
 is one of them, drawn uniformly: given the prompt, the tokens of an answer depend on each other.
@@ -11,17 +11,13 @@ As published, "sort" orders by the whole string, that is by first name.
 """
 
 import dataclasses
-import os
-import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from dlm import tasks
-from dlm.tasks import jsonl, splits
-from dlm.tasks.loaded import Loaded
+from dlm.tasks import splits
 
 OPERATIONS = (
     "copy",
@@ -217,7 +213,7 @@ def score_line(example: tasks.Example, completion: str) -> dict[str, float]:
     }
 
 
-def _with_shots(shots: Sequence[tuple[str, str]], prompt: str) -> str:
+def with_shots(shots: Sequence[tuple[str, str]], prompt: str) -> str:
     """`prompt` alone, or as the last of several turns in plain text."""
     if not shots:
         return prompt
@@ -264,7 +260,7 @@ class WaitingLine(splits.Stream):
         if not self.operations or not isinstance(self.operations, tuple):
             raise ValueError(f"operations={self.operations!r} must be a non-empty tuple of names")
         for operation in self.operations:
-            _check_operation(operation)
+            check_operation(operation)
         if not 2 <= self.min_people <= self.max_people:
             raise ValueError(
                 f"min_people={self.min_people} must be in [2, max_people={self.max_people}]"
@@ -313,7 +309,7 @@ class WaitingLine(splits.Stream):
             TypeError: `people` is one string.
             ValueError: anything else is not as described.
         """
-        _check_operation(operation)
+        check_operation(operation)
         if isinstance(people, str):
             raise TypeError(f"people={people!r} must be a list of names, not one string")
         if len(people) < 2:
@@ -378,7 +374,7 @@ class WaitingLine(splits.Stream):
             shot = self._draw(rng, question.operation, "train")
             shots.append((_render_question(shot), render_list(_answer(shot, rng))))
         return tasks.Example(
-            prompt=_with_shots(shots, _render_question(question)),
+            prompt=with_shots(shots, _render_question(question)),
             completion=answer,
             metadata=dict(vars(question)),
         )
@@ -416,7 +412,8 @@ def _render_question(question: _Question) -> str:
     return _SCENE + before + render_list(question.people) + after
 
 
-def _check_operation(operation: str) -> None:
+def check_operation(operation: str) -> None:
+    """ValueError unless it is one of `OPERATIONS`."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation={operation!r} must be one of {', '.join(OPERATIONS)}")
 
@@ -432,105 +429,3 @@ def _check_position(operation: str, num_people: int, index: int | None) -> None:
             f"index={index} must be in [0, {high}] for operation {operation!r} on {num_people} "
             "people"
         )
-
-
-# ---- The published files ----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class PublishedWaitingLine(Loaded):
-    """A published file of one operation, made by `load_parallel_bench`.
-
-    Attributes:
-        examples: one per line of the file.
-    """
-
-    examples: tuple[tasks.Example, ...]
-
-    def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
-        """Loose "score" and "score_strict"; see `score_line`."""
-        return score_line(example, completion)
-
-
-def load_parallel_bench(
-    path: str | os.PathLike[str], operation: str | None = None, num_shots: int = 1
-) -> PublishedWaitingLine:
-    """Reads a published waiting-line file and its prompt.
-
-    Args:
-        path: a JSON-lines file, next to the `task_config.yaml` of its family.
-        operation: one of `OPERATIONS`; by default the file's name without its suffix.
-        num_shots: in-context examples to show, at least 0; the published files have one each.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ImportError: PyYAML is not installed.
-        ValueError: the operation is unknown, or the files are not of the published form.
-    """
-    file = pathlib.Path(path)
-    operation = file.stem if operation is None else operation
-    _check_operation(operation)
-    if num_shots < 0:
-        raise ValueError(f"num_shots={num_shots} must be at least 0")
-    template = _published_prompt(file.with_name("task_config.yaml"), operation)
-    examples = []
-    for number, record in jsonl.read_records(file):
-        where = f"{path}, line {number}"
-        try:
-            shots = record["input"].get("icl_examples", [])[:num_shots]
-            examples.append(_published_example(record, shots, operation, template, where))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{where}: must have 'input' with 'context' and 'answer'; got {error!r}"
-            ) from error
-        if len(shots) != num_shots:
-            raise ValueError(
-                f"num_shots={num_shots} must be at most {len(shots)}, the number {where} has"
-            )
-    return PublishedWaitingLine(tuple(examples))
-
-
-def _published_prompt(config_path: pathlib.Path, operation: str) -> str:
-    """The prompt template of `operation`, found by the entry's key."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(
-            "load_parallel_bench needs PyYAML; install it with: pip install pyyaml"
-        ) from error
-    if not config_path.is_file():
-        raise FileNotFoundError(
-            f"{config_path} is missing; it must lie next to the file of examples"
-        )
-    config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-    for key, entry in config.items():
-        if key.rpartition("/")[2] == operation:
-            return str(entry["prompt"]).rstrip() + "\n"
-    raise ValueError(f"{config_path} must have an entry for {operation!r}; it has {list(config)}")
-
-
-def _published_example(
-    record: dict[str, Any],
-    shots: Sequence[dict[str, Any]],
-    operation: str,
-    template: str,
-    where: str,
-) -> tasks.Example:
-    """One record; an answer is a text or, where many are right, an object with an "example"."""
-
-    def question_and_answer(part: dict[str, Any]) -> tuple[str, str]:
-        answer = part["answer"]
-        text = answer["example"] if isinstance(answer, dict) else answer
-        return jsonl.render(template, part["input"], where), text
-
-    prompt, completion = question_and_answer(record)
-    return tasks.Example(
-        prompt=_with_shots([question_and_answer(shot) for shot in shots], prompt),
-        completion=completion,
-        metadata={
-            "operation": operation,
-            "people": tuple(parse_list(record["input"]["context"])),
-            "person": record["input"].get("word"),
-            "index": record["input"].get("index"),
-        },
-    )

@@ -7,6 +7,7 @@ import pytest
 
 from dlm import tasks
 from dlm.tasks import waiting_line
+from dlm.tasks.parallel_bench import load_parallel_bench
 from tests.lib.paths import SHARED
 
 DATA = SHARED / "data" / "parallel_bench"
@@ -365,7 +366,7 @@ def test_load_parallel_bench_form(tmp_path):
         "answer": {"input": [A, B], "example": text(A)},
     }
     path = write_published(tmp_path, "remove_random", record)
-    task = waiting_line.load_parallel_bench(path)
+    task = load_parallel_bench(path)
     example = task[0]
     assert len(task) == 1
     assert example.prompt == (
@@ -375,7 +376,7 @@ def test_load_parallel_bench_form(tmp_path):
     assert example.completion == text(A)
     assert task.score(example, text(B)) == {"score": 1.0, "score_strict": 1.0}
     assert task.score(example, text(A, B)) == {"score": 0.0, "score_strict": 0.0}
-    bare = waiting_line.load_parallel_bench(path, num_shots=0)[0]
+    bare = load_parallel_bench(path, num_shots=0)[0]
     assert bare.prompt == f"Somebody left:\n{text(A, B)}\nWho is there?\n"
 
 
@@ -383,20 +384,20 @@ def test_load_parallel_bench_errors(tmp_path):
     good = {"input": {"context": text(A, B)}, "answer": text(A)}
     path = write_published(tmp_path, "remove_random", good, {"input": {}})
     with pytest.raises(ValueError, match=r"num_shots=1 must be at most 0, the number .*line 1"):
-        waiting_line.load_parallel_bench(path)
+        load_parallel_bench(path)
     with pytest.raises(ValueError, match="num_shots=-1 must be at least 0"):
-        waiting_line.load_parallel_bench(path, num_shots=-1)
+        load_parallel_bench(path, num_shots=-1)
     with pytest.raises(ValueError, match=r"remove_random\.jsonl, line 2: .*'answer'"):
-        waiting_line.load_parallel_bench(path, num_shots=0)
+        load_parallel_bench(path, num_shots=0)
     with pytest.raises(ValueError, match="must have an entry for 'replace_index'"):
-        waiting_line.load_parallel_bench(path, "replace_index")  # found by key, not by name
+        load_parallel_bench(path, "replace_index")  # found by key, not by name
     with pytest.raises(ValueError, match="operation='swap' must be one of"):
-        waiting_line.load_parallel_bench(path, "swap")
+        load_parallel_bench(path, "swap")
     with pytest.raises(FileNotFoundError, match=r"copy\.jsonl' is not a file"):
-        waiting_line.load_parallel_bench(path.with_name("copy.jsonl"), "remove_random")
+        load_parallel_bench(path.with_name("copy.jsonl"), "remove_random")
     (tmp_path / "task_config.yaml").unlink()
     with pytest.raises(FileNotFoundError, match=r"task_config\.yaml is missing"):
-        waiting_line.load_parallel_bench(path)
+        load_parallel_bench(path)
 
 
 def test_published_files():
@@ -404,7 +405,7 @@ def test_published_files():
     if not files:
         pytest.skip("shared data is absent")
     for file in files:
-        task = waiting_line.load_parallel_bench(file)
+        task = load_parallel_bench(file)
         assert len(task) == 100
         for example in task.examples:
             metadata = example.metadata
