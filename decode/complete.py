@@ -13,7 +13,7 @@ from tqdm import tqdm
 from decode.constraints.hosted import HostConstraint, counted
 from decode.constraints.monitors.contracts import Monitor
 from decode.constraints.monitors.watched import watch
-from decode.core.component import by_name
+from decode.core.component import entry
 from decode.core.requests import (
     ManyPrompts,
     OnePrompt,
@@ -321,7 +321,7 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
         method = SpeculativeMethod()
     elif isinstance(method, str):
         every: dict[str, AnyMethod] = {**DRAFTED, **SEARCHES, **PLANNERS}
-        method = by_name(every, method)
+        method = entry(every, method)
     if isinstance(method, Planner):
         return _plan(method, given, choices)
     constraint = choices.get("constraint")

@@ -38,12 +38,15 @@ class Part:
         """Raises ValueError, in one sentence, on values that make no sense. Runs before tracing."""
 
 
-def by_name(table: Mapping[str, Entry], name: str) -> Entry:
-    """What a table of methods has under a name; ValueError, with some that it has, if nothing."""
-    if name not in table:
-        close = difflib.get_close_matches(name, table, n=4, cutoff=0.5) or table
-        raise ValueError(f"there is no method {name!r}; there are {', '.join(close)}")
-    return table[name]
+def entry(table: Mapping[str, Entry], name: str, kind: str = "method") -> Entry:
+    """What a table has under a name; ValueError, with names that it has, if nothing."""
+    if name in table:
+        return table[name]
+    if close := difflib.get_close_matches(name, table, n=4, cutoff=0.5):
+        raise ValueError(f"there is no {kind} {name!r}; close: {', '.join(close)}")
+    names = list(table)
+    others = f" and {len(names) - 10} others" if len(names) > 10 else ""
+    raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(names[:10])}{others}")
 
 
 def as_kind(kind: type[Kind], made: Any, **fields: Any) -> Kind:

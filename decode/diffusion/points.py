@@ -13,11 +13,11 @@ line in figures and have one AUP.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from decode.constraints.nucleus import Nucleus
+from decode.core.component import entry
 from decode.diffusion.caches.block_causal import BlockCausal, CausalContext
 from decode.diffusion.caches.dual_cache import DualCache
 from decode.diffusion.caches.in_block_cache import InBlockCache
@@ -246,18 +246,16 @@ def named(name: str, block_len: int) -> DiffusionMethod:
     Raises:
       ValueError: there is no such method, or no such block.
     """
-    family_of(name)
+    make = entry(METHODS, name)
     if block_len < 1:
         raise ValueError(f"block_len={block_len} must be at least 1")
-    return METHODS[name](block_len)
+    return make(block_len)
 
 
 def family_of(name: str) -> str:
     """The family of a key of `METHODS`; ValueError if there is no such method."""
-    for family, members in FAMILIES.items():
-        if name in members:
-            return family
-    raise ValueError(f"there is no method {name!r}; {_suggest(name, METHODS)}")
+    entry(METHODS, name)
+    return next(family for family, members in FAMILIES.items() if name in members)
 
 
 def override(method: DiffusionMethod, changes: Mapping[str, Any]) -> DiffusionMethod:
@@ -280,9 +278,7 @@ def override(method: DiffusionMethod, changes: Mapping[str, Any]) -> DiffusionMe
         old: Any = getattr(method, axis)
         is_component = isinstance(old, Component)
         if isinstance(change, str) and is_component and (table := short_names(axis)):
-            if change not in table:
-                raise ValueError(f"there is no {axis} {change!r}; {_suggest(change, table)}")
-            new = table[change]()
+            new = entry(table, change, axis)()
         elif is_component:
             if not isinstance(change, Mapping):
                 kinds = "fields or a short name" if short_names(axis) else "fields"
@@ -323,12 +319,3 @@ def _check_kind(name: str, field: dataclasses.Field[Any], value: object) -> None
             if not isinstance(value, kinds) or (isinstance(value, bool) and word != "bool"):
                 raise ValueError(f"{name}={value!r} must be {called}")
             return
-
-
-def _suggest(name: str, table: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, table, n=4, cutoff=0.5)
-    if close:
-        return f"close: {', '.join(close)}"
-    names = list(table)
-    others = f" and {len(names) - 10} others" if len(names) > 10 else ""
-    return f"there are {', '.join(names[:10])}{others}"

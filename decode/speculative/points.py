@@ -9,7 +9,7 @@ A drafter's own published settings stand in its file (`Drafter.points`).
 
 from __future__ import annotations
 
-from decode.core.component import by_name
+from decode.core.component import entry
 from decode.speculative.components import DRAFTERS
 from decode.speculative.loop import SpeculativeMethod
 
@@ -24,4 +24,4 @@ def named(name: str) -> SpeculativeMethod:
     Raises:
       ValueError: there is no such method.
     """
-    return by_name(METHODS, name)
+    return entry(METHODS, name)

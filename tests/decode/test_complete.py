@@ -156,7 +156,7 @@ def test_bad_options_are_refused(lm):
             dict(method=5),
             "method=5 must be a SpeculativeMethod or a SearchMethod, or the name of one",
         ),
-        (dict(method="beam_5"), "there is no method 'beam_5'; there are beam_4"),
+        (dict(method="beam_5"), "there is no method 'beam_5'; close: beam_4"),
         (dict(method="beam_4", num_return=0), "num_return=0 must be at least 1"),
         (dict(method=SearchMethod(Beam(), stop_ids=(1.5,))), "an entry of stop_ids=1.5 must be a"),
         (dict(method=SearchMethod(CNTP())), "temperature=None must be a number: CNTP draws"),

@@ -206,7 +206,7 @@ def test_what_makes_no_sense_is_refused(lm):
     pearl = Pearl(DraftModel.example(lm.cfg, lm.params))
     with pytest.raises(ValueError, match="method=Pearl must be a SpeculativeMethod or"):
         Conversation(lm, method=pearl)
-    with pytest.raises(ValueError, match="no method 'prompt_lookupp'; there are prompt_lookup"):
+    with pytest.raises(ValueError, match="no method 'prompt_lookupp'; close: prompt_lookup"):
         Conversation(lm, method="prompt_lookupp")
     with pytest.raises(ValueError, match="no tokenizer that could be read"):
         Conversation(dataclasses.replace(lm, tokenizer=None))

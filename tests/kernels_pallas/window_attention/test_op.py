@@ -282,3 +282,17 @@ def test_unknown_implementation_says_what_exists():
     q = jnp.zeros((1, 2, 4, 4))
     with pytest.raises(NotImplementedError, match="'xla', 'tpu', 'gpu' or 'reference'"):
         window_attention(q, q, q, implementation="cuda")
+
+
+def test_keys_meet_few_queries_by_slot_and_many_by_query():
+    """What is by slot has to be turned around, which costs more than it saves where many look."""
+    k = v = jnp.zeros((1, 1, 2, 8))
+    cache, ranges = (jnp.zeros((1, 1, 2, 512, 8)),) * 2, jnp.array([[[0, 512]]])
+
+    def is_by_slot(T):
+        q = jnp.zeros((1, T, 4, 8))
+        new = (jnp.tile(x, (1, T, 1, 1)) for x in (k, v))
+        attend = lambda q, k, v: in_operations(q, k, v, cache=cache, cache_ranges=ranges)
+        return "optimization_barrier" in str(jax.make_jaxpr(attend)(q, *new))
+
+    assert is_by_slot(1) and is_by_slot(12) and not is_by_slot(13)  # two queries per head each
