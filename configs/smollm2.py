@@ -90,10 +90,15 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "mask_id": 4,  # <reponame>, which no text of a chat has
         },
         1e-3,
-        240,
+        400,
     ),
     "masks": (
-        {"make": "train.objectives.masks:MasksLoss", "decay": DECAY},
+        {
+            "make": "train.objectives.masks:MasksLoss",
+            "keep": 0.5,  # of three masks a position has one on average (PARD, 0.7: 1.5)
+            "decay": DECAY,
+            "remat": True,  # all scores of thirty layers would take 20 GB
+        },
         {
             "make": "dlm.heads.masks:MaskHeads",
             "num_masks": 3,
@@ -101,7 +106,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "vocab": VOCAB,
         },
         1e-3,
-        300,
+        230,
     ),
 }
 

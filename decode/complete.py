@@ -89,7 +89,7 @@ def complete(
     drafter: Drafter | None = None,
     acceptance: AcceptanceRule | None = None,
     gen_len: int | Sequence[int] = 256,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -133,7 +133,8 @@ def complete(
       acceptance: which drafts are kept, see `decode.speculative.accept`. `Match` is right for every
         drafter; for drafts that are drawn (`is_sampled`) `SpeculativeSampling` accepts more.
       gen_len: most tokens to write, end-of-text included, for all or per prompt.
-      temperature: 0: the method's own; arg-max, unless it has one.
+      temperature: 0: the arg-max; None: the method's own, which is the arg-max but for searches
+        that draw.
       top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty: see
         `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
@@ -306,13 +307,11 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
             "this is a diffusion model, which never learned to write from left to right: use "
             "decode.generate"
         )
-    temperature = choices.get("temperature", 0.0)
-    sampling = read_sampling(lm, choices, temperature or None)
     given: dict[str, Any] = {
         "drafter": choices.get("drafter"),
         "acceptance": choices.get("acceptance"),
         "controller": choices.get("controller"),
-        "sampling": sampling if temperature or sampling.has_filters else None,
+        "sampling": read_sampling(lm, choices) or None,
         "stop_ids": read_stop_ids(choices.get("stop_ids", ())),
         "top_logprobs": choices.get("top_logprobs") or None,
     }
@@ -366,7 +365,7 @@ def _changes(method: SpeculativeMethod | SearchMethod, given: Mapping[str, Any])
     """Choices that replace those of a method: of its sampling what was given, and no more."""
     some = {name: choice for name, choice in given.items() if choice is not None}
     if "sampling" in some:
-        some["sampling"] = method.sampling.changed_by(some["sampling"])
+        some["sampling"] = method.sampling.replace(**some["sampling"])
     return some
 
 

@@ -21,6 +21,7 @@ from decode.core.results import (
     Completion,
     to_text,
 )
+from decode.core.sampling import Sampling
 from decode.core.streaming import Piece, stream_answer
 from decode.core.texts import (
     GEN_LEN,
@@ -63,8 +64,8 @@ class Choices(MethodOptions, total=False):
     constraint: Constraint | None
     inputs: Inputs | None
     block_len: int | Literal["auto"] | None
-    guidance: float
-    lookahead: int
+    guidance: float | None
+    lookahead: int | None
 
 
 class Options(Choices, TextOptions, total=False):
@@ -94,7 +95,7 @@ def generate(
     inputs: Inputs | None = None,
     gen_len: int | Sequence[int] = 256,
     block_len: int | Literal["auto"] | None = "auto",
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -103,8 +104,8 @@ def generate(
     eta_cutoff: float | None = None,
     repetition_penalty: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
-    guidance: float = 0.0,
-    lookahead: int = 0,
+    guidance: float | None = None,
+    lookahead: int | None = None,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
@@ -145,13 +146,15 @@ def generate(
       gen_len: completion length in tokens, for all or per prompt.
       block_len: positions per block; "auto": the model's own if it was trained in blocks, else 32;
         None: one block. Unused with a `scheduler` or a method object.
-      temperature: 0: arg-max; > 0: proposals are sampled.
+      temperature: > 0: proposals are sampled; 0: the arg-max; None: the method's own, by default
+        the arg-max.
       top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty: see
         `decode.core.sampling`.
       logit_bias: token id -> what is added to its logit.
-      guidance: classifier-free guidance scale; 0: off.
+      guidance: classifier-free guidance scale; 0: off; None: the method's own, by default off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with
-        fewer forwards, each of them larger. Only without cache.
+        fewer forwards, each of them larger. Only without cache. 0: none; None: the method's own, by
+        default none.
       stop: strings that end a text, special tokens included; it is cut before the first that is
         whole.
       stop_ids: tokens that end a text, besides the model's end-of-text.
@@ -253,7 +256,8 @@ def stream_text(
 def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) -> DiffusionMethod:
     """The method that was asked for, see `generate`."""
     method, constraint = choices.get("method"), choices.get("constraint")
-    filters = read_sampling(lm, choices, None)
+    asked = {name: x for name, x in read_sampling(lm, choices).items() if name != "temperature"}
+    filters = Sampling(None, **asked)
     if filters.has_filters:
         if constraint is not None:
             raise ValueError(
@@ -275,13 +279,13 @@ def choose(lm: LanguageModel, gen_len: int | Sequence[int], choices: Choices) ->
         "confidence": by_name("confidence", choices.get("confidence")),
         "stopper": by_name("stopper", choices.get("stopper")),
         "constraint": constraint,
-        "temperature": choices.get("temperature") or None,
-        "guidance": choices.get("guidance") or None,
-        "lookahead": choices.get("lookahead") or None,
         "top_logprobs": choices.get("top_logprobs") or None,
         "stop_ids": read_stop_ids(choices.get("stop_ids", ())),
     }
     given = {name: choice for name, choice in given.items() if choice is not None}
+    numbers: Mapping[str, Any] = choices
+    off = {"temperature": None, "guidance": None, "lookahead": 0}
+    given |= {k: numbers[k] or none for k, none in off.items() if numbers.get(k) is not None}
     check_axes({axis: choice for axis, choice in given.items() if axis in AXES})
     block_len = choices.get("block_len", "auto")
     if block_len == "auto":

@@ -63,6 +63,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("gen_len", 256, "Most tokens of an answer.", lower_bound=1)
     flags.DEFINE_integer("block_len", 0, "Diffusion: of a block; 0: the model's.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 32, "Rows at once.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "0: the arg-max.", lower_bound=0.0)
+    flags.DEFINE_float("temperature", None, "0: the arg-max; else the method's.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Of the first prompt; prompt i has seed + i.")
     app.run(main)

@@ -27,8 +27,6 @@ Letters: V vocabulary; `...` any leading axes.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -86,12 +84,6 @@ class Sampling(struct.PyTreeNode):
             raise ValueError(
                 f"logit_bias has shape {self.logit_bias.shape}, not [vocab_size={cfg.vocab_size}]"
             )
-
-    def changed_by(self, given: Sampling) -> Sampling:
-        """The same but for all of `given` that is not None."""
-        names = [field.name for field in dataclasses.fields(given)]
-        changes = {name: getattr(given, name) for name in names}
-        return self.replace(**{name: x for name, x in changes.items() if x is not None})
 
     @property
     def is_cut(self) -> bool:

@@ -31,7 +31,7 @@ from decode.core.requests import (
     whole_number,
 )
 from decode.core.results import STOP_ROUNDS, Completion, cut, read_bias, read_stops, settled
-from decode.core.sampling import FILTERS, Sampling
+from decode.core.sampling import FILTERS
 from dlm.compilation import Compiling
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
@@ -43,7 +43,7 @@ GEN_LEN = 256  # tokens, unless it is said
 class MethodOptions(TypedDict, total=False):
     """The keyword arguments of both that say how to decode."""
 
-    temperature: float
+    temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
@@ -75,10 +75,13 @@ def check_known(function: str, options: Mapping[str, Any], kind: Any) -> None:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}{hint}")
 
 
-def read_sampling(lm: LanguageModel, given: MethodOptions, temperature: float | None) -> Sampling:
-    """The temperature and filters that were asked for."""
-    numbers: dict[str, Any] = {name: given.get(name) for name in (*FILTERS, "repetition_penalty")}
-    return Sampling(temperature, **numbers, logit_bias=read_bias(lm, given.get("logit_bias")))
+def read_sampling(lm: LanguageModel, given: MethodOptions) -> dict[str, Any]:
+    """Fields of `Sampling` that were asked for; temperature 0 is its None."""
+    asked: dict[str, Any] = {name: given.get(name) for name in (*FILTERS, "repetition_penalty")}
+    asked["logit_bias"] = read_bias(lm, given.get("logit_bias"))
+    asked = {name: value for name, value in asked.items() if value is not None}
+    temperature = given.get("temperature")
+    return asked if temperature is None else asked | {"temperature": temperature or None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ class SearchMethod(struct.PyTreeNode):
         if self.strategy.draws and self.sampling.temperature is None:
             name = type(self.strategy).__name__
             raise ValueError(
-                f"temperature=None must be a number: {name} draws, by default from {name}.sampling"
+                f"temperature must be positive: {name} draws, by default from {name}.sampling"
             )
         if self.strategy.looks_ahead:
             shaped: dict[str, Any] = {

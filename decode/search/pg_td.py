@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -109,8 +109,12 @@ class PGTD(Planner):
     def num_results(self) -> int:
         return self.num_return
 
-    def with_choices(self, sampling: Sampling | None, stop_ids: Tokens | None) -> Self:
-        if sampling is not None and self.mode == "best":
+    @property
+    def draws(self) -> bool:
+        return self.mode == "sample"
+
+    def with_choices(self, sampling: Mapping[str, Any] | None, stop_ids: Tokens | None) -> Self:
+        if sampling is not None and not self.draws:
             raise ValueError("temperature and filters must be left out with mode='best'")
         return super().with_choices(sampling, stop_ids)
 

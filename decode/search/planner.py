@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -69,12 +69,23 @@ class Planner:
         """Most completions of a prompt that it can give."""
         return 1
 
-    def with_choices(self, sampling: Sampling | None, stop_ids: tuple[int, ...] | None) -> Self:
-        """With what was asked for beside it; ValueError if that makes no sense."""
+    @property
+    def draws(self) -> bool:
+        """Whether `sampling` is used."""
+        return True
+
+    def with_choices(
+        self, sampling: Mapping[str, Any] | None, stop_ids: tuple[int, ...] | None
+    ) -> Self:
+        """With what was asked for beside it, fields of `sampling` and stop tokens.
+
+        Raises:
+          ValueError: it makes no sense.
+        """
         self._check_kinds()
         changes: dict[str, Any] = {}
         if sampling is not None:
-            changes["sampling"] = self.sampling.changed_by(sampling)
+            changes["sampling"] = self.sampling.replace(**sampling)
         if stop_ids is not None:
             changes["stop_ids"] = stop_ids
         return self.replace(**changes)
@@ -83,6 +94,8 @@ class Planner:
         """Raises ValueError, in one sentence, on what makes no sense for a model."""
         self._check_kinds()
         self.sampling.validate(lm.cfg)
+        if self.draws and self.sampling.temperature is None:
+            raise ValueError(f"temperature must be positive: {type(self).__name__} draws")
         check_stop_ids(self.stop_ids, lm.cfg)
 
     def _check_kinds(self) -> None:

@@ -60,6 +60,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("stats", False, "Say after every answer what it took.")
     flags.DEFINE_string("dtype", "", "Of the parameters; default: the checkpoint's.")
     flags.DEFINE_integer("gen_len", 256, "Most tokens of an answer.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "0: the arg-max.", lower_bound=0.0)
+    flags.DEFINE_float("temperature", None, "0: the arg-max; else the method's.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Of the first answer; answer i has seed + i.")
     app.run(main)

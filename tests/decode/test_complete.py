@@ -119,6 +119,7 @@ def test_what_is_given_replaces_that_and_no_more(lm):
         for given, expected in (
             ({"top_k": 5}, own.replace(top_k=5)),
             ({"temperature": 0.5}, own.replace(temperature=0.5)),
+            ({"temperature": 0}, own.replace(temperature=None)),
             (
                 {"top_p": 0.5, "repetition_penalty": 1.2},
                 Sampling(0.8, top_p=0.5, repetition_penalty=1.2),
@@ -159,7 +160,8 @@ def test_bad_options_are_refused(lm):
         (dict(method="beam_5"), "there is no method 'beam_5'; close: beam_4"),
         (dict(method="beam_4", num_return=0), "num_return=0 must be at least 1"),
         (dict(method=SearchMethod(Beam(), stop_ids=(1.5,))), "an entry of stop_ids=1.5 must be a"),
-        (dict(method=SearchMethod(CNTP())), "temperature=None must be a number: CNTP draws"),
+        (dict(method=SearchMethod(CNTP())), "temperature must be positive: CNTP draws"),
+        (dict(method="a_star", temperature=0), "temperature must be positive: AStar draws"),
         (dict(drafter="prompt_lookup"), "drafter='prompt_lookup' must be of class Drafter"),
         (dict(acceptance=5), "acceptance=5 must be of class AcceptanceRule"),
         (dict(controller=True), "controller=True must be of class Controller"),

@@ -16,7 +16,7 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod, decode, init_state
-from decode.generate import generate
+from decode.generate import choose, generate
 from decode.view import Answer, write_commit_order
 from dlm.presets import PRESETS
 from dlm.sharding import make_mesh
@@ -208,6 +208,14 @@ def test_what_a_method_has_is_not_ignored(toy_cfg, toy_params):
     assert len(cut.tokens) == canvas.tolist().index(stop) and cut.finish_reason == "eos"
     with pytest.raises(ValueError, match=r"the method's constraint=Nucleus.* two constraints"):
         generate(lm, [1], method="dream_sampled", top_k=3, gen_len=8)
+
+
+def test_zero_turns_off_what_a_method_has(lm):
+    method = DiffusionMethod(FixedBlocks(None), temperature=0.5, guidance=0.2, lookahead=3)
+    none = dict(temperature=0, guidance=0.0, lookahead=0)
+    assert choose(lm, 8, {"method": method}) == method
+    assert choose(lm, 8, {"method": method} | dict.fromkeys(none)) == method
+    assert choose(lm, 8, {"method": method} | none) == DiffusionMethod(FixedBlocks(None))
 
 
 @pytest.mark.exhaustive(every=4)
