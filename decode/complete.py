@@ -324,12 +324,12 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
     if isinstance(method, Planner):
         return _plan(method, given, choices)
     constraint = choices.get("constraint")
-    if isinstance(constraint, Monitor):
-        constraint = watch(lm, constraint)
+    is_on_host = isinstance(constraint, Monitor | HostConstraint)
     if isinstance(method, SearchMethod):
-        if not isinstance(constraint, HostConstraint):
+        if not is_on_host:
             return _search(lm, method, given | {"constraint": constraint})
-        return hosted_search.host(_search(lm, method, given), constraint)
+        method = _search(lm, method, given)
+        return hosted_search.host(method, _on_host(lm, method, constraint))
     if not isinstance(method, SpeculativeMethod):
         raise ValueError(
             f"method={method!r} must be a SpeculativeMethod or a SearchMethod, or the name of one"
@@ -339,14 +339,24 @@ def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
     method.check_kinds()
     if constraint is None:
         return method
-    if not isinstance(constraint, HostConstraint):
+    if not is_on_host:
         raise ValueError(
             f"constraint={constraint!r} must be a Monitor or a HostConstraint; others are for "
             "searches: give one as method, such as 'beam_4'"
         )
     if isinstance(method, pearl.Pearl):
         raise ValueError("constraint must be None with Pearl, whose rounds wait for nobody")
-    return hosted.host(method, constraint)
+    return hosted.host(method, _on_host(lm, method, constraint))
+
+
+def _on_host(
+    lm: LanguageModel, method: SpeculativeMethod | SearchMethod, constraint: Any
+) -> HostConstraint:
+    """A constraint of the host, of a monitor what it allows."""
+    if isinstance(constraint, Monitor):
+        return watch(lm, constraint, np.ravel(method.stop_ids).astype(int).tolist())
+    found: HostConstraint = constraint
+    return found
 
 
 def _plan(method: Planner, given: Mapping[str, Any], choices: Choices) -> Planner:

@@ -58,6 +58,7 @@ if __name__ == "__main__":
     about = "spec_bench, refill, search (empty: SmolLM2), windows (empty: random weights): a model."
     flags.DEFINE_string("checkpoint", "", about)
     flags.DEFINE_string("draft", "", "Checkpoint of a draft model; empty: none.")
+    flags.DEFINE_string("trained", "", "spec_bench: folder of scripts.smollm2, for its drafters.")
     flags.DEFINE_string("prompts", "", "spec_bench, search: folder of question*.jsonl.")
     flags.DEFINE_integer("num_prompts", 4, "In all, or per category.", lower_bound=1)
     flags.DEFINE_enum("task", "", ["", *TASKS], "refill, search: whose prompts; else passages.")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +16,6 @@ from decode.evaluation.run import device
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.input_guided import InputGuided
 from decode.speculative.loop import SpeculativeMethod
-from dlm.lm import LanguageModel
 from dlm.params import num_params
 from dlm.tasks.presets import TASKS
 from dlm.tasks.rewriting import CLOSING, OPENING
@@ -35,7 +33,8 @@ from scripts.bench import (
     windows,
 )
 from scripts.bench.timing import table
-from scripts.compare_hf.decoders import NUM_DRAFTS, Decoder, theirs
+from scripts.compare_hf.decoders import NUM_DRAFTS, beside
+from scripts.smollm2 import drafters
 
 Flags = Any  # absl's, by name
 
@@ -140,9 +139,14 @@ def bench_spec_bench(flags: Flags) -> None:
             dlm.check_same_tokens(small, lm)
             drafter = DraftModel(small.params, small.cfg, num_drafts=NUM_DRAFTS["draft model"])
             methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), flags.controller)
+        if flags.trained:
+            for name, trained in drafters.everything(lm, pathlib.Path(flags.trained)):
+                methods |= spec_bench.both(name, SpeculativeMethod(trained), flags.controller)
+        others = beside(lm, small, flags.gen_len) if flags.transformers else {}
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    others = _of_transformers(lm, small, flags.gen_len) if flags.transformers else {}
+    except ImportError as error:
+        sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
     found = []
     for m in spec_bench.measure(lm, methods, asked, flags.gen_len, flags.repeats, others):
         print(json.dumps(dataclasses.asdict(m)), flush=True)
@@ -162,25 +166,6 @@ def bench_spec_bench(flags: Flags) -> None:
         (out / "spec_bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         spec_bench.draw(rows, out / "spec_bench.png")
         (out / "spec_bench.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-
-
-def _of_transformers(
-    lm: LanguageModel, draft: LanguageModel | None, gen_len: int
-) -> dict[str, Decoder]:
-    """Decoders of transformers with the same weights, by name."""
-    with tempfile.TemporaryDirectory() as folder:  # read before the names of methods come
-        paths = [pathlib.Path(folder) / name for name in ("target", "draft")]
-        for path, model in zip(paths, (lm, draft), strict=True):
-            if model is not None:
-                dlm.save(path, model)
-        try:
-            found = theirs(
-                paths[0], None if draft is None else paths[1], gen_len, list(lm.cfg.eos_ids),
-                lm.cfg.pad_token_id,
-            )  # fmt: skip
-            return {f"transformers, {name}": run for name, run in found}
-        except ImportError as error:
-            sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
 
 
 ALL: dict[str, Callable[[Flags], None]] = {

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -109,6 +110,26 @@ def theirs(
 
     for name in pipe.recv():
         yield name, decoder(name)
+
+
+def beside(
+    lm: dlm.LanguageModel, draft: dlm.LanguageModel | None, gen_len: int
+) -> dict[str, Decoder]:
+    """Decoders of Hugging Face with the weights of models that are loaded here, by name.
+
+    Raises:
+      ImportError: torch or transformers are not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # read before the names of methods come
+        paths = [pathlib.Path(folder) / name for name in ("target", "draft")]
+        for path, model in zip(paths, (lm, draft), strict=True):
+            if model is not None:
+                dlm.save(path, model)
+        found = theirs(
+            paths[0], None if draft is None else paths[1], gen_len, list(lm.cfg.eos_ids),
+            lm.cfg.pad_token_id,
+        )  # fmt: skip
+        return {f"transformers, {name}": run for name, run in found}
 
 
 def _serve(

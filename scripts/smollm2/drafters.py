@@ -8,16 +8,28 @@ from collections.abc import Iterator
 import dlm
 from configs.smollm2 import RECIPES
 from decode.speculative.contracts import Drafter
+from decode.speculative.drafters.ddtree import DDTree
 from decode.speculative.drafters.dflash import DFlash
-from decode.speculative.drafters.draft_model import DraftModel
-from decode.speculative.drafters.eagle import Eagle
+from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest
+from decode.speculative.drafters.eagle import Eagle, EagleBest
+from decode.speculative.drafters.hybrid import Hybrid
 from decode.speculative.drafters.hydra import Hydra
 from decode.speculative.drafters.masks import Masks
 from decode.speculative.drafters.medusa import Medusa
+from decode.speculative.drafters.opt_tree import DraftModelOpt, EagleOpt
+from decode.speculative.drafters.sam import SAM
 from decode.speculative.tree import chain
 from dlm.heads import dflash, eagle_3, hydra, masks, medusa
 
 CHAIN = chain(3)  # on a CPU every further node costs its arithmetic
+BUDGET = 7  # nodes of a tree, as many as a block of DFlash has
+AGREED = 4  # tokens from which on a copy is taken instead of a draft
+
+
+def draft_of(lm: dlm.LanguageModel, folder: pathlib.Path) -> dlm.LanguageModel | None:
+    """The trained draft model, if it is there."""
+    path = folder / "draft" / "model"
+    return dlm.load(path, dtype=lm.cfg.dtype) if path.exists() else None
 
 
 def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, Drafter]]:
@@ -26,10 +38,8 @@ def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, 
     Raises:
       ValueError: one was trained for another model.
     """
-    at = {name: folder / name / "model" for name in RECIPES}
-    at = {name: path for name, path in at.items() if path.exists()}
-    if "draft" in at:
-        draft = dlm.load(at["draft"], dtype=lm.cfg.dtype)
+    at = _found(folder)
+    if (draft := draft_of(lm, folder)) is not None:
         yield "draft model", DraftModel(draft.params, draft.cfg, num_drafts=CHAIN.depth)
     if "medusa" in at:
         yield "Medusa", Medusa(medusa.load(at["medusa"], lm)[1], CHAIN)
@@ -43,3 +53,42 @@ def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, 
         network = masks.load(at["masks"], lm)
         for kind, is_quadratic in (("linear", False), ("quadratic", True)):
             yield f"masks, {kind}", Masks(network, CHAIN.depth, is_quadratic=is_quadratic)
+
+
+def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, Drafter]]:
+    """Those of `trained`, and what else they can be: longer chains, trees, one after a copy.
+
+    Raises:
+      ValueError: one was trained for another model.
+    """
+    yield from trained(lm, folder)
+    at = _found(folder)
+    if (draft := draft_of(lm, folder)) is not None:
+        yield (
+            "draft model, best tree",
+            DraftModelBest(draft.params, draft.cfg, width=3, levels=CHAIN.depth, budget=BUDGET),
+        )
+        yield (
+            "draft model, OPT-Tree",
+            DraftModelOpt(draft.params, draft.cfg, budget=BUDGET, levels=BUDGET),
+        )
+    if "eagle_3" in at:
+        network = eagle_3.load(at["eagle_3"], lm)
+        yield "EAGLE-3, best tree", EagleBest(network, width=3, levels=CHAIN.depth, budget=BUDGET)
+        yield "EAGLE-3, OPT-Tree", EagleOpt(network, budget=BUDGET, levels=BUDGET)
+        yield "SAM, else EAGLE-3", Hybrid(SAM(), Eagle(network, CHAIN), threshold=AGREED)
+    if "dflash" in at:
+        block = DFlash(dflash.load(at["dflash"], lm))
+        yield "DFlash, whole block", block
+        yield "DDTree of DFlash", DDTree(block, budget=BUDGET, max_budget=BUDGET)
+    if "masks" in at:
+        guesses = Masks(masks.load(at["masks"], lm))
+        yield "DDTree of masks", DDTree(guesses, budget=BUDGET, max_budget=BUDGET)
+    if "medusa" in at:
+        heads = Medusa(medusa.load(at["medusa"], lm)[1], CHAIN)
+        yield "DDTree of Medusa", DDTree(heads, budget=BUDGET, max_budget=BUDGET)
+
+
+def _found(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    at = {name: folder / name / "model" for name in RECIPES}
+    return {name: path for name, path in at.items() if path.exists()}

@@ -1,4 +1,8 @@
-"""Spec-Bench's prompts, with every drafter there is for SmolLM2, and a page about it."""
+"""Spec-Bench's prompts, with the drafters there are for SmolLM2, and a page about it.
+
+Where torch and transformers are installed their `generate` decodes the same prompts in the same
+turns: plainly, with prompt lookup, and assisted by the trained draft model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from decode.evaluation.run import device
 from decode.speculative.loop import SpeculativeMethod
 from scripts.bench import spec_bench
 from scripts.bench.prompts import read_questions, sample_prompts
-from scripts.smollm2.drafters import trained
+from scripts.compare_hf.decoders import beside
+from scripts.smollm2.drafters import draft_of, trained
 
 UNTRAINED = ["prompt_lookup", "suffix", "token_recycling"]
 GEN_LEN = 64  # tokens
@@ -41,8 +46,13 @@ def measure(
     methods = spec_bench.methods_of(UNTRAINED, ["off", "on"])
     for name, drafter in trained(lm, folder):
         methods |= spec_bench.both(name, SpeculativeMethod(drafter), ["off", "on"])
+    try:
+        others = beside(lm, draft_of(lm, folder), GEN_LEN)
+    except ImportError as error:
+        print(f"transformers is left out: {error}; it is in the extra, pip install -e '.[parity]'")
+        others = {}
     began, found = time.perf_counter(), []
-    for m in spec_bench.measure(lm, methods, asked, GEN_LEN, repeats, {}):
+    for m in spec_bench.measure(lm, methods, asked, GEN_LEN, repeats, others):
         print(json.dumps(dataclasses.asdict(m)), flush=True)
         found.append(m)
     minutes = (time.perf_counter() - began) / 60

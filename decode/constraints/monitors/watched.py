@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Vocabulary:
                 node.bytes |= set(self.words[i][n:])
 
     def mask(self, monitor: Monitor, state: State) -> np.ndarray:
-        """[V] bool: tokens of which a monitor refuses no byte."""
+        """[V] bool: tokens of which no byte is refused; those without any if nobody watches."""
         wakes_at = monitor.wakes_at
         found = np.zeros(len(self._order), bool)
         todo = [(self._root, state)]
@@ -74,19 +74,24 @@ class Vocabulary:
                     todo.append((child, behind))
         mask = np.zeros(len(self.words), bool)
         mask[self._order] = found
-        mask[self._silent] = monitor.may_end(state)
-        mask.flags.writeable = False
+        mask[self._silent] = monitor.is_dormant(state)
         return mask
 
 
 class Watched(HostConstraint):
     """What a monitor allows.
 
-    Tokens without bytes, as end-of-text, are allowed where the text may end.
+    Tokens that end a text are allowed where it may end, others without bytes where nothing is asked
+    of what follows: behind an answer that is whole they would say nothing, and not end it.
+
+    Attributes:
+      monitor: what is asked.
+      vocabulary: what tokens say.
+      ends: tokens that end a text.
     """
 
-    def __init__(self, monitor: Monitor, vocabulary: Vocabulary) -> None:
-        self.monitor, self.vocabulary = monitor, vocabulary
+    def __init__(self, monitor: Monitor, vocabulary: Vocabulary, ends: Iterable[int]) -> None:
+        self.monitor, self.vocabulary, self.ends = monitor, vocabulary, frozenset(ends)
         self._masks: collections.OrderedDict[State, np.ndarray] = collections.OrderedDict()
 
     def begin(self, prompt: Sequence[int]) -> State:
@@ -94,8 +99,10 @@ class Watched(HostConstraint):
 
     def advance(self, state: State, token: int) -> State | None:
         word, following = self.vocabulary.words[token], state
+        if token in self.ends and self.monitor.may_end(state):
+            return state
         if not word:
-            return state if self.monitor.may_end(state) else None
+            return state if self.monitor.is_dormant(state) else None
         for byte in word:
             if (behind := self.monitor.advance(following, byte)) is None:
                 return None
@@ -106,7 +113,11 @@ class Watched(HostConstraint):
         if state in self._masks:
             self._masks.move_to_end(state)
         else:
-            self._masks[state] = self.vocabulary.mask(self.monitor, state)
+            mask = self.vocabulary.mask(self.monitor, state)
+            if self.monitor.may_end(state):
+                mask[[*self.ends]] = True
+            mask.flags.writeable = False
+            self._masks[state] = mask
             if len(self._masks) > MOST_MASKS:
                 self._masks.popitem(last=False)
         return self._masks[state]
@@ -120,8 +131,13 @@ def _vocabulary(words: tuple[bytes, ...]) -> Vocabulary:
     return Vocabulary(words)
 
 
-def watch(lm: LanguageModel, monitor: Monitor) -> Watched:
+def watch(lm: LanguageModel, monitor: Monitor, stop_ids: Iterable[int]) -> Watched:
     """A monitor as a constraint of a model.
+
+    Args:
+      lm: whose tokens it reads.
+      monitor: what is asked.
+      stop_ids: tokens that end a text, besides the model's end-of-text.
 
     Raises:
       ValueError: the checkpoint has no tokenizer, so that nobody knows what tokens say.
@@ -131,4 +147,5 @@ def watch(lm: LanguageModel, monitor: Monitor) -> Watched:
             "constraint is a monitor, which reads text, but the checkpoint has no tokenizer that "
             "could be read"
         )
-    return Watched(monitor, _vocabulary(token_bytes(lm.tokenizer, lm.cfg.vocab_size)))
+    vocabulary = _vocabulary(token_bytes(lm.tokenizer, lm.cfg.vocab_size))
+    return Watched(monitor, vocabulary, {*lm.cfg.eos_ids, *stop_ids})

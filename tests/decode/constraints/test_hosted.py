@@ -39,6 +39,7 @@ WORDS = [
     b"obj", b".", b".na", b"na", b"me", b"name", b"x", b"tion", b"(", b")", b" ", b"name(", b"oth",
     b".x(", b"a", b"obj.", b"obj.y", b"y", b"=", b"\xc3", b"\xa9", b"", b"", b"",
 ]  # fmt: skip
+SILENT = [i for i, word in enumerate(WORDS) if not word]
 MONITOR = IntrospectionMonitor({"T": NAMES}, {"obj": "T", "obj.x": "T"})
 OBJ = WORDS.index(b"obj.")
 
@@ -80,7 +81,7 @@ def toy(toy_cfg, toy_params):
 
 @functools.cache
 def watched():
-    return Watched(MONITOR, Vocabulary(WORDS))
+    return Watched(MONITOR, Vocabulary(WORDS), SILENT)
 
 
 def written(toy, method, gen_len=10, constraint=None, **options):
@@ -131,7 +132,7 @@ def test_without_a_trigger_nothing_changes(toy):
     method = SpeculativeMethod(sampling=Sampling(0.9))
     plainly = run(params, cfg, method, prompts, gen_len=10)
     monitor = IntrospectionMonitor({"T": NAMES}, {"zzz": "T"})
-    state, rows = written(toy, method, constraint=Watched(monitor, Vocabulary(WORDS)))
+    state, rows = written(toy, method, constraint=Watched(monitor, Vocabulary(WORDS), SILENT))
     assert rows == texts(plainly, 6) and not state.num_masked.any()
     np.testing.assert_allclose(state.log_prob, plainly.log_prob, atol=1e-5)
 
@@ -311,7 +312,7 @@ def test_complete_with_rows_replaced(lm, method):
 def test_a_state_that_allows_nothing_is_released():
     """No token begins the name: what follows is free, and so is a state read from the text."""
     monitor = IntrospectionMonitor({"T": ["q"]}, {"obj": "T"})
-    follower = Follower(Watched(monitor, Vocabulary(WORDS)))
+    follower = Follower(Watched(monitor, Vocabulary(WORDS), SILENT))
     asleep, awake = (follower.state_of(np.array(text, np.int32), 1) for text in ([9], [9, OBJ]))
     assert not follower.mask(awake).any() and follower.mask(asleep).sum() == 23  # all but obj.y
     released, mask = follower.open(awake)
@@ -321,7 +322,7 @@ def test_a_state_that_allows_nothing_is_released():
     assert written == follower.follow(awake, name)
     assert written == follower.state_of(np.array([9, OBJ, name], np.int32), 1)
     never = np.arange(24) == 6
-    ruled = Follower(Watched(MONITOR, Vocabulary(WORDS)), never)
+    ruled = Follower(Watched(MONITOR, Vocabulary(WORDS), SILENT), never)
     state = ruled.state_of(np.array([OBJ], np.int32), 1)
     assert not ruled.mask(state)[6] and Follower(ruled.constraint).mask(state)[6]
 
@@ -330,11 +331,31 @@ def test_what_was_given_is_told_from_what_was_written():
     """The same tokens, of which the last was written behind one prompt and is part of another."""
     monitor = AutomatonMonitor(Automaton.words(["ab"]), "")
     follower, text = (
-        Follower(Watched(monitor, Vocabulary([b"a", b"b"]))),
+        Follower(Watched(monitor, Vocabulary([b"a", b"b"]), ())),
         np.array([1, 0], np.int32),
     )
     allowed = lambda prompt_len: follower.mask(follower.state_of(text, prompt_len)).tolist()
     assert (allowed(1), allowed(2)) == ([False, True], [True, False])
+
+
+def test_an_answer_that_is_whole_only_ends(lm):
+    """Of tokens that say nothing those alone are left that end a text; so may a stop token."""
+    words = [b"a", b"b", b"", b"", b"c"]
+    monitor = AutomatonMonitor(Automaton.words(["ab"]), "")
+    watched = Watched(monitor, Vocabulary(words), {3, 4})
+    state = watched.advance(watched.begin([]), 0)
+    assert watched.allowed(state).tolist() == [False, True, False, False, False]
+    assert [watched.advance(state, token) for token in (2, 3, 4)] == [None] * 3
+    state = watched.advance(state, 1)
+    assert watched.allowed(state).tolist() == [False, False, False, True, True]
+    assert watched.advance(state, 2) is None
+    assert watched.advance(state, 3) == watched.advance(state, 4) == state
+    assert watched.allowed(watched.release(state)).all()
+    for stop_ids, bias in (((), {}), ((ord("z"),), {lm.tokenizer.eos_token_id: float("-inf")})):
+        options = dict(gen_len=8, stop_ids=stop_ids, logit_bias=bias, constraint=monitor)
+        for method in (None, "beam_4"):
+            answer = complete(lm, "xy", method=method, **options)
+            assert (answer.text, answer.finish_reason) == ("ab", "eos"), method
 
 
 @pytest.mark.exhaustive

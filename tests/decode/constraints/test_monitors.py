@@ -92,7 +92,7 @@ def test_masks_are_those_of_the_rules():
         state = after(monitor, b"v.")
         while state.left is not None:
             mask = vocabulary.mask(monitor, state)
-            assert mask.tolist() == [*(by_rules(w, state.left) for w in words), b"" in state.left]
+            assert mask.tolist() == [*(by_rules(w, state.left) for w in words), False]
             byte = rng.choice(sorted({q[0] for q in state.left if q} | {ord("(")}))
             state = monitor.advance(state, int(byte)) or monitor.release(state)
         assert vocabulary.mask(monitor, state).all()
@@ -121,7 +121,7 @@ def test_states_follow_from_the_text():
 
 def test_every_name_can_be_written_in_any_pieces():
     words = [*(bytes([b]) for b in range(256)), b"na", b"me(", b"name()", b".x", b"obj.", b"tion "]
-    watched = Watched(MONITOR, Vocabulary(words))
+    watched = Watched(MONITOR, Vocabulary(words), ())
     prompt = [words.index(b"obj.")]
     for name in NAMES["T"]:
         text = name.encode() + b"()"
