@@ -58,7 +58,8 @@ def as_kind(kind: type[Kind], made: Any, **fields: Any) -> Kind:
 def check_numbers(made: Any) -> None:
     """Raises ValueError unless the fields of a dataclass that are numbers hold some.
 
-    Those that count hold whole ones. Fields that hold several numbers are not looked at.
+    Those that count hold whole ones, of 32 bits, as programs take them. Fields that hold several
+    numbers are not looked at.
     """
     for field in dataclasses.fields(made):
         kinds = set(re.split(r"\W+", str(field.type)))
@@ -68,4 +69,6 @@ def check_numbers(made: Any) -> None:
         if "float" in kinds:
             real_number(field.name, value)
         elif "int" in kinds:
-            whole_number(field.name, value)
+            number = whole_number(field.name, value)
+            if not -(2**31) <= number < 2**31:
+                raise ValueError(f"{field.name}={number} must be a number of 32 bits, signed")

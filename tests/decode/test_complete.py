@@ -17,6 +17,7 @@ from decode.search.components import CNTP, Beam
 from decode.search.loop import SearchMethod
 from decode.search.pg_td import PGTD
 from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.drafters.swift import Swift
 from decode.speculative.loop import SpeculativeMethod
 from tests.lib.untrained import byte_lm
 
@@ -152,6 +153,7 @@ def test_bad_options_are_refused(lm):
         complete(lm, 5)
     for options, message in (
         (dict(top_k=1.5), "top_k=1.5 must be a whole number"),
+        (dict(drafter=Swift(seed=2**31)), f"seed={2**31} must be a number of 32 bits, signed"),
         (dict(temperature=[1.0]), r"temperature=\[1.0\] must be a number"),
         (
             dict(method=5),
