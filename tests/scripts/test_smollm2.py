@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import types
 
 import jax
@@ -12,8 +13,8 @@ from configs import smollm2_blocks
 from decode import complete
 from dlm.params import ParamSpec
 from dlm.presets import PRESETS
-from scripts.smollm2 import answers
-from scripts.smollm2.drafters import trained
+from scripts.smollm2 import answers, training
+from scripts.smollm2.drafters import everything, trained
 from scripts.smollm2.make import config_of
 from tests.lib.mains import run_main
 from tests.lib.untrained import char_lm
@@ -89,8 +90,28 @@ def test_turns_are_made_up_until_there_are_enough_that_end(monkeypatch):
         answers.invent(char_lm(), 2, 4)
 
 
+def test_training_is_shown_as_it_went(tmp_path):
+    """Of finished runs the validations, and the minutes from the first file to the model."""
+    for name in ("medusa", "masks", "draft"):
+        run = tmp_path / name
+        (run / "model").mkdir(parents=True)
+        lines = [{"step": 20, "loss": 2.0}]
+        lines += [{"step": n, training.ACCEPTANCE: 1 + n / 100} for n in (40, 60)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for file, time in (("config.json", 1_000), ("exported.json", 1_600)):
+            (run / file).touch()
+            os.utime(run / file, (time, time))
+    (tmp_path / "draft" / "model").rmdir()  # is being trained
+    lines = training.table(tmp_path).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        [f"`{name}`", "60", "10", "1.40 / 1.60"] for name in ("medusa", "masks")
+    ]
+    training.draw(tmp_path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
 def test_what_is_wrong_is_said(tmp_path):
-    assert list(trained(None, tmp_path)) == []
+    assert list(trained(None, tmp_path)) == list(everything(None, tmp_path)) == []
     said = run_main("scripts.smollm2", "--steps=cook", code=1)
     assert "error: --steps has 'cook', which must be one of answers, train, measure" in said
     with pytest.raises(ValueError, match="config argument 'eagle_9' must be one of draft, medusa"):
