@@ -17,8 +17,8 @@ from dlm.blocks.linear import linear
 from dlm.blocks.mlp import mlp
 from dlm.blocks.norm import rms_norm
 from dlm.blocks.rotary import rotary_angles
-from dlm.heads import dflash
 from dlm.heads.dflash import DFlashHeads
+from dlm.heads.published import dflash as published
 from dlm.trainable import Learned
 from tests.lib.gradients import check_gradients
 from tests.lib.heads import features_of, init, shaken, simulated_length
@@ -231,13 +231,13 @@ def test_gradients_against_finite_differences(toy_cfg, toy_params):
 def test_published_files_there_and_back(toy_cfg, toy_params, tmp_path):
     heads = dataclasses.replace(HEADS, n_heads=2, n_kv_heads=1, head_dim=8, layers=(1, 2))
     network = network_of(toy_cfg, toy_params, heads)
-    dflash.save_published(tmp_path, network)
-    back = dflash.load_published(tmp_path, toy_cfg)
+    published.save(tmp_path, network)
+    back = published.load(tmp_path, toy_cfg)
     assert jax.tree.structure(back) == jax.tree.structure(network)
     for ours, theirs in zip(*map(jax.tree.leaves, (back, network)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match=r"hidden_size=16 must be the target's d_model=32"):
-        dflash.load_published(tmp_path, dataclasses.replace(toy_cfg, d_model=32))
+        published.load(tmp_path, dataclasses.replace(toy_cfg, d_model=32))
 
 
 def test_layers_that_are_read(toy_cfg):

@@ -12,10 +12,10 @@ from decode.speculative.drafters.eagle import Eagle, EagleBest
 from decode.speculative.loop import SpeculativeMethod, init_state, prefill, stream
 from decode.speculative.state import context_of
 from decode.speculative.tree import TreeShape, from_paths
-from dlm.heads import eagle_1, eagle_3
 from dlm.heads.draft_vocab import spread
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.heads.published import eagle_1, eagle_3
 from dlm.trainable import Learned
 from tests.lib.gradients import check_gradients
 from tests.lib.heads import features_of, init, shaken, simulated_length
@@ -340,17 +340,17 @@ def test_the_target_learns_nothing(toy_cfg, toy_params):
 def test_published_files_there_and_back(toy_cfg, toy_params, kind, tmp_path):
     module = eagle_1 if kind == "1" else eagle_3
     network = network_of(kind, toy_cfg, toy_params)
-    module.save_published(tmp_path, network)
-    back = module.load_published(tmp_path, toy_cfg)
+    module.save(tmp_path, network)
+    back = module.load(tmp_path, toy_cfg)
     assert jax.tree.structure(back) == jax.tree.structure(network)
     for ours, theirs in zip(*map(jax.tree.leaves, (back, network)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     other = {"1": eagle_3}.get(kind, eagle_1)
     with pytest.raises(ValueError, match=r"config.json: |is missing"):
-        other.load_published(tmp_path, toy_cfg)
+        other.load(tmp_path, toy_cfg)
     wider = dataclasses.replace(toy_cfg, d_model=32)
     with pytest.raises(ValueError, match=r"to go with this target|the target's d_model=32"):
-        module.load_published(tmp_path, wider)
+        module.load(tmp_path, wider)
 
 
 def test_layers_that_are_read(toy_cfg):

@@ -11,7 +11,8 @@ import pytest
 from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context, Seen
 from decode.speculative.drafters.dflash import DFlash
-from dlm.heads.dflash import DFlashHeads, load_published, save_published
+from dlm.heads.dflash import DFlashHeads
+from dlm.heads.published.dflash import load, save
 from tests.lib.heads import init, shaken, target_of
 from tests.lib.oracle import Model
 from tests.lib.paths import SHARED
@@ -52,7 +53,7 @@ def test_reference_networks(case):
         pytest.skip("the shared folder is not here")
     arrays, about = np.load(root / "arrays.npz"), json.loads((root / "case.json").read_text())
     cfg = target_of(root)
-    network = load_published(root, cfg)
+    network = load(root, cfg)
     raw = json.loads((root / "config.json").read_text())
     assert network.feature_layers == tuple(i + 1 for i in raw["dflash_config"]["target_layer_ids"])
     assert network.is_causal == about["causal_in_block"]
@@ -134,18 +135,18 @@ def network(toy_cfg, toy_params):
 
 @pytest.fixture
 def written(network, tmp_path):
-    save_published(tmp_path, network)
+    save(tmp_path, network)
     return tmp_path, json.loads((tmp_path / "config.json").read_text())
 
 
 def test_there_and_back(toy_cfg, network, written):
     root, config = written
-    same(load_published(root, toy_cfg), network)
+    same(load(root, toy_cfg), network)
     # -- What stands in dflash_config may stand beside it.
     about = dict(config["dflash_config"])
     beside = {key: about.pop(key) for key in ("block_size", "selector_rank", "output_multiplier")}
     rewrite(root, config | beside | {"dflash_config": about})
-    same(load_published(root, toy_cfg), network)
+    same(load(root, toy_cfg), network)
 
 
 def same(network, other):
@@ -253,18 +254,18 @@ def test_windows_and_causality(toy_cfg, written):
     ):
         base = config if "layer_types" not in change else config | {"use_sliding_window": None}
         rewrite(root, base | change | {"dflash_config": config["dflash_config"] | about})
-        network = load_published(root, toy_cfg)
+        network = load(root, toy_cfg)
         assert network.is_causal == is_causal
         assert (network.reach is None) if reach is None else network.reach.tolist() == reach
     # -- What stands beside dflash_config counts where that does not say it.
     about = dict(config["dflash_config"])
     beside = {key: about.pop(key) for key in ("mask_token_id", "target_layer_ids", "block_size")}
     rewrite(root, config | beside | {"dflash_config": about})
-    network = load_published(root, toy_cfg)
+    network = load(root, toy_cfg)
     assert (network.mask_id, network.block_len) == (beside["mask_token_id"], beside["block_size"])
     same_file = network.replace(is_causal=False)
-    save_published(root, same_file)
-    same(load_published(root, toy_cfg), same_file)
+    save(root, same_file)
+    same(load(root, toy_cfg), same_file)
 
 
 @pytest.mark.exhaustive(every=4)
@@ -302,4 +303,4 @@ def test_what_is_refused(toy_cfg, written):
         merged = {} if about is None else {"dflash_config": config["dflash_config"] | about}
         rewrite(root, config | merged | change)
         with pytest.raises(ValueError, match=message):
-            load_published(root, toy_cfg)
+            load(root, toy_cfg)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import dlm
-from dlm.heads.eagle_1 import load_published, save_published
+from dlm.heads.published.eagle_1 import load, save
 from dlm.window import Window
 
 T, D, V, H, F = 5, 16, 24, 4, 20
@@ -100,13 +100,13 @@ def run(network, params, features, tokens):
 @pytest.mark.parametrize("raw", FILES.values(), ids=list(FILES))
 def test_what_a_file_says_is_done(tmp_path, toy_cfg, toy_params, raw):
     tensors = tensors_of(raw)
-    network = load_published(written(tmp_path, raw, tensors), toy_cfg)
+    network = load(written(tmp_path, raw, tensors), toy_cfg)
     features = np.random.default_rng(1).normal(size=(T, D)).astype(np.float32)
     tokens = np.array([3, 1, 4, 1, 5], np.int32)
     expected = states_of(raw, tensors, features, tokens)
     np.testing.assert_allclose(run(network, toy_params, features, tokens), expected, atol=1e-4)
-    save_published(tmp_path / "again", network)
-    again = load_published(tmp_path / "again", toy_cfg)
+    save(tmp_path / "again", network)
+    again = load(tmp_path / "again", toy_cfg)
     assert jax.tree.structure(again) == jax.tree.structure(network)
     for ours, theirs in zip(*map(jax.tree.leaves, (again, network)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -115,7 +115,7 @@ def test_what_a_file_says_is_done(tmp_path, toy_cfg, toy_params, raw):
 def test_without_an_embedding_it_is_that_of_the_target(tmp_path, toy_cfg):
     tensors = tensors_of(LLAMA_2)
     del tensors["embed_tokens.weight"]
-    assert "embed" not in load_published(written(tmp_path, LLAMA_2, tensors), toy_cfg).own
+    assert "embed" not in load(written(tmp_path, LLAMA_2, tensors), toy_cfg).own
 
 
 def test_what_is_refused(tmp_path, toy_cfg):
@@ -136,12 +136,12 @@ def test_what_is_refused(tmp_path, toy_cfg):
     ):
         root = written(tmp_path, LLAMA_2 | changes, tensors_of(LLAMA_2))
         with pytest.raises(ValueError, match=message):
-            load_published(root, toy_cfg)
+            load(root, toy_cfg)
     with pytest.raises(ValueError, match=r"hidden_size=16 must be 32 to go with this target"):
-        load_published(written(tmp_path, LLAMA_2, tensors_of(LLAMA_2)),
+        load(written(tmp_path, LLAMA_2, tensors_of(LLAMA_2)),
                        dataclasses.replace(toy_cfg, d_model=32))  # fmt: skip
     with pytest.raises(ValueError, match=r"fc.bias.*; EAGLE's draft networks are read by dlm"):
         dlm.load(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="weights are read as safetensors"):
-        load_published(tmp_path, toy_cfg)
+        load(tmp_path, toy_cfg)

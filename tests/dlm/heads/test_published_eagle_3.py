@@ -13,7 +13,8 @@ from decode.core.sampling import Sampling
 from decode.speculative.contracts import Context
 from decode.speculative.drafters.eagle import EagleBest
 from dlm.cache import init_cache
-from dlm.heads.eagle_3 import Eagle3Heads, load_published, save_published
+from dlm.heads.eagle_3 import Eagle3Heads
+from dlm.heads.published.eagle_3 import load, save
 from dlm.window import Slots, Window
 from tests.lib.heads import init, shaken, target_of
 from tests.lib.paths import SHARED
@@ -55,7 +56,7 @@ def test_reference_networks(case):
         pytest.skip("the shared folder is not here")
     arrays = np.load(root / "arrays.npz")
     cfg = target_of(root)
-    network = load_published(root, cfg)
+    network = load(root, cfg)
     assert network.feature_layers == (2, 6, 9)
     features, tokens = arrays["features"], arrays["tokens"].astype(np.int32)
     states, logits, token, after = _chain(network, features, tokens)
@@ -128,7 +129,7 @@ def network(toy_cfg, toy_params):
 @pytest.fixture
 def written(network, tmp_path):
     """A directory, its config.json, and its tensors."""
-    save_published(tmp_path, network)
+    save(tmp_path, network)
     config = json.loads((tmp_path / "config.json").read_text())
     return tmp_path, config, safetensors.numpy.load_file(tmp_path / "model.safetensors")
 
@@ -153,7 +154,7 @@ def test_dialects_say_the_same(toy_cfg, network, written):
     """Switches in eagle_config, sizes in transformer_layer_config, other names of tensors."""
     root, config, tensors = written
     cfg = target(toy_cfg, rope_theta=123.0)  # of the target: the file's counts
-    same(load_published(root, cfg), network)
+    same(load(root, cfg), network)
     switches = {
         key: config[key]
         for key in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output", IDS)
@@ -170,7 +171,7 @@ def test_dialects_say_the_same(toy_cfg, network, written):
     }
     midlayer = {f"model.{name}".replace("layers.0.", "midlayer."): x for name, x in tensors.items()}
     rewrite(root, nested, midlayer)
-    same(load_published(root, cfg), network)
+    same(load(root, cfg), network)
     theta = sizes.pop("rope_theta")
     speculators = {
         "speculators_model_type": "eagle3",
@@ -191,16 +192,14 @@ def test_dialects_say_the_same(toy_cfg, network, written):
     rewrite(
         root, speculators, {k.replace("midlayer.", "midlayer.0."): x for k, x in midlayer.items()}
     )
-    same(load_published(root, cfg), network)
+    same(load(root, cfg), network)
     # -- Without the switch that readers of such files take for different things.
     del speculators["norm_before_residual"]
     rewrite(root, speculators)
     with pytest.raises(ValueError, match=r"must give norm_before_residual"):
-        load_published(root, cfg)
-    same(load_published(root, cfg, norm_before_residual=True), network)
-    other = load_published(
-        root, cfg, norm_before_residual=False, norm_output=False, layers=(3, 1, 2)
-    )
+        load(root, cfg)
+    same(load(root, cfg, norm_before_residual=True), network)
+    other = load(root, cfg, norm_before_residual=False, norm_output=False, layers=(3, 1, 2))
     assert not other.norm_before_residual and not other.norm_output
     assert other.feature_layers == (3, 1, 2)
 
@@ -214,25 +213,25 @@ def test_layers_that_a_file_names(toy_cfg, written):
         (None, (2, 6, 9)),
     ):
         rewrite(root, config | {IDS: ids})
-        assert load_published(root, target(toy_cfg)).feature_layers == expected
+        assert load(root, target(toy_cfg)).feature_layers == expected
     rewrite(root, config | {IDS: [2, 6, 13]})
     with pytest.raises(ValueError, match=r"config.json: .*ids=\[2, 6, 13\] must be layers"):
-        load_published(root, target(toy_cfg))
+        load(root, target(toy_cfg))
 
 
 def test_an_embedding_and_a_head_of_its_own(toy_cfg, toy_params, written, network):
     root, config, tensors = written
     embed = np.full((toy_cfg.vocab_size, toy_cfg.d_model), 0.5, np.float32)
     rewrite(root, config, tensors | {"embed_tokens.weight": embed})
-    back = load_published(root, target(toy_cfg))
+    back = load(root, target(toy_cfg))
     np.testing.assert_array_equal(back.embed(toy_params, jnp.array([[3]])), embed[None, 3:4])
     # -- All tokens: the head may be the network's embedding, or the target's.
     rest = {k: x for k, x in tensors.items() if k not in ("d2t", "t2d", "lm_head.weight")}
     every = config | {"draft_vocab_size": None}
     rewrite(root, every | {"tie_word_embeddings": True}, rest | {"embed_tokens.weight": embed})
-    np.testing.assert_array_equal(load_published(root, target(toy_cfg)).head(toy_params), embed)
+    np.testing.assert_array_equal(load(root, target(toy_cfg)).head(toy_params), embed)
     rewrite(root, every, rest)
-    back = load_published(root, target(toy_cfg))
+    back = load(root, target(toy_cfg))
     assert back.head(toy_params) is toy_params["unembed"] and back.ids is None
 
 
@@ -240,7 +239,7 @@ def test_a_head_that_is_stored_is_the_head(toy_cfg, network, written, caplog):
     """What is said of tying is the target's: SpecForge's file for Qwen3-4B says it."""
     root, config, _ = written
     rewrite(root, config | {"tie_word_embeddings": True})
-    same(load_published(root, target(toy_cfg)), network)
+    same(load(root, target(toy_cfg)), network)
     assert "tie_word_embeddings=True is not what the tensors say" in caplog.text
 
 
@@ -250,7 +249,7 @@ def test_names_of_the_network(toy_cfg, network, written):
     for kinds in (["LlamaForCausalLM"], ["LlamaForCausalLMEagle3"], ["Eagle3LlamaForCausalLM"]):
         for model_type in ("llama", "phi3", "kimi_k2"):
             rewrite(root, config | {"architectures": kinds, "model_type": model_type})
-            same(load_published(root, target(toy_cfg)), network)
+            same(load(root, target(toy_cfg)), network)
 
 
 def test_biases_windows_and_norms_of_heads(toy_cfg, toy_params, written, network):
@@ -267,18 +266,18 @@ def test_biases_windows_and_norms_of_heads(toy_cfg, toy_params, written, network
     biased = config | window | {"attention_bias": True, "use_sliding_window": None}
     biased["model_type"] = "llama"
     rewrite(root, biased, tensors | biases)
-    back = load_published(root, cfg)
+    back = load(root, cfg)
     assert back.reach == (5, None) and back.cfg.o_bias
     bias = biases["layers.0.self_attn.q_proj.bias"]
     np.testing.assert_array_equal(back.own["attention"]["q_bias"].reshape(-1), bias)
-    save_published(root, back)
-    same(load_published(root, cfg), back)
+    save(root, back)
+    same(load(root, cfg), back)
     heads = {f"layers.{i}.self_attn.{x}_norm.weight": draw(H) for i in range(2) for x in "qk"}
     rewrite(root, config | {"model_type": "qwen3"}, tensors | heads)
-    back = load_published(root, cfg)
+    back = load(root, cfg)
     assert back.cfg.qk_norm and not back.cfg.qkv_bias
-    save_published(root, back)
-    same(load_published(root, cfg), back)
+    save(root, back)
+    same(load(root, cfg), back)
 
 
 def test_what_is_refused(toy_cfg, written):
@@ -309,7 +308,7 @@ def test_what_is_refused(toy_cfg, written):
     ):
         rewrite(root, config | change)
         with pytest.raises(ValueError, match=message):
-            load_published(root, target(toy_cfg))
+            load(root, target(toy_cfg))
     shifted = tensors["d2t"] - 1
     without = {name: x for name, x in tensors.items() if name != "d2t"}
     for changed, message in (
@@ -320,15 +319,15 @@ def test_what_is_refused(toy_cfg, written):
     ):
         rewrite(root, config, changed)
         with pytest.raises(ValueError, match=message):
-            load_published(root, target(toy_cfg))
+            load(root, target(toy_cfg))
     (root / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
-        load_published(root, target(toy_cfg))
+        load(root, target(toy_cfg))
 
 
 def test_a_list_that_begins_with_one_is_not_written(toy_cfg, network, tmp_path):
     with pytest.raises(ValueError, match=r"layers=\(1, 5, 8\) cannot be said"):
-        save_published(tmp_path, network.replace(feature_layers=(1, 5, 8)))
+        save(tmp_path, network.replace(feature_layers=(1, 5, 8)))
 
 
 def test_switches(toy_cfg, toy_params):

@@ -12,6 +12,8 @@ from absl import logging
 from dlm import lora as lora_lib
 from dlm.heads import dflash, eagle_3, files, learn2pd
 from dlm.heads.medusa import MedusaHeads
+from dlm.heads.published import dflash as published_dflash
+from dlm.heads.published import eagle_3 as published_eagle_3
 from dlm.hf.files import format_for, format_of, raw_config, read_config
 from dlm.hf.generation import read_generation
 from dlm.hf.gguf import load_gguf_params, read_gguf_config
@@ -287,18 +289,18 @@ def test_networks_are_small():
 @pytest.mark.parametrize("kind", ["eagle_3", "dflash"])
 def test_published_drafters(tmp_path, num, kind):
     heads, module = {
-        "eagle_3": (eagle_3.Eagle3Heads(layers=(2, 4, 6), d_ff=16), eagle_3),
-        "dflash": (dflash.DFlashHeads(mask_id=5, n_layers=2), dflash),
+        "eagle_3": (eagle_3.Eagle3Heads(layers=(2, 4, 6), d_ff=16), published_eagle_3),
+        "dflash": (dflash.DFlashHeads(mask_id=5, n_layers=2), published_dflash),
     }[kind]
-    module.save_published(tmp_path, heads.network(TARGET, init(heads, TARGET)))
+    module.save(tmp_path, heads.network(TARGET, init(heads, TARGET)))
     file = tmp_path / "config.json"
     whole = json.loads(file.read_text())
-    assert module.load_published(tmp_path, TARGET).cfg.d_model == 32
+    assert module.load(tmp_path, TARGET).cfg.d_model == 32
 
     def test(rng):
         raw = changed(rng, whole, VALUES + ROTARY, KEYS)
         file.write_bytes(damaged(rng, to_json(raw)) if rng.random() < 0.1 else to_json(raw))
-        network = outcome(module.load_published, tmp_path, TARGET)
+        network = outcome(module.load, tmp_path, TARGET)
         assert network is None or network.cfg.vocab_size == TARGET.vocab_size
 
     try_all(num, test)
