@@ -95,9 +95,8 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
     "masks": (
         {
             "make": "train.objectives.masks:MasksLoss",
-            "keep": 0.5,  # of three masks a position has one on average (PARD, 0.7: 1.5)
             "decay": DECAY,
-            "remat": True,  # all scores of thirty layers would take 20 GB
+            "on_prompt": False,  # every mask takes a row of all thirty layers
         },
         {
             "make": "dlm.heads.masks:MaskHeads",
@@ -106,7 +105,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "vocab": VOCAB,
         },
         1e-3,
-        230,
+        220,
     ),
 }
 
@@ -129,7 +128,7 @@ def get_config(arg: str = "eagle_3") -> ConfigDict:
             "end_factor": 0.1,  # last learning rate over the highest
         },
         train={
-            "objective": {**objective, "on_prompt": True},
+            "objective": {"on_prompt": True, **objective},
             "trainable": trainable,
             "init_from": "smollm2",  # the wheel's, see dlm.load
             "num_steps": num_steps,

@@ -92,7 +92,8 @@ class Slots(struct.PyTreeNode):
     Attributes:
       cache: keys and values of other positions. It may have m times as many rows as the window,
         which is then about the first of them, on every device.
-      ranges: [B, R, 2] int32. First and past-the-last slots that are attended to; None: none.
+      ranges: [B, R, 2] int32. First and past-the-last slots that are attended to; or [B, T, R, 2],
+        by each position of the window. None: none.
       write_at: [B] int32. Slot from which on the window's keys and values are written, after
         attention has read the old ones; None: they are not kept.
       write_rows: [B] bool. Rows whose cache is written; None: all.

@@ -68,8 +68,7 @@ def allowed_positions(
         allowed = allowed & near.of_window()
     if num_slots == 0 or cache_ranges is None:
         return allowed
-    in_cache = in_ranges(cache_ranges, num_slots)[:, None]  # [B, 1, S]
-    in_cache = jnp.broadcast_to(in_cache, (*shape, num_slots))
+    in_cache = jnp.broadcast_to(of_queries(cache_ranges, num_slots), (*shape, num_slots))
     if near is not None:
         in_cache = in_cache & near.of_cache()
     return jnp.concatenate([in_cache, allowed], axis=-1)
@@ -91,7 +90,13 @@ def window_mask(shape: tuple[int, ...], mask: Mask, window_range: jax.Array | No
     return jnp.broadcast_to(allowed, (shape[0], T, T))
 
 
+def of_queries(ranges: jax.Array, num_slots: int) -> jax.Array:
+    """[B, T, S] bool, or [B, 1, S]: slots in the ranges [B, T, R, 2] of each query, or of all."""
+    found = in_ranges(ranges, num_slots)
+    return found if ranges.ndim == 4 else found[:, None]
+
+
 def in_ranges(ranges: jax.Array, num_slots: int) -> jax.Array:
-    """[B, S] bool: whether a slot is in any of the row's ranges."""
-    slot = jnp.arange(num_slots)[None, None]
-    return ((slot >= ranges[..., :1]) & (slot < ranges[..., 1:])).any(axis=1)
+    """[..., S] bool: whether a slot is in any of R ranges [..., R, 2]."""
+    slot = jnp.arange(num_slots).reshape((1,) * (ranges.ndim - 1) + (-1,))
+    return ((slot >= ranges[..., :1]) & (slot < ranges[..., 1:])).any(axis=-2)

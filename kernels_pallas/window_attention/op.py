@@ -68,7 +68,8 @@ def window_attention(
       cache: keys and values of earlier calls, each [L, B, K, S, H]; or each L arrays [B, K, S, H],
         which "xla" reads where they lie. Where it has more rows than q, it is about the first ones.
       cache_ranges: [B, R, 2] int32. Up to R ranges [first, past the last) of valid cache slots per
-        row; empty where first >= last. None: no slot is attended to.
+        row; empty where first >= last. Or [B, T, R, 2], of each query, which "xla" serves. None: no
+        slot is attended to.
       layer: scalar int32 in [0, L). Which layer of the cache to use.
       near: how far queries see, and where queries and keys stand; None: as far as all else allows.
       slots_axis: inside `jax.shard_map`: the mesh axis over which the cache's slots are split, in
@@ -115,14 +116,17 @@ def window_attention(
         implementation = implementation or "xla"
         num_slots = read[0].shape[3]
         cache_ranges = jnp.clip(cache_ranges - first_slot(num_slots, slots_axis), 0, num_slots)
+    of_each = None
+    if read is not None and cache_ranges is not None and cache_ranges.ndim == 4:
+        of_each = "cache_ranges of each query are for 'xla'"
     attend = choose(
         "window_attention",
         implementation,
         xla=serve(functools.partial(attend_xla, slots_axis=slots_axis)),
         reference=serve(window_attention_reference),
         kernels={
-            "tpu": (with_gradient(tpu.window_attention_tpu), tpu.refusal(q, mask)),
-            "gpu": (with_gradient(gpu.window_attention_gpu), gpu.refusal(q, mask, read)),
+            "tpu": (with_gradient(tpu.window_attention_tpu), of_each or tpu.refusal(q, mask)),
+            "gpu": (with_gradient(gpu.window_attention_gpu), of_each or gpu.refusal(q, mask, read)),
         },
     )
     return attend(q, k, v, bits, window_range, read, cache_ranges, layer, near)

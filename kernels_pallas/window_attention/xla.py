@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.slots import Cache, Layers, at_layer
-from kernels_pallas.window_attention.masks import Mask, Near, in_ranges, window_mask
+from kernels_pallas.window_attention.masks import Mask, Near, of_queries, window_mask
 
 SLOTS_AT_ONCE = 512  # of a cache that has more
 MANY_SLOTS = 512  # of all rows, from which on keys are multiplied slot by slot,
@@ -83,7 +83,7 @@ def attend_xla(
         sums = _weigh(of_window, v, top)
         _, total, out = _in_parts(sums, scores_by_slot, cache, cache_ranges, layer, near)
     else:
-        in_cache = in_ranges(cache_ranges, _num_slots(cache))[:, None]
+        in_cache = of_queries(cache_ranges, _num_slots(cache))
         in_cache = in_cache if near is None else in_cache & near.of_cache()
         keys, values = cache
         of_cache = masked(at_layer(keys, layer, B, product_by_slot), in_cache)
@@ -161,7 +161,7 @@ def _in_parts(
     def add(sums: _Sums, first: jax.Array) -> _Sums:
         start = jnp.minimum(first, S - n)  # the last part is whole, and skips what was seen
         slot = start + jnp.arange(n)
-        allowed = (in_ranges(ranges - start, n) & (slot >= first)[None])[:, None]
+        allowed = of_queries(ranges - start, n) & (slot >= first)[None, None]
         if near is not None:
             assert near.cached is not None
             cached = jax.lax.dynamic_slice_in_dim(near.cached, start, n, axis=1)

@@ -38,6 +38,12 @@ def main(argv: list[str]) -> None:
         if unknown := sorted(set(given) - set(known)):
             sys.exit(f"error: --{name} has {unknown[0]!r}, which must be one of {', '.join(known)}")
     folder = pathlib.Path(said.workdir)
+    for step, flag, is_there in (
+        ("answers", "data", (folder / "answers" / "prompts.jsonl").exists()),
+        ("measure", "prompts", False),
+    ):
+        if step in said.steps and not (is_there or said[flag].value):
+            sys.exit(f"error: --{flag} is missing, which --steps={step} reads")
     try:
         lm = dlm.load("smollm2", dtype="float32")
         if "answers" in said.steps:
@@ -59,7 +65,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompts", "", "Folder of Spec-Bench's question.jsonl.")
     flags.DEFINE_string("out", "docs", "Folder of the page.")
     flags.DEFINE_list("drafters", [*configs.RECIPES], "What is trained.")
-    flags.DEFINE_integer("num_answers", 3600, "At least so many prompts are answered.")
+    flags.DEFINE_integer("num_answers", 3600, "So many prompts are answered.")
     flags.DEFINE_integer("num_prompts", 10, "Per category.", lower_bound=1)
     flags.DEFINE_integer("repeats", 1, "Times that each is timed.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Rows answered at once.", lower_bound=1)

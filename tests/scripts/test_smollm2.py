@@ -1,5 +1,6 @@
 """SmolLM2's drafters: what they learn from, and that their recipes fit."""
 
+import itertools
 import json
 import math
 import os
@@ -57,7 +58,7 @@ def test_answers_are_made_once_and_are_what_the_model_says(tmp_path, monkeypatch
         (tmp_path / name / "train.jsonl").write_text(lines)
     for name, value in dict(GEN_LEN=8, NUM_VALID=1, PROMPT_LEN=80, BEFORE_TEST=" ").items():
         monkeypatch.setattr(answers, name, value)
-    monkeypatch.setattr(answers, "invent", lambda lm, num, batch_size: ["what is this"] * num)
+    monkeypatch.setattr(answers, "invent", lambda lm, num, batch_size: ["<user>what is this"] * num)
     lm, out = char_lm(), tmp_path / "answers"
     for _ in range(2):
         answers.make_answers(lm, str(tmp_path), out, 4, batch_size=2)
@@ -72,6 +73,12 @@ def test_answers_are_made_once_and_are_what_the_model_says(tmp_path, monkeypatch
     for record in train:
         expected = complete.complete(lm, record["prompt"], gen_len=8)
         assert record["completion"] == expected.text
+    with pytest.raises(ValueError, match=r"prompts\.jsonl has 4 prompts, not --num_answers=5"):
+        answers.make_answers(lm, "", out, 5, batch_size=2)
+    said = {"text": expected.text, "finish_reason": "length"}
+    assert answers._is_whole(lm, said) and not answers._is_whole(lm, said | {"text": "ab"})
+    assert answers._is_whole(lm, {"text": "ab", "finish_reason": "eos"})
+    assert not answers._is_whole(lm, {"text": "", "finish_reason": "eos"})
 
 
 def test_turns_are_made_up_until_there_are_enough_that_end(monkeypatch):
@@ -85,9 +92,13 @@ def test_turns_are_made_up_until_there_are_enough_that_end(monkeypatch):
             yield i, types.SimpleNamespace(text=text, finish_reason=reason)
 
     monkeypatch.setattr(complete, "as_finished", as_finished)
-    assert answers.invent(char_lm(), 1, 4) == ["one two three four"]
+    assert answers.invent(char_lm(), 1, 4) == ["<user>one two three four<assistant>"]
     with pytest.raises(ValueError, match="has made up 1 of 2 prompts"):
         answers.invent(char_lm(), 2, 4)
+    several = iter([f"one two three {word}" for word in ("a", "b", "c")] + ["x" * 192] * 99)
+    said = itertools.chain.from_iterable(zip(["too short"] * 30, several, strict=False))
+    monkeypatch.setattr(answers, "MOST_TRIES", 2)  # the last of which suffices
+    assert len(answers.invent(char_lm(), 3, 4)) == 3
 
 
 def test_training_is_shown_as_it_went(tmp_path):
@@ -112,6 +123,9 @@ def test_training_is_shown_as_it_went(tmp_path):
 
 def test_what_is_wrong_is_said(tmp_path):
     assert list(trained(None, tmp_path)) == list(everything(None, tmp_path)) == []
+    for step, flag in (("answers", "data"), ("measure", "prompts")):
+        said = run_main("scripts.smollm2", f"--steps=train,{step}", f"--workdir={tmp_path}", code=1)
+        assert f"error: --{flag} is missing, which --steps={step} reads" in said
     said = run_main("scripts.smollm2", "--steps=cook", code=1)
     assert "error: --steps has 'cook', which must be one of answers, train, measure" in said
     with pytest.raises(ValueError, match="config argument 'eagle_9' must be one of draft, medusa"):

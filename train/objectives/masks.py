@@ -7,8 +7,9 @@ whose row q_g learns what the row of token s + g says of the token behind it, p:
 
     loss = sum_g decay^(g - 1)  mean over s of  KL(p(x_{s+g+1} | x_{<= s+g}) || q_g(. | x_{<= s}))
 
-over tokens of completions up to their first EOS. Both are rows of one forward, as tokens see no
-mask; no gradient flows to p. (PARD learns the text.) Of N positions only
+over tokens of completions up to their first EOS. Tokens see no mask, so the text is read first,
+and masks go behind its keys and values: they alone have a backward pass. (PARD learns the text.)
+Of N positions only
 
     n_g = floor(N max(keep^g, least))
 
@@ -31,12 +32,13 @@ import numpy as np
 from flax import struct
 
 from dlm import vocab
+from dlm.cache import init_cache
 from dlm.config import ModelConfig
 from dlm.heads.masks import MaskHeads, MaskNetwork, sees
 from dlm.models import decoder
 from dlm.params import Params
 from dlm.trainable import Learned
-from dlm.window import Window
+from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
 from train.losses import draft_metrics, in_chunks
 from train.objectives import Context, Objective
@@ -111,10 +113,9 @@ class MasksLoss(Objective):
         N = T if self.on_prompt else batch["completion"].shape[1]
         sizes = self.sizes(N, network.num_masks)
         masks = draw_masks(context.key, scored_tokens(batch, self.on_prompt), start, sizes)
-        hidden = read_masks(network, target, cfg, tokens, start, masks, self.remat)
-        theirs = jax.lax.stop_gradient(hidden[:, :T])
+        of_text, ours = read_masks(network, target, cfg, tokens, start, masks, self.remat)
         place = jnp.minimum(masks.last + masks.group, T - 1)
-        theirs = jnp.take_along_axis(theirs, place[..., None], axis=1)
+        theirs = jnp.take_along_axis(of_text, place[..., None], axis=1)
         head = network.head(target)
 
         def one_chunk(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +123,7 @@ class MasksLoss(Objective):
             divergence = (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
             return divergence, jnp.argmax(log_q, axis=-1).astype(jnp.int32)
 
-        each, token = in_chunks(one_chunk, hidden[:, T:], theirs)
+        each, token = in_chunks(one_chunk, ours, theirs)
         right = jnp.take_along_axis(tokens, jnp.minimum(place + 1, T - 1), axis=1)
         is_learned = masks.is_scored
         if (ids := network.ids) is not None:
@@ -181,8 +182,8 @@ def read_masks(
     start: jax.Array,
     masks: MaskRows,
     remat: bool = False,
-) -> jax.Array:
-    """Final states [B, T + R, D] of texts and of masks in them, from one forward.
+) -> tuple[jax.Array, jax.Array]:
+    """Final states [B, T, D] of texts, through which no gradient flows, and [B, R, D] of masks.
 
     Args:
       network: what the masks are.
@@ -192,16 +193,21 @@ def read_masks(
       masks: R of them.
       remat: whether the backward pass computes layers again.
     """
-    (B, T), R = tokens.shape, masks.last.shape[1]
-    behind = ((0, 0), (T, 0))
-    index = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    last, group = jnp.concatenate([index, masks.last], axis=1), jnp.pad(masks.group, behind)
-    vectors = jnp.pad(network.embedded(masks.group), (*behind, (0, 0)))
+    B, T = tokens.shape
+    positions = jnp.maximum(masks.last + masks.group - start[:, None], 0)
+    length = jnp.maximum(T - start, positions.max(axis=1) + 1)
+    empty = Slots(init_cache(cfg, B, T), write_at=jnp.zeros_like(start), length=length)
+    whole = Window.left_padded(tokens, start, is_causal=True)
+    text = decoder.forward(target, cfg, whole, empty)
+    of_text, cache = jax.lax.stop_gradient((text.hidden, text.cache))
+    assert cache is not None
+    first = jnp.broadcast_to(start[:, None], masks.last.shape)
+    slots = Slots(cache, jnp.stack([first, masks.last + 1], axis=-1)[:, :, None], length=length)
     window = Window(
-        jnp.pad(tokens, ((0, 0), (0, R))),
-        jnp.maximum(last + group - start[:, None], 0),
-        pack_mask(sees(last, group)),
-        range=jnp.stack([start, jnp.full_like(start, T + R)], axis=1),
-        mix=(jnp.pad(jnp.ones((B, R)), behind), vectors),
+        jnp.zeros_like(masks.last),
+        positions,
+        pack_mask(sees(masks.last, masks.group)),
+        mix=(jnp.ones(masks.last.shape), network.embedded(masks.group)),
     )
-    return decoder.forward(network.beside(target, T), cfg, window, remat=remat).hidden
+    ours = decoder.forward(network.beside(target, 0), cfg, window, slots, remat=remat).hidden
+    return of_text, ours

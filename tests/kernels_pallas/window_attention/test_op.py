@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -119,6 +120,24 @@ def test_limited_sight_is_by_position(implementation):
         expected = dense_attention(q[b], keys, values, allowed[b])
         np.testing.assert_allclose(got[b], expected, atol=1e-5, rtol=1e-5)
     assert 0 < allowed[:, :, :14].sum() < 60
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "in parts"])
+def test_every_query_may_have_ranges_of_its_own(monkeypatch, implementation):
+    """Each query as it is alone, with its ranges for all."""
+    (q, k, v), arguments, _ = limited_case()
+    rng = np.random.default_rng(3)
+    ranges = rng.integers(0, 15, (2, 9, 2, 2))
+    arguments |= dict(mask=pack_mask(np.eye(9, dtype=bool)[None].repeat(2, 0)), near=None)
+    if implementation == "in parts":
+        monkeypatch.setattr("kernels_pallas.window_attention.xla.SLOTS_AT_ONCE", 3)
+    name = "reference" if implementation == "reference" else "xla"
+    attend = functools.partial(window_attention, implementation=name)
+    got = attend(q, k, v, **arguments | dict(cache_ranges=ranges))
+    for t in range(9):
+        one = [x[:, t : t + 1] for x in (q, k, v)]
+        alone = attend(*one, **arguments | dict(mask="causal", cache_ranges=ranges[:, t]))
+        np.testing.assert_allclose(got[:, t : t + 1], alone, atol=1e-6)
 
 
 @pytest.mark.exhaustive(every=4)
