@@ -34,12 +34,11 @@ from decode.core.results import Completion, read_stops
 from decode.core.streaming import Piece, Writing, check_tokenizer, pieces
 from decode.core.texts import MethodOptions, check_known, inside
 from decode.diffusion.method import DiffusionMethod
-from decode.diffusion.points import METHODS as DIFFUSION
+from decode.either import is_diffusion
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
 from decode.speculative.loop import SpeculativeMethod, SpeculativeState, init_state, prefill
-from decode.speculative.points import METHODS as DRAFTING
 from decode.speculative.renewal import enlarge, renew
 from decode.speculative.state import num_rows
 from dlm.compilation import Compiling
@@ -153,14 +152,10 @@ class Conversation:
         self._held: _Held | None = None
         self._bucket = 0  # the prompt length of the state that is held
         self._is_writing = False
+        self._change = 0  # goes up whenever something is said, answered or taken back
         method = choices.get("method")
         name = method if isinstance(method, str) else None
-        drafts = choices.get("drafter") is not None and lm.cfg.block_len is not None
-        self.is_diffusion = (
-            (lm.cfg.never_causal and not drafts)
-            or isinstance(method, DiffusionMethod)
-            or (name in DIFFUSION and name not in DRAFTING)
-        )
+        self.is_diffusion = is_diffusion(lm, method, choices.get("drafter"))
         others = ("drafter", "controller") if self.is_diffusion else ("block_len",)
         if wrong := [x for x in others if choices.get(x) is not None]:
             kinds = ["autoregressive", "diffusion"]
@@ -180,7 +175,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system message. Another one may be set at any time; what was said stays."""
+        """The system message. Another one may be set between answers; what was said stays."""
         first = self.messages[:1]
         return first[0]["content"] if first and first[0]["role"] == "system" else None
 
@@ -193,11 +188,17 @@ class Conversation:
                 "the checkpoint has no chat template, so there is no place for a system prompt: "
                 "say it in the first message"
             )
+        self._begin_change()
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = ([] if text is None else [{"role": "system", "content": text}]) + said
 
     def reset(self) -> None:
-        """Begins anew: nothing but the system message was said."""
+        """Begins anew: nothing but the system message was said.
+
+        Raises:
+          ValueError: an answer is being written.
+        """
+        self._begin_change()
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.turns = []
 
@@ -220,8 +221,7 @@ class Conversation:
         """
         if not isinstance(text, str):
             raise TypeError(f"text={text!r} must be a str")
-        if self._is_writing:
-            raise ValueError("an answer is being written: take its pieces to the end or close it")
+        self._check_idle()
         messages = [*self.messages, {"role": "user", "content": text}]
         messages, tokens = self._fit(messages)
         read_requests(
@@ -230,7 +230,16 @@ class Conversation:
                 self.lm.cfg
             ),
         )  # fmt: skip
-        return inside(self.lm, self._answer(messages, tokens, len(self.turns)))
+        return inside(self.lm, self._answer(messages, tokens, self._change))
+
+    def _check_idle(self) -> None:
+        if self._is_writing:
+            raise ValueError("an answer is being written: take its pieces to the end or close it")
+
+    def _begin_change(self) -> None:
+        """What was said before and has no answer yet gets none."""
+        self._check_idle()
+        self._change += 1
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a dialogue, up to where the answer begins."""
@@ -256,11 +265,13 @@ class Conversation:
         return messages, tokens
 
     def _answer(
-        self, messages: list[dict[str, str]], tokens: list[int], number: int
+        self, messages: list[dict[str, str]], tokens: list[int], change: int
     ) -> Iterator[Piece]:
-        """As `say`; `number` is that of the turn."""
-        if self._is_writing or len(self.turns) != number:
+        """As `say`, if nothing has changed since."""
+        if self._is_writing or self._change != change:
             raise ValueError("the dialogue went on since this was said: say it again")
+        self._begin_change()
+        number = len(self.turns)
         num_dropped = 1 + len(self.messages) - len(messages)
         self._is_writing = True
         writing: Writing | None = None

@@ -20,8 +20,8 @@ from absl import app, flags
 
 import dlm
 from decode import complete, generate
+from decode.either import is_diffusion
 from decode.files import answer_file
-from decode.speculative.points import METHODS
 from train.host import set_up_command
 
 
@@ -33,10 +33,10 @@ def main(argv: list[str]) -> None:
         options["method"] = said.method
     try:
         lm = dlm.load(said.checkpoint, dtype=said.dtype or None)
-        is_diffusion = lm.cfg.never_causal or (said.method and said.method not in METHODS)
-        decode: Any = generate.as_finished if is_diffusion else complete.as_finished
+        by_diffusion = is_diffusion(lm, said.method or None)
+        decode: Any = generate.as_finished if by_diffusion else complete.as_finished
         if said.block_len:
-            if not is_diffusion:
+            if not by_diffusion:
                 raise ValueError(
                     f"--block_len={said.block_len} is for diffusion, and this model writes from "
                     "left to right: leave it out"

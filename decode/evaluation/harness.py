@@ -27,12 +27,12 @@ from decode import complete, generate
 from decode.causal_likelihood import causal_log_likelihood
 from decode.core.requests import encode, whole_number
 from decode.diffusion.loop import DiffusionMethod
+from decode.either import is_diffusion
 from decode.evaluation.record import Answer, Record
 from decode.evaluation.requests import Ids, read_settings, rolling_windows
 from decode.files import describe
 from decode.likelihood import answer_slots, encode_pair, greedy_match, log_likelihood, prompt_slots
 from decode.speculative.loop import SpeculativeMethod
-from decode.speculative.points import METHODS
 from dlm.compilation import Compiling
 from dlm.lm import LanguageModel, fingerprint
 from dlm.tokenizer import Tokenizer
@@ -88,8 +88,9 @@ class Answerer:
         if unknown := sorted(self.options.keys() - loop.Options.__optional_keys__):
             value = self.options[unknown[0]]
             raise ValueError(f"{unknown[0]}={value!r} is no option of decode.{name}: leave it out")
-        if self.guidance and not self.is_diffusion:
-            raise ValueError(f"guidance={self.guidance:g} must be 0: only diffusion models take it")
+        for name in ("guidance", "antithetic", "checks_greedy"):
+            if (value := getattr(self, name)) and not self.is_diffusion:
+                raise ValueError(f"{name}={value} must be left out: only diffusion models take it")
         self._record = Record(self.record)
         self._written: list[str] = []  # keys
         self._model = {"model": fingerprint(self.lm), "dtype": self.lm.cfg.dtype}
@@ -102,11 +103,7 @@ class Answerer:
     @property
     def is_diffusion(self) -> bool:
         """Which loop it is."""
-        if self.method is None:
-            return self.lm.cfg.never_causal
-        if isinstance(self.method, str):
-            return self.method not in METHODS
-        return isinstance(self.method, DiffusionMethod)
+        return is_diffusion(self.lm, self.method, self.options.get("drafter"))
 
     def generate(
         self, requests: Sequence[tuple[str, Mapping[str, Any]]], *, progress: bool = False

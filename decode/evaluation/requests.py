@@ -22,7 +22,7 @@ def read_settings(settings: Mapping[str, Any], gen_len: int) -> tuple[dict[str, 
     Args:
       settings: `until`, one of `LENGTHS`, `do_sample`, `temperature`, the filters of
         `decode.core.sampling`, and `num_beams` if it is 1. Temperatures count unless `do_sample` is
-        false.
+        false, which leaves the method as it is: one that draws draws.
       gen_len: what counts instead of the length there; 0: that does.
 
     Raises:
@@ -35,7 +35,9 @@ def read_settings(settings: Mapping[str, Any], gen_len: int) -> tuple[dict[str, 
             f"there are {', '.join(known)}"
         )
     if settings.get("num_beams", 1) != 1:
-        raise ValueError(f"num_beams={settings['num_beams']} must be 1: there is no beam search")
+        raise ValueError(
+            f"num_beams={settings['num_beams']} must be 1: the method says how to search"
+        )
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
     options: dict[str, Any] = {"stop": [stop for stop in stops if stop]}

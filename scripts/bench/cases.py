@@ -15,6 +15,7 @@ import dlm
 from decode.evaluation.run import device
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.input_guided import InputGuided
+from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.loop import SpeculativeMethod
 from dlm.params import num_params
 from dlm.tasks.presets import TASKS
@@ -91,8 +92,8 @@ def bench_search(flags: Flags) -> None:
         lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
         if flags.prompts:
             questions = prompts.read_questions(flags.prompts)
-            asked = [p for some in prompts.sample_prompts(lm, questions, flags.num_prompts).values()
-                     for p in some]  # fmt: skip
+            found = prompts.sample_prompts(lm, questions, flags.num_prompts, flags.gen_len)
+            asked = [prompt for some in found.values() for prompt in some]
         elif flags.task:
             asked, _ = refill.of_task(lm, TASKS[flags.task], flags.num_prompts, 1)
         else:
@@ -129,7 +130,8 @@ def bench_spec_bench(flags: Flags) -> None:
     try:
         path = pathlib.Path(flags.checkpoint or "smollm2")
         lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
-        asked = prompts.sample_prompts(lm, prompts.read_questions(flags.prompts), flags.num_prompts)
+        questions = prompts.read_questions(flags.prompts)
+        asked = prompts.sample_prompts(lm, questions, flags.num_prompts, flags.gen_len)
         methods = spec_bench.methods_of(flags.drafters, flags.controller)
         if "input_guided" in flags.drafters and lm.tokenizer is not None:
             copies = InputGuided.between(lm.tokenizer, OPENING, CLOSING)
@@ -142,15 +144,19 @@ def bench_spec_bench(flags: Flags) -> None:
         if flags.trained:
             for name, trained in drafters.everything(lm, pathlib.Path(flags.trained)):
                 methods |= spec_bench.both(name, SpeculativeMethod(trained), flags.controller)
-        others = beside(lm, small, flags.gen_len) if flags.transformers else {}
+        as_many = NUM_DRAFTS | {"prompt lookup": PromptLookup().num_drafts}
+        others = beside(lm, small, flags.gen_len, as_many) if flags.transformers else {}
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
     found = []
-    for m in spec_bench.measure(lm, methods, asked, flags.gen_len, flags.repeats, others):
-        print(json.dumps(dataclasses.asdict(m)), flush=True)
-        found.append(m)
+    try:
+        for m in spec_bench.measure(lm, methods, asked, flags.gen_len, flags.repeats, others):
+            print(json.dumps(dataclasses.asdict(m)), flush=True)
+            found.append(m)
+    except ChildProcessError as error:
+        sys.exit(f"error: {error}")
     rows, num = spec_bench.summary(found), sum(map(len, asked.values()))
     page = [
         f"{path.name}, {num_params(lm.cfg) / 1e6:.0f} M parameters, {lm.cfg.dtype}, {device()}, "

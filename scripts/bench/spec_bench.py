@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -248,34 +249,47 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Share of plain decoding by category: without a controller hollow, with one filled."""
+    """Share of plain decoding, a panel per category: without a controller hollow, else filled."""
     categories = list(dict.fromkeys(row["category"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != PLAIN))
     drafters = list(dict.fromkeys(name.removesuffix(CONTROLLED) for name in names))
-    figure = Figure(figsize=(7, 0.28 * len(categories) * len(drafters) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(1, color="0.5", linewidth=1)
-    for i, drafter in enumerate(drafters):
-        for is_controlled, face in ((False, "white"), (True, f"C{i}")):
-            name = drafter + CONTROLLED * is_controlled
-            of = [row for row in rows if row["method"] == name]
-            if not of:
+    columns = min(4, len(categories))
+    lines = -(-len(categories) // columns)
+    size = 1.9 * columns + 1.8, lines * (0.2 * len(drafters) + 0.5) + 0.7
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for category, axes in itertools.zip_longest(categories, panels.flat):
+        if category is None:
+            axes.set_visible(False)
+            continue
+        axes.set_title(category, fontsize=8)
+        axes.axvline(1, color="0.7", linewidth=1)
+        of = {row["method"]: row for row in rows if row["category"] == category}
+        for suffix, face, shift in (("", "white", -0.15), (CONTROLLED, "C0", 0.15)):
+            found = [(i, of[d + suffix]) for i, d in enumerate(drafters) if d + suffix in of]
+            if not found:
                 continue
-            share = np.array([row["share"] for row in of])
-            low, high = np.array([row["interval"] for row in of]).T
-            place = [categories.index(row["category"]) + 0.8 * i / len(drafters) for row in of]
+            share = np.array([row["share"] for _, row in found])
+            low, high = np.array([row["interval"] for _, row in found]).T
             axes.errorbar(
-                share, place, xerr=np.maximum([share - low, high - share], 0), fmt="o", label=name,
-                color=f"C{i}", markerfacecolor=face, markersize=5, linewidth=1,
+                share, [i + shift for i, _ in found],
+                xerr=np.maximum([share - low, high - share], 0), fmt="o", color="C0",
+                markerfacecolor=face, markersize=4, linewidth=1,
+                label="with a controller" if suffix else "without",
             )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yticks(np.arange(len(categories)) + 0.4 - 0.4 / len(drafters), categories)
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per second over those of plain decoding (95 % intervals over prompts)")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="both", labelsize=7)
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+        axes.tick_params(axis="x", which="both", labelsize=6)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    first = panels[0, 0]
+    first.set_xscale("log")
+    first.set_yticks(range(len(drafters)), drafters)
+    first.set_ylim(len(drafters) - 0.5, -0.5)
+    first.xaxis.set_major_formatter("{x:g}")
+    first.xaxis.set_minor_formatter("{x:g}")
+    label = "tokens per second over those of plain decoding (95 % intervals over prompts)"
+    figure.supxlabel(label, fontsize=8)
+    lines_and_names = first.get_legend_handles_labels()
+    figure.legend(*lines_and_names, fontsize=7, loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=150)
 
 

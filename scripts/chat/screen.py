@@ -49,7 +49,7 @@ class Screen:
         self._end = self._ahead = _advance(self._end, text, width)
         if ahead:
             # What scrolls away cannot be written anew.
-            while _advance(self._end, ahead, width)[0] - self._end[0] > height - 2:
+            while ahead and _advance(self._end, ahead, width)[0] - self._end[0] > height - 2:
                 ahead = ahead[: len(ahead) * 3 // 4]
             parts += [DIM, ahead, PLAIN]
             self._ahead = _advance(self._end, ahead, width)

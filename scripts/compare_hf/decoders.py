@@ -8,7 +8,7 @@ import multiprocessing
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -77,8 +77,9 @@ def ours(folder: pathlib.Path, gen_len: int, prompt_len: int) -> Iterator[tuple[
 
 
 def theirs(
-    target: pathlib.Path, draft: pathlib.Path | None, gen_len: int, eos: list[int], pad: int
-) -> Iterator[tuple[str, Decoder]]:
+    target: pathlib.Path, draft: pathlib.Path | None, gen_len: int, eos: list[int], pad: int,
+    dtype: str = "float32", num_drafts: Mapping[str, int] = NUM_DRAFTS,
+) -> Iterator[tuple[str, Decoder]]:  # fmt: skip
     """Decoders of Hugging Face, by method, in a process of their own: threads would compete.
 
     Args:
@@ -87,38 +88,47 @@ def theirs(
       gen_len: most tokens to write.
       eos: ids that end a text.
       pad: padding.
+      dtype: of weights and products.
+      num_drafts: most drafts of a round, of "draft model" and "prompt lookup".
 
     Raises:
       ImportError: torch or transformers are not installed.
+      ChildProcessError: the process has ended, of which it says why by itself.
     """
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"{package} is not installed")
     context = multiprocessing.get_context("spawn")
     pipe, there = context.Pipe()
-    arguments = there, target, draft, gen_len, eos, pad
+    arguments = there, target, draft, gen_len, eos, pad, dtype, num_drafts
     context.Process(target=_serve, args=arguments, daemon=True).start()
     there.close()  # so that a process that ends is noticed
+
+    def answer() -> Any:
+        try:
+            return pipe.recv()
+        except EOFError as error:
+            raise ChildProcessError("the process of transformers has ended") from error
 
     def decoder(name: str) -> Decoder:
         def run(prompt: list[int]) -> tuple[list[int], int, float]:
             pipe.send((name, prompt))
-            found: tuple[list[int], int, float] = pipe.recv()
+            found: tuple[list[int], int, float] = answer()
             return found
 
         return run
 
-    for name in pipe.recv():
+    for name in answer():
         yield name, decoder(name)
 
 
 def beside(
-    lm: dlm.LanguageModel, draft: dlm.LanguageModel | None, gen_len: int
-) -> dict[str, Decoder]:
+    lm: dlm.LanguageModel, draft: dlm.LanguageModel | None, gen_len: int,
+    num_drafts: Mapping[str, int],
+) -> dict[str, Decoder]:  # fmt: skip
     """Decoders of Hugging Face with the weights of models that are loaded here, by name.
 
-    Raises:
-      ImportError: torch or transformers are not installed.
+    Args, and errors: as `theirs`.
     """
     with tempfile.TemporaryDirectory() as folder:  # read before the names of methods come
         paths = [pathlib.Path(folder) / name for name in ("target", "draft")]
@@ -127,32 +137,32 @@ def beside(
                 dlm.save(path, model)
         found = theirs(
             paths[0], None if draft is None else paths[1], gen_len, list(lm.cfg.eos_ids),
-            lm.cfg.pad_token_id,
+            lm.cfg.pad_token_id, lm.cfg.dtype, num_drafts,
         )  # fmt: skip
         return {f"transformers, {name}": run for name, run in found}
 
 
 def _serve(
     pipe: Connection, target: pathlib.Path, draft: pathlib.Path | None, gen_len: int,
-    eos: list[int], pad: int,
+    eos: list[int], pad: int, dtype: str, num_drafts: Mapping[str, int],
 ) -> None:  # fmt: skip
     """Says which methods there are, then decodes prompts that are sent, until nobody asks."""
     import torch
     from transformers import AutoModelForCausalLM
 
     def load(path: pathlib.Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
 
     model = load(target)
     options: dict[str, dict[str, Any]] = {"none": {}}
     if draft is not None:
         assistant = load(draft)
-        assistant.generation_config.num_assistant_tokens = NUM_DRAFTS["draft model"]
+        assistant.generation_config.num_assistant_tokens = num_drafts["draft model"]
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
         assistant.generation_config.assistant_confidence_threshold = 0.0
         options["draft model"] = {"assistant_model": assistant}
     options["prompt lookup"] = {
-        "prompt_lookup_num_tokens": NUM_DRAFTS["prompt lookup"],
+        "prompt_lookup_num_tokens": num_drafts["prompt lookup"],
         "max_matching_ngram_size": MAX_NGRAM,
     }
     calls = [0]

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
                 train(name, folder)
         if "measure" in said.steps:
             measure(lm, folder, said.prompts, said.num_prompts, said.repeats, said.out)
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, OSError, ValueError) as error:  # of transformers' process, too
         sys.exit(f"error: {error}")
 
 

@@ -1,7 +1,7 @@
 """Spec-Bench's prompts, with the drafters there are for SmolLM2, and a page about it.
 
 Where torch and transformers are installed their `generate` decodes the same prompts in the same
-turns: plainly, with prompt lookup, and assisted by the trained draft model.
+turns: plainly, with prompt lookup, and assisted by the trained draft model, with as many drafts.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import jax
 
 import dlm
 from decode.evaluation.run import device
+from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.loop import SpeculativeMethod
 from scripts.bench import spec_bench
 from scripts.bench.prompts import read_questions, sample_prompts
 from scripts.compare_hf.decoders import beside
 from scripts.smollm2 import training
-from scripts.smollm2.drafters import draft_of, trained
+from scripts.smollm2.drafters import CHAIN, draft_of, trained
 
 UNTRAINED = ["prompt_lookup", "suffix", "token_recycling"]
 GEN_LEN = 64  # tokens
 TRAINING = """## Training
 
-Tokens per forward of the target that chains of drafts would give, its own one included, on answers
-that were held back: every token begins a round, of as many drafts as one makes (masks three, DFlash
-seven, others four).
+Tokens per forward of the target that chains of drafts would give, its own one included, on chats
+that were held back: every token of a chat, its marks included, begins a round (of masks: of the
+answer), of as many drafts as one makes (masks three, DFlash seven, others four).
 
 ![Tokens per forward by training steps](smollm2_training.png)"""
 
@@ -50,12 +51,13 @@ def measure(
     Raises:
       ValueError: there are no such prompts, or a drafter was trained for another model.
     """
-    asked = sample_prompts(lm, read_questions(prompts), num)
+    asked = sample_prompts(lm, read_questions(prompts), num, GEN_LEN)
     methods = spec_bench.methods_of(UNTRAINED, ["off", "on"])
     for name, drafter in trained(lm, folder):
         methods |= spec_bench.both(name, SpeculativeMethod(drafter), ["off", "on"])
     try:
-        others = beside(lm, draft_of(lm, folder), GEN_LEN)
+        as_many = {"draft model": CHAIN.depth, "prompt lookup": PromptLookup().num_drafts}
+        others = beside(lm, draft_of(lm, folder), GEN_LEN, as_many)
     except ImportError as error:
         print(f"transformers is left out: {error}; it is in the extra, pip install -e '.[parity]'")
         others = {}

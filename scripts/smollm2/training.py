@@ -20,7 +20,7 @@ def curves(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
         if (folder / name / "model").exists():
             lines = read_metrics(folder / name)
             found[name] = [(int(m["step"]), m[ACCEPTANCE]) for m in lines if ACCEPTANCE in m]
-    return found
+    return {name: curve for name, curve in found.items() if curve}
 
 
 def table(folder: pathlib.Path) -> str:

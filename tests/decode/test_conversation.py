@@ -97,17 +97,20 @@ def test_an_answer_may_be_given_up(lm):
     talk = Conversation(lm, gen_len=16, method="token_recycling")
     answer = talk.say("hello there")
     shown = next(answer).text + next(answer).text
-    with pytest.raises(ValueError, match="an answer is being written"):
-        talk.say("more")
+    for change in (lambda: talk.say("more"), talk.reset, lambda: setattr(talk, "system", "b")):
+        with pytest.raises(ValueError, match="an answer is being written"):
+            change()
     answer.close()
     assert talk.messages[-1] == {"role": "assistant", "content": shown}
     assert talk.turns[0].completion is None and talk.turns[0].text == shown
     assert talk.ask("more").text == from_scratch(lm, talk.turns[1:])[0]
     assert talk.turns[1].num_kept >= len(talk.turns[0].prompt)
-    late = talk.say("and more")
-    talk.ask("and this")
-    with pytest.raises(ValueError, match="the dialogue went on"):
-        next(late)
+    for change in (lambda: talk.ask("and this"), talk.reset, lambda: setattr(talk, "system", "b")):
+        late = talk.say("and more")
+        change()
+        with pytest.raises(ValueError, match="the dialogue went on"):
+            next(late)
+    assert talk.messages == [{"role": "system", "content": "b"}]
 
 
 def test_an_interrupted_forward_costs_the_cache(lm, monkeypatch):

@@ -111,6 +111,10 @@ def test_what_a_terminal_shows(monkeypatch):
             plain, dim = terminal.shown()
             assert plain == laid_out(text, width)
             assert dim == ahead.replace("\n", "") or ("x" * 30 in dim and dim in ahead)
+    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: (width, 1))
+    terminal = Terminal(width)
+    Screen(terminal, True).write("ab", "cd")  # there is no room for what is not certain
+    assert terminal.shown() == (laid_out("ab", width), "")
 
 
 def laid_out(text, width):

@@ -148,12 +148,13 @@ class BlockDiffusion(TokenObjective):
         views: Views = said.extra
         G = views.is_masked.shape[1]
         nll, next_nll = -stats.log_prob[:, :G], -stats.log_prob[:, G:]
-        is_right = (stats.token == said.targets)[:, :G] & views.is_masked
+        is_judged = views.is_masked & views.counts
+        is_right = (stats.token == said.targets)[:, :G] & is_judged
         num = jnp.maximum(views.counts.sum(), 1) * (2 if self.complementary else 1)
-        bound = jnp.where(views.is_masked & views.counts, nll / views.level, 0).sum() / num
+        bound = jnp.where(is_judged, nll / views.level, 0).sum() / num
         metrics = {
             "loss": loss,
-            "masked_accuracy": is_right.sum() / jnp.maximum(views.is_masked.sum(), 1),
+            "masked_accuracy": is_right.sum() / jnp.maximum(is_judged.sum(), 1),
             "nll_bound": bound,
         }
         if views.has_next:

@@ -353,7 +353,8 @@ def test_nonsense_is_refused(lm):
         answerer(lm, options={"cache": "dual"})
     with pytest.raises(ValueError, match=r"drafter=3 is no option of decode.generate"):
         answerer(lm, method="threshold", options={"drafter": 3})
-    with pytest.raises(ValueError, match=r"guidance=0.5 must be 0: only diffusion models"):
-        answerer(lm, guidance=0.5)
-    with pytest.raises(ValueError, match="there is no method 'treshold'; close: threshold"):
-        answerer(lm, method="treshold").generate([("a", {})])
+    for name, value in (("guidance", 0.5), ("antithetic", True), ("checks_greedy", True)):
+        with pytest.raises(ValueError, match=f"{name}={value} must be left out: only diffusion"):
+            answerer(lm, **{name: value})
+    with pytest.raises(ValueError, match="there is no method 'prompt_lokup'; close: prompt_lookup"):
+        answerer(lm, method="prompt_lokup").generate([("a", {})])

@@ -8,6 +8,7 @@ import pytest
 from dlm.lm import LanguageModel
 from scripts.bench import prompts, spec_bench
 from tests.lib.speculation import random_prompts
+from tests.lib.untrained import char_lm
 
 
 def test_questions_of_spec_bench_have_six_categories(tmp_path):
@@ -22,9 +23,29 @@ def test_questions_of_spec_bench_have_six_categories(tmp_path):
     assert {c: len(texts) for c, texts in found.items()} == {"multi-turn": 6, "rag": 3, "qa": 3}
     file.write_text("\n".join(map(json.dumps, lines[:6])))  # of another set they stay what they are
     assert list(prompts.read_questions(tmp_path)) == ["writing", "math"]
+    for line, message in (
+        ({"turns": ["a"]}, r"dev\.jsonl, line 1: category=None must be a name"),
+        ({"category": "qa"}, r"line 1: turns=None must be a list of texts"),
+        ({"category": "qa", "turns": []}, r"line 1: turns=\[\] must be a list of texts"),
+    ):
+        file.write_text(json.dumps(line))
+        with pytest.raises(ValueError, match=message):
+            prompts.read_questions(tmp_path)
     file.unlink()
     with pytest.raises(ValueError, match="has no question"):
         prompts.read_questions(tmp_path)
+
+
+def test_prompts_that_are_too_long_are_passed_over(capsys):
+    lm = char_lm()
+    texts = ["a" * 5, "b" * 2040, "c" * 2030, "d" * 5]
+    found = prompts.sample_prompts(lm, {"long": texts[1:3], "some": texts}, 3, gen_len=8)
+    assert [len(tokens) for tokens in found["some"]] == [22, 22]
+    assert list(found) == ["some"]
+    said = capsys.readouterr().out
+    assert "some: 2 prompts are passed over, which with gen_len=8 are longer than" in said
+    with pytest.raises(ValueError, match="max_seq_len=2048 of the model is less than"):
+        prompts.sample_prompts(lm, {"long": texts[1:3]}, 1, gen_len=8)
 
 
 @pytest.mark.exhaustive
