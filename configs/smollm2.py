@@ -4,7 +4,8 @@
     python -m train --config=configs/smollm2.py:eagle_3 --workdir=runs/smollm2/eagle_3
 
 Instead of eagle_3: draft (three of its layers, distilled: DistillSpec), medusa, hydra_plus, dflash,
-masks (it guesses behind learned masks). Each takes about half an hour on two CPU cores. Heads draft
+masks (it guesses behind learned masks), and stop, which says when the draft model that is there had
+better stop (SpecDec++). Each takes about half an hour on two CPU cores. Heads draft
 8,192 of the 49,152 tokens, those that come up most; `draft` and `dflash` all of them. Numbers are
 ours; the methods' references are in `configs/draft_heads.py`.
 """
@@ -17,6 +18,7 @@ from configs.common import training
 
 FOLDER = "runs/smollm2/answers"  # of scripts.smollm2
 VOCAB = f"{FOLDER}/vocab.json"
+DRAFT = "runs/smollm2/draft/model"
 NUM_IDS = 8_192  # tokens that heads draft
 DECAY = 0.8  # of the weight from head to head, from step to step
 NUM_DRAFTS = 4
@@ -107,6 +109,17 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
         1e-3,
         220,
     ),
+    "stop": (
+        {
+            "make": "train.objectives.specdec_pp:StopLoss",
+            "weight": 6.0,  # of rejection (SpecDec++)
+            "share": 0.15,  # of tokens that are the text's own (SpecDec++)
+            "temperature": 0.0,  # drafts are the most probable tokens; SpecDec++: 1
+        },
+        {"make": "dlm.heads.specdec_pp:StopHead", "target": "smollm2", "num_blocks": 3},
+        1e-3,
+        120,
+    ),
 }
 
 
@@ -130,7 +143,7 @@ def get_config(arg: str = "eagle_3") -> ConfigDict:
         train={
             "objective": {"on_prompt": True, **objective},
             "trainable": trainable,
-            "init_from": "smollm2",  # the wheel's, see dlm.load
+            "init_from": DRAFT if arg == "stop" else "smollm2",  # the wheel's, see dlm.load
             "num_steps": num_steps,
             "eval_every": 80,  # steps between validations
             "num_eval_batches": 4,

@@ -1,8 +1,8 @@
 """Builds a datastore, the tokens of many texts and a suffix array of them, in which drafters look.
 
     python -m scripts.rest_datastore --checkpoint=path/to/model --out=runs/datastore texts/
-    python -m scripts.rest_datastore --checkpoint=path/to/model --out=runs/datastore \\
-        --template="{question}\\n{answer}" train.jsonl more.jsonl
+    python -m scripts.rest_datastore --checkpoint=smollm2 --out=runs/smollm2/rest \\
+        --template="{prompt}{completion}" runs/smollm2/answers/train.jsonl
 
     drafter = REST(load_datastore("runs/datastore"))
     method = SearchMethod(Superposed(load_datastore("runs/datastore")), num_return=3)
@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from absl import app, flags
 from tqdm import tqdm
 
+import dlm
 from decode.core.datastore import build_datastore
+from decode.core.streaming import check_tokenizer
 from dlm.hf.files import read_config
 from dlm.tasks.jsonl import read_records, render
 from dlm.tokenizer import load_tokenizer
@@ -52,11 +54,15 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("name at least one folder of texts or file of JSON lines")
     checkpoint, out = flags.FLAGS.checkpoint, flags.FLAGS.out
     try:
-        tokenizer = load_tokenizer(checkpoint)
+        if pathlib.Path(checkpoint).is_dir():  # else all of it must be read
+            tokenizer, vocab_size = load_tokenizer(checkpoint), read_config(checkpoint).vocab_size
+        else:
+            lm = dlm.load(checkpoint)
+            tokenizer, vocab_size = check_tokenizer(lm), lm.cfg.vocab_size
         paths = map(pathlib.Path, argv[1:])
         texts = (text for path in paths for text in read_texts(path, flags.FLAGS.template))
         tokens = (tokenizer.encode(text, plain=True) for text in tqdm(texts, unit=" texts"))
-        build_datastore(tokens, read_config(checkpoint).vocab_size, out)
+        build_datastore(tokens, vocab_size, out)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     size = (pathlib.Path(out) / "tokens.npy").stat().st_size
@@ -64,7 +70,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "Directory of the model.", required=True)
+    flags.DEFINE_string("checkpoint", None, "The model.", required=True)
     flags.DEFINE_string("out", None, "Folder for the datastore.", required=True)
     flags.DEFINE_string("template", "{text}", "The text of a JSON line, by its fields.")
     app.run(main)

@@ -36,6 +36,7 @@ from scripts.bench import (
 from scripts.bench.timing import table
 from scripts.compare_hf.decoders import NUM_DRAFTS, beside
 from scripts.smollm2 import drafters
+from train.host import set_up_process
 
 Flags = Any  # absl's, by name
 
@@ -127,6 +128,7 @@ def bench_kernels(flags: Flags) -> None:
 
 
 def bench_spec_bench(flags: Flags) -> None:
+    set_up_process()  # programs are kept: there are many
     try:
         path = pathlib.Path(flags.checkpoint or "smollm2")
         lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Iterator
 
 import dlm
 from configs.smollm2 import RECIPES
+from decode.core.datastore import load_datastore
 from decode.speculative.contracts import Drafter
 from decode.speculative.drafters.ddtree import DDTree
 from decode.speculative.drafters.dflash import DFlash
-from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest
+from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
+from decode.speculative.drafters.dynamic_exit import DynamicExit
 from decode.speculative.drafters.eagle import Eagle, EagleBest
 from decode.speculative.drafters.hybrid import Hybrid
 from decode.speculative.drafters.hydra import Hydra
 from decode.speculative.drafters.masks import Masks
 from decode.speculative.drafters.medusa import Medusa
 from decode.speculative.drafters.opt_tree import DraftModelOpt, EagleOpt
+from decode.speculative.drafters.rest import REST
 from decode.speculative.drafters.sam import SAM
-from decode.speculative.tree import chain
-from dlm.heads import dflash, eagle_3, hydra, masks, medusa
+from decode.speculative.drafters.specdec_pp import SpecDecPP
+from decode.speculative.tree import TreeShape, chain
+from dlm.heads import dflash, eagle_3, hydra, masks, medusa, specdec_pp
 
 CHAIN = chain(3)  # on a CPU every further node costs its arithmetic
 BUDGET = 7  # nodes of a tree, as many as a block of DFlash has
+WIDE = 31  # nodes of one that shows what a drafter knows
 AGREED = 4  # tokens from which on a copy is taken instead of a draft
+EXITS = (6, 12, 18)  # of 30 layers
 
 
 def draft_of(lm: dlm.LanguageModel, folder: pathlib.Path) -> dlm.LanguageModel | None:
@@ -56,7 +63,11 @@ def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, 
 
 
 def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, Drafter]]:
-    """Those of `trained`, and what else they can be: longer chains, trees, one after a copy.
+    """Those of `trained`, what else they can be, such as trees, and others that need no training.
+
+    Three need files of their own in the folder: `tree.json` is a shape that `scripts.draft_tree`
+    has measured for the draft model, `rest` a datastore of `scripts.rest_datastore`, `stop` a head
+    for the draft model.
 
     Raises:
       ValueError: one was trained for another model.
@@ -72,6 +83,19 @@ def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[st
             "draft model, OPT-Tree",
             DraftModelOpt(draft.params, draft.cfg, budget=BUDGET, levels=BUDGET),
         )
+        tree = folder / "tree.json"
+        if tree.exists():
+            shape = TreeShape(**json.loads(tree.read_text(encoding="utf-8")))
+            yield "draft model, measured tree", DraftModelTree(draft.params, draft.cfg, shape=shape)
+        if "stop" in at:
+            own = specdec_pp.load(at["stop"], draft)[1]
+            yield (
+                "draft model, SpecDec++",
+                SpecDecPP(draft.params, draft.cfg, own=own, num_drafts=BUDGET, least=1),
+            )
+    if (folder / "rest").exists():
+        yield "REST", REST(load_datastore(folder / "rest"), num_drafts=BUDGET)
+    yield "early exits", DynamicExit(EXITS, num_drafts=CHAIN.depth)
     if "eagle_3" in at:
         network = eagle_3.load(at["eagle_3"], lm)
         yield "EAGLE-3, best tree", EagleBest(network, width=3, levels=CHAIN.depth, budget=BUDGET)
@@ -80,7 +104,11 @@ def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[st
     if "dflash" in at:
         block = DFlash(dflash.load(at["dflash"], lm))
         yield "DFlash, whole block", block
-        yield "DDTree of DFlash", DDTree(block, budget=BUDGET, max_budget=BUDGET)
+        for budget in (BUDGET, WIDE):
+            yield (
+                f"DDTree of DFlash, {budget} nodes",
+                DDTree(block, budget=budget, max_budget=budget),
+            )
     if "masks" in at:
         guesses = Masks(masks.load(at["masks"], lm))
         yield "DDTree of masks", DDTree(guesses, budget=BUDGET, max_budget=BUDGET)

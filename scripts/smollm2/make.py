@@ -19,6 +19,8 @@ def config_of(name: str, folder: pathlib.Path) -> configs.ConfigDict:
     config.data.valid.path = str(folder / "answers" / "valid.jsonl")
     if "vocab" in config.train.trainable:
         config.train.trainable.vocab = str(folder / "answers" / "vocab.json")
+    if name == "stop":
+        config.train.init_from = str(folder / "draft" / "model")
     return config
 
 

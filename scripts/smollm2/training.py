@@ -14,7 +14,7 @@ ACCEPTANCE = "valid/acceptance_length"
 
 
 def curves(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and tokens per forward at every validation, of those that are trained."""
+    """Steps and tokens per forward at every validation, of those that are trained to draft."""
     found = {}
     for name in RECIPES:
         if (folder / name / "model").exists():
