@@ -17,7 +17,7 @@ from dlm.params import Apart, is_apart
 from dlm.sharding import constrain, per_shard, slots_axis, split_axes
 from kernels_pallas.slots import put_slots, put_windows, take_slots
 
-APART_BYTES = 1024  # of keys and values, per position and layer
+APART_BYTES = 512  # of keys and values, per position and layer
 
 
 class KVCache(struct.PyTreeNode):

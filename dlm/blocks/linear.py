@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm.params import Apart, LowRank, OfLayer
+from kernels_pallas.few_rows import beside_zeros
 
 Weight = jax.Array | LowRank | OfLayer
 
@@ -54,9 +55,11 @@ def _rounded(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     if a.dtype != jnp.bfloat16:
         return plain(a, b)
     wide = functools.partial(plain, preferred_element_type=jnp.float32)
-    return jax.lax.platform_dependent(
-        a, b, cpu=lambda a, b: wide(a, b).astype(a.dtype), default=plain
-    )
+
+    def on_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (beside_zeros(wide, a, b) if axes[0] else wide(a, b)).astype(a.dtype)
+
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
 
 
 def _forward(rows: jax.Array, w: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:

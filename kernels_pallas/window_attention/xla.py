@@ -56,9 +56,10 @@ def attend_xla(
 
     def product_by_slot(keys: jax.Array) -> jax.Array:
         """The same. CPUs read many keys for few queries up to twice as fast by slot as by query;
-        for more the scores, which have to be turned around, cost more than that. Without the
-        barrier the compiler turns the product around again."""
-        if B * keys.shape[2] < MANY_SLOTS or rows.shape[2] > FEW_QUERIES:
+        for more the scores, which have to be turned around, cost more than that, and so they do
+        for bfloat16. Without the barrier the compiler turns the product around again."""
+        is_many = B * keys.shape[2] >= MANY_SLOTS and rows.shape[2] <= FEW_QUERIES
+        if not is_many or keys.dtype == jnp.bfloat16:
             return product(keys)
         by_slot = jnp.einsum("bksh,bkrh->bksr", keys, rows, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(by_slot).swapaxes(2, 3)

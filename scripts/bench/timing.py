@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlm.blocks.linear import product
 from dlm.config import ModelConfig
 from dlm.params import num_expert_params, num_params
 
@@ -64,12 +65,12 @@ def measure_ceilings(dtype: str, repeats: int, sizes: tuple[int, int] | None = N
     """
     n, num_bytes = sizes or large_sizes()
     a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
-    product = jax.jit(jnp.dot)
-    seconds = median_s(lambda: product(a, a), repeats)
+    multiply = jax.jit(product, static_argnums=2)  # as models do
+    seconds = median_s(lambda: multiply(a, a, 0), repeats)
     flops = 2 * n**3 / seconds
-    vector = jnp.ones(READ_WIDTH, dtype)
+    vector = jnp.ones((1, READ_WIDTH), dtype)
     matrix = jnp.ones((num_bytes // vector.nbytes, READ_WIDTH), dtype)
-    return Ceilings(flops, matrix.nbytes / median_s(lambda: product(matrix, vector), repeats))
+    return Ceilings(flops, matrix.nbytes / median_s(lambda: multiply(vector, matrix, 1), repeats))
 
 
 def large_sizes() -> tuple[int, int]:
