@@ -41,7 +41,8 @@ from train.step import TrainState
 from train.workdir import check_not_beyond, check_same, read_json, write_json
 
 # What may differ between a run and its resumption: it changes how long, how often and where, but
-# not what a step does. (`train.num_steps` does move the learning rate if `optim.decay_steps` is 0.)
+# not what a step does. (`train.num_steps` does move what depends on the share that is done: the
+# learning rate if `optim.decay_steps` is 0, and schedules of objectives.)
 MAY_CHANGE = (
     "train.num_steps",
     "train.eval_every",

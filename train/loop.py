@@ -52,7 +52,7 @@ from train.step import (
     state_shardings,
     valid_step,
 )
-from train.workdir import check_writable, hold
+from train.workdir import hold, open_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,7 @@ def run(
     """
     settings = from_config_dict(config)
     num_steps = settings.train.num_steps
-    folder = pathlib.Path(workdir).expanduser()
-    check_writable(folder)
+    folder = open_folder(workdir)
     checkpoint.check_kinds(folder)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -277,7 +276,10 @@ def _open_state(
             functools.partial(init_from_specs, init_key, specs, master_dtype),
             out_shardings=shardings.params,
         )
-        given = trainable.start(cfg, model.frozen.target, fresh())
+        try:
+            given = trainable.start(cfg, model.frozen.target, fresh())
+        except ValueError as error:
+            raise ConfigError(f"train.trainable: {error}") from error
     return 0, first_state(init_key, given, specs, master_dtype, recipe.optim, shardings)
 
 
@@ -321,10 +323,10 @@ def _steps(
     jitted_train_step, jitted_keep_best = jit_train_step(shardings), jit_keep_best(shardings)
     validate = _validator(settings, recipe, model, feed, mesh)
     is_stopped = False
-    before: list[dict[str, Any]] = []  # where the iterator stood before the last two steps
+    before: dict[int, dict[str, Any]] = {}  # steps done -> where the iterator stood; the last two
     try:
         while step < num_steps and not is_stopped:
-            before = [*before[-1:], feed.iterator.get_state()]
+            before = dict([*before.items()][-1:]) | {step: feed.iterator.get_state()}
             try:
                 local = next(feed.iterator)
             except ConfigError:
@@ -355,7 +357,7 @@ def _steps(
     except NonFiniteError as error:
         # The state stayed as it was before the bad step, which may not be the last one made.
         good = int(state.step)
-        feed.iterator.set_state(before[good - step])
+        feed.iterator.set_state(before[good])
         if good not in manager.all_steps():
             state = state.replace(is_finite=jnp.ones_like(state.is_finite))
             checkpoint.save(manager, good, state, feed.iterator)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm import vocab
+from train.config import ConfigError
 from train.objectives import Predictions, row_mean_weight
 from train.reading import Text
 
@@ -128,7 +129,9 @@ def certainty_loss(
       ENT_v, in nats) and "masked_accuracy" (active tokens whose arg-max is right).
     """
     if temperature != 1 and isinstance(head, vocab.CappedHead):
-        raise ValueError(f"temperature={temperature} must be 1 for a model whose logits are capped")
+        raise ConfigError(
+            f"temperature={temperature} must be 1 for a model whose logits are capped"
+        )
     stats = vocab.score(head, said.hidden, said.targets)
     cross_entropy = -(said.weight * stats.log_prob).sum()
     is_right = stats.token == said.targets

@@ -7,6 +7,7 @@ killed and resumed. All values but "tokens_per_s" are functions of the config al
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -206,9 +207,11 @@ class MetricWriter:
                     f"log.wandb_project={log.wandb_project!r} needs wandb: pip install "
                     "'jax-parallel-decoding[log]'"
                 ) from error
+            same = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
             self._wandb = wandb.init(
-                project=log.wandb_project, dir=str(workdir), config=dict(settings)
-            )
+                project=log.wandb_project, dir=str(workdir), config=dict(settings),
+                id=same, resume="allow",
+            )  # fmt: skip
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one step, at once: nothing of it is lost if the process is killed.

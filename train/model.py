@@ -97,7 +97,10 @@ def open_model(
     frozen: Learned | None = None
     if trainable is not EVERYTHING:
         target = cast_params(given, cfg) if given else {}
-        frozen, given = Learned(target, beside=trainable.beside(cfg, mesh)), None
+        try:
+            frozen, given = Learned(target, beside=trainable.beside(cfg, mesh)), None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"train.trainable: {error}") from error
     try:
         specs = trainable.specs(cfg)
     except ValueError as error:
@@ -177,6 +180,11 @@ def load_model(
             f"train.init_from={path!r} has a tokenizer with {num} tokens, which must be at most "
             f"the {model.cfg.vocab_size} rows of its embedding"
         )
+    for name, said in settings.model.items():
+        if name != "dtype" and said != (own := getattr(model.cfg, name, said)):
+            logging.warning(
+                "model.%s=%r is not used: that of train.init_from is %r.", name, said, own
+            )
     dtype = settings.model.get("dtype", model.cfg.dtype)
     cfg = dataclasses.replace(model.cfg, dtype=dtype, never_causal=False)  # it learns anew
     return model.tokenizer, dataclasses.replace(model, cfg=_check_length(cfg, settings))
@@ -186,7 +194,7 @@ def _check_length(cfg: ModelConfig, settings: RunConfig) -> ModelConfig:
     length = settings.data.prompt_len + settings.data.completion_len
     if length > cfg.max_seq_len:
         raise ConfigError(
-            f"model.max_seq_len={cfg.max_seq_len} must be at least data.prompt_len + "
+            f"max_seq_len={cfg.max_seq_len} of the model must be at least data.prompt_len + "
             f"data.completion_len = {length}"
         )
     return cfg

@@ -55,14 +55,14 @@ def is_decayed(params: Params) -> Params:
     """Per parameter, whether weight decay applies: to matrices and embeddings."""
 
     def decays(path: jax.tree_util.KeyPath, _: object) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not name.endswith(("norm", "bias"))
+        *_, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return not (name.endswith(("norm", "bias")) or name.rstrip("0123456789") == "b")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def update_ema(ema: Params, params: Params, num_updates: jax.Array, optim: OptimConfig) -> Params:
-    """The moving average after `num_updates` updates, of which the last gave `params`."""
+    """The moving average after `num_updates` updates, of which the last gave `params`: float32."""
     warmup = (1.0 + num_updates) / (10.0 + num_updates)
     decay = jnp.minimum(jnp.float32(optim.ema_decay), warmup)
 

@@ -17,7 +17,13 @@ from dlm.models import decoder
 from dlm.params import Params
 from dlm.window import Window
 from kernels_pallas.window_attention import pack_mask
+from train.config import ConfigError
 from train.objectives import Predictions, row_mean_weight
+
+NO_MASK = (
+    "the model has no MASK token, which is learned from: give it one, such as "
+    "train.with_mask={'mask_token': '<|mdm_mask|>'}"
+)
 
 
 class Text(struct.PyTreeNode):
@@ -100,14 +106,14 @@ def read_completion(
       remat: whether the backward pass recomputes each layer.
 
     Raises:
-      ValueError: the model has no mask token, or it is shifted and there is no prompt.
+      ConfigError: the model has no mask token, or it is shifted and there is no prompt.
     """
     prompt = batch["prompt"]
     P = prompt.shape[1]
     if cfg.mask_token_id is None:
-        raise ValueError("mask_token_id=None must be a token id for masked diffusion")
+        raise ConfigError(NO_MASK)
     if cfg.shifted_logits and P == 0:
-        raise ValueError("prompt_len=0 must be at least 1 for a model with shifted_logits")
+        raise ConfigError("data.prompt_len=0 must be at least 1 for a model with shifted_logits")
     noisy = jnp.where(is_masked, cfg.mask_token_id, batch["completion"])
     window = _window(batch, jnp.concatenate([prompt, noisy], axis=1), mask)
     hidden = decoder.forward(params, cfg, window, remat=remat).hidden

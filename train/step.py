@@ -64,13 +64,17 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(params: Params, *, optim: OptimConfig) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step. Averages are of float32 at least, else they stand still."""
+    averaged = None
+    if optim.ema_decay:
+        wide = lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        averaged = jax.tree.map(wide, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.make_optimizer(optim).init(params),
-        ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
-        best=jax.tree.map(jnp.copy, params) if optim.keep_best else None,
+        ema=averaged,
+        best=jax.tree.map(jnp.copy, averaged or params) if optim.keep_best else None,
         best_loss=jnp.float32(jnp.inf) if optim.keep_best else None,
         is_finite=jnp.array(True),
     )
@@ -264,7 +268,8 @@ def first_state(
         return init_state(init_from_specs(key, specs, dtype), optim=optim)
 
     def around(params: Params) -> TrainState:
-        return init_state(jax.tree.map(lambda x: x.astype(dtype), params), optim=optim)
+        cast = lambda spec, x: x.astype(spec.dtype or dtype)  # noqa: E731
+        return init_state(jax.tree.map(cast, specs, params), optim=optim)
 
     if given is None:
         return jax.jit(fresh, out_shardings=shardings)(key)

@@ -26,12 +26,18 @@ BEAT_S = 20.0  # how often whoever is in a folder says so
 STALE_S = 180.0  # without a sign for so long, another host's process is taken to be gone
 
 
-def check_writable(workdir: pathlib.Path) -> None:
-    """Makes the folder if needed.
+def open_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A folder of a run, made if needed.
 
     Raises:
-      ConfigError: it cannot be made or written to.
+      ConfigError: it is an address, or cannot be made or written to.
     """
+    if "://" in str(path):
+        raise ConfigError(
+            f"workdir={str(path)!r} is an address, not a folder: mount it on every host (a bucket "
+            "with gcsfuse), and give where it is mounted"
+        )
+    workdir = pathlib.Path(path).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -41,6 +47,7 @@ def check_writable(workdir: pathlib.Path) -> None:
             f"workdir={str(workdir)!r} cannot be written to ({error.strerror}); choose a folder "
             "that can"
         ) from error
+    return workdir
 
 
 @contextlib.contextmanager

@@ -97,6 +97,8 @@ def rename(source: str, function: ast.FunctionDef, text: str) -> Edit | None:
     new = next((name for name in _NAMES if name not in known), None)
     if old is None or new is None:
         return None
+    if any(isinstance(node, ast.JoinedStr) for node in ast.walk(tree)):
+        return None  # whose names are tokens from Python 3.12 on only
     places = [(*word.start, len(old)) for word in named if word.string == old]
     changes = [(row, column, num, new) for row, column, num in places]
     return f"Rename the variable {old} to {new} in this program.", _replace(source, changes)

@@ -43,7 +43,7 @@ def read_sentences(path: str, split: str, most_chars: int) -> tuple[str, ...]:
         raise FileNotFoundError(f"path={path!r} is neither a text nor a folder with *.txt in it")
     found: dict[str, None] = {}
     for file in files:
-        for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", file.read_text(encoding="utf-8")):
+        for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", file.read_text(encoding="utf-8-sig")):
             sentence = " ".join(_WORD.findall(part))
             is_one = re.fullmatch(r"[A-Z][a-z ].*[a-z]{3} [.!?]", sentence) and sentence.isascii()
             if is_one and sentence.count(" ") >= 4 and len(sentence) <= most_chars:

@@ -135,7 +135,7 @@ class Countdown(splits.Stream):
             if splits.split_of(",".join(map(str, [*sorted(numbers), target]))) == self.split:
                 break
         else:
-            raise RuntimeError(f"no {self.split} puzzle in {splits.MAX_DRAWS} draws for {self}")
+            raise ValueError(f"no {self.split} puzzle in {splits.MAX_DRAWS} draws for {self}")
         return tasks.Example(
             prompt=",".join(map(str, [*numbers, target])) + "\n",
             completion=",".join(equations),

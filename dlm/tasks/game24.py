@@ -92,7 +92,7 @@ class Game24(splits.Stream):
             numbers = rng.integers(1, MAX_NUMBER + 1, NUM_NUMBERS).tolist()
             if split_of(numbers) == self.split and (found := solutions(tuple(sorted(numbers)))):
                 return _example(numbers, found[int(rng.integers(len(found)))])
-        raise RuntimeError(f"no {self.split} puzzle in {splits.MAX_DRAWS} draws for {self}")
+        raise ValueError(f"no {self.split} puzzle in {splits.MAX_DRAWS} draws for {self}")
 
     def score(self, example: tasks.Example, completion: str) -> dict[str, float]:
         """1.0 for any right chain of equations; see `dlm.tasks.countdown.is_solution`."""
@@ -127,7 +127,7 @@ class PublishedGame24(Loaded):
         if not file.is_file():
             raise FileNotFoundError(f"path={str(self.path)!r} is not a file; give a CSV file")
         examples = []
-        for line in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+        for line in csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()):
             try:
                 numbers = list(map(int, line["Puzzles"].split()))
             except (KeyError, ValueError, AttributeError) as error:

@@ -34,7 +34,7 @@ class OwnTexts(tasks.Task):
         texts = []
         for number, record in read_records(self.path):
             ids = [record.get(name) for name in ("prompt", "completion")]
-            if not all(isinstance(x, list) and all(isinstance(t, int) for t in x) for x in ids):
+            if not all(isinstance(x, list) and all(_is_id(t) for t in x) for x in ids):
                 raise ValueError(
                     f"{self.path}, line {number}: prompt and completion must be lists of token ids"
                 )
@@ -48,3 +48,7 @@ class OwnTexts(tasks.Task):
     def __getitem__(self, index: int) -> tasks.Encoded:  # type: ignore[override]
         prompt, completion = self.texts[index]
         return tasks.Encoded(prompt, completion, np.arange(len(completion), dtype=np.int32))
+
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31

@@ -42,7 +42,7 @@ class Passages(Loaded):
         if not file.is_file():
             raise FileNotFoundError(f"path={str(self.path)!r} is not a file; give a text file")
         examples = []
-        for line in file.read_text(encoding="utf-8").split("\n"):
+        for line in file.read_text(encoding="utf-8-sig").split("\n"):
             words = line.split()
             is_heading = words[:1] == ["="]
             if is_heading or len(words) < self.prompt_words + self.min_words:

@@ -130,4 +130,4 @@ def _read_lines(path: str | os.PathLike[str]) -> list[str]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"path={str(path)!r} is not a file; give a file of sentences")
-    return [line.strip() for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    return [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")]

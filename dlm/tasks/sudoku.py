@@ -256,7 +256,7 @@ class Sudoku(splits.Stream):
             text = _render([digits[value] for value in puzzle], self.size)
             if splits.split_of(text) == self.split:
                 return text, _render([digits[value] for value in solution], self.size)
-        raise RuntimeError(f"no {self.split} puzzle in {splits.MAX_DRAWS} draws for {self}")
+        raise ValueError(f"no {self.split} puzzle in {splits.MAX_DRAWS} draws for {self}")
 
     def _draw(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """Cells of a puzzle with `num_clues` clues and one solution, and of the solution."""
@@ -273,4 +273,4 @@ class Sudoku(splits.Stream):
                         return puzzle, solution
                 else:
                     puzzle[cell] = solution[cell]
-        raise RuntimeError(f"no puzzle with {self.num_clues} clues in {splits.MAX_DRAWS} draws")
+        raise ValueError(f"no puzzle with {self.num_clues} clues in {splits.MAX_DRAWS} draws")

@@ -358,7 +358,7 @@ class WaitingLine(splits.Stream):
             if splits.split_of(", ".join(sorted(people))) == split:
                 break
         else:
-            raise RuntimeError(f"no {split} group in {splits.MAX_DRAWS} draws for {self}")
+            raise ValueError(f"no {split} group in {splits.MAX_DRAWS} draws for {self}")
         index = int(rng.integers(_num_positions(operation, num_people)))
         return _Question(
             operation,

@@ -55,7 +55,7 @@ class WordProblems(splits.Stream):
             if splits.split_of(equations) == self.split:
                 break
         else:
-            raise RuntimeError(f"no {self.split} problem in {splits.MAX_DRAWS} draws for {self}")
+            raise ValueError(f"no {self.split} problem in {splits.MAX_DRAWS} draws for {self}")
         return tasks.Example(
             prompt=_story(rng, steps),
             completion=f" {equations} #### {steps[-1][3]}",

@@ -9,6 +9,12 @@ FOLDER = "parallel-decoding"  # on every host
 
 TPUS = ["gcloud", "compute", "tpus"]
 
+# Until the slice is there; a request that came to nothing ends it.
+WAIT = (
+    'while :; do state=$({state}); case "$state" in ACTIVE) exit 0;; FAILED|SUSPENDED) '
+    'echo "the request is $state" >&2; exit 1;; esac; sleep 30; done'
+)
+
 
 def steps(
     command: list[str],
@@ -47,7 +53,7 @@ def steps(
                 f"--runtime-version={version}",
                 *kind,
             ],
-            ["sh", "-c", f"until {state} | grep -q ACTIVE; do sleep 30; done"],
+            ["sh", "-c", WAIT.format(state=state)],
         ]
     archive = "repository.tar.gz"
     unpack = (
@@ -65,6 +71,7 @@ def steps(
     ]
 
 
-def deletion(name: str, zone: str) -> list[str]:
-    """The command that gives the slice back."""
-    return [*TPUS, "tpu-vm", "delete", name, f"--zone={zone}", "--quiet"]
+def deletion(name: str, zone: str, *, queued: bool) -> list[str]:
+    """The command that gives the slice back, and the request if there was one."""
+    kind = ["queued-resources", "delete", "--force"] if queued else ["tpu-vm", "delete"]
+    return [*TPUS, *kind, name, f"--zone={zone}", "--quiet"]

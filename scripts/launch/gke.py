@@ -2,9 +2,10 @@
 
     python -m scripts.launch.gke --name=llada --image=REGION-docker.pkg.dev/PROJECT/images/dlm:1 \\
         --accelerator=tpu-v5-lite-podslice --topology=4x4 --dry_run -- \\
-        python -m train --config=configs/llada_8b_dparallel.py --workdir=gs://bucket/llada
+        python -m train --config=configs/llada_8b_dparallel.py --workdir=/mnt/bucket/llada
 
-The image holds this repository, installed with the `tpu` extra. The cluster has the JobSet
+The image holds this repository, installed with the `tpu` extra, and mounts what all pods share,
+such as a bucket (gcsfuse). The cluster has the JobSet
 controller (xpk clusters do) and a node pool of the slice. Pods that were told to stop have saved,
 and are started again.
 """

@@ -6,7 +6,7 @@
 
 Process 0 writes to this terminal, the others to `--logs`. If one fails, the others are ended,
 and the launcher ends with its exit code; if they were told to stop and have saved, they are started
-again, up to `--restarts` times. Ctrl-C and SIGTERM are passed on.
+again, up to `--restarts` times. Ctrl-C and SIGTERM are passed on; after these they are not.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
             print(" ".join(f"{k}={v}" for k, v in own.items()), shlex.join(command))
         return
     for left in range(flags.FLAGS.restarts, -1, -1):
-        code = run_once(command, num, pathlib.Path(flags.FLAGS.logs))
-        if code != STOPPED or not left:
+        code, was_told = run_once(command, num, pathlib.Path(flags.FLAGS.logs))
+        if code != STOPPED or was_told or not left:
             sys.exit(code)
         print("Stopped and saved; starting again.", file=sys.stderr)
 

@@ -36,26 +36,37 @@ def free_address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def run_once(command: list[str], num: int, log_dir: pathlib.Path) -> int:
-    """Runs all processes to their end; the first exit code that is not 0."""
+def run_once(command: list[str], num: int, log_dir: pathlib.Path) -> tuple[int, bool]:
+    """Runs all processes to their end.
+
+    Each is in a session of its own, so that a Ctrl-C reaches it once: from here.
+
+    Returns:
+      The first exit code that is not 0, and whether this process was told to end them.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
+    told: list[int] = []
 
     def end(signum: int) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signum)
 
-    previous = {
-        s: signal.signal(s, lambda signum, _: end(signum)) for s in (signal.SIGTERM, signal.SIGINT)
-    }
+    def pass_on(signum: int, _: object) -> None:
+        told.append(signum)
+        end(signum)
+
+    previous = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         for i, own in enumerate(environments(num, free_address())):
             log = None if i == 0 else (log_dir / f"process_{i}.log").open("wb")
             logs += [] if log is None else [log]
             processes.append(
-                subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+                subprocess.Popen(
+                    command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True
+                )
             )
         deadline = failed = None
         while any(process.poll() is None for process in processes):
@@ -75,4 +86,4 @@ def run_once(command: list[str], num: int, log_dir: pathlib.Path) -> int:
             file.close()
     ends = [process.wait() for process in processes]
     bad = [code for code in ends if code not in (0, STOPPED)]
-    return failed or (bad[0] if bad else max(ends))
+    return failed or (bad[0] if bad else max(ends)), bool(told)

@@ -2,12 +2,13 @@
 
     python -m scripts.launch.tpu_vm --name=llada --zone=us-west4-a --type=v5litepod-16 \\
         --dry_run -- python -m train --config=configs/llada_8b_dparallel.py \\
-        --workdir=gs://bucket/llada --config.train.init_from=gs://bucket/LLaDA-8B-Instruct
+        --workdir=/mnt/bucket/llada --config.train.init_from=/mnt/bucket/LLaDA-8B-Instruct
 
 Steps: queue for the slice and wait until it is there (`--queued`), or make it at once; copy what is
 committed here to every host; install it with the `tpu` extra; run the command on every host at
-once. The account, the project and permissions are those of `gcloud`. A command that was told to
-stop is run again. `--delete` gives the slice back at the end.
+once. Folders must be the same ones on every host: a bucket that is mounted (gcsfuse), or a file
+share. The account, the project and permissions are those of `gcloud`. A command that was told to
+stop is run again. `--delete` gives the slice back at the end, also if a step failed.
 """
 
 from __future__ import annotations
@@ -30,21 +31,25 @@ def main(argv: list[str]) -> None:
     *before, run = steps(
         command, F.name, F.zone, F.type, F.version, queued=F.queued, spot=F.spot, exists=F.exists
     )
-    delete = deletion(F.name, F.zone)
+    delete = deletion(F.name, F.zone, queued=F.queued)
     if F.dry_run:
         for step in (*before, run, *([delete] if F.delete else [])):
             print(shlex.join(step))
         return
-    for step in before:
-        print("+", shlex.join(step), file=sys.stderr)
-        subprocess.run(step, check=True)
-    code = STOPPED
-    while code == STOPPED:
-        print("+", shlex.join(run), file=sys.stderr)
-        code = subprocess.run(run).returncode
-    if F.delete:
-        subprocess.run(delete, check=True)
+    try:
+        code = next((code for step in before if (code := _run(step))), STOPPED)
+        while code == STOPPED:
+            code = _run(run)
+    finally:
+        if F.delete:  # whatever went wrong: it costs as long as it is there
+            _run(delete)
     sys.exit(code)
+
+
+def _run(step: list[str]) -> int:
+    """Shows a command and runs it: its exit code."""
+    print("+", shlex.join(step), file=sys.stderr)
+    return subprocess.run(step).returncode
 
 
 if __name__ == "__main__":

@@ -99,8 +99,11 @@ def recipe_config(recipe: str) -> ConfigDict:
 
 
 def recipe_model(recipe: str) -> ModelConfig:
-    """The preset whose name a recipe begins with."""
-    return PRESETS[next(preset for preset in PRESETS if recipe.startswith(preset))]
+    """The preset whose name a recipe begins with; ValueError if there is none."""
+    for preset, cfg in PRESETS.items():
+        if recipe.startswith(preset):
+            return cfg
+    raise ValueError(f"recipe {recipe!r} must begin with one of {', '.join(PRESETS)}")
 
 
 def decoding(

@@ -1,8 +1,11 @@
 """Launchers: processes of one machine for real, everything else as it would be run."""
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -10,7 +13,7 @@ import yaml
 from tests.lib.mains import run_main
 from tests.lib.paths import ROOT
 
-COMMAND = ["python", "-m", "train", "--config=configs/x.py:a b", "--workdir=gs://bucket/x"]
+COMMAND = ["python", "-m", "train", "--config=configs/x.py:a b", "--workdir=/mnt/bucket/x"]
 
 
 def launch(name, *arguments, code=0):
@@ -82,6 +85,34 @@ sys.exit(0 if len(count.read_text()) == 3 else 75)
     assert (tmp_path / "1").read_text() == "..."
 
 
+@pytest.mark.exhaustive(every=4)
+def test_ctrl_c_reaches_every_process_once(tmp_path):
+    """Also that of a terminal, which goes to the whole group; and nothing is started again."""
+    program = """
+import os, pathlib, signal, sys, time
+file, told = pathlib.Path(sys.argv[1], os.environ["JAX_PROCESS_ID"]), []
+signal.signal(signal.SIGINT, lambda *_: told.append(1))
+file.write_text("ready")
+while not told: time.sleep(0.01)
+time.sleep(0.5)
+file.write_text(f"{len(told)}")
+sys.exit(75)
+"""
+    flags = ["--processes=2", f"--logs={tmp_path}", "--restarts=3", "--"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "scripts.launch.local", *flags, sys.executable, "-c", program,
+         str(tmp_path)],
+        cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    files = [tmp_path / "0", tmp_path / "1"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(timeout=60) == 75
+    assert [file.read_text() for file in files] == ["1", "1"]
+
+
 def test_dry_runs_say_what_would_be_run():
     out = launch("local", "--processes=2", "--dry_run", "--", *COMMAND)
     assert [shlex.split(line)[-5:] for line in out.splitlines()] == [COMMAND, COMMAND]
@@ -94,7 +125,10 @@ def test_dry_runs_say_what_would_be_run():
     assert steps[-1][-1].endswith(shlex.join(COMMAND))  # quoted once more for the hosts
     queued = launch("tpu_vm", *flags, "--queued", "--spot", "--delete", "--", *COMMAND)
     assert "queued-resources create a --zone=z" in queued and "--spot" in queued
-    assert queued.splitlines()[-1].startswith("gcloud compute tpus tpu-vm delete a")
+    last = "gcloud compute tpus queued-resources delete --force a --zone=z --quiet"
+    assert queued.splitlines()[-1] == last
+    made = launch("tpu_vm", *flags, "--delete", "--", *COMMAND)
+    assert made.splitlines()[-1].startswith("gcloud compute tpus tpu-vm delete a")
     assert "create" not in launch("tpu_vm", *flags, "--exists", "--", *COMMAND)
 
     script = launch("slurm", "--nodes=2", "--gpus_per_node=4", "--dry_run", "--", *COMMAND)
@@ -110,6 +144,27 @@ def test_dry_runs_say_what_would_be_run():
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"] == COMMAND
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+@pytest.mark.parametrize(("state", "code"), [("ACTIVE", 0), ("FAILED", 1), ("SUSPENDED", 1)])
+def test_a_request_is_waited_for_and_a_slice_given_back(tmp_path, state, code):
+    """With a `gcloud` that notes what it is told; requests that came to nothing end the wait."""
+    log = tmp_path / "log"
+    (tmp_path / "gcloud").write_text(
+        f'#!/bin/sh\necho "$3 $4 $5" >> {log}\n[ "$4" = describe ] && echo {state}\nexit 0\n'
+    )
+    (tmp_path / "gcloud").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.launch.tpu_vm", "--name=a", "--zone=z", "--queued",
+         "--delete", "--", "true"],
+        cwd=ROOT, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    told = log.read_text().splitlines()
+    assert done.returncode == code and told[-1] == "queued-resources delete --force"
+    assert told[:2] == ["queued-resources create a", "queued-resources describe a"]
+    assert sum(line.startswith("tpu-vm ssh") for line in told) == (2 if code == 0 else 0)
+    (ROOT / "repository.tar.gz").unlink(missing_ok=True)
 
 
 def test_a_launcher_without_a_command_says_so():

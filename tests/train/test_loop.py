@@ -160,7 +160,7 @@ def test_folders_in_place_of_files_come_before_any_work(tmp_path, monkeypatch, n
     [
         ({"mesh__tensor": 64}, "needs 64 devices"),
         ({"mesh__data": 3}, r"batch_size=\d+ must be a multiple of mesh.data \* mesh.fsdp = 3"),
-        ({"model__max_seq_len": 8}, "max_seq_len=8 must be at least .* = 9"),
+        ({"model__max_seq_len": 8}, "max_seq_len=8 of the model must be at least .* = 9"),
         ({"model__n_kv_heads": 3}, "model: n_heads=2 must be a multiple"),
         ({"data__tokenizer": "nowhere"}, "data.tokenizer='nowhere': .* not a directory"),
         ({"data__tokenizer": "word", "data__prompt_len": 2}, r"data\.prompt_len=2"),
@@ -605,7 +605,7 @@ def test_bad_files_come_before_any_step(tmp_path):
         "examples that do not fit: 2"
     )
     assert run(short, model__max_seq_len=8) == (
-        "model.max_seq_len=8 must be at least data.prompt_len + data.completion_len = 9"
+        "max_seq_len=8 of the model must be at least data.prompt_len + data.completion_len = 9"
     )
 
 
@@ -643,6 +643,38 @@ def test_divergence_stops_names_the_batch_and_saves_the_state_before_it(tmp_path
     # It goes on from there, and comes to the same end.
     with pytest.raises(NonFiniteError, match="at step 7, "):
         loop.run(config, tmp_path)
+
+
+@pytest.mark.exhaustive(every=4)
+def test_no_batch_is_lost_if_the_one_behind_a_bad_step_cannot_be_used(tmp_path, monkeypatch):
+    """The seventh step diverges, which is known when the eighth batch fails."""
+    config = toy_config(train__objective={"make": "tests.lib.toys:Diverging"})
+    config.train.num_steps, config.train.seed = 60, 2
+    said = []
+    for num_good in (7, 100):
+        open_data, drawn = loop._open_data, []
+
+        def opened(*args, open_data=open_data, drawn=drawn, num_good=num_good):
+            feed = open_data(*args)
+            kind = type(feed.iterator)
+            following = kind.__next__
+
+            def draw(self):
+                drawn.append(1)
+                if len(drawn) > num_good:
+                    raise ConfigError("an example that cannot be used")
+                return following(self)
+
+            monkeypatch.setattr(kind, "__next__", draw)
+            return feed
+
+        with monkeypatch.context() as patches:
+            patches.setattr(loop, "_open_data", opened)
+            with pytest.raises(NonFiniteError, match="at step 7, ") as error:
+                loop.run(config, tmp_path)
+        monkeypatch.undo()
+        said.append(str(error.value))
+    assert said[0] == said[1]  # the same examples
 
 
 def command(workdir, num_steps):

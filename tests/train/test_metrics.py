@@ -134,7 +134,8 @@ def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
 
     board, run = Sink(), Sink()
     tensorboard = type("tensorboardX", (), {"SummaryWriter": lambda *args, **kwargs: board})
-    wandb = type("wandb", (), {"init": lambda **kwargs: run})
+    told = []
+    wandb = type("wandb", (), {"init": lambda **kwargs: told.append(kwargs) or run})
     monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     settings = make_settings(tensorboard=True, wandb_project="x")
@@ -142,3 +143,9 @@ def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
         reporter.add(1, values(), [], 10)
         reporter.flush()
     assert sorted(board.rows) == sorted(run.rows) == [(1, "grad_norm", 2.0), (1, "loss", 1.0)]
+    for folder in (tmp_path, tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        with Reporter(settings, folder, 0, "test"):
+            pass
+    same, again, other = [kwargs["id"] for kwargs in told]
+    assert same == again != other and all(kwargs["resume"] == "allow" for kwargs in told)

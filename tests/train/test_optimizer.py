@@ -11,6 +11,7 @@ from train import step as step_lib
 from train.config import ConfigError, OptimConfig
 from train.objectives.causal import Causal
 from train.optimizer import is_decayed, learning_rate_schedule, make_optimizer, update_ema
+from train.step import init_state
 
 
 def test_schedule():
@@ -50,6 +51,10 @@ def test_norms_and_biases_are_not_decayed(toy_cfg):
         "final_norm", "layers/attention_norm", "layers/mlp_norm", "layers/attention/q_norm",
         "layers/attention/k_norm", "layers/attention/q_bias", "layers/attention/k_bias",
         "layers/attention/v_bias",
+    }  # fmt: skip
+    of_heads = {"b": 0, "b1": 0, "w1": 0, "block": {"b": 0, "rebound": 0}}
+    assert is_decayed(of_heads) == {
+        "b": False, "b1": False, "w1": True, "block": {"b": False, "rebound": True},
     }  # fmt: skip
     optim = OptimConfig(learning_rate=1.0, weight_decay=0.5, decay_steps=10, end_factor=1.0)
     tx = make_optimizer(optim)
@@ -107,3 +112,10 @@ def test_moving_average_by_hand():
     np.testing.assert_allclose(ema["w"], first, rtol=1e-6)
     ema = update_ema(ema, {"w": jnp.array([4.0])}, jnp.int32(100), optim)
     np.testing.assert_allclose(ema["w"], first / 2 + 2, rtol=1e-6)
+    # Of narrow parameters it is wide: what it moves by would be lost.
+    optim = OptimConfig(learning_rate=1.0, ema_decay=0.999, keep_best=True)
+    state = init_state({"w": jnp.ones(1, jnp.bfloat16)}, optim=optim)
+    assert state.params["w"].dtype == jnp.bfloat16
+    assert state.ema["w"].dtype == state.best["w"].dtype == jnp.float32
+    ema = update_ema(state.ema, {"w": jnp.full(1, 1.25, jnp.bfloat16)}, jnp.int32(10**6), optim)
+    np.testing.assert_allclose(ema["w"], 1.00025, rtol=1e-6)

@@ -18,10 +18,17 @@ def test_unwritable_workdir_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/nowhere")):
         with pytest.raises(ConfigError, match="cannot be written to") as error:
-            workdir.check_writable(bad)
+            workdir.open_folder(bad)
         assert "\n" not in str(error.value)
-    workdir.check_writable(tmp_path / "new" / "folder")
+    assert workdir.open_folder(str(tmp_path / "new" / "folder")) == tmp_path / "new" / "folder"
     assert not any((tmp_path / "new" / "folder").iterdir())
+
+
+def test_addresses_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="workdir='gs://bucket/x' is an address, not a folder"):
+        workdir.open_folder("gs://bucket/x")
+    assert not any(tmp_path.iterdir())
 
 
 def test_all_that_differs_is_named(tmp_path):

@@ -45,6 +45,8 @@ class Trajectories(tasks.Task):
         if self.split not in parts:
             raise ValueError(f"split={self.split!r} must be one of {', '.join(parts)}")
         kept = parts[self.split]
+        if not len(kept):
+            raise ValueError(f"{self.path} has {len(source)} trajectories: too few for a split")
         if self.only_right:
             kept = np.array([i for i in kept if source[int(i)]["score"] >= 1], np.int64)
         if not len(kept):

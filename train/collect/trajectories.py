@@ -64,7 +64,7 @@ from train.collect.config import TrajectoryConfig
 from train.collect.records import SETTINGS, open_records
 from train.config import ConfigError, build, from_fields
 from train.host import join_cluster, set_up_process
-from train.workdir import check_same, check_writable, hold, write_json
+from train.workdir import check_same, hold, open_folder, write_json
 
 _NAME = "trajectories"
 _RESULTS = "results.jsonl"
@@ -88,8 +88,7 @@ def run(config: config_dict.ConfigDict | TrajectoryConfig, out: str | os.PathLik
     settings = (
         config if isinstance(config, TrajectoryConfig) else from_fields(TrajectoryConfig, config)
     )
-    folder = pathlib.Path(out).expanduser()
-    check_writable(folder)
+    folder = open_folder(out)
     with hold(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         return _run(settings, folder)
 

@@ -94,6 +94,12 @@ def _pad_encoded(
                 f"a trajectory's {name} has {len(tokens)} tokens, more than "
                 f"data.{name}_len={limit}{_HINT}"
             )
+        if len(tokens) and not 0 <= np.min(tokens) <= np.max(tokens) < tokenizer.vocab_size:
+            wrong = next(t for t in np.asarray(tokens) if not 0 <= t < tokenizer.vocab_size)
+            raise ConfigError(
+                f"the {name} has token {wrong}, which must be in [0, {tokenizer.vocab_size}), the "
+                "tokenizer's"
+            )
     eos, start = tokenizer.eos_token_id, prompt_len - len(example.prompt)
     more = (0, completion_len - len(example.completion))
     completion = np.pad(example.completion, more, constant_values=eos)

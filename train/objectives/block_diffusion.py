@@ -48,7 +48,9 @@ from dlm import vocab, window
 from dlm.config import ModelConfig
 from dlm.models import decoder
 from dlm.params import Params
+from train.config import ConfigError
 from train.objectives import Context, Predictions, TokenObjective
+from train.reading import NO_MASK
 
 
 class Views(struct.PyTreeNode):
@@ -119,10 +121,10 @@ class BlockDiffusion(TokenObjective):
         held-out data, if it could be.
 
         Raises:
-          ValueError: the model has no mask token.
+          ConfigError: the model has no mask token.
         """
         if cfg.mask_token_id is None:
-            raise ValueError("mask_token_id=None must be a token id for block diffusion")
+            raise ConfigError(NO_MASK)
         lengths = (*self.schedule, self.block_len)
         branches = [
             functools.partial(self._read, cfg=cfg, is_validation=context.is_validation, C=C)

@@ -29,6 +29,7 @@ from dlm.heads.eagle import EagleNetwork
 from dlm.heads.eagle_3 import Eagle3Heads
 from dlm.params import Params
 from dlm.trainable import Learned
+from train.config import ConfigError
 from train.draft_attention import draft_attention
 from train.losses import draft_metrics, in_chunks
 from train.objectives import Context, Objective
@@ -67,7 +68,7 @@ class Eagle3Loss(Objective):
           tokens of the text, whether the network can draft them or not.
 
         Raises:
-          ValueError: rows are too short for so many steps.
+          ConfigError: rows are too short for so many steps.
         """
         network: EagleNetwork = learned.own
         target = learned.target
@@ -75,7 +76,7 @@ class Eagle3Loss(Objective):
         text = jax.lax.stop_gradient(text)
         T = text.tokens.shape[1]
         if self.num_steps > T - 2:
-            raise ValueError(
+            raise ConfigError(
                 f"num_steps={self.num_steps} must be at most {T - 2} with rows of {T} tokens"
             )
         teacher = vocab.head(target)
@@ -118,7 +119,7 @@ def unroll(
     assert text.features is not None
     cfg, T = network.cfg, text.tokens.shape[1]
     if any(reach is not None and reach <= num_steps for reach in network.reach):
-        raise ValueError(
+        raise ConfigError(
             f"num_steps={num_steps} must be less than the network's sliding window, "
             f"{cfg.sliding_window} positions"
         )

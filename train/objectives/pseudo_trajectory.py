@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
+from train.config import ConfigError
 from train.losses import certainty_loss, check_certainty
 from train.objectives import Context, Predictions, TokenObjective
 from train.reading import draw_block, predict_views
@@ -79,7 +80,7 @@ class PseudoTrajectory(TokenObjective):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `CertaintyForcing._corrupt`."""
         if "step_map" not in batch:
-            raise ValueError(
+            raise ConfigError(
                 "the batch has no step_map: train on what `python -m train.collect.trajectories` "
                 "wrote"
             )

@@ -81,7 +81,7 @@ def test_generated_puzzles(num_numbers):
 def test_impossible_fields_stop_with_one_sentence(monkeypatch):
     monkeypatch.setattr(countdown.splits, "MAX_DRAWS", 50)
     task = countdown.Countdown(num_numbers=2, max_number=10, min_target=97, max_target=98)
-    with pytest.raises(RuntimeError, match="no train puzzle in 50 draws"):
+    with pytest.raises(ValueError, match="no train puzzle in 50 draws"):
         task[0]
 
 

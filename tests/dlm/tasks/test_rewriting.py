@@ -72,6 +72,8 @@ def test_edits_that_would_change_more_are_not_made():
     no_names = "def f(a):\n    values = number = item = other = data = result = a\n"
     for source in (keyword, attribute, no_names):
         assert code_edits.rename(source, function(source), "") is None
+    named = "def f(x):\n    return f'{x} is ' + str(x)\n"
+    assert code_edits.rename(named, function(named), "") is None
     one_line, documented = "def f(a): return a\n", 'def f(a):\n    "Done."\n    return a\n'
     for source in (one_line, documented):
         assert code_edits.add_docstring(source, function(source), "Text.") is None

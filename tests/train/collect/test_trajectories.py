@@ -226,6 +226,10 @@ def test_they_are_a_task_to_train_on(collected, model_path):
     assert (row["completion"][: length - 1] != tokenizer.eos_token_id).all()
     with pytest.raises(ConfigError, match="a trajectory's completion has 6 tokens, more than"):
         data.encode_example(example, tokenizer, prompt_len=6, completion_len=5)
+    for tokens in ([1, -1], [1, tokenizer.vocab_size]):
+        wrong = dataclasses.replace(example, prompt=np.array(tokens, np.int32))
+        with pytest.raises(ConfigError, match=f"the prompt has token {tokens[1]}, which must be"):
+            data.encode_example(wrong, tokenizer, prompt_len=6, completion_len=8)
     with pytest.raises(ValueError, match="split='test' must be one of train, valid, all"):
         Trajectories(str(collected), "test")
     with pytest.raises(ValueError, match="no trajectory is right"):
