@@ -30,6 +30,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -48,6 +49,7 @@ from dlm.written import naming, write_text
 HOW_FAST = ("batch_size", "progress")  # options on which no answer depends
 SAID_HERE = ("gen_len", "seed")  # options that are arguments of `answer_file`
 NOT_WRITTEN = ("num_return", "top_logprobs")  # options that ask for what answers do not hold
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function in memory
 MOST_SEEN = 2**20  # entries of an array, evenly spread, by which it is told from others
 
 
@@ -149,6 +151,7 @@ def _settings(
     return {
         "prompts": hashlib.sha256(prompts).hexdigest(),
         "model": fingerprint(lm),
+        "dtype": lm.cfg.dtype,
         "decode": f"{decode.__module__}.{name}",
         "gen_len": str(gen_len),
         "seed": str(seed),
@@ -156,12 +159,18 @@ def _settings(
 
 
 def describe(option: Any) -> str:
-    """Text that differs where options do: of arrays, all entries count, or `MOST_SEEN` of them."""
+    """Text that differs where options do: of arrays, all entries count, or `MOST_SEEN` of them.
+
+    It is the same in every process: functions are said by name.
+    """
     leaves, structure = jax.tree.flatten(option)
     if not any(np.ndim(leaf) for leaf in leaves):
-        return repr(option)
-    digest = hashlib.sha256(str(structure).encode())
+        return _ADDRESS.sub("", repr(option))
+    digest = hashlib.sha256(_ADDRESS.sub("", str(structure)).encode())
     for leaf in leaves:
+        if callable(leaf):
+            digest.update(_ADDRESS.sub("", repr(leaf)).encode())
+            continue
         seen = np.linspace(0, np.size(leaf) - 1, min(np.size(leaf), MOST_SEEN)).astype(np.int64)
         digest.update(f"{np.shape(leaf)}".encode())
         digest.update(np.asarray(jnp.ravel(leaf)[seen]).tobytes())

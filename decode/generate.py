@@ -149,7 +149,8 @@ def generate(
       temperature: > 0: proposals are sampled; 0: the arg-max; None: the method's own, by default
         the arg-max.
       top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty: see
-        `decode.core.sampling`.
+        `decode.core.sampling`. They count before rules do: what is left is more probable, and so
+        more is committed at once.
       logit_bias: token id -> what is added to its logit.
       guidance: classifier-free guidance scale; 0: off; None: the method's own, by default off.
       lookahead: guess so many rounds ahead and check them with one forward: the same answer with

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from decode.core.requests import PROMPT_BUCKET, per_prompt_seeds
+from decode.core.requests import PROMPT_BUCKET, per_prompt_seeds, whole_number
 from decode.diffusion.components import FixedBlocks, MaskInputs, Quota
 from decode.diffusion.loop import DiffusionMethod, check_tokens, decode, init_state
 from decode.diffusion.step import mask_id
@@ -340,11 +340,12 @@ def _hidden(params: Params, cfg: ModelConfig, tokens: jax.Array, start: jax.Arra
 
 def _streams(seed: int | Sequence[int], num: int) -> tuple[int, np.ndarray]:
     """The seed of the key that all share, and what is folded into it: [num] uint32."""
-    if isinstance(seed, int):
-        return seed, np.arange(num, dtype=np.uint32)
-    seeds = per_prompt_seeds(seed, num)
+    is_one = np.ndim(seed) == 0
+    seeds = [whole_number("seed", seed)] if is_one else per_prompt_seeds(seed, num)
     if wrong := [x for x in seeds if not 0 <= x < 2**32]:
         raise ValueError(f"seed has {wrong[0]}, which must be in [0, 2^32)")
+    if is_one:
+        return seeds[0], np.arange(num, dtype=np.uint32)
     return 0, np.array(seeds, np.uint32)
 
 
@@ -426,12 +427,14 @@ def encode_pair(lm: LanguageModel, i: int, pair: Any) -> tuple[list[int], list[i
                 "directory that has a tokenizer.json"
             )
         shorter = type(pair[0])(pair[0].rstrip())  # of a chat template, it still is
-        prompt = lm.tokenizer.encode(shorter, whole=True)
-        return prompt, lm.tokenizer.encode(pair[0] + pair[1], whole=True)[len(prompt) :]
+        prompt = lm.tokenizer.encode_begin(shorter)
+        return prompt, lm.tokenizer.encode_begin(pair[0] + pair[1])[len(prompt) :]
     if is_pair and all(
         isinstance(part, (Sequence, np.ndarray)) and not isinstance(part, str) for part in pair
     ):
-        return [int(token) for token in pair[0]], [int(token) for token in pair[1]]
+        name = f"a token of pair {i}"
+        prompt, answer = ([whole_number(name, token) for token in part] for part in pair)
+        return prompt, answer
     raise TypeError(f"pair {i} is {pair!r:.80}; it must be two strings or two lists of token ids")
 
 

@@ -104,6 +104,8 @@ def long_log_likelihood(
             "this is a diffusion model, which never learned to read from left to right: use "
             "decode.likelihood"
         )
+    if isinstance(texts, str):
+        raise TypeError("texts is a str; it must be a list of texts: give [text]")
     if hso is not None:
         check_numbers(hso)
         hso.validate(cfg)

@@ -186,7 +186,11 @@ def _title(answer: Answer) -> str:
 def _tokens(answer: Answer, tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
     """Texts and steps."""
     completion = answer.completion
-    num = len(completion.tokens) + (completion.finish_reason == "eos")
+    # Of an answer whose prompt had gaps, `tokens` begin before the canvas does.
+    written, canvas = completion.tokens.tolist(), completion.canvas.tolist()
+    most = min(len(written), len(canvas))
+    num = next(n for n in range(most, -1, -1) if written[len(written) - n :] == canvas[:n])
+    num += completion.finish_reason == "eos"
     for token, step in zip(completion.canvas[:num], completion.step_map[:num], strict=True):
         if step >= 0:
             yield _shown(tokenizer, int(token)), int(step)

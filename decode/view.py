@@ -49,7 +49,7 @@ def write_commit_order(
     groups: dict[str, list[Answer]] = {}
     for answer in answers:
         groups.setdefault(answer.prompt, []).append(answer)
-    last_step = max((int(a.completion.step_map.max()) for a in answers), default=0)
+    last_step = max((int(a.completion.step_map.max(initial=0)) for a in answers), default=0)
     sections = [
         f"<section><pre>{html.escape(prompt)}</pre>"
         + "".join(_answer_html(answer, tokenizer, last_step) for answer in group)

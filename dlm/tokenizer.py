@@ -118,6 +118,16 @@ class Tokenizer:
             return self._ids(text, False, plain)
         return ids
 
+    def encode_begin(self, text: str) -> list[int]:
+        """Token ids of a whole text that goes on: nothing is put behind it. Errors as `encode`."""
+        ids = self.encode(text, whole=True)
+        if isinstance(text, chat.Rendered) or not ids or ids[-1] == self.bos_token_id:
+            return ids
+        is_added = self.backend.encode(text, add_special_tokens=True).special_tokens_mask
+        while ids and is_added and is_added.pop() and ids[-1] != self.bos_token_id:
+            ids.pop()
+        return ids
+
     def _ids(self, text: str, adds: bool, plain: bool) -> list[int]:
         self.backend.encode_special_tokens = plain
         try:

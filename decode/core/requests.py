@@ -202,6 +202,12 @@ def repeat_requests(
     """
     if num_return < 1:
         raise ValueError(f"num_return={num_return} must be at least 1")
+    most = 2**64 - ((num_return - 1) << 32)
+    if wrong := [s for s in per_prompt_seeds(seeds, len(prompts)) if num_return > 1 and s >= most]:
+        raise ValueError(
+            f"seed={wrong[0]} must be below {most} with num_return={num_return}: further texts "
+            "have seeds 2^32 apart"
+        )
     num, times = len(prompts), range(num_return)
     return (
         [prompt for prompt in prompts for _ in times],

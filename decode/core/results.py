@@ -27,7 +27,8 @@ class TopTokens(struct.PyTreeNode):
 
     Attributes:
       tokens: [B, G, n] int32.
-      log_probs: [B, G, n] float32. Of the model itself: no filter, no temperature.
+      log_probs: [B, G, n] float32. Without a temperature; of `complete` the model's own, of
+        `generate` behind what is allowed, bias and filters: -inf where less than n tokens are left.
     """
 
     tokens: jax.Array

@@ -99,11 +99,13 @@ def plot_speed_quality(
         if panel.level is not None:
             axis.axhline(100 * panel.level, color="0.5", linewidth=0.9, linestyle="--", zorder=1)
     high = max(0.1, *(p.speed for p in every))
-    low = max(high / 100, min(p.speed for p in every))  # empty answers have a speed of 0
+    low = min((p.speed for p in every if p.speed > 0), default=high)  # of empty answers it is 0
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis in axes[-1]:
+    for column in axes.T:
+        axis = [axis for axis in column if axis.get_visible()][-1]
         axis.set_xlabel(speed_label)
+        axis.tick_params(labelbottom=True)
         set_log_ticks(axis, low / 1.25, high * room)
     has_intervals = any(point.interval for point in every)
     for axis in axes[:, 0]:
@@ -125,7 +127,9 @@ def set_log_ticks(axis: Axes, low: float, high: float) -> None:
     """A logarithmic x axis with few, round numbers."""
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
+    steps = (1, 2, 3, 5) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**d for d in decades for step in steps if low <= step * 10.0**d <= high]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
 

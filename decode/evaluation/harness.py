@@ -37,6 +37,8 @@ from dlm.compilation import Compiling
 from dlm.lm import LanguageModel, fingerprint
 from dlm.tokenizer import Tokenizer
 
+# What requests or other fields say.
+SAID_ELSEWHERE = {"method", "guidance", "temperature", "top_logprobs"}
 _CHUNK = 64  # pairs, at least, that are judged before they are written down
 
 
@@ -68,7 +70,7 @@ class Answerer:
     method: str | DiffusionMethod | SpeculativeMethod | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gen_len: int = 0
-    guidance: float = 0.0
+    guidance: float | None = None
     num_samples: int = 128
     antithetic: bool = False
     checks_greedy: bool = False
@@ -85,9 +87,13 @@ class Answerer:
         if whole_number("gen_len", self.gen_len) < 0:
             raise ValueError(f"gen_len={self.gen_len} must be at least 0")
         loop, name = (generate, "generate") if self.is_diffusion else (complete, "complete")
-        if unknown := sorted(self.options.keys() - loop.Options.__optional_keys__):
+        known = loop.Choices.__optional_keys__ - SAID_ELSEWHERE
+        if unknown := sorted(self.options.keys() - known):
             value = self.options[unknown[0]]
-            raise ValueError(f"{unknown[0]}={value!r} is no option of decode.{name}: leave it out")
+            raise ValueError(
+                f"options has {unknown[0]}={value!r}, which is no choice of decode.{name}, or said "
+                "elsewhere: leave it out"
+            )
         for name in ("guidance", "antithetic", "checks_greedy"):
             if (value := getattr(self, name)) and not self.is_diffusion:
                 raise ValueError(f"{name}={value} must be left out: only diffusion models take it")
@@ -166,6 +172,11 @@ class Answerer:
         Raises:
           ValueError: a continuation is empty or too long.
         """
+        if self.is_diffusion and not self.checks_greedy:
+            logging.log_first_n(
+                logging.WARNING, "Whether greedy texts are the same is not looked at, and reported "
+                "as no: tasks that count it need checks_greedy.", 1,
+            )  # fmt: skip
         hashes = self._hashes("loglikelihood", requests)
         keys = self._keys(hashes, self._how_judged)
         todo = [i for i in range(len(requests)) if keys[i] not in self._record.found]
@@ -307,7 +318,7 @@ class Answerer:
     def _windows(self, text: str) -> Iterator[Ids]:
         """What of a text is judged behind what."""
         size = self.lm.cfg.max_seq_len
-        tokens = self.tokenizer.encode(text, whole=not self.is_diffusion)
+        tokens = self.tokenizer.encode(text)
         if not self.is_diffusion:
             yield from rolling_windows(tokens, self._begin_token, size)
             return
@@ -324,12 +335,12 @@ class Answerer:
             return [dataclasses.asdict(one) for one in exact]
         bounds = log_likelihood(
             self.lm, pairs, num_samples=self.num_samples, batch_size=self.batch_size,
-            guidance=self.guidance, antithetic=self.antithetic, seed=seeds,
+            guidance=self.guidance or 0.0, antithetic=self.antithetic, seed=seeds,
         )  # fmt: skip
         is_greedy = [False] * len(pairs)
         if self.checks_greedy if checks_greedy is None else checks_greedy:
             is_greedy = greedy_match(
-                self.lm, pairs, batch_size=self.batch_size, guidance=self.guidance
+                self.lm, pairs, batch_size=self.batch_size, guidance=self.guidance or 0.0
             )
         judged = []
         for one, greedy in zip(bounds, is_greedy, strict=True):

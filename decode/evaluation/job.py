@@ -170,6 +170,7 @@ def measure_points(job: Job, points: Sequence[Point], log: pathlib.Path) -> list
     same = {
         "task": repr(job.task),
         "checkpoint": fingerprint(job.lm),
+        "dtype": job.lm.cfg.dtype,
         "num_examples": len(job.examples),
         "gen_len": job.gen_len,
         "block_len": job.block_len,

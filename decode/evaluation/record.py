@@ -41,6 +41,10 @@ class Record:
         """
         self.path = None if path is None else pathlib.Path(path)
         self.found: dict[str, Answer] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Finds what the file has, also what others have added since; errors as above."""
         if self.path is None or not self.path.exists():
             return
         raw = self.path.read_bytes()
@@ -69,6 +73,7 @@ class Record:
             yield self.found.__setitem__
             return
         with open_to_add(self.path) as file:
+            self._read()
 
             def add(key: str, answer: Answer) -> None:
                 file.write(_line(key, answer))
@@ -78,14 +83,20 @@ class Record:
             yield add
 
     def put_in_order(self, keys: Sequence[str]) -> None:
-        """Brings these answers into this order, behind all others."""
-        if self.path is None:
+        """Brings these answers into this order, behind all others.
+
+        Raises:
+          ValueError: another process writes the file.
+        """
+        if self.path is None or not self.path.exists():
             return
-        last = dict.fromkeys(keys)
-        ordered = [*(key for key in self.found if key not in last), *last]
-        if ordered != list(self.found):
-            self.found = {key: self.found[key] for key in ordered}
-            replace_file(self.path, "".join(_line(*item) for item in self.found.items()))
+        with open_to_add(self.path):
+            self._read()
+            last = dict.fromkeys(keys)
+            ordered = [*(key for key in self.found if key not in last), *last]
+            if ordered != list(self.found):
+                self.found = {key: self.found[key] for key in ordered}
+                replace_file(self.path, "".join(_line(*item) for item in self.found.items()))
 
 
 def _line(key: str, answer: Answer) -> str:

@@ -46,7 +46,8 @@ def read_settings(settings: Mapping[str, Any], gen_len: int) -> tuple[dict[str, 
     temperature = float(settings.get("temperature") or 0.0)
     if settings.get("do_sample") and not temperature > 0:
         raise ValueError(f"do_sample=True needs a temperature above 0, not {temperature:g}")
-    if settings.get("do_sample", temperature > 0):
+    does = settings.get("do_sample")
+    if temperature > 0 if does is None else does:
         options["temperature"] = temperature
         options |= {k: settings[k] for k in FILTERS if settings.get(k) is not None}
     return options, whole_number("max_gen_toks", length)

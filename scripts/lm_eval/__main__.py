@@ -67,7 +67,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("gen_len", 0, "Most tokens of an answer; 0: the task's.", lower_bound=0)
     flags.DEFINE_string("cache", "", "Diffusion: as `generate` takes it.")
     flags.DEFINE_integer("block_len", 0, "Diffusion: of a block; 0: the model's.", lower_bound=0)
-    flags.DEFINE_float("guidance", 0.0, "Diffusion: classifier-free guidance.", lower_bound=0.0)
+    flags.DEFINE_float("guidance", None, "Diffusion: classifier-free guidance.", lower_bound=0.0)
     flags.DEFINE_integer("num_samples", 128, "Diffusion: masked copies per judged answer.")
     flags.DEFINE_bool("antithetic", False, "Diffusion: whether these come in pairs.")
     flags.DEFINE_bool("check_greedy", False, "Diffusion: whether greedy texts are compared.")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from decode.evaluation.job import Job
 from decode.evaluation.record import Record
 from decode.evaluation.run import Method, answered, device
+from decode.files import describe
 from decode.search.contracts import NEVER
 from dlm.lm import fingerprint
 from scripts.search_study.methods import num_read, num_texts
@@ -86,6 +87,7 @@ def write_all(
     same = {
         "prompts": list(job.prompts),
         "checkpoint": fingerprint(job.lm),
+        "dtype": job.lm.cfg.dtype,
         "gen_len": job.gen_len,
         "batch_size": job.batch_size,
         "device": device(),
@@ -96,7 +98,7 @@ def write_all(
         for name, method in (bar := tqdm(methods.items(), unit="method")):
             bar.set_description(name)
             num = num_texts(method, num_return)
-            settings = json.dumps(same | {"method": repr(method), "num_texts": num})
+            settings = json.dumps(same | {"method": describe(method), "num_texts": num})
             key = hashlib.sha256(settings.encode()).hexdigest()
             if key not in record.found:
                 add(key, {"name": name, **write(job, method, num_return)})

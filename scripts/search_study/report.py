@@ -9,7 +9,7 @@
     log p          of the first text, summed up over its tokens, mean
     forwards       of the model per prompt, for all its texts
     tokens read    in these, mean: a beam of four reads four in a forward
-    tokens/s       of the first texts, over the wall time; compiling excluded
+    tokens/s       of the first texts, over the wall time of all texts; compiling excluded
 
 Words are those of `dlm.tasks.bleu.words` (13a); intervals are of 95 %, by a bootstrap over
 examples. Everything is timed once.
@@ -133,7 +133,12 @@ def draw(rows: Rows, quality: str, title: str, path: pathlib.Path) -> None:
     if rows[0]["best"] is not None:
         panels["best of all texts (oracle)"] = panel("best")
     plot_speed_quality(
-        path, panels, title, "answers per second", quality_label=quality, room=4.0
+        path,
+        panels,
+        title,
+        "prompts per second, all texts of each",
+        quality_label=quality,
+        room=4.0,
     )  # names are long
 
 

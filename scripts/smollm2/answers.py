@@ -84,7 +84,7 @@ def _is_whole(lm: LanguageModel, answer: Mapping[str, Any]) -> bool:
     text: str = answer["text"]
     if answer["finish_reason"] != "length":
         return bool(text)
-    return len(lm.tokenizer.encode(text, whole=True)) >= GEN_LEN
+    return len(lm.tokenizer.encode(text)) >= GEN_LEN
 
 
 def read_questions(data: str) -> list[str]:

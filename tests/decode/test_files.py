@@ -1,5 +1,6 @@
 """Files of prompts and answers: what is read and written, going on, refusals."""
 
+import dataclasses
 import functools
 import json
 
@@ -78,6 +79,9 @@ def test_answers_of_another_run_are_left_alone(lm, prompts, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"answers of another run .{message}"):
             answer_file(lm, prompts, out, **{"decode": DECODE, **change})
+    other = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, dtype="bfloat16"))
+    with pytest.raises(ValueError, match="dtype was float32 and is bfloat16"):
+        answer_file(other, prompts, out, DECODE, gen_len=8)
     prompts.write_text("[1]\n")
     with pytest.raises(ValueError, match="prompts was"):
         answer_file(lm, prompts, out, DECODE, gen_len=8)
@@ -134,6 +138,13 @@ def test_nothing_that_is_asked_for_is_ignored(lm, prompts, tmp_path, decode, mes
     with pytest.raises(ValueError, match=message):
         answer_file(lm, prompts, tmp_path / "out.jsonl", decode, gen_len=4)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_functions_are_said_by_name():
+    assert files.describe({"f": test_functions_are_said_by_name}) == (
+        "{'f': <function test_functions_are_said_by_name>}"
+    )
+    assert " at 0x" not in files.describe({"f": len, "g": max, "x": np.ones(2), "h": lambda: 0})
 
 
 def test_options_differ_where_one_entry_of_an_array_does():

@@ -1,5 +1,7 @@
 """Pictures: what they say, where, and in which colour."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -59,6 +61,15 @@ def test_each_token_has_its_step_up_to_the_end_of_the_text(tokenizer):
     assert [text for text in said if text.isdecimal()] == ["2", "0", "1", "2"]
     colors = [color for *_, color in chips(picture)]
     assert colors[0] == colors[3] != colors[1] != colors[2]
+
+
+def test_of_a_filled_prompt_the_canvas_is_drawn(tokenizer):
+    """Its `tokens` are the whole text, of which the canvas is the end."""
+    filled = answer(tokenizer, ["a", "bc", "d"], [2, 0, 1], reason="length")
+    whole = np.concatenate([ids(tokenizer, ["d", "d", "d"]), filled.completion.tokens])
+    longer = dataclasses.replace(filled.completion, tokens=whole)
+    picture = draw_steps([dataclasses.replace(filled, completion=longer)], tokenizer)
+    assert [text for text, *_ in chips(picture)] == ["a", "bc", "d"]
 
 
 def test_long_answers_are_wrapped(tokenizer):

@@ -1,5 +1,6 @@
 """Tokenizers: lossless, longest match, files, chat templates."""
 
+import dataclasses
 import datetime
 import doctest
 import json
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import dlm.tokenizer
-from dlm.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer, word_tokenizer
+from dlm import chat
+from dlm.tokenizer import byte_tokenizer, frame, has_tokenizer, load_tokenizer, word_tokenizer
 
 _PIECES = ["copy ", "1 ", "2 ", "12 ", "Is it (so)? ", "a|b*", "\n", "é", "#-~ ", "日本"]
 
@@ -377,6 +379,23 @@ def test_a_whole_text_gets_what_the_tokenizer_adds(tmp_path):
     assert tokenizer.encode("<s>ab", whole=True) == [3, 2]  # it has one
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("ab", whole=True) == [3, 2]
+
+
+def test_a_text_that_goes_on_has_nothing_behind_it():
+    """Whatever the tokenizer puts around whole ones."""
+    tokenizer = word_tokenizer(["a", "b"])
+    end = tokenizer.backend.id_to_token(tokenizer.eos_token_id), tokenizer.eos_token_id
+    assert tokenizer.encode_begin("ab") == [0, 1]
+    mask = tokenizer.mask_token_id  # as good as another
+    for begin in (None, (tokenizer.backend.id_to_token(mask), mask)):
+        framed = dataclasses.replace(tokenizer, bos_token_id=begin and begin[1])
+        framed.backend.post_processor = frame(begin, end)
+        before = [] if begin is None else [mask]
+        assert framed.encode("ab", whole=True) == [*before, 0, 1, end[1]]
+        assert framed.encode_begin("ab") == [*before, 0, 1]
+        assert framed.encode_begin("") == before
+        assert framed.encode_begin(f"a{end[0]}") == [*before, 0, end[1]]  # it was written
+        assert framed.encode_begin(chat.Rendered("ab")) == [0, 1]
 
 
 def test_a_rendered_text_is_whole(tmp_path):

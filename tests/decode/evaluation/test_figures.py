@@ -32,6 +32,22 @@ def test_speeds_of_zero_and_more_names_than_places(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_all_points_and_numbers_of_every_panel_are_seen(tmp_path, monkeypatch):
+    """Of three panels in two columns, with speeds far apart, or small."""
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
+    for speeds in ((0.02, 0.05, 0.08), (1.0, 900.0, 0.0)):
+        panels = {n: Panel([point(f"{s}", s, 0.5) for s in speeds]) for n in "abc"}
+        plot_speed_quality(tmp_path / "plot.png", panels, "title", columns=2)
+        axes = [axis for axis in seen.pop().axes if axis.get_visible()]
+        low, high = axes[0].get_xlim()
+        assert low < min(s for s in speeds if s) and max(speeds) < high
+        assert len(axes[0].get_xticks()) >= 3
+        for axis in axes[1:]:  # the last ones of their columns
+            assert axis.get_xlabel() == "tokens per forward"
+            assert any(text.get_visible() for text in axis.get_xticklabels())
+
+
 def test_the_front_by_hand():
     slow, fast, beaten = point("slow", 1, 0.9), point("fast", 3, 0.8), point("beaten", 2, 0.8)
     assert front([beaten, fast, slow]) == ["slow", "fast"]

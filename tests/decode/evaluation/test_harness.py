@@ -1,6 +1,7 @@
 """What harnesses ask, answered: order, batches, restarts, stop strings, cuts, likelihoods."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from decode.evaluation.requests import read_settings, render_chat, rolling_windo
 from decode.generate import generate
 from decode.likelihood import greedy_match, log_likelihood
 from dlm.chat import Rendered
+from dlm.tokenizer import frame
 from tests.lib.untrained import byte_lm, char_lm
 
 SAMPLED = {"until": [], "do_sample": True, "temperature": 5.0}
@@ -113,6 +115,21 @@ def test_records_that_are_none_are_refused(tmp_path):
     with Record(path).adding(), pytest.raises(ValueError, match="written by another process"):  # noqa: SIM117
         with Record(path).adding():
             pass
+
+
+def test_two_records_of_one_file_keep_what_the_other_has_added(tmp_path):
+    """Both were there before anything was; the one that brings order into it, too."""
+    one, other = (Record(tmp_path / "record.jsonl") for _ in range(2))
+    with one.adding() as add:
+        add("a1", {"text": "x"})
+    with other.adding() as add:
+        assert "a1" in other.found
+        add("b2", {"text": "y"})
+        add("b1", {"text": "z"})
+    with one.adding() as add:
+        add("a2", {"text": "w"})
+    other.put_in_order(["b1", "b2"])
+    assert list(Record(tmp_path / "record.jsonl").found) == ["a1", "a2", "b1", "b2"]
 
 
 def test_a_line_that_was_cut_short_is_taken_away(tmp_path):
@@ -302,6 +319,29 @@ def test_windows_predict_every_token_once(num):
         assert windows[-1] == ([104, 105, 106, 107], [108])
 
 
+def test_whole_texts_have_one_begin_token(lm):
+    """Whatever the tokenizer puts around texts; none is judged."""
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    begin = tokenizer.eos_token_id, tokenizer.backend.id_to_token(tokenizer.eos_token_id)
+    tokenizer.backend.post_processor = frame(begin[::-1], None)
+    tokenizer = dataclasses.replace(tokenizer, bos_token_id=begin[0])
+    (found,) = answerer(dataclasses.replace(lm, tokenizer=tokenizer)).score_texts(["hello"])
+    pair = [begin[0]], lm.tokenizer.encode("hello")
+    assert found == pytest.approx(causal_log_likelihood(lm, [pair])[0].log_prob)
+
+
+@pytest.mark.parametrize("guidance", [None, 0.0, 1.5])
+def test_guidance_is_the_methods_own_unless_it_is_said(lm, guidance, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "decode.generate.as_finished",
+        lambda lm, prompts, **options: said.append(options) or iter(()),
+    )
+    with contextlib.suppress(KeyError):  # nothing is answered
+        answerer(lm, method="threshold", guidance=guidance).generate([("a", {"until": []})])
+    assert said[0]["guidance"] == guidance
+
+
 @pytest.mark.exhaustive(every=4)
 def test_long_texts_are_judged_in_windows(lm):
     text = "the quick brown fox jumps over the lazy dog " * 3
@@ -349,10 +389,15 @@ def test_nonsense_is_refused(lm):
         Answerer(lm=dataclasses.replace(lm, tokenizer=None))
     with pytest.raises(ValueError, match="gen_len=-1 must be at least 0"):
         answerer(lm, gen_len=-1)
-    with pytest.raises(ValueError, match=r"cache='dual' is no option of decode.complete"):
-        answerer(lm, options={"cache": "dual"})
-    with pytest.raises(ValueError, match=r"drafter=3 is no option of decode.generate"):
-        answerer(lm, method="threshold", options={"drafter": 3})
+    for method, option, loop in (
+        (None, {"cache": "dual"}, "complete"),
+        ("threshold", {"drafter": 3}, "generate"),
+        *((None, {name: 1}, "complete") for name in ("seed", "temperature", "num_return", "stop")),
+        ("threshold", {"guidance": 2.0}, "generate"),
+    ):
+        message = f"options has {next(iter(option))}=.*, which is no choice of decode.{loop}, or"
+        with pytest.raises(ValueError, match=message):
+            answerer(lm, method=method, options=option)
     for name, value in (("guidance", 0.5), ("antithetic", True), ("checks_greedy", True)):
         with pytest.raises(ValueError, match=f"{name}={value} must be left out: only diffusion"):
             answerer(lm, **{name: value})

@@ -31,10 +31,19 @@ def test_bootstrap_interval():
     sigma = 0.5 / math.sqrt(200)
     assert low == pytest.approx(0.5 - 1.96 * sigma, abs=0.015)
     assert high == pytest.approx(0.5 + 1.96 * sigma, abs=0.015)
-    assert bootstrap([1.0] * 7) == (1.0, 1.0)
-    assert bootstrap([0.0, 1.0] * 100) == (low, high)  # the same seed
+    assert bootstrap([3.0] * 7) == (3.0, 3.0)
+    assert bootstrap([0.5, 1.0] * 100) == bootstrap([0.5, 1.0] * 100)  # the same seed
     narrow = bootstrap([0.0, 1.0] * 1000)
     assert narrow[1] - narrow[0] < 0.5 * (high - low)
+
+
+def test_shares_have_an_interval_where_all_are_alike():
+    """Wilson's: of 200 right ones z^2 / (n + z^2) remain; it covers near the ends, too."""
+    assert bootstrap([1] * 200) == pytest.approx((1 - 1.96**2 / (200 + 1.96**2), 1), abs=1e-4)
+    assert bootstrap([0.0] * 8) == pytest.approx((0, 1.96**2 / (8 + 1.96**2)), abs=1e-4)
+    rng, n, share = np.random.default_rng(0), 200, 0.99
+    found = [bootstrap(rng.random(n) < share) for _ in range(300)]
+    assert np.mean([low <= share <= high for low, high in found]) > 0.92
 
 
 def test_intervals_of_what_is_made_of_sums():
@@ -50,6 +59,7 @@ def test_intervals_of_what_is_made_of_sums():
 
 def test_intervals_over_seeds():
     mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 * 1 / math.sqrt(3))
+    assert mean == 2 and half == pytest.approx(4.303 * 1 / math.sqrt(3), rel=1e-3)
     assert with_interval([1.5], 1) == "1.5"
     assert with_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
+    assert interval([*range(9)])[1] == pytest.approx(2.306 * math.sqrt(7.5) / 3, rel=1e-4)
