@@ -84,6 +84,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "make": "train.objectives.dflash:DFlashLoss",
             "num_anchors": 32,  # blocks per row
             "reach": 4.0,  # slots after which a token counts 1/e; public codes, blocks of 8
+            "on_prompt": False,  # blocks are few: they are spent on answers
         },
         {
             "make": "dlm.heads.dflash:DFlashHeads",

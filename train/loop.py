@@ -380,7 +380,8 @@ def _validator(
 ) -> Callable[[Params], dict[str, jax.Array]]:
     """Gives the mean metrics of parameters over the held-out batches."""
     *_, key = _keys(settings)
-    static = {"cfg": model.cfg, "objective": recipe.objective, "trainable": recipe.trainable}
+    objective = recipe.objective.for_validation()
+    static = {"cfg": model.cfg, "objective": objective, "trainable": recipe.trainable}
     jitted_valid_step = jax.jit(valid_step, static_argnames=tuple(static))
 
     def validate(own: Params) -> dict[str, jax.Array]:

@@ -28,9 +28,9 @@ UNTRAINED = ["prompt_lookup", "suffix", "token_recycling"]
 GEN_LEN = 64  # tokens
 TRAINING = """## Training
 
-Tokens per forward of the target that chains of drafts would give, its own one included, on chats
-that were held back: every token of a chat, its marks included, begins a round (of masks: of the
-answer), of as many drafts as one makes (masks three, DFlash seven, others four).
+Tokens per forward of the target that chains of drafts would give, its own one included, on answers
+that were held back: every token begins a round, of as many drafts as one makes (masks three, DFlash
+seven, others four).
 
 ![Tokens per forward by training steps](smollm2_training.png)"""
 

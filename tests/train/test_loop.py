@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,10 @@ from train import step as step_lib
 from train.config import ConfigError, OptimConfig, from_config_dict
 from train.metrics import NonFiniteError, read_metrics
 from train.objectives import Context
+from train.objectives.causal import Causal
+from train.objectives.dflash import DFlashLoss
 from train.objectives.masked_diffusion import MaskedDiffusion
+from train.objectives.medusa import MedusaLoss
 from train.workdir import hold
 
 CONFIG_FILE = "tests/lib/toys.py"
@@ -174,6 +178,32 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         loop.run(toy_config(**changes), tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_held_out_prompts_do_not_count_for_heads(monkeypatch):
+    """Also where they are learned; for models they do."""
+    for objective, judged in (
+        (MedusaLoss(decay=0.5, on_prompt=True), MedusaLoss(decay=0.5)),
+        (DFlashLoss(on_prompt=True), DFlashLoss()),
+        (MedusaLoss(), MedusaLoss()),
+        (Causal(on_prompt=True), Causal(on_prompt=True)),
+        (MaskedDiffusion(), MaskedDiffusion()),
+    ):
+        assert objective.for_validation() == judged
+    said = []
+
+    def valid_step(own, batch, key, frozen, *, cfg, objective, trainable):
+        said.append(objective)
+        return {"loss": jnp.float32(0)}
+
+    monkeypatch.setattr(loop, "valid_step", valid_step)
+    settings = from_config_dict(toy_config())
+    recipe = types.SimpleNamespace(objective=MedusaLoss(on_prompt=True), trainable=loop.EVERYTHING)
+    model = types.SimpleNamespace(cfg=None, frozen=None)
+    feed = types.SimpleNamespace(valid=[{"prompt": np.zeros((1, 2), np.int32)}])
+    with jax.set_mesh(mesh := make_mesh(devices=jax.devices()[:1])):
+        loop._validator(settings, recipe, model, feed, mesh)({})
+    assert said == [MedusaLoss()]
 
 
 def test_example():

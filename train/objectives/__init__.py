@@ -28,8 +28,9 @@ apart. What several objectives share is in `train.reading` and `train.losses`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,17 @@ class Objective:
           Scalar float32, and metrics: scalar float32 by name, "loss" among them.
         """
         raise NotImplementedError
+
+    def for_validation(self) -> Self:
+        """What held-out data are judged by.
+
+        Heads and drafters are for what a model writes: of these prompts do not count, also where
+        they are learned. What a template puts around every prompt they know by heart.
+        """
+        replace: Any = dataclasses.replace
+        if self.goes_with is not None and getattr(self, "on_prompt", False):
+            return cast(Self, replace(self, on_prompt=False))
+        return self
 
     def num_positions(self, batch: Mapping[str, Any]) -> int:
         """Of a batch, padding included: what "tokens_per_s" counts."""
