@@ -21,7 +21,7 @@ from train.config import ConfigError
 from train.objectives import Predictions, row_mean_weight
 
 NO_MASK = (
-    "the model has no MASK token, which is learned from: give it one, such as "
+    "mask_token_id=None of the model must be a token, whose place is learned: give it one, such as "
     "train.with_mask={'mask_token': '<|mdm_mask|>'}"
 )
 

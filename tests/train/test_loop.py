@@ -418,6 +418,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, monkeypa
     ],
 )
 def test_signals_that_ask_a_run_to_stop(number):
+    own = signal.signal(number, signal.SIG_DFL)  # `nohup` may have had one ignored
     before = signal.getsignal(number)
     with loop._stop_on_signals(None) as is_stopping:
         assert not is_stopping(1)
@@ -427,6 +428,7 @@ def test_signals_that_ask_a_run_to_stop(number):
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+    signal.signal(number, own)
 
 
 def test_signals_that_are_ignored_stay_so():
