@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -425,6 +426,14 @@ def _fields(make: Any, values: Mapping[str, Any], prefix: str) -> Any:
     ]
     if missing:
         raise ConfigError(f"the config lacks the field {prefix}{missing[0]}")
+    for key, value in values.items():
+        said = fields[key].type
+        if said == "int" and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise ConfigError(f"{prefix}{key}={value!r} must be a whole number")
+        if said == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{prefix}{key}={value!r} must be True or False")
+        if key == "seed" and not 0 <= value < 2**32:
+            raise ConfigError(f"{prefix}seed={value} must be in [0, 2^32)")
     try:
         return make(**values)
     except TypeError as error:

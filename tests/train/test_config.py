@@ -28,7 +28,11 @@ def test_sections_become_frozen_dataclasses():
             {"data.batch_size": 0, "data.buckets": ((1, 1),)},
             r"batch_size=0 must be at least 1 with",
         ),
-        ({"data.batch_size": "8"}, r"data\.batch_size='8' must be a number"),
+        ({"data.batch_size": "8"}, r"data\.batch_size='8' must be a whole number"),
+        ({"data.batch_size": 8.0}, r"data\.batch_size=8.0 must be a whole number"),
+        ({"train.num_steps": True}, r"train\.num_steps=True must be a whole number"),
+        ({"data.packing": "no"}, r"data\.packing='no' must be True or False"),
+        ({"data.seed": -1}, r"data\.seed=-1 must be in \[0, 2\^32\)"),
         ({"data.batch_size": 7, "mesh.fsdp": 2}, r"batch_size=7 must be a multiple of .* = 2"),
         ({"data.too_long": "drop"}, r"too_long='drop' must be 'refuse', 'cut' or 'leave_out'"),
         (
