@@ -42,6 +42,8 @@ def draft_of(lm: dlm.LanguageModel, folder: pathlib.Path) -> dlm.LanguageModel |
 def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, Drafter]]:
     """By name, those of `configs/smollm2.py` that are there: runs in folders of their names.
 
+    All as chains; EAGLE-3 and DFlash as trees, too.
+
     Raises:
       ValueError: one was trained for another model.
     """
@@ -53,9 +55,13 @@ def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, 
     if "hydra_plus" in at:
         yield "Hydra++", Hydra(hydra.load(at["hydra_plus"], lm)[1], CHAIN)
     if "eagle_3" in at:
-        yield "EAGLE-3", Eagle(eagle_3.load(at["eagle_3"], lm), CHAIN)
+        eagle = eagle_3.load(at["eagle_3"], lm)
+        yield "EAGLE-3", Eagle(eagle, CHAIN)
+        yield "EAGLE-3, OPT-Tree", EagleOpt(eagle, budget=BUDGET, levels=BUDGET)
     if "dflash" in at:
-        yield "DFlash", DFlash(dflash.load(at["dflash"], lm), num_drafts=CHAIN.depth)
+        block = dflash.load(at["dflash"], lm)
+        yield "DFlash", DFlash(block, num_drafts=CHAIN.depth)
+        yield "DDTree of DFlash", DDTree(DFlash(block), budget=BUDGET, max_budget=BUDGET)
     if "masks" in at:
         network = masks.load(at["masks"], lm)
         for kind, is_quadratic in (("linear", False), ("quadratic", True)):
@@ -99,16 +105,14 @@ def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[st
     if "eagle_3" in at:
         network = eagle_3.load(at["eagle_3"], lm)
         yield "EAGLE-3, best tree", EagleBest(network, width=3, levels=CHAIN.depth, budget=BUDGET)
-        yield "EAGLE-3, OPT-Tree", EagleOpt(network, budget=BUDGET, levels=BUDGET)
         yield "SAM, else EAGLE-3", Hybrid(SAM(), Eagle(network, CHAIN), threshold=AGREED)
     if "dflash" in at:
         block = DFlash(dflash.load(at["dflash"], lm))
         yield "DFlash, whole block", block
-        for budget in (BUDGET, WIDE):
-            yield (
-                f"DDTree of DFlash, {budget} nodes",
-                DDTree(block, budget=budget, max_budget=budget),
-            )
+        yield (
+            f"DDTree of DFlash, {WIDE} nodes",
+            DDTree(block, budget=WIDE, max_budget=WIDE),
+        )
     if "masks" in at:
         guesses = Masks(masks.load(at["masks"], lm))
         yield "DDTree of masks", DDTree(guesses, budget=BUDGET, max_budget=BUDGET)
