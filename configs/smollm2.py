@@ -108,7 +108,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float, int]] = {
             "vocab": VOCAB,
         },
         1e-3,
-        220,
+        180,
     ),
     "stop": (
         {
