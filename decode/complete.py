@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, Unpack, cast, overload
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from decode.constraints.hosted import HostConstraint, counted
+from decode.constraints.hosted import HostConstraint
 from decode.constraints.monitors.contracts import Monitor
 from decode.constraints.monitors.watched import watch
 from decode.core.component import entry
@@ -24,7 +23,6 @@ from decode.core.requests import (
 )
 from decode.core.results import (
     Completion,
-    to_text,
 )
 from decode.core.streaming import Piece, stream_answer
 from decode.core.texts import (
@@ -46,12 +44,11 @@ from decode.search.astar import AStar
 from decode.search.components import METHODS as SEARCHES
 from decode.search.loop import SearchMethod
 from decode.search.planner import Planner
-from decode.speculative import hosted, pearl
+from decode.speculative import answers, hosted, pearl
 from decode.speculative.accept import AcceptanceRule
 from decode.speculative.contracts import Drafter
-from decode.speculative.controller import Controller, ControllerState
-from decode.speculative.costs import with_costs
-from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill
+from decode.speculative.controller import Controller
+from decode.speculative.loop import SpeculativeMethod
 from decode.speculative.points import METHODS as DRAFTED
 from dlm.lm import LanguageModel
 
@@ -292,12 +289,12 @@ def _finds_several(method: SpeculativeMethod | SearchMethod) -> TypeGuard[Search
 def loop_of(method: SpeculativeMethod | SearchMethod) -> Loop:
     """The loop that a method is for."""
     if isinstance(method, hosted_search.HostedSearch):
-        return HOSTED_SEARCH_LOOP
+        return search.HOSTED_LOOP
     if isinstance(method, SearchMethod):
         return search.LOOP
     if isinstance(method, hosted.Hosted):
-        return HOSTED_LOOP
-    return PEARL_LOOP if isinstance(method, pearl.Pearl) else LOOP
+        return answers.HOSTED_LOOP
+    return answers.PEARL_LOOP if isinstance(method, pearl.Pearl) else answers.LOOP
 
 
 def choose(lm: LanguageModel, choices: Choices) -> AnyMethod:
@@ -398,110 +395,3 @@ def _search(lm: LanguageModel, method: SearchMethod, given: Mapping[str, Any]) -
     method = method.replace(**_changes(method, beside))
     method.check_kinds()
     return method.replace(strategy=method.strategy.for_model(lm))
-
-
-def collect(
-    state: SpeculativeState,
-    lm: LanguageModel,
-    method: SpeculativeMethod,
-    num: int | None = None,
-    stops: Sequence[str] = (),
-) -> list[Completion]:
-    """Completions of the first `num` rows of a state, fetched from the device in one go.
-
-    Args:
-      state: a finished state, or one that is under way.
-      lm: for its end-of-text id and tokenizer.
-      method: for its stop ids.
-      num: how many rows; None: all.
-      stops: strings before the first of which texts are cut.
-    """
-    fetched: Any = jax.device_get(state.replace(cache=None, drafter=None))
-    ends = {*lm.cfg.eos_ids, *map(int, np.asarray(method.stop_ids).reshape(-1))}
-    completions = []
-    for b in range(len(fetched.tokens) if num is None else num):
-        start, length = int(fetched.prompt_len[b]), int(fetched.length[b])
-        canvas = fetched.tokens[b, start:length]
-        n = len(canvas)
-        reason = "length"
-        if n and int(canvas[-1]) in ends:
-            n, reason = n - 1, "eos"
-        text, n, was_cut = to_text(lm.tokenizer, canvas[:n], stops)
-        reason = "stop" if was_cut else reason
-        num_forwards = int(fetched.num_forwards[b])
-        log_prob = fetched.log_prob[b, : len(canvas)]
-        completions.append(
-            Completion(
-                text=text,
-                tokens=canvas[:n],
-                num_forwards=num_forwards,
-                tokens_per_forward=n / max(num_forwards, 1),
-                finish_reason=reason,
-                canvas=canvas,
-                step_map=fetched.step_map[b, : len(canvas)],
-                confidence=np.exp(log_prob),
-                log_prob=log_prob,
-                draft_forwards=int(fetched.draft_forwards[b]),
-                acceptance_histogram=fetched.acceptance_histogram[b],
-                rounds_by_width=_rounds_by_width(method, fetched.control, b),
-                top=None if fetched.top is None else fetched.top.of_row(b, len(canvas)),
-            )
-        )
-    return completions
-
-
-def _rounds_by_width(
-    method: SpeculativeMethod, control: ControllerState | None, b: int
-) -> dict[int, int] | None:
-    """What the controller has chosen for a row."""
-    if method.controller is None or control is None:
-        return None
-    widths = (0, *method.controller.widths_of(method.drafter))
-    return dict(zip(widths, map(int, control.rounds[b]), strict=True))
-
-
-def _written(
-    state: SpeculativeState, method: SpeculativeMethod
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What each row has written; all of it is certain."""
-    tokens, start, length = jax.device_get((state.tokens, state.prompt_len, state.length))
-    certain = [row[a:b] for row, a, b in zip(tokens, start, length, strict=True)]
-    return certain, [row[:0] for row in certain]
-
-
-def _prepare(lm: LanguageModel, method: SpeculativeMethod, prompts: Any, **asked: Any) -> Any:
-    return prefill(lm.params, lm.cfg, method, init_state(lm.cfg, method, prompts, **asked))
-
-
-LOOP = Loop(
-    prepare=_prepare,
-    decode=decode,
-    reported=lambda state: state.replace(cache=None, drafter=None),
-    written=_written,
-    collect=collect,
-    may_be_empty=lambda cfg: False,
-    ready=lambda lm, method, start: with_costs(lm.params, lm.cfg, method, start),
-)
-PEARL_LOOP = dataclasses.replace(
-    LOOP,
-    prepare=lambda lm, method, prompts, **asked: pearl.prepare(
-        lm.params, lm.cfg, method, prompts, **asked
-    ),
-    decode=pearl.decode,
-)
-HOSTED_LOOP = dataclasses.replace(
-    LOOP,
-    prepare=lambda lm, method, prompts, **asked: hosted.prepare(
-        lm.params, lm.cfg, method, prompts, **asked
-    ),
-    decode=hosted.decode,
-    collect=counted(collect),
-)
-HOSTED_SEARCH_LOOP = dataclasses.replace(
-    search.LOOP,
-    prepare=lambda lm, method, prompts, **asked: hosted_search.prepare(
-        lm.params, lm.cfg, method, prompts, **asked
-    ),
-    decode=hosted_search.decode,
-    collect=counted(search.collect),
-)

@@ -35,6 +35,7 @@ from decode.core.streaming import Piece, Writing, check_tokenizer, pieces
 from decode.core.texts import MethodOptions, check_known, inside
 from decode.diffusion.method import DiffusionMethod
 from decode.either import is_diffusion
+from decode.speculative import answers
 from decode.speculative.contracts import Drafter
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
@@ -226,7 +227,7 @@ class Conversation:
         messages, tokens = self._fit(messages)
         read_requests(
             self.lm.cfg, [tokens], [self.gen_len], [self.seed], None, None, None,
-            may_be_empty=(generate if self.is_diffusion else complete).LOOP.may_be_empty(
+            may_be_empty=(generate if self.is_diffusion else answers).LOOP.may_be_empty(
                 self.lm.cfg
             ),
         )  # fmt: skip
@@ -282,7 +283,7 @@ class Conversation:
                     method, loop = self.method, generate.LOOP
                     state = loop.prepare(self.lm, method, [tokens], **self._asked(tokens, number))
                 else:
-                    loop = complete.LOOP
+                    loop = answers.LOOP
                     method, state = self._begin(tokens, number)
                     num_kept = int(state.num_read[0])
                     before, start = compiling.seconds, time.perf_counter()

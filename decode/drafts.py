@@ -15,10 +15,11 @@ from typing import Unpack
 import jax
 import numpy as np
 
-from decode.complete import LOOP, Choices, choose
+from decode.complete import Choices, choose
 from decode.core.loop import FOREVER
 from decode.core.requests import OnePrompt
 from decode.core.texts import begin_one, inside, read_one
+from decode.speculative.answers import LOOP
 from decode.speculative.loop import SpeculativeMethod, drafted
 from dlm.lm import LanguageModel
 

@@ -41,9 +41,8 @@ from absl import logging
 
 from decode.core.requests import encode, whole_number
 from decode.core.results import Completion
-from dlm.json_lines import parse_lines
+from dlm.json_lines import parse_lines, read_json
 from dlm.lm import LanguageModel, fingerprint
-from dlm.tokenizer import read_json
 from dlm.written import naming, write_text
 
 HOW_FAST = ("batch_size", "progress")  # options on which no answer depends

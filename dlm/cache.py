@@ -71,13 +71,23 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
     There are as many slots as the GPU kernel can read and the mesh in use can split: a multiple of
     8 on every device.
     """
+    return _empty(cfg, batch_size, num_slots, is_read_apart(cfg))
+
+
+def init_stacked(cfg: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
+    """As `init_cache`, but never apart: for a forward that has a backward pass, whose scan would
+    keep what every layer's branch needs for each of them."""
+    return _empty(cfg, batch_size, num_slots, False)
+
+
+def _empty(cfg: ModelConfig, batch_size: int, num_slots: int, lies_apart: bool) -> KVCache:
     multiple = 8 * dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
     num_slots += -num_slots % multiple
     shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, num_slots, cfg.head_dim)
     axes = (None, "batch", "kv_heads", "slots", None)
 
     def zeros() -> jax.Array | Apart:
-        if is_read_apart(cfg):
+        if lies_apart:
             return Apart(tuple(jnp.zeros(shape[1:], cfg.jnp_dtype) for _ in range(cfg.n_layers)))
         return constrain(jnp.zeros(shape, cfg.jnp_dtype), *axes)
 

@@ -1,8 +1,9 @@
-"""Files of JSON lines, as others write them."""
+"""JSON files and files of JSON lines, as others write them."""
 
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
 
@@ -36,6 +37,26 @@ def parse_lines(raw: bytes, name: object) -> list[tuple[int, Any]]:
     if not found:
         raise ValueError(f"{name} holds no records; it must have one JSON value per line")
     return found
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file; a ValueError with its path if there is none."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in said and said[key] != value:
+                raise ValueError(f"{key} is {said[key]!r:.60} and {value!r:.60}: leave one out")
+            said[key] = value
+        return said
+
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,11 +33,12 @@ from dlm.hf.gguf import installed_smollm2, load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.saving import save_hf
+from dlm.hf.tokenizer import has_tokenizer, load_tokenizer
 from dlm.hf.weights import load_params
 from dlm.memory import keep_freed_memory
 from dlm.params import Apart, Params, is_apart, is_faster_apart
 from dlm.sharding import RULES, Rules, check_placing
-from dlm.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from dlm.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ from dlm.config import ModelConfig
 from dlm.hf.files import format_for, read_tensors
 from dlm.hf.format import Stored
 from dlm.hf.keys import LARGEST
+from dlm.json_lines import read_json
 from dlm.params import Apart, LowRank, Params, ParamSpec
-from dlm.tokenizer import read_json
 from dlm.trainable import Learned, Trainable
 from dlm.written import write_json, write_tensors
 

@@ -25,8 +25,8 @@ import dlm
 from decode.core.datastore import build_datastore
 from decode.core.streaming import check_tokenizer
 from dlm.hf.files import read_config
+from dlm.hf.tokenizer import load_tokenizer
 from dlm.tasks.jsonl import read_records, render
-from dlm.tokenizer import load_tokenizer
 
 ENDINGS = (".txt", ".py")
 

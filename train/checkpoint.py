@@ -8,6 +8,7 @@ versions.json   Python, packages and git revision that last wrote here
 tokenizer/      the tokenizer
 generation_config.json  how the model it began with is meant to generate, see `dlm.hf.generation`
 metrics.jsonl   see `train.metrics`
+wandb_id.txt    which run of W&B it is, if it is one
 lock.json       who is in the folder, while someone is
 checkpoints/    Orbax checkpoints: training state and data iterator
 model/          the finished model, as `dlm.load` reads it
@@ -34,7 +35,8 @@ from absl import logging
 
 from dlm.config import ModelConfig
 from dlm.hf.generation import read_generation, write_generation
-from dlm.tokenizer import Tokenizer, load_tokenizer
+from dlm.hf.tokenizer import load_tokenizer
+from dlm.tokenizer import Tokenizer
 from train import config as config_lib
 from train.config import CheckpointConfig, ConfigError, RunConfig
 from train.step import TrainState
@@ -59,6 +61,7 @@ MAY_CHANGE = (
 _FILES = (
     "config.json", "model.json", "data.json", "frozen.json", "versions.json",
     "generation_config.json", "metrics.jsonl", "lock.json", "exported.json",
+    "wandb_id.txt",
 )  # fmt: skip
 _FOLDERS = ("tokenizer", "checkpoints", "model")
 

@@ -7,12 +7,12 @@ killed and resumed. All values but "tokens_per_s" are functions of the config al
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ from dlm.written import naming, write_text
 from train.config import ConfigError, LogConfig, RunConfig, to_json
 
 FILE_NAME = "metrics.jsonl"
+WANDB_ID = "wandb_id.txt"
 _MOST_NAMED = 1024  # examples of a batch that went wrong
 
 
@@ -207,10 +208,12 @@ class MetricWriter:
                     f"log.wandb_project={log.wandb_project!r} needs wandb: pip install "
                     "'jax-parallel-decoding[log]'"
                 ) from error
-            same = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+            name = workdir / WANDB_ID  # with which a resumed run goes on as the same one
+            if not name.exists():
+                write_text(name, uuid.uuid4().hex)
             self._wandb = wandb.init(
                 project=log.wandb_project, dir=str(workdir), config=dict(settings),
-                id=same, resume="allow",
+                id=name.read_text(encoding="utf-8"), resume="allow",
             )  # fmt: skip
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -16,8 +16,9 @@ from dlm import lm, tasks
 from dlm.bpe import learn_bpe
 from dlm.config import ModelConfig, check_precision
 from dlm.hf.files import format_for
+from dlm.hf.tokenizer import load_tokenizer
 from dlm.params import Params, cast_params, num_params
-from dlm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, word_tokenizer
+from dlm.tokenizer import Tokenizer, byte_tokenizer, word_tokenizer
 from dlm.trainable import Learned, Trainable
 from train import checkpoint
 from train.config import ConfigError, RunConfig

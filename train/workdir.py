@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from dlm import tokenizer, written
+from dlm import json_lines, written
 from train.config import ConfigError, differences
 
 LOCK = "lock.json"
@@ -191,7 +191,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       ConfigError: something else is there.
     """
     try:
-        return tokenizer.read_json(path)
+        return json_lines.read_json(path)
     except ValueError as error:
         raise ConfigError(
             f"{error}: it is damaged, so put back what was there, or choose another folder"

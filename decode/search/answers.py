@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from decode.constraints.hosted import counted
 from decode.core.component import as_kind
 from decode.core.results import Completion, to_text
 from decode.core.texts import Loop
+from decode.search import hosted
 from decode.search.contracts import exists
 from decode.search.loop import SearchMethod, SearchState, begin, decode, results
 from dlm.lm import LanguageModel
@@ -94,4 +96,12 @@ LOOP = Loop(
     written=_written,
     collect=collect,
     may_be_empty=lambda cfg: False,
+)
+HOSTED_LOOP = dataclasses.replace(
+    LOOP,
+    prepare=lambda lm, method, prompts, **asked: hosted.prepare(
+        lm.params, lm.cfg, method, prompts, **asked
+    ),
+    decode=hosted.decode,
+    collect=counted(collect),
 )

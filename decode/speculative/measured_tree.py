@@ -86,9 +86,10 @@ def measured_tree(
     large = method.replace(drafter=drafter.replace(shape=probe))
     free = seconds(params, cfg, method.replace(drafter=Jacobi(widths[-1] - 1)), start, widths)
     n = probe.num_nodes  # fewer than widths[-1] where the tree may not be deep
-    drawn = seconds(params, cfg, large, start, (n,))[n]
-    undrawn = seconds(params, cfg, method.replace(drafter=Jacobi(n - 1)), start, (n,))[n]
-    draft_cost = max(0.0, drawn - undrawn) / probe.depth
+    same = free
+    if n not in same:
+        same = seconds(params, cfg, method.replace(drafter=Jacobi(n - 1)), start, (n,))
+    draft_cost = max(0.0, seconds(params, cfg, large, start, (n,))[n] - same[n]) / probe.depth
     rates = measured_rates(params, cfg, large, start)
     shape, speed = fastest_tree(rates, free, draft_cost, max_depth)
     return MeasuredTree(shape, speed, expected_tokens(shape, rates), rates, free, draft_cost)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm.hf.files import MOST_LAYERS, instead, read_tensors
+from dlm.json_lines import read_json
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params
-from dlm.tokenizer import read_json
 from dlm.trainable import Trainable
 from dlm.written import write_json, write_tensors
 

@@ -24,9 +24,9 @@ from flax import struct
 
 from dlm.hf import keys
 from dlm.hf.files import read_tensors
+from dlm.json_lines import read_json
 from dlm.lm import LanguageModel, fingerprint
 from dlm.params import Params, ParamSpec, init_from_specs
-from dlm.tokenizer import read_json
 from dlm.written import write_json, write_tensors
 
 _WEIGHTS, _CONFIG = "filter.safetensors", "filter.json"

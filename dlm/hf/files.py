@@ -22,7 +22,8 @@ from dlm.hf import keys
 from dlm.hf.format import TOKEN_IDS, Format
 from dlm.hf.formats import FORMATS, llada_moe
 from dlm.hf.harmless import check_keys
-from dlm.tokenizer import has_tokenizer, load_tokenizer, read_json
+from dlm.hf.tokenizer import has_tokenizer, load_tokenizer
+from dlm.json_lines import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -21,7 +21,7 @@ from absl import logging
 
 from dlm.hf import keys
 from dlm.hf.format import TOKEN_IDS
-from dlm.tokenizer import read_json
+from dlm.json_lines import read_json
 
 # What `read` gives, by keys of the file.
 _FILTERS = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # but for top_k

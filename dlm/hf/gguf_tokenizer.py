@@ -19,7 +19,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from dlm.hf.gguf_file import GGUFFile
-from dlm.tokenizer import QWEN2_PATTERN, Tokenizer, frame, refusing
+from dlm.hf.tokenizer import QWEN2_PATTERN
+from dlm.tokenizer import Tokenizer, frame, refusing
 
 
 class _Type(enum.IntEnum):

@@ -138,15 +138,23 @@ def bench_spec_bench(flags: Flags) -> None:
         if "input_guided" in flags.drafters and lm.tokenizer is not None:
             copies = InputGuided.between(lm.tokenizer, OPENING, CLOSING)
             methods |= spec_bench.both("input_guided", SpeculativeMethod(copies), flags.controller)
+        as_many = NUM_DRAFTS | {"prompt lookup": PromptLookup().num_drafts}
         small = dlm.load(flags.draft, dtype=flags.dtype or None) if flags.draft else None
         if small is not None:
             dlm.check_same_tokens(small, lm)
-            drafter = DraftModel(small.params, small.cfg, num_drafts=NUM_DRAFTS["draft model"])
+            drafter = DraftModel(small.params, small.cfg, num_drafts=as_many["draft model"])
             methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), flags.controller)
         if flags.trained:
-            for name, trained in drafters.everything(lm, pathlib.Path(flags.trained)):
+            folder = pathlib.Path(flags.trained)
+            if small is not None:
+                raise ValueError(
+                    f"--draft={flags.draft} and --trained={folder} may both have a draft model: "
+                    "give one of them"
+                )
+            for name, trained in drafters.everything(lm, folder):
                 methods |= spec_bench.both(name, SpeculativeMethod(trained), flags.controller)
-        as_many = NUM_DRAFTS | {"prompt lookup": PromptLookup().num_drafts}
+            small = drafters.draft_of(lm, folder)
+            as_many["draft model"] = drafters.CHAIN.depth
         others = beside(lm, small, flags.gen_len, as_many) if flags.transformers else {}
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

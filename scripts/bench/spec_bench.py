@@ -34,12 +34,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import dlm
-from decode.complete import collect, complete
+from decode.complete import complete
 from decode.core.loop import FOREVER
 from decode.core.results import Completion
 from decode.evaluation.lossless import Parting, first_parting
 from decode.evaluation.statistics import bootstrap_ratio
 from decode.evaluation.tables import markdown
+from decode.speculative.answers import collect
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
 from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, init_state, prefill

@@ -6,7 +6,8 @@
 
 Process 0 writes to this terminal, the others to `--logs`. If one fails, the others are ended,
 and the launcher ends with its exit code; if they were told to stop and have saved, they are started
-again, up to `--restarts` times. Ctrl-C and SIGTERM are passed on; after these they are not.
+again, up to `--restarts` times. Ctrl-C, SIGTERM and SIGHUP are passed on; after these
+they are not.
 """
 
 from __future__ import annotations

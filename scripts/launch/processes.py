@@ -39,7 +39,8 @@ def free_address() -> str:
 def run_once(command: list[str], num: int, log_dir: pathlib.Path) -> tuple[int, bool]:
     """Runs all processes to their end.
 
-    Each is in a session of its own, so that a Ctrl-C reaches it once: from here.
+    Each is in a session of its own, so that a Ctrl-C reaches it once: from here; and so does the
+    end of the terminal.
 
     Returns:
       The first exit code that is not 0, and whether this process was told to end them.
@@ -58,7 +59,11 @@ def run_once(command: list[str], num: int, log_dir: pathlib.Path) -> tuple[int, 
         told.append(signum)
         end(signum)
 
-    previous = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        s: signal.signal(s, pass_on)
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(s) != signal.SIG_IGN  # as `nohup` has it
+    }
     try:
         for i, own in enumerate(environments(num, free_address())):
             log = None if i == 0 else (log_dir / f"process_{i}.log").open("wb")

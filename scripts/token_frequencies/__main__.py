@@ -15,7 +15,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from dlm.hf.files import read_config
-from dlm.tokenizer import load_tokenizer
+from dlm.hf.tokenizer import load_tokenizer
 from scripts.token_frequencies.count import frequencies
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the model.", required=True)

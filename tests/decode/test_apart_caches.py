@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import dlm
-from decode import complete, generate
+from decode import generate
 from decode.core.texts import Asked
 from decode.diffusion.components import BlockCausal, DelayedCache, DualCache, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
+from decode.speculative import answers as drafted
 from decode.speculative.drafters.eagle import Eagle
 from decode.speculative.drafters.hydra import Hydra
 from decode.speculative.drafters.token_recycling import TokenRecycling
@@ -33,7 +34,7 @@ def test_texts_are_the_same(toy_cfg, toy_params, monkeypatch, name):
         method, loop = DiffusionMethod(*DIFFUSION[name], rule=Threshold(0.5)), generate.LOOP
     else:
         drafter = DRAFTERS[name].example(toy_cfg, toy_params)
-        method, loop = SpeculativeMethod(drafter), complete.LOOP
+        method, loop = SpeculativeMethod(drafter), drafted.LOOP
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 20, n).tolist() for n in (3, 7, 1, 5)]
     asked = Asked(dlm.LanguageModel(toy_params, toy_cfg), prompts, [8] * 4, [*range(4)])

@@ -123,10 +123,10 @@ def test_an_interrupted_forward_costs_the_cache(lm, monkeypatch):
             raise KeyboardInterrupt
         return calls[-1]
 
-    complete_loop = conversation.complete.LOOP
+    complete_loop = conversation.answers.LOOP
     with monkeypatch.context() as patch:
         patch.setattr(
-            conversation.complete, "LOOP", dataclasses.replace(complete_loop, decode=decode)
+            conversation.answers, "LOOP", dataclasses.replace(complete_loop, decode=decode)
         )
         with pytest.raises(KeyboardInterrupt):
             talk.ask("hello there")

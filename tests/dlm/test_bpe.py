@@ -6,7 +6,7 @@ import pytest
 
 from dlm import bpe
 from dlm.bpe import learn_bpe
-from dlm.tokenizer import load_tokenizer
+from dlm.hf.tokenizer import load_tokenizer
 
 TEXTS = ["ein Hund läuft", "ein Hund, ein Mann", "der Hund schläft"]
 

@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 import dlm.tokenizer
 from dlm import chat
-from dlm.tokenizer import byte_tokenizer, frame, has_tokenizer, load_tokenizer, word_tokenizer
+from dlm.hf.tokenizer import has_tokenizer, load_tokenizer
+from dlm.tokenizer import byte_tokenizer, frame, word_tokenizer
 
 _PIECES = ["copy ", "1 ", "2 ", "12 ", "Is it (so)? ", "a|b*", "\n", "é", "#-~ ", "日本"]
 

@@ -149,3 +149,7 @@ def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
             pass
     same, again, other = [kwargs["id"] for kwargs in told]
     assert same == again != other and all(kwargs["resume"] == "allow" for kwargs in told)
+    (tmp_path / "other" / "wandb_id.txt").unlink()  # the same folder is not the same run
+    with Reporter(settings, tmp_path / "other", 0, "test"):
+        pass
+    assert told[-1]["id"] not in (same, other)

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dlm import tasks
-from dlm.tokenizer import read_json
+from dlm.json_lines import read_json
 
 SETTINGS = "settings.json"  # fields of the `TrajectoryConfig` they were made with
 

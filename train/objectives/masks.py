@@ -32,7 +32,7 @@ import numpy as np
 from flax import struct
 
 from dlm import vocab
-from dlm.cache import init_cache
+from dlm.cache import init_stacked
 from dlm.config import ModelConfig
 from dlm.heads.masks import MaskHeads, MaskNetwork, sees
 from dlm.models import decoder
@@ -196,7 +196,7 @@ def read_masks(
     B, T = tokens.shape
     positions = jnp.maximum(masks.last + masks.group - start[:, None], 0)
     length = jnp.maximum(T - start, positions.max(axis=1) + 1)
-    empty = Slots(init_cache(cfg, B, T), write_at=jnp.zeros_like(start), length=length)
+    empty = Slots(init_stacked(cfg, B, T), write_at=jnp.zeros_like(start), length=length)
     whole = Window.left_padded(tokens, start, is_causal=True)
     text = decoder.forward(target, cfg, whole, empty)
     of_text, cache = jax.lax.stop_gradient((text.hidden, text.cache))

@@ -13,9 +13,11 @@ from dlm.heads.published.layout import (
     from_published,
     one_by_one,
     published_layer,
+    read_architectures,
     read_layers,
     read_network,
     read_published,
+    read_section,
     stacked,
     to_published,
     unstacked,
@@ -60,25 +62,13 @@ def load(path: str | pathlib.Path, cfg: ModelConfig) -> DFlashNetwork:
         file, key and value.
     """
     file, raw = read_network(path)
-    about = raw.get("dflash_config") or {}
     if "speculators_model_type" in raw:
         raise ValueError(
             f"{file}: speculators_model_type={raw['speculators_model_type']!r} is not supported; "
             "only the layout of the networks' authors is"
         )
-    kinds = raw.get("architectures") or []
-    if not isinstance(kinds, list) or any(kind not in _ARCHITECTURES for kind in kinds):
-        raise ValueError(
-            f"{file}: architectures={kinds!r} is not supported; only "
-            f"{', '.join(map(repr, _ARCHITECTURES))} are"
-        )
-    if not isinstance(about, dict):
-        raise ValueError(f"{file}: dflash_config={about!r:.60} must be an object")
-    if unknown := [key for key in about if key not in (*_SAID, *_WINDOWS)]:
-        raise ValueError(
-            f"{file}: dflash_config has {unknown[0]}={about[unknown[0]]!r}, which is not known "
-            "here and may change what the network computes; without effect, take it out"
-        )
+    read_architectures(file, raw, _ARCHITECTURES)
+    about = read_section(file, raw, "dflash_config", (*_SAID, *_WINDOWS))
     said = {key: about.get(key, raw.get(key)) for key in _SAID}
     said = {key: _SAID[key] if value is None else value for key, value in said.items()}
     if missing := [key for key in ("mask_token_id", "target_layer_ids") if said[key] is None]:

@@ -18,9 +18,11 @@ from dlm.heads.published.layout import (
     from_published,
     one_by_one,
     published_layer,
+    read_architectures,
     read_layers,
     read_network,
     read_published,
+    read_section,
     stacked,
     tensor_names,
     to_published,
@@ -133,20 +135,8 @@ def load(
 
 def _split(file: pathlib.Path, raw: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What a config.json says of the network, and what it says of its layers."""
-    nested = raw.get("eagle_config") or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"{file}: eagle_config={nested!r} must be an object")
-    if unknown := [key for key in nested if key not in _NETWORK]:
-        raise ValueError(
-            f"{file}: eagle_config has {unknown[0]}={nested[unknown[0]]!r}, which is not known "
-            "here and may change what the network computes; without effect, take it out"
-        )
-    kinds = raw.get("architectures") or []
-    if not isinstance(kinds, list) or any(kind not in _ARCHITECTURES for kind in kinds):
-        raise ValueError(
-            f"{file}: architectures={kinds!r} is not supported; only "
-            f"{', '.join(map(repr, _ARCHITECTURES))} are"
-        )
+    nested = read_section(file, raw, "eagle_config", _NETWORK)
+    kinds = read_architectures(file, raw, _ARCHITECTURES)
     said = nested | {key: value for key, value in raw.items() if value is not None}
     for key, only in _FIXED.items():
         if said.get(key) not in (None, only):

@@ -23,8 +23,8 @@ from dlm.hf.files import DTYPES, SINGLE, open_tensors, read_config, token_ids
 from dlm.hf.format import TOKEN_IDS
 from dlm.hf.formats import qwen2
 from dlm.hf.rope import write_rope
+from dlm.json_lines import read_json
 from dlm.params import Params
-from dlm.tokenizer import read_json
 from dlm.written import write_json, write_tensors
 
 _INTEGERS = ("I64", "I32", "I16", "U8", "I8", "BOOL")  # tables of tokens
@@ -76,6 +76,38 @@ def read_network(path: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: it says what network the directory holds")
     return file, read_json(file)
+
+
+def read_architectures(
+    file: pathlib.Path, raw: Mapping[str, Any], known: Collection[str]
+) -> list[str]:
+    """`architectures` of a config.json; ValueError unless all of them are known."""
+    kinds = raw.get("architectures") or []
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        raise ValueError(
+            f"{file}: architectures={kinds!r} is not supported; only "
+            f"{', '.join(map(repr, known))} are"
+        )
+    return kinds
+
+
+def read_section(
+    file: pathlib.Path, raw: Mapping[str, Any], name: str, known: Collection[str]
+) -> dict[str, Any]:
+    """What a config.json says of the network in a section; {} if it is not there.
+
+    Raises:
+      ValueError: it is no object, or has another key than the known ones.
+    """
+    said = raw.get(name) or {}
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: {name}={said!r:.60} must be an object")
+    if unknown := [key for key in said if key not in known]:
+        raise ValueError(
+            f"{file}: {name} has {unknown[0]}={said[unknown[0]]!r}, which is not known here "
+            "and may change what the network computes; without effect, take it out"
+        )
+    return said
 
 
 def read_layers(file: pathlib.Path, raw: Mapping[str, Any], target: ModelConfig) -> ModelConfig:

@@ -19,6 +19,7 @@ from decode.diffusion.components import (
     Threshold,
 )
 from decode.diffusion.loop import DiffusionMethod
+from decode.speculative import answers as drafted
 from decode.speculative.components import ADED, SAM, Hybrid, InputGuided
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.drafters.token_recycling import TokenRecycling
@@ -56,7 +57,7 @@ def requests(cfg, num=NUM):
 
 
 def loop_of(method):
-    return complete.LOOP if isinstance(method, SpeculativeMethod) else generate.LOOP
+    return drafted.LOOP if isinstance(method, SpeculativeMethod) else generate.LOOP
 
 
 @pytest.mark.exhaustive(every=4)

@@ -108,7 +108,7 @@ def test_mask_tokens_are_found_by_their_text(tmp_path, mask):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (tmp_path / name).read_text().replace("<|mdm_mask|>", mask)
         (tmp_path / name).write_text(text.replace(f'"mask_token": "{mask}"', '"mask_token": null'))
-    assert dlm.tokenizer.load_tokenizer(tmp_path).mask_token_id == 81
+    assert dlm.hf.tokenizer.load_tokenizer(tmp_path).mask_token_id == 81
 
 
 LLADA_LINE = {  # one format; iLLaDA has another MASK token

@@ -20,11 +20,12 @@ from dlm.hf.gguf import load_gguf_params, read_gguf_config
 from dlm.hf.gguf_file import open_gguf
 from dlm.hf.gguf_tokenizer import load_gguf_tokenizer
 from dlm.hf.saving import save_hf
+from dlm.hf.tokenizer import load_tokenizer
 from dlm.hf.weights import load_params
 from dlm.lm import LanguageModel
 from dlm.lora import Lora
 from dlm.params import param_specs
-from dlm.tokenizer import byte_tokenizer, load_tokenizer
+from dlm.tokenizer import byte_tokenizer
 from tests.dlm.hf.test_files import LLAMA_3_1_8B, QWEN_2_5_7B, QWEN_3_0_6B
 from tests.lib.checkpoints import random_params
 from tests.lib.families import FAMILIES, IDS, SIZES
