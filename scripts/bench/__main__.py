@@ -52,6 +52,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 7, "Timed runs; the median is reported.", lower_bound=1)
     flags.DEFINE_bool("toy", False, "kernels: toy shapes, to check the script.")
     flags.DEFINE_string("out", None, "kernels, spec_bench: folder for what is written.")
+    flags.DEFINE_string("log", "", "spec_bench: file of what is measured; a run goes on there.")
     flags.DEFINE_integer("calls", 32, "kernels: calls per timed batch.", lower_bound=1)
     flags.DEFINE_string("only", "", "kernels: only cases whose name contains this.")
     flags.DEFINE_string("code", "", "diffusion: folder of the public code base.")

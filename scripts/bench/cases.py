@@ -162,16 +162,20 @@ def bench_spec_bench(flags: Flags) -> None:
         sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
     found = []
     try:
-        for m in spec_bench.measure(lm, methods, asked, flags.gen_len, flags.repeats, others):
+        for m in spec_bench.measure(
+            lm, methods, asked, flags.gen_len, flags.repeats, others, flags.log or None
+        ):
             print(json.dumps(dataclasses.asdict(m)), flush=True)
             found.append(m)
-    except ChildProcessError as error:
+    except (OSError, ValueError) as error:  # of the log; of transformers' process
         sys.exit(f"error: {error}")
+    minutes = sum(m.took_s for m in found) / 60
     rows, num = spec_bench.summary(found), sum(map(len, asked.values()))
     page = [
         f"{path.name}, {num_params(lm.cfg) / 1e6:.0f} M parameters, {lm.cfg.dtype}, {device()}, "
         f"jax {jax.__version__}; {num} prompts of {pathlib.Path(flags.prompts).name}, first turns, "
-        f"batch 1, greedy, at most {flags.gen_len} tokens; medians of {flags.repeats}.",
+        f"batch 1, greedy, at most {flags.gen_len} tokens; medians of {flags.repeats}; "
+        f"{minutes:.0f} minutes.",
         spec_bench.table(rows),
         *(f"- {sentence}" for sentence in spec_bench.divergences(found)),
     ]

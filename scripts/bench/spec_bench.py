@@ -14,14 +14,18 @@ comes the next prompt. Per category, and over all:
     widths       rounds by how many nodes a controller had judged (0: nobody drafted), in per cent
 
 Other libraries decode the same prompts in the same turns; their seconds include the prompt, and are
-compared with plain decoding's that do, too.
+compared with plain decoding's that do, too. A run that is interrupted goes on behind the prompts
+that its log has, if they were measured with the same methods, weights, versions and device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -38,8 +42,11 @@ from decode.complete import complete
 from decode.core.loop import FOREVER
 from decode.core.results import Completion
 from decode.evaluation.lossless import Parting, first_parting
+from decode.evaluation.record import Record
+from decode.evaluation.run import device
 from decode.evaluation.statistics import bootstrap_ratio
 from decode.evaluation.tables import markdown
+from decode.files import describe
 from decode.speculative.answers import collect
 from decode.speculative.controller import Controller
 from decode.speculative.costs import with_costs
@@ -52,6 +59,15 @@ SHORTEST = 64  # prompts are padded to a power of two, at least this
 
 
 @dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt, by its number within its category."""
+
+    category: str
+    number: int
+    tokens: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """One method on one prompt.
 
@@ -61,6 +77,7 @@ class Measured:
       prompt: its number within the category.
       seconds: of decoding, per repeat; of other libraries with the prompt.
       prefill_s: of reading the prompt; None: in `seconds`.
+      took_s: seconds of all repeats, compiling included.
       num_tokens: that were written.
       num_forwards: of the target.
       parting: where the text leaves plain decoding's.
@@ -72,6 +89,7 @@ class Measured:
     prompt: int
     seconds: list[float]
     prefill_s: float | None
+    took_s: float
     num_tokens: int
     num_forwards: int
     parting: Parting | None
@@ -114,6 +132,7 @@ def measure(
     gen_len: int,
     repeats: int,
     others: Mapping[str, Decoder],
+    log: str | os.PathLike[str] | None = None,
 ) -> Iterator[Measured]:
     """Every method, and every decoder of `others`, on every prompt.
 
@@ -124,51 +143,92 @@ def measure(
       gen_len: most tokens to write.
       repeats: timed runs of each.
       others: decoders of other libraries, by name.
+      log: JSON lines, see `decode.evaluation.record`; each prompt is added when all methods are
+        done with it. None: nothing is kept.
+
+    Raises:
+      ValueError: a line of the log is broken, or another process writes it.
     """
-    for run in others.values():
-        run(next(iter(prompts.values()))[0])  # warms up
-    asked = [(c, i, prompt) for c, some in prompts.items() for i, prompt in enumerate(some)]
-    warm: set[tuple[str, int]] = set()
-    for category, i, prompt in tqdm(asked, unit="prompt"):
-        P = max(SHORTEST, 1 << (len(prompt) - 1).bit_length())
-        ready = {}
-        for name, method in methods.items():
-            start = functools.partial(_start, lm, prompt=prompt, prompt_len=P, gen_len=gen_len)
-            method = with_costs(lm.params, lm.cfg, method, start)
-            if (name, P) not in warm:  # compiles
-                jax.block_until_ready(decode(lm.params, lm.cfg, method, start(method), 1, FOREVER))
-                warm.add((name, P))
+    same = {
+        "checkpoint": dlm.fingerprint(lm),
+        "dtype": lm.cfg.dtype,
+        "methods": {name: describe(method) for name, method in methods.items()},
+        "others": list(others),
+        "gen_len": gen_len,
+        "repeats": repeats,
+        "device": device(),
+        "jax": jax.__version__,
+    }
+    asked = [Asked(c, i, prompt) for c, some in prompts.items() for i, prompt in enumerate(some)]
+    record, warm = Record(log), set[tuple[str, int]]()
+    with record.adding() as add:
+        for one in tqdm(asked, unit="prompt"):
+            settings = json.dumps(same | dataclasses.asdict(one))
+            key = hashlib.sha256(settings.encode()).hexdigest()
+            if key not in record.found:
+                found = _of_prompt(lm, methods, one, gen_len, repeats, others, warm)
+                add(key, {"measured": [dataclasses.asdict(m) for m in found]})
+            yield from map(_from_log, record.found[key]["measured"])
+
+
+def _from_log(said: dict[str, Any]) -> Measured:
+    parting, widths = said["parting"], said["rounds_by_width"]
+    read = {
+        "parting": parting and Parting(**parting),
+        "rounds_by_width": widths and {int(width): n for width, n in widths.items()},
+    }
+    return Measured(**said | read)
+
+
+def _of_prompt(
+    lm: dlm.LanguageModel, methods: Mapping[str, SpeculativeMethod], asked: Asked, gen_len: int,
+    repeats: int, others: Mapping[str, Decoder], warm: set[tuple[str, int]],
+) -> list[Measured]:  # fmt: skip
+    """What `measure` finds with one prompt; `warm` gets what was compiled."""
+    if not warm:
+        for run in others.values():
+            run(asked.tokens)
+    P = max(SHORTEST, 1 << (len(asked.tokens) - 1).bit_length())
+    ready, prefill_s, took_s = {}, {}, {}
+    for name, method in methods.items():
+        begun = time.perf_counter()
+        start = functools.partial(_start, lm, prompt=asked.tokens, prompt_len=P, gen_len=gen_len)
+        method = with_costs(lm.params, lm.cfg, method, start)
+        if (name, P) not in warm:  # compiles
+            jax.block_until_ready(decode(lm.params, lm.cfg, method, start(method), 1, FOREVER))
+            warm.add((name, P))
+        began = time.perf_counter()
+        ready[name] = method, jax.block_until_ready(start(method))
+        ended = time.perf_counter()
+        prefill_s[name], took_s[name] = ended - began, ended - begun
+    seconds: dict[str, list[float]] = {name: [] for name in (*methods, *others)}
+    texts: dict[str, Completion] = {}
+    found: dict[str, tuple[np.ndarray, int]] = {}
+    for _ in range(repeats):
+        for name, (method, first) in ready.items():
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, first))
             began = time.perf_counter()
-            state = jax.block_until_ready(start(method))
-            ready[name] = method, state, time.perf_counter() - began
-        seconds: dict[str, list[float]] = {name: [] for name in (*methods, *others)}
-        texts: dict[str, Completion] = {}
-        theirs: dict[str, tuple[list[int], int]] = {}
-        for _ in range(repeats):
-            for name, (method, first, _) in ready.items():
-                state = jax.block_until_ready(jax.tree.map(jnp.copy, first))
-                began = time.perf_counter()
-                state = decode(lm.params, lm.cfg, method, state, FOREVER, FOREVER)
-                jax.block_until_ready(state)
-                seconds[name].append(time.perf_counter() - began)
-                (texts[name],) = collect(state, lm, method)
-            for name, run in others.items():
-                tokens, forwards, elapsed = run(prompt)
-                seconds[name].append(elapsed)
-                theirs[name] = tokens, forwards
-        plain = texts[PLAIN]
-        found = {name: (t.canvas, t.num_forwards) for name, t in texts.items()}
-        found |= {name: (np.array(tokens), n) for name, (tokens, n) in theirs.items()}
-        if any(not np.array_equal(canvas, plain.canvas) for canvas, _ in found.values()):
-            plain = complete(lm, prompt, gen_len=gen_len, top_logprobs=2)
-        for name, (canvas, forwards) in found.items():
-            same = np.array_equal(canvas, plain.canvas)
-            yield Measured(
-                name, category, i, seconds[name],
-                ready[name][2] if name in ready else None,
-                len(canvas), forwards, None if same else first_parting(plain, canvas),
-                texts[name].rounds_by_width if name in texts else None,
-            )  # fmt: skip
+            state = decode(lm.params, lm.cfg, method, state, FOREVER, FOREVER)
+            jax.block_until_ready(state)
+            seconds[name].append(time.perf_counter() - began)
+            (texts[name],) = collect(state, lm, method)
+            found[name] = texts[name].canvas, texts[name].num_forwards
+        for name, run in others.items():
+            tokens, forwards, elapsed = run(asked.tokens)
+            seconds[name].append(elapsed)
+            found[name] = np.array(tokens), forwards
+    plain = texts[PLAIN]
+    if any(not np.array_equal(canvas, plain.canvas) for canvas, _ in found.values()):
+        plain = complete(lm, asked.tokens, gen_len=gen_len, top_logprobs=2)
+    return [
+        Measured(
+            name, asked.category, asked.number, seconds[name], prefill_s.get(name),
+            took_s.get(name, 0.0) + sum(seconds[name]), len(canvas), forwards,
+            None if np.array_equal(canvas, plain.canvas) else first_parting(plain, canvas),
+            texts[name].rounds_by_width if name in texts else None,
+        )
+        for name, (canvas, forwards) in found.items()
+    ]  # fmt: skip
 
 
 def _start(

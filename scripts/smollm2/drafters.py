@@ -42,7 +42,7 @@ def draft_of(lm: dlm.LanguageModel, folder: pathlib.Path) -> dlm.LanguageModel |
 def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, Drafter]]:
     """By name, those of `configs/smollm2.py` that are there: runs in folders of their names.
 
-    All as chains; EAGLE-3 and DFlash as trees, too.
+    All as chains; EAGLE-3, DFlash and masks as trees, too.
 
     Raises:
       ValueError: one was trained for another model.
@@ -58,6 +58,8 @@ def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, 
         eagle = eagle_3.load(at["eagle_3"], lm)
         yield "EAGLE-3", Eagle(eagle, CHAIN)
         yield "EAGLE-3, OPT-Tree", EagleOpt(eagle, budget=BUDGET, levels=BUDGET)
+        wide = EagleBest(eagle, width=8, levels=5, budget=WIDE)
+        yield f"EAGLE-3, {WIDE} nodes", wide
     if "dflash" in at:
         block = dflash.load(at["dflash"], lm)
         yield "DFlash", DFlash(block, num_drafts=CHAIN.depth)
@@ -66,6 +68,7 @@ def trained(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, 
         network = masks.load(at["masks"], lm)
         for kind, is_quadratic in (("linear", False), ("quadratic", True)):
             yield f"masks, {kind}", Masks(network, CHAIN.depth, is_quadratic=is_quadratic)
+        yield "DDTree of masks", DDTree(Masks(network), budget=BUDGET, max_budget=BUDGET)
 
 
 def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[str, Drafter]]:
@@ -113,9 +116,6 @@ def everything(lm: dlm.LanguageModel, folder: pathlib.Path) -> Iterator[tuple[st
             f"DDTree of DFlash, {WIDE} nodes",
             DDTree(block, budget=WIDE, max_budget=WIDE),
         )
-    if "masks" in at:
-        guesses = Masks(masks.load(at["masks"], lm))
-        yield "DDTree of masks", DDTree(guesses, budget=BUDGET, max_budget=BUDGET)
     if "medusa" in at:
         heads = Medusa(medusa.load(at["medusa"], lm)[1], CHAIN)
         yield "DDTree of Medusa", DDTree(heads, budget=BUDGET, max_budget=BUDGET)

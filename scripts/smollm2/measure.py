@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -42,7 +41,8 @@ def measure(
 
     Args:
       lm: SmolLM2.
-      folder: of the trained drafters.
+      folder: of the trained drafters; its measured.jsonl has what was measured, so that a run
+        that is interrupted goes on.
       prompts: folder of question*.jsonl.
       num: prompts per category.
       repeats: timed runs of each.
@@ -61,11 +61,13 @@ def measure(
     except ImportError as error:
         print(f"transformers is left out: {error}; it is in the extra, pip install -e '.[parity]'")
         others = {}
-    began, found = time.perf_counter(), []
-    for m in spec_bench.measure(lm, methods, asked, GEN_LEN, repeats, others):
+    found = []
+    for m in spec_bench.measure(
+        lm, methods, asked, GEN_LEN, repeats, others, folder / "measured.jsonl"
+    ):
         print(json.dumps(dataclasses.asdict(m)), flush=True)
         found.append(m)
-    minutes = (time.perf_counter() - began) / 60
+    minutes = sum(m.took_s for m in found) / 60
     rows = spec_bench.summary(found)
     root = pathlib.Path(out)
     root.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,8 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     asked = {"short": some[:2], "long": some[2:]}
     methods = spec_bench.methods_of(["prompt_lookup"], ["off", "on"])
     others = {"other": lambda prompt: ([1, 2, 3], 3, 0.5)}
-    found = [*spec_bench.measure(lm, methods, asked, 8, 2, others)]
+    log = tmp_path / "log.jsonl"
+    found = [*spec_bench.measure(lm, methods, asked, 8, 2, others, log)]
     names = ["plain", "prompt_lookup", "prompt_lookup, controlled", "other"]
     assert [m.method for m in found] == names * 3
     assert all(len(m.seconds) == 2 for m in found)
@@ -76,6 +77,13 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     assert spec_bench.table([*rows.values()]).count("\n") == 1 + len(rows)
     spec_bench.draw([*rows.values()], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))  # interrupted
+    again = [*spec_bench.measure(lm, methods, asked, 8, 2, others, log)]
+    assert again[:8] == found[:8] and again[8].seconds != found[8].seconds
+    assert [*spec_bench.measure(lm, methods, asked, 8, 2, others, log)] == again
+    others["another"] = others["other"]
+    more = [*spec_bench.measure(lm, methods, asked, 8, 2, others, log)]  # beside another library
+    assert len(more) == 15 and more[0].seconds != again[0].seconds
     listed = spec_bench.divergences(found)
     assert len(listed) == 3 and all(s.startswith("other, ") and "nats" in s for s in listed)
 
