@@ -221,9 +221,7 @@ def fingerprint(lm: LanguageModel) -> str:
         some = np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64)
         index = np.unravel_index(some, leaf.shape)
         if isinstance(leaf, Apart):
-            values = jnp.stack(
-                [leaf.layers[i][tuple(rest)] for i, *rest in zip(*index, strict=True)]
-            )
+            values = jnp.stack([leaf.entry(*at) for at in zip(*index, strict=True)])
         else:
             values = leaf[index]
         digest.update(jax.tree_util.keystr(path).encode())

@@ -14,6 +14,7 @@ Letters: L layers, I and O the flattened input and output axes of a weight, r ra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -29,13 +30,12 @@ from dlm.hf.files import format_for, read_tensors
 from dlm.hf.format import Stored
 from dlm.hf.keys import LARGEST
 from dlm.json_lines import read_json
-from dlm.params import Apart, LowRank, Params, ParamSpec
+from dlm.params import INPUT_FIRST, Apart, LowRank, Params, ParamSpec
 from dlm.trainable import Learned, Trainable
 from dlm.written import write_json, write_tensors
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _INPUTS = {"o": "nh", "down": "f"}  # letters of what goes in; "d" of others
-_OUTPUT_FIRST = ("q", "k", "v")  # how their weights are stored, see `param_specs`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class Lora(Trainable):
           first: positions of a window before this one are multiplied by the model's weights alone.
         """
 
-        def both(target: str, weight: jax.Array, down: jax.Array, up: jax.Array) -> LowRank:
+        def both(_: bool, weight: jax.Array, down: jax.Array, up: jax.Array) -> LowRank:
             down, up = (x.astype(weight.dtype) for x in (down, up))
             return LowRank(weight, down, up, self.scale, first)
 
@@ -133,10 +133,12 @@ class Lora(Trainable):
     def merge(self, params: Params, delta: Params) -> Params:
         """Parameters of a plain model: the change is added in float32, then rounded."""
 
-        def add(target: str, weight: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+        def add(
+            is_input_first: bool, weight: jax.Array, down: jax.Array, up: jax.Array
+        ) -> jax.Array:
             down, up = (x.astype(jnp.float32) for x in (down, up))
             product = self.scale * jnp.matmul(down, up, precision="highest")  # [..., I, O]
-            if target in _OUTPUT_FIRST:
+            if not is_input_first:
                 product = product.swapaxes(-1, -2)
             wide = jnp.promote_types(weight.dtype, jnp.float32)
             return (weight.astype(wide) + product.reshape(weight.shape)).astype(weight.dtype)
@@ -144,13 +146,14 @@ class Lora(Trainable):
         return self._replace(params, delta, add)
 
     def _replace(self, params: Params, own: Params, new: Callable[..., Any]) -> Params:
-        """Targets become `new(target, weight, down, up)`, layer by layer where they lie apart."""
+        """Targets become `new(is_input_first, weight, down, up)`, by layer where they lie apart."""
 
         def of_leaf(target: str, weight: jax.Array | Apart, change: Params) -> Any:
-            sides = change["down"], change["up"]
+            sides, is_input_first = (change["down"], change["up"]), target in INPUT_FIRST
             if not isinstance(weight, Apart):
-                return new(target, weight, *sides)
-            return Apart(tuple(new(target, *x) for x in zip(weight, *sides, strict=True)))
+                return new(is_input_first, weight, *sides)
+            of_layer = functools.partial(new, is_input_first and not weight.is_turned)
+            return weight.replace(layers=tuple(map(of_layer, weight.layers, *sides)))
 
         def of_stack(layers: Params, own: Params) -> Params:
             return {

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from dlm.config import ModelConfig
 from dlm.sharding import RULES, Rules, logical_sharding
 
 Params = dict[str, Any]
+
+INPUT_FIRST = ("o", "gate", "up", "down")  # how their weights are stored, see `param_specs`
 
 # Of a layer's weights; models with a MASK token read wider windows, for which a copy counts less.
 APART_BYTES, APART_BYTES_WIDE = 2**20, 10 * 2**20
@@ -79,22 +81,36 @@ class Apart(struct.PyTreeNode):
     """A leaf of the parameters that is an array per layer, and not one of them all.
 
     CPUs copy what a scan takes out of a stack before they multiply by it; an array of its own they
-    read where it is.
+    read where it is, and fastest if what is multiplied over comes last.
 
     Attributes:
       layers: L arrays of the same shape, or as many `LowRank`.
+      is_turned: whether the last axis of each has become its first. Static.
     """
 
     layers: tuple[Any, ...]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Layer by layer, as a stack."""
-        return iter(self.layers)
+    is_turned: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stack that it stands for, [L, ...]."""
-        return (len(self.layers), *self.layers[0].shape)
+        first, *rest = self.layers[0].shape
+        return (len(self.layers), *((*rest, first) if self.is_turned else (first, *rest)))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Layer by layer, as a stack."""
+        return map(self.layer, range(len(self.layers)))
+
+    def layer(self, number: int) -> Any:
+        """That of the stack."""
+        x = self.layers[number]
+        return jnp.moveaxis(x, 0, -1) if self.is_turned else x
+
+    def entry(self, layer: int, *index: int) -> jax.Array:
+        """The number at an index of the stack."""
+        *rest, last = index
+        x: jax.Array = self.layers[layer]
+        return x[(last, *rest)] if self.is_turned else x[index]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -258,6 +274,14 @@ def may_lie_apart(leaf: str, spec: ParamSpec) -> bool:
     return leaf.startswith("layers/") and is_factor and "experts" not in spec.axes
 
 
+def of_layers(leaf: str, layers: Iterable[Any]) -> Apart:
+    """A parameter, named by its path, from its layers, turned if its weights are input-first."""
+    if leaf.rsplit("/", 1)[-1] not in INPUT_FIRST:
+        return Apart(tuple(map(jnp.asarray, layers)))
+    turned = (x.transpose(x.ndim - 1, *range(x.ndim - 1)) for x in layers)
+    return Apart(tuple(map(jnp.asarray, turned)), is_turned=True)
+
+
 def is_faster_apart(cfg: ModelConfig) -> bool:
     """Whether this process decodes faster if what can lies apart, see `Apart`.
 
@@ -277,7 +301,7 @@ def apart(params: Params, cfg: ModelConfig) -> Params:
 
     def split(path: jax.tree_util.KeyPath, spec: ParamSpec, x: jax.Array) -> jax.Array | Apart:
         leaf = jax.tree_util.keystr(path, simple=True, separator="/")
-        return Apart(tuple(x)) if may_lie_apart(leaf, spec) else x
+        return of_layers(leaf, x) if may_lie_apart(leaf, spec) else x
 
     return jax.tree_util.tree_map_with_path(split, param_specs(cfg), params)
 

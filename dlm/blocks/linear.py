@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dlm.params import Apart, LowRank, OfLayer
-from kernels_pallas.few_rows import beside_zeros
+from kernels_pallas.few_rows import times_rows_of
 
 Weight = jax.Array | LowRank | OfLayer
 
@@ -35,7 +36,14 @@ def linear(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
     """
     B, T = x.shape[:2]
     rows = x.reshape(B * T, -1)
-    out = _product(x, w, lambda w: product(rows, w.reshape(rows.shape[1], -1), 0))
+    is_turned = isinstance(w, OfLayer) and isinstance(w.stack, Apart) and w.stack.is_turned
+
+    def times(weight: jax.Array) -> jax.Array:
+        if is_turned:  # [out, *in]
+            return product(rows, weight.reshape(-1, rows.shape[1]), 1)
+        return product(rows, weight.reshape(rows.shape[1], -1), 0)
+
+    out = _product(x, w, times)
     return out.reshape(B, T, *w.shape[num_in:])
 
 
@@ -51,15 +59,19 @@ def product(rows: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 
 def _rounded(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     dims = (((axes[0],), (axes[1],)), ((), ()))
-    plain = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
+
+    def over(a: jax.Array, b: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        if axes == (1, 1):
+            return times_rows_of(a, b, dtype)
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
     if a.dtype != jnp.bfloat16:
-        return plain(a, b)
-    wide = functools.partial(plain, preferred_element_type=jnp.float32)
+        return over(a, b)
 
     def on_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
-        return (beside_zeros(wide, a, b) if axes[0] else wide(a, b)).astype(a.dtype)
+        return over(a, b, jnp.float32).astype(a.dtype)
 
-    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=over)
 
 
 def _forward(rows: jax.Array, w: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:

@@ -224,7 +224,7 @@ def tensor_dtypes(cfg: ModelConfig, form: Format) -> dict[str, np.dtype]:
 def _entry(leaf: jax.Array | np.ndarray | Apart, index: tuple[int, ...]) -> np.ndarray:
     """leaf[index], brought to the host."""
     if isinstance(leaf, Apart):
-        leaf, index = leaf.layers[index[0]], index[1:]
+        leaf, index = leaf.layer(index[0]), index[1:]
     if isinstance(leaf, jax.Array) and [d.platform for d in leaf.devices()] == ["cpu"]:
         leaf = np.asarray(leaf)  # whole on this one device: no copy, and nothing to compile
     return leaf[index] if isinstance(leaf, np.ndarray) else np.asarray(_take(leaf, *index))

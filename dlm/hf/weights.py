@@ -44,6 +44,7 @@ from dlm.params import (
     Params,
     is_apart,
     may_lie_apart,
+    of_layers,
     param_shardings,
     param_specs,
 )
@@ -110,7 +111,7 @@ def read_params(
             whole = tuple(range(dim) for dim in shape)
             if apart and may_lie_apart(leaf, specs[leaf]):
                 each = ((range(i, i + 1), *whole[1:]) for i in whole[0])
-                return Apart(tuple(jax.device_put(read(part)[0]) for part in each))
+                return of_layers(leaf, (read(part)[0] for part in each))
             return jax.device_put(read(whole))
         sharding, placed = shardings[leaf], []
         first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once

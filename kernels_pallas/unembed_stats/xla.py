@@ -5,12 +5,10 @@ Letters: M rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.few_rows import beside_zeros
+from kernels_pallas.few_rows import times_rows_of
 from kernels_pallas.unembed_stats.noise import Noise
 from kernels_pallas.unembed_stats.summary import Summary, ban, merge, tile_summary
 
@@ -69,10 +67,6 @@ def tile_len(M: int, V: int) -> int:
 
 def matmul(hidden: jax.Array, head: jax.Array, cap: float | None = None) -> jax.Array:
     """[M, V] float32 of hidden [M, D] and head [V, D]; z becomes cap tanh(z / cap)."""
-    product = functools.partial(
-        jax.lax.dot_general,
-        dimension_numbers=(((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.promote_types(head.dtype, jnp.float32),
-    )
-    z = beside_zeros(product, hidden.astype(head.dtype), head)
+    wide = jnp.promote_types(head.dtype, jnp.float32)
+    z = times_rows_of(hidden.astype(head.dtype), head, wide)
     return z if cap is None else cap * jnp.tanh(z / cap)

@@ -1,4 +1,4 @@
-"""One row times a matrix of bfloat16: the same numbers, and no wider copy of the matrix."""
+"""Few rows times a large matrix: the same numbers, in the way that CPUs do them best."""
 
 import functools
 
@@ -8,34 +8,53 @@ import numpy as np
 import pytest
 
 from dlm.blocks.linear import product
-from kernels_pallas.few_rows import beside_zeros
+from kernels_pallas.few_rows import MOST_ROWS, times_rows_of
 from kernels_pallas.unembed_stats.xla import matmul
 
+WAYS = [matmul, functools.partial(product, axis=1)]
 
-@pytest.mark.parametrize("axis", [0, 1])
+
+def plain(rows, w):
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(rows, w, dims, preferred_element_type=jnp.float32)
+
+
+def compiled(multiply, M, dtype):
+    rows, w = jnp.ones((M, 80), dtype), jnp.ones((96, 80), dtype)
+    return jax.jit(multiply).lower(rows, w).compile().as_text()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_one_row_is_what_it_is_among_others(axis, dtype):
+def test_rows_are_what_they_are_among_others(dtype):
     rng = np.random.default_rng(0)
-    rows = jnp.asarray(rng.normal(size=(3, 64)), dtype)
-    w = jnp.asarray(rng.normal(size=(64, 96) if axis == 0 else (96, 64)), dtype)
-    multiply = jax.jit(functools.partial(product, axis=axis))
+    rows, w = (jnp.asarray(rng.normal(size=(n, 64)), dtype) for n in (MOST_ROWS + 1, 96))
+    expected = np.asarray(rows, np.float64) @ np.asarray(w, np.float64).T
+    for M in (1, 2, 8, 9, MOST_ROWS, MOST_ROWS + 1):
+        found = jax.jit(times_rows_of, static_argnames="dtype")(rows[:M], w, dtype="float32")
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected[:M], rtol=1e-4, atol=1e-4)
+    multiply = jax.jit(functools.partial(product, axis=1))
     np.testing.assert_allclose(
-        multiply(rows[:1], w=w).astype(np.float32), multiply(rows, w=w)[:1].astype(np.float32),
+        multiply(rows[:1], w=w).astype(np.float32), multiply(rows[:3], w=w)[:1].astype(np.float32),
         rtol=1e-2, atol=1e-2,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("multiply", [matmul, functools.partial(product, axis=1)])
+@pytest.mark.parametrize("multiply", WAYS)
+def test_cpus_multiply_few_rows_by_the_matrix(multiply):
+    """The matrix is the first factor, which XLA does not copy: what comes out is [96, M]."""
+    for M, width in ((2, 2), (8, 8), (9, 16), (MOST_ROWS, MOST_ROWS)):
+        assert f"f32[96,{width}]" in compiled(multiply, M, "float32")
+        assert f"f32[96,{width}]" not in compiled(plain, M, "float32")
+    assert f"f32[96,{MOST_ROWS + 1}]" not in compiled(multiply, MOST_ROWS + 1, "float32")
+
+
+@pytest.mark.parametrize("multiply", WAYS)
 def test_cpus_make_no_wider_copy(multiply):
-    row, w = jnp.ones((1, 64), jnp.bfloat16), jnp.ones((96, 64), jnp.bfloat16)
-    plain = functools.partial(
-        jax.lax.dot_general,
-        dimension_numbers=(((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    widens = lambda f, rows: "f32[96,64]" in jax.jit(f).lower(rows, w).compile().as_text()
-    if widens(plain, jnp.repeat(row, 2, axis=0)):
+    widens = lambda f, M: "f32[96,80]" in compiled(f, M, "bfloat16")
+    if widens(plain, 2):
         pytest.skip("this CPU does not multiply bfloat16")
-    assert not widens(multiply, row)
-    assert widens(plain, row)  # else there is no need for `beside_zeros` any more
-    np.testing.assert_array_equal(beside_zeros(plain, row, w), np.full((1, 96), 64))
+    assert not widens(multiply, 1)
+    assert widens(plain, 1)  # else a single row need not be two any more
+    row, w = jnp.ones((1, 64), jnp.bfloat16), jnp.ones((96, 64), jnp.bfloat16)
+    np.testing.assert_array_equal(times_rows_of(row, w, jnp.float32), np.full((1, 96), 64))

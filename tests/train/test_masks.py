@@ -501,11 +501,12 @@ def test_files_there_and_back(toy_cfg, toy_params, tmp_path):
     assert isinstance(of_layers.own["change"]["q"]["up"], Apart)
     rows = MaskRows(np.full((4, 3), 9, np.int32), np.ones((4, 3), bool), (1, 1, 1))
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
-    hidden, again = (
+    (of_text, hidden), (same_text, again) = (
         read(masks, params, toy_cfg, tokens, batch["prompt_start"], rows)
         for masks, params in ((back, toy_params), (of_layers, split.params))
     )
-    np.testing.assert_allclose(hidden[:, -3:], again[:, -3:], atol=1e-5)
+    np.testing.assert_allclose(hidden, again, atol=1e-5)
+    np.testing.assert_allclose(of_text, same_text, atol=1e-5)
     other = dataclasses.replace(lm, params=toy_params | {"embed": 2 * toy_params["embed"]})
     with pytest.raises(ValueError, match="train heads for it"):
         masks.load(tmp_path / "model", other)

@@ -44,7 +44,7 @@ def run(cfg, params, **options):
 
 
 def assert_same(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
 @pytest.mark.exhaustive(every=4)

@@ -26,6 +26,9 @@ def dots(jaxpr, times=1):
         inner = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         if eqn.primitive.name == "pallas_call":
             continue
+        if eqn.primitive.name == "cond":  # by platform: each multiplies the same, in its own way
+            total += max(dots(branch.jaxpr, times) for branch in eqn.params["branches"])
+            continue
         for sub in jax.tree.leaves(
             list(eqn.params.values()),
             is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
