@@ -274,7 +274,7 @@ def may_lie_apart(leaf: str, spec: ParamSpec) -> bool:
     return leaf.startswith("layers/") and is_factor and "experts" not in spec.axes
 
 
-def of_layers(leaf: str, layers: Iterable[Any]) -> Apart:
+def laid_apart(leaf: str, layers: Iterable[Any]) -> Apart:
     """A parameter, named by its path, from its layers, turned if its weights are input-first."""
     if leaf.rsplit("/", 1)[-1] not in INPUT_FIRST:
         return Apart(tuple(map(jnp.asarray, layers)))
@@ -301,7 +301,7 @@ def apart(params: Params, cfg: ModelConfig) -> Params:
 
     def split(path: jax.tree_util.KeyPath, spec: ParamSpec, x: jax.Array) -> jax.Array | Apart:
         leaf = jax.tree_util.keystr(path, simple=True, separator="/")
-        return of_layers(leaf, x) if may_lie_apart(leaf, spec) else x
+        return laid_apart(leaf, x) if may_lie_apart(leaf, spec) else x
 
     return jax.tree_util.tree_map_with_path(split, param_specs(cfg), params)
 

@@ -43,8 +43,8 @@ from dlm.params import (
     Apart,
     Params,
     is_apart,
+    laid_apart,
     may_lie_apart,
-    of_layers,
     param_shardings,
     param_specs,
 )
@@ -111,7 +111,7 @@ def read_params(
             whole = tuple(range(dim) for dim in shape)
             if apart and may_lie_apart(leaf, specs[leaf]):
                 each = ((range(i, i + 1), *whole[1:]) for i in whole[0])
-                return of_layers(leaf, (read(part)[0] for part in each))
+                return laid_apart(leaf, (read(part)[0] for part in each))
             return jax.device_put(read(whole))
         sharding, placed = shardings[leaf], []
         first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
