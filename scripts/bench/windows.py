@@ -1,6 +1,6 @@
 """What a forward costs by the width of its window and by the length of the text behind it.
 
-A token (width 1), what drafters ask (8, 32), and reading a whole prompt; where transformers and
+A token (width 1), what drafters ask (4, 8, 32), and reading a whole prompt; where transformers and
 torch are installed (the extra `parity`), the same weights and windows there, in turn. A forward
 ends with the most probable token at each of its positions; that of a prompt at its last, there, and
 with none here. `floor_ms` is what the operations and the bytes that cannot be avoided take at the
@@ -33,7 +33,7 @@ from dlm.params import Params
 from dlm.window import Slots, Window
 from scripts.bench.timing import forward_cost, measure_ceilings, paired_medians_s
 
-WIDTHS, CONTEXTS = (1, 8, 32), (100, 1000, 3000)
+WIDTHS, CONTEXTS = (1, 4, 8, 32), (100, 1000, 3000)
 COLUMNS = ["window", "behind", "ms", "floor_ms", "transformers_ms", "share", "compile_s"]
 FORWARDS_PER_CALL = 8  # dispatch from Python is no part of a round
 
