@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 MOST_ROWS = 64  # with more, the rows cost and not the matrix
 VECTOR = 16  # numbers that a CPU multiplies at once
+LARGE = 2**16  # numbers of a matrix; smaller ones stay near, and any order will do
 
 
 def times_rows_of(rows: jax.Array, w: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
@@ -32,6 +33,8 @@ def times_rows_of(rows: jax.Array, w: jax.Array, dtype: DTypeLike | None = None)
         preferred_element_type=dtype,
     )
     M = rows.shape[0]
+    if w.size < LARGE:
+        return product(rows, w)
     if w.dtype == jnp.float32 and 1 < M <= MOST_ROWS:
         more = VECTOR - M if VECTOR // 2 < M < VECTOR else 0
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dlm.blocks.linear import product
-from kernels_pallas.few_rows import MOST_ROWS, times_rows_of
+from kernels_pallas.few_rows import LARGE, MOST_ROWS, times_rows_of
 from kernels_pallas.unembed_stats.xla import matmul
 
+I, O = 80, LARGE // 80 + 1  # noqa: E741
 WAYS = [matmul, functools.partial(product, axis=1)]
 
 
@@ -20,14 +21,14 @@ def plain(rows, w):
 
 
 def compiled(multiply, M, dtype):
-    rows, w = jnp.ones((M, 80), dtype), jnp.ones((96, 80), dtype)
+    rows, w = jnp.ones((M, I), dtype), jnp.ones((O, I), dtype)
     return jax.jit(multiply).lower(rows, w).compile().as_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_are_what_they_are_among_others(dtype):
     rng = np.random.default_rng(0)
-    rows, w = (jnp.asarray(rng.normal(size=(n, 64)), dtype) for n in (MOST_ROWS + 1, 96))
+    rows, w = (jnp.asarray(rng.normal(size=(n, I)), dtype) for n in (MOST_ROWS + 1, O))
     expected = np.asarray(rows, np.float64) @ np.asarray(w, np.float64).T
     for M in (1, 2, 8, 9, MOST_ROWS, MOST_ROWS + 1):
         found = jax.jit(times_rows_of, static_argnames="dtype")(rows[:M], w, dtype="float32")
@@ -44,17 +45,17 @@ def test_rows_are_what_they_are_among_others(dtype):
 def test_cpus_multiply_few_rows_by_the_matrix(multiply):
     """The matrix is the first factor, which XLA does not copy: what comes out is [96, M]."""
     for M, width in ((2, 2), (8, 8), (9, 16), (MOST_ROWS, MOST_ROWS)):
-        assert f"f32[96,{width}]" in compiled(multiply, M, "float32")
-        assert f"f32[96,{width}]" not in compiled(plain, M, "float32")
-    assert f"f32[96,{MOST_ROWS + 1}]" not in compiled(multiply, MOST_ROWS + 1, "float32")
+        assert f"f32[{O},{width}]" in compiled(multiply, M, "float32")
+        assert f"f32[{O},{width}]" not in compiled(plain, M, "float32")
+    assert f"f32[{O},{MOST_ROWS + 1}]" not in compiled(multiply, MOST_ROWS + 1, "float32")
 
 
 @pytest.mark.parametrize("multiply", WAYS)
 def test_cpus_make_no_wider_copy(multiply):
-    widens = lambda f, M: "f32[96,80]" in compiled(f, M, "bfloat16")
+    widens = lambda f, M: f"f32[{O},{I}]" in compiled(f, M, "bfloat16")
     if widens(plain, 2):
         pytest.skip("this CPU does not multiply bfloat16")
     assert not widens(multiply, 1)
     assert widens(plain, 1)  # else a single row need not be two any more
-    row, w = jnp.ones((1, 64), jnp.bfloat16), jnp.ones((96, 64), jnp.bfloat16)
-    np.testing.assert_array_equal(times_rows_of(row, w, jnp.float32), np.full((1, 96), 64))
+    row, w = jnp.ones((1, I), jnp.bfloat16), jnp.ones((O, I), jnp.bfloat16)
+    np.testing.assert_array_equal(times_rows_of(row, w, jnp.float32), np.full((1, O), I))
