@@ -170,7 +170,7 @@ def bench_spec_bench(flags: Flags) -> None:
     except (OSError, ValueError) as error:  # of the log; of transformers' process
         sys.exit(f"error: {error}")
     minutes = sum(m.took_s for m in found) / 60
-    rows, num = spec_bench.summary(found), sum(map(len, asked.values()))
+    rows, num = spec_bench.summary(found, asked), sum(map(len, asked.values()))
     page = [
         f"{path.name}, {num_params(lm.cfg) / 1e6:.0f} M parameters, {lm.cfg.dtype}, {device()}, "
         f"jax {jax.__version__}; {num} prompts of {pathlib.Path(flags.prompts).name}, first turns, "

@@ -28,7 +28,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -134,7 +134,10 @@ def measure(
     others: Mapping[str, Decoder],
     log: str | os.PathLike[str] | None = None,
 ) -> Iterator[Measured]:
-    """Every method, and every decoder of `others`, on every prompt.
+    """Every method, and every decoder of `others`, on every prompt, short prompts first.
+
+    Programs are kept for prompts that are padded to the same length: those of all methods and
+    lengths would have more parts than Linux maps for a process (vm.max_map_count).
 
     Args:
       lm: the target.
@@ -160,6 +163,7 @@ def measure(
         "jax": jax.__version__,
     }
     asked = [Asked(c, i, prompt) for c, some in prompts.items() for i, prompt in enumerate(some)]
+    asked.sort(key=_padded_len)
     record, warm = Record(log), set[tuple[str, int]]()
     with record.adding() as add:
         for one in tqdm(asked, unit="prompt"):
@@ -188,7 +192,10 @@ def _of_prompt(
     if not warm:
         for run in others.values():
             run(asked.tokens)
-    P = max(SHORTEST, 1 << (len(asked.tokens) - 1).bit_length())
+    P = _padded_len(asked)
+    if any(padded != P for _, padded in warm):
+        jax.clear_caches()
+        warm.clear()
     ready, prefill_s, took_s = {}, {}, {}
     for name, method in methods.items():
         begun = time.perf_counter()
@@ -231,6 +238,10 @@ def _of_prompt(
     ]  # fmt: skip
 
 
+def _padded_len(asked: Asked) -> int:
+    return max(SHORTEST, 1 << (len(asked.tokens) - 1).bit_length())
+
+
 def _start(
     lm: dlm.LanguageModel,
     method: SpeculativeMethod,
@@ -242,10 +253,10 @@ def _start(
     return prefill(lm.params, lm.cfg, method, state)
 
 
-def summary(found: list[Measured]) -> list[dict[str, Any]]:
-    """A row per category and method; at last over all categories."""
+def summary(found: list[Measured], categories: Iterable[str]) -> list[dict[str, Any]]:
+    """A row per category and method, in this order; at last over all categories."""
     rows = []
-    for category in [*dict.fromkeys(m.category for m in found), "all"]:
+    for category in [*categories, "all"]:
         here = [m for m in found if category in (m.category, "all")]
         plain = [m for m in here if m.method == PLAIN]
         for method in dict.fromkeys(m.method for m in here):

@@ -68,7 +68,7 @@ def measure(
         print(json.dumps(dataclasses.asdict(m)), flush=True)
         found.append(m)
     minutes = sum(m.took_s for m in found) / 60
-    rows = spec_bench.summary(found)
+    rows = spec_bench.summary(found, asked)
     root = pathlib.Path(out)
     root.mkdir(parents=True, exist_ok=True)
     (root / "smollm2.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     names = ["plain", "prompt_lookup", "prompt_lookup, controlled", "other"]
     assert [m.method for m in found] == names * 3
     assert all(len(m.seconds) == 2 for m in found)
-    rows = {(row["category"], row["method"]): row for row in spec_bench.summary(found)}
+    rows = {(row["category"], row["method"]): row for row in spec_bench.summary(found, asked)}
     assert {category for category, _ in rows} == {"short", "long", "all"}
     for category in ("short", "long", "all"):
         plain = rows[category, "plain"]
