@@ -153,7 +153,8 @@ class Lora(Trainable):
             if not isinstance(weight, Apart):
                 return new(is_input_first, weight, *sides)
             of_layer = functools.partial(new, is_input_first and not weight.is_turned)
-            return weight.replace(layers=tuple(map(of_layer, weight.layers, *sides)))
+            each = zip(weight.layers, *sides, strict=True)
+            return weight.replace(layers=tuple(of_layer(*x) for x in each))
 
         def of_stack(layers: Params, own: Params) -> Params:
             return {

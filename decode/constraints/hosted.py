@@ -29,6 +29,7 @@ from flax import struct
 
 from decode.core.results import Completion
 from decode.core.sampling import Sampling
+from decode.core.texts import Loop, of_params
 
 State = Hashable
 MOST_KEPT = 1024  # texts whose states are remembered
@@ -149,7 +150,20 @@ def pack(found: Sequence[tuple[int, int, np.ndarray]]) -> Masks | None:
     return Masks(jnp.asarray(row), jnp.asarray(place), jnp.asarray(allowed))
 
 
-def counted(collect: Callable[..., list[Completion]]) -> Callable[..., list[Completion]]:
+def on_host(loop: Loop, prepare: Callable[..., Any], decode: Callable[..., Any]) -> Loop:
+    """A loop that is asked as `loop`, with a constraint in its rounds.
+
+    Args:
+      loop: the one without.
+      prepare: the state before the first round, see `decode.core.texts.of_params`.
+      decode: rounds of it.
+    """
+    return dataclasses.replace(
+        loop, prepare=of_params(prepare), decode=decode, collect=_counted(loop.collect)
+    )
+
+
+def _counted(collect: Callable[..., list[Completion]]) -> Callable[..., list[Completion]]:
     """A loop's `collect` whose `Completion.counts` say what the constraint did, too.
 
     "num_masked" are rounds in which it ruled out what would have been written, or anything at all

@@ -112,6 +112,11 @@ class Loop:
     )
 
 
+def of_params(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop's `prepare`, of one that takes parameters and a configuration instead of a model."""
+    return lambda lm, method, prompts, **asked: prepare(lm.params, lm.cfg, method, prompts, **asked)
+
+
 def read_one(
     lm: LanguageModel, prompt: Any, gen_len: int, seed: int, may_be_empty: bool = False
 ) -> tuple[list[int], int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from decode.constraints.hosted import counted
+from decode.constraints.hosted import on_host
 from decode.core.component import as_kind
 from decode.core.results import Completion, to_text
 from decode.core.texts import Loop
@@ -97,11 +97,4 @@ LOOP = Loop(
     collect=collect,
     may_be_empty=lambda cfg: False,
 )
-HOSTED_LOOP = dataclasses.replace(
-    LOOP,
-    prepare=lambda lm, method, prompts, **asked: hosted.prepare(
-        lm.params, lm.cfg, method, prompts, **asked
-    ),
-    decode=hosted.decode,
-    collect=counted(collect),
-)
+HOSTED_LOOP = on_host(LOOP, hosted.prepare, hosted.decode)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from decode.constraints.hosted import counted
+from decode.constraints.hosted import on_host
 from decode.core.results import Completion, to_text
-from decode.core.texts import Loop
+from decode.core.texts import Loop, of_params
 from decode.speculative import hosted, pearl
 from decode.speculative.controller import ControllerState
 from decode.speculative.costs import with_costs
@@ -101,18 +101,5 @@ LOOP = Loop(
     may_be_empty=lambda cfg: False,
     ready=lambda lm, method, start: with_costs(lm.params, lm.cfg, method, start),
 )
-PEARL_LOOP = dataclasses.replace(
-    LOOP,
-    prepare=lambda lm, method, prompts, **asked: pearl.prepare(
-        lm.params, lm.cfg, method, prompts, **asked
-    ),
-    decode=pearl.decode,
-)
-HOSTED_LOOP = dataclasses.replace(
-    LOOP,
-    prepare=lambda lm, method, prompts, **asked: hosted.prepare(
-        lm.params, lm.cfg, method, prompts, **asked
-    ),
-    decode=hosted.decode,
-    collect=counted(collect),
-)
+PEARL_LOOP = dataclasses.replace(LOOP, prepare=of_params(pearl.prepare), decode=pearl.decode)
+HOSTED_LOOP = on_host(LOOP, hosted.prepare, hosted.decode)
