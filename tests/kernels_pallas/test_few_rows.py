@@ -47,6 +47,8 @@ def test_cpus_multiply_few_rows_by_the_matrix(multiply):
     for M, width in ((2, 2), (8, 8), (9, 16), (MOST_ROWS, MOST_ROWS)):
         assert f"f32[{O},{width}]" in compiled(multiply, M, "float32")
         assert f"f32[{O},{width}]" not in compiled(plain, M, "float32")
+        small = jax.jit(multiply).lower(jnp.ones((M, I)), jnp.ones((O - 1, I))).compile().as_text()
+        assert f"f32[{O - 1},{width}]" not in small
     assert f"f32[{O},{MOST_ROWS + 1}]" not in compiled(multiply, MOST_ROWS + 1, "float32")
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -86,6 +87,25 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     assert len(more) == 15 and more[0].seconds != again[0].seconds
     listed = spec_bench.divergences(found)
     assert len(listed) == 3 and all(s.startswith("other, ") and "nats" in s for s in listed)
+
+
+@pytest.mark.exhaustive(every=4)
+def test_programs_are_kept_for_one_length_at_a_time(toy_cfg, toy_params, monkeypatch):
+    """Prompts that are padded to the same length follow each other; then programs are dropped."""
+    lm, order, dropped = LanguageModel(toy_params, toy_cfg), [], []
+    monkeypatch.setattr(spec_bench, "SHORTEST", 4)
+    monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(len(order)))
+    collect = spec_bench.collect
+    noted = lambda state, *rest: order.append(state.prompt_len.item()) or collect(state, *rest)
+    monkeypatch.setattr(spec_bench, "collect", noted)
+    asked = {"long": [[1] * 7, [1] * 3], "short": [[2] * 2, [2] * 6]}
+    plain = spec_bench.methods_of([], ["off"])
+    found = [*spec_bench.measure(lm, plain, asked, 4, 1, {})]
+    assert order == [3, 2, 7, 6] and dropped == [2]
+    rows = spec_bench.summary(found, asked)
+    assert [(row["category"], row["prompts"]) for row in rows] == [
+        ("long", 2), ("short", 2), ("all", 4)
+    ]  # fmt: skip
 
 
 def test_nonsense_is_refused():
