@@ -349,7 +349,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
                 markerfacecolor=face, markersize=4, linewidth=1,
                 label="with a controller" if suffix else "without",
             )  # fmt: skip
-        axes.tick_params(axis="x", which="both", labelsize=6)
+        is_last = categories.index(category) + columns >= len(categories)  # of its column
+        axes.tick_params(axis="x", which="both", labelsize=6, labelbottom=is_last)
         axes.tick_params(axis="y", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     first = panels[0, 0]
