@@ -11,7 +11,7 @@
     python -m scripts.bench kernels --toy                 # anywhere, seconds
     python -m scripts.bench refill --checkpoint=runs/quickstart/train/model --task=waiting_line \
         --num_prompts=200
-    python -m scripts.bench refill --num_prompts=64 --rows=8
+    python -m scripts.bench refill --num_prompts=64 --rows=8 --prompts=path/to/spec_bench
     python -m scripts.bench search --checkpoint=smollm2 --pythons=path/of/python
 
 `decode` times steps and whole decodes of every cache, `spec` rounds of drafting and verifying,
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "", about)
     flags.DEFINE_string("draft", "", "Checkpoint of a draft model; empty: none.")
     flags.DEFINE_string("trained", "", "spec_bench: folder of scripts.smollm2, for its drafters.")
-    flags.DEFINE_string("prompts", "", "spec_bench, search: folder of question*.jsonl.")
+    flags.DEFINE_string("prompts", "", "spec_bench, search, refill: folder of question*.jsonl.")
     flags.DEFINE_integer("num_prompts", 4, "In all, or per category.", lower_bound=1)
     flags.DEFINE_enum("task", "", ["", *TASKS], "refill, search: whose prompts; else passages.")
     flags.DEFINE_integer("rows", 32, "refill: decoded at once.", lower_bound=1)

@@ -30,6 +30,7 @@ from scripts.bench import (
     search,
     spec,
     spec_bench,
+    spec_report,
     train,
     windows,
 )
@@ -82,10 +83,13 @@ def bench_windows(flags: Flags) -> None:
 
 
 def bench_refill(flags: Flags) -> None:
-    refill.run(
-        flags.checkpoint or "smollm2", flags.task, flags.num_prompts, flags.gen_len,
-        flags.block_len, flags.rows, flags.repeats,
-    )  # fmt: skip
+    try:
+        refill.run(
+            flags.checkpoint or "smollm2", flags.task, flags.prompts, flags.num_prompts,
+            flags.gen_len, flags.block_len, flags.rows, flags.repeats,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 def bench_search(flags: Flags) -> None:
@@ -170,21 +174,21 @@ def bench_spec_bench(flags: Flags) -> None:
     except (OSError, ValueError) as error:  # of the log; of transformers' process
         sys.exit(f"error: {error}")
     minutes = sum(m.took_s for m in found) / 60
-    rows, num = spec_bench.summary(found, asked), sum(map(len, asked.values()))
+    rows, num = spec_report.summary(found, asked), sum(map(len, asked.values()))
     page = [
         f"{path.name}, {num_params(lm.cfg) / 1e6:.0f} M parameters, {lm.cfg.dtype}, {device()}, "
         f"jax {jax.__version__}; {num} prompts of {pathlib.Path(flags.prompts).name}, first turns, "
         f"batch 1, greedy, at most {flags.gen_len} tokens; medians of {flags.repeats}; "
         f"{minutes:.0f} minutes.",
-        spec_bench.table(rows),
-        *(f"- {sentence}" for sentence in spec_bench.divergences(found)),
+        spec_report.table(rows),
+        *(f"- {sentence}" for sentence in spec_report.divergences(found)),
     ]
     print("\n" + "\n\n".join(page))
     if flags.out:
         out = pathlib.Path(flags.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "spec_bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        spec_bench.draw(rows, out / "spec_bench.png")
+        spec_report.draw(rows, out / "spec_bench.png")
         (out / "spec_bench.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 

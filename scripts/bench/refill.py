@@ -5,9 +5,10 @@ Both decode the same prompts in the same number of rows, in the order in which t
 (`decode.core.refill`). Seconds are wall time of everything but compiling: reading prompts, rounds,
 swaps, texts. `occupancy` is the share of all rows' rounds in which a row had something to decode.
 
-Prompts are held-out examples of a task, or passages of Python's standard library, of 40 to 900
-characters: questions about them, or how they go on if the checkpoint has no chat template.
-Diffusion checkpoints decode with `Threshold(0.9)`, autoregressive ones with prompt lookup.
+Prompts are held-out examples of a task, questions from a folder (see `scripts.bench.prompts`), or
+passages of Python's standard library, of 40 to 900 characters: questions about them, or how they go
+on if the checkpoint has no chat template. Diffusion checkpoints decode with `Threshold(0.9)`,
+autoregressive ones with three drafts of prompt lookup.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from decode.diffusion.components import Eos, FixedBlocks, Threshold
 from decode.diffusion.loop import DiffusionMethod
 from decode.evaluation.job import make_job
 from decode.evaluation.run import Answered, Method, answered, device
-from decode.speculative.points import named
+from decode.speculative.drafters.prompt_lookup import PromptLookup
+from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import LanguageModel
 from dlm.tasks.presets import TASKS, TaskPreset
 from dlm.tasks.python_source import PythonSource
+from scripts.bench.prompts import read_questions, sample_prompts
 from scripts.bench.timing import table
 
 COLUMNS = ["method", "prompts", "rows", "same_answers", "forwards", "static_rounds", "full_rounds",
@@ -36,22 +39,29 @@ COLUMNS = ["method", "prompts", "rows", "same_answers", "forwards", "static_roun
 
 
 def run(
-    checkpoint: str, task: str, num: int, gen_len: int, block_len: int, rows: int, repeats: int
-) -> None:
+    checkpoint: str, task: str, folder: str, num: int, gen_len: int, block_len: int, rows: int,
+    repeats: int,
+) -> None:  # fmt: skip
     """Measures, and prints a line and a table.
 
     Args:
       checkpoint: for `dlm.load`.
-      task: which held-out examples; "": passages.
+      task: which held-out examples; "": others.
+      folder: of questions; "": passages.
       num: prompts.
-      gen_len: most tokens of an answer about a passage; tasks have their own.
+      gen_len: most tokens of an answer; tasks have their own.
       block_len: positions per block of diffusion checkpoints.
       rows: decoded at once.
       repeats: timed runs.
+
+    Raises:
+      ValueError: the folder has no questions, or the checkpoint no tokenizer.
     """
     lm = dlm.load(checkpoint, dtype="float32")
     if task:
         prompts, gen_len = of_task(lm, TASKS[task], num, block_len)
+    elif folder:
+        prompts = of_questions(lm, folder, num, gen_len)
     else:
         prompts = of_passages(lm, num)
     result = bench_refill(lm, method_of(lm, block_len), prompts, gen_len, rows, repeats)
@@ -63,7 +73,7 @@ def method_of(lm: LanguageModel, block_len: int) -> Method:
     """How a checkpoint is decoded."""
     if lm.cfg.never_causal or not lm.cfg.shifted_logits:
         return DiffusionMethod(FixedBlocks(block_len), rule=Threshold(0.9), stopper=Eos())
-    return named("prompt_lookup")
+    return SpeculativeMethod(PromptLookup(num_drafts=3))  # a window of 4: on CPUs nearly a token's
 
 
 def of_task(
@@ -72,6 +82,14 @@ def of_task(
     """Prompts of held-out examples, and the length of answers."""
     job = make_job(lm, preset, num_examples=num, block_len=block_len)
     return list(job.prompts), job.gen_len
+
+
+def of_questions(lm: LanguageModel, folder: str, num: int, gen_len: int) -> list[list[int]]:
+    """Prompts of all categories in like parts, in no order."""
+    questions = read_questions(folder)
+    found = sample_prompts(lm, questions, -(-num // len(questions)), gen_len)
+    prompts = [prompt for some in found.values() for prompt in some]
+    return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:num]]
 
 
 def of_passages(lm: LanguageModel, num: int) -> list[list[int]]:
@@ -113,9 +131,11 @@ def bench_refill(
                 )
                 for i in parts[name]
             ]  # fmt: skip
+            took = sum(part.seconds for part in found[name])
+            print(f"run {repeat} of {repeats}, {name}: {took:.1f} s", flush=True)
             compile_s += sum(part.compile_s for part in found[name])
             if repeat:  # the first one warms up
-                seconds[name].append(sum(part.seconds for part in found[name]))
+                seconds[name].append(took)
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     answers: dict[str, list[Completion]] = {
         name: [completion for part in of_parts for completion in part.completions]

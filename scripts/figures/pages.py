@@ -12,7 +12,7 @@ import numpy as np
 from decode.evaluation.figures import OperatingPoint, Panel, plot_speed_quality
 from decode.evaluation.tables import read_markdown
 from scripts import search_trees
-from scripts.bench import spec_bench
+from scripts.bench import spec_report
 from scripts.plan import page as pods
 from scripts.quickstart.report import TITLE
 from scripts.quickstart_spec import page as drafters
@@ -148,7 +148,7 @@ def figures(docs: pathlib.Path) -> dict[str, Callable[[], None]]:
         elif file.stem.startswith("drafters_"):
             found[file.stem] = functools.partial(drafters.draw_seeds, numbers, out)
         elif file.stem in ("spec_bench", "smollm2"):
-            found[file.stem] = functools.partial(spec_bench.draw, numbers, out)
+            found[file.stem] = functools.partial(spec_report.draw, numbers, out)
         elif file.name == search_trees.FILE:
             found |= search_trees.pictures(numbers, docs)
         elif file.name == pods.FILE:

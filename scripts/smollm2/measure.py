@@ -17,7 +17,7 @@ import dlm
 from decode.evaluation.run import device
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.loop import SpeculativeMethod
-from scripts.bench import spec_bench
+from scripts.bench import spec_bench, spec_report
 from scripts.bench.prompts import read_questions, sample_prompts
 from scripts.compare_hf.decoders import beside
 from scripts.smollm2 import training
@@ -68,12 +68,12 @@ def measure(
         print(json.dumps(dataclasses.asdict(m)), flush=True)
         found.append(m)
     minutes = sum(m.took_s for m in found) / 60
-    rows = spec_bench.summary(found, asked)
+    rows = spec_report.summary(found, asked)
     root = pathlib.Path(out)
     root.mkdir(parents=True, exist_ok=True)
     (root / "smollm2.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    spec_bench.draw(rows, root / "smollm2.png")
-    page = _page(lm, rows, spec_bench.divergences(found), num, repeats, minutes)
+    spec_report.draw(rows, root / "smollm2.png")
+    page = _page(lm, rows, spec_report.divergences(found), num, repeats, minutes)
     if training.curves(folder):
         training.draw(folder, root / "smollm2_training.png")
         page += f"\n{TRAINING}\n\n{training.table(folder)}\n"
@@ -95,10 +95,16 @@ def _page(
             "# Drafters for SmolLM2",
             "Written by `python -m scripts.smollm2 --steps=measure`; its docstring says how the "
             "drafters were made, `configs/smollm2.py` how they were trained, and "
-            "`scripts/bench/spec_bench.py` what the columns mean.",
+            "`scripts/bench/spec_report.py` what the columns mean.",
             about,
             "![Share of plain decoding by drafter and category](smollm2.png)",
-            spec_bench.table(rows),
+            "## Over all categories",
+            spec_report.table([row for row in rows if row["category"] == "all"]),
             "\n".join(f"- {sentence}" for sentence in partings) or "All texts are the same.",
+            "## By category",
+            "Tokens per forward, and behind the colon the share of plain decoding's speed.",
+            spec_report.by_category(rows, controlled=False),
+            "With a controller:",
+            spec_report.by_category(rows, controlled=True),
         ]
     ) + "\n"  # fmt: skip

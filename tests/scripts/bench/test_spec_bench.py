@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dlm.lm import LanguageModel
-from scripts.bench import prompts, spec_bench
+from scripts.bench import prompts, spec_bench, spec_report
 from tests.lib.speculation import random_prompts
 from tests.lib.untrained import char_lm
 
@@ -62,7 +62,7 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     names = ["plain", "prompt_lookup", "prompt_lookup, controlled", "other"]
     assert [m.method for m in found] == names * 3
     assert all(len(m.seconds) == 2 for m in found)
-    rows = {(row["category"], row["method"]): row for row in spec_bench.summary(found, asked)}
+    rows = {(row["category"], row["method"]): row for row in spec_report.summary(found, asked)}
     assert {category for category, _ in rows} == {"short", "long", "all"}
     for category in ("short", "long", "all"):
         plain = rows[category, "plain"]
@@ -70,13 +70,19 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
         for name in names[1:3]:
             row = rows[category, name]
             assert row["tau"] >= 1 and row["same_text"] == row["prompts"]
+            for what in ("tau", "tokens_per_s"):
+                low, high = row[f"{what}_interval"]
+                assert low <= row[what] <= high
             np.testing.assert_allclose(row["share"] * row["break_even"], row["tau"], rtol=1e-6)
         assert rows[category, "other"]["same_text"] == 0
     assert sum(rows["all", names[2]]["widths"].values()) == sum(
         m.num_forwards for m in found if m.method == names[2]
     )
-    assert spec_bench.table([*rows.values()]).count("\n") == 1 + len(rows)
-    spec_bench.draw([*rows.values()], tmp_path / "figure.png")
+    assert spec_report.table([*rows.values()]).count("\n") == 1 + len(rows)
+    for controlled, num in ((False, 2), (True, 1)):  # the other library has no controller
+        matrix = spec_report.by_category([*rows.values()], controlled).splitlines()
+        assert matrix[0].replace(" ", "") == "|method|short|long|all|" and len(matrix) == 2 + num
+    spec_report.draw([*rows.values()], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))  # interrupted
     again = [*spec_bench.measure(lm, methods, asked, 8, 2, others, log)]
@@ -85,7 +91,7 @@ def test_every_method_has_a_row_per_category(toy_cfg, toy_params, tmp_path):
     others["another"] = others["other"]
     more = [*spec_bench.measure(lm, methods, asked, 8, 2, others, log)]  # beside another library
     assert len(more) == 15 and more[0].seconds != again[0].seconds
-    listed = spec_bench.divergences(found)
+    listed = spec_report.divergences(found)
     assert len(listed) == 3 and all(s.startswith("other, ") and "nats" in s for s in listed)
 
 
@@ -102,7 +108,7 @@ def test_programs_are_kept_for_one_length_at_a_time(toy_cfg, toy_params, monkeyp
     plain = spec_bench.methods_of([], ["off"])
     found = [*spec_bench.measure(lm, plain, asked, 4, 1, {})]
     assert order == [3, 2, 7, 6] and dropped == [2]
-    rows = spec_bench.summary(found, asked)
+    rows = spec_report.summary(found, asked)
     assert [(row["category"], row["prompts"]) for row in rows] == [
         ("long", 2), ("short", 2), ("all", 4)
     ]  # fmt: skip
