@@ -31,7 +31,7 @@ SMALL_MODEL = {
     "rope_theta": 10_000.0,  # base of the rotary frequencies
     "norm_eps": 1e-5,  # inside RMSNorm (LLaDA)
     "tie_embeddings": True,  # one matrix for input and output
-    "dtype": "float32",  # of matrix products; CPUs are slow at bfloat16
+    "dtype": "float32",  # of matrix products; most CPUs are slow at bfloat16
 }
 TINY_MODEL = {  # of smoke tests
     **{"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "d_ff": 64}

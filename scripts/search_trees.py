@@ -5,19 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import dlm
+from decode.core.datastore import build_datastore, load_datastore
 from decode.core.explored import Node
 from decode.explored import watch_search
 from decode.pictures import draw_search
 from decode.search.astar import AStar
-from decode.search.components import STRATEGIES
+from decode.search.components import STRATEGIES, Superposed
+from decode.search.loop import SearchMethod
 from decode.search.pg_td import PGTD
 
 FILE = "search.json"
 PROMPT = "The cat sat on the mat. The dog sat on the"
+
+SENTENCES = (  # of which superposed decoding has the n-grams
+    "The dog sat on the mat. The cat sat on the bed.",
+    "The dog sat on the bed and the cat sat on the chair.",
+    "The bird sat on the fence. The dog looked at the bird.",
+    "The cat sat on the table. Then the dog sat on the floor and looked at the cat.",
+    "A cat is on the mat, and a dog is on the floor. In the garden, a bird sings.",
+)
 
 
 def new_words(prompt: str, text: str) -> float:
@@ -32,12 +43,27 @@ PLANNERS = {  # searches on the host, whose steps are words and tokens
 }
 
 
+def superposed(lm: dlm.LanguageModel) -> SearchMethod:
+    """Three drafts, told apart by the n-grams of a few sentences.
+
+    Raises:
+      ValueError: the model has no tokenizer.
+    """
+    if lm.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer, to read sentences with")
+    texts = [lm.tokenizer.encode(text) for text in SENTENCES]
+    with tempfile.TemporaryDirectory() as folder:
+        build_datastore(texts, lm.cfg.vocab_size, folder)
+        return SearchMethod(Superposed(load_datastore(folder)), num_return=3)
+
+
 def explore(lm: dlm.LanguageModel, prompt: str, gen_len: int) -> dict[str, Any]:
-    """The trees of the first point of every strategy, and of the planners, by its name."""
+    """The trees of the first point of every strategy, of superposed decoding, and of the planners,
+    by its name."""
     names = [name for kind in STRATEGIES for name in list(kind.points())[:1]]
-    methods: dict[str, Any] = {**{name: name for name in names}, **PLANNERS}
+    methods: dict[str, Any] = {name: name for name in names} | {"superposed": superposed(lm)}
     trees = {}
-    for name, method in methods.items():
+    for name, method in (methods | PLANNERS).items():
         nodes = watch_search(lm, prompt, method=method, gen_len=gen_len)
         trees[name] = [_rounded(dataclasses.asdict(node)) for node in nodes]
     return {"prompt": prompt, "gen_len": gen_len, "trees": trees}

@@ -161,6 +161,12 @@ class Weighed(struct.PyTreeNode):
     value: jax.Array
     parts: dict[str, jax.Array] = struct.field(default_factory=dict)
 
+    def best(self) -> Weighed:
+        """The most valuable few behind each hypothesis."""
+        value, order = jax.lax.top_k(self.value, min(SHOWN, self.value.shape[2]))
+        at = lambda x: jnp.take_along_axis(x, order, axis=2)  # noqa: E731
+        return Weighed(at(self.tokens), value, {name: at(x) for name, x in self.parts.items()})
+
 
 class Results(struct.PyTreeNode):
     """What a search has found, the best first.

@@ -1,6 +1,6 @@
 """Runs tasks of lm-evaluation-harness on any checkpoint; run again, it goes on where it was.
 
-    python -m scripts.lm_eval --checkpoint=smollm2 --data=../shared/data --tasks=gsm8k_local \\
+    python -m scripts.lm_eval --checkpoint=smollm2 --data=path/of/data --tasks=gsm8k_local \\
         --limit=50 --gen_len=128 --method=prompt_lookup --out=runs/gsm8k
     python -m scripts.lm_eval --checkpoint=path/to/LLaDA-8B-Instruct --dtype=bfloat16 \\
         --tasks=gsm8k --method=klass --gen_len=256 --chat --out=runs/llada

@@ -1,9 +1,9 @@
 """Searches and ways to sample on one model and one task: quality, variety, forwards, speed.
 
     python -m scripts.search_study --task=translation --checkpoint=runs/translation/model \\
-        --data=../shared/data --out=runs/search_study/translation
+        --data=path/of/data --out=runs/search_study/translation
     python -m scripts.search_study --task=game24 --checkpoint=runs/game24/model --num_return=8
-    python -m scripts.search_study --task=wikitext2 --checkpoint=smollm2 --data=../shared/data \\
+    python -m scripts.search_study --task=wikitext2 --checkpoint=smollm2 --data=path/of/data \\
         --methods=greedy,top_p_0.95,contrastive,momentum --num_examples=50
 
 Tasks are translation (Multi30k), wikitext2 (how passages go on), humaneval and mbpp (programs run
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_enum("task", None, NAMES, "What is asked.", required=True)
     flags.DEFINE_string("checkpoint", None, "For dlm.load.", required=True)
-    flags.DEFINE_string("data", "../shared/data", "Folder of published files, by task.")
+    flags.DEFINE_string("data", "", "Folder of published files, by task.")
     flags.DEFINE_string("dtype", "", "Of the model, such as float32; empty: its own.")
     flags.DEFINE_list("methods", [], "By name, see above; default: all.")
     flags.DEFINE_integer("num_return", 4, "Texts per prompt.", lower_bound=1)

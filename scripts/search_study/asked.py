@@ -110,7 +110,12 @@ def asked(name: str, data: str) -> tuple[TaskPreset, Quality]:
     Args:
       name: of `NAMES`.
       data: a folder with folders of published files, for those of `FROM_DATA`.
+
+    Raises:
+      ValueError: there is no folder, and one is needed.
     """
+    if name in FROM_DATA and not data:
+        raise ValueError(f"--data is missing, the folder whose published files --task={name} reads")
     if name == "translation":
         folder = pathlib.Path(data) / "multi30k"
         return TaskPreset(make=functools.partial(Translation, folder), gen_len=64), BLEU

@@ -2,15 +2,21 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from decode.complete import complete
 from decode.constraints.monitors.python import PythonMonitor
 from decode.core.explored import Node
+from decode.core.loop import FOREVER
+from decode.core.texts import begin_one, read_one
 from decode.explored import watch_search
 from decode.pictures import FATES, Picture, draw_search
-from decode.search.components import METHODS
+from decode.search.answers import LOOP
+from decode.search.components import METHODS, Superposed
+from decode.search.contracts import exists
+from decode.search.loop import SearchMethod, weighed
 from decode.search.pg_td import PGTD
 from tests.lib.tiers import more
 from tests.lib.untrained import char_lm
@@ -66,6 +72,27 @@ def test_scores_are_what_was_chosen_by(lm):
             assert node.score == pytest.approx(
                 node.parts["p"] - 0.2 * node.parts["resists"], abs=1e-5
             )
+
+
+@pytest.mark.parametrize(
+    "name", ["superposed", *more("beam_4", "diverse_beam_6", "conditional_beam_5")]
+)
+def test_what_is_kept_has_the_value_it_was_weighed_by(lm, name):
+    """Of strategies whose scores grow from round to round by what they compare."""
+    own = Superposed.example(lm.cfg) if name == "superposed" else METHODS[name].strategy
+    method = SearchMethod(own, num_return=own.num_results)
+    state = begin_one(lm, LOOP, method, *read_one(lm, "abcab", 6, 0))
+    compared = 0
+    for _ in range(5):
+        each, source, token = jax.device_get(weighed(lm.params, lm.cfg, method, state))
+        state = LOOP.decode(lm.params, lm.cfg, method, state, 1, FOREVER)
+        for k, score in enumerate(jax.device_get(state.score[0]).tolist()):
+            at = each.tokens[0, source[0, k]] == token[0, k]
+            if exists(score) and at.any():
+                np.testing.assert_allclose(each.value[0, source[0, k]][at], score, rtol=1e-5)
+                compared += 1
+        assert (np.diff(each.value[0], axis=1) <= 0).all()  # the best ones, in order
+    assert compared > 10
 
 
 def test_of_a_search_on_the_host_it_is_what_it_reports(lm):

@@ -139,6 +139,12 @@ def test_methods_by_name(toy_cfg):
 # ---- A run -------------------------------------------------------------------------------------
 
 
+def test_published_files_must_be_somewhere():
+    with pytest.raises(ValueError, match=r"--data is missing, .* --task=wikitext2 reads"):
+        asked("wikitext2", "")
+    assert asked("countdown_3", "")[1] is SCORE
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("search_study") / "model"

@@ -30,7 +30,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import Part, check_numbers
-from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, exists
+from decode.search.contracts import (
+    NEVER,
+    Choice,
+    Results,
+    Round,
+    Strategy,
+    Texts,
+    Weighed,
+    exists,
+)  # fmt: skip
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 from dlm.heads.length import LengthHead, log_buckets, log_within
@@ -163,6 +172,19 @@ class ConditionalBeam(Strategy):
         return self._beam.init(cfg, B, S, G)
 
     def choose(self, seen: Round, state: BeamState) -> Choice:
+        tokens, log_probs, total, log_q = self._candidates(seen)
+        reach = jnp.where(log_q > LACKS / 2, total, total + LACKS)
+        return self._beam.advance(seen, state, tokens, log_probs, total + log_q, reach)
+
+    def weigh(self, seen: Round, state: BeamState) -> Weighed:
+        tokens, log_probs, total, log_q = self._candidates(seen)
+        is_there = exists(seen.score)[:, :, None] & exists(log_probs) & (log_q > LACKS / 2)
+        value = jnp.where(is_there, total + log_q, NEVER)
+        return Weighed(tokens, value, {"log p": total, "log q": log_q}).best()
+
+    def _candidates(self, seen: Round) -> tuple[jax.Array, ...]:
+        """What may come next, its log-probability, that of the text with it, and the weighted one
+        that the text will have the attribute: [B, K, num_tried + 1] each."""
         every = seen.log_probs()[:, :, 0]  # [B, K, V]
         tokens, log_probs = (x[:, :, 0] for x in seen.best(self.num_tried))
         is_end = seen.is_end(jnp.arange(every.shape[2]))[None, None]
@@ -178,9 +200,7 @@ class ConditionalBeam(Strategy):
         log_q = jnp.where(possible > LACKS / 2, log_q, LACKS)
         at_end = jnp.where(self.attribute.holds(texts, has_ended=True), 0.0, LACKS)
         log_q = jnp.where(seen.is_end(tokens), at_end[:, :, None], log_q)
-        total = _log_prob(texts)[:, :, None] + log_probs
-        reach = jnp.where(log_q > LACKS / 2, total, total + LACKS)
-        return self._beam.advance(seen, state, tokens, log_probs, total + log_q, reach)
+        return tokens, log_probs, _log_prob(texts)[:, :, None] + log_probs, log_q
 
     def finish(self, texts: Texts, state: BeamState) -> Results:
         lacks = jnp.where(self.attribute.holds(texts, has_ended=False), 0.0, LACKS)

@@ -15,14 +15,24 @@ Letters: B prompts, K beams, M groups, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import check_numbers
-from decode.search.contracts import Choice, Results, Round, Strategy, Texts, taken
+from decode.search.contracts import (
+    NEVER,
+    Choice,
+    Results,
+    Round,
+    Strategy,
+    Texts,
+    Weighed,
+    exists,
+    taken,
+)  # fmt: skip
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 
@@ -64,24 +74,7 @@ class DiverseBeam(Strategy):
         return tuple(self.group.init(cfg, B, S, G) for _ in range(self.num_groups))
 
     def choose(self, seen: Round, state: tuple[BeamState, ...]) -> Choice:
-        size, choices = self.group.width, []
-        # Those that groups before make less likely may be any of the best.
-        tokens, log_probs = (x[:, :, 0] for x in seen.best(2 * size + self.width))
-        chosen = jnp.full((len(seen.length), 0), -1, jnp.int32)
-        for m, aside in enumerate(state):
-            first, last = m * size, (m + 1) * size
-            here = tokens[:, first:last]
-            times = (here[..., None] == chosen[:, None, None]).sum(axis=-1)
-            gain = log_probs[:, first:last] - self.diversity * times
-            choice = self.group.advance(
-                seen.part(first, last), aside, here, log_probs[:, first:last],
-                seen.score[:, first:last, None] + gain,
-            )  # fmt: skip
-            # Groups that are done choose nothing.
-            chosen = jnp.concatenate(
-                [chosen, jnp.where(aside.is_done[:, None], -1, choice.token)], axis=1
-            )
-            choices.append(choice.replace(source=choice.source + first))
+        choices = [choice for choice, _ in self._of_groups(seen, state)]
         state = tuple(choice.state for choice in choices)
         together: Choice = jax.tree.map(
             lambda *parts: jnp.concatenate(parts, axis=1),
@@ -89,6 +82,33 @@ class DiverseBeam(Strategy):
         )
         is_done = jnp.stack([choice.is_done for choice in choices]).all(axis=0)
         return together.replace(state=state, is_done=is_done)
+
+    def weigh(self, seen: Round, state: tuple[BeamState, ...]) -> Weighed:
+        every = [weighed.best() for _, weighed in self._of_groups(seen, state)]
+        together: Weighed = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *every)
+        return together
+
+    def _of_groups(
+        self, seen: Round, state: tuple[BeamState, ...]
+    ) -> Iterator[tuple[Choice, Weighed]]:
+        """What each group chooses, and among what."""
+        size = self.group.width
+        # Those that groups before make less likely may be any of the best.
+        tokens, log_probs = (x[:, :, 0] for x in seen.best(2 * size + self.width))
+        chosen = jnp.full((len(seen.length), 0), -1, jnp.int32)
+        for m, aside in enumerate(state):
+            first, last = m * size, (m + 1) * size
+            here, log_p = tokens[:, first:last], log_probs[:, first:last]
+            times = (here[..., None] == chosen[:, None, None]).sum(axis=-1)
+            score = seen.score[:, first:last, None] + log_p - self.diversity * times
+            choice = self.group.advance(seen.part(first, last), aside, here, log_p, score)
+            # Groups that are done choose nothing.
+            chosen = jnp.concatenate(
+                [chosen, jnp.where(aside.is_done[:, None], -1, choice.token)], axis=1
+            )
+            parts = {"said": times.astype(jnp.float32)}
+            weighed = Weighed(here, jnp.where(exists(score), score, NEVER), parts)
+            yield choice.replace(source=choice.source + first), weighed
 
     def finish(self, texts: Texts, state: tuple[BeamState, ...]) -> Results:
         size, found = self.group.width, []

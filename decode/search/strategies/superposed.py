@@ -35,7 +35,16 @@ import numpy as np
 from flax import struct
 
 from decode.core.datastore import SORTED_BY, Datastore, sort_suffixes
-from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, exists
+from decode.search.contracts import (
+    NEVER,
+    Choice,
+    Results,
+    Round,
+    Strategy,
+    Texts,
+    Weighed,
+    exists,
+)  # fmt: skip
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 
@@ -109,6 +118,17 @@ class Superposed(Strategy):
         return jax.nn.softmax(score, axis=1)
 
     def choose(self, seen: Round, state: BeamState) -> Choice:
+        tokens, log_probs, _, _, gain = self._candidates(seen)
+        return self._beam.advance(seen, state, tokens, log_probs, seen.score[:, :, None] + gain)
+
+    def weigh(self, seen: Round, state: BeamState) -> Weighed:
+        tokens, _, log_p, q, gain = self._candidates(seen)
+        value = jnp.maximum(seen.score[:, :, None] + gain, NEVER)
+        parts = {"p": jnp.exp(log_p), "n-grams": q}
+        return Weighed(tokens, value, parts).best()
+
+    def _candidates(self, seen: Round) -> tuple[jax.Array, ...]:
+        """Tokens, their log-probabilities, log p at tau, q and r: [B, K, c] each."""
         tokens, log_probs = (x[:, :, 0] for x in seen.best(self.num_kept))
         is_allowed = exists(log_probs)
         log_p = jax.nn.log_softmax(
@@ -121,8 +141,7 @@ class Superposed(Strategy):
         is_known = (q > 0).any(axis=2, keepdims=True)
         gain = jnp.where(follows, by_both, NEVER)
         gain = jnp.where(is_known, gain, by_law - self.penalty)
-        gain = jnp.where(is_allowed, gain, NEVER)
-        return self._beam.advance(seen, state, tokens, log_probs, seen.score[:, :, None] + gain)
+        return tokens, log_probs, log_p, q, jnp.where(is_allowed, gain, NEVER)
 
     def ngrams(self, seen: Round, tokens: jax.Array) -> jax.Array:
         """q [B, K, c] float32 of tokens [B, K, c] behind the drafts."""
