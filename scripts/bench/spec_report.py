@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from decode.evaluation.statistics import bootstrap_ratio
 from decode.evaluation.tables import markdown
@@ -159,8 +160,9 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     first.set_xscale("log")
     first.set_yticks(range(len(drafters)), drafters)
     first.set_ylim(len(drafters) - 0.5, -0.5)
+    first.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    first.xaxis.set_minor_locator(NullLocator())
     first.xaxis.set_major_formatter("{x:g}")
-    first.xaxis.set_minor_formatter("{x:g}")
     label = "tokens per second over those of plain decoding (95 % intervals over prompts)"
     figure.supxlabel(label, fontsize=8)
     lines_and_names = first.get_legend_handles_labels()

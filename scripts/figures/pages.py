@@ -16,6 +16,7 @@ from scripts.bench import spec_report
 from scripts.plan import page as pods
 from scripts.quickstart.report import TITLE
 from scripts.quickstart_spec import page as drafters
+from scripts.smollm2 import training
 from scripts.study import figure as study
 
 # docs/methods.md: per panel, the curves in colour and the named methods on each.
@@ -149,6 +150,8 @@ def figures(docs: pathlib.Path) -> dict[str, Callable[[], None]]:
             found[file.stem] = functools.partial(drafters.draw_seeds, numbers, out)
         elif file.stem in ("spec_bench", "smollm2"):
             found[file.stem] = functools.partial(spec_report.draw, numbers, out)
+        elif file.stem == "smollm2_training":
+            found[file.stem] = functools.partial(training.draw, numbers, out)
         elif file.name == search_trees.FILE:
             found |= search_trees.pictures(numbers, docs)
         elif file.name == pods.FILE:

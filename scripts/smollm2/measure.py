@@ -74,8 +74,9 @@ def measure(
     (root / "smollm2.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     spec_report.draw(rows, root / "smollm2.png")
     page = _page(lm, rows, spec_report.divergences(found), num, repeats, minutes)
-    if training.curves(folder):
-        training.draw(folder, root / "smollm2_training.png")
+    if curves := training.curves(folder):
+        (root / "smollm2_training.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+        training.draw(curves, root / "smollm2_training.png")
         page += f"\n{TRAINING}\n\n{training.table(folder)}\n"
     (root / "smollm2.md").write_text(page, encoding="utf-8")
     print("\n" + page)
@@ -88,7 +89,7 @@ def _page(
     about = (
         f"SmolLM2-135M-Instruct, {lm.cfg.dtype}, {device()}, jax {jax.__version__}; {num} prompts "
         f"of each of Spec-Bench's categories, first turns, batch 1, greedy, at most {GEN_LEN} "
-        f"tokens; {repeats} timed runs of each; measured in {minutes:.0f} minutes."
+        f"tokens; timed runs of each: {repeats}; measured in {minutes:.0f} minutes."
     )
     return "\n\n".join(
         [

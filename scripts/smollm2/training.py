@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -45,11 +46,11 @@ def table(folder: pathlib.Path) -> str:
     return markdown(rows)
 
 
-def draw(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """The curves."""
+def draw(curves: Mapping[str, Sequence[Sequence[float]]], path: pathlib.Path) -> None:
+    """The curves of `curves`."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    for i, (name, curve) in enumerate(curves(folder).items()):
+    for i, (name, curve) in enumerate(curves.items()):
         steps, lengths = zip(*curve, strict=True)
         axes.plot(steps, lengths, marker="o", markersize=3, label=name, color=f"C{i}")
     axes.set_xlabel("steps")

@@ -117,7 +117,7 @@ def test_training_is_shown_as_it_went(tmp_path):
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
         [f"`{name}`", "60", "10", "1.40 / 1.60"] for name in ("medusa", "masks")
     ]
-    training.draw(tmp_path, tmp_path / "curves.png")
+    training.draw(training.curves(tmp_path), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5_000
 
 
