@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
 from absl import app, flags
 
@@ -22,8 +23,11 @@ def main(argv: list[str]) -> None:
     only_flags(argv)
     given, out = flags.FLAGS, pathlib.Path(flags.FLAGS.out)
     dlm.keep_programs()
-    numbers = explore(dlm.load(given.checkpoint), given.prompt, given.gen_len)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        numbers = explore(dlm.load(given.checkpoint), given.prompt, given.gen_len)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     text = json.dumps(numbers, ensure_ascii=False).replace("}, {", "},\n{")
     (out / FILE).write_text(text + "\n", encoding="utf-8")
     for draw in pictures(numbers, out).values():

@@ -162,8 +162,9 @@ class Weighed(struct.PyTreeNode):
     parts: dict[str, jax.Array] = struct.field(default_factory=dict)
 
     def best(self) -> Weighed:
-        """The most valuable few behind each hypothesis."""
-        value, order = jax.lax.top_k(self.value, min(SHOWN, self.value.shape[2]))
+        """The most valuable few behind each hypothesis; those that do not exist have `NEVER`."""
+        value = jnp.where(exists(self.value), self.value, NEVER)
+        value, order = jax.lax.top_k(value, min(SHOWN, value.shape[2]))
         at = lambda x: jnp.take_along_axis(x, order, axis=2)  # noqa: E731
         return Weighed(at(self.tokens), value, {name: at(x) for name, x in self.parts.items()})
 
@@ -297,8 +298,7 @@ class Strategy(Part):
     def weigh(self, seen: Round, state: Any) -> Weighed:
         """What `choose` compares. Default: scores with the most probable tokens behind each."""
         tokens, log_probs = (x[:, :, 0] for x in seen.best(SHOWN))
-        total = seen.score[:, :, None] + log_probs
-        return Weighed(tokens, jnp.where(exists(total), total, NEVER))
+        return Weighed(tokens, seen.score[:, :, None] + log_probs).best()
 
     def finish(self, texts: Texts, state: Any) -> Results:
         """What was found. Default: the hypotheses themselves, the best first."""

@@ -61,7 +61,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("draft", "", "Checkpoint of a draft model; empty: none.")
     flags.DEFINE_string("trained", "", "spec_bench: folder of scripts.smollm2, for its drafters.")
     flags.DEFINE_string("prompts", "", "spec_bench, search, refill: folder of question*.jsonl.")
-    flags.DEFINE_integer("num_prompts", 4, "In all, or per category.", lower_bound=1)
+    flags.DEFINE_integer("num_prompts", 4, "In all; spec_bench: per category.", lower_bound=1)
     flags.DEFINE_enum("task", "", ["", *TASKS], "refill, search: whose prompts; else passages.")
     flags.DEFINE_integer("rows", 32, "refill: decoded at once.", lower_bound=1)
     flags.DEFINE_list("drafters", ["prompt_lookup", "suffix", "token_recycling"], "By name.")

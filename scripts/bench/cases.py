@@ -18,7 +18,6 @@ from decode.speculative.drafters.input_guided import InputGuided
 from decode.speculative.drafters.prompt_lookup import PromptLookup
 from decode.speculative.loop import SpeculativeMethod
 from dlm.params import num_params
-from dlm.tasks.presets import TASKS
 from dlm.tasks.rewriting import CLOSING, OPENING
 from scripts.bench import (
     decode,
@@ -84,25 +83,23 @@ def bench_windows(flags: Flags) -> None:
 
 def bench_refill(flags: Flags) -> None:
     try:
-        refill.run(
-            flags.checkpoint or "smollm2", flags.task, flags.prompts, flags.num_prompts,
-            flags.gen_len, flags.block_len, flags.rows, flags.repeats,
-        )  # fmt: skip
+        lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or "float32")
+        asked, gen_len = prompts.some_prompts(
+            lm, flags.task, flags.prompts, flags.num_prompts, flags.gen_len, flags.block_len
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    method = refill.method_of(lm, flags.block_len)
+    result = refill.bench_refill(lm, method, asked, gen_len, flags.rows, flags.repeats)
+    _show([result], {"refill": refill.COLUMNS})
 
 
 def bench_search(flags: Flags) -> None:
     try:
         lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
-        if flags.prompts:
-            questions = prompts.read_questions(flags.prompts)
-            found = prompts.sample_prompts(lm, questions, flags.num_prompts, flags.gen_len)
-            asked = [prompt for some in found.values() for prompt in some]
-        elif flags.task:
-            asked, _ = refill.of_task(lm, TASKS[flags.task], flags.num_prompts, 1)
-        else:
-            asked = refill.of_passages(lm, flags.num_prompts)
+        asked, _ = prompts.some_prompts(
+            lm, flags.task, flags.prompts, flags.num_prompts, flags.gen_len
+        )
         results = search.bench_search(
             lm, search.methods_of(flags.methods), asked, flags.gen_len, flags.repeats, flags.pythons
         )

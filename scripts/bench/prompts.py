@@ -1,6 +1,9 @@
-"""Prompts that others measure on, from a folder of question*.jsonl: Spec-Bench's, Vicuna's.
+"""What is asked: tasks of this project, questions that others measure on, or passages.
 
-A line has `category` and `turns`; the first turn of each is asked.
+Questions are in a folder of question*.jsonl, such as Spec-Bench's or Vicuna's. A line has
+`category` and `turns`; the first turn of each is asked. Passages are of Python's standard library,
+of 40 to 900 characters: what they do is asked, or how they go on if the checkpoint has no chat
+template.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ import numpy as np
 
 import dlm
 from decode.core.requests import encode
+from decode.evaluation.job import make_job
 from dlm.tasks.jsonl import read_records
+from dlm.tasks.presets import TASKS
+from dlm.tasks.python_source import PythonSource
 
 # Spec-Bench counts these, which come from MT-bench, as one of its six categories.
 MT_BENCH = frozenset(
@@ -83,6 +89,52 @@ def sample_prompts(
             f"max_seq_len={lm.cfg.max_seq_len} of the model is less than any prompt and "
             f"gen_len={gen_len} take"
         )
+    return prompts
+
+
+def some_prompts(
+    lm: dlm.LanguageModel, task: str, folder: str, num: int, gen_len: int, block_len: int = 1
+) -> tuple[list[list[int]], int]:
+    """Token ids of so many prompts, and the most tokens of an answer.
+
+    Args:
+      lm: the model.
+      task: of `dlm.tasks.presets`, whose held-out examples are asked; "": none.
+      folder: of questions, of all categories in like parts, in no order; "": none. Without both,
+        passages of very different lengths, in no order.
+      num: prompts; fewer where there are no more.
+      gen_len: most tokens of an answer; tasks have their own.
+      block_len: positions per block, of which a task's answers are made.
+
+    Raises:
+      ValueError: both are given, there are no questions, or the checkpoint has no tokenizer.
+    """
+    if task and folder:
+        raise ValueError(f"--task={task} and --prompts={folder} both say what is asked: give one")
+    if task:
+        job = make_job(lm, TASKS[task], num_examples=num, block_len=block_len)
+        return list(job.prompts), job.gen_len
+    if not folder:
+        return _passages(lm, num), gen_len
+    questions = read_questions(folder)
+    found = sample_prompts(lm, questions, -(-num // len(questions)), gen_len)
+    prompts = [prompt for some in found.values() for prompt in some]
+    order = np.random.default_rng(0).permutation(len(prompts))[:num]
+    return [prompts[i] for i in order], gen_len
+
+
+def _passages(lm: dlm.LanguageModel, num: int) -> list[list[int]]:
+    if lm.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer to read passages with")
+    rng = np.random.default_rng(0)
+    prompts: list[list[int]] = []
+    for chars in np.geomspace(40, 900, num).astype(int)[rng.permutation(num)]:
+        passages = PythonSource(prompt_chars=int(chars), split="test")
+        text = passages[int(rng.integers(len(passages)))].prompt
+        if lm.tokenizer.chat_template is not None:
+            asked = f"What does this Python code do?\n\n{text}"
+            text = lm.tokenizer.apply_chat_template([{"role": "user", "content": asked}])
+        prompts.append(lm.tokenizer.encode(text, whole=True))
     return prompts
 
 

@@ -46,11 +46,11 @@ def table(folder: pathlib.Path) -> str:
     return markdown(rows)
 
 
-def draw(curves: Mapping[str, Sequence[Sequence[float]]], path: pathlib.Path) -> None:
-    """The curves of `curves`."""
+def draw(found: Mapping[str, Sequence[Sequence[float]]], path: pathlib.Path) -> None:
+    """What `curves` has found."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    for i, (name, curve) in enumerate(curves.items()):
+    for i, (name, curve) in enumerate(found.items()):
         steps, lengths = zip(*curve, strict=True)
         axes.plot(steps, lengths, marker="o", markersize=3, label=name, color=f"C{i}")
     axes.set_xlabel("steps")

@@ -9,6 +9,7 @@ of one. Text files are read line by line.
 from __future__ import annotations
 
 import pathlib
+import sys
 
 import numpy as np
 from absl import app, flags
@@ -28,12 +29,13 @@ def main(argv: list[str]) -> None:
         [] if files else ["none"]
     ):
         raise app.UsageError(f"files must be texts that exist, got {', '.join(missing)}")
-    tokenizer = load_tokenizer(_CHECKPOINT.value)
     lines = (line for file in files for line in file.open(encoding="utf-8"))
-    shares = frequencies(
-        tokenizer, tqdm(lines, unit=" lines"), read_config(_CHECKPOINT.value).vocab_size
-    )
-    np.save(_OUT.value, shares)
+    try:
+        tokenizer, cfg = load_tokenizer(_CHECKPOINT.value), read_config(_CHECKPOINT.value)
+        shares = frequencies(tokenizer, tqdm(lines, unit=" lines"), cfg.vocab_size)
+        np.save(_OUT.value, shares)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"{_OUT.value}: {len(shares)} tokens, the most frequent one {shares.max():.4f} of all")
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from decode.complete import complete
 from decode.constraints.monitors.python import PythonMonitor
@@ -14,10 +16,11 @@ from decode.core.texts import begin_one, read_one
 from decode.explored import watch_search
 from decode.pictures import FATES, Picture, draw_search
 from decode.search.answers import LOOP
-from decode.search.components import METHODS, Superposed
+from decode.search.components import METHODS, Beam, ConditionalBeam, DiverseBeam, Superposed
 from decode.search.contracts import exists
 from decode.search.loop import SearchMethod, weighed
 from decode.search.pg_td import PGTD
+from decode.search.strategies.conditional_beam import Attribute
 from tests.lib.tiers import more
 from tests.lib.untrained import char_lm
 
@@ -74,12 +77,29 @@ def test_scores_are_what_was_chosen_by(lm):
             )
 
 
-@pytest.mark.parametrize(
-    "name", ["superposed", *more("beam_4", "diverse_beam_6", "conditional_beam_5")]
-)
+@struct.dataclass
+class LikesSome(Attribute):
+    """Half of all tokens are less likely to lead to it."""
+
+    def log_prob(self, seen, tokens):
+        return -0.7 * (tokens % 2).astype(float)
+
+    def holds(self, texts, has_ended):
+        return jnp.ones_like(texts.score, bool)
+
+
+WEIGHED = {
+    "superposed": Superposed.example,
+    "beams": lambda cfg: Beam(),
+    "groups": lambda cfg: DiverseBeam(),
+    "conditional": lambda cfg: ConditionalBeam(LikesSome(), num_tried=10),
+}
+
+
+@pytest.mark.parametrize("name", ["superposed", *more("beams", "groups", "conditional")])
 def test_what_is_kept_has_the_value_it_was_weighed_by(lm, name):
     """Of strategies whose scores grow from round to round by what they compare."""
-    own = Superposed.example(lm.cfg) if name == "superposed" else METHODS[name].strategy
+    own = WEIGHED[name](lm.cfg)
     method = SearchMethod(own, num_return=own.num_results)
     state = begin_one(lm, LOOP, method, *read_one(lm, "abcab", 6, 0))
     compared = 0

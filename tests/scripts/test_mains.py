@@ -39,6 +39,28 @@ def test_every_main_says_what_it_is_for():
         assert f"python -m {name}" in text and "--helpfull" in text, (name, text)
 
 
+def test_models_that_are_not_there_are_one_sentence(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    further = {
+        "scripts.draft_vocab": [f"--config={ROOT}/configs/smollm2.py:eagle_3"],
+        "scripts.search_study": ["--task=countdown"],
+        "scripts.rest_datastore": [f"{nowhere}/texts.jsonl"],
+        "scripts.token_frequencies": [f"{ROOT}/README.md"],
+    }
+    asked = set()
+    for name, file in mains().items():
+        flags = re.findall(r'DEFINE_string\(\s*"(\w+)", (.*)', file.read_text())
+        loaded = {flag for flag, _ in flags} & {"checkpoint", "model", "models", "target"}
+        if not loaded or name in ("scripts.bench", "scripts.plan.compile_tpu"):  # asked for cases
+            continue
+        needed = loaded | {flag for flag, rest in flags if "required=True" in rest}
+        paths = [f"--{flag}={nowhere}" for flag in sorted(needed)]
+        text = run_main(name, *paths, *further.get(name, []), code=1)
+        assert str(nowhere) in text.splitlines()[-1], (name, text)
+        asked.add(name)
+    assert {"scripts.answer", "scripts.draw_search", "scripts.token_frequencies"} <= asked
+
+
 def test_commands_that_are_named_exist():
     there = {*mains(), "scripts.launch"}
     named = set()

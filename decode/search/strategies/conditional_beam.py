@@ -30,16 +30,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import Part, check_numbers
-from decode.search.contracts import (
-    NEVER,
-    Choice,
-    Results,
-    Round,
-    Strategy,
-    Texts,
-    Weighed,
-    exists,
-)  # fmt: skip
+from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, Weighed, exists
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 from dlm.heads.length import LengthHead, log_buckets, log_within
@@ -177,9 +168,8 @@ class ConditionalBeam(Strategy):
         return self._beam.advance(seen, state, tokens, log_probs, total + log_q, reach)
 
     def weigh(self, seen: Round, state: BeamState) -> Weighed:
-        tokens, log_probs, total, log_q = self._candidates(seen)
-        is_there = exists(seen.score)[:, :, None] & exists(log_probs) & (log_q > LACKS / 2)
-        value = jnp.where(is_there, total + log_q, NEVER)
+        tokens, _, total, log_q = self._candidates(seen)
+        value = jnp.where(exists(seen.score)[:, :, None], total + log_q, NEVER)
         return Weighed(tokens, value, {"log p": total, "log q": log_q}).best()
 
     def _candidates(self, seen: Round) -> tuple[jax.Array, ...]:

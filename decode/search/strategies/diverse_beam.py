@@ -22,17 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import check_numbers
-from decode.search.contracts import (
-    NEVER,
-    Choice,
-    Results,
-    Round,
-    Strategy,
-    Texts,
-    Weighed,
-    exists,
-    taken,
-)  # fmt: skip
+from decode.search.contracts import Choice, Results, Round, Strategy, Texts, Weighed, taken
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 
@@ -84,7 +74,7 @@ class DiverseBeam(Strategy):
         return together.replace(state=state, is_done=is_done)
 
     def weigh(self, seen: Round, state: tuple[BeamState, ...]) -> Weighed:
-        every = [weighed.best() for _, weighed in self._of_groups(seen, state)]
+        every = [weighed for _, weighed in self._of_groups(seen, state)]
         together: Weighed = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *every)
         return together
 
@@ -107,8 +97,7 @@ class DiverseBeam(Strategy):
                 [chosen, jnp.where(aside.is_done[:, None], -1, choice.token)], axis=1
             )
             parts = {"said": times.astype(jnp.float32)}
-            weighed = Weighed(here, jnp.where(exists(score), score, NEVER), parts)
-            yield choice.replace(source=choice.source + first), weighed
+            yield choice.replace(source=choice.source + first), Weighed(here, score, parts).best()
 
     def finish(self, texts: Texts, state: tuple[BeamState, ...]) -> Results:
         size, found = self.group.width, []

@@ -35,16 +35,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.datastore import SORTED_BY, Datastore, sort_suffixes
-from decode.search.contracts import (
-    NEVER,
-    Choice,
-    Results,
-    Round,
-    Strategy,
-    Texts,
-    Weighed,
-    exists,
-)  # fmt: skip
+from decode.search.contracts import NEVER, Choice, Results, Round, Strategy, Texts, Weighed, exists
 from decode.search.strategies.beam import Beam, BeamState
 from dlm.config import ModelConfig
 
@@ -123,9 +114,8 @@ class Superposed(Strategy):
 
     def weigh(self, seen: Round, state: BeamState) -> Weighed:
         tokens, _, log_p, q, gain = self._candidates(seen)
-        value = jnp.maximum(seen.score[:, :, None] + gain, NEVER)
         parts = {"p": jnp.exp(log_p), "n-grams": q}
-        return Weighed(tokens, value, parts).best()
+        return Weighed(tokens, seen.score[:, :, None] + gain, parts).best()
 
     def _candidates(self, seen: Round) -> tuple[jax.Array, ...]:
         """Tokens, their log-probabilities, log p at tau, q and r: [B, K, c] each."""

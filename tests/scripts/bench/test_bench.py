@@ -7,9 +7,8 @@ import pytest
 
 from decode.diffusion.components import Threshold
 from dlm.presets import PRESETS
-from dlm.tasks.presets import TASKS
 from dlm.tasks.waiting_line import WaitingLine
-from scripts.bench import decode, kernels, models, refill, spec, train, windows
+from scripts.bench import decode, kernels, models, prompts, refill, spec, train, windows
 from scripts.bench.timing import table
 from tests.lib.untrained import untrained
 
@@ -41,9 +40,9 @@ def test_spec_times_trees_of_every_size_and_drafters():
 @pytest.mark.exhaustive
 def test_refilled_rows_give_the_same_answers_in_fewer_rounds():
     lm = untrained(WaitingLine())
-    prompts, gen_len = refill.of_task(lm, TASKS["waiting_line"], 12, block_len=8)
+    asked, gen_len = prompts.some_prompts(lm, "waiting_line", "", 12, 0, block_len=8)
     method = refill.method_of(lm, 8).replace(rule=Threshold(0.05))  # of an untrained model
-    row = refill.bench_refill(lm, method, prompts, gen_len, rows=4, repeats=1)
+    row = refill.bench_refill(lm, method, asked, gen_len, rows=4, repeats=1)
     assert row["same_answers"] and 0 < row["full_rounds"] < row["static_rounds"]
     assert row["static_occupancy"] < row["occupancy"] <= 1 and row["compile_s"] > 0
     assert table([row], "refill", refill.COLUMNS).count("\n") == 2

@@ -9,7 +9,7 @@ import pytest
 from dlm.lm import LanguageModel
 from scripts.bench import prompts, spec_bench, spec_report
 from tests.lib.speculation import random_prompts
-from tests.lib.untrained import char_lm
+from tests.lib.untrained import byte_lm, char_lm
 
 
 def test_questions_of_spec_bench_have_six_categories(tmp_path):
@@ -47,6 +47,20 @@ def test_prompts_that_are_too_long_are_passed_over(capsys):
     assert "some: 2 prompts are passed over, which with gen_len=8 are longer than" in said
     with pytest.raises(ValueError, match="max_seq_len=2048 of the model is less than"):
         prompts.sample_prompts(lm, {"long": texts[1:3]}, 1, gen_len=8)
+
+
+def test_so_many_prompts_of_whatever_is_asked(tmp_path):
+    """Of questions all categories in like parts, in no order."""
+    lm = char_lm()
+    lines = [{"category": c, "turns": [c * i]} for c in "abc" for i in range(1, 6)]
+    (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found, gen_len = prompts.some_prompts(lm, "", str(tmp_path), 8, 5)
+    of = [lm.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in found]
+    assert sorted(sum(c in text for text in of) for c in "abc")[0] >= 2 and of != sorted(of)
+    assert len({*map(tuple, found)}) == 8 and gen_len == 5
+    assert len(prompts.some_prompts(byte_lm(), "", "", 3, 5)[0]) == 3
+    with pytest.raises(ValueError, match=r"--task=scan and --prompts=x both say what is asked"):
+        prompts.some_prompts(lm, "scan", "x", 3, 5)
 
 
 @pytest.mark.exhaustive
