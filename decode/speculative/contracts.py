@@ -44,6 +44,8 @@ class Context(struct.PyTreeNode):
         {}, where drafts are made apart from the target.
       end: [B] int32. The most positions that each row's text may have; None where nobody asks.
       prompt_len: [B] int32. Tokens of the text that were given; None where nobody asks.
+      most_forwards: [] int32, at least 1. Forwards of its own that a drafter who heeds limits may
+        make in this round; None: as many as it likes.
       may_pause: whether rounds may pass in which the drafter proposes nothing. Static.
       is_ahead: whether the last draft, if all are kept, is the next root: then nobody need read it
         in this round, as no token of the target's follows it. Static.
@@ -58,6 +60,7 @@ class Context(struct.PyTreeNode):
     cache: KVCache | None
     end: jax.Array | None = None
     prompt_len: jax.Array | None = None
+    most_forwards: jax.Array | None = None
     may_pause: bool = struct.field(pytree_node=False, default=False)
     is_ahead: bool = struct.field(pytree_node=False, default=False)
 
@@ -66,6 +69,12 @@ class Context(struct.PyTreeNode):
         """[B] int32."""
         last = jnp.maximum(self.length - 1, 0)
         return jnp.take_along_axis(self.tokens, last[:, None], axis=1)[:, 0]
+
+
+def within(context: Context, forwards: int) -> jax.Array:
+    """[] int32: so many forwards, or as many as the round allows, if that is less."""
+    most = jnp.asarray(forwards, jnp.int32)
+    return most if context.most_forwards is None else jnp.minimum(most, context.most_forwards)
 
 
 def spent(context: Context, forwards: int) -> jax.Array:
@@ -210,11 +219,14 @@ class Drafter(Part):
 
     Attributes:
       notices_pauses: whether it remembers rounds in which it was not asked by `pause`.
+      heeds_limits: whether it makes no more forwards of its own than `Context.most_forwards`, but
+        for what makes up for earlier rounds: for those whose number follows from the text.
       reads_text: whether it looks at nothing but the text: neither at the target's parameters and
         cache nor at its hidden states and choices. Then it can draft apart from the target.
     """
 
     notices_pauses: ClassVar[bool] = False
+    heeds_limits: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
 
     @classmethod
@@ -342,5 +354,6 @@ class Drafter(Part):
         return state, num_kept
 
     def pause(self, cfg: ModelConfig, context: Context, seen: Seen, state: Any) -> Any:
-        """The state after a round in which it was not asked, of one that `notices_pauses`."""
-        raise NotImplementedError
+        """The state after a round in which it was not asked, of one that `notices_pauses`. Default:
+        the same."""
+        return state

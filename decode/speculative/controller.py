@@ -5,10 +5,12 @@ device; how many drafts are accepted depends on the text. So in every round
 
     budget         rounds of plain decoding that may be lost yet: a `credit` at first, then what
                    drafts have saved, less what they have cost, and `tolerance` for every round
-    who is asked   nobody, while the budget does not cover a round with drafts of which none is kept
+    who is asked   nobody, while the budget does not cover a round with drafts of which none is
+                   kept; who drafts as long as it is sure makes no more forwards than it covers
     width          of the drafter's W nodes those n that are most likely to be accepted are judged,
                    where n makes (expected tokens) / (measured seconds) largest among those widths
-                   that the budget covers
+                   that the budget covers; seconds are those of judging, and of every forward of
+                   the drafter's own that was made
 
 A text thus takes at most 1 + `tolerance` of the time of plain decoding, and the credit.
 
@@ -77,8 +79,11 @@ class Controller(Part):
       widths: how many nodes may be judged, rising; each is compiled. 1: the drafter is asked, but
         nothing it says is likely. None: 1, 4, 8, 24 as far as that is at most half of all, and
         all. Static.
-      costs: [K + 1] float32. Seconds of a round without drafts, and by width with drafting it, or
-        anything proportional; None: `decode.speculative.costs` measures them.
+      costs: [K + 1] float32. Seconds of a round without drafts, and by width with drafting it, but
+        for forwards of the drafter's own, or anything proportional; None:
+        `decode.speculative.costs` measures these three.
+      draft_cost: >= 0. Seconds of a forward of the drafter's own.
+      draft_forwards: >= 0. How many of them it makes in a round, if it heeds no limit.
       prior: in [0.01, 0.99]. How likely the first child of a node is accepted, before any was seen,
         where the drafter could not be less sure.
       surest: in [0.01, 0.99]. The same where it could not be more sure; without grades it is half
@@ -95,6 +100,8 @@ class Controller(Part):
 
     widths: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     costs: jax.Array | None = None
+    draft_cost: jax.Array | float = 0.0
+    draft_forwards: jax.Array | float = 0.0
     prior: jax.Array | float = 0.25
     surest: jax.Array | float = 0.85
     weight: jax.Array | float = 1.0
@@ -106,6 +113,8 @@ class Controller(Part):
 
     def validate(self, cfg: ModelConfig) -> None:
         ranges = {
+            "draft_cost": (0, math.inf, "at least 0"),
+            "draft_forwards": (0, math.inf, "at least 0"),
             "prior": (0.01, 0.99, "in [0.01, 0.99]"),
             "surest": (0.01, 0.99, "in [0.01, 0.99]"),
             "weight": (1e-6, math.inf, "> 0"),
@@ -166,16 +175,33 @@ class Controller(Part):
         pays = self._loss_of_a_try(drafter) <= _mean(state.budget, active)
         return jnp.where(jnp.asarray(self.fixed) < 0, pays, jnp.asarray(self.fixed) > 0)
 
+    def most_forwards(
+        self, drafter: Drafter, state: ControllerState, active: jax.Array
+    ) -> jax.Array:
+        """[] int32: forwards of its own that a drafter who heeds limits may make in this round."""
+        left = _mean(state.budget, active) - self._loss_of_a_try(drafter)
+        more = jnp.minimum(left / jnp.maximum(self._rounds_of(1.0), 1e-6), drafter.num_nodes)
+        most = 1 + jnp.maximum(more, 0).astype(jnp.int32)
+        return jnp.where(jnp.asarray(self.fixed) < 0, most, jnp.iinfo(jnp.int32).max)
+
     def _losses(self) -> jax.Array:
-        """[K] float32: plain rounds that a round of each width loses if nothing is accepted."""
+        """[K] float32: plain rounds that a round of each width loses if nothing is accepted; what
+        the drafter's own forwards take comes to it."""
         assert self.costs is not None
         costs = jnp.asarray(self.costs, jnp.float32)
         return costs[1:] / costs[0] - 1
 
+    def _rounds_of(self, forwards: jax.Array | float) -> jax.Array:
+        """Plain rounds that so many forwards of the drafter's own take. [] float32."""
+        assert self.costs is not None
+        cost = jnp.asarray(self.draft_cost, jnp.float32)
+        return forwards * cost / jnp.asarray(self.costs, jnp.float32)[0]
+
     def _loss_of_a_try(self, drafter: Drafter) -> jax.Array:
-        """[] float32: the same of the narrowest width with a draft."""
+        """[] float32: what the narrowest width with a draft loses, with the fewest forwards."""
         widths = self.widths_of(drafter)
-        return self._losses()[1 if widths[0] == 1 and len(widths) > 1 else 0]
+        loss = self._losses()[1 if widths[0] == 1 and len(widths) > 1 else 0]
+        return loss + self._rounds_of(1.0 if drafter.heeds_limits else self.draft_forwards)
 
     def choose(
         self,
@@ -200,9 +226,10 @@ class Controller(Part):
             order = jnp.argsort(reach, axis=1, descending=True, stable=True)
             nodes, reach = order.astype(jnp.int32), jnp.take_along_axis(reach, order, axis=1)
         tokens = jnp.where(active[:, None], jnp.cumsum(reach, axis=1), 0).sum(axis=0)  # [W]
-        widths = jnp.array(self.widths_of(drafter))
-        speed = tokens[widths - 1] / jnp.asarray(self.costs)[1:]
-        is_covered = self._losses() <= _mean(state.budget, active)
+        widths, losses = jnp.array(self.widths_of(drafter)), self._losses()
+        losses += self._rounds_of(_most(proposal.cost, active))
+        speed = tokens[widths - 1] / (1 + losses)
+        is_covered = losses <= _mean(state.budget, active)
         best = 1 + jnp.argmax(jnp.where(is_covered, speed, 0)).astype(jnp.int32)
         return jnp.where(jnp.asarray(self.fixed) > 0, self.fixed, best), nodes
 
@@ -281,9 +308,11 @@ class Controller(Part):
                 return flat.reshape(to.shape)
 
             hits, tries = add(hits, is_tried & is_right), add(tries, is_tried)
-        costs = jnp.asarray(self.costs)
-        saved = walk.num_accepted + 1 - costs[choice] / costs[0]
-        most = jnp.maximum(self.savings, self._losses().max())
+        lost = jnp.pad(self._losses(), (1, 0))[choice]
+        lost += self._rounds_of(_most(proposal.cost, active))
+        saved = walk.num_accepted - lost
+        dearest = jnp.maximum(drafter.depth, self.draft_forwards)
+        most = jnp.maximum(self.savings, self._losses().max() + self._rounds_of(dearest))
         budget = jnp.minimum(state.budget + saved + self.tolerance, most)
         keep = lambda new, old: jnp.where(  # noqa: E731
             active.reshape(-1, *[1] * (new.ndim - 1)), new, old
@@ -299,6 +328,11 @@ class Controller(Part):
 def _mean(budget: jax.Array, active: jax.Array) -> jax.Array:
     """[] float32: over the rows that are active. A little more, as sums are rounded."""
     return jnp.where(active, budget, 0).sum() / jnp.maximum(active.sum(), 1) + 1e-4
+
+
+def _most(cost: jax.Array, active: jax.Array) -> jax.Array:
+    """[] int32: forwards of a batch, of those of its rows [B] that are active."""
+    return jnp.where(active, cost, 0).max()
 
 
 def _cells(tree: DraftTree, ranks: int) -> jax.Array:

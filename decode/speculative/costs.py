@@ -1,8 +1,9 @@
 """What a round costs on this device, by width: the table that a controller chooses by.
 
 Rounds of the very program that decodes are timed, one choice after the other, so nothing else is
-compiled. The table lies beside JAX's compilation cache, if there is one, under all that it depends
-on: device, model, method and shapes.
+compiled. What the narrowest round with drafts takes longer than one without is shared out among the
+forwards of the drafter's own in it; those in wider ones are taken off. The table lies beside JAX's
+compilation cache, if there is one, under all that it depends on: device, model, method and shapes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,22 +52,22 @@ def with_costs(
     if method.controller is None or method.controller.costs is not None:
         return method
     num = 1 + len(method.controller.widths_of(method.drafter))
-    method = _with(method, np.ones(num))
+    method = _with(method, [1.0] * num, 0.0, 0.0)
     name = _name(params, cfg, method, start)
-    costs = _measured.get(name)
-    if costs is None and jax.process_count() == 1:  # or else some might know, and others not
-        costs = _read(_file()).get(name)
-    if costs is None:
-        costs = measure(params, cfg, method, start(method))
-        _keep(name, costs)
-    _measured[name] = costs
-    return _with(method, np.array(costs))
+    found = _measured.get(name)
+    if found is None and jax.process_count() == 1:  # or else some might know, and others not
+        found = _read(_file()).get(name)
+    if found is None:
+        found = measure(params, cfg, method, start(method))
+        _keep(name, found)
+    _measured[name] = found
+    return _with(method, found[:num], *found[num:])
 
 
 def measure(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, state: SpeculativeState
 ) -> list[float]:
-    """Seconds [K + 1] of a round, by choice.
+    """What `Controller` says of `costs`, K + 1 numbers, of `draft_cost` and of `draft_forwards`.
 
     Args:
       params, cfg: the target.
@@ -75,27 +76,51 @@ def measure(
     """
     controller = method.controller
     assert controller is not None and controller.costs is not None
-    first = jax.device_get((state.length, state.has_stopped))
+    first = jax.device_get((state.length, state.has_stopped, state.draft_forwards))
     seconds: list[list[float]] = [[] for _ in controller.costs]
+    forwards: list[list[int]] = [[] for _ in controller.costs]
     for repeat in range(-1, REPEATS):  # the first time is for compiling
         for choice, times in enumerate(seconds):
-            length, has_stopped = map(jnp.array, first)
-            state = state.replace(length=length, has_stopped=has_stopped)
+            length, has_stopped, made = map(jnp.array, first)
+            state = state.replace(length=length, has_stopped=has_stopped, draft_forwards=made)
             fixed = method.replace(controller=dataclasses.replace(controller, fixed=choice))
             jax.block_until_ready(state)
             began = time.perf_counter()
             state = jax.block_until_ready(decode(params, cfg, fixed, state, 1, FOREVER))
             if repeat >= 0:
                 times.append(time.perf_counter() - began)
-    costs = np.median(seconds, axis=1)
+                forwards[choice].append(int((state.draft_forwards - jnp.array(first[2])).max()))
+    found = without_forwards(np.median(seconds, axis=1), np.median(forwards, axis=1))
     if jax.process_count() > 1:  # all must choose alike
-        costs = multihost_utils.broadcast_one_to_all(costs)
-    return [float(x) for x in costs]
+        found = multihost_utils.broadcast_one_to_all(found)
+    return [float(x) for x in found]
 
 
-def _with(method: SpeculativeMethod, costs: np.ndarray) -> SpeculativeMethod:
+def without_forwards(seconds: np.ndarray, forwards: np.ndarray) -> np.ndarray:
+    """Costs but for the drafter's own forwards, what one of these takes, and how many there were.
+
+    Args:
+      seconds: [K + 1], of a round without drafts, and by width.
+      forwards: [K + 1], of the drafter's own, in each.
+
+    Returns:
+      [K + 3].
+    """
+    each = max(seconds[1] - seconds[0], 0.0) / forwards[1] if forwards[1] else 0.0
+    costs = np.maximum(seconds - each * forwards, min(seconds))
+    return np.array([*costs, each, forwards[1]])
+
+
+def _with(
+    method: SpeculativeMethod, costs: Sequence[float], draft_cost: float, draft_forwards: float
+) -> SpeculativeMethod:
     assert method.controller is not None
-    known = dataclasses.replace(method.controller, costs=jnp.asarray(costs, jnp.float32))
+    known = dataclasses.replace(
+        method.controller,
+        costs=jnp.asarray(costs, jnp.float32),
+        draft_cost=jnp.asarray(draft_cost, jnp.float32),
+        draft_forwards=jnp.asarray(draft_forwards, jnp.float32),
+    )
     return method.replace(controller=known)
 
 

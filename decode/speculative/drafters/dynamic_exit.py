@@ -11,8 +11,9 @@ is what a round of d drafts commits per layer that is run, and the best (l, d) i
 included. What judges leaves the residual stream of all positions at every exit, so "shadow tokens"
 tell what each would have drafted: a_l is the share of them that are what the target says, of the
 root and the drafts that were kept, of earlier rounds with a weight that fades by `memory`. Before
-the first round they are those of the prompt's last positions. Drafting ends early where the product
-of the exit's largest probabilities falls below a_l^d, what the last of d drafts was chosen for.
+the first round they are those of the prompt's last positions; rounds in which nobody was asked are
+not compared, as that would take longer than drafts save. Drafting ends early where the product of
+the exit's largest probabilities falls below a_l^d, what the last of d drafts was chosen for.
 
 Which layers run is data (`sublayers` of `dlm.models.decoder.forward`), of every row its own. Drafts
 use the target's cache: the keys of its first layers are those that it would write itself.
@@ -27,7 +28,7 @@ Letters: B rows, L layers, n exits, J drafts, P shadowed positions of a prompt, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from flax import struct
 
 from decode.core.sampling import draw
 from decode.core.streams import fold_in
-from decode.speculative.contracts import Context, Drafter, Proposal, Seen
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, within
 from decode.speculative.tree import TreeShape, chain
 from dlm import vocab
 from dlm.config import ModelConfig
@@ -75,6 +76,8 @@ class DynamicExit(Drafter):
       weight: > 0. How many shadow tokens the prior counts for.
     """
 
+    notices_pauses: ClassVar[bool] = True
+    heeds_limits: ClassVar[bool] = True
     exits: tuple[int, ...] = struct.field(pytree_node=False)
     num_drafts: int = struct.field(pytree_node=False, default=8)
     is_sampled: bool = struct.field(pytree_node=False, default=False, kw_only=True)
@@ -133,6 +136,7 @@ class DynamicExit(Drafter):
 
     def propose(self, cfg: ModelConfig, context: Context, state: DynamicExitState) -> Proposal:
         layers, num, rate = self._choose(cfg, state)
+        num = jnp.minimum(num, within(context, self.num_drafts))
         B, J = len(num), self.num_drafts
         head, sampling = vocab.head(context.params), context.sampling
         is_drawn = self.is_sampled and sampling.temperature is not None
@@ -187,7 +191,11 @@ class DynamicExit(Drafter):
         # Of those that were kept it said what is behind them, whoever drafted, in whatever tree.
         behind = jnp.take_along_axis(seen.chosen, seen.last[:, None], axis=1)
         said = jnp.where(is_last, behind, jnp.roll(seen.tokens, -1, axis=1))
-        return self._compare(cfg, context, seen.features, said, is_there, state)
+        new = self._compare(cfg, context, seen.features, said, is_there, state)
+        keep = lambda new, old: jnp.where(  # noqa: E731
+            context.active.reshape(-1, *[1] * (new.ndim - 1)), new, old
+        )
+        return jax.tree.map(keep, new, state)
 
     def _compare(
         self,

@@ -22,13 +22,13 @@ of states.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter, Proposal
+from decode.speculative.contracts import Context, Drafter, Proposal, within
 from decode.speculative.drafters.feature_network import FeatureNetwork, FeatureState
 from decode.speculative.drafters.smaller_model import DraftState, SmallerModel
 from decode.speculative.tree import DraftTree, chain
@@ -61,7 +61,7 @@ class Growth(struct.PyTreeNode):
 
 def grow(
     context: Context,
-    levels: int,
+    levels: jax.Array | int,
     threshold: jax.Array | float,
     first: jax.Array,
     states: Any,
@@ -163,6 +163,7 @@ class OptTree(Drafter):
       threshold: >= 0, the mass that a level must have added for another one to be drafted.
     """
 
+    heeds_limits: ClassVar[bool] = True
     budget: int = struct.field(pytree_node=False, default=25)
     levels: int = struct.field(pytree_node=False, default=9)
     threshold: jax.Array | float = 0.5
@@ -208,7 +209,8 @@ class DraftModelOpt(OptTree, SmallerModel):
         root = chain(0).tree(context.root[:, None])
         first = self._behind(cfg, context, state.cache, root, (0,))
         nothing = jnp.zeros((B, W, 0))
-        grown = grow(context, self.depth, self.threshold, first, nothing, score)
+        most = within(context, self.depth)
+        grown = grow(context, most, self.threshold, first, nothing, score)
         return Proposal(self._within(context, grown.tree), grown.level + forwards, state)
 
 
@@ -232,5 +234,6 @@ class EagleOpt(OptTree, FeatureNetwork):
             return self.network.logits(context.params, states), states
 
         first = self.network.logits(context.params, of_root)
-        grown = grow(context, self.depth, self.threshold, first, states, score, self.network.ids)
+        most = within(context, self.depth)
+        grown = grow(context, most, self.threshold, first, states, score, self.network.ids)
         return Proposal(grown.tree, grown.level, state.replace(cache=cache))

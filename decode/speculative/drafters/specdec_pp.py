@@ -21,7 +21,7 @@ Letters: B rows, S slots, W nodes, D width of the draft model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from flax import struct
 
 from decode.core.sampling import draw
 from decode.core.streams import fold_in
-from decode.speculative.contracts import Context, Proposal
+from decode.speculative.contracts import Context, Proposal, within
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.smaller_model import DraftState
 from decode.speculative.tree import chain
@@ -73,6 +73,7 @@ class SpecDecPP(DraftModel):
       num_drafts: >= 1, most tokens per round (published: 20). Static.
     """
 
+    heeds_limits: ClassVar[bool] = True
     own: Params | None = None
     threshold: jax.Array | float = 0.3
     least: jax.Array | int = 2
@@ -167,6 +168,7 @@ class SpecDecPP(DraftModel):
             token = draw(fold_in(context.key, drafted.num), law)
             probs = probs.at[rows, jnp.where(on, drafted.num, outside)].set(law, mode="drop")
         num, reach = drafted.num + on, jnp.where(on, drafted.reach * accepted, drafted.reach)
+        may = on & (num < within(context, self.num_drafts))
         ends = jnp.array(cfg.eos_ids, jnp.int32)
         is_end = (token[:, None] == ends[None]).any(axis=1)
         return drafted.replace(
@@ -174,7 +176,7 @@ class SpecDecPP(DraftModel):
             probs=probs,
             num=num,
             reach=reach,
-            goes_on=on & self.goes_on(num, reach, is_end),
+            goes_on=may & self.goes_on(num, reach, is_end),
         )
 
     def goes_on(self, num: jax.Array, reach: jax.Array, is_end: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ a node, W nodes (of the search: tokens), M remembered trials, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from flax import struct
 
 from decode.core.loop import in_place
 from decode.core.streams import fold_in, uniforms, wrap
-from decode.speculative.contracts import Context, Drafter, Proposal
+from decode.speculative.contracts import Context, Drafter, Proposal, within
 from decode.speculative.drafters.gaussian_process import upper_bound
 from decode.speculative.drafters.side_leaves import (
     CHILDREN,
@@ -108,6 +108,7 @@ class Swift(Drafter):
       seed: >= 0, of the sets that are proposed.
     """
 
+    heeds_limits: ClassVar[bool] = True
     skipped: jax.Array | None = None
     num_drafts: int = struct.field(pytree_node=False, default=25)
     budget: int = struct.field(pytree_node=False, default=63)
@@ -197,17 +198,21 @@ class Swift(Drafter):
         )
 
     def propose(self, cfg: ModelConfig, context: Context, state: SwiftState) -> Proposal:
+        before = state.trials
         if cfg.n_layers > 2:
             state = self._search(cfg, context, state)
-        cache, cost, tree = self._draft(cfg, context, state.skipped)
-        return Proposal(tree, cost, state.replace(rounds=state.rounds + 1), cache=cache)
+        trials = state.trials - before  # each is a forward
+        most = jnp.minimum(within(context, 1 + self.num_drafts) - trials.max(), self.num_drafts)
+        cache, cost, tree = self._draft(cfg, context, state.skipped, most)
+        state = state.replace(rounds=state.rounds + 1)
+        return Proposal(tree, cost + trials, state, cache=cache)
 
     # ---- The draft ------------------------------------------------------------------------------
 
     def _draft(
-        self, cfg: ModelConfig, context: Context, skipped: jax.Array
+        self, cfg: ModelConfig, context: Context, skipped: jax.Array, most: jax.Array
     ) -> tuple[KVCache, jax.Array, DraftTree]:
-        """The written cache, forwards per row [B] int32, and the tree."""
+        """The written cache, forwards per row [B] int32, at most so many, and the tree."""
         B, J = len(context.length), self.num_drafts
         R = min(self.max_children, cfg.vocab_size)
         head, sampling = vocab.head(context.params), context.sampling
@@ -267,7 +272,7 @@ class Swift(Drafter):
             laws=jnp.zeros((B, J, cfg.vocab_size)) if is_drawn else None,
             cache=cache,
         )
-        done = jax.lax.while_loop(lambda c: c.going.any() & (c.step < J), step, start)
+        done = jax.lax.while_loop(lambda c: c.going.any() & (c.step < most), step, start)
         tree = grow(
             context.root, done.children, done.sure, done.cost, table, self.num_nodes, done.laws
         )
@@ -281,6 +286,7 @@ class Swift(Drafter):
         num_written = context.length - context.prompt_len
         is_due = context.active & (num_written > self.context_window + 1)
         is_due &= (state.best <= self.max_score) & (state.failures <= self.max_failures)
+        is_due &= within(context, 2) > 1  # a draft comes behind it
         is_due &= (state.trials < self.max_trials) & (state.rounds % self.interval == 0)
 
         def trial(state: SwiftState) -> SwiftState:

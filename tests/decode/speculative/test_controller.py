@@ -10,6 +10,7 @@ import pytest
 from flax import struct
 
 from decode.complete import complete
+from decode.core.loop import FOREVER
 from decode.core.sampling import Sampling
 from decode.speculative import costs, loop
 from decode.speculative.accept import SpeculativeSampling, Typical, Walk
@@ -28,6 +29,7 @@ from decode.speculative.components import (
 )
 from decode.speculative.contracts import ExtraRows, Proposal
 from decode.speculative.controller import Controller
+from decode.speculative.drafters.smaller_model import SmallerModel
 from decode.speculative.loop import SpeculativeMethod, decode, init_state, prefill
 from decode.speculative.state import context_of
 from decode.speculative.tree import DraftTree, TreeShape, chain, from_paths
@@ -267,6 +269,75 @@ def test_drafts_that_are_never_right_cost_the_credit_and_the_tolerance(cost):
     assert state.rounds.sum() == rounds and state.rounds[0, 2] > 1
 
 
+def test_forwards_of_the_drafter_are_paid_for():
+    """By hand: a try loses 0.2 rounds for four nodes, and half a round per forward."""
+
+    @struct.dataclass
+    class Heeding(Adversary):
+        heeds_limits = True
+
+    free, heeding = Adversary(None, None), Heeding(None, None)
+    made = Controller(costs=np.float32([2, 2, 2.4]), draft_cost=1.0, draft_forwards=2.0)
+    budget = [float(made.init(drafter, 1).budget[0]) for drafter in (free, heeding)]
+    assert budget == [pytest.approx(1.2), 1.0]  # two forwards; one, but the credit is more
+    for left, most in ((0.75, 1), (1.21, 2), (3.3, 4 + 1), (0.1, 1)):  # of 0.7, and 0.5 for more
+        state = empty(heeding, made).replace(budget=np.float32([left]))
+        assert int(made.most_forwards(heeding, state, ACTIVE)) == min(most, 1 + 4)
+        assert bool(made.asks(heeding, state, ACTIVE)) == (left >= 0.7)
+    fixed = made.replace(fixed=1).most_forwards(heeding, state, ACTIVE)
+    assert int(fixed) == np.iinfo(np.int32).max
+
+    tree, nodes = tree_of(chain(3)), np.arange(4)[None]
+    state = seen(empty(heeding, made), 20, 20).replace(budget=np.float32([2.0]))
+    walk = Walk(np.zeros((1, 4), np.int32), NONE, NONE)
+
+    @jax.jit
+    def after(state, cost):
+        proposal = Proposal(tree, cost, ())
+        choice, _ = made.choose(heeding, state, proposal, ACTIVE)
+        return choice, made.learn(heeding, state, choice, proposal, nodes, walk, ACTIVE).budget
+
+    for cost, choice, lost in ((1, 2, 0.7), (3, 2, 1.7), (4, 1, 2.0)):
+        found, left = after(state, np.int32([cost]))
+        assert int(found) == choice and left.tolist() == [pytest.approx(2.02 - lost)]
+
+
+def test_what_forwards_cost_is_told_from_rounds():
+    """By hand: two forwards take 10, three were made where more was judged."""
+    seconds, forwards = np.array([20.0, 30.0, 38.0]), np.array([0, 2, 3])
+    assert costs.without_forwards(seconds, forwards).tolist() == [20, 20, 23, 5, 2]
+    none = np.zeros(3, int)
+    assert costs.without_forwards(seconds, none).tolist() == [*seconds, 0, 0]
+    faster = np.array([20.0, 19.0, 18.0])  # by chance
+    assert costs.without_forwards(faster, forwards).tolist() == [20, 19, 18, 0, 2]
+
+
+HEEDING = [kind for kind in DRAFTERS if kind.heeds_limits]
+
+
+@pytest.mark.parametrize("kind", [*often(HEEDING[0]), *more(*HEEDING[1:])])
+def test_who_heeds_limits_makes_no_more_forwards(plain, toy_params, kind):
+    cfg, prompts, _, _ = plain
+    drafter = kind.example(cfg, toy_params)
+    method = SpeculativeMethod(drafter)
+    state = init_state(cfg, method, prompts[:8], gen_len=24)
+    state = decode(toy_params, cfg, method, prefill(toy_params, cfg, method, state), 6, FOREVER)
+
+    @jax.jit
+    def drafts(state, most):
+        context = context_of(toy_params, method, state).replace(most_forwards=most)
+        made = drafter.propose(cfg, context, state.drafter)
+        return made.cost, (made.tree.depths * made.tree.is_valid).max(axis=1)
+
+    most, behind = 0, issubclass(kind, SmallerModel)  # one reads what was written since
+    for limit in (1, 2, 99):
+        made, depth = map(np.asarray, drafts(state, np.int32(limit)))
+        assert most <= made.max() <= limit + behind and (depth <= limit).all()
+        most = made.max()
+    if kind.__name__ != "DynamicExit":  # whose exits say nothing here
+        assert most > 1
+
+
 @pytest.mark.exhaustive
 def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
     cfg, prompts, expected, truth = plain
@@ -398,7 +469,7 @@ def test_costs_are_measured_once_and_kept(plain, toy_params, tmp_path, monkeypat
         assert list(a.rounds_by_width) == [0, 1, 4]
         assert sum(a.rounds_by_width.values()) == a.num_forwards
     (found,) = json.loads((tmp_path / costs.FILE).read_text()).values()
-    assert len(found) == 3 and min(found) > 0
+    assert len(found) == 5 and min(found[:3]) > 0 and found[3:] == [0, 0]
     monkeypatch.setattr(costs, "_measured", {})
     complete(lm, prompts, controller=Controller(), **options)
     assert len(calls) == 1

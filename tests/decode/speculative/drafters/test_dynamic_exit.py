@@ -60,6 +60,26 @@ def test_the_way_through_another_drafters_tree_is_compared(toy_cfg, toy_params):
         assert state.matches.tolist() == [[2.0]] and state.seen.tolist() == [3.0]
 
 
+def test_a_round_in_which_nobody_is_asked_compares_nothing(deep):
+    """And of a batch in which others are, rows that take no part stay."""
+    cfg, params, prompts, *_ = deep
+    drafter = DynamicExit(EXITS, num_drafts=J)
+    method = SpeculativeMethod(drafter, controller=Controller(costs=np.ones(3, np.float32)))
+    state = init_state(cfg, method, prompts, gen_len=G)
+    state = prefill(params, cfg, method, state)
+    seen = []
+    for fixed in (0, 1):
+        some = method.replace(controller=method.controller.replace(fixed=fixed))
+        seen.append(np.asarray(state.drafter.seen))
+        if fixed == 1:
+            state = state.replace(has_stopped=state.has_stopped.at[0].set(True))
+        going = ~np.asarray(state.has_stopped)
+        state = decode(params, cfg, some, state, 1, 10**6)
+    seen.append(np.asarray(state.drafter.seen))
+    assert (seen[0] == seen[1]).all() and going.sum() > 2
+    assert ((seen[2] != seen[1]) == going).all()
+
+
 def test_tokens_per_layer_are_those_of_a_loop():
     """Card: the choice by brute force; a round of d drafts runs d l + L layers."""
     rates = np.random.default_rng(0).random((3, 4)).astype(np.float32)
