@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 MOST_ROWS = 64  # with more, the rows cost and not the matrix
-VECTOR = 16  # numbers that a CPU multiplies at once; half of them it does at a time, too
+VECTOR = 16  # numbers that a CPU multiplies at once
 LARGE = 2**16  # numbers of a matrix; smaller ones stay near, and any order will do
 
 

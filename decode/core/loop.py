@@ -85,6 +85,16 @@ def in_place(is_so: jax.Array, change: Callable[[Tree], Tree], tree: Tree) -> Tr
     return tree
 
 
+def of_rows(rows: jax.Array, new: Tree, old: Tree) -> Tree:
+    """`new` in those `rows` [B] bool, `old` in the others; leaves are [B, ...]."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    chosen: Tree = jax.tree.map(choose, new, old)
+    return chosen
+
+
 def compile_step(step: Step[Method, State]) -> jax.stages.Wrapped:
     """One round, jitted; the state is donated."""
     return jax.jit(step, static_argnames=("cfg",), donate_argnames=("state",))

@@ -5,9 +5,12 @@ Letters: B prompts, K hypotheses, n candidates, G completion positions, S slots.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from decode.core.loop import of_rows
 from decode.search import constrained
 from decode.search.contracts import NEVER, Choice, exists, taken
 from decode.search.method import SearchMethod
@@ -59,9 +62,7 @@ def write(
     elif occurred is not None:
         token = jnp.where(is_written, choice.token, occurred.shape[2])
         occurred = taken(occurred, source).at[rows, lanes, token].set(True, mode="drop")
-    keep = lambda new, old: jnp.where(  # noqa: E731
-        active.reshape(-1, *[1] * (new.ndim - 1)), new, old
-    )
+    keep = functools.partial(of_rows, active)
     return state.replace(
         tokens=tokens,
         length=jnp.where(is_stuck, state.length, length),
@@ -72,7 +73,7 @@ def write(
         num_forwards=state.num_forwards + active,
         has_stopped=state.has_stopped | choice.is_done | is_stuck | (length >= state.end),
         occurred=occurred,
-        strategy=jax.tree.map(keep, choice.state, state.strategy),
+        strategy=keep(choice.state, state.strategy),
         constraint=jax.tree.map(keep, constraint, state.constraint),
         num_steps=state.num_steps + 1,
     )

@@ -44,8 +44,8 @@ class Context(struct.PyTreeNode):
         {}, where drafts are made apart from the target.
       end: [B] int32. The most positions that each row's text may have; None where nobody asks.
       prompt_len: [B] int32. Tokens of the text that were given; None where nobody asks.
-      most_forwards: [] int32, at least 1. Forwards of its own that a drafter who heeds limits may
-        make in this round; None: as many as it likes.
+      most_forwards: [] int32, at least 1. Forwards of its own that a drafter whose number of them
+        follows from the text may make in this round; None: as many as it likes.
       may_pause: whether rounds may pass in which the drafter proposes nothing. Static.
       is_ahead: whether the last draft, if all are kept, is the next root: then nobody need read it
         in this round, as no token of the target's follows it. Static.
@@ -219,8 +219,8 @@ class Drafter(Part):
 
     Attributes:
       notices_pauses: whether it remembers rounds in which it was not asked by `pause`.
-      heeds_limits: whether it makes no more forwards of its own than `Context.most_forwards`, but
-        for what makes up for earlier rounds: for those whose number follows from the text.
+      heeds_limits: whether it never makes more forwards of its own than `Context.most_forwards`,
+        but for what makes up for earlier rounds: for those whose number follows from the text.
       reads_text: whether it looks at nothing but the text: neither at the target's parameters and
         cache nor at its hidden states and choices. Then it can draft apart from the target.
     """

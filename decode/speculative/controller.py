@@ -43,6 +43,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.component import Part
+from decode.core.loop import of_rows
 from decode.speculative.accept import Walk
 from decode.speculative.contracts import Drafter, Proposal
 from decode.speculative.tree import DraftTree
@@ -179,9 +180,9 @@ class Controller(Part):
         self, drafter: Drafter, state: ControllerState, active: jax.Array
     ) -> jax.Array:
         """[] int32: forwards of its own that a drafter who heeds limits may make in this round."""
-        left = _mean(state.budget, active) - self._loss_of_a_try(drafter)
-        more = jnp.minimum(left / jnp.maximum(self._rounds_of(1.0), 1e-6), drafter.num_nodes)
-        most = 1 + jnp.maximum(more, 0).astype(jnp.int32)
+        left = _mean(state.budget, active) - self._least_loss(drafter)
+        most = jnp.clip(left / jnp.maximum(self._rounds_of(1.0), 1e-6), 1, drafter.num_nodes)
+        most = most.astype(jnp.int32)
         return jnp.where(jnp.asarray(self.fixed) < 0, most, jnp.iinfo(jnp.int32).max)
 
     def _losses(self) -> jax.Array:
@@ -197,11 +198,15 @@ class Controller(Part):
         cost = jnp.asarray(self.draft_cost, jnp.float32)
         return forwards * cost / jnp.asarray(self.costs, jnp.float32)[0]
 
-    def _loss_of_a_try(self, drafter: Drafter) -> jax.Array:
-        """[] float32: what the narrowest width with a draft loses, with the fewest forwards."""
+    def _least_loss(self, drafter: Drafter) -> jax.Array:
+        """[] float32: that of the narrowest width with a draft."""
         widths = self.widths_of(drafter)
-        loss = self._losses()[1 if widths[0] == 1 and len(widths) > 1 else 0]
-        return loss + self._rounds_of(1.0 if drafter.heeds_limits else self.draft_forwards)
+        return self._losses()[1 if widths[0] == 1 and len(widths) > 1 else 0]
+
+    def _loss_of_a_try(self, drafter: Drafter) -> jax.Array:
+        """[] float32: the same with the fewest forwards of the drafter's own."""
+        forwards = 1.0 if drafter.heeds_limits else self.draft_forwards
+        return self._least_loss(drafter) + self._rounds_of(forwards)
 
     def choose(
         self,
@@ -314,15 +319,8 @@ class Controller(Part):
         dearest = jnp.maximum(drafter.depth, self.draft_forwards)
         most = jnp.maximum(self.savings, self._losses().max() + self._rounds_of(dearest))
         budget = jnp.minimum(state.budget + saved + self.tolerance, most)
-        keep = lambda new, old: jnp.where(  # noqa: E731
-            active.reshape(-1, *[1] * (new.ndim - 1)), new, old
-        )
-        return ControllerState(
-            hits=keep(hits, state.hits),
-            tries=keep(tries, state.tries),
-            budget=keep(budget, state.budget),
-            rounds=state.rounds.at[:, choice].add(active.astype(jnp.int32)),
-        )
+        rounds = state.rounds.at[:, choice].add(1)
+        return of_rows(active, ControllerState(hits, tries, budget, rounds), state)
 
 
 def _mean(budget: jax.Array, active: jax.Array) -> jax.Array:

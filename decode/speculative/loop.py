@@ -96,9 +96,8 @@ def _controlled(
     drafter, controller, control = method.drafter, method.controller, state.control
     assert controller is not None and control is not None
     context = context_of(params, method, state)
-    if drafter.heeds_limits:
-        most = controller.most_forwards(drafter, control, context.active)
-        context = context.replace(most_forwards=most)
+    most = controller.most_forwards(drafter, control, context.active)
+    context = context.replace(most_forwards=most)
     whole = jnp.arange(drafter.num_nodes, dtype=jnp.int32)[None]
     whole = jnp.broadcast_to(whole, (len(state.length), drafter.num_nodes))
     draft = functools.partial(_propose, cfg, method, state, context)

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.loop import of_rows
 from decode.core.sampling import draw
 from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, within
@@ -192,10 +193,7 @@ class DynamicExit(Drafter):
         behind = jnp.take_along_axis(seen.chosen, seen.last[:, None], axis=1)
         said = jnp.where(is_last, behind, jnp.roll(seen.tokens, -1, axis=1))
         new = self._compare(cfg, context, seen.features, said, is_there, state)
-        keep = lambda new, old: jnp.where(  # noqa: E731
-            context.active.reshape(-1, *[1] * (new.ndim - 1)), new, old
-        )
-        return jax.tree.map(keep, new, state)
+        return of_rows(context.active, new, state)
 
     def _compare(
         self,

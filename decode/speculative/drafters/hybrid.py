@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.component import check_numbers
-from decode.core.loop import in_place
+from decode.core.loop import in_place, of_rows
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, no_proposal
 from decode.speculative.drafters.draft_model import DraftModel
 from decode.speculative.drafters.prompt_lookup import PromptLookup
@@ -206,12 +206,8 @@ class Hybrid(Drafter):
                 is_shape_drawn=other.is_shape_drawn,
             )
 
-        def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.where(is_first.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
         one, other = (_widen(tree, self.num_nodes, self.is_chain) for tree in (one, other))
-        chosen: DraftTree = jax.tree.map(choose, one, other)
-        return chosen
+        return of_rows(is_first, one, other)
 
     def observe(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: HybridState

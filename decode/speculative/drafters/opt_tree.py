@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.loop import of_rows
 from decode.speculative.contracts import Context, Drafter, Proposal, within
 from decode.speculative.drafters.feature_network import FeatureNetwork, FeatureState
 from decode.speculative.drafters.smaller_model import DraftState, SmallerModel
@@ -101,11 +102,7 @@ def grow(
         """Another level, where there is to be one."""
         added = _add(growth, logits, drafted)
         is_open = (added.mass - growth.mass > threshold) & (added.level < levels)
-        keep = lambda new, old: jnp.where(  # noqa: E731
-            growth.is_open.reshape(-1, *[1] * (new.ndim - 1)), new, old
-        )
-        added = added.replace(is_open=is_open & growth.is_open)
-        return jax.tree.map(keep, added, growth)
+        return of_rows(growth.is_open, added.replace(is_open=is_open), growth)
 
     def level(growth: Growth) -> Growth:
         logits, states = score(growth.tree, growth.states)
