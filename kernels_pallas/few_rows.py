@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 MOST_ROWS = 64  # with more, the rows cost and not the matrix
-VECTOR = 16  # numbers that a CPU multiplies at once
+FILLED_FROM, MOST_ADDED = 5, 7  # rows
 LARGE = 2**16  # numbers of a matrix; smaller ones stay near, and any order will do
 
 
@@ -19,9 +19,9 @@ def times_rows_of(rows: jax.Array, w: jax.Array, dtype: DTypeLike | None = None)
     On a CPU few rows take as long as reading the matrix does, which XLA (jax 0.10 to 0.12) does
     twice if it is the second factor: it is copied into another order first. So in float32 it is the
     first one here, and what comes out is turned; 8 rows then take two thirds of the time. Up to 7
-    rows less than 16, 32 or 64 take longer than these, by a third at worst, so rows are filled up.
-    In bfloat16 that gains nothing, but a single row is multiplied as two: else the whole matrix is
-    widened to float32, which takes ten times as long.
+    rows less than 8, 16, 32 or 64 take longer than these, by a third at worst, so rows are filled
+    up; 2 to 4 take the same. In bfloat16 that gains nothing, but a single row is multiplied as two:
+    else the whole matrix is widened to float32, which takes ten times as long.
 
     Args:
       rows: of the dtype of `w`.
@@ -38,7 +38,7 @@ def times_rows_of(rows: jax.Array, w: jax.Array, dtype: DTypeLike | None = None)
         return product(rows, w)
     if w.dtype == jnp.float32 and 1 < M <= MOST_ROWS:
         power = 1 << (M - 1).bit_length()
-        more = power - M if M > VECTOR // 2 > power - M else 0
+        more = power - M if M >= FILLED_FROM and power - M <= MOST_ADDED else 0
 
         def on_cpu(rows: jax.Array, w: jax.Array) -> jax.Array:
             turned = product(w, jnp.pad(rows, ((0, more), (0, 0))))

@@ -78,8 +78,8 @@ class Controller(Part):
 
     Attributes:
       widths: how many nodes may be judged, rising; each is compiled. 1: the drafter is asked, but
-        nothing it says is likely. None: 1, 4, 8, 24 as far as that is at most half of all, and
-        all. Static.
+        nothing it says is likely. None: 1, 4, 8, 24 as far as that is at most three quarters of
+        all, and all. Static.
       costs: [K + 1] float32. Seconds of a round without drafts, and by width with drafting it, but
         for forwards of the drafter's own, or anything proportional; None:
         `decode.speculative.costs` measures these three.
@@ -92,8 +92,7 @@ class Controller(Part):
       weight: > 0. How many tries the prior counts for.
       memory: in [0, 1]. What a round leaves of what was seen before.
       tolerance: in [0, 1]. Share of the time of plain decoding that may be lost.
-      credit: >= 0. Plain rounds that a text may lose besides; at least one round of the narrowest
-        tree can always be paid.
+      credit: >= 0. Plain rounds that a text may lose besides.
       savings: >= 0. Plain rounds that drafts may lose again of what they have saved; at least one
         round of the widest tree.
       fixed: any number. From 0 on it is an index of `costs`, and what is always chosen.
@@ -107,7 +106,7 @@ class Controller(Part):
     surest: jax.Array | float = 0.85
     weight: jax.Array | float = 1.0
     memory: jax.Array | float = 0.95
-    tolerance: jax.Array | float = 0.02
+    tolerance: jax.Array | float = 0.01
     credit: jax.Array | float = 1.0
     savings: jax.Array | float = 4.0
     fixed: jax.Array | int = -1
@@ -157,17 +156,16 @@ class Controller(Part):
         if self.widths is not None:
             return self.widths
         W = drafter.num_nodes
-        return (*(w for w in (1, 4, 8, 24) if 2 * w <= W), W)
+        return (*(w for w in (1, 4, 8, 24) if 4 * w <= 3 * W), W)
 
     def init(self, drafter: Drafter, batch_size: int) -> ControllerState:
         """Nothing was seen yet."""
         ranks = 1 if drafter.is_chain else min(MAX_RANKS, max(1, drafter.num_nodes - 1))
         cells = jnp.zeros((batch_size, drafter.num_grades, max(1, drafter.depth), ranks))
-        credit = jnp.maximum(self.credit, self._loss_of_a_try(drafter))
         return ControllerState(
             hits=cells,
             tries=jnp.zeros_like(cells),
-            budget=jnp.full(batch_size, credit, jnp.float32),
+            budget=jnp.full(batch_size, self.credit, jnp.float32),
             rounds=jnp.zeros((batch_size, len(self.widths_of(drafter)) + 1), jnp.int32),
         )
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -27,7 +26,8 @@ from decode.diffusion.public.fast_dllm import fast_dllm
 from decode.evaluation.run import Programs, device, timed
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
-from dlm.params import init_params, num_params
+from dlm.params import num_params
+from scripts.bench.models import random_params
 
 COLUMNS = ["cache", "tokens_per_step", "tokens_per_s", "their_tokens_per_s", "ratio", "same_text"]
 TOKENS_PER_STEP = 2
@@ -51,7 +51,7 @@ def bench_diffusion(
       prompt_len, gen_len, block_len: tokens.
       repeats: timed runs of each.
     """
-    lm = LanguageModel(jax.block_until_ready(init_params(jax.random.key(0), cfg)), cfg)
+    lm = LanguageModel(random_params(cfg), cfg)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, cfg.vocab_size - 2, (repeats, prompt_len)).tolist()
     with tempfile.TemporaryDirectory() as folder:

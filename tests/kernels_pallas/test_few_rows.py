@@ -30,7 +30,7 @@ def test_rows_are_what_they_are_among_others(dtype):
     rng = np.random.default_rng(0)
     rows, w = (jnp.asarray(rng.normal(size=(n, I)), dtype) for n in (MOST_ROWS + 1, O))
     expected = np.asarray(rows, np.float64) @ np.asarray(w, np.float64).T
-    for M in (1, 2, 8, 9, 25, MOST_ROWS, MOST_ROWS + 1):
+    for M in (1, 2, 5, 8, 9, 25, MOST_ROWS, MOST_ROWS + 1):
         found = jax.jit(times_rows_of, static_argnames="dtype")(rows[:M], w, dtype="float32")
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected[:M], rtol=1e-4, atol=1e-4)
@@ -44,7 +44,7 @@ def test_rows_are_what_they_are_among_others(dtype):
 @pytest.mark.parametrize("multiply", WAYS)
 def test_cpus_multiply_few_rows_by_the_matrix(multiply):
     """The matrix is the first factor, which XLA does not copy: what comes out is [96, M]."""
-    for M, width in ((2, 2), (8, 8), (9, 16), (24, 24), (25, 32), (MOST_ROWS, MOST_ROWS)):
+    for M, width in ((2, 2), (4, 4), (5, 8), (9, 16), (24, 24), (25, 32), (MOST_ROWS, MOST_ROWS)):
         assert f"f32[{O},{width}]" in compiled(multiply, M, "float32")
         assert f"f32[{O},{width}]" not in compiled(plain, M, "float32")
         small = jax.jit(multiply).lower(jnp.ones((M, I)), jnp.ones((O - 1, I))).compile().as_text()
