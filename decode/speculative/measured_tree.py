@@ -102,11 +102,13 @@ def seconds(
     start: Start,
     widths: tuple[int, ...],
 ) -> dict[int, float]:
-    """Of a round with drafts, by the nodes of the method's tree that are judged."""
+    """Of a round with all that is drafted, by the nodes of the method's tree that are judged."""
     asked = method.replace(controller=Controller(widths=widths))
     known = with_costs(params, cfg, asked, start).controller
     assert known is not None and known.costs is not None
-    return dict(zip(widths, np.asarray(known.costs)[1:].tolist(), strict=True))
+    drafting = float(known.draft_cost) * float(known.draft_forwards)
+    whole = np.asarray(known.costs)[1:] + drafting
+    return dict(zip(widths, whole.tolist(), strict=True))
 
 
 def measured_rates(

@@ -63,9 +63,9 @@ def test_a_tree_for_this_device_writes_the_same_text(plain, toy_params, start, m
         """Rounds that cost the more, the more they judge; a drafter costs half a round a level."""
         timed.append(type(method.drafter).__name__)
         widths = np.array((1, *method.controller.widths), np.float32)
-        level = 0.5 * method.drafter.depth * (timed[-1] == "DraftModelTree")
-        costs = jnp.asarray(1 + 0.02 * widths + level)
-        return method.replace(controller=method.controller.replace(costs=costs))
+        levels = method.drafter.depth * (timed[-1] == "DraftModelTree")
+        known = dict(costs=jnp.asarray(1 + 0.02 * widths), draft_cost=0.5, draft_forwards=levels)
+        return method.replace(controller=method.controller.replace(**known))
 
     monkeypatch.setattr(measuring, "with_costs", with_costs)
     method = SpeculativeMethod(DraftModelTree(toy_params, cfg, layers=(0,)))
