@@ -4,7 +4,7 @@ A token (width 1), what drafters ask (4, 8, 32), and reading a whole prompt; whe
 torch are installed (the extra `parity`), the same weights and windows there, in turn. A forward
 ends with the most probable token at each of its positions; that of a prompt at its last, there, and
 with none here. `floor_ms` is what the operations and the bytes that cannot be avoided take at the
-device's best.
+device's best; `over_short` is the time over that behind the shortest text, measured in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from dlm.window import Slots, Window
 from scripts.bench.timing import forward_cost, measure_ceilings, paired_medians_s
 
 WIDTHS, CONTEXTS = (1, 4, 8, 32), (100, 1000, 3000)
-COLUMNS = ["window", "behind", "ms", "floor_ms", "transformers_ms", "share", "compile_s"]
+COLUMNS = [
+    "window", "behind", "ms", "floor_ms", "over_short", "transformers_ms", "share", "compile_s",
+]  # fmt: skip
 FORWARDS_PER_CALL = 8  # dispatch from Python is no part of a round
 
 Run = Callable[[], Any]
@@ -67,13 +69,17 @@ def bench_windows(lm: LanguageModel, repeats: int) -> Iterator[dict[str, Any]]:
             "ceiling_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
             "window": width, "behind": behind, "ms": round(1e3 * ours, 1),
             "floor_ms": round(1e3 * floor_s, 1),
+            "over_short": round(medians["ours"] / medians["short"], 3) if "short" in runs else None,
             "transformers_ms": None if other is None else round(1e3 * other, 1),
             "share": None if other is None else round(ours / other, 3),
             "compile_s": round(compile_s, 1),
         }  # fmt: skip
 
+    short = _ours(lm.params, cfg, prompt[: contexts[0]], 1)
     for width, behind in cases:
         runs = {"ours": _ours(lm.params, cfg, prompt[:behind], width)}
+        if behind > contexts[0]:
+            runs["short"] = short
         if theirs is not None:
             runs["theirs"] = theirs.window(prompt[:behind], width)
         yield result(width, behind, runs, FORWARDS_PER_CALL)

@@ -52,9 +52,10 @@ def test_refilled_rows_give_the_same_answers_in_fewer_rounds():
 def test_windows_of_every_width_and_text():
     lm = models.load("", dataclasses.replace(TINY, max_seq_len=1100), "")
     rows = [*windows.bench_windows(lm, repeats=5)]
-    expected = [(1, 100), (8, 100), (32, 100), (1, 1000), (1000, 0)]
+    expected = [(1, 100), (4, 100), (8, 100), (32, 100), (1, 1000), (1000, 0)]
     assert [(row["window"], row["behind"]) for row in rows] == expected
     assert all(row["ms"] > 0 and row["floor_ms"] >= 0 for row in rows)
+    assert [row["behind"] for row in rows if row["over_short"] is not None] == [1000]
     assert table(rows, "windows", windows.COLUMNS).count("\n") == len(rows) + 1
 
 
