@@ -121,6 +121,8 @@ def bench_diffusion(flags: Flags) -> None:
             f"error: {error}: --code={flags.code!r} must be a folder with generate.py and model/, "
             "and the extra be installed, pip install -e '.[parity]'"
         )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     _show(results, {"diffusion": diffusion.COLUMNS})
 
 

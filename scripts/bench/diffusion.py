@@ -1,7 +1,8 @@
 """Block diffusion beside a public code base: the same weights, prompts and tokens, in turns.
 
     git clone https://github.com/NVlabs/Fast-dLLM
-    python -m scripts.bench diffusion --code=Fast-dLLM/llada       # needs the extra `parity`
+    pip install 'transformers==4.49.*'      # for which that code is, and the extra `parity`
+    python -m scripts.bench diffusion --code=Fast-dLLM/llada
 
 The folder has `generate.py` and `model/`, of which `_theirs` knows the names; nothing of it is kept
 here. Weights are random, so a quota of tokens per step decides, and texts are compared. Batch 1,
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,10 @@ def bench_diffusion(
       code: the folder.
       prompt_len, gen_len, block_len: tokens.
       repeats: timed runs of each.
+
+    Raises:
+      ImportError: there is no such code, or no torch.
+      ValueError: the code does not load a checkpoint here.
     """
     lm = LanguageModel(random_params(cfg), cfg)
     rng = np.random.default_rng(0)
@@ -104,7 +110,14 @@ def _theirs(
         public = importlib.import_module("generate")
     finally:
         sys.path.remove(code)
-    model = public.LLaDAModelLM.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
+    try:
+        model = public.LLaDAModelLM.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
+    except Exception as error:  # whatever another transformers makes of it
+        installed = version("transformers")
+        raise ValueError(
+            f"--code={code} was not written for transformers {installed}, install the "
+            f"one that it asks for: {type(error).__name__}: {error}"
+        ) from error
 
     def decoder(function: Callable[..., Any]) -> Decoder:
         def run(prompt: list[int]) -> tuple[list[int], float]:

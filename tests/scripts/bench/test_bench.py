@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
 
 from decode.diffusion.components import Threshold
 from dlm.presets import PRESETS
 from dlm.tasks.waiting_line import WaitingLine
-from scripts.bench import decode, kernels, models, prompts, refill, spec, train, windows
+from scripts.bench import decode, diffusion, kernels, models, prompts, refill, spec, train, windows
 from scripts.bench.timing import table
 from tests.lib.untrained import untrained
 
@@ -84,3 +86,18 @@ def test_kernels_report_every_case_and_what_failed(tmp_path):
             assert row["us"] > 0 and row["bytes"] > 0 and row["ceiling_gb_per_s"] > 0
         if row["implementation"] in ("default", "xla"):
             assert row["error"] < 1e-2
+
+
+def test_code_for_another_transformers_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "generate.py").write_text(
+        "class LLaDAModelLM:\n"
+        "    def from_pretrained(*given, **options):\n"
+        "        raise AttributeError('no such weights')\n"
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(float32=None))
+    monkeypatch.delitem(sys.modules, "generate", raising=False)
+    monkeypatch.setattr(diffusion, "version", lambda name: "5.24")
+    cfg = dataclasses.replace(TINY, mask_token_id=1)
+    message = r"for transformers 5\.24, .*AttributeError: no such weights"
+    with pytest.raises(ValueError, match=message):
+        next(diffusion.bench_diffusion(cfg, str(tmp_path), 8, 8, 4, 5))
