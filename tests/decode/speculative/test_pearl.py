@@ -380,7 +380,7 @@ def test_what_reads_the_target_cannot_draft_beside_it(toy_cfg, toy_params, small
         (Pearl(Jacobi()), "drafter=Jacobi reads more of the target than its text"),
         (Pearl(DraftModelTree(*small, shape=pair)), "drafter=DraftModelTree must draft chains"),
         (
-            Pearl(PromptLookup(), controller=Controller(costs=jnp.ones(4))),
+            Pearl(PromptLookup(), controller=Controller(costs=jnp.ones(5))),
             "controller must be None",
         ),
     ):
