@@ -104,7 +104,7 @@ class Controller(Part):
     draft_forwards: jax.Array | float = 0.0
     prior: jax.Array | float = 0.25
     surest: jax.Array | float = 0.85
-    weight: jax.Array | float = 1.0
+    weight: jax.Array | float = 2.0
     memory: jax.Array | float = 0.95
     tolerance: jax.Array | float = 0.01
     credit: jax.Array | float = 1.0

@@ -49,7 +49,7 @@ ACTIVE, NONE = np.ones(1, bool), np.zeros(1, np.int32)
 TREE = from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
 # A round that drafts takes hardly longer than one that does not, so much is tried.
 EAGER = {"tolerance": 0.1, "memory": 0.8, "savings": 1.0, "credit": 0.1}
-HALF = {"prior": 0.5, "surest": 0.5}
+HALF = {"prior": 0.5, "surest": 0.5, "weight": 1.0}
 
 
 def controller(drafter, slope=0.05, **options):
@@ -146,7 +146,7 @@ def test_every_grade_is_known_by_itself():
         num_grades = 4
 
     drafter = Graded(None, None, shape=chain(2))
-    made = controller(drafter, prior=0.25, surest=0.75)
+    made = controller(drafter, prior=0.25, surest=0.75, weight=1.0)
     walk, nodes = Walk(np.array([[0, 1, 2]]), np.array([2]), NONE), np.arange(3)[None]
     state, tree = empty(drafter, made), tree_of(chain(2))
     state = learned(made, drafter, state, 2, tree, nodes, walk, ACTIVE, np.array([2]))
@@ -350,7 +350,7 @@ def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
     cfg, prompts, expected, truth = plain
     right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1), shape=chain(7))
     wrong = Adversary(jnp.asarray(truth), jnp.zeros(64), low=24, high=30, shape=chain(7))
-    made = controller(right, slope=0.1, **EAGER)
+    made = controller(right, slope=0.1, **EAGER | {"credit": 1.0})
     rounds = []
     for drafter in (right, wrong):
         method = SpeculativeMethod(drafter, controller=made)
