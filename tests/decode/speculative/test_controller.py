@@ -350,7 +350,7 @@ def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
     cfg, prompts, expected, truth = plain
     right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1), shape=chain(7))
     wrong = Adversary(jnp.asarray(truth), jnp.zeros(64), low=24, high=30, shape=chain(7))
-    made = controller(right, slope=0.1, **EAGER | {"credit": 1.0})
+    made = controller(right, slope=0.1, **EAGER | {"credit": 1.0, "weight": 1.0})
     rounds = []
     for drafter in (right, wrong):
         method = SpeculativeMethod(drafter, controller=made)
