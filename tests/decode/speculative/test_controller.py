@@ -346,11 +346,11 @@ def test_who_heeds_limits_makes_no_more_forwards(plain, toy_params, kind):
 
 
 @pytest.mark.exhaustive
-def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
+def test_a_model_that_is_always_right_is_asked(plain, toy_params):
     cfg, prompts, expected, truth = plain
     right = Adversary(jnp.asarray(truth), jnp.full(64, 1.1), shape=chain(7))
     wrong = Adversary(jnp.asarray(truth), jnp.zeros(64), low=24, high=30, shape=chain(7))
-    made = controller(right, slope=0.1, **EAGER | {"credit": 1.0, "weight": 1.0})
+    made = controller(right, slope=0.1, **EAGER | {"credit": 1.0})
     rounds = []
     for drafter in (right, wrong):
         method = SpeculativeMethod(drafter, controller=made)
@@ -359,7 +359,8 @@ def test_a_model_that_is_always_right_is_always_asked(plain, toy_params):
         check_statistics(state, 7)
         assert (state.control.rounds.sum(axis=1) == state.num_forwards).all()
         rounds.append(np.asarray(state.control.rounds.sum(axis=0)))
-    assert rounds[0][0] == 0 and rounds[0][-1] > 0.5 * rounds[0].sum()
+    # But for last tokens, behind which there is nothing to be right about.
+    assert rounds[0][:2].sum() < 0.2 * rounds[0].sum() < rounds[0][-1]
     assert rounds[1][2:].sum() == 0  # its drafts do not exist, so nothing is judged
 
 
