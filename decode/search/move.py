@@ -74,7 +74,7 @@ def write(
         has_stopped=state.has_stopped | choice.is_done | is_stuck | (length >= state.end),
         occurred=occurred,
         strategy=keep(choice.state, state.strategy),
-        constraint=jax.tree.map(keep, constraint, state.constraint),
+        constraint=keep(constraint, state.constraint),
         num_steps=state.num_steps + 1,
     )
 

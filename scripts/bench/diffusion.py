@@ -115,7 +115,7 @@ def _theirs(
     except Exception as error:  # whatever another transformers makes of it
         installed = version("transformers")
         raise ValueError(
-            f"--code={code} was not written for transformers {installed}, install the "
+            f"--code={code} does not load a checkpoint with transformers {installed}, install the "
             f"one that it asks for: {type(error).__name__}: {error}"
         ) from error
 

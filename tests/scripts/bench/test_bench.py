@@ -98,6 +98,6 @@ def test_code_for_another_transformers_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "generate", raising=False)
     monkeypatch.setattr(diffusion, "version", lambda name: "5.24")
     cfg = dataclasses.replace(TINY, mask_token_id=1)
-    message = r"for transformers 5\.24, .*AttributeError: no such weights"
+    message = r"with transformers 5\.24, .*AttributeError: no such weights"
     with pytest.raises(ValueError, match=message):
         next(diffusion.bench_diffusion(cfg, str(tmp_path), 8, 8, 4, 5))
