@@ -16,6 +16,8 @@ from scripts.bench import spec_report
 from scripts.plan import page as pods
 from scripts.quickstart.report import TITLE
 from scripts.quickstart_spec import page as drafters
+from scripts.search_budget import report as search_budget
+from scripts.search_study import report as search_study
 from scripts.smollm2 import training
 from scripts.study import figure as study
 
@@ -148,6 +150,8 @@ def figures(docs: pathlib.Path) -> dict[str, Callable[[], None]]:
             found[file.stem] = functools.partial(study.draw, numbers, out)
         elif file.stem.startswith("drafters_"):
             found[file.stem] = functools.partial(drafters.draw_seeds, numbers, out)
+        elif file.stem.startswith("search_study_"):
+            found[file.stem] = functools.partial(search_study.draw, numbers, out)
         elif file.stem in ("spec_bench", "smollm2"):
             found[file.stem] = functools.partial(spec_report.draw, numbers, out)
         elif file.stem == "smollm2_training":
@@ -156,4 +160,9 @@ def figures(docs: pathlib.Path) -> dict[str, Callable[[], None]]:
             found |= search_trees.pictures(numbers, docs)
         elif file.name == pods.FILE:
             found[file.stem] = functools.partial(pods.draw, pods.in_order(numbers["cases"]), out)
+    budgets = [json.loads(f.read_text(encoding="utf-8")) for f in docs.glob("search_budget_*.json")]
+    if budgets:
+        budgets.sort(key=lambda one: str(one["about"]["task"]))
+        out = docs / "search_budget.png"
+        found["search_budget"] = functools.partial(search_budget.draw, budgets, out)
     return found

@@ -116,8 +116,14 @@ def _with_interval(value: tuple[float, float, float]) -> str:
     return "{:.1f} ({:.1f} to {:.1f})".format(*value)
 
 
-def draw(rows: Rows, quality: str, title: str, path: pathlib.Path) -> None:
-    """Quality against speed: of the first text, and of the best one where there is a saying."""
+def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Quality against speed: of the first text, and of the best one where there is a saying.
+
+    Args:
+      results: of results.json.
+      path: of the PNG.
+    """
+    rows = results["rows"]
 
     def panel(name: str) -> Panel:
         points = [
@@ -135,9 +141,9 @@ def draw(rows: Rows, quality: str, title: str, path: pathlib.Path) -> None:
     plot_speed_quality(
         path,
         panels,
-        title,
+        f"{results['about']['task']}; dashed: {rows[0]['method']}",
         "prompts per second, all texts of each",
-        quality_label=quality,
+        quality_label=results["quality"],
         room=4.0,
     )  # names are long
 
@@ -151,6 +157,5 @@ def write_report(
     said = ", ".join(f"{name} {value}" for name, value in about.items())
     page = "\n\n".join([said, table(rows, quality), *left_out])
     (out / "search_study.md").write_text(page + "\n", encoding="utf-8")
-    title = f"{about['task']}; dashed: {rows[0]['method']}"
-    draw(rows, quality, title, out / "search_study.png")
+    draw(results, out / "search_study.png")
     return page
