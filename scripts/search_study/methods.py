@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from decode.core.results import Completion
 from decode.core.sampling import Sampling
 from decode.evaluation.run import Method
-from decode.search.components import METHODS as SEARCHES
+from decode.search.components import METHODS
 from decode.search.loop import SearchMethod
+from decode.search.strategies.beam import Beam
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import LanguageModel
 
@@ -21,6 +22,8 @@ SAMPLING = {
     "top_p_0.95": Sampling(1.0, top_p=0.95),
     "min_p_0.1": Sampling(1.0, min_p=0.1),
 }
+# Beside those that have a name: as many hypotheses as `diverse_beam_6` has.
+SEARCHES = {"beam_6": SearchMethod(Beam(num_beams=6)), **METHODS}
 NAMES = (GREEDY, *SAMPLING, *SEARCHES)
 
 

@@ -10,7 +10,6 @@ import dlm
 from configs import translation
 from decode.core.results import Completion
 from decode.evaluation.job import Job
-from decode.search.components import METHODS as SEARCHES
 from decode.search.components import Beam
 from decode.search.loop import SearchMethod
 from decode.speculative.loop import SpeculativeMethod
@@ -111,7 +110,7 @@ def test_methods_by_name(toy_cfg):
     lm = dlm.LanguageModel({}, toy_cfg, word_tokenizer(["a", "."]))
     found, left_out = methods.methods_of((), 3, lm)
     assert left_out == ["top_k_50 is left out: top_k=50 must be in [1, vocab_size=24]"]
-    assert {"greedy", "sampled"} <= found.keys() <= {"greedy", *methods.SAMPLING, *SEARCHES}
+    assert {"greedy", "sampled"} <= found.keys() <= {"greedy", *methods.SAMPLING, *methods.SEARCHES}
     assert found["beam_4"].num_return == 3 and found["contrastive"].num_return == 1
     # What is tried ends at the tokenizer's marks, and what it took is counted.
     assert np.flatnonzero(found["cntp"].strategy.punctuation).tolist() == [1]
