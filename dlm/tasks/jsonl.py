@@ -120,6 +120,7 @@ class JsonlTask(Loaded):
         prompt: template of the prompt, see `render`.
         completion: template of the completion.
         scorer: called with (example, completion); exact match, white space aside, by default.
+        shots: text that stands before every prompt as it is, such as examples with their answers.
         examples: one per record, made when the task is created, so that a bad file fails at once.
             Their metadata is the record and, unless the record has an "operation" of its own, the
             file's name without its suffix under that key.
@@ -134,6 +135,7 @@ class JsonlTask(Loaded):
     prompt: str
     completion: str
     scorer: tasks.Scorer = tasks.exact_match
+    shots: str = ""
     examples: tuple[tasks.Example, ...] = dataclasses.field(init=False, repr=False, compare=False)
     lines: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -145,7 +147,7 @@ class JsonlTask(Loaded):
             where = f"{self.path}, line {number}"
             examples.append(
                 tasks.Example(
-                    prompt=render(self.prompt, record, where),
+                    prompt=self.shots + render(self.prompt, record, where),
                     completion=render(self.completion, record, where),
                     metadata={"operation": operation, **record},
                 )
@@ -249,15 +251,27 @@ def score_python_syntax(example: tasks.Example, completion: str) -> dict[str, fl
     return {"score": float(wanted <= defined), "parses": 1.0}
 
 
-def mbpp(path: str | os.PathLike[str]) -> JsonlTask:
+def mbpp(
+    path: str | os.PathLike[str], shots_path: str | os.PathLike[str] | None = None
+) -> JsonlTask:
     """Short Python programs from a sentence and three tests, in the format of arXiv:2108.07732.
 
     Scored by syntax only, see `score_python_syntax`.
+
+    Args:
+        path: the file.
+        shots_path: a file of solved examples, of which the second to fourth are shown before every
+            prompt, as evaluation harnesses do; None: nothing is shown.
     """
+    shots = ""
+    if shots_path is not None:
+        solved = mbpp(shots_path).examples[1:4]
+        shots = "".join(f"{example.prompt}{example.completion}\n\n" for example in solved)
     return JsonlTask(
         path,
         "You are an expert Python programmer, and here is your task: {text} Your code should pass "
         "these tests:\n\n{test_list[0]}\n{test_list[1]}\n{test_list[2]}\n[BEGIN]\n",
         "{code}\n[DONE]",
         score_python_syntax,
+        shots,
     )

@@ -99,7 +99,8 @@ def _code(name: str, data: str) -> Task:
     folder = pathlib.Path(data) / name
     if name == "mbpp":
         score = running(scoring.mbpp, ENDS[name])
-        return dataclasses.replace(jsonl.mbpp(folder / "test_dev.jsonl"), scorer=score)
+        task = jsonl.mbpp(folder / "test_dev.jsonl", folder / "prompt.jsonl")
+        return dataclasses.replace(task, scorer=score)
     score = running(scoring.humaneval, ENDS[name])
     return jsonl.JsonlTask(folder / "dev.jsonl", "{prompt}", "{canonical_solution}", score)
 

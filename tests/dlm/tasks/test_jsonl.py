@@ -164,6 +164,17 @@ def test_mbpp(tmp_path):
     assert task.score(example, "def twice(x): pass\0") == broken
 
 
+def test_mbpp_shows_the_second_to_fourth_of_solved_tasks(tmp_path):
+    solved = [
+        {"text": f"task {i}", "code": f"f = {{{i}}}", "test_list": [""] * 3} for i in range(6)
+    ]
+    shots = write(tmp_path / "shots.jsonl", *solved)
+    plain = jsonl.mbpp(shots)
+    (asked, *_) = jsonl.mbpp(shots, shots).examples
+    shown = "".join(f"{e.prompt}{e.completion}\n\n" for e in plain.examples[1:4])
+    assert asked.prompt == shown + plain.examples[0].prompt and "f = {2}\n[DONE]\n\nYou" in shown
+
+
 def test_mbpp_wants_every_name_that_all_tests_call(tmp_path):
     tests = [
         "assert len(f(g(1))) == 1",
