@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
+from decode.core.component import check_numbers
 from decode.core.results import Completion
 from decode.core.sampling import Sampling
 from decode.evaluation.run import Method
 from decode.search.components import METHODS
+from decode.search.contracts import Strategy
 from decode.search.loop import SearchMethod
 from decode.search.strategies.beam import Beam
 from decode.speculative.loop import SpeculativeMethod
@@ -30,15 +33,39 @@ NAMES = (GREEDY, *SAMPLING, *SEARCHES)
 def named(name: str, num_return: int) -> Method:
     """A method that gives at most so many texts.
 
+    Args:
+      name: of `NAMES`; behind that of a search other numbers of its strategy may stand, such as
+        "adadec:theta=1.2:num_tried=5".
+      num_return: texts.
+
     Raises:
-      ValueError: there is no such name.
+      ValueError: there is no such name, or the strategy has no such number.
     """
+    name, *others = name.split(":")
     if name in SEARCHES:
         search = SEARCHES[name]
+        search = search.replace(strategy=_with_numbers(search.strategy, others))
         return search.replace(num_return=min(num_return, search.strategy.num_results))
-    if name != GREEDY and name not in SAMPLING:
+    if others or (name != GREEDY and name not in SAMPLING):
+        name = ":".join([name, *others])
         raise ValueError(f"there is no method {name!r}; there are {', '.join(NAMES)}")
     return SpeculativeMethod(sampling=SAMPLING.get(name, Sampling(temperature=None)))
+
+
+def _with_numbers(strategy: Strategy, others: Sequence[str]) -> Strategy:
+    """The strategy with numbers like "theta=1.2" instead of its own."""
+    numbers = {}
+    for other in others:
+        field, _, value = other.partition("=")
+        if type(getattr(strategy, field, None)) not in (int, float):
+            raise ValueError(f"{type(strategy).__name__} has no number {field!r} for {other!r}")
+        try:
+            numbers[field] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{other!r} must end with a number") from error
+    replaced: Strategy = strategy.replace(**numbers)  # type: ignore[attr-defined]
+    check_numbers(replaced)
+    return replaced
 
 
 def methods_of(

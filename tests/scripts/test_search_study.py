@@ -131,6 +131,17 @@ def test_methods_by_name(toy_cfg):
     )
     with pytest.raises(ValueError, match="there is no method 'bream_4'; there are greedy, sampled"):
         methods.methods_of(["bream_4"], 3, lm)
+    adadec = methods.named("adadec:theta=1.25:num_tried=5", 3)
+    assert (adadec.strategy.theta, adadec.strategy.num_tried) == (1.25, 5)
+    for wrong, said in {
+        "adadec:thet=1": "AdaDec has no number 'thet'",
+        "adadec:stops=1": "AdaDec has no number 'stops'",
+        "adadec:theta=much": "'theta=much' must end with a number",
+        "beam_4:num_beams=2.5": "num_beams=2.5",
+        "greedy:theta=1": "there is no method 'greedy:theta=1'",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            methods.named(wrong, 3)
     with pytest.raises(ValueError, match="top_k_50: top_k=50 must be in"):
         methods.methods_of(["top_k_50"], 3, lm)
 
