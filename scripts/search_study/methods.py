@@ -13,6 +13,7 @@ from decode.search.components import METHODS
 from decode.search.contracts import Strategy
 from decode.search.loop import SearchMethod
 from decode.search.strategies.beam import Beam
+from decode.search.strategies.diverse_beam import DiverseBeam
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import LanguageModel
 
@@ -25,8 +26,12 @@ SAMPLING = {
     "top_p_0.95": Sampling(1.0, top_p=0.95),
     "min_p_0.1": Sampling(1.0, min_p=0.1),
 }
-# Beside those that have a name: as many hypotheses as `diverse_beam_6` has.
-SEARCHES = {"beam_6": SearchMethod(Beam(num_beams=6)), **METHODS}
+# Beside those that have a name: as many hypotheses as `diverse_beam_6`, in one group and in six.
+SEARCHES = {
+    "beam_6": SearchMethod(Beam(num_beams=6)),
+    "diverse_beam_6x1": SearchMethod(DiverseBeam(group=Beam(num_beams=1), num_groups=6)),
+    **METHODS,
+}
 NAMES = (GREEDY, *SAMPLING, *SEARCHES)
 
 
