@@ -22,8 +22,11 @@ import jax
 from absl import app, flags
 
 import dlm
+from decode.core.datastore import load_datastore
 from decode.evaluation.job import make_job
 from decode.evaluation.run import device
+from decode.search.loop import SearchMethod
+from decode.search.strategies.superposed import Superposed
 from dlm.params import num_params
 from scripts.search_study.asked import NAMES, asked
 from scripts.search_study.measure import write_all
@@ -42,7 +45,11 @@ def main(argv: list[str]) -> None:
             dlm.load(given.checkpoint, dtype=given.dtype or None), preset, block_len=1,
             num_examples=given.num_examples, gen_len=given.gen_len, batch_size=given.batch_size,
         )  # fmt: skip
-        methods, left_out = methods_of(given.methods, given.num_return, job.lm)
+        others = {}
+        if given.datastore:
+            method = SearchMethod(Superposed(load_datastore(given.datastore)))
+            others["superposed_3"] = method
+        methods, left_out = methods_of(given.methods, given.num_return, job.lm, others)
         out.mkdir(parents=True, exist_ok=True)
         found = write_all(job, methods, given.num_return, out / "answers.jsonl")
     except (ValueError, OSError) as error:
@@ -64,6 +71,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", "", "Folder of published files, by task.")
     flags.DEFINE_string("dtype", "", "Of the model, such as float32; empty: its own.")
     flags.DEFINE_list("methods", [], "By name, see above; default: all.")
+    flags.DEFINE_string("datastore", "", "Of scripts.rest_datastore; adds superposed_3.")
     flags.DEFINE_integer("num_return", 4, "Texts per prompt.", lower_bound=1)
     flags.DEFINE_integer("num_examples", 200, "Held-out examples.", lower_bound=1)
     flags.DEFINE_integer("gen_len", 0, "Most tokens of a text; 0: the task's.", lower_bound=0)

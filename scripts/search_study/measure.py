@@ -11,11 +11,13 @@ from typing import TypedDict, cast
 import jax
 from tqdm import tqdm
 
+from decode.causal_likelihood import causal_log_likelihood
 from decode.evaluation.job import Job
 from decode.evaluation.record import Record
 from decode.evaluation.run import Method, answered, device
 from decode.files import describe
 from decode.search.contracts import NEVER
+from decode.search.loop import SearchMethod
 from dlm.lm import fingerprint
 from scripts.search_study.methods import num_read, num_texts
 
@@ -67,6 +69,11 @@ def write(job: Job, method: Method, num_return: int) -> Written:
         found["log_prob"].append(float(first.log_prob.sum()))
         found["forwards"].append(forwards)
         found["read"].append(sum(num_read(method, completion) for completion in drawn))
+    if isinstance(method, SearchMethod) and method.strategy.shares_row:
+        # Its own are of the mean of all drafts.
+        firsts = [done.completions[i].canvas.tolist() for i in range(0, len(prompts), num)]
+        judged = causal_log_likelihood(job.lm, list(zip(job.prompts, firsts, strict=True)))
+        found["log_prob"] = [one.log_prob for one in judged]
     return found
 
 

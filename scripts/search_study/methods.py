@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from decode.core.component import check_numbers
 from decode.core.results import Completion
@@ -35,25 +35,27 @@ SEARCHES = {
 NAMES = (GREEDY, *SAMPLING, *SEARCHES)
 
 
-def named(name: str, num_return: int) -> Method:
+def named(name: str, num_return: int, others: Mapping[str, SearchMethod]) -> Method:
     """A method that gives at most so many texts.
 
     Args:
       name: of `NAMES`; behind that of a search other numbers of its strategy may stand, such as
         "adadec:theta=1.2:num_tried=5".
       num_return: texts.
+      others: searches beside those that have a name.
 
     Raises:
       ValueError: there is no such name, or the strategy has no such number.
     """
-    name, *others = name.split(":")
-    if name in SEARCHES:
-        search = SEARCHES[name]
-        search = search.replace(strategy=_with_numbers(search.strategy, others))
+    searches = {**SEARCHES, **others}
+    name, *numbers = name.split(":")
+    if name in searches:
+        search = searches[name]
+        search = search.replace(strategy=_with_numbers(search.strategy, numbers))
         return search.replace(num_return=min(num_return, search.strategy.num_results))
-    if others or (name != GREEDY and name not in SAMPLING):
-        name = ":".join([name, *others])
-        raise ValueError(f"there is no method {name!r}; there are {', '.join(NAMES)}")
+    if numbers or (name != GREEDY and name not in SAMPLING):
+        name = ":".join([name, *numbers])
+        raise ValueError(f"there is no method {name!r}; there are {', '.join([*NAMES, *others])}")
     return SpeculativeMethod(sampling=SAMPLING.get(name, Sampling(temperature=None)))
 
 
@@ -74,7 +76,10 @@ def _with_numbers(strategy: Strategy, others: Sequence[str]) -> Strategy:
 
 
 def methods_of(
-    names: Sequence[str], num_return: int, lm: LanguageModel
+    names: Sequence[str],
+    num_return: int,
+    lm: LanguageModel,
+    others: Mapping[str, SearchMethod] | None = None,
 ) -> tuple[dict[str, Method], list[str]]:
     """Methods by name, and a sentence for every one that is left out.
 
@@ -82,14 +87,16 @@ def methods_of(
       names: what must be there; (): all that make sense for the model.
       num_return: most texts per prompt.
       lm: the model.
+      others: searches beside those that have a name.
 
     Raises:
       ValueError: there is no such method, or one that was asked for makes no sense.
     """
     found: dict[str, Method] = {}
     left_out = []
-    for name in names or NAMES:
-        method = named(name, num_return)
+    others = others or {}
+    for name in names or [*NAMES, *others]:
+        method = named(name, num_return, others)
         try:
             if isinstance(method, SearchMethod):
                 method = method.replace(strategy=method.strategy.for_model(lm))

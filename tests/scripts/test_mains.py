@@ -43,6 +43,7 @@ def test_models_that_are_not_there_are_one_sentence(tmp_path):
     nowhere = tmp_path / "nowhere"
     further = {
         "scripts.draft_vocab": [f"--config={ROOT}/configs/smollm2.py:eagle_3"],
+        "scripts.hso": [f"{ROOT}/README.md"],
         "scripts.search_budget": ["--task=countdown"],
         "scripts.search_study": ["--task=countdown"],
         "scripts.rest_datastore": [f"{nowhere}/texts.jsonl"],

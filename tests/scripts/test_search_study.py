@@ -8,9 +8,11 @@ import pytest
 
 import dlm
 from configs import translation
+from decode.causal_likelihood import causal_log_likelihood
+from decode.complete import complete
 from decode.core.results import Completion
 from decode.evaluation.job import Job
-from decode.search.components import Beam
+from decode.search.components import Beam, Superposed
 from decode.search.loop import SearchMethod
 from decode.speculative.loop import SpeculativeMethod
 from dlm.tasks import bleu
@@ -131,7 +133,7 @@ def test_methods_by_name(toy_cfg):
     )
     with pytest.raises(ValueError, match="there is no method 'bream_4'; there are greedy, sampled"):
         methods.methods_of(["bream_4"], 3, lm)
-    adadec = methods.named("adadec:theta=1.25:num_tried=5", 3)
+    adadec = methods.named("adadec:theta=1.25:num_tried=5", 3, {})
     assert (adadec.strategy.theta, adadec.strategy.num_tried) == (1.25, 5)
     for wrong, said in {
         "adadec:thet=1": "AdaDec has no number 'thet'",
@@ -141,7 +143,7 @@ def test_methods_by_name(toy_cfg):
         "greedy:theta=1": "there is no method 'greedy:theta=1'",
     }.items():
         with pytest.raises(ValueError, match=said):
-            methods.named(wrong, 3)
+            methods.named(wrong, 3, {})
     with pytest.raises(ValueError, match="top_k_50: top_k=50 must be in"):
         methods.methods_of(["top_k_50"], 3, lm)
 
@@ -181,6 +183,22 @@ def test_a_run_writes_what_it_says_and_decodes_nothing_again(model, tmp_path, mo
     monkeypatch.setattr(measure, "write", None)
     assert page.strip() in run_main("scripts.search_study", *arguments)
     assert (tmp_path / "answers.jsonl").read_text() == log and log.count("\n") == 3
+
+
+def test_drafts_that_share_a_row_are_judged_each_by_itself(model):
+    lm = dlm.load(model)
+    task = Countdown(num_numbers=3, num_examples=2)
+    prompts = [lm.tokenizer.encode(task[i].prompt) for i in range(2)]
+    job = Job(lm, task, [task[i] for i in range(2)], prompts, {}, 4, 1, 2)
+    others = {
+        "drafts": SearchMethod(Superposed.example(lm.cfg).replace(temperature=1.0), num_return=3)
+    }
+    (method,) = methods.methods_of(["drafts"], 3, lm, others)[0].values()
+    found = measure.write(job, method, 3)
+    first, *_ = complete(lm, prompts, method=method, gen_len=4)
+    (right,) = causal_log_likelihood(lm, [(prompts[0], first.canvas.tolist())])
+    assert found["log_prob"][0] == pytest.approx(right.log_prob, abs=1e-4)
+    assert found["log_prob"][0] != pytest.approx(float(first.log_prob.sum()), abs=1e-2)
 
 
 @pytest.mark.exhaustive(every=4)
