@@ -44,6 +44,7 @@ def test_models_that_are_not_there_are_one_sentence(tmp_path):
     further = {
         "scripts.draft_vocab": [f"--config={ROOT}/configs/smollm2.py:eagle_3"],
         "scripts.hso": [f"{ROOT}/README.md"],
+        "scripts.length_search": [f"--head={nowhere}", f"--prompts={nowhere}"],
         "scripts.search_budget": ["--task=countdown"],
         "scripts.search_study": ["--task=countdown"],
         "scripts.rest_datastore": [f"{nowhere}/texts.jsonl"],
