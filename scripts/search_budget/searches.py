@@ -106,7 +106,9 @@ def searches(asked: Asked, num: int) -> dict[str, Search]:
     found = {"samples, T 1": samples(1.0), "samples, T 0.8": samples(0.8)}
     if asked.progress is not None:
         queue = AStar(scorer=Verifier(asked.progress), delimiter=",", max_expansions=num)
-        found["A*-decoding"] = lambda job, asked: planned(job, asked, method=lambda _: queue)
+        wide = queue.replace(num_samples=8, sampling=Sampling(1.0))
+        found["A*"] = lambda job, asked: planned(job, asked, method=lambda _: queue)
+        found["A*, 8 steps, T 1"] = lambda job, asked: planned(job, asked, method=lambda _: wide)
 
     def plan(example: Example) -> Planner:
         return PGTD(reward=asked.check(example), num_rollouts=num)
