@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     if not argv[1:]:
         raise app.UsageError("name at least one text file")
     try:
-        lm = dlm.load(flags.FLAGS.checkpoint)
+        lm = dlm.load(flags.FLAGS.checkpoint, dtype=flags.FLAGS.dtype or None)
         table = [row for x in argv[1:] for row in rows(lm, pathlib.Path(x), flags.FLAGS)]
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -70,8 +70,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "For dlm.load; or smollm2.", required=True)
+    flags.DEFINE_string("dtype", "", "Of the parameters; default: the checkpoint's.")
     flags.DEFINE_list("etas", ["0.001", "0.003", "0.01"], "Learning rates.")
-    flags.DEFINE_integer("num_tokens", 4096, "Of each text.", lower_bound=2)
+    flags.DEFINE_integer("num_tokens", 2048, "Of each text.", lower_bound=2)
     flags.DEFINE_integer("window", 64, "Tokens judged at once.", lower_bound=1)
     flags.DEFINE_integer("context", 512, "Most tokens remembered.", lower_bound=1)
     app.run(main)

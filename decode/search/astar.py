@@ -123,7 +123,7 @@ class AStar(Planner):
         delimiters = [i for i, word in enumerate(words) if mark in word]
         P, G = round_lengths(lm.cfg, [prompt], [gen_len])
         steps = SpeculativeMethod(sampling=self.sampling, stop_ids=(*delimiters, *self.stop_ids))
-        writer = Writer(lm, steps, P + G)
+        writer = Writer(lm, steps, prompt, P + G)
         ends = {*lm.cfg.eos_ids, *self.stop_ids}
 
         def expand(states: Sequence[State]) -> list[list[State]]:
@@ -166,7 +166,8 @@ class AStar(Planner):
         state = found.best_open
         if (room := gen_len - len(state.tokens)) < 1:
             return state
-        greedy = Writer(lm, SpeculativeMethod(sampling=GREEDY, stop_ids=self.stop_ids), num_slots)
+        method = SpeculativeMethod(sampling=GREEDY, stop_ids=self.stop_ids)
+        greedy = Writer(lm, method, prompt, num_slots)
         ((rest,),) = greedy.go_on(
             [[*prompt, *state.tokens]], [room], [state.key], times=1, rows=1, G=G
         )

@@ -170,7 +170,7 @@ class Completer:
             sampling=method.sampling if method.mode == "sample" else GREEDY,
             stop_ids=method.stop_ids, top_logprobs=method.num_children,
         )  # fmt: skip
-        self._writer = Writer(lm, writes, self._P + self._G)
+        self._writer = Writer(lm, writes, prompt, self._P + self._G)
         self.ends, self._beam_forwards = self._writer.ends, 0
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from decode.core.requests import PREFILL, check_stop_ids, lay_out, whole_number
 from decode.core.results import Completion, to_text
@@ -23,6 +24,7 @@ from decode.core.streams import fold_in
 from decode.search.move import under_all
 from decode.speculative.loop import SpeculativeMethod, SpeculativeState, decode, prefill
 from decode.speculative.state import first_state
+from dlm.cache import KVCache
 from dlm.config import ModelConfig
 from dlm.lm import LanguageModel
 from dlm.params import Params
@@ -110,20 +112,37 @@ class Planner:
         raise NotImplementedError
 
 
+BEHIND = 64  # most tokens per forward of what stands behind a prompt
+
+
 class Writer:
     """Goes on with texts of one prompt: one program for a number of texts and of continuations.
 
+    The prompt is read once, and its keys and values are kept; what stands behind it in a text is
+    read each time.
+
     Attributes:
       num_tokens: written so far.
-      num_forwards: of the model, those of prompts aside, for each text by itself.
+      num_forwards: of the model, those that read aside, for each text by itself.
     """
 
-    def __init__(self, lm: LanguageModel, method: SpeculativeMethod, num_slots: int) -> None:
+    def __init__(
+        self, lm: LanguageModel, method: SpeculativeMethod, prompt: Sequence[int], num_slots: int
+    ) -> None:
+        """Args:
+        lm, method: who writes, and how.
+        prompt: token ids that all texts begin with.
+        num_slots: most tokens of a text.
+        """
         ids = np.asarray(method.stop_ids, np.int32).reshape(-1)
         self.method = method.replace(stop_ids=ids)  # one argument: delimiters may be thousands
-        self.lm, self.num_slots = lm, num_slots
+        self.lm = lm
         self.num_tokens = self.num_forwards = 0
         self.ends = {*lm.cfg.eos_ids, *ids.tolist()}
+        chunk = min(num_slots, PREFILL)
+        self._num_slots = -(-num_slots // chunk) * chunk + 1
+        rows = lay_out(lm.cfg, [prompt], [num_slots - len(prompt)], 1, self._num_slots)
+        self._prompt = _read(lm.params, lm.cfg, self.method, *rows, chunk)
 
     def go_on(
         self,
@@ -137,12 +156,12 @@ class Writer:
     ) -> list[list[Continuation]]:
         """`times` continuations of each text: up to a stop id, or its `gen_lens`.
 
-        The text's cache is laid under all of its continuations. The first goes on drawing from the
+        A text's cache is laid under all of its continuations. The first goes on drawing from the
         text's own stream, so that a text in several pieces is the text in one; others have streams
         of their own.
 
         Args:
-          texts: token ids, prompt included; at most `rows` of them.
+          texts: token ids, which begin with the prompt; at most `rows` of them.
           gen_lens: most tokens of each.
           keys: [2] uint32. A random stream per text.
           times: k.
@@ -150,13 +169,11 @@ class Writer:
           G: most tokens of any continuation, likewise.
         """
         lm, num = self.lm, len(texts)
-        chunk = min(self.num_slots, PREFILL)
-        S = -(-self.num_slots // chunk) * chunk + 1
-        tokens, length, end = lay_out(lm.cfg, texts, gen_lens, rows, S)
+        tokens, length, end = lay_out(lm.cfg, texts, gen_lens, rows, self._num_slots)
         key = np.zeros((rows, 2), np.uint32)
         key[:num] = keys
         state, streams = _write(
-            lm.params, lm.cfg, self.method, tokens, length, end, key, G, chunk, times
+            lm.params, lm.cfg, self.method, self._prompt, tokens, length, end, key, G, times
         )
         fields = (state.tokens, state.length, state.log_prob, state.num_forwards, state.top)
         tokens, after, log_prob, forwards, top = jax.device_get(fields)
@@ -182,13 +199,46 @@ class Writer:
         return found
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "G", "chunk", "times"))
-def _write(
+class Prompt(struct.PyTreeNode):
+    """A prompt that was read.
+
+    Attributes:
+      cache: of one row; its last token aside.
+      num_read: scalar int32. Tokens in there.
+      end: [1] int32. Most tokens of a text, as long as which it was read for.
+    """
+
+    cache: KVCache
+    num_read: jax.Array
+    end: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "chunk"))
+def _read(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, tokens: jax.Array,
-    length: jax.Array, end: jax.Array, key: jax.Array, G: int, chunk: int, times: int,
+    length: jax.Array, end: jax.Array, chunk: int,
+) -> Prompt:  # fmt: skip
+    """A prompt [1, S] of so many tokens [1]."""
+    key = jnp.zeros((1, 2), jnp.uint32)
+    state = first_state(cfg, method, tokens, length, end, key, 1, chunk)
+    return Prompt(prefill(params, cfg, method, state).cache, length[0] - 1, end)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "G", "times"))
+def _write(
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, prompt: Prompt,
+    tokens: jax.Array, length: jax.Array, end: jax.Array, key: jax.Array, G: int, times: int,
 ) -> tuple[SpeculativeState, jax.Array]:  # fmt: skip
     """The finished state of R rows, row j W + i the j-th of text i, and their streams [R, 2]."""
-    state = first_state(cfg, method, tokens, length, end, key, G, chunk)
+    W, S = tokens.shape
+    state = first_state(cfg, method, tokens, length, end, key, G, min(S, BEHIND))
+    of_all = lambda x: jnp.broadcast_to(x, (*x.shape[:-4], W, *x.shape[-3:]))  # noqa: E731
+    known = prompt.num_read
+    if cfg.rope_scaling is not None:  # angles may depend on how long a text gets
+        is_same = cfg.rope_scaling.is_same(end, jnp.broadcast_to(prompt.end, W))
+        known = jnp.where((is_same | state.has_stopped).all(), known, 0)
+    cache = jax.tree.map(of_all, prompt.cache)
+    state = state.replace(cache=cache, num_read=jnp.full(W, known))
     state = prefill(params, cfg, method, state)
     cache = under_all(state.cache, times)
     light = state.replace(cache=None, num_steps=None)

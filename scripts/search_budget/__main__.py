@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         asked = read(given.task, given.data)
         job = make_job(
             dlm.load(given.checkpoint, dtype=given.dtype or None), asked.preset, block_len=1,
-            num_examples=given.num_examples, gen_len=given.gen_len, batch_size=given.batch_size,
+            num_examples=given.num_examples, gen_len=given.gen_len,
         )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         named = searches(asked, given.num)
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         "task": given.task, "checkpoint": given.checkpoint,
         "parameters": f"{num_params(job.lm.cfg) / 1e6:.1f} M", "dtype": job.lm.cfg.dtype,
         "examples": len(job.examples), "gen_len": job.gen_len, "num": given.num,
-        "batch_size": job.batch_size, "device": device(), "jax": jax.__version__,
+        "device": device(), "jax": jax.__version__,
     }  # fmt: skip
     print("\n" + write_report(out, found, about))
     print(f"\nWritten: search_budget.md, results.json and search_budget.png in {out}/")
@@ -65,6 +65,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num", 64, "Samples, expansions and rollouts.", lower_bound=1)
     flags.DEFINE_integer("num_examples", 200, "Held-out examples.", lower_bound=1)
     flags.DEFINE_integer("gen_len", 0, "Most tokens of a text; 0: the task's.", lower_bound=0)
-    flags.DEFINE_integer("batch_size", 64, "Samples drawn at once.", lower_bound=1)
     flags.DEFINE_string("out", "runs/search_budget", "Folder for everything written.")
     app.run(main)

@@ -12,19 +12,20 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import TypedDict, cast
+from typing import NamedTuple, TypedDict, cast
 
 import jax
 from tqdm import tqdm
 
 from decode.complete import complete
+from decode.core.requests import round_lengths
 from decode.core.sampling import Sampling
 from decode.evaluation.job import Job
 from decode.evaluation.record import Record
-from decode.evaluation.run import answered, device
+from decode.evaluation.run import device
 from decode.search.astar import AStar
 from decode.search.pg_td import PGTD
-from decode.search.planner import Planner
+from decode.search.planner import Planner, Writer, root_key
 from decode.search.scorers import Verifier
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import fingerprint
@@ -39,7 +40,8 @@ class Tried(TypedDict):
       right: whether its answer is right. One that the check rejects never is.
       forwards: until it ended, which it does with the first answer that passes the check.
       checked: answers, and beginnings of some, that were checked.
-      seconds: of all; of samples those behind the first right one included.
+      seconds: of all; of samples, which are drawn at once, those behind the first one that passes
+        included.
     """
 
     right: list[bool]
@@ -48,47 +50,66 @@ class Tried(TypedDict):
     seconds: float
 
 
-Search = Callable[[Job, Asked], Tried]
+class Answer(NamedTuple):
+    """What a search says of an example: the text, forwards, and how often something was checked."""
+
+    text: str
+    forwards: int
+    checked: int
 
 
-def sampled(job: Job, asked: Asked, *, temperature: float, num: int) -> Tried:
-    """One sample after the other, `num` at most."""
-    prompts = [prompt for prompt in job.prompts for _ in range(num)]
+Search = Callable[[Job, int], Answer]  # of the example with a number
+
+
+def sampled(asked: Asked, temperature: float, num: int) -> Search:
+    """One sample after the other, `num` at most; they are drawn at once, and the prompt is read
+    once."""
     method = SpeculativeMethod(sampling=Sampling(temperature))
-    done = answered(job.lm, method, prompts, gen_len=job.gen_len, batch_size=job.batch_size)
-    found = Tried(right=[], forwards=[], checked=[], seconds=done.seconds)
-    for i, example in enumerate(job.examples):
-        check = asked.check(example)
-        drawn = done.completions[i * num : (i + 1) * num]
-        texts = [one.text or "" for one in drawn]
-        passing = (n for n, text in enumerate(texts) if check(example.prompt, text) >= 1)
-        first = next(passing, None)
-        used = drawn if first is None else drawn[: first + 1]
-        found["right"].append(
-            first is not None and job.task.score(example, texts[first])["score"] >= 1
+
+    def search(job: Job, i: int) -> Answer:
+        lm, prompt, check = job.lm, job.prompts[i], asked.check(job.examples[i])
+        assert lm.tokenizer is not None
+        P, G = round_lengths(lm.cfg, [prompt], [job.gen_len])
+        (drawn,) = Writer(lm, method, prompt, P + G).go_on(
+            [prompt], [job.gen_len], [root_key(i)], times=num, rows=1, G=G
         )
-        found["forwards"].append(sum(one.num_forwards for one in used))
-        found["checked"].append(len(used))
-    return found
+        forwards = 0
+        for checked, one in enumerate(drawn, 1):
+            text = lm.tokenizer.decode(one.tokens[: len(one.tokens) - one.has_ended])
+            forwards += len(one.tokens)
+            if check(job.examples[i].prompt, text) >= 1:
+                return Answer(text, forwards, checked)
+        return Answer(text, forwards, num)
+
+    return search
 
 
-def planned(job: Job, asked: Asked, *, method: Callable[[Example], Planner]) -> Tried:
+def planned(method: Callable[[Example], Planner]) -> Search:
     """A search on the host, told what it may know of an example."""
-    found = Tried(right=[], forwards=[], checked=[], seconds=0.0)
-    asks = lambda i: complete(  # noqa: E731
-        job.lm, [job.prompts[i]], method=method(job.examples[i]), gen_len=job.gen_len
-    )
-    asks(0)  # compiles
-    began = time.perf_counter()
-    for i, example in enumerate(tqdm(job.examples, leave=False, unit="prompt")):
-        (answer,) = asks(i)
+
+    def search(job: Job, i: int) -> Answer:
+        (answer,) = complete(
+            job.lm, [job.prompts[i]], method=method(job.examples[i]), gen_len=job.gen_len
+        )
         assert answer.explored is not None
-        text = answer.text or ""
+        return Answer(answer.text or "", answer.num_forwards, answer.explored.num_scored)
+
+    return search
+
+
+def try_one(job: Job, asked: Asked, search: Search) -> Tried:
+    """All examples, one after the other."""
+    found = Tried(right=[], forwards=[], checked=[], seconds=0.0)
+    for i in {0, max(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))}:
+        search(job, i)  # compiles
+    for i, example in enumerate(tqdm(job.examples, leave=False, unit="example")):
+        began = time.perf_counter()
+        text, forwards, checked = search(job, i)
+        found["seconds"] += time.perf_counter() - began
         passes = asked.check(example)(example.prompt, text) >= 1
         found["right"].append(passes and job.task.score(example, text)["score"] >= 1)
-        found["forwards"].append(answer.num_forwards)
-        found["checked"].append(answer.explored.num_scored)
-    found["seconds"] = time.perf_counter() - began
+        found["forwards"].append(forwards)
+        found["checked"].append(checked)
     return found
 
 
@@ -99,21 +120,13 @@ def searches(asked: Asked, num: int) -> dict[str, Search]:
       asked: the task.
       num: samples, expansions and rollouts, at most.
     """
-
-    def samples(temperature: float) -> Search:
-        return lambda job, asked: sampled(job, asked, temperature=temperature, num=num)
-
-    found = {"samples, T 1": samples(1.0), "samples, T 0.8": samples(0.8)}
+    found = {"samples, T 1": sampled(asked, 1.0, num), "samples, T 0.8": sampled(asked, 0.8, num)}
     if asked.progress is not None:
         queue = AStar(scorer=Verifier(asked.progress), delimiter=",", max_expansions=num)
         wide = queue.replace(num_samples=8, sampling=Sampling(1.0))
-        found["A*"] = lambda job, asked: planned(job, asked, method=lambda _: queue)
-        found["A*, 8 steps, T 1"] = lambda job, asked: planned(job, asked, method=lambda _: wide)
-
-    def plan(example: Example) -> Planner:
-        return PGTD(reward=asked.check(example), num_rollouts=num)
-
-    found["PG-TD"] = lambda job, asked: planned(job, asked, method=plan)
+        found["A*"] = planned(lambda _: queue)
+        found["A*, 8 steps, T 1"] = planned(lambda _: wide)
+    found["PG-TD"] = planned(lambda example: PGTD(reward=asked.check(example), num_rollouts=num))
     return found
 
 
@@ -127,7 +140,7 @@ def try_all(
     """
     same = {
         "prompts": list(job.prompts), "checkpoint": fingerprint(job.lm), "num": num,
-        "dtype": job.lm.cfg.dtype, "gen_len": job.gen_len, "batch_size": job.batch_size,
+        "dtype": job.lm.cfg.dtype, "gen_len": job.gen_len,
         "device": device(), "jax": jax.__version__,
     }  # fmt: skip
     record, found = Record(log), {}
@@ -136,6 +149,6 @@ def try_all(
             bar.set_description(name)
             key = hashlib.sha256(json.dumps(same | {"search": name}).encode()).hexdigest()
             if key not in record.found:
-                add(key, {"name": name, **search(job, asked)})
+                add(key, {"name": name, **try_one(job, asked, search)})
             found[name] = cast(Tried, record.found[key])
     return found

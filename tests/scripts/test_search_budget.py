@@ -6,8 +6,11 @@ import pytest
 
 import dlm
 from decode.complete import complete
+from decode.core.sampling import Sampling
 from decode.evaluation.job import make_job
 from decode.evaluation.tables import read_markdown
+from decode.search.planner import Writer, root_key
+from decode.speculative.loop import SpeculativeMethod
 from dlm.tasks import Example
 from dlm.tasks.countdown import Countdown
 from dlm.tokenizer import word_tokenizer
@@ -47,22 +50,23 @@ def loose(job, is_right):
 
 def test_samples_are_counted_up_to_the_first_that_passes(job):
     asked, job = loose(job, lambda text: text.count("1") == 1)
-    found = searches.sampled(job, asked, temperature=1.0, num=NUM)
+    found = searches.try_one(job, asked, searches.sampled(asked, 1.0, NUM))
     for i, prompt in enumerate(job.prompts):
-        seeds = range(NUM * i, NUM * i + NUM)
-        drawn = complete(job.lm, [prompt] * NUM, temperature=1.0, gen_len=6, seed=list(seeds))
-        passing = [n for n, one in enumerate(drawn) if "1" in one.text]
+        writer = Writer(job.lm, SpeculativeMethod(sampling=Sampling(1.0)), prompt, 64)
+        (drawn,) = writer.go_on([prompt], [6], [root_key(i)], times=NUM, rows=1, G=6)
+        texts = [job.lm.tokenizer.decode(x.tokens[: len(x.tokens) - x.has_ended]) for x in drawn]
+        passing = [n for n, text in enumerate(texts) if "1" in text]
         used = drawn[: passing[0] + 1] if passing else drawn
         assert found["checked"][i] == len(used)
-        assert found["forwards"][i] == sum(one.num_forwards for one in used)
-        assert found["right"][i] == (bool(passing) and drawn[passing[0]].text.count("1") == 1)
-    assert any(n < NUM for n in found["checked"])
+        assert found["forwards"][i] == sum(len(one.tokens) for one in used)
+        assert found["right"][i] == (bool(passing) and texts[passing[0]].count("1") == 1)
+    assert any(n < NUM for n in found["checked"]) and any(found["right"])
 
 
 def test_what_a_search_gives_is_right_only_if_it_passes_and_is(job):
     for is_right in (True, False):
         asked, ours = loose(job, lambda text, is_right=is_right: is_right)
-        found = searches.searches(asked, NUM)["PG-TD"](ours, asked)
+        found = searches.try_one(ours, asked, searches.searches(asked, NUM)["PG-TD"])
         passed = [
             "1" in complete(
                 ours.lm, prompt, gen_len=6,
@@ -123,8 +127,7 @@ def test_a_run_writes_what_it_says_and_decodes_nothing_again(model, tmp_path, mo
     found = json.loads((tmp_path / "results.json").read_text())["found"]
     assert found["samples, T 1"]["forwards"] == [12, 12]  # nothing passes
     assert (tmp_path / "search_budget.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("sampled", "planned"):
-        monkeypatch.setattr(searches, name, None)
+    monkeypatch.setattr(searches, "try_one", None)
     assert page.strip() in run_main("scripts.search_budget", *arguments)
 
 

@@ -10,7 +10,7 @@ import dlm
 from decode.complete import choose, complete, stream_text, warm_up
 from decode.search import astar
 from decode.search.astar import AStar, Found, State, best_first
-from decode.search.planner import Continuation, Writer
+from decode.search.planner import Continuation, Writer, root_key
 from decode.search.scorers import Partial, SelfConfidence, ValueHead, Verifier
 from decode.speculative.loop import SpeculativeMethod
 from dlm.tasks import countdown
@@ -249,10 +249,24 @@ def won(nodes):
 
 def test_thousands_of_delimiters_are_one_argument(lm):
     """A program with an argument for each takes minutes to compile."""
-    writer = Writer(lm, SpeculativeMethod(stop_ids=tuple(range(3, 250))), 64)
+    writer = Writer(lm, SpeculativeMethod(stop_ids=tuple(range(3, 250))), [1], 64)
     assert len(jax.tree.leaves(writer.method)) < 20
     found = choose(lm, {"stop_ids": range(3, 250)})
     assert len(jax.tree.leaves(found)) < 20 and found.stop_ids.tolist() == [*range(3, 250)]
+
+
+def test_a_prompt_is_read_once(lm):
+    """What stands behind it is read, and the text is that of the whole; else it is another one."""
+    prompt, behind = lm.tokenizer.encode("the cat sat"), lm.tokenizer.encode(" on")
+    writer = Writer(lm, SpeculativeMethod(), prompt, 64)
+    asks = lambda: writer.go_on(
+        [[*prompt, *behind], prompt], [12, 9], [root_key(0)] * 2, times=1, rows=3, G=16
+    )
+    found = [one.tokens.tolist() for (one,) in asks()]
+    right = complete(lm, [[*prompt, *behind], prompt], gen_len=[12, 9])
+    assert found == [answer.canvas.tolist() for answer in right]
+    writer._prompt = writer._prompt.replace(cache=jax.tree.map(np.zeros_like, writer._prompt.cache))
+    assert [one.tokens.tolist() for (one,) in asks()] != found
 
 
 @pytest.mark.exhaustive
