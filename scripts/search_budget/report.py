@@ -68,16 +68,18 @@ def draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """
     figure = Figure(figsize=(4.8 * len(results), 3.9), layout="constrained")
     axes = figure.subplots(1, len(results), squeeze=False)[0]
+    names = dict.fromkeys(name for result in results for name in result["found"])
+    colours = dict(zip(names, COLOURS, strict=False))
     for axis, result in zip(axes, results, strict=True):
         found = result["found"]
         high = max(max(tried["forwards"]) for tried in found.values())
         low = min(min(tried["forwards"]) for tried in found.values())
         at = np.geomspace(low, high, 100)
-        for colour, (name, tried) in zip(COLOURS, found.items(), strict=False):
+        for name, tried in found.items():
             solved = [np.array(within(tried, n), float) for n in at]
-            axis.plot(at, [100 * one.mean() for one in solved], color=colour, label=name)
+            axis.plot(at, [100 * one.mean() for one in solved], color=colours[name], label=name)
             ends = 100 * np.array([bootstrap(one) for one in solved])
-            axis.fill_between(at, ends[:, 0], ends[:, 1], color=colour, alpha=0.12, linewidth=0)
+            axis.fill_between(at, *ends.T, color=colours[name], alpha=0.12, linewidth=0)
         axis.set_title(result["about"]["task"], fontsize=11)
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
@@ -85,7 +87,8 @@ def draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         axis.set_xlabel("forwards of one text, at most, per example")
         set_log_ticks(axis, low, high)
     axes[0].set_ylabel("solved (%), 95 % interval")
-    axes[0].legend(frameon=False, fontsize=9)
+    most = max(range(len(results)), key=lambda i: len(results[i]["found"]))
+    axes[most].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
 

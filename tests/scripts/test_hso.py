@@ -1,5 +1,7 @@
 """Perplexities with moving states: a table of a small model on small texts."""
 
+import pytest
+
 import dlm
 from decode.core.hso import HSO
 from decode.evaluation.tables import read_markdown
@@ -21,6 +23,8 @@ def test_the_table_is_of_plain_reading_and_of_rates(tmp_path):
         (right,) = long_log_likelihood(lm, [tokens], hso=hso, window=8, context=32)
         assert row["perplexity"] == f"{right.perplexity:.2f}"
     assert plain["over plain"] == "1.0000 (1.0000 to 1.0000)" and plain["time"] == "1.0"
+    ratio = float(moved["perplexity"]) / float(plain["perplexity"])
+    assert float(moved["over plain"].split()[0]) == pytest.approx(ratio, rel=1e-3)
     low, high = map(float, moved["over plain"].split("(")[1].strip(")").split(" to "))
     assert low <= float(moved["over plain"].split()[0]) <= high and moved["eta"] == "0.05"
 
