@@ -35,7 +35,7 @@ from decode.diffusion.recorded import GreedyOracle, Recorded
 from decode.diffusion.routing import Routing
 from decode.generate import generate
 from decode.long_likelihood import LongLikelihood
-from decode.search import astar
+from decode.search import astar, planner
 from decode.search import hosted as search_hosted
 from decode.search import loop as search
 from decode.search.components import STRATEGIES, Beam
@@ -314,6 +314,12 @@ def test_what_searches_on_the_host_hold():
     key, floats = np.zeros(2, np.uint32), np.zeros(3, np.float32)
     check(Continuation(np.zeros(3, np.int32), floats, key, False, np.zeros((3, 2), np.int32),
                        np.zeros((3, 2), np.float32)))  # fmt: skip
+    tokens, one = np.ones((1, 33), np.int32), np.ones(1, np.int32)
+    read = jax.eval_shape(
+        functools.partial(planner._read, cfg=CFG, chunk=16), PARAMS,
+        method=SpeculativeMethod(), tokens=tokens, length=8 * one, end=16 * one,
+    )  # fmt: skip
+    check(read.replace(cache=None))
     check(astar.State((1, 2, 3), key, floats), n=3)
     check(Partial((1, 2), "", "", floats, False))
 

@@ -199,7 +199,7 @@ class Writer:
         return found
 
 
-class Prompt(struct.PyTreeNode):
+class ReadPrompt(struct.PyTreeNode):
     """A prompt that was read.
 
     Attributes:
@@ -217,16 +217,16 @@ class Prompt(struct.PyTreeNode):
 def _read(
     params: Params, cfg: ModelConfig, method: SpeculativeMethod, tokens: jax.Array,
     length: jax.Array, end: jax.Array, chunk: int,
-) -> Prompt:  # fmt: skip
+) -> ReadPrompt:  # fmt: skip
     """A prompt [1, S] of so many tokens [1]."""
     key = jnp.zeros((1, 2), jnp.uint32)
     state = first_state(cfg, method, tokens, length, end, key, 1, chunk)
-    return Prompt(prefill(params, cfg, method, state).cache, length[0] - 1, end)
+    return ReadPrompt(prefill(params, cfg, method, state).cache, length[0] - 1, end)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "G", "times"))
 def _write(
-    params: Params, cfg: ModelConfig, method: SpeculativeMethod, prompt: Prompt,
+    params: Params, cfg: ModelConfig, method: SpeculativeMethod, prompt: ReadPrompt,
     tokens: jax.Array, length: jax.Array, end: jax.Array, key: jax.Array, G: int, times: int,
 ) -> tuple[SpeculativeState, jax.Array]:  # fmt: skip
     """The finished state of R rows, row j W + i the j-th of text i, and their streams [R, 2]."""
