@@ -50,8 +50,9 @@ def rows(lm: LanguageModel, file: pathlib.Path, given: flags.FlagValues) -> Iter
         value = lambda total: math.exp(-total[0] / total[1])  # noqa: E731
         low, high = bootstrap_total(counted, value)
         yield {
-            "text": file.name, "eta": "none" if eta is None else f"{eta:g}",
-            "perplexity": f"{judged.perplexity:.2f}", "time": f"{took / base:.1f}",
+            "text": file.name, "tokens": str(len(tokens)),
+            "eta": "none" if eta is None else f"{eta:g}", "perplexity": f"{judged.perplexity:.2f}",
+            "time": f"{took / base:.1f}",
             "over plain": f"{value(counted.sum(axis=0)):.4f} ({low:.4f} to {high:.4f})",
         }  # fmt: skip
 

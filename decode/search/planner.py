@@ -112,7 +112,7 @@ class Planner:
         raise NotImplementedError
 
 
-BEHIND = 64  # most tokens per forward of what stands behind a prompt
+BEHIND = 32  # tokens per forward of what stands behind a prompt, of which there are few
 
 
 class Writer:
@@ -129,10 +129,13 @@ class Writer:
     def __init__(
         self, lm: LanguageModel, method: SpeculativeMethod, prompt: Sequence[int], num_slots: int
     ) -> None:
-        """Args:
-        lm, method: who writes, and how.
-        prompt: token ids that all texts begin with.
-        num_slots: most tokens of a text.
+        """Reads the prompt.
+
+        Args:
+          lm: who writes.
+          method: how.
+          prompt: token ids that all texts begin with.
+          num_slots: most tokens of a text.
         """
         ids = np.asarray(method.stop_ids, np.int32).reshape(-1)
         self.method = method.replace(stop_ids=ids)  # one argument: delimiters may be thousands

@@ -19,16 +19,14 @@ from __future__ import annotations
 import pathlib
 import sys
 
-import jax
 from absl import app, flags
 
 import dlm
 from decode.evaluation.job import make_job
-from decode.evaluation.run import device
-from dlm.params import num_params
 from scripts.search_budget.asked import NAMES, read
 from scripts.search_budget.report import write_report
 from scripts.search_budget.searches import searches, try_all
+from scripts.search_study.asked import about_job
 from train.host import set_up_command
 
 
@@ -43,16 +41,10 @@ def main(argv: list[str]) -> None:
             num_examples=given.num_examples, gen_len=given.gen_len,
         )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        named = searches(asked, given.num)
-        found = try_all(job, asked, named, given.num, out / "tried.jsonl")
+        found = try_all(job, searches(asked, given.num), out / "tried.jsonl")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    about = {
-        "task": given.task, "checkpoint": given.checkpoint,
-        "parameters": f"{num_params(job.lm.cfg) / 1e6:.1f} M", "dtype": job.lm.cfg.dtype,
-        "examples": len(job.examples), "gen_len": job.gen_len, "num": given.num,
-        "device": device(), "jax": jax.__version__,
-    }  # fmt: skip
+    about = about_job(job, given.task, given.checkpoint) | {"num": given.num}
     print("\n" + write_report(out, found, about))
     print(f"\nWritten: search_budget.md, results.json and search_budget.png in {out}/")
 

@@ -85,7 +85,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         axis.set_axisbelow(True)
         axis.set_ylim(0, None)
         axis.set_xlabel("forwards of one text, at most, per example")
-        set_log_ticks(axis, low, high)
+        set_log_ticks(axis, low, max(high, 1.1 * low))
     axes[0].set_ylabel("solved (%), 95 % interval")
     most = max(range(len(results)), key=lambda i: len(results[i]["found"]))
     axes[most].legend(frameon=False, fontsize=9)

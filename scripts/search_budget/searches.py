@@ -7,6 +7,7 @@ it goes on with.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -23,6 +24,7 @@ from decode.core.sampling import Sampling
 from decode.evaluation.job import Job
 from decode.evaluation.record import Record
 from decode.evaluation.run import device
+from decode.files import describe
 from decode.search.astar import AStar
 from decode.search.pg_td import PGTD
 from decode.search.planner import Planner, Writer, root_key
@@ -30,14 +32,14 @@ from decode.search.scorers import Verifier
 from decode.speculative.loop import SpeculativeMethod
 from dlm.lm import fingerprint
 from dlm.tasks import Example
-from scripts.search_budget.asked import Asked
+from scripts.search_budget.asked import Asked, Check
 
 
 class Tried(TypedDict):
     """What a search found; the lists have one entry per example.
 
     Attributes:
-      right: whether its answer is right. One that the check rejects never is.
+      right: whether its answer is right.
       forwards: until it ended, which it does with the first answer that passes the check.
       checked: answers, and beginnings of some, that were checked.
       seconds: of all; of samples, which are drawn at once, those behind the first one that passes
@@ -58,7 +60,17 @@ class Answer(NamedTuple):
     checked: int
 
 
-Search = Callable[[Job, int], Answer]  # of the example with a number
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A way to find an answer.
+
+    Attributes:
+      settings: text that differs where searches do.
+      answer: of the example with a number.
+    """
+
+    settings: str
+    answer: Callable[[Job, int], Answer]
 
 
 def sampled(asked: Asked, temperature: float, num: int) -> Search:
@@ -66,7 +78,7 @@ def sampled(asked: Asked, temperature: float, num: int) -> Search:
     once."""
     method = SpeculativeMethod(sampling=Sampling(temperature))
 
-    def search(job: Job, i: int) -> Answer:
+    def answer(job: Job, i: int) -> Answer:
         lm, prompt, check = job.lm, job.prompts[i], asked.check(job.examples[i])
         assert lm.tokenizer is not None
         P, G = round_lengths(lm.cfg, [prompt], [job.gen_len])
@@ -81,36 +93,45 @@ def sampled(asked: Asked, temperature: float, num: int) -> Search:
                 return Answer(text, forwards, checked)
         return Answer(text, forwards, num)
 
-    return search
+    return Search(f"{num} of {describe(method)}", answer)
 
 
-def planned(method: Callable[[Example], Planner]) -> Search:
-    """A search on the host, told what it may know of an example."""
+def planned(planner: Planner, reward: Callable[[Example], Check] | None = None) -> Search:
+    """A search on the host.
 
-    def search(job: Job, i: int) -> Answer:
-        (answer,) = complete(
-            job.lm, [job.prompts[i]], method=method(job.examples[i]), gen_len=job.gen_len
-        )
-        assert answer.explored is not None
-        return Answer(answer.text or "", answer.num_forwards, answer.explored.num_scored)
+    Args:
+      planner: it.
+      reward: what it is told of whole answers to an example; None: nothing.
+    """
 
-    return search
+    def answer(job: Job, i: int) -> Answer:
+        told = {} if reward is None else {"reward": reward(job.examples[i])}
+        method = planner.replace(**told)
+        (found,) = complete(job.lm, [job.prompts[i]], method=method, gen_len=job.gen_len)
+        assert found.explored is not None
+        return Answer(found.text or "", found.num_forwards, found.explored.num_scored)
+
+    return Search(describe(planner), answer)
 
 
-def try_one(job: Job, asked: Asked, search: Search) -> Tried:
+def try_one(job: Job, search: Search) -> Tried:
     """All examples, one after the other."""
     found = Tried(right=[], forwards=[], checked=[], seconds=0.0)
     for i in {0, max(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))}:
-        search(job, i)  # compiles
+        search.answer(job, i)  # compiles
     for i, example in enumerate(tqdm(job.examples, leave=False, unit="example")):
         began = time.perf_counter()
-        text, forwards, checked = search(job, i)
+        text, forwards, checked = search.answer(job, i)
         found["seconds"] += time.perf_counter() - began
-        passes = asked.check(example)(example.prompt, text) >= 1
-        found["right"].append(passes and job.task.score(example, text)["score"] >= 1)
+        found["right"].append(job.task.score(example, text)["score"] >= 1)
         found["forwards"].append(forwards)
         found["checked"].append(checked)
     return found
+
+
+def unknown(prompt: str, text: str) -> float:
+    """What a search is told of answers before it knows the example."""
+    return 0.0
 
 
 def searches(asked: Asked, num: int) -> dict[str, Search]:
@@ -124,22 +145,20 @@ def searches(asked: Asked, num: int) -> dict[str, Search]:
     if asked.progress is not None:
         queue = AStar(scorer=Verifier(asked.progress), delimiter=",", max_expansions=num)
         wide = queue.replace(num_samples=8, sampling=Sampling(1.0))
-        found["A*"] = planned(lambda _: queue)
-        found["A*, 8 steps, T 1"] = planned(lambda _: wide)
-    found["PG-TD"] = planned(lambda example: PGTD(reward=asked.check(example), num_rollouts=num))
+        found["A*"] = planned(queue)
+        found["A*, 8 steps, T 1"] = planned(wide)
+    found["PG-TD"] = planned(PGTD(reward=unknown, num_rollouts=num), asked.check)
     return found
 
 
-def try_all(
-    job: Job, asked: Asked, named: Mapping[str, Search], num: int, log: pathlib.Path
-) -> dict[str, Tried]:
+def try_all(job: Job, named: Mapping[str, Search], log: pathlib.Path) -> dict[str, Tried]:
     """What each search finds, unless `log` has it with the same settings.
 
     Raises:
       ValueError: a line of the log is broken, or another process writes it.
     """
     same = {
-        "prompts": list(job.prompts), "checkpoint": fingerprint(job.lm), "num": num,
+        "prompts": list(job.prompts), "checkpoint": fingerprint(job.lm),
         "dtype": job.lm.cfg.dtype, "gen_len": job.gen_len,
         "device": device(), "jax": jax.__version__,
     }  # fmt: skip
@@ -147,8 +166,10 @@ def try_all(
     with record.adding() as add:
         for name, search in (bar := tqdm(named.items(), unit="search")):
             bar.set_description(name)
-            key = hashlib.sha256(json.dumps(same | {"search": name}).encode()).hexdigest()
+            key = hashlib.sha256(
+                json.dumps(same | {"search": search.settings}).encode()
+            ).hexdigest()
             if key not in record.found:
-                add(key, {"name": name, **try_one(job, asked, search)})
+                add(key, {"name": name, **try_one(job, search)})
             found[name] = cast(Tried, record.found[key])
     return found

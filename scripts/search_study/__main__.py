@@ -18,17 +18,14 @@ from __future__ import annotations
 import pathlib
 import sys
 
-import jax
 from absl import app, flags
 
 import dlm
 from decode.core.datastore import load_datastore
 from decode.evaluation.job import make_job
-from decode.evaluation.run import device
 from decode.search.loop import SearchMethod
 from decode.search.strategies.superposed import Superposed
-from dlm.params import num_params
-from scripts.search_study.asked import NAMES, asked
+from scripts.search_study.asked import NAMES, about_job, asked
 from scripts.search_study.measure import write_all
 from scripts.search_study.methods import methods_of
 from scripts.search_study.report import summarise, write_report
@@ -54,12 +51,8 @@ def main(argv: list[str]) -> None:
         found = write_all(job, methods, given.num_return, out / "answers.jsonl")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    about = {
-        "task": given.task, "checkpoint": given.checkpoint,
-        "parameters": f"{num_params(job.lm.cfg) / 1e6:.1f} M", "dtype": job.lm.cfg.dtype,
-        "examples": len(job.examples), "gen_len": job.gen_len, "batch_size": job.batch_size,
-        "num_return": given.num_return, "device": device(), "jax": jax.__version__,
-    }  # fmt: skip
+    about = about_job(job, given.task, given.checkpoint)
+    about |= {"batch_size": job.batch_size, "num_return": given.num_return}
     rows = summarise(job, quality, found)
     print("\n" + write_report(out, rows, quality.name, about, left_out))
     print(f"\nWritten: search_study.md, results.json and search_study.png in {out}/")

@@ -12,11 +12,15 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from decode.core.results import cut
 from decode.evaluation import scoring
 from decode.evaluation.diversity import diversity
+from decode.evaluation.job import Job
+from decode.evaluation.run import device
+from dlm.params import num_params
 from dlm.tasks import Example, Scorer, Task, bleu, jsonl
 from dlm.tasks.passages import Passages
 from dlm.tasks.presets import TASKS, TaskPreset
@@ -126,3 +130,13 @@ def asked(name: str, data: str) -> tuple[TaskPreset, Quality]:
     if name in FROM_DATA:
         return TaskPreset(make=lambda split: _code(name, data), gen_len=256), SCORE
     return TASKS[name], SCORE
+
+
+def about_job(job: Job, task: str, checkpoint: str) -> dict[str, Any]:
+    """What stands above results: of which model, on what, where."""
+    return {
+        "task": task, "checkpoint": checkpoint,
+        "parameters": f"{num_params(job.lm.cfg) / 1e6:.1f} M", "dtype": job.lm.cfg.dtype,
+        "examples": len(job.examples), "gen_len": job.gen_len, "device": device(),
+        "jax": jax.__version__,
+    }  # fmt: skip

@@ -87,7 +87,7 @@ def methods_of(
       names: what must be there; (): all that make sense for the model.
       num_return: most texts per prompt.
       lm: the model.
-      others: searches beside those that have a name.
+      others: searches beside those that have a name; they are always there.
 
     Raises:
       ValueError: there is no such method, or one that was asked for makes no sense.
@@ -95,7 +95,7 @@ def methods_of(
     found: dict[str, Method] = {}
     left_out = []
     others = others or {}
-    for name in names or [*NAMES, *others]:
+    for name in dict.fromkeys([*(names or NAMES), *others]):
         method = named(name, num_return, others)
         try:
             if isinstance(method, SearchMethod):

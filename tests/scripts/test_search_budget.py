@@ -50,7 +50,7 @@ def loose(job, is_right):
 
 def test_samples_are_counted_up_to_the_first_that_passes(job):
     asked, job = loose(job, lambda text: text.count("1") == 1)
-    found = searches.try_one(job, asked, searches.sampled(asked, 1.0, NUM))
+    found = searches.try_one(job, searches.sampled(asked, 1.0, NUM))
     for i, prompt in enumerate(job.prompts):
         writer = Writer(job.lm, SpeculativeMethod(sampling=Sampling(1.0)), prompt, 64)
         (drawn,) = writer.go_on([prompt], [6], [root_key(i)], times=NUM, rows=1, G=6)
@@ -66,7 +66,7 @@ def test_samples_are_counted_up_to_the_first_that_passes(job):
 def test_what_a_search_gives_is_right_only_if_it_passes_and_is(job):
     for is_right in (True, False):
         asked, ours = loose(job, lambda text, is_right=is_right: is_right)
-        found = searches.try_one(ours, asked, searches.searches(asked, NUM)["PG-TD"])
+        found = searches.try_one(ours, searches.searches(asked, NUM)["PG-TD"])
         passed = [
             "1" in complete(
                 ours.lm, prompt, gen_len=6,
@@ -100,6 +100,8 @@ def test_puzzles_tell_how_far_an_answer_is():
     asked = read("countdown_3", "")
     assert asked.progress("1,2,3,9\n", "1+2=3,3*3=9", True) == 1
     assert asked.progress("1,2,3,8\n", "1+2=3,3*3=9", True) < 1
+    settings = [x.settings for n in (1, 2) for x in searches.searches(asked, n).values()]
+    assert len(set(settings)) == 10
     assert set(searches.searches(asked, 1)) > set(searches.searches(Asked(None, None), 1))
 
 

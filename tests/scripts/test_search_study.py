@@ -194,6 +194,7 @@ def test_drafts_that_share_a_row_are_judged_each_by_itself(model):
         "drafts": SearchMethod(Superposed.example(lm.cfg).replace(temperature=1.0), num_return=3)
     }
     (method,) = methods.methods_of(["drafts"], 3, lm, others)[0].values()
+    assert [*methods.methods_of(["greedy"], 3, lm, others)[0]] == ["greedy", "drafts"]
     found = measure.write(job, method, 3)
     first, *_ = complete(lm, prompts, method=method, gen_len=4)
     (right,) = causal_log_likelihood(lm, [(prompts[0], first.canvas.tolist())])

@@ -1,5 +1,6 @@
 """A*-decoding: pop orders by hand and by a textbook, the least drop of quality, and budgets."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,6 +14,7 @@ from decode.search.astar import AStar, Found, State, best_first
 from decode.search.planner import Continuation, Writer, root_key
 from decode.search.scorers import Partial, SelfConfidence, ValueHead, Verifier
 from decode.speculative.loop import SpeculativeMethod
+from dlm import rope
 from dlm.tasks import countdown
 from tests.lib.models import hidden_of
 from tests.lib.untrained import byte_lm
@@ -269,6 +271,18 @@ def test_a_prompt_is_read_once(lm):
     found = [one.tokens.tolist() for (one,) in asks()]
     writer._prompt = writer._prompt.replace(cache=jax.tree.map(np.zeros_like, writer._prompt.cache))
     assert [one.tokens.tolist() for (one,) in asks()] != found
+
+
+@pytest.mark.exhaustive(every=4)
+def test_a_prompt_whose_angles_depend_on_the_text_is_read_again(lm):
+    """Texts of at most 24 tokens have other keys than longer ones, for which it was read."""
+    scaled = rope.Dynamic(factor=8.0, original_max_seq_len=24)
+    lm = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, rope_scaling=scaled))
+    prompt = lm.tokenizer.encode("the cat sat")
+    writer = Writer(lm, SpeculativeMethod(), prompt, 256)
+    ((one,),) = writer.go_on([prompt], [8], [root_key(0)], times=1, rows=1, G=16)
+    right = complete(lm, prompt, gen_len=8)
+    np.testing.assert_allclose(one.log_prob, right.log_prob, atol=1e-5)
 
 
 @pytest.mark.exhaustive
