@@ -7,8 +7,7 @@ Conditional beam search (arXiv:2311.08817) looks for the most probable text of s
 end-of-text included: once it only knows which lengths are still possible, as beam search whose
 texts end there alone, and once it asks a head of `dlm.heads.length` how probable the length still
 is. `configs/length_head.py` says how a head is trained, and where such prompts come from. Prints
-mean log-probabilities of what is found, and how often those with the head are higher or lower, of
-prompts for which both find a text of that length.
+mean log-probabilities of what is found, and how often those with the head are higher or lower.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from decode.core.requests import Prompt
 from decode.evaluation.statistics import bootstrap
 from decode.evaluation.tables import markdown
 from decode.search.loop import SearchMethod
-from decode.search.strategies.conditional_beam import LACKS, ConditionalBeam, Length
+from decode.search.strategies.conditional_beam import ConditionalBeam, Length
 from dlm.heads import length
 from dlm.lm import LanguageModel
 from dlm.params import Params
@@ -40,14 +39,11 @@ def row(lm: LanguageModel, own: Params, asked: list[Prompt], n: int, beams: int)
         strategy = ConditionalBeam(Length(least=n, most=n, own=head), num_beams=beams)
         answers = complete(lm, asked, method=SearchMethod(strategy), gen_len=n, progress=True)
         found.append(np.array([answer.score for answer in answers], float))
-    both = (found[0] > LACKS / 2) & (found[1] > LACKS / 2)
-    said = {"length": str(n), "beams": str(beams), "prompts": str(both.sum())}
-    if not both.any():
-        return said
-    without, with_head = (x[both] for x in found)
+    without, with_head = found
     gain = with_head - without
     low, high = bootstrap(gain)
-    return said | {
+    return {
+        "length": str(n), "beams": str(beams), "prompts": str(len(asked)),
         "log p": f"{without.mean():.2f}", "with the head": f"{with_head.mean():.2f}",
         "gain": f"{gain.mean():.2f} ({low:.2f} to {high:.2f})",
         "higher": f"{(gain > 1e-3).mean():.0%}", "lower": f"{(gain < -1e-3).mean():.0%}",

@@ -31,10 +31,10 @@ def test_the_table_is_of_texts_of_that_length(tmp_path):
     lines = [{"prompt": PROMPTS[i]} for i in (0, 0, 1)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     said = run_main(
-        "scripts.length_search", f"--checkpoint={tmp_path / 'model'}", "--lengths=4",
+        "scripts.length_search", f"--checkpoint={tmp_path / 'model'}", "--lengths=4,1",
         f"--head={tmp_path / 'head'}", f"--prompts={tmp_path / 'prompts.jsonl'}", "--num_beams=2",
     )  # fmt: skip
-    (row,) = read_markdown(said[said.index("| length") :])[0]
+    row, short = read_markdown(said[said.index("| length") :])[0]
     scores = [
         [
             answer.score
@@ -46,6 +46,7 @@ def test_the_table_is_of_texts_of_that_length(tmp_path):
         for head in (None, own)
     ]  # fmt: skip
     without, with_head = np.array(scores).mean(axis=1)
+    assert float(short["gain"].split()[0]) == 0  # nothing but the end
     assert row["prompts"] == "2" and without != with_head
     assert float(row["log p"]) == pytest.approx(without, abs=0.006)
     assert float(row["with the head"]) == pytest.approx(with_head, abs=0.006)
