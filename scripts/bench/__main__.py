@@ -39,7 +39,13 @@ def main(argv: list[str]) -> None:
     if argv[1] != "spec_bench" and flags.FLAGS.repeats < 5:
         raise app.UsageError(f"--repeats={flags.FLAGS.repeats} must be at least 5")
     logging.set_verbosity(logging.WARNING)
-    cases.ALL[argv[1]](flags.FLAGS)
+    read = cases.flags_of(argv[1])
+    ignored = [name for name in cases.flags_of(*cases.ALL) - read if flags.FLAGS[name].present]
+    if ignored:
+        raise app.UsageError(
+            f"{argv[1]} reads no --{min(ignored)}; it reads {', '.join(sorted(read))}"
+        )
+    cases.ALL[argv[1]](**{name: flags.FLAGS[name].value for name in read})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Each benchmark from its flags to what is printed."""
+"""Each benchmark from the flags that it reads, its arguments, to what is printed."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pathlib
 import sys
@@ -24,7 +25,6 @@ from scripts.bench import (
     diffusion,
     kernels,
     models,
-    prompts,
     refill,
     search,
     spec,
@@ -33,12 +33,11 @@ from scripts.bench import (
     train,
     windows,
 )
+from scripts.bench.prompts import read_questions, sample_prompts, some_prompts
 from scripts.bench.timing import table
 from scripts.compare_hf.decoders import NUM_DRAFTS, beside
-from scripts.smollm2 import drafters
+from scripts.smollm2.drafters import CHAIN, draft_of, everything
 from train.host import set_up_process
-
-Flags = Any  # absl's, by name
 
 
 def _show(results: Iterable[dict[str, Any]], columns: dict[str, list[str]]) -> None:
@@ -51,74 +50,125 @@ def _show(results: Iterable[dict[str, Any]], columns: dict[str, list[str]]) -> N
         print("\n" + table(found, case, of_case))
 
 
-def bench_decode(flags: Flags) -> None:
-    cfg = models.model(flags.preset, flags.dtype)
-    batches = [int(b) for b in flags.batch]
-    results = decode.bench_decode(
-        cfg, batches, flags.prompt_len, flags.gen_len, flags.block_len, flags.repeats
-    )
+def bench_decode(
+    *,
+    preset: str,
+    dtype: str,
+    batch: list[str],
+    prompt_len: int,
+    gen_len: int,
+    block_len: int,
+    repeats: int,
+) -> None:
+    cfg = models.model(preset, dtype)
+    batches = [int(b) for b in batch]
+    results = decode.bench_decode(cfg, batches, prompt_len, gen_len, block_len, repeats)
     _show(results, {"step": decode.STEP_COLUMNS, "decode": decode.DECODE_COLUMNS})
 
 
-def bench_train(flags: Flags) -> None:
-    cfg = models.model(flags.preset, flags.dtype)
-    sizes = max(int(b) for b in flags.batch), flags.prompt_len, flags.gen_len
-    results = train.bench_train(flags.preset, cfg, sizes, flags.repeats)
+def bench_train(
+    *,
+    preset: str,
+    dtype: str,
+    batch: list[str],
+    prompt_len: int,
+    gen_len: int,
+    repeats: int,
+) -> None:
+    cfg = models.model(preset, dtype)
+    sizes = max(int(b) for b in batch), prompt_len, gen_len
+    results = train.bench_train(preset, cfg, sizes, repeats)
     _show(results, {"train": train.COLUMNS})
 
 
-def bench_spec(flags: Flags) -> None:
-    cfg = dataclasses.replace(models.model(flags.preset, flags.dtype), mask_token_id=None)
-    draft = models.draft_of(flags.preset, cfg)
-    batches = [int(b) for b in flags.batch]
-    results = spec.bench_spec(cfg, draft, batches, flags.prompt_len, flags.repeats)
+def bench_spec(
+    *,
+    preset: str,
+    dtype: str,
+    batch: list[str],
+    prompt_len: int,
+    repeats: int,
+) -> None:
+    cfg = dataclasses.replace(models.model(preset, dtype), mask_token_id=None)
+    draft = models.draft_of(preset, cfg)
+    batches = [int(b) for b in batch]
+    results = spec.bench_spec(cfg, draft, batches, prompt_len, repeats)
     _show(results, {"spec": spec.COLUMNS})
 
 
-def bench_windows(flags: Flags) -> None:
-    cfg = dataclasses.replace(models.model(flags.preset, flags.dtype), mask_token_id=None)
-    lm = models.load(flags.checkpoint, cfg, flags.dtype)
-    _show(windows.bench_windows(lm, flags.repeats), {"windows": windows.COLUMNS})
+def bench_windows(
+    *,
+    preset: str,
+    dtype: str,
+    checkpoint: str,
+    repeats: int,
+) -> None:
+    cfg = dataclasses.replace(models.model(preset, dtype), mask_token_id=None)
+    lm = models.load(checkpoint, cfg, dtype)
+    _show(windows.bench_windows(lm, repeats), {"windows": windows.COLUMNS})
 
 
-def bench_refill(flags: Flags) -> None:
+def bench_refill(
+    *,
+    checkpoint: str,
+    dtype: str,
+    task: str,
+    prompts: str,
+    num_prompts: int,
+    gen_len: int,
+    block_len: int,
+    rows: int,
+    repeats: int,
+) -> None:
     try:
-        lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or "float32")
-        asked, gen_len = prompts.some_prompts(
-            lm, flags.task, flags.prompts, flags.num_prompts, flags.gen_len, flags.block_len
-        )
+        lm = dlm.load(checkpoint or "smollm2", dtype=dtype or "float32")
+        asked, gen_len = some_prompts(lm, task, prompts, num_prompts, gen_len, block_len)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    method = refill.method_of(lm, flags.block_len)
-    result = refill.bench_refill(lm, method, asked, gen_len, flags.rows, flags.repeats)
+    method = refill.method_of(lm, block_len)
+    result = refill.bench_refill(lm, method, asked, gen_len, rows, repeats)
     _show([result], {"refill": refill.COLUMNS})
 
 
-def bench_search(flags: Flags) -> None:
+def bench_search(
+    *,
+    checkpoint: str,
+    dtype: str,
+    task: str,
+    prompts: str,
+    num_prompts: int,
+    gen_len: int,
+    methods: list[str],
+    pythons: list[str],
+    repeats: int,
+) -> None:
     try:
-        lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
-        asked, _ = prompts.some_prompts(
-            lm, flags.task, flags.prompts, flags.num_prompts, flags.gen_len
-        )
+        lm = dlm.load(checkpoint or "smollm2", dtype=dtype or None)
+        asked, _ = some_prompts(lm, task, prompts, num_prompts, gen_len)
         results = search.bench_search(
-            lm, search.methods_of(flags.methods), asked, flags.gen_len, flags.repeats, flags.pythons
+            lm, search.methods_of(methods), asked, gen_len, repeats, pythons
         )
         _show(results, {"search": search.COLUMNS})
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
-def bench_diffusion(flags: Flags) -> None:
-    cfg = models.model(flags.preset, flags.dtype)
+def bench_diffusion(
+    *,
+    preset: str,
+    dtype: str,
+    code: str,
+    prompt_len: int,
+    gen_len: int,
+    block_len: int,
+    repeats: int,
+) -> None:
+    cfg = models.model(preset, dtype)
     try:
-        results = [
-            *diffusion.bench_diffusion(
-                cfg, flags.code, flags.prompt_len, flags.gen_len, flags.block_len, flags.repeats
-            )
-        ]
+        results = [*diffusion.bench_diffusion(cfg, code, prompt_len, gen_len, block_len, repeats)]
     except ImportError as error:
         sys.exit(
-            f"error: {error}: --code={flags.code!r} must be a folder with generate.py and model/, "
+            f"error: {error}: --code={code!r} must be a folder with generate.py and model/, "
             "and the extra be installed, pip install -e '.[parity]'"
         )
     except ValueError as error:
@@ -126,48 +176,68 @@ def bench_diffusion(flags: Flags) -> None:
     _show(results, {"diffusion": diffusion.COLUMNS})
 
 
-def bench_kernels(flags: Flags) -> None:
-    kernels.run(flags.toy, flags.calls, flags.only, flags.out, flags.repeats)
+def bench_kernels(
+    *,
+    toy: bool,
+    calls: int,
+    only: str,
+    out: str | None,
+    repeats: int,
+) -> None:
+    kernels.run(toy, calls, only, out, repeats)
 
 
-def bench_spec_bench(flags: Flags) -> None:
+def bench_spec_bench(
+    *,
+    checkpoint: str,
+    dtype: str,
+    prompts: str,
+    num_prompts: int,
+    gen_len: int,
+    drafters: list[str],
+    controller: list[str],
+    draft: str,
+    trained: str,
+    transformers: bool,
+    repeats: int,
+    log: str,
+    out: str | None,
+) -> None:
     set_up_process()  # programs are kept: there are many
     try:
-        path = pathlib.Path(flags.checkpoint or "smollm2")
-        lm = dlm.load(flags.checkpoint or "smollm2", dtype=flags.dtype or None)
-        questions = prompts.read_questions(flags.prompts)
-        asked = prompts.sample_prompts(lm, questions, flags.num_prompts, flags.gen_len)
-        methods = spec_bench.methods_of(flags.drafters, flags.controller)
-        if "input_guided" in flags.drafters and lm.tokenizer is not None:
+        path = pathlib.Path(checkpoint or "smollm2")
+        lm = dlm.load(checkpoint or "smollm2", dtype=dtype or None)
+        questions = read_questions(prompts)
+        asked = sample_prompts(lm, questions, num_prompts, gen_len)
+        methods = spec_bench.methods_of(drafters, controller)
+        if "input_guided" in drafters and lm.tokenizer is not None:
             copies = InputGuided.between(lm.tokenizer, OPENING, CLOSING)
-            methods |= spec_bench.both("input_guided", SpeculativeMethod(copies), flags.controller)
+            methods |= spec_bench.both("input_guided", SpeculativeMethod(copies), controller)
         as_many = NUM_DRAFTS | {"prompt lookup": PromptLookup().num_drafts}
-        small = dlm.load(flags.draft, dtype=flags.dtype or None) if flags.draft else None
+        small = dlm.load(draft, dtype=dtype or None) if draft else None
         if small is not None:
             dlm.check_same_tokens(small, lm)
             drafter = DraftModel(small.params, small.cfg, num_drafts=as_many["draft model"])
-            methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), flags.controller)
-        if flags.trained:
-            folder = pathlib.Path(flags.trained)
+            methods |= spec_bench.both("draft model", SpeculativeMethod(drafter), controller)
+        if trained:
+            folder = pathlib.Path(trained)
             if small is not None:
                 raise ValueError(
-                    f"--draft={flags.draft} and --trained={folder} may both have a draft model: "
+                    f"--draft={draft} and --trained={folder} may both have a draft model: "
                     "give one of them"
                 )
-            for name, trained in drafters.everything(lm, folder):
-                methods |= spec_bench.both(name, SpeculativeMethod(trained), flags.controller)
-            small = drafters.draft_of(lm, folder)
-            as_many["draft model"] = drafters.CHAIN.depth
-        others = beside(lm, small, flags.gen_len, as_many) if flags.transformers else {}
+            for name, ready in everything(lm, folder):
+                methods |= spec_bench.both(name, SpeculativeMethod(ready), controller)
+            small = draft_of(lm, folder)
+            as_many["draft model"] = CHAIN.depth
+        others = beside(lm, small, gen_len, as_many) if transformers else {}
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}: install the extra, pip install -e '.[parity]'")
     found = []
     try:
-        for m in spec_bench.measure(
-            lm, methods, asked, flags.gen_len, flags.repeats, others, flags.log or None
-        ):
+        for m in spec_bench.measure(lm, methods, asked, gen_len, repeats, others, log or None):
             print(json.dumps(dataclasses.asdict(m)), flush=True)
             found.append(m)
     except (OSError, ValueError) as error:  # of the log; of transformers' process
@@ -176,22 +246,22 @@ def bench_spec_bench(flags: Flags) -> None:
     rows, num = spec_report.summary(found, asked), sum(map(len, asked.values()))
     page = [
         f"{path.name}, {num_params(lm.cfg) / 1e6:.0f} M parameters, {lm.cfg.dtype}, {device()}, "
-        f"jax {jax.__version__}; {num} prompts of {pathlib.Path(flags.prompts).name}, first turns, "
-        f"batch 1, greedy, at most {flags.gen_len} tokens; medians of {flags.repeats}; "
+        f"jax {jax.__version__}; {num} prompts of {pathlib.Path(prompts).name}, first turns, "
+        f"batch 1, greedy, at most {gen_len} tokens; medians of {repeats}; "
         f"{minutes:.0f} minutes.",
         spec_report.table(rows),
         *(f"- {sentence}" for sentence in spec_report.divergences(found)),
     ]
     print("\n" + "\n\n".join(page))
-    if flags.out:
-        out = pathlib.Path(flags.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "spec_bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        spec_report.draw(rows, out / "spec_bench.png")
-        (out / "spec_bench.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    if out:
+        folder = pathlib.Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "spec_bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        spec_report.draw(rows, folder / "spec_bench.png")
+        (folder / "spec_bench.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 
-ALL: dict[str, Callable[[Flags], None]] = {
+ALL: dict[str, Callable[..., None]] = {
     "decode": bench_decode,
     "train": bench_train,
     "spec": bench_spec,
@@ -202,3 +272,8 @@ ALL: dict[str, Callable[[Flags], None]] = {
     "diffusion": bench_diffusion,
     "kernels": bench_kernels,
 }
+
+
+def flags_of(*names: str) -> set[str]:
+    """The flags that benchmarks read."""
+    return {flag for name in names for flag in inspect.signature(ALL[name]).parameters}

@@ -12,9 +12,15 @@ from dlm.presets import PRESETS
 from dlm.tasks.waiting_line import WaitingLine
 from scripts.bench import decode, diffusion, kernels, models, prompts, refill, spec, train, windows
 from scripts.bench.timing import table
+from tests.lib.mains import run_main
 from tests.lib.untrained import untrained
 
 TINY = PRESETS["tiny"]
+
+
+def test_a_flag_that_a_benchmark_does_not_read_is_refused():
+    said = run_main("scripts.bench", "decode", "--repeats=5", "--checkpoint=smollm2", code=1)
+    assert "decode reads no --checkpoint; it reads batch, block_len" in said
 
 
 @pytest.mark.exhaustive
