@@ -1,0 +1,1 @@
+"""What a model of blocks has kept and learned: see `__main__`."""
