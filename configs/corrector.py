@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg != "runlocal":
         config.optim.learning_rate = 2e-3  # highest
-        config.train.num_steps = 1_500
+        config.train.num_steps = 1_400
         config.train.eval_every = 250  # steps between validations
         config.checkpoint.every = 250  # steps
     return config
