@@ -51,5 +51,5 @@ def get_config(arg: str = "4") -> ConfigDict:
             "eval_every": 150,  # steps between validations
             "num_eval_batches": 8,
         },
-        checkpoint={"every": 50},  # steps
+        checkpoint={"every": 25},  # steps
     )
