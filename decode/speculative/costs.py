@@ -3,12 +3,14 @@
 Rounds of the very program that decodes are timed, one choice after the other, so nothing else is
 compiled. What the narrowest round with drafts takes longer than one without is shared out among the
 forwards of the drafter's own in it; those in wider ones are taken off. The table lies beside JAX's
-compilation cache, if there is one, under all that it depends on: device, model, method and shapes.
+compilation cache, if there is one, under all that it depends on: device, model, method and shapes,
+and the sources of this library.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -137,8 +139,18 @@ def _name(
     )
     device, mesh = jax.devices()[0], jax.sharding.get_abstract_mesh()
     machine = device.platform, device.device_kind, os.cpu_count(), mesh
-    about = jax.__version__, machine, cfg, shapes
+    about = _sources(), jax.__version__, machine, cfg, shapes
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources() -> str:
+    """Of what runs in a round: another version may be faster."""
+    digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[2]
+    for package in ("decode", "dlm", "kernels_pallas"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _file() -> pathlib.Path | None:

@@ -50,3 +50,7 @@ def test_costs_are_measured_once_and_kept(plain, toy_params, tmp_path, monkeypat
     assert len(calls) == 1
     complete(lm, prompts, controller=Controller(prior=0.9), **options)
     assert len(calls) == 1 and decode._cache_size() == compiled + 2  # and plain decoding
+    monkeypatch.setattr(costs, "_measured", {})
+    monkeypatch.setattr(costs, "_sources", lambda: "of another version")
+    complete(lm, prompts, controller=Controller(), **options)
+    assert len(calls) == 2
