@@ -91,6 +91,24 @@ def whole_number(name: str, value: Any) -> int:
     raise ValueError(f"{name}={value!r} must be a whole number")
 
 
+def made_by(name: str, value: Any, kind: type, maker: str) -> None:
+    """ValueError unless a value is of the class whose objects `maker` makes."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, which must be what `{maker}` returns"
+        )
+
+
+def token_ids(name: str, text: Any, vocab_size: int = 2**31) -> list[int]:
+    """One of several texts; ValueError if it is no list of ids of a vocabulary."""
+    if isinstance(text, (str, bytes)) or not isinstance(text, (Sequence, np.ndarray)):
+        raise ValueError(f"{name} has {text!r}, which must be a list of token ids")
+    found = [whole_number(f"a token of {name}", token) for token in text]
+    if wrong := [token for token in found if not 0 <= token < vocab_size]:
+        raise ValueError(f"{name} has {wrong[0]}, not in [0, vocab_size={vocab_size})")
+    return found
+
+
 def real_number(name: str, value: Any) -> float:
     """A number, numpy's and JAX's included; ValueError if `value` is none."""
     try:

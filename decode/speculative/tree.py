@@ -13,12 +13,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from decode.core.requests import whole_number
 
 Drawn = Literal["none", "with", "without"]
 
@@ -148,15 +150,6 @@ class TreeShape:
     def is_chain(self) -> bool:
         return self.parents == tuple(range(len(self.parents)))
 
-    def check_width(self, num_ids: int) -> None:
-        """Raises ValueError if a node has more children than there are tokens to draft."""
-        most = max(self.ranks, default=-1) + 1
-        if most > num_ids:
-            raise ValueError(
-                f"shape has nodes with {most} children, and there are {num_ids} different tokens "
-                "to draft: use a narrower tree"
-            )
-
     def level(self, depth: int) -> tuple[int, ...]:
         """The nodes of one depth."""
         return tuple(v for v, d in enumerate(self.depths) if d == depth)
@@ -188,13 +181,28 @@ def chain(num_drafts: int) -> TreeShape:
     return TreeShape(tuple(range(num_drafts)), (0,) * num_drafts)
 
 
+def check_shape(shape: Any, num_ids: int) -> None:
+    """ValueError if it is none, or a node has more children than there are tokens to draft."""
+    if not isinstance(shape, TreeShape):
+        raise ValueError(
+            f"shape={shape!r} must be a TreeShape, such as branching(3, 2), chain(4) or "
+            "from_paths([[0], [1], [0, 0]]) of decode.speculative.tree"
+        )
+    most = max(shape.ranks, default=-1) + 1
+    if most > num_ids:
+        raise ValueError(
+            f"shape has nodes with {most} children, and there are {num_ids} different tokens to "
+            "draft: use a narrower tree"
+        )
+
+
 def branching(*counts: int) -> TreeShape:
     """Every node of a level has as many children: the root the first of `counts`, and so on.
 
     Raises:
-      ValueError: a count below 1.
+      ValueError: a count is no whole number, or below 1.
     """
-    if any(count < 1 for count in counts):
+    if any(whole_number("a number of children", count) < 1 for count in counts):
         raise ValueError(f"counts={counts} must be at least 1 each")
     paths: list[tuple[int, ...]] = []
     level: list[tuple[int, ...]] = [()]

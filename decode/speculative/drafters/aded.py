@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decode.core.requests import made_by
 from decode.core.streams import uniforms
 from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.drafters.trigrams import WAYS, Trigrams, add, empty, look_up
@@ -100,7 +101,10 @@ class ADED(Drafter):
                 raise ValueError(f"{name}={float(getattr(self, name)):g} must be at least 0")
         if not float(self.c2) > 0:
             raise ValueError(f"c2={float(self.c2):g} must be > 0")
-        if self.corpus is not None and self.corpus.tokens.shape[2] != self.num_successors:
+        if self.corpus is None:
+            return
+        made_by("corpus", self.corpus, Trigrams, "count_trigrams")
+        if self.corpus.tokens.shape[2] != self.num_successors:
             raise ValueError(
                 f"num_successors={self.num_successors} must be {self.corpus.tokens.shape[2]}, "
                 "those of the corpus"

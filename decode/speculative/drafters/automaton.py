@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core.requests import token_ids
+
 
 class Automaton(struct.PyTreeNode):
     """States by number, of which 0 is the root, the empty string; edges from 1 on, 0: none.
@@ -296,14 +298,12 @@ def build_corpus(texts: Sequence[Sequence[int]], vocab_size: int) -> Corpus:
       vocab_size: V, of the model that will write.
 
     Raises:
-      ValueError: there is no token, or one that the model does not have.
+      ValueError: there is no token, or something that is none of the model's.
     """
     builder, tokens = _Builder(), list[int]()
     for text in texts:
         last = 0
-        for token in text:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"texts has {token}, not in [0, vocab_size={vocab_size})")
+        for token in token_ids("texts", text, vocab_size):
             last = builder.read(last, token, len(tokens))
             tokens.append(token)
         tokens.append(-1)

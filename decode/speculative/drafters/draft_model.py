@@ -24,7 +24,7 @@ from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Proposal, Seen, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
 from decode.speculative.drafters.smaller_model import DraftState, SmallerModel
-from decode.speculative.tree import TreeShape, chain
+from decode.speculative.tree import TreeShape, chain, check_shape
 from dlm import vocab
 from dlm.cache import KVCache
 from dlm.config import ModelConfig
@@ -112,7 +112,7 @@ class DraftModelTree(SmallerModel):
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
-        self.shape.check_width(cfg.vocab_size)
+        check_shape(self.shape, cfg.vocab_size)
 
     def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.core.loop import of_rows
+from decode.core.requests import whole_number
 from decode.core.sampling import draw
 from decode.core.streams import fold_in
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, within
@@ -92,7 +93,8 @@ class DynamicExit(Drafter):
         return cls(tuple(range(1, cfg.n_layers)), num_drafts=3, num_shadow=4)
 
     def validate(self, cfg: ModelConfig) -> None:
-        given = list(self.exits) if isinstance(self.exits, Sequence) else []
+        several = self.exits if isinstance(self.exits, Sequence) else ()
+        given = [whole_number("an entry of exits", layers) for layers in several]
         if not given or given != sorted(set(given) & set(range(1, cfg.n_layers))):
             raise ValueError(
                 f"exits={self.exits} must be rising numbers of layers in [1, {cfg.n_layers - 1}]"

@@ -19,7 +19,7 @@ from flax import struct
 from decode.speculative.contracts import Context, Proposal, spent
 from decode.speculative.drafters.expansion import BestTree, expand, expand_best
 from decode.speculative.drafters.feature_network import FeatureNetwork, FeatureState
-from decode.speculative.tree import DraftTree, TreeShape, from_paths
+from decode.speculative.tree import DraftTree, TreeShape, check_shape, from_paths
 from dlm.config import ModelConfig
 from dlm.heads.eagle_1 import Eagle1Heads
 from dlm.heads.eagle_3 import Eagle3Heads
@@ -64,7 +64,7 @@ class Eagle(FeatureNetwork):
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
-        self.shape.check_width(self.network.num_ids)
+        check_shape(self.shape, self.network.num_ids)
 
     def propose(self, cfg: ModelConfig, context: Context, state: FeatureState) -> Proposal:
         of_root, cache = self._read_new(context, state)

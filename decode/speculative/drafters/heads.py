@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.speculative.contracts import Context, Drafter, Seen
-from decode.speculative.tree import TreeShape, from_paths
+from decode.speculative.tree import TreeShape, check_shape, from_paths
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.params import Params
@@ -43,13 +43,13 @@ class HeadsDrafter(Drafter):
     shape: TreeShape = struct.field(pytree_node=False, default=PUBLISHED)
 
     def validate(self, cfg: ModelConfig) -> None:
-        if not isinstance(self.own, Mapping):
+        if not isinstance(self.own, Mapping) or "unembed" not in self.own:
             raise ValueError(
-                f"own is a {type(self.own).__name__}, which must be the heads' parameters: the "
-                "second of what `load` returns"
+                f"own is a {type(self.own).__name__}, which must be the heads' "
+                "parameters: the second of what `load` returns"
             )
         num_heads, vocab_size, d_model = self.own["unembed"].shape
-        self.shape.check_width(vocab_size)
+        check_shape(self.shape, vocab_size)
         vocab_size = cfg.vocab_size if "ids" in self.own else vocab_size
         if (vocab_size, d_model) != (cfg.vocab_size, cfg.d_model):
             raise ValueError(

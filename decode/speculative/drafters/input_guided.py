@@ -85,6 +85,8 @@ class InputGuided(Drafter):
                 f"num_drafts={self.num_drafts} and max_ngram={self.max_ngram} must be at least 1"
             )
         for name in ("opening", "closing"):
+            if np.ndim(given := getattr(self, name)) != 1:
+                raise ValueError(f"{name}={given!r} must be a list of token ids")
             for token in np.asarray(getattr(self, name)).tolist():
                 if not 0 <= whole_number(name, token) < cfg.vocab_size:
                     raise ValueError(f"{name} has {token}, not in [0, vocab_size={cfg.vocab_size})")

@@ -22,6 +22,7 @@ import numpy as np
 from flax import struct
 
 from decode.core.datastore import SORTED_BY, Datastore, sort_suffixes
+from decode.core.requests import made_by
 from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.tree import DraftTree
 from dlm.config import ModelConfig
@@ -70,11 +71,7 @@ class REST(Drafter):
                 f"max_suffix={self.max_suffix} and draft_len={self.draft_len} must be at most "
                 f"{SORTED_BY} together, by which the datastore is sorted"
             )
-        if not isinstance(self.datastore, Datastore):
-            raise ValueError(
-                f"datastore is a {type(self.datastore).__name__}, which must be what "
-                "`load_datastore` returns"
-            )
+        made_by("datastore", self.datastore, Datastore, "load_datastore")
         self.datastore.validate(cfg)
 
     @property

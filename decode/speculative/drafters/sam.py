@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core.requests import made_by
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
 from decode.speculative.drafters.automaton import (
     Corpus,
@@ -87,6 +88,7 @@ class SAM(Drafter):
         if int(self.corpus_margin) < 0:
             raise ValueError(f"corpus_margin={int(self.corpus_margin)} must be at least 0")
         if self.corpus is not None:
+            made_by("corpus", self.corpus, Corpus, "build_corpus")
             known = self.corpus.automaton.root.shape[1]
             if known != cfg.vocab_size:
                 raise ValueError(

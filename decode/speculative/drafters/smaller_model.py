@@ -6,7 +6,7 @@ Letters: B rows, S slots, W nodes, J depth, T tokens read at once, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import jax
@@ -75,6 +75,11 @@ class SmallerModel(Drafter):
                 f"draft is a {type(self.draft).__name__}, which must be a ModelConfig, and params "
                 f"a {type(self.params).__name__}, which must be its parameters: "
                 f"{type(self).__name__}(lm.params, lm.cfg)"
+            )
+        if self.layers is not None and not isinstance(self.layers, Sequence):
+            raise ValueError(
+                f"layers={self.layers!r} must be rising layers of the {self.draft.n_layers} there "
+                "are, or None"
             )
         if self.draft.never_causal:
             raise ValueError(

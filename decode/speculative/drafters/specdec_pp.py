@@ -87,10 +87,10 @@ class SpecDecPP(DraftModel):
 
     def validate(self, cfg: ModelConfig) -> None:
         super().validate(cfg)
-        if not isinstance(self.own, Mapping):
+        if not isinstance(self.own, Mapping) or "w" not in self.own:
             raise ValueError(
-                f"own is a {type(self.own).__name__}, which must be the head's parameters: the "
-                "second of what `dlm.heads.specdec_pp.load` returns"
+                f"own is a {type(self.own).__name__}, which must be the head's "
+                "parameters: the second of what `dlm.heads.specdec_pp.load` returns"
             )
         if (shape := self.own["w"].shape) != (self.draft.d_model, 2):
             raise ValueError(

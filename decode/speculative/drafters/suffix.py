@@ -18,11 +18,12 @@ Letters: B rows, S slots, M slots that are searched, O places, Q suffixes, J dra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from decode.core.matches import match_lengths
@@ -78,6 +79,10 @@ class Suffix(Drafter):
             raise ValueError(f"min_probability={self.min_probability} must be in [0, 1]")
         if not self.factor >= 0:
             raise ValueError(f"factor={self.factor} must be at least 0")
+        if self.corpus is not None and np.shape(self.corpus) != (np.size(self.corpus),):
+            raise ValueError(f"corpus has shape {np.shape(self.corpus)}, which must be [M]")
+        if isinstance(self.corpus, Sequence):
+            raise ValueError("corpus is a list, which must be an array [M] of token ids")
         if not math.isfinite(self.offset):
             raise ValueError(f"offset={self.offset} must be finite")
 

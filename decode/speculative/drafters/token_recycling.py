@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decode.speculative.contracts import Context, Drafter, Proposal, Seen, spent
-from decode.speculative.tree import TreeShape, from_paths
+from decode.speculative.tree import TreeShape, check_shape, from_paths
 from dlm import vocab
 from dlm.config import ModelConfig
 from dlm.params import Params
@@ -59,6 +59,9 @@ class TokenRecycling(Drafter):
     @classmethod
     def example(cls, cfg: ModelConfig, params: Params) -> Self:
         return cls(from_paths([[0], [1], [0, 0], [0, 1], [1, 0]]))
+
+    def validate(self, cfg: ModelConfig) -> None:
+        check_shape(self.shape, cfg.vocab_size)
 
     @property
     def num_best(self) -> int:

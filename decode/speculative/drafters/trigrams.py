@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decode.core.requests import token_ids
+
 WAYS = 8
 
 
@@ -124,10 +126,13 @@ def count_trigrams(texts: Sequence[Sequence[int]], num_successors: int = 12) -> 
       num_successors: K, of a pair.
 
     Raises:
-      ValueError: no text has three tokens.
+      ValueError: no text has three tokens, or one of them is no id; `num_successors` is below 1.
     """
+    if num_successors < 1:
+        raise ValueError(f"num_successors={num_successors} must be at least 1")
     found: dict[tuple[int, int], collections.Counter[int]] = {}
-    for text in texts:
+    for given in texts:
+        text = token_ids("texts", given)
         for a, b, c in zip(text, text[1:], text[2:], strict=False):
             found.setdefault((a, b), collections.Counter())[c] += 1
     if not found:
