@@ -23,7 +23,7 @@ import pytest
 
 WORST = 30  # tests printed
 MOST_KEPT = 2000  # programs a worker keeps; thousands of them are gigabytes
-MOST_MAPS = 20_000  # parts of memory they are in; at 65,530 of them Linux gives a process no more
+MOST_MAPS = 40_000  # parts of memory they are in; at 65,530 Linux gives a process no more
 MAPS = Path("/proc/self/maps")  # Linux only
 BUDGETS = Path(__file__).with_name("programs.json")
 DEFAULT_BUDGET = "default"
