@@ -91,9 +91,11 @@ class Pearl(SpeculativeMethod):
         drafter, name = self.drafter, type(self.drafter).__name__
         if not drafter.reads_text:
             raise ValueError(
-                f"drafter={name} reads more of the target than its text, and Pearl drafts while "
-                "the target computes: use a draft model, or drafts that are copied"
+                f"drafter={name} needs more than the text that was judged last, and Pearl drafts "
+                "behind tokens that are not judged yet: use DraftModel, PromptLookup or Suffix"
             )
+        if not (self.mesh is None or isinstance(self.mesh, Mesh)):
+            raise ValueError(f"mesh={self.mesh!r} must be a jax.sharding.Mesh, or None")
         if not drafter.is_chain or drafter.depth < 1:
             raise ValueError(f"drafter={name} must draft chains of one token at least with Pearl")
         if self.controller is not None:

@@ -24,6 +24,7 @@ the search: node 0 is the root, and K i + 1 .. K i + K are what node i may have 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Self
 
@@ -97,8 +98,10 @@ class ADED(Drafter):
                 f"search with num_successors={self.num_successors}"
             )
         for name in ("c1", "increment", "cap"):
-            if not float(getattr(self, name)) >= 0:
-                raise ValueError(f"{name}={float(getattr(self, name)):g} must be at least 0")
+            if not 0 <= float(getattr(self, name)) < math.inf:
+                raise ValueError(
+                    f"{name}={float(getattr(self, name)):g} must be at least 0 and finite"
+                )
         if not float(self.c2) > 0:
             raise ValueError(f"c2={float(self.c2):g} must be > 0")
         if self.corpus is None:

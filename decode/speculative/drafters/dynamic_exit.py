@@ -27,6 +27,7 @@ Letters: B rows, L layers, n exits, J drafts, P shadowed positions of a prompt, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -93,6 +94,8 @@ class DynamicExit(Drafter):
         return cls(tuple(range(1, cfg.n_layers)), num_drafts=3, num_shadow=4)
 
     def validate(self, cfg: ModelConfig) -> None:
+        if cfg.n_layers < 2:
+            raise ValueError(f"exits={self.exits} need a model of two layers at least, not of one")
         several = self.exits if isinstance(self.exits, Sequence) else ()
         given = [whole_number("an entry of exits", layers) for layers in several]
         if not given or given != sorted(set(given) & set(range(1, cfg.n_layers))):
@@ -105,8 +108,8 @@ class DynamicExit(Drafter):
         for name, most in (("memory", 1), ("prior", SUREST)):
             if not 0 <= float(getattr(self, name)) <= most:
                 raise ValueError(f"{name}={float(getattr(self, name)):g} must be in [0, {most}]")
-        if not float(self.weight) > 0:
-            raise ValueError(f"weight={float(self.weight):g} must be positive")
+        if not 0 < float(self.weight) < math.inf:
+            raise ValueError(f"weight={float(self.weight):g} must be positive and finite")
         if cfg.writes_in_place:
             raise ValueError(
                 "the model says a token where MASK stands, and drafts are read at the token "

@@ -139,7 +139,9 @@ class InputGuided(Drafter):
         grade = jnp.where(is_found, least[:, 0], 0)
         grade = jnp.where(goes_on | (written == 0), self.max_ngram, grade).astype(jnp.int32)
         source = place[:, None] + jnp.arange(self.num_drafts)[None]
+        is_end = jnp.isin(at(source), jnp.array(cfg.eos_ids, jnp.int32))
         is_valid = (place >= 0)[:, None] & (source < end[:, None])
+        is_valid &= jnp.cumsum(is_end, axis=1) == 0
         tree = self.shape.tree(
             jnp.concatenate([context.root[:, None], at(source)], axis=1),
             jnp.pad(is_valid, ((0, 0), (1, 0)), constant_values=True),

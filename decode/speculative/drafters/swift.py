@@ -104,7 +104,7 @@ class Swift(Drafter):
       bayes_interval: >= 1; every such trial is one of the Gaussian process.
       max_score: in [0, 1]; the search ends with a better one.
       max_failures: >= 0, trials without success after which it ends.
-      max_trials: >= 0; 0: there is no search.
+      max_trials: >= 0; 0: there is no search. The public code makes one more.
       seed: >= 0, of the sets that are proposed.
     """
 
@@ -148,7 +148,8 @@ class Swift(Drafter):
             skipped = np.asarray(self.skipped)
             if skipped.shape != (cfg.n_layers, 2):
                 raise ValueError(
-                    f"skipped has shape {skipped.shape}, not [n_layers={cfg.n_layers}, 2]"
+                    f"skipped has shape {skipped.shape}, which must be [n_layers={cfg.n_layers}, "
+                    "2]: whether attention and MLP of each layer are left out"
                 )
             if skipped.dtype != bool:
                 raise ValueError(f"skipped has dtype {skipped.dtype}, which must be bool")

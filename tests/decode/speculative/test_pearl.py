@@ -377,7 +377,7 @@ def test_the_published_code_with_its_numbers(monkeypatch, case):
 def test_what_reads_the_target_cannot_draft_beside_it(toy_cfg, toy_params, small):
     pair = from_paths([[0], [1]])
     for method, message in (
-        (Pearl(Jacobi()), "drafter=Jacobi reads more of the target than its text"),
+        (Pearl(Jacobi()), "drafter=Jacobi needs more than the text that was judged last"),
         (Pearl(DraftModelTree(*small, shape=pair)), "drafter=DraftModelTree must draft chains"),
         (
             Pearl(PromptLookup(), controller=Controller(costs=jnp.ones(5))),

@@ -1,5 +1,7 @@
 """What is given instead of a tree, a corpus or heads is refused by the field's name."""
 
+import math
+
 import jax.numpy as jnp
 import pytest
 
@@ -17,6 +19,7 @@ from decode.speculative.components import (
 )
 from decode.speculative.drafters.automaton import build_corpus
 from decode.speculative.drafters.trigrams import count_trigrams
+from decode.speculative.pearl import Pearl
 from decode.speculative.tree import branching, chain
 
 A_TREE = r"shape=\(2, 1\) must be a TreeShape, such as branching"
@@ -42,6 +45,18 @@ FIELDS = {
         "an entry of exits=1.0 must be a whole number",
     ),
     "nested exits": (lambda p, c: DynamicExit(([1],)), r"an entry of exits=\[1\] must be a whole"),
+    "an endless weight": (
+        lambda p, c: DynamicExit((1,), weight=math.inf),
+        "weight=inf must be positive and finite",
+    ),
+    "an endless constant": (
+        lambda p, c: ADED(c1=math.inf),
+        "c1=inf must be at least 0 and finite",
+    ),
+    "a mesh": (
+        lambda p, c: Pearl(DraftModel(p, c, num_drafts=1), mesh=3),
+        "mesh=3 must be a jax.sharding.Mesh, or None",
+    ),
     "a mark": (lambda p, c: InputGuided(opening=5), "opening=5 must be a list of token ids"),
     "no mark": (lambda p, c: InputGuided(closing=None), "closing=None must be a list of token ids"),
     "no head": (lambda p, c: SpecDecPP(p, c, own={}), "own is a dict, which must be the head's"),

@@ -1,6 +1,8 @@
 """Copies of the input, against the loop of the card in plain Python and the public one's traces."""
 
+import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,14 @@ from tests.lib.tiers import more
 GOLDEN = SHARED / "goldens" / "iad" / "iad.json"
 
 
-@jax.jit
-def propose(drafter, tokens, length, prompt_len, state):
+@functools.partial(jax.jit, static_argnames="eos_ids")
+def propose(drafter, tokens, length, prompt_len, state, eos_ids=()):
     B = len(length)
     context = Context(
         params={}, tokens=tokens, length=length, key=jnp.zeros((B, 2), jnp.uint32),
         sampling=Sampling(None), active=jnp.ones(B, bool), cache=None, prompt_len=prompt_len,
     )  # fmt: skip
-    made = drafter.propose(None, context, state)
+    made = drafter.propose(types.SimpleNamespace(eos_ids=eos_ids), context, state)
     return made.tree.tokens, made.tree.is_valid, made.grade, made.state
 
 
@@ -151,6 +153,18 @@ def test_the_source_stands_between_the_last_marks():
     assert [[call[0] for call in made] for made in calls] == [[4], [0] * 5, [0] * 5, [0] * 5]
     out, calls = decode(InputGuided(opening=(21, 22), num_drafts=8), [case | {"prompt": marked}])
     assert calls[0][0] == (6, 1, 3) and out[0] == [*source, 2]
+
+
+def test_no_draft_reaches_an_end_of_the_text():
+    """Which a source has where it is a dialogue; nothing is written behind it."""
+    prompt = np.array([[17, 1, 3, 20, 2, 18, 0, 0], [17, 20, 1, 3, 2, 18, 0, 0]])
+    drafter, six = InputGuided((17,), (18,), num_drafts=4), np.array([6, 6])
+    for eos_ids, valid in (((), [4, 4]), ((20,), [2, 0]), ((9, 3), [1, 2])):
+        drafts, is_valid, _, _ = propose(
+            drafter, prompt, six, six, drafter.init(None, 2, 8), eos_ids=eos_ids
+        )
+        assert (np.asarray(is_valid).sum(axis=1) - 1).tolist() == valid
+        assert drafts[:, 1:3].tolist() == [[1, 3], [20, 1]]
 
 
 def test_marks_that_are_no_tokens_are_refused(toy_cfg):
