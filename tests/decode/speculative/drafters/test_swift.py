@@ -294,7 +294,7 @@ def test_a_wrong_order_is_noticed(small):
 
 def test_what_cannot_be_is_refused(deep):
     cfg, *_ = deep
-    with pytest.raises(ValueError, match=r"skipped has shape \(3, 2\), which must be \[n_layers=6, 2\]"):
+    with pytest.raises(ValueError, match=r"skipped has shape \(3, 2\), which must be"):
         Swift(np.zeros((3, 2), bool)).validate(cfg)
     with pytest.raises(ValueError, match="skipped has the first or the last layer"):
         Swift(np.ones((L, 2), bool)).validate(cfg)
