@@ -100,10 +100,11 @@ def made_by(name: str, value: Any, kind: type, maker: str) -> None:
 
 
 def token_ids(name: str, text: Any, vocab_size: int = 2**31) -> list[int]:
-    """One of several texts; ValueError if it is no list of ids of a vocabulary."""
-    if isinstance(text, (str, bytes)) or not isinstance(text, (Sequence, np.ndarray)):
+    """What a field or a text says; ValueError if it is no list of ids of a vocabulary."""
+    tokens = np.asarray(text, object)
+    if tokens.ndim != 1:
         raise ValueError(f"{name} has {text!r}, which must be a list of token ids")
-    found = [whole_number(f"a token of {name}", token) for token in text]
+    found = [whole_number(f"a token of {name}", token) for token in tokens.tolist()]
     if wrong := [token for token in found if not 0 <= token < vocab_size]:
         raise ValueError(f"{name} has {wrong[0]}, not in [0, vocab_size={vocab_size})")
     return found

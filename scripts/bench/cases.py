@@ -51,15 +51,9 @@ def _show(results: Iterable[dict[str, Any]], columns: dict[str, list[str]]) -> N
 
 
 def bench_decode(
-    *,
-    preset: str,
-    dtype: str,
-    batch: list[str],
-    prompt_len: int,
-    gen_len: int,
-    block_len: int,
+    *, preset: str, dtype: str, batch: list[str], prompt_len: int, gen_len: int, block_len: int,
     repeats: int,
-) -> None:
+) -> None:  # fmt: skip
     cfg = models.model(preset, dtype)
     batches = [int(b) for b in batch]
     results = decode.bench_decode(cfg, batches, prompt_len, gen_len, block_len, repeats)
@@ -67,14 +61,8 @@ def bench_decode(
 
 
 def bench_train(
-    *,
-    preset: str,
-    dtype: str,
-    batch: list[str],
-    prompt_len: int,
-    gen_len: int,
-    repeats: int,
-) -> None:
+    *, preset: str, dtype: str, batch: list[str], prompt_len: int, gen_len: int, repeats: int,
+) -> None:  # fmt: skip
     cfg = models.model(preset, dtype)
     sizes = max(int(b) for b in batch), prompt_len, gen_len
     results = train.bench_train(preset, cfg, sizes, repeats)
@@ -82,13 +70,8 @@ def bench_train(
 
 
 def bench_spec(
-    *,
-    preset: str,
-    dtype: str,
-    batch: list[str],
-    prompt_len: int,
-    repeats: int,
-) -> None:
+    *, preset: str, dtype: str, batch: list[str], prompt_len: int, repeats: int,
+) -> None:  # fmt: skip
     cfg = dataclasses.replace(models.model(preset, dtype), mask_token_id=None)
     draft = models.draft_of(preset, cfg)
     batches = [int(b) for b in batch]
@@ -97,29 +80,19 @@ def bench_spec(
 
 
 def bench_windows(
-    *,
-    preset: str,
-    dtype: str,
-    checkpoint: str,
-    repeats: int,
-) -> None:
+    *, preset: str, dtype: str, checkpoint: str, repeats: int,
+) -> None:  # fmt: skip
+    if checkpoint and preset != "bench":
+        sys.exit(f"error: --checkpoint={checkpoint} and --preset={preset} both say the model")
     cfg = dataclasses.replace(models.model(preset, dtype), mask_token_id=None)
     lm = models.load(checkpoint, cfg, dtype)
     _show(windows.bench_windows(lm, repeats), {"windows": windows.COLUMNS})
 
 
 def bench_refill(
-    *,
-    checkpoint: str,
-    dtype: str,
-    task: str,
-    prompts: str,
-    num_prompts: int,
-    gen_len: int,
-    block_len: int,
-    rows: int,
-    repeats: int,
-) -> None:
+    *, checkpoint: str, dtype: str, task: str, prompts: str, num_prompts: int, gen_len: int,
+    block_len: int, rows: int, repeats: int,
+) -> None:  # fmt: skip
     try:
         lm = dlm.load(checkpoint or "smollm2", dtype=dtype or "float32")
         asked, gen_len = some_prompts(lm, task, prompts, num_prompts, gen_len, block_len)
@@ -131,17 +104,9 @@ def bench_refill(
 
 
 def bench_search(
-    *,
-    checkpoint: str,
-    dtype: str,
-    task: str,
-    prompts: str,
-    num_prompts: int,
-    gen_len: int,
-    methods: list[str],
-    pythons: list[str],
-    repeats: int,
-) -> None:
+    *, checkpoint: str, dtype: str, task: str, prompts: str, num_prompts: int, gen_len: int,
+    methods: list[str], pythons: list[str], repeats: int,
+) -> None:  # fmt: skip
     try:
         lm = dlm.load(checkpoint or "smollm2", dtype=dtype or None)
         asked, _ = some_prompts(lm, task, prompts, num_prompts, gen_len)
@@ -154,15 +119,9 @@ def bench_search(
 
 
 def bench_diffusion(
-    *,
-    preset: str,
-    dtype: str,
-    code: str,
-    prompt_len: int,
-    gen_len: int,
-    block_len: int,
+    *, preset: str, dtype: str, code: str, prompt_len: int, gen_len: int, block_len: int,
     repeats: int,
-) -> None:
+) -> None:  # fmt: skip
     cfg = models.model(preset, dtype)
     try:
         results = [*diffusion.bench_diffusion(cfg, code, prompt_len, gen_len, block_len, repeats)]
@@ -177,32 +136,16 @@ def bench_diffusion(
 
 
 def bench_kernels(
-    *,
-    toy: bool,
-    calls: int,
-    only: str,
-    out: str | None,
-    repeats: int,
-) -> None:
+    *, toy: bool, calls: int, only: str, out: str | None, repeats: int,
+) -> None:  # fmt: skip
     kernels.run(toy, calls, only, out, repeats)
 
 
 def bench_spec_bench(
-    *,
-    checkpoint: str,
-    dtype: str,
-    prompts: str,
-    num_prompts: int,
-    gen_len: int,
-    drafters: list[str],
-    controller: list[str],
-    draft: str,
-    trained: str,
-    transformers: bool,
-    repeats: int,
-    log: str,
-    out: str | None,
-) -> None:
+    *, checkpoint: str, dtype: str, prompts: str, num_prompts: int, gen_len: int,
+    drafters: list[str], controller: list[str], draft: str, trained: str, transformers: bool,
+    repeats: int, log: str, out: str | None,
+) -> None:  # fmt: skip
     set_up_process()  # programs are kept: there are many
     try:
         path = pathlib.Path(checkpoint or "smollm2")

@@ -102,8 +102,8 @@ class ADED(Drafter):
                 raise ValueError(
                     f"{name}={float(getattr(self, name)):g} must be at least 0 and finite"
                 )
-        if not float(self.c2) > 0:
-            raise ValueError(f"c2={float(self.c2):g} must be > 0")
+        if not 0 < float(self.c2) < math.inf:
+            raise ValueError(f"c2={float(self.c2):g} must be > 0 and finite")
         if self.corpus is None:
             return
         made_by("corpus", self.corpus, Trigrams, "count_trigrams")

@@ -23,11 +23,10 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from decode.core.matches import match_lengths
-from decode.core.requests import whole_number
+from decode.core.requests import token_ids
 from decode.speculative.contracts import Context, Drafter, Proposal, spent
 from decode.speculative.tree import TreeShape, chain
 from dlm.config import ModelConfig
@@ -85,11 +84,7 @@ class InputGuided(Drafter):
                 f"num_drafts={self.num_drafts} and max_ngram={self.max_ngram} must be at least 1"
             )
         for name in ("opening", "closing"):
-            if np.ndim(given := getattr(self, name)) != 1:
-                raise ValueError(f"{name}={given!r} must be a list of token ids")
-            for token in np.asarray(getattr(self, name)).tolist():
-                if not 0 <= whole_number(name, token) < cfg.vocab_size:
-                    raise ValueError(f"{name} has {token}, not in [0, vocab_size={cfg.vocab_size})")
+            token_ids(name, getattr(self, name), cfg.vocab_size)
 
     @property
     def shape(self) -> TreeShape:

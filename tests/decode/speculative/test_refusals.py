@@ -57,8 +57,12 @@ FIELDS = {
         lambda p, c: Pearl(DraftModel(p, c, num_drafts=1), mesh=3),
         "mesh=3 must be a jax.sharding.Mesh, or None",
     ),
-    "a mark": (lambda p, c: InputGuided(opening=5), "opening=5 must be a list of token ids"),
-    "no mark": (lambda p, c: InputGuided(closing=None), "closing=None must be a list of token ids"),
+    "a mark": (lambda p, c: InputGuided(opening=5), "opening has 5, which must be a list of"),
+    "a mark's text": (
+        lambda p, c: InputGuided(opening="Input:"),
+        "opening has 'Input:', which must be a list of token ids",
+    ),
+    "no mark": (lambda p, c: InputGuided(closing=None), "closing has None, which must be a list"),
     "no head": (lambda p, c: SpecDecPP(p, c, own={}), "own is a dict, which must be the head's"),
     "no heads": (lambda p, c: Medusa({}, chain(1)), "own is a dict, which must be the heads'"),
 }

@@ -21,6 +21,8 @@ TINY = PRESETS["tiny"]
 def test_a_flag_that_a_benchmark_does_not_read_is_refused():
     said = run_main("scripts.bench", "decode", "--repeats=5", "--checkpoint=smollm2", code=1)
     assert "decode reads no --checkpoint; it reads batch, block_len" in said
+    said = run_main("scripts.bench", "windows", "--checkpoint=here", "--preset=llada_8b", code=1)
+    assert "error: --checkpoint=here and --preset=llada_8b both say the model" in said
 
 
 @pytest.mark.exhaustive
