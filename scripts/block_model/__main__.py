@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     set_up_command(argv)
     said = flags.FLAGS
     try:
-        before = dlm.load(said.of, dtype=said.dtype)
         lm = dlm.load(said.checkpoint, dtype=said.dtype)
+        before = dlm.load(said.of, dtype=said.dtype)
         held_out = measure.read(lm, said.records, said.prompt_len, said.answer_len)
         judged = measure.perplexities(lm, before, held_out, said.block_len, said.num_copies)
         asked = measure.prompts_of(held_out)[: said.num_prompts]
