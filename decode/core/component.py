@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 from flax import struct
 
 from decode.core.requests import real_number, whole_number
@@ -58,12 +59,14 @@ def as_kind(kind: type[Kind], made: Any, **fields: Any) -> Kind:
 def check_numbers(made: Any) -> None:
     """Raises ValueError unless the fields of a dataclass that are numbers hold some.
 
-    Those that count hold whole ones, of 32 bits, as programs take them. Fields that hold several
-    numbers are not looked at.
+    Those that count hold whole ones, of 32 bits, as programs take them, and switches True or False.
+    Fields that hold several numbers are not looked at.
     """
     for field in dataclasses.fields(made):
         kinds = set(re.split(r"\W+", str(field.type)))
         value = getattr(made, field.name)
+        if kinds == {"bool"} and not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{field.name}={value!r} must be True or False")
         if (value is None and "None" in kinds) or kinds & {"bool", "str", "tuple", "Sequence"}:
             continue
         if "float" in kinds:

@@ -96,7 +96,8 @@ class DDTree(Drafter):
 
     Attributes:
       drafter: who says it: any that has `num_marginals`.
-      budget: in [0, max_budget], nodes that are judged, the root aside.
+      budget: in [0, max_budget], nodes that are judged, the root aside. The public code's, where
+        nothing is said, is what DFlash drafts at once: b - 1 of blocks of b.
       max_budget: >= 1, n, for which there is room. Static.
     """
 

@@ -54,7 +54,7 @@ class DraftModel(SmallerModel):
     def shape(self) -> TreeShape:
         return chain(self.num_drafts)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         num = self.num_drafts if context.is_ahead else self.num_nodes
         cost = spent(context, num)
         if context.may_pause:  # or else all but the last draft was read by the round before
@@ -86,7 +86,6 @@ class DraftModel(SmallerModel):
             probs = None if probs is None else jnp.pad(probs, ((0, 1), (0, 0), (0, 0)))
         probs = None if probs is None else probs.swapaxes(0, 1)
         tree = chain(self.num_drafts).tree(tokens.T, probs=probs)
-        tree = self._within(context, tree)
         known = jnp.where(context.active, context.length - 1 + num, state.known)
         return Proposal(tree, cost, DraftState(cache, known))
 
@@ -114,14 +113,14 @@ class DraftModelTree(SmallerModel):
         super().validate(cfg)
         check_shape(self.shape, cfg.vocab_size)
 
-    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)
 
         def score(tokens: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
             return self._behind(cfg, context, state.cache, self.shape.tree(tokens), nodes)
 
         return Proposal(
-            self._within(context, expand(self.shape, context, score, self.is_sampled)),
+            expand(self.shape, context, score, self.is_sampled),
             spent(context, self.shape.depth) + forwards,
             state,
         )
@@ -147,12 +146,8 @@ class DraftModelBest(BestTree, SmallerModel):
     def num_ids(self) -> int:
         return self.draft.vocab_size
 
-    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)
         score = functools.partial(self._behind_some, cfg, context, state.cache)
         tree = expand_best(self.width, self.levels, self.budget, context, score)
-        return Proposal(
-            self._within(context, tree),
-            spent(context, self.levels) + forwards,
-            state,
-        )
+        return Proposal(tree, spent(context, self.levels) + forwards, state)

@@ -57,7 +57,7 @@ class Hybrid(Drafter):
     Attributes:
       first: who is asked first; without rows of its own.
       second: who drafts where `first` has nothing, or nothing of which it is sure.
-      threshold: >= 0. The lowest grade of a proposal of `first` that is taken.
+      threshold: in [0, N]. The lowest of the N grades of `first` that is taken; N: none is.
     """
 
     notices_pauses: ClassVar[bool] = True
@@ -80,8 +80,11 @@ class Hybrid(Drafter):
                 raise ValueError(f"{name}={part!r} must be of class Drafter")
             check_numbers(part)
             part.validate(cfg)
-        if int(self.threshold) < 0:
-            raise ValueError(f"threshold={int(self.threshold)} must be at least 0")
+        if not 0 <= int(self.threshold) <= self.first.num_grades:
+            raise ValueError(
+                f"threshold={int(self.threshold)} must be in [0, {self.first.num_grades}], as many "
+                f"grades as there are of first={type(self.first).__name__}"
+            )
 
     def refuse(self, method: SpeculativeMethod) -> str | None:
         first, second = self.first, self.second
@@ -175,13 +178,18 @@ class Hybrid(Drafter):
         grade = no_grade if one.grade is None else one.grade
         is_first = one.tree.is_valid[:, 1:].any(axis=1) & (grade >= self.threshold)
         rest = context.active & ~is_first
-        asked = context.replace(active=rest, may_pause=True)
-        ask = functools.partial(self.second.propose, cfg, asked)
+        cache = context.cache if one.cache is None else one.cache
+        asked = context.replace(active=rest, may_pause=True, cache=cache)
+
+        def ask(nothing: Proposal) -> Proposal:
+            cache = asked.cache if nothing.cache is None else nothing.cache
+            return self.second.propose(cfg, asked.replace(cache=cache), nothing.state)
+
+        whole = lambda: self.second.propose(cfg, asked, state.second)  # noqa: E731
         if self.second.num_extra:
-            other = ask(state.second)
+            other = whole()
         else:
-            nothing = no_proposal(lambda: ask(state.second), context, state.second)
-            other = in_place(rest.any(), lambda nothing: ask(nothing.state), nothing)
+            other = in_place(rest.any(), ask, no_proposal(whole, asked, state.second))
         other_grade = no_grade if other.grade is None else other.grade
         extra = other.extra
         if extra is not None:  # which know of no further nodes
@@ -194,6 +202,7 @@ class Hybrid(Drafter):
             state=HybridState(one.state, other.state, is_first),
             extra=extra,
             grade=jnp.where(is_first, grade + self.second.num_grades, other_grade),
+            cache=one.cache if other.cache is None else other.cache,
         )
 
     def _choose(self, is_first: jax.Array, one: DraftTree, other: DraftTree) -> DraftTree:

@@ -196,7 +196,7 @@ class DraftModelOpt(OptTree, SmallerModel):
         super().validate(cfg)
         self._check_not_sampled()
 
-    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)
         B, W = len(context.length), self.num_nodes
 
@@ -208,7 +208,7 @@ class DraftModelOpt(OptTree, SmallerModel):
         nothing = jnp.zeros((B, W, 0))
         most = within(context, self.depth)
         grown = grow(context, most, self.threshold, first, nothing, score)
-        return Proposal(self._within(context, grown.tree), grown.level + forwards, state)
+        return Proposal(grown.tree, grown.level + forwards, state)
 
 
 @struct.dataclass

@@ -154,8 +154,8 @@ class DraftModelBeam(SmallerModel):
     def depth(self) -> int:
         return self.levels
 
-    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         state, forwards = self._catch_up(context, state)
         score = functools.partial(self._behind_some, cfg, context, state.cache)
         tree = beams(self.width, self.levels, context, score, self.is_sampled)
-        return Proposal(self._within(context, tree), spent(context, self.levels) + forwards, state)
+        return Proposal(tree, spent(context, self.levels) + forwards, state)

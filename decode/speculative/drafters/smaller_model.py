@@ -6,19 +6,21 @@ Letters: B rows, S slots, W nodes, J depth, T tokens read at once, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.speculative.contracts import Context, Drafter, Seen
+from decode.core.loop import in_place
+from decode.speculative.contracts import Context, Drafter, Proposal, Seen, no_proposal
 from decode.speculative.tree import DraftTree
 from dlm import vocab
 from dlm.cache import KVCache, init_cache
 from dlm.config import ModelConfig
 from dlm.models import decoder
+from dlm.models.decoder import check_layers
 from dlm.params import Params
 from dlm.window import Slots, Window
 from kernels_pallas.window_attention import pack_mask
@@ -45,8 +47,8 @@ class SmallerModel(Drafter):
     """What all drafters that run a smaller model share.
 
     What was written in rounds without drafts is read when drafts are asked for again. Texts that
-    outgrow the draft model's context length go on without drafts. Both models must have the same
-    tokens, up to padding: `dlm.check_same_tokens(draft, target)`.
+    outgrow the draft model's context length go on without drafts and without its forwards. Both
+    models must have the same tokens, up to padding: `dlm.check_same_tokens(draft, target)`.
 
     Attributes:
       params: of the draft model.
@@ -81,6 +83,8 @@ class SmallerModel(Drafter):
                 f"layers={self.layers!r} must be rising layers of the {self.draft.n_layers} there "
                 "are, or None"
             )
+        if self.layers is not None:
+            check_layers(tuple(self.layers), self.draft.n_layers)
         if self.draft.never_causal:
             raise ValueError(
                 "the draft model is a diffusion model, which never learned to write from left to "
@@ -106,9 +110,40 @@ class SmallerModel(Drafter):
     def prefill(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: DraftState
     ) -> DraftState:
-        cache = self._read(context, seen.tokens, seen.start, state.cache, None)
+        start = seen.start  # nobody asks about what lies beyond the context
+        cache = self._where_read(
+            context,
+            (start < self.draft.max_seq_len) & (seen.count > 0),
+            lambda cache: self._read(context, seen.tokens, start, cache, None),
+            state.cache,
+        )
         known = jnp.where(seen.count > 0, seen.start + seen.count, state.known)
         return DraftState(cache, known)
+
+    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+        has_room = context.length <= self.draft.max_seq_len
+        context = context.replace(active=context.active & has_room)
+
+        def draft(nothing: Proposal) -> Proposal:
+            proposal = self.draft_tree(cfg, context, nothing.state)
+            cost = jnp.where(has_room, proposal.cost, 0)
+            return proposal.replace(tree=self._within(context, proposal.tree), cost=cost)
+
+        whole = lambda: self.draft_tree(cfg, context, state)  # noqa: E731
+        nothing = no_proposal(whole, context, state)
+        return self._where_read(context, context.active, draft, nothing)
+
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+        """As `propose`, of active rows: texts which the draft model can read to their end."""
+        raise NotImplementedError
+
+    def _where_read(
+        self, context: Context, rows: jax.Array, change: Callable[[Any], Any], tree: Any
+    ) -> Any:
+        """`change(tree)` if there are such rows [B]; no text of fewer slots outgrows the model."""
+        if context.tokens.shape[1] <= self.draft.max_seq_len:
+            return change(tree)
+        return in_place(rows.any(), change, tree)
 
     def keep(
         self, cfg: ModelConfig, state: DraftState, length: jax.Array, num_kept: jax.Array

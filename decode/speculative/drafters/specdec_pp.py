@@ -102,7 +102,7 @@ class SpecDecPP(DraftModel):
         if int(self.least) < 1:
             raise ValueError(f"least={int(self.least)} must be at least 1")
 
-    def propose(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
+    def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         behind = jnp.zeros_like(context.length)
         if context.may_pause:  # or else all but the last draft was read by the round before
             state, behind = self._catch_up(context, state)
@@ -134,7 +134,7 @@ class SpecDecPP(DraftModel):
         tree = chain(self.num_drafts).tree(found.tokens, is_valid, found.probs)
         known = jnp.where(context.active, context.length + found.num - 1, state.known)
         cost = found.num + behind
-        return Proposal(self._within(context, tree), cost, DraftState(found.cache, known))
+        return Proposal(tree, cost, DraftState(found.cache, known))
 
     def _one_more(self, cfg: ModelConfig, context: Context, drafted: Drafted) -> Drafted:
         """One draft more, behind the last one, of rows that go on."""

@@ -323,7 +323,7 @@ def test_who_heeds_limits_makes_no_more_forwards(plain, toy_params, kind):
     """And of two drafters the one that does."""
     cfg, prompts, _, _ = plain
     if kind is Hybrid:
-        drafter = Hybrid(PromptLookup(2), Swift.example(cfg, toy_params), threshold=9)
+        drafter = Hybrid(PromptLookup(2), Swift.example(cfg, toy_params), threshold=6)
     else:
         drafter = kind.example(cfg, toy_params)
     method = SpeculativeMethod(drafter)

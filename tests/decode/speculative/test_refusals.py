@@ -3,22 +3,28 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from decode.core.component import check_numbers
+from decode.diffusion.rules.origin import Origin
 from decode.speculative.components import (
     ADED,
     SAM,
     DraftModel,
+    DraftModelBeam,
     DraftModelTree,
     DynamicExit,
     InputGuided,
     Medusa,
     SpecDecPP,
     Suffix,
+    Swift,
     TokenRecycling,
 )
 from decode.speculative.drafters.automaton import build_corpus
 from decode.speculative.drafters.trigrams import count_trigrams
+from decode.speculative.method import SpeculativeMethod
 from decode.speculative.pearl import Pearl
 from decode.speculative.tree import branching, chain
 
@@ -33,6 +39,10 @@ FIELDS = {
         "shape has nodes with 25 children, and there are 24 different tokens",
     ),
     "layers": (lambda p, c: DraftModel(p, c, layers=2), "layers=2 must be rising layers of the"),
+    "no layers": (
+        lambda p, c: DraftModelBeam(p, c, layers=()),
+        r"layers=\(\) must be rising layers of the",
+    ),
     "SAM's corpus": (lambda p, c: SAM([[1]]), "corpus is a list, which .* `build_corpus` returns"),
     "ADED's corpus": (lambda p, c: ADED(5), "corpus is a int, which .* `count_trigrams` returns"),
     "a list of tokens": (lambda p, c: Suffix(corpus=[1, 2]), "corpus is a list, which must be an"),
@@ -94,3 +104,11 @@ def test_fields_of_drafters(case, toy_cfg, toy_params):
 def test_what_makes_them(made, said):
     with pytest.raises(ValueError, match=said):
         made()
+
+
+def test_switches_are_on_or_off(toy_cfg):
+    with pytest.raises(ValueError, match="is_sampled='yes' must be True or False"):
+        SpeculativeMethod(Swift(is_sampled="yes")).validate(toy_cfg)
+    with pytest.raises(ValueError, match="may_idle=1 must be True or False"):
+        check_numbers(Origin(may_idle=1))
+    SpeculativeMethod(Swift(is_sampled=np.bool_(False))).validate(toy_cfg)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,11 @@ import pytest
 from decode.core.sampling import Sampling
 from decode.speculative.accept import Match, SpeculativeSampling
 from decode.speculative.drafters.draft_model import DraftModel, DraftModelBest, DraftModelTree
+from decode.speculative.drafters.no_draft import NoDraft
+from decode.speculative.drafters.opt_tree import DraftModelOpt
+from decode.speculative.drafters.rsd import DraftModelBeam
+from decode.speculative.drafters.smaller_model import SmallerModel
+from decode.speculative.drafters.specdec_pp import SpecDecPP
 from decode.speculative.loop import SpeculativeMethod
 from decode.speculative.tree import branching, from_paths
 from dlm.config import ModelConfig
@@ -36,6 +42,9 @@ def drafters(params: Params, cfg: ModelConfig) -> dict:
         "tree": DraftModelTree(params, cfg, shape=SHAPE),
         "best": DraftModelBest(params, cfg, width=2, levels=2, budget=4),
         "sampled": DraftModel(params, cfg, num_drafts=3, is_sampled=True),
+        "opt": DraftModelOpt(params, cfg, budget=4, levels=3),
+        "beam": DraftModelBeam(params, cfg, width=2, levels=2),
+        "stops": SpecDecPP.example(cfg, params).replace(layers=None),
     }
 
 
@@ -121,3 +130,34 @@ def test_nothing_is_drafted_beyond_the_context_of_the_draft_model(toy_cfg, toy_p
     early = position <= limit - 4
     assert rounds[early].tolist() == np.asarray(whole.step_map[0])[early].tolist()
     assert len(set(rounds[early])) < early.sum()
+
+
+@pytest.mark.parametrize("name", more("chain", "tree", "best", "opt", "beam", "stops"))
+def test_what_has_outgrown_the_draft_model_costs_no_forward_of_it(
+    toy_cfg, toy_params, name, monkeypatch
+):
+    """Neither of a prompt that begins beyond its context nor of what is written there; beside
+    another row, only the forwards of that one are counted."""
+    ran = []
+    forward = SmallerModel._forward
+
+    def counted(self, context, window, slots):
+        jax.debug.callback(lambda: ran.append(1))
+        return forward(self, context, window, slots)
+
+    monkeypatch.setattr(SmallerModel, "_forward", counted)
+    short = dataclasses.replace(toy_cfg, max_seq_len=11)
+    method = SpeculativeMethod(drafters(toy_params, short)[name])
+    plain = SpeculativeMethod(NoDraft())
+    new, old = list(range(3)), [i % 20 for i in range(19)]
+    prompts, options = [new, old], dict(gen_len=6, chunk=4)
+    state = run(toy_params, toy_cfg, method, prompts, **options)
+    jax.effects_barrier()
+    assert texts(state, 2) == texts(run(toy_params, toy_cfg, plain, prompts, **options), 2)
+    assert int(state.draft_forwards[0]) > 0 == int(state.draft_forwards[1])
+    assert ran
+    ran.clear()
+    state = run(toy_params, toy_cfg, method, [old, old[:12]], **options)
+    jax.effects_barrier()
+    assert int(state.draft_forwards.sum()) == 0
+    assert len(ran) == 3  # pieces of the prompt that begin before its end

@@ -1,5 +1,7 @@
 """Two drafters in one: whose tree is judged, and what the other one makes of that."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import struct
 
 from decode.core.sampling import Sampling
 from decode.core.streams import fold_in, uniforms
+from decode.speculative import loop
 from decode.speculative.accept import SpeculativeSampling
 from decode.speculative.components import (
     SAM,
@@ -24,6 +27,7 @@ from decode.speculative.components import (
     Masks,
     PromptLookup,
     SpeculativeJacobi,
+    Swift,
     TokenRecycling,
 )
 from decode.speculative.controller import Controller
@@ -189,6 +193,24 @@ def test_pairs_that_make_no_sense_are_refused(toy_cfg, toy_params):
         (PromptLookup(num_drafts=0), model, "num_drafts=0 must be at least 1"),
         (PromptLookup(num_drafts=1.5), model, "num_drafts=1.5 must be a whole number"),
         (None, model, "first=None must be of class Drafter"),
+        (copies, model, r"threshold=7 must be in \[0, 6\], as many grades as"),
     ):
+        threshold = 7 if "threshold" in message else 0
         with pytest.raises(ValueError, match=message):
-            SpeculativeMethod(Hybrid(first, second)).validate(toy_cfg)
+            SpeculativeMethod(Hybrid(first, second, threshold)).validate(toy_cfg)
+
+
+@pytest.mark.parametrize("order", [1, *more(-1)])
+def test_a_part_that_writes_to_the_cache_writes_to_the_only_one(toy_cfg, toy_params, order):
+    """A round holds no other copy of it than the part alone does."""
+    cfg = dataclasses.replace(toy_cfg, max_seq_len=16384)
+    writes = Swift(num_drafts=2, budget=4, max_children=1, max_trials=0)
+    copies = PromptLookup(num_drafts=2)
+    temporary = []
+    for drafter in (writes, Hybrid(*(copies, writes)[::order])):
+        method = SpeculativeMethod(drafter)
+        state = init_state(cfg, method, [[1, 2, 3]], gen_len=16000)
+        step = jax.jit(loop.step, static_argnames="cfg", donate_argnames="state")
+        memory = step.lower(toy_params, cfg, method, state).compile().memory_analysis()
+        temporary.append(memory.temp_size_in_bytes)
+    assert temporary[1] < temporary[0] + state.cache.num_bytes / 2
