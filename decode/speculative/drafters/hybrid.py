@@ -57,7 +57,8 @@ class Hybrid(Drafter):
     Attributes:
       first: who is asked first; without rows of its own.
       second: who drafts where `first` has nothing, or nothing of which it is sure.
-      threshold: in [0, N]. The lowest of the N grades of `first` that is taken; N: none is.
+      threshold: >= 0. The lowest grade of a proposal of `first` that is taken; as many as it has
+        (`num_grades`): none is.
     """
 
     notices_pauses: ClassVar[bool] = True
