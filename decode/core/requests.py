@@ -20,7 +20,7 @@ from dlm.lm import LanguageModel
 from dlm.sharding import batch_shards
 
 PROMPT_BUCKET = 32
-PREFILL = 256  # most prompt tokens per forward
+PREFILL = 512  # most prompt tokens per forward
 MAX_ROWS = 32  # at once, unless more are asked for
 Prompt = str | Sequence[int]
 OnePrompt = str | list[int]  # and a list of prompts, as type checkers tell them apart:
@@ -338,6 +338,17 @@ def _check_length(cfg: ModelConfig, i: int, num_tokens: int, length: int) -> Non
             f"prompt {i} has {num_tokens} tokens, which with gen_len={length} is more than the "
             f"model's max_seq_len={cfg.max_seq_len}"
         )
+
+
+def piece_len(num_tokens: int, most: int = PREFILL) -> int:
+    """How many tokens of prompts of at most `num_tokens` are read per forward.
+
+    As few pieces as there can be, of one length, which is rounded up to a multiple of 8.
+    """
+    num_pieces = -(-num_tokens // most)
+    if num_pieces <= 1:
+        return num_tokens
+    return min(most, (-(-num_tokens // num_pieces) + 7) // 8 * 8)
 
 
 def lay_out(

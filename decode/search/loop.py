@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from decode.core import loop
-from decode.core.requests import PREFILL, lay_out, read_requests
+from decode.core.requests import PREFILL, lay_out, piece_len, read_requests
 from decode.search import constrained
 from decode.search.contracts import (
     Choice,
@@ -77,7 +77,7 @@ def begin(
     asked = read_requests(
         cfg, prompts, gen_len, seeds, prompt_len, canvas_len, batch_size, may_be_empty=False
     )
-    chunk = min(asked.P, chunk)
+    chunk = piece_len(asked.P, chunk)
     S = max(asked.P + asked.G + method.strategy.num_candidates, -(-asked.P // chunk) * chunk)
     tokens, length, end = lay_out(cfg, prompts, asked.gen_lens, asked.B, S)
     return _begin(params, cfg, method, tokens, length, end, asked.key, asked.G, chunk)

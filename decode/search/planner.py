@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from decode.core.requests import PREFILL, check_stop_ids, lay_out, whole_number
+from decode.core.requests import check_stop_ids, lay_out, piece_len, whole_number
 from decode.core.results import Completion, to_text
 from decode.core.sampling import Sampling
 from decode.core.streams import fold_in
@@ -142,7 +142,7 @@ class Writer:
         self.lm = lm
         self.num_tokens = self.num_forwards = 0
         self.ends = {*lm.cfg.eos_ids, *ids.tolist()}
-        chunk = min(num_slots, PREFILL)
+        chunk = piece_len(num_slots)
         self._num_slots = -(-num_slots // chunk) * chunk + 1
         rows = lay_out(lm.cfg, [prompt], [num_slots - len(prompt)], 1, self._num_slots)
         self._prompt = _read(lm.params, lm.cfg, self.method, *rows, chunk)

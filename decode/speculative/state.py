@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decode.core.requests import PREFILL, lay_out, read_requests
+from decode.core.requests import PREFILL, lay_out, piece_len, read_requests
 from decode.core.results import TopTokens
 from decode.core.streams import Stream, fold_in
 from decode.speculative.contracts import Context, Seen
@@ -95,7 +95,7 @@ def init_state(
       prompt_len: at least the longest prompt; default: just that. Buckets of it save compilations.
       canvas_len: G >= the longest `gen_len`; default: just that.
       batch_size: B >= the number of prompts; the rows added are done from the start.
-      chunk: prompt tokens read per forward.
+      chunk: most prompt tokens read per forward.
 
     Raises:
       ValueError: on an empty list or prompt, ids the model does not have, lengths the model does
@@ -106,7 +106,7 @@ def init_state(
         cfg, prompts, gen_len, seeds, prompt_len, canvas_len, batch_size, may_be_empty=False
     )
     P, G, B = asked.P, asked.G, asked.B
-    chunk = min(P, chunk)
+    chunk = piece_len(P, chunk)
     W = num_rows(cfg, method)
     # A tree may be judged at the last position, and prompts are read in whole chunks.
     S = max(P + G + W, -(-P // chunk) * chunk)

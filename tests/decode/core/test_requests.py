@@ -8,6 +8,7 @@ from decode.core.requests import (
     is_single,
     per_prompt,
     per_prompt_seeds,
+    piece_len,
     read_stop_ids,
     repeat_requests,
 )
@@ -89,3 +90,12 @@ def test_other_things_are_no_numbers(wrong):
             per_prompt("gen_len", wrong, 1)
         with pytest.raises(ValueError, match="must be a list of token ids"):
             read_stop_ids(wrong)
+
+
+@pytest.mark.parametrize("most", [3, 256, 512])
+def test_prompts_are_read_in_few_pieces_of_one_length(most):
+    for num in range(1, 2100):
+        piece = piece_len(num, most)
+        pieces = -(-num // piece)
+        assert pieces == -(-num // most) and piece <= min(most, num)
+        assert pieces * piece - num < 8 * pieces  # hardly anything is read that is not there
