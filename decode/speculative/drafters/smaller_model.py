@@ -6,8 +6,8 @@ Letters: B rows, S slots, W nodes, J depth, T tokens read at once, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -110,13 +110,14 @@ class SmallerModel(Drafter):
     def prefill(
         self, cfg: ModelConfig, context: Context, seen: Seen, state: DraftState
     ) -> DraftState:
-        start = seen.start  # nobody asks about what lies beyond the context
-        cache = self._where_read(
-            context,
-            (start < self.draft.max_seq_len) & (seen.count > 0),
-            lambda cache: self._read(context, seen.tokens, start, cache, None),
-            state.cache,
-        )
+        def read(cache: KVCache) -> KVCache:
+            return self._read(context, seen.tokens, seen.start, cache, None)
+
+        if self._can_read_all(context):
+            cache = read(state.cache)
+        else:  # nobody asks about what lies beyond the context
+            is_within = (seen.start < self.draft.max_seq_len) & (seen.count > 0)
+            cache = in_place(is_within.any(), read, state.cache)
         known = jnp.where(seen.count > 0, seen.start + seen.count, state.known)
         return DraftState(cache, known)
 
@@ -124,26 +125,23 @@ class SmallerModel(Drafter):
         has_room = context.length <= self.draft.max_seq_len
         context = context.replace(active=context.active & has_room)
 
-        def draft(nothing: Proposal) -> Proposal:
-            proposal = self.draft_tree(cfg, context, nothing.state)
+        def draft(state: DraftState) -> Proposal:
+            proposal = self.draft_tree(cfg, context, state)
             cost = jnp.where(has_room, proposal.cost, 0)
             return proposal.replace(tree=self._within(context, proposal.tree), cost=cost)
 
-        whole = lambda: self.draft_tree(cfg, context, state)  # noqa: E731
-        nothing = no_proposal(whole, context, state)
-        return self._where_read(context, context.active, draft, nothing)
+        if self._can_read_all(context):
+            return draft(state)
+        nothing = no_proposal(lambda: draft(state), context, state)
+        return in_place(context.active.any(), lambda nothing: draft(nothing.state), nothing)
 
     def draft_tree(self, cfg: ModelConfig, context: Context, state: DraftState) -> Proposal:
         """As `propose`, of active rows: texts which the draft model can read to their end."""
         raise NotImplementedError
 
-    def _where_read(
-        self, context: Context, rows: jax.Array, change: Callable[[Any], Any], tree: Any
-    ) -> Any:
-        """`change(tree)` if there are such rows [B]; no text of fewer slots outgrows the model."""
-        if context.tokens.shape[1] <= self.draft.max_seq_len:
-            return change(tree)
-        return in_place(rows.any(), change, tree)
+    def _can_read_all(self, context: Context) -> bool:
+        """Whether no text can outgrow the draft model's context."""
+        return context.tokens.shape[1] <= self.draft.max_seq_len
 
     def keep(
         self, cfg: ModelConfig, state: DraftState, length: jax.Array, num_kept: jax.Array
