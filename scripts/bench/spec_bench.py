@@ -38,7 +38,7 @@ from decode.speculative.points import named
 from scripts.compare_hf.decoders import Decoder
 
 PLAIN, CONTROLLED = "plain", ", controlled"
-SHORTEST = 64  # prompts are padded to a power of two, at least this
+SHORTEST = 256  # prompts are padded to a power of two, at least this: fewer programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,9 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_the_page_is_of_both_models(models, tmp_path):
+def test_the_page_is_of_both_models(models, tmp_path, monkeypatch):
+    """Their layers lie apart, as real ones' do on CPUs."""
+    monkeypatch.setattr(dlm.lm, "is_faster_apart", lambda cfg: True)
     said = run_main(
         "scripts.block_model", f"--checkpoint={models / 'blocks'}", f"--of={models / 'before'}",
         f"--records={models / 'records.jsonl'}", f"--out={tmp_path}", "--num_prompts=4",
