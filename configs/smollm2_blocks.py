@@ -7,7 +7,7 @@ A low-rank change teaches it to write blocks of four, or of eight behind those o
 one are what it does already. Each token is masked in one of two copies; the clean copy is read from
 left to right and goes on learning the next token, so the same weights judge what they draft
 (`SelfSpeculation`). Decode with `causal_context`. References of each choice:
-`train/objectives/block_diffusion.py`; numbers are ours. Two hours on two CPU cores.
+`train/objectives/block_diffusion.py`; numbers are ours. Two and a half hours on two CPU cores.
 """
 
 from ml_collections import ConfigDict

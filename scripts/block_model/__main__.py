@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     page = [
         "# A block-diffusion model and the one before",
+        "Written by `python -m scripts.block_model`; its docstring says how the model was made, "
+        "`scripts/block_model/measure.py` what the columns mean.",
         f"Made from {said.of}: blocks of {said.block_len}. {said.dtype}, {device()}, jax "
         f"{jax.__version__}. Perplexities of {len(measure.answers_of(held_out))} held-out answers:",
         markdown(judged),

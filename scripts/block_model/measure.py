@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from decode.causal_likelihood import causal_log_likelihood
 from decode.complete import complete
@@ -99,7 +100,7 @@ def perplexities(
         block_len=block_len, complementary=True, causal_context=True
     ).for_validation()
     bound = np.zeros(len(batches))
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(tqdm(batches, "bound", unit="batch")):
         keys = jax.random.split(jax.random.key(i), copies)
         bound[i] = np.mean([float(_bound(lm.params, batch, k, lm.cfg, objective)) for k in keys])
     of_batch = lengths.reshape(len(batches), ROWS).sum(axis=1)
