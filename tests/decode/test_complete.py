@@ -187,7 +187,7 @@ def test_the_most_probable_tokens_are_reported(lm):
     for a, b in zip(plain, fast, strict=True):
         assert a.top.tokens.shape == (len(a.canvas), 3)
         assert a.top.tokens[:, 0].tolist() == a.canvas.tolist()
-        np.testing.assert_allclose(a.top.log_probs[:, 0], a.log_prob, atol=1e-6)
+        np.testing.assert_allclose(a.top.log_probs[:, 0], a.log_prob, rtol=1e-6, atol=1e-6)
         assert (np.diff(a.top.log_probs, axis=1) <= 0).all()
         assert a.top.tokens.tolist() == b.top.tokens.tolist()
         np.testing.assert_allclose(a.top.log_probs, b.top.log_probs, atol=1e-5)

@@ -145,7 +145,7 @@ def test_losses_by_hand(toy_cfg, toy_params, kind, options, vocab):
             accuracy = np.mean([*right[k].values()])
             np.testing.assert_allclose(metrics[f"accuracy_{k + 2}"], accuracy, atol=1e-6)
         length = simulated_length(right)
-        np.testing.assert_allclose(metrics["acceptance_length"], length, atol=1e-6)
+        np.testing.assert_allclose(metrics["acceptance_length"], length, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

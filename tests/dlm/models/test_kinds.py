@@ -130,7 +130,7 @@ def test_remat_changes_no_gradient(name):
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     a, b = gradient(params, False), gradient(params, True)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), a, b)
     assert all((np.asarray(x) != 0).any() for x in jax.tree.leaves(a))
 
 
@@ -196,7 +196,7 @@ def test_some_layers_are_a_model_of_those_layers(layers):
         taken = {"dense": take("dense", dense), "experts": taken}
     expected = whole(short, params | {"layers": taken}, tokens).hidden
     got = whole(cfg, params, tokens, layers=layers).hidden
-    np.testing.assert_allclose(got, expected, atol=1e-6)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.exhaustive
@@ -206,7 +206,7 @@ def test_features_are_the_residual_stream():
     found = whole(cfg, params, tokens, feature_layers=(1, 3, 4)).features
     for i, part in zip((1, 3), jnp.split(found, 3, axis=-1), strict=False):
         alone = whole(cfg, params, tokens, layers=tuple(range(i)), feature_layers=(4,)).features
-        np.testing.assert_allclose(part, alone, atol=1e-6)
+        np.testing.assert_allclose(part, alone, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
