@@ -36,7 +36,7 @@ from dlm.hf.saving import save_hf
 from dlm.hf.tokenizer import has_tokenizer, load_tokenizer
 from dlm.hf.weights import load_params
 from dlm.memory import keep_freed_memory
-from dlm.params import Apart, Params, is_apart, is_faster_apart
+from dlm.params import Apart, Params, is_apart, is_faster_apart, parted
 from dlm.sharding import RULES, Rules, check_placing
 from dlm.tokenizer import Tokenizer
 
@@ -217,7 +217,7 @@ def fingerprint(lm: LanguageModel) -> str:
         value = getattr(lm.cfg, field.name)
         if field.name != "dtype" and field.compare and value != field.default:
             digest.update(f"{field.name}={value!r};".encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params, is_leaf=is_apart):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parted(lm.params), is_leaf=is_apart):
         some = np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64)
         index = np.unravel_index(some, leaf.shape)
         if isinstance(leaf, Apart):

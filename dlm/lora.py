@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -30,7 +31,7 @@ from dlm.hf.files import format_for, read_tensors
 from dlm.hf.format import Stored
 from dlm.hf.keys import LARGEST
 from dlm.json_lines import read_json
-from dlm.params import INPUT_FIRST, Apart, LowRank, Params, ParamSpec
+from dlm.params import INPUT_FIRST, JOINED, Apart, LowRank, Params, ParamSpec
 from dlm.trainable import Learned, Trainable
 from dlm.written import write_json, write_tensors
 
@@ -148,18 +149,20 @@ class Lora(Trainable):
     def _replace(self, params: Params, own: Params, new: Callable[..., Any]) -> Params:
         """Targets become `new(is_input_first, weight, down, up)`, by layer where they lie apart."""
 
-        def of_leaf(target: str, weight: jax.Array | Apart, change: Params) -> Any:
-            sides, is_input_first = (change["down"], change["up"]), target in INPUT_FIRST
+        def of_leaf(leaf: str, weight: jax.Array | Apart, own: Params) -> Any:
             if not isinstance(weight, Apart):
-                return new(is_input_first, weight, *sides)
-            of_layer = functools.partial(new, is_input_first and not weight.is_turned)
-            each = zip(weight.layers, *sides, strict=True)
-            return weight.replace(layers=tuple(of_layer(*x) for x in each))
+                return new(leaf in INPUT_FIRST, weight, own[leaf]["down"], own[leaf]["up"])
+            of_layer = functools.partial(new, leaf in INPUT_FIRST and not weight.is_turned)
+            parts = JOINED[leaf] if weight.sizes else (leaf,)
+            each = zip(weight.layers, _joined(parts, weight, own), strict=True)
+            return weight.replace(layers=tuple(of_layer(x, *change) for x, change in each))
 
         def of_stack(layers: Params, own: Params) -> Params:
             return {
                 name: {
-                    leaf: of_leaf(leaf, weight, own[leaf]) if leaf in self.targets else weight
+                    leaf: of_leaf(leaf, weight, own)
+                    if any(part in self.targets for part in JOINED.get(leaf, (leaf,)))
+                    else weight
                     for leaf, weight in group.items()
                 }
                 if isinstance(group, dict)
@@ -178,6 +181,29 @@ class Lora(Trainable):
         save(folder / "adapter", self, own, lm.cfg)
         merged = jax.jit(self.merge)(lm.params, own)
         lm_lib.save(folder / "model", dataclasses.replace(lm, params=merged))
+
+
+def _joined(
+    parts: tuple[str, ...], weight: Apart, own: Params
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Layer by layer, "down" [I, n r] and "up" [n r, O] of a weight that is n targets, and others.
+
+    Each target has its own columns of the one and, alone in its columns, rows of the other.
+    """
+    if len(parts) == 1:
+        yield from zip(own[parts[0]]["down"], own[parts[0]]["up"], strict=True)
+        return
+    width = math.prod(weight.layers[0].shape[1:-1])
+    *begins, num_out = [width * int(size) for size in np.cumsum((0, *weight.sizes))]
+    changed = {part: begin for part, begin in zip(parts, begins, strict=True) if part in own}
+    sides = (zip(own[part]["down"], own[part]["up"], strict=True) for part in changed)
+    for of_layer in zip(*sides, strict=True):
+        downs, ups = zip(*of_layer, strict=True)
+        wide = [
+            jnp.pad(up, ((0, 0), (begin, num_out - begin - up.shape[-1])))
+            for up, begin in zip(ups, changed.values(), strict=True)
+        ]
+        yield jnp.concatenate(downs, axis=-1), jnp.concatenate(wide)
 
 
 def save(path: str | os.PathLike[str], lora: Lora, delta: Params, cfg: ModelConfig) -> None:

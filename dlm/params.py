@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import DTypeLike
@@ -28,8 +29,10 @@ Params = dict[str, Any]
 
 INPUT_FIRST = ("o", "gate", "up", "down")  # how their weights are stored, see `param_specs`
 
-# Of a layer's weights; models with a MASK token read wider windows, for which a copy counts less.
-APART_BYTES, APART_BYTES_WIDE = 2**20, 10 * 2**20
+# Of weights that lie apart, those that are multiplied by the same; their name, being one.
+JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+APART_BYTES = 2**20  # of a layer's weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +89,13 @@ class Apart(struct.PyTreeNode):
     Attributes:
       layers: L arrays of the same shape, or as many `LowRank`.
       is_turned: whether the last axis of each has become its first. Static.
+      sizes: how much of each array's first axis is whose, where several parameters are one of
+        `JOINED`, as one product with them takes less time than several; (): it is one. Static.
     """
 
     layers: tuple[Any, ...]
     is_turned: bool = struct.field(pytree_node=False, default=False)
+    sizes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -274,36 +280,80 @@ def may_lie_apart(leaf: str, spec: ParamSpec) -> bool:
     return leaf.startswith("layers/") and is_factor and "experts" not in spec.axes
 
 
-def laid_apart(leaf: str, layers: Iterable[Any]) -> Apart:
-    """A parameter, named by its path, from its layers, turned if its weights are input-first."""
-    if leaf.rsplit("/", 1)[-1] not in INPUT_FIRST:
-        return Apart(tuple(map(jnp.asarray, layers)))
-    turned = (x.transpose(x.ndim - 1, *range(x.ndim - 1)) for x in layers)
-    return Apart(tuple(map(jnp.asarray, turned)), is_turned=True)
+def laid_apart(
+    specs: Params,
+    whole: Callable[[str], Any],
+    layers: Callable[[str], Iterable[Any]],
+    at: str = "",
+) -> Params:
+    """Parameters of which what can lies apart.
+
+    Args:
+      specs: of `ParamSpec`, as `param_specs` gives.
+      whole: makes a parameter, named by its path.
+      layers: makes one, layer by layer.
+      at: the path of `specs`, and a slash.
+    """
+    laid: Params = {}
+    for name, spec in specs.items():
+        leaf = f"{at}{name}"
+        if isinstance(spec, dict):
+            laid[name] = laid_apart(spec, whole, layers, f"{leaf}/")
+        elif not isinstance(spec, ParamSpec):
+            laid[name] = spec
+        elif not may_lie_apart(leaf, spec):
+            laid[name] = whole(leaf)
+        else:
+            among = (x for x, parts in JOINED.items() if name in parts and specs.keys() >= {*parts})
+            one = next(among, name)
+            if one not in laid:
+                parts = JOINED.get(one, (name,))
+                laid[one] = _in_one([layers(f"{at}{part}") for part in parts], name in INPUT_FIRST)
+    return laid
+
+
+def _in_one(parts: Sequence[Iterable[Any]], is_turned: bool) -> Apart:
+    """Each layer of some parameters in an array, first axes behind each other, maybe turned."""
+    arrays = []
+    for of_layer in zip(*parts, strict=True):
+        if is_turned:
+            of_layer = tuple(x.transpose(x.ndim - 1, *range(x.ndim - 1)) for x in of_layer)
+        sizes = tuple(x.shape[0] for x in of_layer)
+        arrays.append(jnp.concatenate(of_layer) if len(parts) > 1 else jnp.asarray(of_layer[0]))
+    return Apart(tuple(arrays), is_turned, sizes if len(parts) > 1 else ())
+
+
+def parted(params: Params) -> Params:
+    """Parameters as `param_specs` names them: what was joined is views of it, on the host."""
+    found: Params = {}
+    for name, x in params.items():
+        if name in JOINED and is_apart(x):
+            ends = np.cumsum(x.sizes)[:-1]
+            each = zip(*(np.split(np.asarray(layer), ends) for layer in x.layers), strict=True)
+            whose = zip(JOINED[name], each, strict=True)
+            found |= {part: Apart(tuple(layers), x.is_turned) for part, layers in whose}
+        else:
+            found[name] = parted(x) if isinstance(x, dict) else x
+    return found
 
 
 def is_faster_apart(cfg: ModelConfig) -> bool:
     """Whether this process decodes faster if what can lies apart, see `Apart`.
 
-    It does on a CPU, if a layer has too many weights for its copy to stay near, or to count little
-    beside the products of a window: `APART_BYTES`, of models with a MASK token `APART_BYTES_WIDE`.
+    It does on a CPU, if a layer has too many weights for its copy to stay near: `APART_BYTES`.
     """
     specs = jax.tree_util.tree_leaves_with_path(param_specs(cfg))
     named = ((jax.tree_util.keystr(path, simple=True, separator="/"), spec) for path, spec in specs)
     of_all = sum(math.prod(spec.shape) for leaf, spec in named if may_lie_apart(leaf, spec))
     of_one = of_all // cfg.n_layers * cfg.jnp_dtype.itemsize
-    least = APART_BYTES if cfg.mask_token_id is None else APART_BYTES_WIDE
-    return jax.default_backend() == "cpu" and of_one >= least
+    return jax.default_backend() == "cpu" and of_one >= APART_BYTES
 
 
 def apart(params: Params, cfg: ModelConfig) -> Params:
     """Parameters as `param_specs(cfg)` of which what can lies apart, on one device."""
-
-    def split(path: jax.tree_util.KeyPath, spec: ParamSpec, x: jax.Array) -> jax.Array | Apart:
-        leaf = jax.tree_util.keystr(path, simple=True, separator="/")
-        return laid_apart(leaf, x) if may_lie_apart(leaf, spec) else x
-
-    return jax.tree_util.tree_map_with_path(split, param_specs(cfg), params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+    return laid_apart(param_specs(cfg), named.__getitem__, named.__getitem__)
 
 
 def num_params(cfg: ModelConfig) -> int:

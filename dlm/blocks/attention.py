@@ -113,11 +113,16 @@ def project_qkv(
 
     Args:
       x: normalised input.
-      a: the layer's "q", "k", "v", and what `cfg` says is there besides.
+      a: the layer's "q", "k", "v", which may be one "qkv" (see `dlm.params.JOINED`), and what `cfg`
+        says is there besides.
       cfg: what it says of queries, keys and values counts.
       angles: of `rotary_angles`; None: nothing is rotated.
     """
-    q, k, v = to_heads(x, a["q"]), to_heads(x, a["k"]), to_heads(x, a["v"])
+    if "qkv" in a:
+        ends = [cfg.n_heads, cfg.n_heads + cfg.n_kv_heads]
+        q, k, v = jnp.split(to_heads(x, a["qkv"]), ends, axis=2)
+    else:
+        q, k, v = (to_heads(x, a[name]) for name in "qkv")
     if cfg.qkv_bias:
         q, k, v = (
             x + a[name][None, None] for x, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias"))

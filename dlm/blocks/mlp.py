@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from dlm.blocks.linear import linear
 from dlm.params import Params
@@ -25,16 +26,22 @@ def mlp(x: jax.Array, p: Params, activation: str = "silu") -> jax.Array:
 
     Args:
       x: see above.
-      p: {"up", "down"}; with "gate" it is gated, with "up_bias" and the like it has biases.
+      p: {"up", "down"}; with "gate", or with "gate_up" for both (see `dlm.params.JOINED`), it is
+        gated, with "up_bias" and the like it has biases.
       activation: a name in `ACTIVATIONS`.
     """
     act = ACTIVATIONS[activation]
-    up = _affine(x, p, "up")
-    hidden = act(_affine(x, p, "gate")) * up if "gate" in p else act(up)
-    return _affine(hidden, p, "down")
+    if "gate_up" in p:
+        gate, up = jnp.split(linear(x, p["gate_up"]), 2, axis=-1)
+        hidden = act(_biased(gate, p, "gate")) * _biased(up, p, "up")
+    elif "gate" in p:
+        up = _biased(linear(x, p["up"]), p, "up")
+        hidden = act(_biased(linear(x, p["gate"]), p, "gate")) * up
+    else:
+        hidden = act(_biased(linear(x, p["up"]), p, "up"))
+    return _biased(linear(hidden, p["down"]), p, "down")
 
 
-def _affine(x: jax.Array, p: Params, name: str) -> jax.Array:
-    product = linear(x, p[name])
+def _biased(product: jax.Array, p: Params, name: str) -> jax.Array:
     bias = p.get(f"{name}_bias")
     return product if bias is None else product + bias[None, None]

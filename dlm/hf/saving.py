@@ -31,7 +31,7 @@ from dlm.hf.files import (
 from dlm.hf.format import Format, Stored, locate
 from dlm.hf.generation import write_generation
 from dlm.hf.weights import check_tensors, expected_tensors, in_order, leaves_of, with_prefix
-from dlm.params import Apart, Params, abstract_params, param_specs
+from dlm.params import Apart, Params, abstract_params, param_specs, parted
 from dlm.tokenizer import Tokenizer
 
 # Kinds of files beside the weights that `convert_hf` keeps.
@@ -53,7 +53,7 @@ def save_hf(
 
     Args:
       path: the directory to make; it must not exist, or be empty.
-      params: as `abstract_params(cfg)`, or `Apart`.
+      params: as `abstract_params(cfg)`, or laid `apart`.
       cfg: the model.
       tokenizer: written too, if given.
       generation: how it is meant to generate, see `dlm.hf.generation`.
@@ -65,6 +65,7 @@ def save_hf(
       ValueError: no published format can express `cfg`, or the parameters are not its own.
     """
     form = format_for(cfg)
+    params = parted(params)
     _check_params(params, cfg)
     leaves = leaves_of(params)[0]
     # Tensor -> the leaves that it holds: which, where in it, and at which layer and expert.

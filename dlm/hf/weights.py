@@ -23,7 +23,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,11 +40,9 @@ from dlm.hf.files import (
 )
 from dlm.hf.format import Format, Stored, letter_sizes, locate
 from dlm.params import (
-    Apart,
     Params,
     is_apart,
     laid_apart,
-    may_lie_apart,
     param_shardings,
     param_specs,
 )
@@ -102,17 +100,19 @@ def read_params(
     specs, tree = leaves_of(param_specs(cfg))
     shardings = leaves_of(param_shardings(cfg, mesh, rules))[0] if mesh is not None else {}
 
-    def load_leaf(leaf: str) -> jax.Array | Apart:
+    def reader(leaf: str) -> Callable[[tuple[range, ...]], np.ndarray]:
         key, layers = locate(leaf, cfg)
-        stored, shape = form.tensors[key], specs[leaf].shape
         dtype = jnp.dtype(specs[leaf].dtype or cfg.dtype)
-        read = functools.partial(_read_leaf, files, stored, cfg, layers, dtype)
+        return functools.partial(_read_leaf, files, form.tensors[key], cfg, layers, dtype)
+
+    def load_layers(leaf: str) -> Iterator[np.ndarray]:
+        read, (L, *rest) = reader(leaf), specs[leaf].shape
+        return (read((range(i, i + 1), *map(range, rest)))[0] for i in range(L))
+
+    def load_leaf(leaf: str) -> jax.Array:
+        read, shape = reader(leaf), specs[leaf].shape
         if mesh is None:
-            whole = tuple(range(dim) for dim in shape)
-            if apart and may_lie_apart(leaf, specs[leaf]):
-                each = ((range(i, i + 1), *whole[1:]) for i in whole[0])
-                return laid_apart(leaf, (read(part)[0] for part in each))
-            return jax.device_put(read(whole))
+            return jax.device_put(read(tuple(map(range, shape))))
         sharding, placed = shardings[leaf], []
         first: dict[tuple[range, ...], jax.Array] = {}  # replicas are read once
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -126,6 +126,8 @@ def read_params(
             first.setdefault(part, placed[-1])
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
+    if apart:
+        return laid_apart(param_specs(cfg), load_leaf, load_layers)
     return jax.tree.unflatten(tree, [load_leaf(leaf) for leaf in specs])
 
 
