@@ -5,15 +5,20 @@ Letters: M rows (positions), n columns of a tile.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.few_rows import MOST_ROWS
 from kernels_pallas.unembed_stats.noise import Noise, gumbel_noise
 
 Summary = dict[str, jax.Array]  # columns of numbers per row, see `merge`
 
 NO_ID = 2**31 - 1
+
+SEVERAL = 16  # rows; fewer of them fill no registers of a CPU
 
 _BASE = ("top", "token", "second", "rest", "moment")
 
@@ -49,18 +54,19 @@ class VocabStats(struct.PyTreeNode):
     given_log_probs: jax.Array | None = None
 
 
-def summarize(z: jax.Array, ids: jax.Array) -> Summary:
+def summarize(z: jax.Array, ids: jax.Array, axis: int = 1) -> Summary:
     """What a tile of logits contributes to the statistics; shared with the accelerator kernels.
 
     Args:
       z: [M, n] float32. Logits; -inf where an id is banned or does not exist.
       ids: [1, n] int32. Their vocabulary ids, ascending.
+      axis: that of the ids; with 0 all arrays are turned: z is [n, M].
 
     Returns:
       Columns [M, 1]: top, token, second, rest, moment.
     """
-    top = z.max(axis=1, keepdims=True)
-    token = jnp.where(z == top, ids, NO_ID).min(axis=1, keepdims=True)
+    top = z.max(axis=axis, keepdims=True)
+    token = jnp.where(z == top, ids, NO_ID).min(axis=axis, keepdims=True)
     is_top = ids == token
     # A tile may be banned as a whole: then top is -inf and it must contribute nothing.
     gap = jnp.where(z > -jnp.inf, z - jnp.where(top > -jnp.inf, top, 0.0), -jnp.inf)
@@ -68,9 +74,9 @@ def summarize(z: jax.Array, ids: jax.Array) -> Summary:
     return {
         "top": top,
         "token": token,
-        "second": jnp.where(is_top, -jnp.inf, z).max(axis=1, keepdims=True),
-        "rest": weight.sum(axis=1, keepdims=True),
-        "moment": jnp.where(weight > 0, weight * gap, 0.0).sum(axis=1, keepdims=True),
+        "second": jnp.where(is_top, -jnp.inf, z).max(axis=axis, keepdims=True),
+        "rest": weight.sum(axis=axis, keepdims=True),
+        "moment": jnp.where(weight > 0, weight * gap, 0.0).sum(axis=axis, keepdims=True),
     }
 
 
@@ -128,7 +134,11 @@ def tile_summary(
     given_ids: jax.Array | None,
 ) -> Summary:
     """Everything a tile of logits z [M, n] of ids [n] contributes: `merge`'s columns."""
-    summary = summarize(z, ids[None])
+    by_row = functools.partial(summarize, z, ids[None])
+    if z.dtype == jnp.float32 and SEVERAL <= z.shape[0] <= MOST_ROWS:
+        summary = jax.lax.platform_dependent(cpu=lambda: _across_rows(z, ids), default=by_row)
+    else:
+        summary = by_row()
     if noise is not None:
         gumbel = noise.temperature * gumbel_noise(noise.key, ids)
         summary |= summarize_sample(z, ids[None], gumbel)
@@ -144,6 +154,14 @@ def tile_summary(
         logit = jnp.take_along_axis(z, column, axis=-1)
         summary["given_logits"] = jnp.where(inside, logit, -jnp.inf)
     return summary
+
+
+def _across_rows(z: jax.Array, ids: jax.Array) -> Summary:
+    """As `summarize`, as CPUs do it best with a few rows, which `times_rows_of` leaves turned.
+
+    They go through an id of all rows at once, and not through all ids of a row one by one.
+    """
+    return {name: column.T for name, column in summarize(z.T, ids[:, None], axis=0).items()}
 
 
 def finish(summary: Summary) -> VocabStats:

@@ -53,8 +53,11 @@ def test_tiled_equals_reference(monkeypatch, tile, vocab):
     assert_same(got, logits_stats(logits, **options))
 
 
-def test_equals_float64_softmax():
-    hidden, head = random_case()
+@pytest.mark.parametrize("num_rows", [7, 20])
+def test_equals_float64_softmax(monkeypatch, num_rows):
+    """Also of rows that a CPU goes through at once, in tiles."""
+    cut(monkeypatch, 100)
+    hidden, head = random_case(num_rows)
     stats = unembed_stats(hidden, head)
     z = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     p = scipy.special.softmax(z, axis=-1)
@@ -93,11 +96,10 @@ def test_near_certainty_keeps_its_order():
 
 
 def test_ties_go_to_the_lowest_id_in_every_tiling(monkeypatch):
-    hidden = jnp.ones((2, 4))
     head = jnp.zeros((64, 4)).at[jnp.array([9, 40])].set(1.0)
-    for tile in (64, 16, 7):
+    for num_rows, tile in ((2, 64), (2, 16), (2, 7), (16, 16)):
         cut(monkeypatch, tile)
-        stats = unembed_stats(hidden, head)
+        stats = unembed_stats(jnp.ones((num_rows, 4)), head)
         np.testing.assert_array_equal(stats.token, 9)
         np.testing.assert_allclose(stats.second_log_prob, stats.log_prob)
 
