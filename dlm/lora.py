@@ -153,8 +153,7 @@ class Lora(Trainable):
             if not isinstance(weight, Apart):
                 return new(leaf in INPUT_FIRST, weight, own[leaf]["down"], own[leaf]["up"])
             of_layer = functools.partial(new, leaf in INPUT_FIRST and not weight.is_turned)
-            parts = JOINED[leaf] if weight.sizes else (leaf,)
-            each = zip(weight.layers, _joined(parts, weight, own), strict=True)
+            each = zip(weight.layers, _sides(leaf, weight, own), strict=True)
             return weight.replace(layers=tuple(of_layer(x, *change) for x, change in each))
 
         def of_stack(layers: Params, own: Params) -> Params:
@@ -183,16 +182,35 @@ class Lora(Trainable):
         lm_lib.save(folder / "model", dataclasses.replace(lm, params=merged))
 
 
-def _joined(
-    parts: tuple[str, ...], weight: Apart, own: Params
-) -> Iterator[tuple[jax.Array, jax.Array]]:
+def laid_apart(params: Params, own: Params) -> Params:
+    """A change, as `Lora.specs`, for parameters that lie apart: by layer, joined where they are.
+
+    Put beside them inside a loop it need not be joined in every round.
+    """
+    if "attention" not in params["layers"]:
+        return {kind: _of_stack_apart(params["layers"][kind], own[kind]) for kind in own}
+    return _of_stack_apart(params["layers"], own)
+
+
+def _of_stack_apart(layers: Params, own: Params) -> Params:
+    weights = layers["attention"] | layers.get("mlp", {})
+    changed = [leaf for leaf in weights if any(part in own for part in JOINED.get(leaf, (leaf,)))]
+    laid: Params = {}
+    for leaf in changed:
+        downs, ups = zip(*_sides(leaf, weights[leaf], own), strict=True)
+        laid[leaf] = {"down": Apart(downs), "up": Apart(ups)}
+    return laid
+
+
+def _sides(leaf: str, weight: Apart, own: Params) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Layer by layer, "down" [I, n r] and "up" [n r, O] of a weight that is n targets, and others.
 
     Each target has its own columns of the one and, alone in its columns, rows of the other.
     """
-    if len(parts) == 1:
-        yield from zip(own[parts[0]]["down"], own[parts[0]]["up"], strict=True)
+    if leaf in own:
+        yield from zip(own[leaf]["down"], own[leaf]["up"], strict=True)
         return
+    parts = JOINED[leaf]
     width = math.prod(weight.layers[0].shape[1:-1])
     *begins, num_out = [width * int(size) for size in np.cumsum((0, *weight.sizes))]
     changed = {part: begin for part, begin in zip(parts, begins, strict=True) if part in own}

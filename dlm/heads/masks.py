@@ -33,8 +33,8 @@ from dlm.config import ModelConfig
 from dlm.heads import files
 from dlm.heads.draft_vocab import VocabHeads, check_vocab, with_ids
 from dlm.lm import LanguageModel
-from dlm.lora import TARGETS, Lora
-from dlm.params import Apart, Params, ParamSpec, is_apart
+from dlm.lora import TARGETS, Lora, laid_apart
+from dlm.params import Params, ParamSpec, is_apart
 from dlm.trainable import Learned
 
 
@@ -161,5 +161,5 @@ def load(path: str | pathlib.Path, lm: LanguageModel) -> MaskNetwork:
     """
     heads, own = files.load(path, MaskHeads, lm)
     if "change" in own and any(map(is_apart, jax.tree.leaves(lm.params, is_leaf=is_apart))):
-        own = own | {"change": jax.tree.map(lambda x: Apart(tuple(x)), own["change"])}
+        own = own | {"change": laid_apart(lm.params, own["change"])}
     return heads.network(lm.cfg, own)

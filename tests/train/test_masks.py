@@ -498,7 +498,7 @@ def test_files_there_and_back(toy_cfg, toy_params, tmp_path):
     back, of_layers = (masks.load(tmp_path / "model", some) for some in (lm, split))
     assert jax.tree.structure(back) == jax.tree.structure(network)
     jax.tree.map(np.testing.assert_array_equal, back.own, network.own)
-    assert isinstance(of_layers.own["change"]["q"]["up"], Apart)
+    assert isinstance(of_layers.own["change"]["qkv"]["up"], Apart)
     rows = MaskRows(np.full((4, 3), 9, np.int32), np.ones((4, 3), bool), (1, 1, 1))
     tokens = np.concatenate([batch["prompt"], batch["completion"]], axis=1)
     (of_text, hidden), (same_text, again) = (
